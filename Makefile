@@ -1,0 +1,25 @@
+# `make help` lists the targets; everything runs in .venv and nothing else is touched.
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help env eval test
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(VENV)/.complete  ## make the environment in .venv: locked versions, OpenGL library
+
+# `.venv` is complete once the stamp is there; a changed lock or package description completes it anew.
+$(VENV)/.complete: requirements.lock pyproject.toml scripts/make_env.sh
+	scripts/make_env.sh $(VENV)
+	@touch $@
+
+eval: env  ## run the shipped policy in LIBERO, without and with speculative decoding: results/make-eval
+	$(BIN)/rsd eval --compare --task-suite libero_spatial --num-trials 1 --videos all --max-videos 3 \
+		--output results/make-eval --overwrite
+
+test: env  ## lint, type-check and test, simulator included
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+	$(BIN)/pytest
