@@ -1,0 +1,97 @@
+"""The statistics behind every number a results table shows: pure functions over counts and samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from scipy.stats import binomtest
+
+from rsd.types import RsdError
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a success rate, both ends in [0, 1]; z = 1.96 covers 95 %.
+
+    Unlike the normal interval it stays inside [0, 1] and is not empty at 0 or n successes. Without any
+    observation (n = 0) nothing is known: (0, 1).
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"expected 0 <= successes <= n, found {successes} of {n}")
+    if n == 0:
+        return 0.0, 1.0
+    rate = successes / n
+    centre = rate + z * z / (2 * n)
+    margin = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # At 0 or n successes the outer end is exact in theory and off by rounding in floating point.
+    low = 0.0 if successes == 0 else (centre - margin) / scale
+    high = 1.0 if successes == n else (centre + margin) / scale
+    return low, high
+
+
+def mcnemar_exact(b: int, c: int) -> float:
+    """Two-sided exact McNemar p-value of the discordant pairs: b won only by the first, c by the second.
+
+    Under the null hypothesis each discordant pair falls either way with probability 1/2; pairs on which both
+    agree carry no information. Without discordant pairs the p-value is 1.
+    """
+    if b < 0 or c < 0:
+        raise ValueError(f"expected two counts, found {b} and {c}")
+    return 1.0 if b + c == 0 else float(binomtest(b, b + c, 0.5).pvalue)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Two runs on the same initial states.
+
+    difference: success rate of the second minus that of the first, in [-1, 1], over the common pairs.
+    """
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+
+    @property
+    def pairs(self) -> int:
+        return self.both + self.only_first + self.only_second + self.neither
+
+    @property
+    def difference(self) -> float:
+        return (self.only_second - self.only_first) / self.pairs
+
+    @property
+    def p_value(self) -> float:
+        return mcnemar_exact(self.only_first, self.only_second)
+
+
+def paired_difference(first: Mapping[Key, bool], second: Mapping[Key, bool]) -> PairedDifference:
+    """Success by episode key (task, initial state) of two runs -> counts over the keys that both have.
+
+    Raises RsdError where the runs share no key: such runs cannot be paired.
+    """
+    common = first.keys() & second.keys()
+    if not common:
+        raise RsdError("cannot pair the runs: they have no finished episode (task, initial state) in common")
+    counts = dict.fromkeys(((True, True), (True, False), (False, True), (False, False)), 0)
+    for key in common:
+        counts[bool(first[key]), bool(second[key])] += 1
+    return PairedDifference(
+        both=counts[True, True],
+        only_first=counts[True, False],
+        only_second=counts[False, True],
+        neither=counts[False, False],
+    )
+
+
+def percentiles(values: Sequence[float], points: Sequence[float] = (50.0, 95.0)) -> list[float]:
+    """Percentiles (0 .. 100, linear interpolation) of a sample; raises ValueError on an empty one."""
+    if not len(values):
+        raise ValueError("percentiles of an empty sample")
+    return [float(value) for value in np.percentile(np.asarray(values, dtype=np.float64), points)]

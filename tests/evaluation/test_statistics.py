@@ -1,0 +1,69 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from rsd.evaluation.statistics import mcnemar_exact, paired_difference, percentiles, wilson
+from rsd.types import RsdError
+
+Z95 = 1.959963984540054
+
+
+@st.composite
+def counts(draw: st.DrawFn) -> tuple[int, int]:
+    n = draw(st.integers(1, 2000))
+    return draw(st.integers(0, n)), n
+
+
+@given(counts())
+def test_wilson_agrees_with_scipy_and_holds_the_rate(count: tuple[int, int]) -> None:
+    successes, n = count
+    low, high = wilson(successes, n, z=Z95)
+    expected = binomtest(successes, n).proportion_ci(method="wilson")
+    assert low == pytest.approx(expected.low, abs=1e-12)
+    assert high == pytest.approx(expected.high, abs=1e-12)
+    assert 0.0 <= low <= successes / n <= high <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(0, 10, 0.0, 0.27755), (10, 10, 0.72245, 1.0), (490, 500, 0.96354, 0.98911), (0, 0, 0.0, 1.0)],
+)
+def test_wilson_known_values(successes: int, n: int, low: float, high: float) -> None:
+    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_refuses_impossible_counts() -> None:
+    with pytest.raises(ValueError, match="successes"):
+        wilson(11, 10)
+
+
+@pytest.mark.parametrize(("b", "c", "p"), [(0, 0, 1.0), (0, 5, 0.0625), (1, 9, 0.021484375), (3, 3, 1.0)])
+def test_mcnemar_known_values(b: int, c: int, p: float) -> None:
+    assert mcnemar_exact(b, c) == pytest.approx(p)
+    assert mcnemar_exact(c, b) == pytest.approx(p)
+
+
+@given(
+    st.dictionaries(st.integers(0, 40), st.booleans(), min_size=1),
+    st.dictionaries(st.integers(0, 40), st.booleans()),
+)
+def test_paired_difference_is_that_of_the_common_keys(
+    first: dict[int, bool], second: dict[int, bool]
+) -> None:
+    common = first.keys() & second.keys()
+    if not common:
+        with pytest.raises(RsdError, match="in common"):
+            paired_difference(first, second)
+        return
+    pair = paired_difference(first, second)
+    assert pair.pairs == len(common)
+    gap = sum(second[key] for key in common) - sum(first[key] for key in common)
+    assert pair.difference == pytest.approx(gap / len(common))
+    assert paired_difference(second, first).difference == -pair.difference
+
+
+def test_percentiles_interpolate_and_refuse_nothing() -> None:
+    assert percentiles([1.0, 2.0, 3.0, 4.0]) == pytest.approx([2.5, 3.85])
+    with pytest.raises(ValueError, match="empty"):
+        percentiles([])
