@@ -1,0 +1,114 @@
+"""What an evaluation runs on: where the tasks, the simulator and the policy come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rsd.evaluation.config import EvalConfig
+from rsd.types import Policy
+
+if TYPE_CHECKING:
+    from rsd.evaluation.rollout import Environment
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Module-level functions, importable by workers; torch and simulator load when called."""
+
+    list_tasks: Callable[[str], list[tuple[int, str, str]]]
+    """suite -> (task number, name, instruction) of each task; RsdError for an unknown suite."""
+    count_init_states: Callable[[str, int], int]
+    """suite, task number -> how many fixed initial states the benchmark has."""
+    make_env: Callable[[str, int, int], Environment]
+    """suite, task number, image size (pixels) -> simulator."""
+    make_policy: Callable[[EvalConfig], Policy]
+    describe_policy: Callable[[EvalConfig], dict[str, Any]]
+    """What names the weights beyond doubt: a run is never continued with others."""
+    versions: Callable[[str], dict[str, str]]
+    """device -> versions of everything a result may depend on."""
+
+
+def libero_tasks(suite: str) -> list[tuple[int, str, str]]:
+    from rsd.sim.suites import suite_tasks
+
+    return [(task.task_id, task.name, task.language) for task in suite_tasks(suite)]
+
+
+def libero_init_states(suite: str, task_id: int) -> int:
+    from rsd.sim.suites import init_states
+
+    return len(init_states(suite, task_id))
+
+
+def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
+    from rsd.sim.libero import LiberoEnv
+
+    return LiberoEnv(suite, task_id, image_size=image_size)
+
+
+def rsd_policy(config: EvalConfig) -> Policy:
+    from rsd.policy import RsdPolicy
+
+    acceptance = None if config.acceptance == "default" else config.acceptance
+    return RsdPolicy.from_pretrained(
+        config.policy, device=config.device, decode=config.decode, acceptance=acceptance
+    )
+
+
+def libero_versions(device: str) -> dict[str, str]:
+    import torch
+
+    import rsd
+    from rsd.sim.libero import simulator_versions
+
+    return {
+        "rsd": rsd.__version__,
+        "torch": torch.__version__,
+        **simulator_versions(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "cpu_cores": str(available_cores()),
+    }
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def available_cores() -> int:
+    """Cores this process may use, which in a container are often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
+    """The checkpoint's hash and its own provenance. `config.json` holds the hashes of its other files."""
+    from rsd.policy import CONFIG_FILE, locate_checkpoint
+
+    content = (locate_checkpoint(config.policy) / CONFIG_FILE).read_bytes()
+    return {
+        "policy": config.policy,
+        "checkpoint_sha256": hashlib.sha256(content).hexdigest(),
+        "provenance": json.loads(content).get("provenance", {}),
+    }
+
+
+LIBERO = Backend(
+    list_tasks=libero_tasks,
+    count_init_states=libero_init_states,
+    make_env=libero_env,
+    make_policy=rsd_policy,
+    describe_policy=describe_checkpoint,
+    versions=libero_versions,
+)

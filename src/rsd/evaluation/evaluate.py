@@ -1,0 +1,180 @@
+"""Evaluate a policy in closed loop: plan the episodes, run the missing ones, write each down, sum up."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from rsd.evaluation.backend import LIBERO, Backend
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.progress import EpisodeProgress
+from rsd.evaluation.results import (
+    CONFIG_FILE,
+    EPISODES_FILE,
+    SUMMARY_FILE,
+    EpisodeKey,
+    EpisodeResult,
+    RunRecord,
+    append_episode,
+    drop_cut_off_line,
+    encode_record,
+    read_episodes,
+    read_run_record,
+    write_atomically,
+)
+from rsd.evaluation.summary import RunSummary, summarize
+from rsd.evaluation.workers import Job, JobQueue, Outcome, Ready, WorkerPool, worker_count
+from rsd.types import RsdError
+
+ERRORS_FILE = "errors.log"
+VIDEOS_DIR = "videos"
+# A run may go on where these differ: they name the machine, not what computes the result.
+MACHINE_VERSIONS = ("platform", "cpu", "cpu_cores")
+
+
+def evaluate(
+    config: EvalConfig,
+    *,
+    overwrite: bool = False,
+    backend: Backend = LIBERO,
+    console: Console | None = None,
+) -> RunSummary:
+    """Run what is missing of `config` in `config.output_dir` and return (and write) the run's summary.
+
+    Episodes already there are kept, so the same call continues an interrupted run; episodes that ended in an
+    error are run again. overwrite: start from nothing.
+    Raises RsdError where the directory holds another run or damaged results, or the policy cannot be loaded.
+    """
+    console = console or Console(stderr=True)
+    start = time.perf_counter()
+    plan = plan_episodes(config, backend)
+    directory = config.output_dir
+    finished = open_run(config, directory, overwrite, console)
+    done = {key for key, result in finished.items() if not result.is_error}
+    pending = [job for job in plan if (config.task_suite, job.task_id, job.init_state) not in done]
+    workers = worker_count(config.num_workers, len(pending))
+    if pending:
+        if done:
+            console.print(f"{directory}: {len(done)} of {len(plan)} episodes are done, {len(pending)} to go")
+        run_missing(config, backend, pending, finished, workers, console)
+    episodes = list(read_episodes(directory / EPISODES_FILE).values())
+    summary = summarize(read_run_record(directory), episodes, workers, time.perf_counter() - start)
+    write_atomically(directory / SUMMARY_FILE, encode_record(summary, indent=2) + "\n")
+    return summary
+
+
+def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
+    """All episodes of a run, trial by trial; raises RsdError for an unknown task or initial state."""
+    tasks = {
+        task_id: (name, instruction) for task_id, name, instruction in backend.list_tasks(config.task_suite)
+    }
+    task_ids = config.task_ids(list(tasks))
+    states = range(config.init_states, config.init_states + config.num_trials)
+    for task_id in task_ids:
+        available = backend.count_init_states(config.task_suite, task_id)
+        if states.stop > available:
+            raise RsdError(
+                f"--num-trials {config.num_trials} from --init-states {config.init_states}: "
+                f"task {task_id} of {config.task_suite} has {available} initial states"
+            )
+    video = "" if config.videos == "none" else config.videos
+    return [Job(task_id, *tasks[task_id], state, video) for state in states for task_id in task_ids]
+
+
+def open_run(
+    config: EvalConfig, directory: Path, overwrite: bool, console: Console
+) -> dict[EpisodeKey, EpisodeResult]:
+    """The episodes that the directory already holds of this very run, its cut-off last line taken away."""
+    episodes_file = directory / EPISODES_FILE
+    if overwrite:
+        remove_run(directory)
+    if not (directory / CONFIG_FILE).exists():
+        if episodes_file.exists():
+            raise RsdError(
+                f"{directory}: {EPISODES_FILE} without {CONFIG_FILE}; choose another --output or --overwrite"
+            )
+        return {}
+    record = read_run_record(directory)
+    if record.config_hash != config.hash:
+        raise RsdError(
+            f"{directory} holds another run ({differences(record.config, asdict(config), config.identity)}); "
+            "choose another --output, or --overwrite to delete it"
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        episodes = read_episodes(episodes_file)
+    for warning in caught:
+        console.print(f"warning: {warning.message}", style="yellow", highlight=False)
+    drop_cut_off_line(episodes_file)
+    return episodes
+
+
+def remove_run(directory: Path) -> None:
+    """Delete what a run writes, and nothing else that may lie in the directory."""
+    names = (EPISODES_FILE, SUMMARY_FILE, ERRORS_FILE, CONFIG_FILE)
+    for path in [*(directory / name for name in names), *(directory / VIDEOS_DIR).glob("task*_init*.mp4")]:
+        path.unlink(missing_ok=True)
+
+
+def differences(old: dict[str, object], new: dict[str, object], fields: Collection[str]) -> str:
+    changed = [field for field in fields if old.get(field) != new.get(field)]
+    return ", ".join(f"{field} {old.get(field)!r} there, {new.get(field)!r} here" for field in changed)
+
+
+def run_missing(
+    config: EvalConfig,
+    backend: Backend,
+    pending: Sequence[Job],
+    finished: dict[EpisodeKey, EpisodeResult],
+    workers: int,
+    console: Console,
+) -> None:
+    """Run the pending episodes in worker processes; this process alone writes the results."""
+    directory = config.output_dir
+    (directory / VIDEOS_DIR).mkdir(parents=True, exist_ok=True)
+    videos = len(list((directory / VIDEOS_DIR).glob("*.mp4")))
+    with (
+        WorkerPool(config, backend, workers, directory / VIDEOS_DIR) as pool,
+        EpisodeProgress(config, finished.values(), len(pending), console) as progress,
+    ):
+        for message in pool.run(JobQueue(pending), videos_left=config.max_videos - videos):
+            if isinstance(message, Ready):
+                record_run(config, directory, message)
+            else:
+                record_outcome(directory, message)
+                progress.advance(message.result)
+
+
+def record_run(config: EvalConfig, directory: Path, ready: Ready) -> None:
+    """Write config.json, or check that this worker runs what the episodes already there were made with."""
+    if not (directory / CONFIG_FILE).exists():
+        record = RunRecord(asdict(config), config.hash, ready.versions, ready.policy)
+        write_atomically(directory / CONFIG_FILE, encode_record(record, indent=2) + "\n")
+        return
+    record = read_run_record(directory)
+    compared = [name for name in {**record.versions, **ready.versions} if name not in MACHINE_VERSIONS]
+    changed = differences({**record.versions}, {**ready.versions}, compared)
+    if record.policy != ready.policy:
+        changed = ", ".join(
+            filter(
+                None, [changed, differences(record.policy, ready.policy, {**record.policy, **ready.policy})]
+            )
+        )
+    if changed:
+        raise RsdError(
+            f"{directory} was begun with something else ({changed}); "
+            "choose another --output, or --overwrite to delete it"
+        )
+
+
+def record_outcome(directory: Path, outcome: Outcome) -> None:
+    append_episode(directory / EPISODES_FILE, outcome.result)
+    if outcome.log:
+        job = outcome.job
+        with (directory / ERRORS_FILE).open("a") as log:
+            log.write(f"task {job.task_id}, initial state {job.init_state}\n{outcome.log}\n")

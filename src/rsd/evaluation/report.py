@@ -1,0 +1,155 @@
+"""One table for one or more runs: quantities down, runs across, all held against the first run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.table import Table
+
+from rsd.evaluation.results import (
+    EPISODES_FILE,
+    EpisodeKey,
+    EpisodeResult,
+    RunRecord,
+    read_episodes,
+    read_run_record,
+    scored,
+)
+from rsd.evaluation.statistics import PairedDifference, paired_difference
+from rsd.evaluation.summary import DecodingSummary, SuccessRate, success_rate, summarize_decoding
+from rsd.types import RsdError
+
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A results directory, read. episodes: those that count, errors apart."""
+
+    name: str
+    record: RunRecord
+    episodes: list[EpisodeResult]
+    errors: int
+
+    @property
+    def successes(self) -> dict[EpisodeKey, bool]:
+        return {episode.key: episode.success for episode in self.episodes}
+
+
+def load_run(directory: Path) -> Run:
+    """Read and check a results directory; raises RsdError if it is none or holds no counted episode."""
+    record = read_run_record(directory)
+    results = list(read_episodes(directory / EPISODES_FILE).values())
+    episodes = scored(results)
+    if not episodes:
+        raise RsdError(f"{directory}: no finished episode; run the `rsd eval` command that made it again")
+    decode, rule = episodes[0].decode, episodes[0].acceptance
+    return Run(f"{decode} ({rule})" if rule else decode, record, episodes, len(results) - len(episodes))
+
+
+def load_runs(directories: Sequence[Path]) -> list[Run]:
+    """Read several directories; runs of the same decoding are told apart by their directories' names."""
+    runs = [load_run(directory) for directory in directories]
+    names = [run.name for run in runs]
+    return [
+        run if names.count(run.name) == 1 else replace(run, name=f"{directory.name}: {run.name}")
+        for run, directory in zip(runs, directories, strict=True)
+    ]
+
+
+def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(quantity, one cell a run). Rows that are empty for every run are left out."""
+    decodings = [summarize_decoding(run.episodes) for run in runs]
+    pairs = [paired_difference(runs[0].successes, run.successes) for run in runs[1:]]
+    rows = [
+        ("success", [success_cell(success_rate(run.episodes)) for run in runs]),
+        ("paired difference", [ABSENT, *map(difference_cell, pairs)]),
+        ("McNemar p", [ABSENT, *(f"{pair.p_value:.2g} (n = {pair.pairs})" for pair in pairs)]),
+        ("latency per chunk, p50", [milliseconds(decoding, "p50") for decoding in decodings]),
+        ("latency per chunk, p95", [milliseconds(decoding, "p95") for decoding in decodings]),
+        ("speed-up of p50", [ABSENT, *(speedup(decodings[0], other) for other in decodings[1:])]),
+        ("passes of the main per chunk", [passes_cell(decoding) for decoding in decodings]),
+        ("draft tokens accepted", [percent(decoding.acceptance_rate) for decoding in decodings]),
+        ("accepted per level", [level_cell(decoding.acceptance_per_level) for decoding in decodings]),
+        ("mean acceptance length", [number(decoding.mean_acceptance_length) for decoding in decodings]),
+        ("steps per success", [number(mean_steps(run.episodes)) for run in runs]),
+        ("chunks timed", [str(decoding.chunks) for decoding in decodings]),
+        ("episodes with an error", [str(run.errors) if run.errors else ABSENT for run in runs]),
+    ]
+    return [(label, cells) for label, cells in rows if any(cell != ABSENT for cell in cells)]
+
+
+def rich_table(runs: Sequence[Run]) -> Table:
+    table = Table(title=title(runs), title_justify="left", title_style="bold")
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.name, justify="right", style="bold" if run is not runs[0] else "")
+    for label, cells in table_rows(runs):
+        table.add_row(label, *cells)
+    return table
+
+
+def markdown_table(runs: Sequence[Run]) -> str:
+    lines = [
+        "| " + " | ".join(["", *(run.name for run in runs)]) + " |",
+        "|---|" + "---:|" * len(runs),
+        *("| " + " | ".join([label, *cells]) + " |" for label, cells in table_rows(runs)),
+    ]
+    return f"{title(runs)}\n\n" + "\n".join(lines) + "\n"
+
+
+def title(runs: Sequence[Run]) -> str:
+    """Suites and sizes; where the runs differ in them it says so, because then only pairs can be compared."""
+    suites = sorted({episode.suite for run in runs for episode in run.episodes})
+    sizes = [len(run.episodes) for run in runs]
+    tasks = sorted({(episode.suite, episode.task_id) for run in runs for episode in run.episodes})
+    episodes = (
+        f"{sizes[0]} episodes each" if len(set(sizes)) == 1 else f"{' / '.join(map(str, sizes))} episodes"
+    )
+    return f"{', '.join(suites)}: {len(tasks)} task{'s' if len(tasks) != 1 else ''}, {episodes}"
+
+
+def success_cell(rate: SuccessRate) -> str:
+    return (
+        f"{rate.successes}/{rate.n} = {100 * rate.successes / rate.n:.1f} % "
+        f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+    )
+
+
+def difference_cell(pair: PairedDifference) -> str:
+    return f"{100 * pair.difference:+.1f} points (+{pair.only_second} -{pair.only_first})"
+
+
+def milliseconds(decoding: DecodingSummary, point: str) -> str:
+    total = decoding.latency_ms.get("total")
+    return f"{total[point]:.1f} ms" if total else ABSENT
+
+
+def speedup(first: DecodingSummary, other: DecodingSummary) -> str:
+    totals = [decoding.latency_ms.get("total") for decoding in (first, other)]
+    if totals[0] is None or totals[1] is None or not totals[1]["p50"]:
+        return ABSENT
+    return f"{totals[0]['p50'] / totals[1]['p50']:.2f}x"
+
+
+def passes_cell(decoding: DecodingSummary) -> str:
+    return f"{decoding.prefills_per_chunk:.3g} prefill + {decoding.main_passes_per_chunk:.3g}"
+
+
+def level_cell(rates: Sequence[float]) -> str:
+    return " / ".join(f"{100 * rate:.0f} %" for rate in rates) or ABSENT
+
+
+def percent(rate: float | None) -> str:
+    return ABSENT if rate is None else f"{100 * rate:.1f} %"
+
+
+def number(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.1f}"
+
+
+def mean_steps(episodes: Sequence[EpisodeResult]) -> float | None:
+    steps = [episode.steps for episode in episodes if episode.success]
+    return sum(steps) / len(steps) if steps else None

@@ -1,0 +1,222 @@
+"""Results on disk: `config.json` (what the run is) and `episodes.jsonl` (one flushed line an episode).
+
+Reading is strict. A file that is cut off, of another format version, of another run or with a number that is
+not finite is refused with a message that says where; the one exception is the last line of `episodes.jsonl`,
+which a killed run may leave half written: it is dropped with a warning and its episode is run again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import types
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from rsd.types import RsdError
+
+FORMAT = 1
+EPISODES_FILE = "episodes.jsonl"
+CONFIG_FILE = "config.json"
+SUMMARY_FILE = "summary.json"
+STEP_LIMIT = "step limit"
+ERROR_PREFIX = "error: "
+
+Record = TypeVar("Record")
+EpisodeKey = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One episode: what was run, how it ended, and how its chunks were decoded.
+
+    steps: environment steps after the wait steps. chunks: predictions made.
+    failure: "" on success, "step limit", or "error: ..." for an exception of policy or simulator: such an
+        episode says nothing about the policy and is counted apart.
+    latency_ms: per stage and `total`, one number a chunk in the order of the chunks (ms).
+    num_draft_tokens / num_accepted_tokens: per level, summed over chunks; empty without a draft.
+    num_drafts: chunks that drafted. accepted_levels: accepted prefix, one number a drafted chunk.
+    prefills / main_passes: passes of the main model, prefills and those after them, summed over chunks.
+    wall_s: reset, predictions and simulation together.
+    """
+
+    suite: str
+    task_id: int
+    task_name: str
+    instruction: str
+    init_state: int
+    seed: int
+    decode: str
+    acceptance: str
+    success: bool
+    steps: int
+    chunks: int
+    failure: str
+    latency_ms: dict[str, list[float]]
+    num_drafts: int
+    num_draft_tokens: list[int]
+    num_accepted_tokens: list[int]
+    accepted_levels: list[int]
+    prefills: int
+    main_passes: int
+    wall_s: float
+
+    @property
+    def key(self) -> EpisodeKey:
+        return (self.suite, self.task_id, self.init_state)
+
+    @property
+    def is_error(self) -> bool:
+        return self.failure.startswith(ERROR_PREFIX)
+
+    def check(self, where: str) -> None:
+        """Raises RsdError where the numbers of the episode contradict each other."""
+        contradictions = {
+            "a success with a failure reason, or a failure without one": self.success == bool(self.failure),
+            f"a failure that is neither '{STEP_LIMIT}' nor '{ERROR_PREFIX}...'": not (
+                self.failure in ("", STEP_LIMIT) or self.is_error
+            ),
+            "latencies that are not one number a chunk": any(
+                len(values) != self.chunks for values in self.latency_ms.values()
+            ),
+            "drafted and accepted tokens of different numbers of levels": len(self.num_draft_tokens)
+            != len(self.num_accepted_tokens),
+            "more accepted than drafted tokens": any(
+                accepted > drafted
+                for drafted, accepted in zip(self.num_draft_tokens, self.num_accepted_tokens, strict=False)
+            ),
+            "accepted levels that are not one number a drafted chunk": len(self.accepted_levels)
+            != self.num_drafts,
+        }
+        found = [name for name, holds in contradictions.items() if holds]
+        if found:
+            raise RsdError(
+                f"{where}: the record holds {found[0]}; it was not written by this program as it stands"
+            )
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """`config.json`: the options of a run, its hash, and what the episodes were made with."""
+
+    config: dict[str, Any]
+    config_hash: str
+    versions: dict[str, str]
+    policy: dict[str, Any]
+
+
+def _matches(value: Any, expected: Any) -> bool:
+    """Whether a JSON value has the annotated type; an integer passes for a float, a bool for neither."""
+    if expected is Any:
+        return True
+    origin, arguments = get_origin(expected), get_args(expected)
+    if isinstance(expected, types.UnionType):
+        return any(_matches(value, argument) for argument in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_matches(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_matches(item, arguments[1]) for item in value.values())
+    if expected is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, expected)
+
+
+def decode_record(kind: type[Record], text: str, where: str) -> Record:
+    """Parse one JSON object written by `encode_record`; raises RsdError naming `where` for anything else."""
+
+    def refuse_constant(name: str) -> None:
+        raise RsdError(f"{where}: holds {name}; every number of a results file is finite")
+
+    try:
+        values = json.loads(text, parse_constant=refuse_constant)
+    except json.JSONDecodeError as error:
+        raise RsdError(f"{where}: not valid JSON ({error}); the file is cut off or was edited") from error
+    if not isinstance(values, dict):
+        raise RsdError(f"{where}: expected a JSON object, found {type(values).__name__}")
+    version = values.pop("format", None)
+    if version != FORMAT:
+        raise RsdError(
+            f"{where}: results format {version!r}, this program reads format {FORMAT}; run it again"
+        )
+    hints = get_type_hints(kind)
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if values.keys() != names:
+        missing, surplus = sorted(names - values.keys()), sorted(values.keys() - names)
+        raise RsdError(f"{where}: not a {kind.__name__}: missing {missing}, unknown {surplus}")
+    for name, value in values.items():
+        if not _matches(value, hints[name]):
+            raise RsdError(f"{where}: field {name}: expected {hints[name]}, found {value!r}")
+    return kind(**values)
+
+
+def encode_record(record: Any, indent: int | None = None) -> str:
+    """A dataclass as JSON with its format version; raises ValueError on NaN or infinity."""
+    return json.dumps({"format": FORMAT, **asdict(record)}, allow_nan=False, indent=indent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write through a temporary file: a reader, or a kill, meets the old content or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_run_record(directory: Path) -> RunRecord:
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise RsdError(
+            f"{directory}: not a results directory: it has no {CONFIG_FILE}; write one with `rsd eval`"
+        )
+    return decode_record(RunRecord, path.read_text(), str(path))
+
+
+def append_episode(path: Path, result: EpisodeResult) -> None:
+    """Append one line and force it to the disk: once this returns, a kill cannot lose the episode."""
+    with path.open("a") as file:
+        file.write(encode_record(result) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_episodes(path: Path) -> dict[EpisodeKey, EpisodeResult]:
+    """All episodes of a run by key. A rerun supersedes an error episode; any other repetition is refused.
+
+    Warns (UserWarning) and leaves out a last line without its newline: that line was cut off.
+    Raises RsdError for every other defect.
+    """
+    if not path.is_file():
+        return {}
+    *lines, rest = path.read_text().split("\n")
+    if rest:
+        warnings.warn(f"{path}: the last line is cut off; its episode will be run again", stacklevel=2)
+    episodes: dict[EpisodeKey, EpisodeResult] = {}
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        result = decode_record(EpisodeResult, line, where)
+        result.check(where)
+        earlier = episodes.get(result.key)
+        if earlier is not None and not earlier.is_error:
+            raise RsdError(
+                f"{where}: task {result.task_id}, initial state {result.init_state} is recorded twice"
+            )
+        episodes[result.key] = result
+    return episodes
+
+
+def drop_cut_off_line(path: Path) -> None:
+    """Take off the half-written last line of an interrupted run, so that appending starts on a new one."""
+    content = path.read_bytes() if path.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def scored(episodes: Iterable[EpisodeResult]) -> list[EpisodeResult]:
+    """The episodes that say something about the policy: all but the errors."""
+    return [episode for episode in episodes if not episode.is_error]

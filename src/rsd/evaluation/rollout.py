@@ -1,0 +1,144 @@
+"""One closed-loop episode: observe, predict a chunk, execute it, until success or the step limit."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rsd.evaluation.results import ERROR_PREFIX, STEP_LIMIT, EpisodeResult
+from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, Policy, RsdError
+
+WARMUP_PREDICTIONS = 2  # first predictions pay for lazy initialisation, allocation and compilation
+
+
+class Environment(Protocol):
+    """What an episode needs of a simulator (`rsd.sim.libero.LiberoEnv`)."""
+
+    instruction: str
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Initial state options["init_state"], after the wait steps."""
+        ...
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]: ...
+
+    def step_chunk(self, actions: NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Execute [H, 7] open loop; stops early at success (terminated) or at the step limit (truncated).
+
+        info["steps"]: how many of the H actions were executed.
+        """
+        ...
+
+    def observation(self) -> Observation: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """An episode's result, and the actions executed in each chunk, each float32 [<= H, 7], to replay it."""
+
+    result: EpisodeResult
+    actions: tuple[NDArray[np.float32], ...]
+    traceback: str = ""
+
+
+def run_episode(
+    env: Environment,
+    policy: Policy,
+    *,
+    suite: str,
+    task_id: int,
+    task_name: str,
+    init_state: int,
+    seed: int,
+    decode: str,
+    warmup: int = 0,
+) -> Rollout:
+    """Run one episode from a fixed initial state; its outcome depends on nothing that ran before it.
+
+    warmup: predictions made and thrown away before the first step, so that they are in no latency.
+    An exception of policy or simulator ends the episode and is recorded as an error, which is not a failure
+    of the policy: no other action is ever executed in place of a prediction.
+    """
+    start = time.perf_counter()
+    stats: list[ChunkStats] = []
+    executed: list[NDArray[np.float32]] = []
+    success, failure, trace = False, "", ""
+    try:
+        env.reset(options={"init_state": init_state})
+        for _ in range(warmup):
+            policy.predict(env.observation())
+        torch.manual_seed(episode_seed(seed, task_id, init_state))
+        done = False
+        while not done:
+            chunk = checked_chunk(policy.predict(env.observation()))
+            stats.append(chunk.stats)
+            _, _, terminated, truncated, info = env.step_chunk(chunk.actions)
+            executed.append(chunk.actions[: info["steps"]].copy())
+            success, done = bool(terminated), bool(terminated or truncated)
+        failure = "" if success else STEP_LIMIT
+    except Exception as error:
+        success, trace = False, traceback.format_exc()
+        failure = f"{ERROR_PREFIX}{type(error).__name__}: {' '.join(str(error).split())}"
+    result = EpisodeResult(
+        suite=suite,
+        task_id=task_id,
+        task_name=task_name,
+        instruction=env.instruction,
+        init_state=init_state,
+        seed=seed,
+        decode=decode,
+        acceptance=stats[0].acceptance if stats else "",
+        success=success,
+        steps=sum(len(actions) for actions in executed),
+        chunks=len(stats),
+        failure=failure,
+        latency_ms=latency_by_stage(stats),
+        num_drafts=sum(bool(chunk.num_draft_tokens) for chunk in stats),
+        num_draft_tokens=sum_per_level(chunk.num_draft_tokens for chunk in stats),
+        num_accepted_tokens=sum_per_level(chunk.num_accepted_tokens for chunk in stats),
+        accepted_levels=[chunk.accepted_levels for chunk in stats if chunk.num_draft_tokens],
+        prefills=sum(chunk.prefills for chunk in stats),
+        main_passes=sum(chunk.main_passes for chunk in stats),
+        wall_s=time.perf_counter() - start,
+    )
+    return Rollout(result, tuple(executed), trace)
+
+
+def checked_chunk(chunk: ActionChunk) -> ActionChunk:
+    """The chunk itself; raises RsdError unless its actions are finite, [H >= 1, 7] and in [-1, 1]."""
+    actions = chunk.actions
+    if actions.ndim != 2 or actions.shape[0] < 1 or actions.shape[1] != ACTION_DIM:
+        raise RsdError(f"policy: expected an action chunk [H, {ACTION_DIM}], found {list(actions.shape)}")
+    if not np.isfinite(actions).all():
+        raise RsdError("policy: the action chunk holds NaN or infinity")
+    if np.abs(actions).max() > 1.0:
+        raise RsdError(f"policy: actions are to lie in [-1, 1], found one of {np.abs(actions).max():.4g}")
+    return chunk
+
+
+def episode_seed(seed: int, task_id: int, init_state: int) -> int:
+    """A policy's own seed for one episode: independent of the worker and of the order of the episodes."""
+    return int(np.random.SeedSequence([seed, task_id, init_state]).generate_state(1)[0])
+
+
+def latency_by_stage(stats: list[ChunkStats]) -> dict[str, list[float]]:
+    """Stage -> one number a chunk (ms); a stage that a chunk did without took it 0 ms."""
+    stages = dict.fromkeys(stage for chunk in stats for stage in chunk.latency_ms)
+    return {stage: [float(chunk.latency_ms.get(stage, 0.0)) for chunk in stats] for stage in stages}
+
+
+def sum_per_level(counts: Iterable[list[int]]) -> list[int]:
+    """Sum count lists level by level; a chunk that stopped at a coarser level counts 0 below it."""
+    return [int(sum(level)) for level in zip_longest(*counts, fillvalue=0)]

@@ -1,0 +1,156 @@
+"""From episodes to the numbers of a run: success with its interval, latency, acceptance, passes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from rsd.evaluation.results import EpisodeResult, RunRecord, scored
+from rsd.evaluation.statistics import percentiles, wilson
+
+
+@dataclass(frozen=True)
+class SuccessRate:
+    """successes of n episodes; low and high: Wilson 95 % interval, in [0, 1]."""
+
+    successes: int
+    n: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """mean_success_steps: environment steps of the successful episodes; None without one."""
+
+    suite: str
+    task_id: int
+    instruction: str
+    success: SuccessRate
+    errors: int
+    mean_success_steps: float | None
+
+
+@dataclass(frozen=True)
+class DecodingSummary:
+    """How the chunks of a run were decoded; counts are named as in vLLM, levels are its positions.
+
+    latency_ms: stage -> {"p50", "p95"} over all chunks (ms). acceptance_rate: accepted / drafted tokens.
+    acceptance_per_level: the same for each drafted level.
+    mean_acceptance_length: 1 + mean accepted levels a draft.
+    accepted_levels: how many drafts had their first 0, 1, 2, ... levels accepted.
+    The acceptance fields are None or empty for a strategy without a draft.
+    """
+
+    chunks: int
+    latency_ms: dict[str, dict[str, float]]
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    acceptance_rate: float | None
+    acceptance_per_level: list[float]
+    mean_acceptance_length: float | None
+    accepted_levels: list[int]
+    prefills_per_chunk: float
+    main_passes_per_chunk: float
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """`summary.json`. wall_time_s: of the last invocation; episode_time_s: summed over episodes.
+
+    errors: episodes that ended in an exception; they are in none of the other numbers.
+    """
+
+    config: dict[str, Any]
+    config_hash: str
+    versions: dict[str, str]
+    policy: dict[str, Any]
+    episodes: int
+    errors: int
+    success: SuccessRate
+    tasks: list[TaskSummary]
+    decoding: DecodingSummary
+    num_workers: int
+    wall_time_s: float
+    episode_time_s: float
+
+
+def success_rate(episodes: Sequence[EpisodeResult]) -> SuccessRate:
+    successes = sum(episode.success for episode in episodes)
+    return SuccessRate(successes, len(episodes), *wilson(successes, len(episodes)))
+
+
+def summarize_tasks(episodes: Iterable[EpisodeResult]) -> list[TaskSummary]:
+    by_task: dict[tuple[str, int], list[EpisodeResult]] = {}
+    for episode in episodes:
+        by_task.setdefault((episode.suite, episode.task_id), []).append(episode)
+    tasks = []
+    for (suite, task_id), group in sorted(by_task.items()):
+        steps = [episode.steps for episode in group if episode.success]
+        tasks.append(
+            TaskSummary(
+                suite=suite,
+                task_id=task_id,
+                instruction=group[0].instruction,
+                success=success_rate(scored(group)),
+                errors=sum(episode.is_error for episode in group),
+                mean_success_steps=sum(steps) / len(steps) if steps else None,
+            )
+        )
+    return tasks
+
+
+def summarize_decoding(episodes: Sequence[EpisodeResult]) -> DecodingSummary:
+    """episodes: those that count (`results.scored`)."""
+    latencies: dict[str, list[float]] = {}
+    histogram: Counter[int] = Counter()
+    for episode in episodes:
+        histogram.update(episode.accepted_levels)
+        for stage, values in episode.latency_ms.items():
+            latencies.setdefault(stage, []).extend(values)
+    chunks = sum(episode.chunks for episode in episodes)
+    num_drafts = sum(episode.num_drafts for episode in episodes)
+    drafted = [sum(level) for level in zip_longest(*(e.num_draft_tokens for e in episodes), fillvalue=0)]
+    accepted = [sum(level) for level in zip_longest(*(e.num_accepted_tokens for e in episodes), fillvalue=0)]
+    accepted_levels = sum(length * count for length, count in histogram.items())
+    return DecodingSummary(
+        chunks=chunks,
+        latency_ms={
+            stage: dict(zip(("p50", "p95"), percentiles(values), strict=True))
+            for stage, values in latencies.items()
+            if values
+        },
+        num_drafts=num_drafts,
+        num_draft_tokens=sum(drafted),
+        num_accepted_tokens=sum(accepted),
+        acceptance_rate=sum(accepted) / sum(drafted) if sum(drafted) else None,
+        acceptance_per_level=[a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)],
+        mean_acceptance_length=1 + accepted_levels / num_drafts if num_drafts else None,
+        accepted_levels=[histogram[length] for length in range(max(histogram, default=-1) + 1)],
+        prefills_per_chunk=sum(e.prefills for e in episodes) / chunks if chunks else 0.0,
+        main_passes_per_chunk=sum(e.main_passes for e in episodes) / chunks if chunks else 0.0,
+    )
+
+
+def summarize(
+    record: RunRecord, episodes: Sequence[EpisodeResult], num_workers: int, wall_time_s: float
+) -> RunSummary:
+    counted = scored(episodes)
+    return RunSummary(
+        config=record.config,
+        config_hash=record.config_hash,
+        versions=record.versions,
+        policy=record.policy,
+        episodes=len(episodes),
+        errors=len(episodes) - len(counted),
+        success=success_rate(counted),
+        tasks=summarize_tasks(episodes),
+        decoding=summarize_decoding(counted),
+        num_workers=num_workers,
+        wall_time_s=wall_time_s,
+        episode_time_s=sum(episode.wall_s for episode in episodes),
+    )

@@ -1,0 +1,79 @@
+"""Videos of finished episodes, replayed from their executed actions.
+
+The episode itself never renders more than the policy asks for: the simulator repeats bit for bit, so a replay
+shows the same episode, and whether a video is made cannot change a result.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import imageio_ffmpeg  # type: ignore[import-untyped]
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd.evaluation.results import EpisodeResult
+from rsd.evaluation.rollout import Environment, Rollout
+from rsd.types import RsdError
+
+FPS = 20  # LIBERO's control frequency: the video runs in real time
+PANEL = 256  # side of one camera's panel in pixels
+STRIP = 16  # height of the strip below the panels
+NOTHING_DRAFTED = (70, 70, 70)
+REJECTED, ACCEPTED = np.array([200.0, 60.0, 40.0]), np.array([60.0, 170.0, 80.0])
+
+
+def video_name(result: EpisodeResult) -> str:
+    outcome = "success" if result.success else "failure"
+    return f"task{result.task_id:02d}_init{result.init_state:02d}_{outcome}.mp4"
+
+
+def replay_video(env: Environment, rollout: Rollout, path: Path) -> None:
+    """Execute the rollout's actions again, render each step, write an mp4 with both cameras side by side.
+
+    The strip at the bottom has one field a chunk, from red (no drafted level accepted) to green (all),
+    grey where nothing was drafted. Raises RsdError if the replay ends otherwise than the episode did.
+    """
+    result = rollout.result
+    colours = strip_colours(result)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    env.reset(options={"init_state": result.init_state})
+    terminated = False
+    size = (2 * PANEL, PANEL + STRIP)
+    writer = imageio_ffmpeg.write_frames(
+        str(path), size, fps=FPS, macro_block_size=1, ffmpeg_log_level="error"
+    )
+    writer.send(None)  # starts the encoder
+    try:
+        writer.send(frame(env.observation().images, colours, 0))
+        for chunk, actions in enumerate(rollout.actions, start=1):
+            for action in actions:
+                _, _, terminated, _, _ = env.step(action)
+                writer.send(frame(env.observation().images, colours, chunk))
+    finally:
+        writer.close()
+    if terminated != result.success:
+        raise RsdError(
+            f"replay of task {result.task_id}, initial state {result.init_state}: the episode ended in "
+            f"{'success' if result.success else 'failure'}, its replay did not: the simulator does not repeat"
+        )
+
+
+def strip_colours(result: EpisodeResult) -> list[tuple[int, ...]]:
+    """One RGB colour a chunk, by the share of drafted levels that were accepted."""
+    levels = len(result.num_draft_tokens)
+    if len(result.accepted_levels) != result.chunks:
+        return [NOTHING_DRAFTED] * result.chunks
+    shares = [accepted / levels for accepted in result.accepted_levels]
+    return [tuple(int(v) for v in REJECTED + share * (ACCEPTED - REJECTED)) for share in shares]
+
+
+def frame(images: NDArray[np.uint8], colours: list[tuple[int, ...]], chunks: int) -> NDArray[np.uint8]:
+    """Images uint8 [2, S, S, 3] -> frame [PANEL + STRIP, 2 * PANEL, 3] whose strip shows `chunks` fields."""
+    rows = np.arange(PANEL) * images.shape[1] // PANEL  # nearest neighbour, whatever S is
+    panels = np.concatenate([image[rows][:, rows] for image in images], axis=1)
+    strip = np.zeros((STRIP, 2 * PANEL, 3), dtype=np.uint8)
+    edges = np.linspace(0, 2 * PANEL, max(len(colours), 1) + 1).astype(int)
+    for field, colour in enumerate(colours[:chunks]):
+        strip[2:, edges[field] : max(edges[field + 1] - 1, edges[field] + 1)] = colour
+    return np.concatenate([panels, strip])

@@ -1,0 +1,148 @@
+"""A tiny simulator and a scripted policy behind the evaluation's backend, for tests without a simulator.
+
+Task t from initial state k succeeds after 5 + 3 t + k steps; the step limit is 20. `EvalConfig.policy` names
+the policy's behaviour.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from rsd.evaluation.backend import Backend
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.results import EpisodeResult
+from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
+
+STEP_LIMIT = 20
+TASKS = [(task, f"task_{task}", f"do thing {task}") for task in range(6)]
+
+
+class CountingEnv:
+    def __init__(self, suite: str, task_id: int, image_size: int) -> None:
+        self.suite, self.task_id, self.image_size = suite, task_id, image_size
+        self.instruction = TASKS[task_id][2]
+        self.steps = self.needed = self.resets = 0
+        self.executed: list[np.ndarray] = []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        self.steps, self.needed = 0, 5 + 3 * self.task_id + options["init_state"]
+        self.resets += 1
+        self.executed = []
+        return None, {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        return self.step_chunk(action[None])
+
+    def step_chunk(self, actions: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        steps = min(len(actions), self.needed - self.steps, STEP_LIMIT - self.steps)
+        self.steps += steps
+        self.executed.extend(actions[:steps])
+        terminated = self.steps >= self.needed
+        return None, float(terminated), terminated, self.steps >= STEP_LIMIT, {"steps": steps}
+
+    def observation(self) -> Observation:
+        images = np.full((2, self.image_size, self.image_size, 3), self.steps, dtype=np.uint8)
+        state = np.array([self.task_id, self.needed, self.steps, 0, 0, 0, 0, 0], dtype=np.float32)
+        return Observation(images, state, self.instruction)
+
+    def close(self) -> None:
+        pass
+
+
+class ScriptedPolicy:
+    """Chunks of 4; drafts 3 levels of 10 tokens of which 10, 8, 5 are accepted, unless it decodes by `ar`."""
+
+    image_size = 8
+
+    def __init__(self, decode: str = "rsd", behaviour: str = "good") -> None:
+        self.decode, self.behaviour, self.predictions = decode, behaviour, 0
+
+    def predict(self, observation: Observation) -> ActionChunk:
+        self.predictions += 1
+        task_id, needed = int(observation.state[0]), int(observation.state[1])
+        self.misbehave(task_id, needed - 5 - 3 * task_id)
+        actions = np.full((4, 7), 0.25, dtype=np.float32)
+        if self.behaviour == "nan":
+            actions[1, 2] = np.nan
+        latency = {"total": float(self.predictions), "prefill": 0.5}
+        if self.decode == "ar":
+            return ActionChunk(actions, ChunkStats("ar", prefills=1, main_passes=7, latency_ms=latency))
+        stats = ChunkStats(
+            self.decode,
+            "margin",
+            prefills=1,
+            main_passes=1,
+            num_draft_tokens=[10, 10, 10],
+            num_accepted_tokens=[10, 8, 5],
+            accepted_levels=int(observation.state[2]) // 4 % 4,
+            latency_ms=latency,
+        )
+        return ActionChunk(actions, stats)
+
+    def misbehave(self, task_id: int, init_state: int) -> None:
+        name, _, only = self.behaviour.partition(":")
+        if only and only != f"{task_id}.{init_state}":
+            return
+        if name == "raises":
+            raise RuntimeError("the policy broke")
+        if name == "dies":
+            os._exit(3)
+
+
+def list_tasks(suite: str) -> list[tuple[int, str, str]]:
+    return TASKS
+
+
+def count_init_states(suite: str, task_id: int) -> int:
+    return 10
+
+
+def make_env(suite: str, task_id: int, image_size: int) -> CountingEnv:
+    return CountingEnv(suite, task_id, image_size)
+
+
+def make_policy(config: EvalConfig) -> ScriptedPolicy:
+    if config.policy == "missing":
+        raise RsdError("missing: expected a checkpoint directory, found nothing")
+    return ScriptedPolicy(config.decode, config.policy)
+
+
+def describe_policy(config: EvalConfig) -> dict[str, str]:
+    return {"sha256": f"hash of {config.policy.partition(':')[0]}"}
+
+
+def versions(device: str) -> dict[str, str]:
+    return {"simulator": "scripted 1", "cpu": "any"}
+
+
+SCRIPTED = Backend(list_tasks, count_init_states, make_env, make_policy, describe_policy, versions)
+
+
+def episode(task_id: int = 0, init_state: int = 0, **changes: Any) -> EpisodeResult:
+    """A valid result of one drafted chunk, with changes."""
+    values: dict[str, Any] = {
+        "suite": "libero_spatial",
+        "task_id": task_id,
+        "task_name": f"task_{task_id}",
+        "instruction": "do it",
+        "init_state": init_state,
+        "seed": 7,
+        "decode": "rsd",
+        "acceptance": "margin",
+        "success": True,
+        "steps": 8,
+        "chunks": 1,
+        "failure": "",
+        "latency_ms": {"total": [10.0]},
+        "num_drafts": 1,
+        "num_draft_tokens": [10, 10, 10],
+        "num_accepted_tokens": [10, 8, 5],
+        "accepted_levels": [1],
+        "prefills": 1,
+        "main_passes": 1,
+        "wall_s": 1.5,
+    }
+    return EpisodeResult(**{**values, **changes})

@@ -1,0 +1,170 @@
+"""Runs in real worker processes on the scripted backend: resume, scheduling, failures."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from scripted import SCRIPTED
+
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.evaluate import evaluate, plan_episodes
+from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes
+from rsd.evaluation.summary import RunSummary
+from rsd.evaluation.workers import Job, JobQueue, worker_count
+from rsd.types import RsdError
+
+Evaluate = Callable[..., RunSummary]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EvalConfig:
+    return EvalConfig(num_trials=3, tasks="0,2", policy="good", num_workers="1", output=str(tmp_path / "run"))
+
+
+def run(config: EvalConfig, **options: bool) -> tuple[RunSummary, str]:
+    console = Console(file=io.StringIO(), width=200)
+    summary = evaluate(config, backend=SCRIPTED, console=console, **options)
+    return summary, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def outcomes(config: EvalConfig) -> dict[EpisodeKey, EpisodeResult]:
+    """The episodes without what time alone decides."""
+    episodes = read_episodes(config.output_dir / EPISODES_FILE)
+    return {key: replace(result, wall_s=0.0, latency_ms={}) for key, result in episodes.items()}
+
+
+def test_a_run_is_whole_summed_up_and_the_same_with_any_number_of_workers(
+    config: EvalConfig, tmp_path: Path
+) -> None:
+    summary, log = run(config)
+    assert (summary.episodes, summary.errors) == (6, 0)
+    assert (summary.success.successes, summary.success.n) == (6, 6)
+    assert [(task.task_id, task.success.n) for task in summary.tasks] == [(0, 3), (2, 3)]
+    assert summary.decoding.acceptance_per_level == pytest.approx([1.0, 0.8, 0.5])
+    assert "6/6: task 2" in log
+    stored = json.loads((config.output_dir / "summary.json").read_text())
+    assert stored["versions"]["simulator"] == "scripted 1"
+    assert stored["policy"] == {"sha256": "hash of good"}
+    assert stored["config"]["num_trials"] == 3
+
+    two = replace(config, num_workers="2", output=str(tmp_path / "two"))
+    run(two)
+    assert outcomes(two) == outcomes(config)
+
+
+def test_a_killed_run_continues_where_it_was_cut_off(config: EvalConfig) -> None:
+    run(config)
+    whole = outcomes(config)
+    path = config.output_dir / EPISODES_FILE
+    kept = path.read_text().splitlines(keepends=True)[:2]
+    path.write_text("".join(kept) + path.read_text().splitlines()[2][:50])
+    summary, log = run(config)
+    assert "cut off" in log
+    assert "2 of 6 episodes are done, 4 to go" in log
+    assert path.read_text().startswith("".join(kept))
+    assert outcomes(config) == whole
+    assert summary.episodes == 6
+    untouched = path.read_bytes()
+    run(config)
+    assert path.read_bytes() == untouched
+
+
+def test_another_run_in_the_directory_is_kept_unless_overwritten(config: EvalConfig) -> None:
+    small = replace(config, num_trials=1, tasks="0")
+    run(small)
+    other = replace(small, decode="ar")
+    with pytest.raises(RsdError, match=r"decode 'rsd' there, 'ar' here.*--output.*--overwrite"):
+        run(other)
+    bystander = config.output_dir / "notes.txt"
+    bystander.write_text("keep me")
+    summary, _ = run(other, overwrite=True)
+    assert [result.decode for result in read_episodes(config.output_dir / EPISODES_FILE).values()] == ["ar"]
+    assert summary.decoding.acceptance_rate is None
+    assert bystander.read_text() == "keep me"
+
+
+def test_a_changed_checkpoint_is_not_mixed_in(config: EvalConfig) -> None:
+    small = replace(config, num_trials=2, tasks="0")
+    run(small)
+    path = small.output_dir / EPISODES_FILE
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    record = small.output_dir / "config.json"
+    record.write_text(record.read_text().replace("hash of good", "hash of yesterday"))
+    with pytest.raises(RsdError, match="sha256 'hash of yesterday' there, 'hash of good' here"):
+        run(small)
+    assert len(read_episodes(path)) == 1
+
+
+@pytest.mark.parametrize(("behaviour", "reason"), [("raises", "the policy broke"), ("dies", "exit code 3")])
+def test_an_error_is_no_failure_of_the_policy_and_is_run_again(
+    config: EvalConfig, behaviour: str, reason: str
+) -> None:
+    broken = replace(config, policy=f"{behaviour}:0.1")
+    summary, log = run(broken)
+    assert (summary.episodes, summary.errors, summary.success.n, summary.success.successes) == (6, 1, 5, 5)
+    assert reason in log
+    assert reason in (broken.output_dir / "errors.log").read_text()
+    lines = len((broken.output_dir / EPISODES_FILE).read_text().splitlines())
+    summary, _ = run(broken)
+    assert len((broken.output_dir / EPISODES_FILE).read_text().splitlines()) == lines + 1
+    assert (summary.episodes, summary.errors) == (6, 1)
+
+
+def test_a_policy_that_cannot_be_loaded_stops_the_run(config: EvalConfig) -> None:
+    with pytest.raises(RsdError, match="expected a checkpoint directory"):
+        run(replace(config, policy="missing"))
+    assert not (config.output_dir / EPISODES_FILE).exists()
+
+
+def test_plans_name_what_does_not_exist(config: EvalConfig) -> None:
+    assert len(plan_episodes(replace(config, tasks="all"), SCRIPTED)) == 18
+    assert [job.init_state for job in plan_episodes(replace(config, tasks="1", init_states=7), SCRIPTED)] == [
+        7,
+        8,
+        9,
+    ]
+    with pytest.raises(RsdError, match="has tasks 0 to 5"):
+        plan_episodes(replace(config, tasks="0,6"), SCRIPTED)
+    with pytest.raises(RsdError, match="has 10 initial states"):
+        plan_episodes(replace(config, init_states=8), SCRIPTED)
+
+
+jobs_by_task = st.lists(st.integers(1, 6), min_size=1, max_size=8)
+
+
+@given(jobs_by_task, st.integers(1, 5), st.randoms())
+def test_every_job_is_taken_once_and_tasks_stay_together(
+    counts: list[int], workers: int, random: object
+) -> None:
+    jobs = [Job(task, "", "", state) for task, count in enumerate(counts) for state in range(count)]
+    queue, taken, switches = JobQueue(jobs), [], 0
+    current: dict[int, int | None] = dict.fromkeys(range(workers))
+    while current:
+        worker = random.choice(sorted(current))  # type: ignore[attr-defined]
+        job = queue.take(current[worker])
+        if job is None:
+            del current[worker]
+            continue
+        switches += job.task_id != current[worker]
+        current[worker] = job.task_id
+        taken.append(job)
+    assert sorted((job.task_id, job.init_state) for job in taken) == [
+        (job.task_id, job.init_state) for job in jobs
+    ]
+    # A worker changes its task only when that is used up: each but the last worker on a task leaves it once.
+    assert switches <= len(counts) * workers
+    if workers == 1:
+        assert switches == len(counts)
+
+
+def test_worker_count_follows_cores_and_episodes() -> None:
+    assert worker_count("4", 2) == 2
+    assert worker_count("3", 100) == 3
+    assert worker_count("auto", 1000) >= 1
+    assert worker_count("auto", 0) == 1

@@ -1,0 +1,96 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scripted import STEP_LIMIT, CountingEnv, ScriptedPolicy
+
+from rsd.evaluation.rollout import Rollout, checked_chunk, episode_seed, run_episode
+from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
+
+
+def roll(env: CountingEnv, policy: Any, init_state: int = 0, warmup: int = 0, decode: str = "rsd") -> Rollout:
+    return run_episode(
+        env,
+        policy,
+        suite="any",
+        task_id=env.task_id,
+        task_name="a task",
+        init_state=init_state,
+        seed=7,
+        decode=decode,
+        warmup=warmup,
+    )
+
+
+def test_a_success_stops_inside_its_chunk_and_counts_only_executed_steps() -> None:
+    rollout = roll(CountingEnv("any", 0, 8), ScriptedPolicy())
+    result = rollout.result
+    assert (result.success, result.failure, result.steps, result.chunks) == (True, "", 5, 2)
+    assert [len(actions) for actions in rollout.actions] == [4, 1]
+    assert result.num_draft_tokens == [20, 20, 20]
+    assert result.num_accepted_tokens == [20, 16, 10]
+    assert result.accepted_levels == [0, 1]
+    assert (result.prefills, result.main_passes, result.acceptance) == (2, 2, "margin")
+    result.check("here")
+
+
+def test_the_step_limit_is_a_failure_of_the_policy() -> None:
+    result = roll(CountingEnv("any", 5, 8), ScriptedPolicy(), init_state=3).result
+    assert (result.success, result.failure, result.steps) == (False, "step limit", STEP_LIMIT)
+    assert not result.is_error
+
+
+def test_without_a_draft_there_is_no_acceptance() -> None:
+    result = roll(CountingEnv("any", 0, 8), ScriptedPolicy("ar"), decode="ar").result
+    assert (result.num_drafts, result.num_draft_tokens, result.accepted_levels) == (0, [], [])
+    assert result.main_passes == 14
+
+
+def test_warm_up_predictions_are_in_no_latency() -> None:
+    cold = roll(CountingEnv("any", 0, 8), ScriptedPolicy()).result
+    warm = roll(CountingEnv("any", 0, 8), ScriptedPolicy(), warmup=2).result
+    assert cold.latency_ms["total"] == [1.0, 2.0]  # the scripted latency is the number of the prediction
+    assert warm.latency_ms["total"] == [3.0, 4.0]
+    assert warm.chunks == cold.chunks
+
+
+@pytest.mark.parametrize(("behaviour", "reason"), [("raises", "the policy broke"), ("nan", "NaN")])
+def test_a_broken_policy_is_an_error_episode_and_moves_nothing(behaviour: str, reason: str) -> None:
+    env = CountingEnv("any", 0, 8)
+    rollout = roll(env, ScriptedPolicy(behaviour=behaviour))
+    assert rollout.result.is_error
+    assert reason in rollout.result.failure
+    assert "Traceback" in rollout.traceback
+    assert env.executed == []
+    rollout.result.check("here")
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [np.zeros(7), np.zeros((0, 7)), np.zeros((4, 6)), np.full((4, 7), 1.5), np.full((4, 7), np.inf)],
+)
+def test_chunks_that_are_no_actions_are_refused(actions: np.ndarray) -> None:
+    with pytest.raises(RsdError, match="policy"):
+        checked_chunk(ActionChunk(actions, ChunkStats("rsd")))
+
+
+class SamplingPolicy(ScriptedPolicy):
+    def predict(self, observation: Observation) -> ActionChunk:
+        chunk = super().predict(observation)
+        return ActionChunk(torch.rand(4, 7).numpy(), chunk.stats)
+
+
+def test_an_episode_does_not_depend_on_what_ran_before_it() -> None:
+    env, policy = CountingEnv("any", 1, 8), SamplingPolicy()
+    alone = roll(env, policy, init_state=2)
+    roll(env, policy, init_state=3)
+    again = roll(env, policy, init_state=2, warmup=2)
+    assert all(np.array_equal(a, b) for a, b in zip(alone.actions, again.actions, strict=True))
+    other = roll(env, policy, init_state=3)
+    assert not np.array_equal(alone.actions[0], other.actions[0])
+
+
+def test_episode_seeds_differ() -> None:
+    seeds = {episode_seed(seed, task, state) for seed in (0, 7) for task in range(10) for state in range(50)}
+    assert len(seeds) == 2 * 10 * 50

@@ -1,0 +1,52 @@
+from dataclasses import replace
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+from scripted import CountingEnv, ScriptedPolicy, episode
+from test_rollout import roll
+
+from rsd.evaluation.video import NOTHING_DRAFTED, PANEL, STRIP, frame, replay_video, strip_colours, video_name
+from rsd.types import RsdError
+
+
+def test_a_replay_shows_the_start_and_every_step(tmp_path: Path) -> None:
+    env = CountingEnv("any", 2, 8)
+    rollout = roll(env, ScriptedPolicy())
+    path = tmp_path / "videos" / video_name(rollout.result)
+    replay_video(env, rollout, path)
+    frames = imageio.mimread(path, memtest=False)
+    assert len(frames) == rollout.result.steps + 1
+    assert frames[0].shape == (PANEL + STRIP, 2 * PANEL, 3)
+    assert path.name == "task02_init00_success.mp4"
+
+
+def test_a_replay_that_ends_otherwise_is_an_error(tmp_path: Path) -> None:
+    env = CountingEnv("any", 2, 8)
+    rollout = roll(env, ScriptedPolicy())
+    shorter = replace(rollout, actions=rollout.actions[:-1])
+    with pytest.raises(RsdError, match="does not repeat"):
+        replay_video(env, shorter, tmp_path / "video.mp4")
+
+
+def test_the_strip_goes_from_red_to_green_and_is_grey_without_a_draft() -> None:
+    none, some, every = strip_colours(
+        episode(chunks=3, num_drafts=3, accepted_levels=[0, 1, 3], latency_ms={"total": [1.0] * 3})
+    )
+    assert none[0] > some[0] > every[0]
+    assert none[1] < some[1] < every[1]
+    grey = episode(chunks=2, num_drafts=0, accepted_levels=[], num_draft_tokens=[], num_accepted_tokens=[])
+    assert strip_colours(grey) == [NOTHING_DRAFTED] * 2
+
+
+@pytest.mark.parametrize("side", [128, 224, 256])
+def test_a_frame_holds_both_cameras_and_one_field_a_past_chunk(side: int) -> None:
+    images = np.stack([np.full((side, side, 3), value, dtype=np.uint8) for value in (50, 200)])
+    colours = [(255, 0, 0), (0, 255, 0)]
+    drawn = frame(images, colours, chunks=1)
+    assert (drawn[:PANEL, :PANEL] == 50).all()
+    assert (drawn[:PANEL, PANEL:] == 200).all()
+    strip = drawn[PANEL + 2 :]
+    assert (strip[:, : PANEL - 1] == (255, 0, 0)).all()
+    assert (strip[:, PANEL:] == 0).all()
