@@ -1,0 +1,94 @@
+"""The `rsd` command. A command is one module, imported only when called: `rsd --help` loads no torch."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from rsd.cli.parsing import UsageError
+from rsd.types import RsdError
+
+# command -> (module, one line of help); every module has `run(arguments: Sequence[str], prog: str) -> int`.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "eval": ("rsd.cli.eval", "run a policy in LIBERO and measure success, latency and acceptance"),
+    "compare": ("rsd.cli.compare", "one table from several results directories"),
+    "demos collect": ("rsd.cli.demos_collect", "record demonstrations of the scripted expert"),
+    "demos render": ("rsd.cli.demos_render", "add camera images to demonstrations recorded without them"),
+    "train tokenizer": ("rsd.cli.train_tokenizer", "calibrate the residual action tokenizer"),
+    "train policy": ("rsd.cli.train_policy", "train the main model"),
+    "train draft": ("rsd.cli.train_draft", "train the draft model"),
+}
+EXAMPLES = """\
+  rsd eval --task-suite libero_spatial --num-trials 3 --use-speculative-decoding True
+  rsd eval --compare --num-trials 50 --output results/spatial
+  rsd compare results/spatial/ar results/spatial/rsd --markdown"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `rsd`. Exit status: 1 for an error at work, 2 for a bad command line, 130 for Ctrl-C."""
+    sys.exit(dispatch(list(sys.argv[1:] if argv is None else argv)))
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Find the command, run it, turn an error into one line on stderr (RSD_DEBUG=1 shows the traceback)."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print_help()
+        return 0
+    if arguments[0] == "--version":
+        import rsd
+
+        print(f"rsd {rsd.__version__}")
+        return 0
+    prog = "rsd"
+    try:
+        name, rest = find_command(arguments)
+        if name is None:
+            print_help(group=arguments[0])
+            return 0
+        prog = f"rsd {name}"
+        return int(importlib.import_module(COMMANDS[name][0]).run(rest, prog))
+    except (RsdError, UsageError) as error:
+        if os.environ.get("RSD_DEBUG") == "1":
+            raise
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """(command, its arguments); the command is None for the help of a group such as `rsd train`."""
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return name, arguments[words:]
+    members = [command.split()[1] for command in COMMANDS if command.startswith(arguments[0] + " ")]
+    if members:
+        if len(arguments) == 1 or arguments[1] in ("-h", "--help"):
+            return None, []
+        raise UsageError(f"'{arguments[0]} {arguments[1]}': expected {arguments[0]} {' or '.join(members)}")
+    first_words = list(dict.fromkeys(command.split()[0] for command in COMMANDS))
+    near = difflib.get_close_matches(arguments[0], first_words, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise UsageError(f"unknown command '{arguments[0]}': expected one of {', '.join(first_words)}{hint}")
+
+
+def print_help(group: str = "") -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    names = [name for name in COMMANDS if not group or name.startswith(group + " ")]
+    width = max(len(name) for name in names)
+    if not group:
+        console.print("Residual speculative decoding for vision-language-action policies.\n")
+    console.print(f"usage: rsd {group or 'COMMAND'} {escape('[options]') if not group else '...'}\n")
+    for name in names:
+        console.print(f"  [bold]rsd {name.ljust(width)}[/bold]  {COMMANDS[name][1]}")
+    console.print("\n`rsd COMMAND --help` lists a command's options.")
+    if not group:
+        console.print(f"\nexamples:\n{escape(EXAMPLES)}")

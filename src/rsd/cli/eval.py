@@ -1,0 +1,100 @@
+"""`rsd eval`: run a policy in LIBERO, or with --compare the baseline and RSD on the same states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from rsd.cli.parsing import UsageError, check_choice, parse
+from rsd.evaluation.config import EvalConfig
+from rsd.types import RsdError
+
+BASELINE, SPECULATIVE = "ar", "rsd"
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """Run a policy in closed loop in LIBERO.
+
+    Results are written episode by episode; the same command continues an interrupted run.
+    """
+
+    config: Annotated[EvalConfig, tyro.conf.arg(name="")]
+    use_speculative_decoding: Annotated[bool | None, tyro.conf.FlagConversionOff] = None
+    """True is --decode rsd, False is --decode ar; --decode overrides it."""
+    compare: bool = False
+    """Run --decode ar, then rsd, on the same initial states, and print the paired table."""
+    overwrite: bool = False
+    """Delete what --output holds of an earlier run and start from nothing."""
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    try:
+        options = parse(EvalArguments, arguments, prog)
+    except RsdError as error:  # raised by EvalConfig for an option's value
+        raise UsageError(str(error)) from error
+    given = any(argument == "--decode" or argument.startswith("--decode=") for argument in arguments)
+    configs = plan_runs(options, decode_given=given)
+    for config in configs:
+        check_names(config)
+
+    from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
+    from rsd.evaluation.report import load_runs, rich_table
+
+    console = Console(stderr=True)
+    errors = 0
+    for config in configs:
+        summary = evaluate(config, overwrite=options.overwrite, console=console)
+        errors += summary.errors
+        if summary.errors:
+            console.print(
+                f"{summary.errors} episodes ended in an error and count for nothing: see "
+                f"{config.output_dir / ERRORS_FILE}; the same command without --overwrite runs them again",
+                style="red",
+                soft_wrap=True,
+            )
+    directories = [config.output_dir for config in configs]
+    if all(summary_has_episodes(directory) for directory in directories):
+        Console().print(rich_table(load_runs(directories)))
+    console.print("results: " + ", ".join(map(str, directories)), soft_wrap=True, highlight=False)
+    return 1 if errors else 0
+
+
+def plan_runs(options: EvalArguments, decode_given: bool) -> list[EvalConfig]:
+    """The runs that a command line asks for: one, or with --compare the baseline and the speculative one."""
+    config = options.config
+    if options.compare:
+        if decode_given or options.use_speculative_decoding is not None:
+            raise UsageError("--compare runs both ways of decoding: leave --decode and --use-... out")
+        root = config.output_dir if config.output else None
+        runs = [replace(config, decode=decode) for decode in (BASELINE, SPECULATIVE)]
+        runs[0] = replace(runs[0], acceptance="default")  # nothing is accepted without a draft
+        return [replace(run, output=str(root / run.decode)) if root else run for run in runs]
+    if options.use_speculative_decoding is not None and not decode_given:
+        config = replace(config, decode=SPECULATIVE if options.use_speculative_decoding else BASELINE)
+    return [config]
+
+
+def check_names(config: EvalConfig) -> None:
+    """Raises UsageError for a name that nothing is registered under, before anything is started."""
+    from rsd.decoding.acceptance import acceptance_rule
+    from rsd.decoding.strategies import STRATEGIES
+    from rsd.tokenizer.rfsq import RfsqConfig
+
+    check_choice("--decode", config.decode, STRATEGIES)
+    try:
+        if config.acceptance != "default":
+            acceptance_rule(config.acceptance, RfsqConfig())
+    except RsdError as error:
+        raise UsageError(f"--{error}") from error
+
+
+def summary_has_episodes(directory: Path) -> bool:
+    from rsd.evaluation.results import EPISODES_FILE, read_episodes, scored
+
+    return bool(scored(read_episodes(directory / EPISODES_FILE).values()))

@@ -1,0 +1,60 @@
+"""Command lines from annotated functions and dataclasses (tyro), with errors of one line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import tyro
+
+Result = TypeVar("Result")
+
+
+class UsageError(Exception):
+    """A command line that cannot be run; its message says what is allowed."""
+
+
+def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str) -> Result:
+    """Call `target` (a dataclass or a function) with the options in `arguments`.
+
+    Raises UsageError for what tyro refuses; `--help` prints and exits.
+    """
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(target, args=list(arguments), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+    raise UsageError(one_line(messages.getvalue()))
+
+
+def one_line(box: str) -> str:
+    """tyro's message, drawn as a box (UTF-8) or as paragraphs under a title (ASCII) -> its sentence."""
+    paragraphs: list[list[str]] = [[]]
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
+        text = line.strip(" │")
+        if not text.strip("─-╭╮╰╯"):
+            paragraphs.append([])
+        elif text[0] != "╭":
+            paragraphs[-1].append(text)
+    titled = not box.lstrip().startswith("╭")
+    written = [" ".join(lines) for lines in paragraphs if lines][1 if titled else 0 :]
+    if not written:
+        return "the command line is not understood"
+    near = re.search(r"Perhaps you meant:\s+(--\S+)", " ".join(written))
+    return written[0] + (f"; did you mean {near[1]}?" if near else "")
+
+
+def check_choice(option: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises UsageError unless `value` is one of `allowed`; the message names them all and the nearest."""
+    names = list(allowed)
+    if value in names:
+        return
+    near = difflib.get_close_matches(value, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UsageError(f"{option} '{value}': expected one of {', '.join(names)}{hint}")

@@ -1,0 +1,129 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rsd.cli import COMMANDS, dispatch
+from rsd.cli.eval import EvalArguments, plan_runs
+from rsd.cli.parsing import UsageError, check_choice, one_line
+from rsd.evaluation.config import EvalConfig
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = (
+        "import sys; from rsd.cli import dispatch; dispatch(['--help']); "
+        "sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert time.perf_counter() - start < 3.0  # 0.3 s when nothing else runs
+    assert done.returncode == 0, done.stderr
+    assert all(f"rsd {name}" in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["evl"],
+            "rsd: error: unknown command 'evl': expected one of eval, compare, demos, train; did you mean",
+        ),
+        (["train", "polcy"], "rsd: error: 'train polcy': expected train tokenizer or policy or draft"),
+        (["eval", "--num-trials", "x"], "rsd eval: error: Error parsing --num-trials: invalid literal"),
+        (["eval", "--num-trials", "0"], "rsd eval: error: --num-trials 0: expected at least 1"),
+        (["eval", "--tasks", "0,x"], "rsd eval: error: --tasks '0,x': expected all or numbers such as 0,3,5"),
+        (
+            ["eval", "--num-workers", "many"],
+            "rsd eval: error: --num-workers 'many': expected auto or a number",
+        ),
+        (["eval", "--videos", "some"], "rsd eval: error: invalid choice 'some' for argument '--videos'"),
+        (["eval", "--use-speculative-decoding", "maybe"], "rsd eval: error: invalid choice 'maybe'"),
+        (
+            ["eval", "--trials", "3"],
+            "rsd eval: error: Unrecognized options: --trials, 3; did you mean --num-trials?",
+        ),
+        (["eval", "--compare", "--decode", "ar"], "rsd eval: error: --compare runs both ways of decoding"),
+        (["eval", "--decode", "rds"], "rsd eval: error: --decode 'rds': expected one of ar, "),
+        (["eval", "--acceptance", "most"], "rsd eval: error: --acceptance 'most': expected exact, margin, "),
+        (["compare"], "rsd compare: error: expected at least one results directory"),
+    ],
+)
+def test_a_bad_command_line_is_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dispatch(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(message)
+    assert printed.err.count("\n") == 1
+
+
+def test_an_error_at_work_is_one_line_and_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RSD_DEBUG", raising=False)
+    assert dispatch(["compare", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"rsd compare: error: {tmp_path}: not a results directory")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("group", ["demos", "train"])
+def test_a_group_lists_its_commands(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch([group]) == 0
+    printed = capsys.readouterr().out
+    assert all((f"rsd {name} " in printed) == name.startswith(group) for name in COMMANDS)
+
+
+def arguments(config: EvalConfig | None = None, **options: bool) -> EvalArguments:
+    return EvalArguments(config or EvalConfig(), **options)
+
+
+def test_speculative_decoding_names_the_strategy_unless_decode_does() -> None:
+    assert plan_runs(arguments(use_speculative_decoding=False), decode_given=False)[0].decode == "ar"
+    assert plan_runs(arguments(use_speculative_decoding=True), decode_given=False)[0].decode == "rsd"
+    l1 = EvalConfig(decode="l1")
+    assert plan_runs(arguments(l1, use_speculative_decoding=False), decode_given=True)[0].decode == "l1"
+
+
+def test_compare_runs_both_on_the_same_initial_states() -> None:
+    config = EvalConfig(num_trials=3, tasks="1,2", seed=5, acceptance="exact", output="there")
+    baseline, speculative = plan_runs(arguments(config, compare=True), decode_given=False)
+    assert (baseline.decode, speculative.decode) == ("ar", "rsd")
+    assert (str(baseline.output_dir), str(speculative.output_dir)) == ("there/ar", "there/rsd")
+    assert speculative.acceptance == "exact"
+    differing = {name for name in baseline.identity if baseline.identity[name] != speculative.identity[name]}
+    assert differing == {"decode", "acceptance"}
+    scratch = plan_runs(arguments(compare=True), decode_given=False)
+    assert scratch[0].output_dir != scratch[1].output_dir
+
+
+def test_a_name_is_checked_against_all_there_are() -> None:
+    check_choice("--decode", "ar", ["ar", "rsd"])
+    with pytest.raises(UsageError, match=r"--decode 'rds': expected one of ar, rsd; did you mean rsd\?"):
+        check_choice("--decode", "rds", ["ar", "rsd"])
+
+
+UTF8 = """\
+╭─ Unrecognized options ────────────────╮
+│ Unrecognized options: --trials, 3     │
+│ ───────────────────────────────────── │
+│ Perhaps you meant:                    │
+│     --num-trials INT                  │
+╰───────────────────────────────────────╯"""
+ASCII = """\
+ Unrecognized options
+ ---------------------------------------
+  Unrecognized options: --trials, 3
+  ---------------------------------------
+  Perhaps you meant:
+      --num-trials INT
+"""
+
+
+@pytest.mark.parametrize("box", [UTF8, ASCII, UTF8.replace("│ Unr", "│ \x1b[1mUnr")])
+def test_a_box_becomes_its_sentence_however_it_is_drawn(box: str) -> None:
+    assert one_line(box) == "Unrecognized options: --trials, 3; did you mean --num-trials?"
+    assert one_line("╭──╮\n╰──╯") == "the command line is not understood"
