@@ -47,6 +47,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
         (["eval", "--compare", "--decode", "ar"], "rsd eval: error: --compare runs both ways of decoding"),
         (["eval", "--decode", "rds"], "rsd eval: error: --decode 'rds': expected one of ar, "),
         (["eval", "--acceptance", "most"], "rsd eval: error: --acceptance 'most': expected exact, margin, "),
+        (["eval", "--device", "abacus"], "rsd eval: error: --device 'abacus': torch cannot use it here"),
         (["compare"], "rsd compare: error: expected at least one results directory"),
     ],
 )
@@ -75,6 +76,16 @@ def test_a_group_lists_its_commands(group: str, capsys: pytest.CaptureFixture[st
     assert dispatch([group]) == 0
     printed = capsys.readouterr().out
     assert all((f"rsd {name} " in printed) == name.startswith(group) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        dispatch([*name.split(), "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: rsd {name} ")
+    assert "--help" in printed
 
 
 def arguments(config: EvalConfig | None = None, **options: bool) -> EvalArguments:

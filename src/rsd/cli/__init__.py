@@ -7,22 +7,59 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
 
-from rsd.cli.parsing import UsageError
+from rsd.cli.parsing import UsageError, parse
 from rsd.types import RsdError
 
-# command -> (module, one line of help); every module has `run(arguments: Sequence[str], prog: str) -> int`.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "eval": ("rsd.cli.eval", "run a policy in LIBERO and measure success, latency and acceptance"),
-    "compare": ("rsd.cli.compare", "one table from several results directories"),
-    "demos collect": ("rsd.cli.demos_collect", "record demonstrations of the scripted expert"),
-    "demos render": ("rsd.cli.demos_render", "add camera images to demonstrations recorded without them"),
-    "train tokenizer": ("rsd.cli.train_tokenizer", "calibrate the residual action tokenizer"),
-    "train policy": ("rsd.cli.train_policy", "train the main model"),
-    "train draft": ("rsd.cli.train_draft", "train the draft model"),
+
+@dataclass(frozen=True)
+class Command:
+    """A module and what to call in it.
+
+    With `config`, the name of a dataclass there, the command line fills that and `function` gets it. Without,
+    the module is a command's own and `function(arguments, prog)` returns the exit status.
+    """
+
+    help: str
+    module: str
+    function: str = "run"
+    config: str = ""
+
+    def run(self, arguments: list[str], prog: str) -> int:
+        module = importlib.import_module(self.module)
+        function = getattr(module, self.function)
+        if not self.config:
+            return int(function(arguments, prog))
+        function(parse(getattr(module, self.config), arguments, prog))
+        return 0
+
+
+COMMANDS = {
+    "eval": Command("run a policy in LIBERO and measure success, latency and acceptance", "rsd.cli.eval"),
+    "compare": Command("one table from several results directories", "rsd.cli.compare"),
+    "demos collect": Command(
+        "record demonstrations of the scripted expert", "rsd.data.collect", "collect", "CollectConfig"
+    ),
+    "demos render": Command(
+        "add camera images to demonstrations recorded without them",
+        "rsd.data.collect",
+        "render",
+        "RenderConfig",
+    ),
+    "train tokenizer": Command(
+        "calibrate the residual action tokenizer",
+        "rsd.training.tokenizer",
+        "train_tokenizer",
+        "TrainTokenizerConfig",
+    ),
+    "train policy": Command(
+        "train the main model and its draft", "rsd.training.policy", "train_policy", "TrainPolicyConfig"
+    ),
+    "train draft": Command("train a draft alone", "rsd.training.draft", "train_draft", "TrainDraftConfig"),
 }
 EXAMPLES = """\
   rsd eval --task-suite libero_spatial --num-trials 3 --use-speculative-decoding True
@@ -52,7 +89,7 @@ def dispatch(arguments: list[str]) -> int:
             print_help(group=arguments[0])
             return 0
         prog = f"rsd {name}"
-        return int(importlib.import_module(COMMANDS[name][0]).run(rest, prog))
+        return COMMANDS[name].run(rest, prog)
     except (RsdError, UsageError) as error:
         if os.environ.get("RSD_DEBUG") == "1":
             raise
@@ -88,7 +125,7 @@ def print_help(group: str = "") -> None:
         console.print("Residual speculative decoding for vision-language-action policies.\n")
     console.print(f"usage: rsd {group or 'COMMAND'} {escape('[options]') if not group else '...'}\n")
     for name in names:
-        console.print(f"  [bold]rsd {name.ljust(width)}[/bold]  {COMMANDS[name][1]}")
+        console.print(f"  [bold]rsd {name.ljust(width)}[/bold]  {COMMANDS[name].help}")
     console.print("\n`rsd COMMAND --help` lists a command's options.")
     if not group:
         console.print(f"\nexamples:\n{escape(EXAMPLES)}")

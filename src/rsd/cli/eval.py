@@ -34,10 +34,7 @@ class EvalArguments:
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    try:
-        options = parse(EvalArguments, arguments, prog)
-    except RsdError as error:  # raised by EvalConfig for an option's value
-        raise UsageError(str(error)) from error
+    options = parse(EvalArguments, arguments, prog)
     given = any(argument == "--decode" or argument.startswith("--decode=") for argument in arguments)
     configs = plan_runs(options, decode_given=given)
     for config in configs:
@@ -81,7 +78,9 @@ def plan_runs(options: EvalArguments, decode_given: bool) -> list[EvalConfig]:
 
 
 def check_names(config: EvalConfig) -> None:
-    """Raises UsageError for a name that nothing is registered under, before anything is started."""
+    """Raises UsageError for a strategy, rule or device that is not there, before anything is started."""
+    import torch
+
     from rsd.decoding.acceptance import acceptance_rule
     from rsd.decoding.strategies import STRATEGIES
     from rsd.tokenizer.rfsq import RfsqConfig
@@ -92,6 +91,12 @@ def check_names(config: EvalConfig) -> None:
             acceptance_rule(config.acceptance, RfsqConfig())
     except RsdError as error:
         raise UsageError(f"--{error}") from error
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device '{config.device}': torch cannot use it here; --device cpu always works"
+        ) from error
 
 
 def summary_has_episodes(directory: Path) -> bool:

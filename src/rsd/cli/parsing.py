@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import tyro
 
+from rsd.types import RsdError
+
 Result = TypeVar("Result")
 
 
@@ -21,7 +23,7 @@ class UsageError(Exception):
 def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str) -> Result:
     """Call `target` (a dataclass or a function) with the options in `arguments`.
 
-    Raises UsageError for what tyro refuses; `--help` prints and exits.
+    Raises UsageError for what tyro or the dataclass itself refuses; `--help` prints and exits.
     """
     messages = io.StringIO()
     try:
@@ -30,6 +32,8 @@ def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str) ->
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
+    except RsdError as error:
+        raise UsageError(str(error)) from error
     raise UsageError(one_line(messages.getvalue()))
 
 
