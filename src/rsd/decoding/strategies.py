@@ -1,0 +1,222 @@
+"""Decoding strategies: prefix tokens in, one action chunk's tokens out. Each is one short function.
+
+All greedy. Values of motion scalars are in units of the tokenizer's first step D_1, inside this file and the models.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rsd.decoding.acceptance import AcceptanceRule, accepted_prefix
+from rsd.models.draft import DraftModel
+from rsd.models.main import MainModel
+from rsd.models.trunk import KVCache
+from rsd.tokenizer.rfsq import Rfsq
+from rsd.types import RsdError
+
+
+@dataclass
+class Decoded:
+    """value: [B, P] chunk coefficients in first steps; gripper: int [B, H], 1 = close; motion: tokens [B, L, P] or
+    None where a strategy gives no tokens; the rest is counted per sample (see `rsd.types.ChunkStats`)."""
+
+    value: Tensor
+    gripper: Tensor
+    motion: Tensor | None = None
+    main_passes: int = 0
+    num_draft_tokens: list[int] = field(default_factory=list)  # per level
+    accepted: Tensor | None = None  # bool [B, c, P]
+    accepted_gripper: Tensor | None = None  # bool [B, H]
+    accepted_levels: Tensor | None = None  # int [B]
+
+
+class Stopwatch:
+    """Wall time by stage in milliseconds; the device is synchronised at both ends of a stage."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.ms = device, dict[str, float]()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (self._now() - start)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a strategy works with. fine: how `rsd` gets the levels below the draft's, `regress` or `sequential`."""
+
+    main: MainModel
+    draft: DraftModel
+    rule: AcceptanceRule
+    fine: str = "regress"
+
+    @property
+    def code(self) -> Rfsq:
+        """The quantiser in units of D_1."""
+        return Rfsq(self.main.code, torch.ones(1))
+
+
+def ar(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
+    """The baseline: level by level, one pass of the main a level (the first rides in the prefill)."""
+    main, code = decoder.main, decoder.code
+    with watch.stage("prefill"):
+        features, cache = main.prefill(prefix)
+    with watch.stage("decode"):
+        gripper = greedy_gripper(main, features)
+        motion = main.logits(features, 1).argmax(-1).unsqueeze(1)
+        motion, passes = extend_greedily(decoder, motion, gripper, cache)
+        return Decoded(code.dequantise(motion), gripper, motion, passes)
+
+
+def parallel(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
+    """All levels at once from the prefill (the original RFSQ head)."""
+    with watch.stage("prefill"):
+        features, _ = decoder.main.prefill(prefix)
+    with watch.stage("decode"):
+        motion = decoder.main.parallel_logits(features).argmax(-1)
+        return Decoded(decoder.code.dequantise(motion), greedy_gripper(decoder.main, features), motion)
+
+
+def l1(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
+    """Continuous regression in one pass, the bar that OpenVLA-OFT's L1 head sets (arXiv 2502.19645)."""
+    with watch.stage("prefill"):
+        features, _ = decoder.main.prefill(prefix)
+    with watch.stage("decode"):
+        return Decoded(decoder.main.residual(features, 1), greedy_gripper(decoder.main, features))
+
+
+def draft(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
+    """The draft's coarse levels and nothing more: what acceptance without verification would give."""
+    with watch.stage("prefill"):
+        features, _ = decoder.main.prefill(prefix)
+    with watch.stage("draft"):
+        motion, gripper = propose(decoder, features)
+        return Decoded(decoder.code.dequantise(motion), gripper, motion)
+
+
+def rsd(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
+    """The draft proposes the coarse levels 1..c; ONE pass verifies them and yields the fine ones.
+
+    `fine="regress"`: block k+1 has seen just the k accepted levels, so its continuous estimate of what they miss is
+    at hand however many were accepted: never more than one pass. A rule that corrects single tokens keeps all blocks.
+    `fine="sequential"`: the main's own token follows the accepted levels, the rest takes one pass a level; with the
+    rule `exact` the tokens are those of `ar`.
+    """
+    main, code = decoder.main, decoder.code
+    with watch.stage("prefill"):
+        features, cache = main.prefill(prefix)
+    with watch.stage("draft"):
+        drafted, drafted_gripper = propose(decoder, features)
+    with watch.stage("verify"):
+        gripper = greedy_gripper(main, features)  # zero tolerance: the main's own, free with the prefill
+        start = cache.length
+        blocks = [features, *verify(decoder, drafted, gripper, cache)]
+        logits = torch.stack([main.logits(block, i + 1) for i, block in enumerate(blocks)], dim=1)  # [B, c+1, P, K]
+        accepted = decoder.rule.accept(drafted, logits[:, :-1])
+        kept = accepted_prefix(accepted)
+        if decoder.rule.per_scalar:
+            kept = torch.full_like(kept, drafted.shape[1])
+    passes = 1
+    with watch.stage("decode"):
+        if decoder.fine == "regress":
+            value = regress_fine(decoder, drafted, blocks, kept)
+            coarse = torch.where(accepted, drafted, logits[:, :-1].argmax(-1))
+            motion = requantise(code, value, coarse, kept)
+        else:
+            keep = single(kept)
+            motion = torch.cat([drafted[:, :keep], logits[:, keep : keep + 1].argmax(-1)], dim=1)
+            cache.truncate(start + (motion.shape[1] - 1) * main.horizon)
+            motion, more = extend_greedily(decoder, motion, gripper, cache)
+            passes += more
+    decoded = Decoded(code.dequantise(motion), gripper, motion, passes)
+    decoded.num_draft_tokens = [drafted.shape[2]] * drafted.shape[1]
+    decoded.accepted, decoded.accepted_levels = accepted, kept
+    decoded.accepted_gripper = drafted_gripper == gripper
+    return decoded
+
+
+Strategy = Callable[[Decoder, Tensor, Stopwatch], Decoded]
+STRATEGIES: dict[str, Strategy] = {"ar": ar, "parallel": parallel, "l1": l1, "rsd": rsd, "draft": draft}
+
+
+# the steps the strategies are made of ----------------------------------------------------------------------------
+
+
+def greedy_gripper(main: MainModel, features: Tensor) -> Tensor:
+    """Block-1 features -> int64 [B, H], 1 = close."""
+    return (main.gripper_logits(features) > 0).long()
+
+
+def propose(decoder: Decoder, features: Tensor) -> tuple[Tensor, Tensor]:
+    """The draft's greedy symbols [B, c, P] and its gripper [B, H] from the main's block-1 features."""
+    model, code = decoder.draft, decoder.code
+    read, gripper_logits = model.read(features)
+    gripper = (gripper_logits > 0).long()
+    motion = torch.empty(len(read), 0, model_scalars(decoder), dtype=torch.long, device=read.device)
+    for level in range(1, model.config.levels + 1):
+        symbols = model.logits(read, code.dequantise(motion), gripper, level).argmax(-1)
+        motion = torch.cat([motion, symbols.unsqueeze(1)], dim=1)
+    return motion, gripper
+
+
+def verify(decoder: Decoder, drafted: Tensor, gripper: Tensor, cache: KVCache) -> list[Tensor]:
+    """One pass over the blocks 2..c+1 given the drafted levels 1..c -> their features."""
+    code = decoder.code
+    prefixes = [code.dequantise(drafted[:, :level]) for level in range(1, drafted.shape[1] + 1)]
+    return decoder.main.extend(prefixes, gripper, 2, cache)
+
+
+def extend_greedily(
+    decoder: Decoder, motion: Tensor, gripper: Tensor, cache: KVCache
+) -> tuple[Tensor, int]:
+    """Decode the levels that `motion` [B, k, P] lacks, one pass each -> all levels [B, L, P], passes."""
+    main, code, passes = decoder.main, decoder.code, 0
+    for level in range(motion.shape[1] + 1, main.code.levels + 1):
+        (features,) = main.extend([code.dequantise(motion)], gripper, level, cache)
+        motion = torch.cat([motion, main.logits(features, level).argmax(-1).unsqueeze(1)], dim=1)
+        passes += 1
+    return motion, passes
+
+
+def regress_fine(decoder: Decoder, drafted: Tensor, blocks: list[Tensor], kept: Tensor) -> Tensor:
+    """Kept levels plus what the block after them says they miss -> [B, P]; blocks[k] follows k levels."""
+    estimates = torch.stack(
+        [
+            decoder.code.dequantise(drafted[:, :level]) + decoder.main.residual(block, level + 1)
+            for level, block in enumerate(blocks)
+        ],
+        dim=1,
+    )  # [B, c+1, P]
+    return estimates.gather(1, kept[:, None, None].expand(-1, 1, estimates.shape[2])).squeeze(1)
+
+
+def requantise(code: Rfsq, value: Tensor, coarse: Tensor, kept: Tensor) -> Tensor:
+    """Tokens [B, L, P] of `value` that begin with the first kept[b] levels of `coarse` [B, c, P]."""
+    rows = []
+    for v, c, k in zip(value, coarse, kept.tolist(), strict=True):
+        rows.append(torch.cat([c[:k], code.continue_from(v, c[:k])], dim=0))
+    return torch.stack(rows)
+
+
+def single(kept: Tensor) -> int:
+    """The one accepted length; sequential decoding goes sample by sample."""
+    if len(kept) != 1:
+        raise RsdError(f"fine='sequential' decodes one observation at a time, found a batch of {len(kept)}")
+    return int(kept)
+
+
+def model_scalars(decoder: Decoder) -> int:
+    return decoder.main.horizon * decoder.main.motion_dim

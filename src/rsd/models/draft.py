@@ -1,0 +1,48 @@
+"""The draft: a small network on the main's prefill features that proposes the coarse levels, one after another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rsd.models.main import BlockEmbedding, LevelHead
+from rsd.models.trunk import KVCache, Trunk
+from rsd.tokenizer.rfsq import RfsqConfig
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """levels: how many coarse levels are drafted; the rest are sizes."""
+
+    levels: int = 3
+    dim: int = 128
+    layers: int = 2
+    heads: int = 4
+
+
+class DraftModel(nn.Module):
+    """Reads the main's block-1 features [B, H, D_main]; level after level, only H positions wide and without a cache:
+    what the levels so far decode to is all a level needs to know of them."""
+
+    def __init__(
+        self, config: DraftConfig, code: RfsqConfig, horizon: int, motion_dim: int, main_dim: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.features_in = nn.Linear(main_dim, config.dim)
+        self.block = BlockEmbedding(config.dim, horizon, motion_dim, code.levels)
+        self.trunk = Trunk(config.dim, config.layers, config.heads)
+        self.level_head = LevelHead(config.dim, motion_dim, config.levels, code.symbols)
+        self.gripper_head = nn.Linear(config.dim, 1)
+
+    def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Block-1 features of the main -> what `logits` reads [B, H, d], gripper logits [B, H]."""
+        read = self.features_in(features)
+        return read, self.gripper_head(torch.nn.functional.silu(read)).squeeze(-1)
+
+    def logits(self, read: Tensor, prefix: Tensor, gripper: Tensor, level: int) -> Tensor:
+        """Logits [B, H*M, K] of `level`, given what the levels above decode to [B, H*M] and the gripper [B, H]."""
+        x = read + self.block(prefix, gripper, level)
+        return self.level_head(self.trunk(x, KVCache()), level)

@@ -1,0 +1,203 @@
+"""The compact VLA: prefix (images, words, proprioception), then one block of H query positions per residual level.
+
+Block l = 1..L is told what levels < l decode to, and returns, for every scalar, logits of t_l given t_<l and a
+continuous estimate of what is still missing. Attention is causal across blocks and full within one, so one pass over
+several teacher-forced blocks returns all their conditionals: parallel verification. Block 1 rides in the prefill.
+Next-scale prediction as in VAR (arXiv 2404.02905), here over action residuals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rsd.models.text import TextEncoder
+from rsd.models.trunk import KVCache, Trunk
+from rsd.models.vision import CameraEncoder
+from rsd.tokenizer.rfsq import RfsqConfig
+from rsd.types import CAMERAS, STATE_DIM, RsdError
+
+STATE_FEATURES = STATE_DIM + 3  # position 3, two columns of the rotation matrix 6, gripper 2
+FOURIER = 4  # octaves in which a prefix value is shown to a block
+
+
+@dataclass(frozen=True)
+class MainConfig:
+    """Sizes of the main model. image_size in pixels, a multiple of 32; wrist tokens are merged 2 x 2."""
+
+    image_size: int = 128
+    channels: tuple[int, ...] = (32, 64, 128, 256)
+    dim: int = 320
+    layers: int = 8
+    heads: int = 5
+    text_dim: int = 128
+    text_tokens: int = 4
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        # one channel a group crashes PyTorch's CPU backward of GroupNorm on channels-last input (seen with 2.13)
+        if self.image_size % 32 or any(c % 16 for c in self.channels):
+            raise RsdError(f"main model: image_size must be a multiple of 32 and channels of 16, found {self}")
+
+
+class BlockEmbedding(nn.Module):
+    """Query positions of a level's block: what the prefix decodes to so far, the level, the position, the gripper."""
+
+    def __init__(self, dim: int, horizon: int, motion_dim: int, levels: int) -> None:
+        super().__init__()
+        self.value = nn.Linear(motion_dim * (1 + 2 * FOURIER), dim)
+        self.level = nn.Parameter(torch.randn(levels + 1, dim) * 0.02)
+        self.position = nn.Parameter(torch.randn(horizon, dim) * 0.02)
+        self.gripper = nn.Embedding(3, dim)  # open, close, not yet known
+        self.motion_dim = motion_dim
+
+    def forward(self, prefix: Tensor, gripper: Tensor | None, level: int) -> Tensor:
+        """prefix [B, H*M] in first steps, gripper int [B, H] or None at level 1 -> [B, H, D]."""
+        grid = prefix.unflatten(-1, (-1, self.motion_dim))  # [B, H, M]
+        octaves = [torch.pi * 2.0**k * grid for k in range(FOURIER)]
+        value = torch.cat([grid, *(f(o) for o in octaves for f in (torch.sin, torch.cos))], dim=-1)
+        if gripper is None:
+            gripper = torch.full(grid.shape[:2], 2, device=grid.device)
+        embedded = self.value(value.to(self.value.weight.dtype)) + self.gripper(gripper)
+        return embedded + self.level[level - 1] + self.position
+
+
+class LevelHead(nn.Module):
+    """Features [B, H, D] of block `level` -> logits [B, H*M, K] of its symbols."""
+
+    def __init__(self, dim: int, motion_dim: int, levels: int, symbols: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(levels, dim, motion_dim * symbols) * dim**-0.5 * 0.1)
+        self.bias = nn.Parameter(torch.zeros(levels, motion_dim * symbols))
+        self.symbols = symbols
+
+    def forward(self, features: Tensor, level: int) -> Tensor:
+        logits = features @ self.weight[level - 1] + self.bias[level - 1]
+        return logits.unflatten(-1, (-1, self.symbols)).flatten(1, 2)
+
+
+class MainModel(nn.Module):
+    """Main model. All values of motion scalars are in units of the tokenizer's first step D_1.
+
+    `state_mean`, `state_std` [11] normalise the proprioceptive features and are stored with the weights.
+    """
+
+    state_mean: Tensor
+    state_std: Tensor
+
+    def __init__(self, config: MainConfig, code: RfsqConfig, horizon: int, motion_dim: int) -> None:
+        super().__init__()
+        self.config, self.code, self.horizon, self.motion_dim = config, code, horizon, motion_dim
+        dim = config.dim
+        self.text = TextEncoder(config.text_dim, config.text_tokens)
+        self.cameras = nn.ModuleList(CameraEncoder(config.channels, config.text_dim) for _ in CAMERAS)
+        side, last = config.image_size // 16, config.channels[-1]
+        self.image_in = nn.ModuleList([nn.Linear(last, dim), nn.Linear(4 * last, dim)])
+        self.image_position = nn.ParameterList(
+            [nn.Parameter(torch.randn(count, dim) * 0.02) for count in (side**2, side**2 // 4)]
+        )
+        self.text_in = nn.Linear(config.text_dim, dim)
+        self.state_in = nn.Sequential(nn.Linear(STATE_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.block = BlockEmbedding(dim, horizon, motion_dim, code.levels)
+        self.trunk = Trunk(dim, config.layers, config.heads, dropout=config.dropout)
+        self.level_head = LevelHead(dim, motion_dim, code.levels, code.symbols)
+        self.parallel_head = nn.Linear(dim, code.levels * motion_dim * code.symbols)
+        self.gripper_head = nn.Linear(dim, 1)
+        self.residual_head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, motion_dim))
+        self.register_buffer("state_mean", torch.zeros(STATE_FEATURES))
+        self.register_buffer("state_std", torch.ones(STATE_FEATURES))
+
+    # prefix ------------------------------------------------------------------------------------------------------
+
+    def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Word ids [B, 32] -> language tokens [B, N, Dt], condition [B, Dt]; constant over an episode."""
+        tokens, condition = self.text(ids)
+        return tokens, condition
+
+    def embed_prefix(self, images: Tensor, state: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        """images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded text -> prefix tokens [B, N, D]."""
+        tokens, condition = text
+        parts = []
+        for index, camera in enumerate(self.cameras):
+            features = camera(images[:, index], condition)
+            if index == 1:
+                features = merge_2x2(features)
+            parts.append(self.image_in[index](features) + self.image_position[index])
+        normalised = (state - self.state_mean) / self.state_std
+        parts += [self.text_in(tokens), self.state_in(normalised)[:, None]]
+        return torch.cat(parts, dim=1)
+
+    def prefill(self, prefix: Tensor) -> tuple[Tensor, KVCache]:
+        """prefix [B, N, D] -> features of block 1 [B, H, D] and the cache of N + H positions."""
+        batch, length = prefix.shape[:2]
+        nothing = torch.zeros(batch, self.horizon * self.motion_dim, device=prefix.device)
+        queries = self.block(nothing, None, 1)
+        total = length + self.horizon
+        mask = torch.ones(total, total, dtype=torch.bool, device=prefix.device)
+        mask[:length, length:] = False  # the prefix does not see the queries: its cache is the same for all decoders
+        cache = KVCache()
+        hidden = self.trunk(torch.cat([prefix, queries.to(prefix.dtype)], dim=1), cache, mask)
+        return hidden[:, length:], cache
+
+    # blocks ------------------------------------------------------------------------------------------------------
+
+    def extend(self, prefixes: list[Tensor], gripper: Tensor, first_level: int, cache: KVCache) -> list[Tensor]:
+        """ONE pass over the blocks first_level, first_level+1, ...
+
+        prefixes: per block [B, H*M], what the levels above it decode to, in first steps; gripper int [B, H].
+        Returns features [B, H, D] per block. The cache must hold the prefix and the blocks 1..first_level-1.
+        """
+        count, h = len(prefixes), self.horizon
+        x = torch.cat([self.block(p, gripper, first_level + i) for i, p in enumerate(prefixes)], dim=1)
+        mask = None
+        if count > 1:
+            own = torch.ones(count, count, dtype=torch.bool, device=x.device).tril()
+            own = own.repeat_interleave(h, 0).repeat_interleave(h, 1)
+            mask = torch.cat([own.new_ones(count * h, cache.length), own], dim=1)
+        hidden = self.trunk(x, cache, mask)
+        return list(hidden.split(h, dim=1))
+
+    def logits(self, features: Tensor, level: int) -> Tensor:
+        """Features [B, H, D] of block `level` -> logits [B, H*M, K] of its symbols."""
+        return self.level_head(features, level)
+
+    def parallel_logits(self, features: Tensor) -> Tensor:
+        """Features of block 1 [B, H, D] -> logits [B, L, H*M, K] of all levels at once (the original RFSQ head)."""
+        grid = self.parallel_head(features).unflatten(-1, (self.code.levels, self.motion_dim, self.code.symbols))
+        return grid.transpose(1, 2).flatten(2, 3)  # [B, H, L, M, K] -> [B, L, H*M, K]
+
+    def gripper_logits(self, features: Tensor) -> Tensor:
+        """Features of block 1 [B, H, D] -> logits [B, H] that the gripper closes."""
+        return self.gripper_head(features).squeeze(-1)
+
+    def residual(self, features: Tensor, level: int) -> Tensor:
+        """Features of block `level` -> estimate [B, H*M] of what its prefix still misses, in first steps."""
+        scale = 2.0 * self.code.weight(level)
+        return self.residual_head(features).flatten(1) * scale
+
+
+def merge_2x2(tokens: Tensor) -> Tensor:
+    """[B, s*s, C] -> [B, s*s/4, 4*C]: neighbouring tokens side by side in the channels, nothing is lost."""
+    side = int(tokens.shape[1] ** 0.5)
+    grid = tokens.unflatten(1, (side // 2, 2, side // 2, 2))  # [B, s/2, 2, s/2, 2, C]
+    return grid.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
+
+
+def state_features(state: Tensor) -> Tensor:
+    """8-d state [B, 8] (position, axis-angle, gripper) -> [B, 11]: the rotation as two matrix columns.
+
+    The axis-angle jumps where the angle passes pi, which a gripper pointing down does all the time; the matrix does
+    not (6-d rotation, Zhou et al. 2019).
+    """
+    position, rotation, gripper = state[:, :3], state[:, 3:6], state[:, 6:]
+    angle = rotation.norm(dim=1, keepdim=True)
+    axis = rotation / angle.clamp_min(1e-8)
+    sin, cos = torch.sin(angle), torch.cos(angle)
+    columns = []
+    for unit in torch.eye(3, device=state.device)[:2]:  # Rodrigues: R e = e cos + (n x e) sin + n (n.e)(1 - cos)
+        e = unit.expand_as(axis)
+        dot = (axis * e).sum(1, keepdim=True)
+        columns.append(e * cos + torch.linalg.cross(axis, e) * sin + axis * dot * (1 - cos))
+    return torch.cat([position, *columns, gripper], dim=1)

@@ -1,0 +1,56 @@
+"""Free-text instructions: words hashed to embeddings, a small encoder, a few language tokens.
+
+Hashing needs no vocabulary file and no word is ever refused; two words share an embedding only by collision.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rsd.types import RsdError
+
+MAX_WORDS = 32
+BUCKETS = 4096  # id 0 is the padding
+
+
+def word_ids(instructions: list[str]) -> Tensor:
+    """Texts -> int64 [B, MAX_WORDS], zero-padded. Case and punctuation do not matter; longer texts are an error."""
+    rows = []
+    for text in instructions:
+        words = re.findall(r"[a-z0-9]+", text.lower())
+        if not 0 < len(words) <= MAX_WORDS:
+            raise RsdError(f"instruction: expected 1 to {MAX_WORDS} words, found {len(words)} in {text!r}")
+        ids = [1 + zlib.crc32(word.encode()) % (BUCKETS - 1) for word in words]
+        rows.append(ids + [0] * (MAX_WORDS - len(ids)))
+    return torch.tensor(rows)
+
+
+class TextEncoder(nn.Module):
+    """Word ids [B, MAX_WORDS] -> language tokens [B, N, D] and one condition vector [B, D] for the image encoders."""
+
+    def __init__(self, dim: int, tokens: int, layers: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        self.words = nn.Embedding(BUCKETS, dim, padding_idx=0)
+        self.position = nn.Parameter(torch.randn(MAX_WORDS, dim) * 0.02)
+        self.queries = nn.Parameter(torch.randn(tokens + 1, dim) * 0.02)
+        layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, F.gelu, batch_first=True, norm_first=True)
+        self.layers = nn.ModuleList([layer, *(_fresh(layer, dim, heads) for _ in range(layers - 1))])
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat([self.words(ids) + self.position, self.queries.expand(len(ids), -1, -1)], dim=1)
+        queries = len(self.queries)
+        padding = F.pad(ids == 0, (0, queries))
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=padding)
+        out = self.norm(x[:, -queries:])
+        return out[:, 1:], out[:, 0]
+
+
+def _fresh(like: nn.Module, dim: int, heads: int) -> nn.Module:
+    return nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, F.gelu, batch_first=True, norm_first=True)

@@ -1,0 +1,47 @@
+"""Image encoder: a small residual network per camera, each stage told by the instruction what to look for (FiLM).
+
+FiLM conditioning of convolutions by language: Perez et al. 2018; as in RT-1. GroupNorm, so a batch of one is exact.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FilmBlock(nn.Module):
+    """Two 3x3 convolutions with a skip; the condition scales and shifts the second's features."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, condition: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(8, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(8, outputs)
+        self.film = nn.Linear(condition, 2 * outputs)
+        same = stride == 1 and inputs == outputs
+        self.skip = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # [B, C, h, w], [B, cond] -> [B, C', h', w']
+        scale, shift = self.film(condition)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(self.norm1(self.conv1(x)))
+        h = self.norm2(self.conv2(h)) * (1 + scale) + shift
+        return F.silu(h + self.skip(x))
+
+
+class CameraEncoder(nn.Module):
+    """[B, 3, S, S] in [-0.5, 0.5] -> tokens [B, (S/16)^2, C]."""
+
+    def __init__(self, channels: tuple[int, ...], condition: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels[0], 5, 2, 2)
+        blocks = []
+        for inputs, outputs in zip(channels[:-1], channels[1:], strict=True):
+            blocks += [FilmBlock(inputs, outputs, 2, condition), FilmBlock(outputs, outputs, 1, condition)]
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, image: Tensor, condition: Tensor) -> Tensor:
+        x = F.silu(self.stem(image))
+        for block in self.blocks:
+            x = block(x, condition)
+        return x.flatten(2).transpose(1, 2)

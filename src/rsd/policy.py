@@ -1,0 +1,260 @@
+"""The policy: observation in, action chunk out; and its checkpoint directory.
+
+A checkpoint holds `config.json` (sizes, decoding defaults, provenance), `model.safetensors` (main and draft, fp16) and
+`tokenizer.json`. Loading is strict: every weight present, of the right shape and finite, or an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rsd.decoding.acceptance import acceptance_rule
+from rsd.decoding.strategies import STRATEGIES, Decoded, Decoder, Stopwatch
+from rsd.models.draft import DraftConfig, DraftModel
+from rsd.models.main import MainConfig, MainModel, state_features
+from rsd.models.text import word_ids
+from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
+
+FORMAT_VERSION = 1
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+TEXT_CACHE = 64  # instructions whose encoding is kept
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.strategies.rsd`)."""
+
+    main: MainConfig = field(default_factory=MainConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    acceptance: str = "margin"
+    fine: str = "regress"
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> PolicyConfig:
+        main = dict(content["main"], channels=tuple(content["main"]["channels"]))
+        rest = {k: v for k, v in content.items() if k not in ("main", "draft")}
+        return cls(MainConfig(**main), DraftConfig(**content["draft"]), **rest)
+
+
+class RsdModel(nn.Module):
+    """Main and draft under one roof, so that one file holds their weights."""
+
+    def __init__(self, config: PolicyConfig, tokenizer: ActionTokenizer) -> None:
+        super().__init__()
+        code, horizon, motion = tokenizer.config.rfsq, tokenizer.config.horizon, tokenizer.motion_dim
+        self.main = MainModel(config.main, code, horizon, motion)
+        self.draft = DraftModel(config.draft, code, horizon, motion, config.main.dim)
+
+
+class RsdPolicy:
+    """A loaded policy. `predict` is the whole path of a control decision."""
+
+    def __init__(
+        self,
+        model: RsdModel,
+        tokenizer: ActionTokenizer,
+        config: PolicyConfig,
+        *,
+        decode: str = "rsd",
+        acceptance: str | None = None,
+        fine: str | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        if decode not in STRATEGIES:
+            raise RsdError(f"decode {decode!r}: expected one of {', '.join(STRATEGIES)}")
+        fine = fine or config.fine
+        if fine not in ("regress", "sequential"):
+            raise RsdError(f"fine {fine!r}: expected regress or sequential")
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+        self.provenance = provenance or {}
+        self.decode = decode
+        rule = acceptance_rule(acceptance or config.acceptance, tokenizer.config.rfsq)
+        self.acceptance = rule.name if decode == "rsd" else ""
+        self.decoder = Decoder(model.main, model.draft, rule, fine)
+        self._strategy = STRATEGIES[decode]
+        self._texts: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def image_size(self) -> int:
+        return self.config.main.image_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.main.state_mean.device
+
+    # observation -> chunk ----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def predict(self, observation: Observation) -> ActionChunk:
+        """Observation -> chunk float32 [H, 7], environment-ready. Non-finite model output is an error, never an action."""
+        watch = Stopwatch(self.device)
+        with watch.stage("total"):
+            with watch.stage("preprocess"):
+                images, state, text = self._preprocess([observation])
+            with watch.stage("vision"):
+                prefix = self.model.main.embed_prefix(images, state, text)
+            decoded = self._strategy(self.decoder, prefix, watch)
+            actions = self._to_actions(decoded)
+        return ActionChunk(actions[0], self._stats(decoded, watch))
+
+    def _preprocess(self, observations: list[Observation]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """-> images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded instructions."""
+        size = self.image_size
+        for observation in observations:
+            if observation.images.shape[1:3] != (size, size):
+                found = observation.images.shape[1:3]
+                raise RsdError(f"observation images: this policy expects {size} x {size} pixels, found {found}")
+        pixels = torch.from_numpy(np.stack([o.images for o in observations])).to(self.device)
+        state = torch.from_numpy(np.stack([o.state for o in observations])).to(self.device)
+        texts = [self._encode_text(o.instruction) for o in observations]
+        text = torch.cat([t for t, _ in texts]), torch.cat([c for _, c in texts])
+        return pixels.permute(0, 1, 4, 2, 3).float() / 255.0 - 0.5, state_features(state), text
+
+    def _encode_text(self, instruction: str) -> tuple[Tensor, Tensor]:
+        if instruction not in self._texts:
+            if len(self._texts) >= TEXT_CACHE:
+                self._texts.clear()
+            self._texts[instruction] = self.model.main.encode_text(word_ids([instruction]).to(self.device))
+        return self._texts[instruction]
+
+    def _to_actions(self, decoded: Decoded) -> np.ndarray:
+        actions = self.tokenizer.to_actions(decoded.value * self.tokenizer.first_step, decoded.gripper)
+        if not torch.isfinite(actions).all():
+            raise RsdError("the model gave non-finite actions: damaged weights or an observation far out of range")
+        return actions.float().cpu().numpy()
+
+    def _stats(self, decoded: Decoded, watch: Stopwatch) -> ChunkStats:
+        stats = ChunkStats(self.decode, self.acceptance, 1, decoded.main_passes, latency_ms=watch.ms)
+        if decoded.accepted is not None and decoded.accepted_levels is not None:
+            stats.num_draft_tokens = decoded.num_draft_tokens
+            stats.num_accepted_tokens = decoded.accepted[0].sum(-1).tolist()
+            stats.accepted_levels = int(decoded.accepted_levels[0])
+        return stats
+
+    # checkpoint --------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the checkpoint directory (weights as fp16)."""
+        save_checkpoint(self.model, self.tokenizer, self.config, self.provenance, Path(directory))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> None:
+        """Upload the checkpoint to the Hugging Face hub (needs a login)."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api = HfApi()
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        device: str = "cpu",
+        decode: str = "rsd",
+        acceptance: str | None = None,
+        fine: str | None = None,
+    ) -> RsdPolicy:
+        """Load a checkpoint directory, or a hub repository of one. Raises `RsdError` on anything missing or odd."""
+        directory = locate_checkpoint(path_or_hub_id)
+        config, provenance = _read_config(directory)
+        tokenizer = ActionTokenizer.load(directory)
+        model = RsdModel(config, tokenizer)
+        load_weights(model, directory / WEIGHTS_FILE)
+        return cls(
+            model.to(device), tokenizer, config, decode=decode, acceptance=acceptance, fine=fine, provenance=provenance
+        )
+
+
+def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
+    """A local directory as it is; otherwise `owner/name` on the Hugging Face hub, downloaded into its cache."""
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    name = str(path_or_hub_id)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/")):
+        raise RsdError(f"policy {name!r}: expected a checkpoint directory or a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE]))
+    except Exception as error:  # the hub client raises many kinds: no such repo, no network, no access
+        raise RsdError(f"policy {name!r}: no such directory, and the hub answered: {error}") from error
+
+
+def save_checkpoint(
+    model: RsdModel, tokenizer: ActionTokenizer, config: PolicyConfig, provenance: dict[str, Any], directory: Path
+) -> None:
+    """Write `config.json`, `model.safetensors` (fp16) and `tokenizer.json` into `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, directory / WEIGHTS_FILE)
+    tokenizer.save(directory)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "policy": asdict(config),
+        "sha256": {name: _sha256(directory / name) for name in (WEIGHTS_FILE, TOKENIZER_FILE)},
+        "provenance": provenance,
+    }
+    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Strict: names and shapes must be the model's own, values finite. fp16 on disk, float32 in memory."""
+    try:
+        weights = load_file(path)
+    except FileNotFoundError:
+        raise RsdError(f"{path}: not found") from None
+    except SafetensorError as error:
+        raise RsdError(f"{path}: cannot be read as safetensors ({error}); the file is cut off or damaged") from None
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unknown:
+        raise RsdError(f"{path}: does not fit config.json; missing {missing[:5]}, unknown {unknown[:5]}")
+    for name, value in weights.items():
+        if value.shape != expected[name].shape:
+            raise RsdError(f"{path}: {name} expected {list(expected[name].shape)}, found {list(value.shape)}")
+        if not torch.isfinite(value).all():
+            raise RsdError(f"{path}: {name} holds NaN or infinity")
+    model.load_state_dict({name: value.float() for name, value in weights.items()})
+
+
+def _read_config(directory: Path) -> tuple[PolicyConfig, dict[str, Any]]:
+    path = directory / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RsdError(f"{path}: not found; expected a checkpoint directory with {CONFIG_FILE}") from None
+    except json.JSONDecodeError as error:
+        raise RsdError(f"{path}: not valid JSON ({error}); the file is cut off or was edited") from None
+    if content.get("format_version") != FORMAT_VERSION:
+        raise RsdError(f"{path}: expected checkpoint format {FORMAT_VERSION}, found {content.get('format_version')}")
+    for name, digest in content["sha256"].items():
+        if not (directory / name).is_file():
+            raise RsdError(f"{directory / name}: not found, but {CONFIG_FILE} lists it")
+        if _sha256(directory / name) != digest:
+            raise RsdError(f"{directory / name}: does not belong to this {CONFIG_FILE} (sha256 differs); copy it again")
+    try:
+        return PolicyConfig.from_json(content["policy"]), content.get("provenance", {})
+    except (KeyError, TypeError) as error:
+        raise RsdError(f"{path}: unknown or missing field ({error})") from None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

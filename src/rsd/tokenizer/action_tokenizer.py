@@ -1,0 +1,183 @@
+"""Action chunk <-> residual tokens: normalise, transform over time, quantise level by level; the gripper apart."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rsd.conventions import CHUNK_SIZE
+from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
+from rsd.tokenizer.transforms import transform_matrix
+from rsd.types import ACTION_DIM, RsdError
+
+FORMAT_VERSION = 1
+FILE_NAME = "tokenizer.json"
+MIN_CHUNKS = 100  # fewer cannot place the 1 % and 99 % quantiles
+
+
+class ChunkTokens(NamedTuple):
+    """motion: int64 [B, L, H*M] symbols 0..K-1, coarse level first; gripper: int64 [B, H], 1 = close."""
+
+    motion: Tensor
+    gripper: Tensor
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """horizon: steps in a chunk; transform: see `transforms`; levels, symbols, rho: see `RfsqConfig`."""
+
+    horizon: int = CHUNK_SIZE
+    transform: str = "dct"
+    levels: int = 8
+    symbols: int = 7
+    rho: float = 2.0
+
+    @property
+    def rfsq(self) -> RfsqConfig:
+        return RfsqConfig(self.levels, self.symbols, self.rho)
+
+
+class ActionTokenizer:
+    """Calibrated once from training chunks, then a constant code.
+
+    Motion dims (all but the last) are mapped q01 -> -1, q99 -> +1, transformed over time and quantised with ONE first
+    step D_1 for all coefficients (in a code with equal steps the fine structure of a chunk costs symbols only in the
+    levels that resolve it). The last dim is the gripper: one binary symbol a step, zero tolerance.
+    """
+
+    def __init__(self, config: TokenizerConfig, low: Tensor, high: Tensor, first_step: float) -> None:
+        self.config = config
+        self.low, self.high = low.float(), high.float()
+        if self.low.shape != self.high.shape or self.low.ndim != 1:
+            raise RsdError(f"tokenizer range: expected two vectors of one length, found {low.shape} and {high.shape}")
+        # a constant dimension has no range: scale 1 keeps it finite and its token at zero
+        width = self.high - self.low
+        self.scale = torch.where(width > 1e-6, width / 2, torch.ones_like(width))
+        self.centre = (self.high + self.low) / 2
+        self.matrix = transform_matrix(config.transform, config.horizon)
+        self.first_step = float(first_step)
+        self.rfsq = Rfsq(config.rfsq, torch.tensor([self.first_step]))
+
+    # calibration -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def fit(cls, chunks: np.ndarray, config: TokenizerConfig | None = None) -> ActionTokenizer:
+        """chunks float [N, H, A], last dim = gripper (-1 open, +1 close) -> a calibrated tokenizer."""
+        config = config or TokenizerConfig()
+        if chunks.ndim != 3 or chunks.shape[1] != config.horizon or chunks.shape[2] < 2:
+            raise RsdError(f"tokenizer fit: expected chunks [N, {config.horizon}, A], found {list(chunks.shape)}")
+        if len(chunks) < MIN_CHUNKS:
+            raise RsdError(f"tokenizer fit: expected at least {MIN_CHUNKS} chunks to calibrate on, found {len(chunks)}")
+        if not np.isfinite(chunks).all():
+            raise RsdError("tokenizer fit: found NaN or infinity in the chunks; check the demonstrations")
+        motion = chunks[..., :-1].reshape(-1, chunks.shape[2] - 1)
+        low, high = np.quantile(motion, [0.01, 0.99], axis=0)
+        draft = cls(config, torch.tensor(low), torch.tensor(high), 1.0)
+        coefficients = draft.to_coefficients(torch.tensor(chunks, dtype=torch.float32))
+        # the first level alone covers all but one scalar in 10,000; the tail of the code reaches the rest
+        reach = float(np.quantile(coefficients.abs().numpy(), 0.9999))
+        return cls(config, draft.low, draft.high, reach / (config.rfsq.half + 0.5))
+
+    # chunks <-> coefficients ------------------------------------------------------------------------------------
+
+    @property
+    def motion_dim(self) -> int:
+        return len(self.low)
+
+    @property
+    def scalars(self) -> int:
+        """Motion scalars P = H * M of one level."""
+        return self.config.horizon * self.motion_dim
+
+    def to_coefficients(self, chunk: Tensor) -> Tensor:
+        """chunk float [B, H, A] -> coefficients [B, H*M], row k of the transform at positions k*M .. k*M+M-1."""
+        normalised = (chunk[..., :-1].float() - self.centre.to(chunk.device)) / self.scale.to(chunk.device)
+        return torch.einsum("kh,bhm->bkm", self.matrix.to(chunk.device), normalised).flatten(1)
+
+    def to_normalised(self, coefficients: Tensor) -> Tensor:
+        """coefficients [B, H*M] -> normalised motion [B, H, M] over time (about [-1, 1])."""
+        grid = coefficients.unflatten(-1, (self.config.horizon, self.motion_dim))
+        return torch.einsum("kh,bkm->bhm", self.matrix.to(grid.device), grid)
+
+    def to_actions(self, coefficients: Tensor, gripper: Tensor) -> Tensor:
+        """coefficients [B, H*M], gripper int [B, H] (1 = close) -> float32 [B, H, A] in environment units, in [-1, 1]."""
+        normalised = self.to_normalised(coefficients)
+        motion = normalised * self.scale.to(normalised.device) + self.centre.to(normalised.device)
+        grip = (2.0 * gripper.float() - 1.0).unsqueeze(-1)
+        return torch.cat([motion, grip], dim=-1).clamp(-1.0, 1.0)
+
+    def gripper_symbols(self, chunk: Tensor) -> Tensor:
+        """chunk [B, H, A] -> int64 [B, H], 1 where the gripper is told to close."""
+        return (chunk[..., -1] > 0).long()
+
+    # tokens ------------------------------------------------------------------------------------------------------
+
+    def encode(self, chunk: Tensor) -> ChunkTokens:
+        """chunk float [B, H, A] -> tokens."""
+        self._check_chunk(chunk)
+        return ChunkTokens(self.rfsq.quantise(self.to_coefficients(chunk))[0], self.gripper_symbols(chunk))
+
+    def decode(self, tokens: ChunkTokens, levels: int | None = None) -> Tensor:
+        """tokens (optionally only their first `levels`) -> actions float32 [B, H, A] in [-1, 1]."""
+        motion = tokens.motion if levels is None else tokens.motion[:, :levels]
+        self.rfsq.check(motion)
+        return self.to_actions(self.rfsq.dequantise(motion), tokens.gripper)
+
+    def forward(self, chunk: Tensor) -> tuple[ChunkTokens, Tensor]:
+        """chunk [B, H, A] -> tokens and the chunk as the quantiser sees it; equals `decode(encode(chunk))` bit by bit."""
+        self._check_chunk(chunk)
+        motion, z_hat = self.rfsq.quantise(self.to_coefficients(chunk))
+        gripper = self.gripper_symbols(chunk)
+        return ChunkTokens(motion, gripper), self.to_actions(z_hat, gripper)
+
+    def _check_chunk(self, chunk: Tensor) -> None:
+        expected = (self.config.horizon, self.motion_dim + 1)
+        if chunk.ndim != 3 or tuple(chunk.shape[1:]) != expected:
+            raise RsdError(f"action chunk: expected [B, {expected[0]}, {expected[1]}], found {list(chunk.shape)}")
+        if not torch.isfinite(chunk).all():
+            raise RsdError("action chunk: found NaN or infinity")
+
+    # files -------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "config": asdict(self.config),
+            "low": self.low.tolist(),
+            "high": self.high.tolist(),
+            "first_step": self.first_step,
+        }
+
+    def save(self, directory: Path) -> None:
+        """Write `tokenizer.json` (readable, bit-exact: float32 values survive the decimal round trip)."""
+        (directory / FILE_NAME).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> ActionTokenizer:
+        path = directory / FILE_NAME
+        try:
+            content = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise RsdError(f"{path}: not found; a checkpoint directory holds {FILE_NAME}") from None
+        except json.JSONDecodeError as error:
+            raise RsdError(f"{path}: not valid JSON ({error}); the file is cut off or was edited") from None
+        found = content.get("format_version")
+        if found != FORMAT_VERSION:
+            raise RsdError(f"{path}: expected tokenizer format {FORMAT_VERSION}, found {found}; fit it again")
+        missing = {"config", "low", "high", "first_step"} - content.keys()
+        if missing:
+            raise RsdError(f"{path}: missing {', '.join(sorted(missing))}")
+        try:
+            config = TokenizerConfig(**content["config"])
+        except TypeError as error:
+            raise RsdError(f"{path}: unknown or missing configuration field ({error})") from None
+        low, high = torch.tensor(content["low"]), torch.tensor(content["high"])
+        if len(low) != ACTION_DIM - 1 or not torch.isfinite(torch.cat([low, high])).all():
+            raise RsdError(f"{path}: expected {ACTION_DIM - 1} finite range limits, found {content['low']}")
+        return cls(config, low, high, content["first_step"])

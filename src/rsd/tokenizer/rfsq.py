@@ -1,0 +1,119 @@
+"""Residual finite scalar quantisation (RFSQ) with global step sizes: a redundant number system.
+
+Level l = 1..L has step D_l = D_1 * rho**-(l-1) and K (odd) symbols:
+    t_l = clamp(round(r_l / D_l), -(K-1)/2, (K-1)/2),   r_{l+1} = r_l - D_l * t_l,   z_hat = sum_l D_l * t_l.
+With rho < K the finer levels reach further than half a coarse step, so they can take out a coarse digit's error
+(as half-bit redundancy does in a pipelined converter). The steps are constants of the code, never statistics of a
+sample: every token sequence, and every prefix of its levels, decodes on its own.
+
+Source of the idea: robust residual FSQ (arXiv 2508.15860), whose per-sample LayerNorm cannot be undone at decode time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rsd.types import RsdError
+
+
+@dataclass(frozen=True)
+class RfsqConfig:
+    """levels L, symbols K (odd) per level, redundancy rho in (1, K]."""
+
+    levels: int = 8
+    symbols: int = 7
+    rho: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.levels < 1 or self.symbols < 3 or self.symbols % 2 == 0 or not 1.0 < self.rho <= self.symbols:
+            raise RsdError(
+                f"RFSQ: expected levels >= 1, an odd number of symbols >= 3 and 1 < rho <= symbols, found {self}"
+            )
+
+    @property
+    def half(self) -> int:
+        """Largest digit (K-1)/2."""
+        return (self.symbols - 1) // 2
+
+    def weight(self, level: int) -> float:
+        """D_level / D_1 for level = 1..L."""
+        return float(self.rho ** -(level - 1))
+
+    def tail_reach(self, level: int) -> float:
+        """How far the levels below `level` can reach, in units of D_1: (K-1)/2 * sum_{j > level} D_j."""
+        return self.half * sum(self.weight(j) for j in range(level + 1, self.levels + 1))
+
+    def span(self) -> float:
+        """Largest |scalar| whose residual stays within half the last step, in units of D_1."""
+        return self.tail_reach(0) + 0.5 * self.weight(self.levels)
+
+    def margin(self, level: int) -> int:
+        """Largest error of a digit at `level` that the finer levels take out whatever the scalar (0 if none).
+
+        A rounded residual is within D_l/2; a digit wrong by m leaves (m + 1/2) D_l, which the tail plus half of the
+        last step must reach.
+        """
+        reach = self.tail_reach(level) + 0.5 * self.weight(self.levels)
+        return max(0, int((reach / self.weight(level)) - 0.5 + 1e-9))
+
+
+class Rfsq:
+    """Quantises scalars x [..., P] with first steps D_1 [P] (or broadcastable) into symbols [..., L, P] in 0..K-1."""
+
+    def __init__(self, config: RfsqConfig, first_step: Tensor) -> None:
+        if not torch.isfinite(first_step).all() or (first_step <= 0).any():
+            raise RsdError(f"RFSQ: expected positive finite step sizes, found {first_step}")
+        self.config = config
+        self.first_step = first_step.float()
+
+    def step(self, level: int, like: Tensor) -> Tensor:
+        """Step size D_level [P] on the device of `like`, level = 1..L."""
+        return (self.first_step * self.config.weight(level)).to(like.device)
+
+    def digit(self, residual: Tensor, level: int) -> Tensor:
+        """The digit in -(K-1)/2..(K-1)/2 that `level` gives to `residual` [..., P], as a float tensor."""
+        half = self.config.half
+        return torch.round(residual / self.step(level, residual)).clamp(-half, half)
+
+    def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x float [..., P] -> symbols int64 [..., L, P], reconstruction [..., P] (what `dequantise` gives, bit by bit)."""
+        residual, z_hat, symbols = x.float(), torch.zeros_like(x, dtype=torch.float32), []
+        for level in range(1, self.config.levels + 1):
+            digit = self.digit(residual, level)
+            value = digit * self.step(level, x)
+            residual, z_hat = residual - value, z_hat + value
+            symbols.append(digit.long() + self.config.half)
+        return torch.stack(symbols, dim=-2), z_hat
+
+    def dequantise(self, symbols: Tensor) -> Tensor:
+        """symbols int [..., k, P], any prefix k = 0..L of levels -> float32 [..., P]."""
+        levels = symbols.shape[-2]
+        if levels > self.config.levels:
+            raise RsdError(f"RFSQ: expected at most {self.config.levels} levels, found {levels}")
+        z_hat = torch.zeros(symbols.shape[:-2] + symbols.shape[-1:], device=symbols.device)
+        for level in range(1, levels + 1):
+            z_hat = z_hat + self.value(symbols[..., level - 1, :], level)
+        return z_hat
+
+    def value(self, symbol: Tensor, level: int) -> Tensor:
+        """What symbols int [..., P] of one level contribute: D_level * t."""
+        return (symbol - self.config.half).float() * self.step(level, symbol)
+
+    def continue_from(self, x: Tensor, symbols: Tensor) -> Tensor:
+        """Symbols for the levels below a given prefix: x [..., P], symbols [..., k, P] -> [..., L-k, P]."""
+        residual, out = x - self.dequantise(symbols), []
+        for level in range(symbols.shape[-2] + 1, self.config.levels + 1):
+            digit = self.digit(residual, level)
+            residual = residual - digit * self.step(level, x)
+            out.append(digit.long() + self.config.half)
+        empty = symbols[..., :0, :]
+        return torch.stack(out, dim=-2) if out else empty
+
+    def check(self, symbols: Tensor) -> None:
+        """Raise if a symbol is outside 0..K-1."""
+        if symbols.numel() and (symbols.min() < 0 or symbols.max() >= self.config.symbols):
+            low, high = int(symbols.min()), int(symbols.max())
+            raise RsdError(f"tokens: expected symbols in 0..{self.config.symbols - 1}, found {low}..{high}")

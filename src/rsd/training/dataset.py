@@ -1,0 +1,111 @@
+"""Demonstration frames resident on the training device: batches are gathered, shifted and coloured there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rsd.data.demonstrations import Demonstration
+from rsd.models.main import state_features
+from rsd.models.text import word_ids
+from rsd.training.paraphrase import paraphrases
+from rsd.types import RsdError
+
+WORDINGS = 32  # per instruction, sampled anew for every frame
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images [B, 2, 3, S, S] in [-0.5, 0.5]; state features [B, 11]; words int [B, 32]; chunk [B, H, 7]."""
+
+    images: Tensor
+    state: Tensor
+    words: Tensor
+    chunk: Tensor
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """shift: pixels each way; brightness, contrast, colour: relative; state_noise: in standard deviations."""
+
+    shift: int = 4
+    brightness: float = 0.12
+    contrast: float = 0.15
+    colour: float = 0.05
+    state_noise: float = 0.02
+
+
+class FrameDataset:
+    """All frames of some demonstrations: images uint8 [N, 2, S, S, 3], states, chunk targets, instruction of each."""
+
+    def __init__(self, demonstrations: Iterable[Demonstration], horizon: int, device: torch.device) -> None:
+        images, states, chunks, tasks, instructions = [], [], [], [], dict[str, int]()
+        for demonstration in demonstrations:
+            if demonstration.images is None:
+                raise RsdError(
+                    f"{demonstration.source}: states only, without images; run `rsd demos render` on it first"
+                )
+            images.append(torch.from_numpy(demonstration.images).to(device))
+            states.append(demonstration.state)
+            chunks.append(chunk_targets(demonstration.labels, horizon))
+            index = instructions.setdefault(demonstration.instruction, len(instructions))
+            tasks.append(np.full(len(demonstration.state), index))
+        if not images:
+            raise RsdError("training data: found no demonstrations; collect some with `rsd demos collect`")
+        self.episodes = len(images)
+        self.images = torch.cat(images)
+        self.state = state_features(torch.from_numpy(np.concatenate(states)).to(device))
+        self.chunk = torch.from_numpy(np.concatenate(chunks)).to(device)
+        self.task = torch.from_numpy(np.concatenate(tasks)).to(device)
+        self.instructions = list(instructions)
+        wordings = [paraphrases(text, WORDINGS) for text in self.instructions]
+        rows = [(texts * WORDINGS)[:WORDINGS] for texts in wordings]
+        self.words = torch.stack([word_ids(row) for row in rows]).to(device)  # [instructions, WORDINGS, 32]
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def batch(self, frames: Tensor, augment: Augmentation | None = None) -> Batch:
+        """frames int [B] -> a batch; without `augment` the images as they are and the original wording."""
+        images, state = self.images[frames], self.state[frames]
+        wording = torch.zeros_like(frames)
+        if augment is not None:
+            images = random_shift(images, augment.shift)
+            # half the time the original sentence, which is what the benchmark says
+            wording = torch.randint(0, WORDINGS, frames.shape, device=frames.device)
+            wording *= torch.randint(0, 2, frames.shape, device=frames.device)
+        pixels = images.permute(0, 1, 4, 2, 3).float() / 255.0 - 0.5
+        if augment is not None:
+            pixels = random_colour(pixels, augment)
+            state = state + augment.state_noise * self.state.std(0) * torch.randn_like(state)
+        return Batch(pixels, state, self.words[self.task[frames], wording], self.chunk[frames])
+
+
+def chunk_targets(labels: np.ndarray, horizon: int) -> np.ndarray:
+    """labels [T, A] -> [T, H, A]: the next H labels of every step, the last one repeated past the end."""
+    steps = np.minimum(np.arange(len(labels))[:, None] + np.arange(horizon), len(labels) - 1)
+    return labels[steps].astype(np.float32)
+
+
+def random_shift(images: Tensor, pixels: int) -> Tensor:
+    """uint8 [B, 2, S, S, 3] shifted by up to `pixels` each way, every image on its own, borders repeated."""
+    batch, cameras, side = images.shape[:3]
+    device = images.device
+    offset = torch.randint(-pixels, pixels + 1, (2, batch, cameras, 1), device=device)
+    rows, columns = (torch.arange(side, device=device) + offset).clamp(0, side - 1)  # each [B, 2, S]
+    b = torch.arange(batch, device=device)[:, None, None, None]
+    c = torch.arange(cameras, device=device)[None, :, None, None]
+    return images[b, c, rows[..., :, None], columns[..., None, :]]
+
+
+def random_colour(pixels: Tensor, augment: Augmentation) -> Tensor:
+    """[B, 2, 3, S, S] in [-0.5, 0.5]: brightness and contrast by image, a tint by channel."""
+    def uniform(channels: int) -> Tensor:
+        return torch.rand(*pixels.shape[:2], channels, 1, 1, device=pixels.device) * 2 - 1
+
+    gain = (1 + augment.contrast * uniform(1)) * (1 + augment.colour * uniform(3))
+    return (pixels * gain + augment.brightness * uniform(1)).clamp(-0.5, 0.5)

@@ -1,0 +1,75 @@
+"""`rsd train draft`: a new draft for a main model that stays as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rsd.data.demonstrations import load_demonstrations
+from rsd.models.draft import DraftConfig
+from rsd.policy import RsdModel, RsdPolicy, save_checkpoint
+from rsd.tokenizer.rfsq import Rfsq
+from rsd.training.dataset import Augmentation, FrameDataset
+from rsd.training.loop import LoopConfig, describe, train
+from rsd.training.losses import draft_losses
+from rsd.training.policy import resolve_device, split
+from rsd.training.validation import validate
+from rsd.versions import versions
+
+
+@dataclass(frozen=True)
+class TrainDraftConfig:
+    """Train a new draft for a finished main model."""
+
+    policy: str = "checkpoints/libero_spatial"
+    """Checkpoint directory or hub id whose main model is kept."""
+    data: Path = Path("data/libero_spatial")
+    """Folder of rendered demonstrations (HDF5)."""
+    output: Path = Path("runs/draft")
+    """Run folder; the checkpoint with the new draft goes to `checkpoint/` in it."""
+    device: str = "auto"
+    """cuda, cpu or auto."""
+    validation_every: int = 40
+    """Every n-th episode is kept out of training for the offline validation."""
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    own_prefix: float = 0.5
+    """Share of the batch on which the draft continues its own digits."""
+    augment: Augmentation = field(default_factory=Augmentation)
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5_000))
+
+
+def train_draft(config: TrainDraftConfig) -> Path:
+    """Run the training; returns the checkpoint directory."""
+    device = resolve_device(config.device)
+    source = RsdPolicy.from_pretrained(config.policy)
+    tokenizer, policy = source.tokenizer, replace(source.config, draft=config.draft)
+    training, held_out = split(load_demonstrations(config.data), config.validation_every)
+    dataset = FrameDataset(training, tokenizer.config.horizon, device)
+    model = RsdModel(policy, tokenizer)
+    model.main.load_state_dict(source.model.main.state_dict())
+    model.to(device).main.requires_grad_(False)
+    code = Rfsq(model.main.code, torch.ones(1, device=device))
+
+    def losses() -> dict[str, Tensor]:
+        batch = dataset.batch(torch.randint(0, len(dataset), (config.loop.batch_size,), device=device), config.augment)
+        model.main.eval()  # `train` puts the whole model in training mode
+        with torch.no_grad():
+            prefix = model.main.embed_prefix(batch.images, batch.state, model.main.encode_text(batch.words))
+            features, _ = model.main.prefill(prefix)
+        target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
+        own = torch.rand(len(target), 1, device=device) < config.own_prefix
+        gripper = tokenizer.gripper_symbols(batch.chunk)
+        values = draft_losses(model.draft, features, target, gripper, own, code)[1]
+        return {**values, "total": values["draft"]}
+
+    resolved = describe(config)
+    ema = train(model, losses, config.loop, config.output, device, resolved)
+    assert isinstance(ema, RsdModel)
+    report = validate(ema, tokenizer, FrameDataset(held_out, tokenizer.config.horizon, device))
+    provenance = {**source.provenance, "draft": {"training": resolved, "validation": report, "versions": versions()}}
+    directory = config.output / "checkpoint"
+    save_checkpoint(ema, tokenizer, policy, provenance, directory)
+    return directory

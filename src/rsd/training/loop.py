@@ -1,0 +1,158 @@
+"""One training loop for everything that is trained: schedule, EMA, resume, logging."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from rsd.types import RsdError
+
+STATE_FILE = "training_state.pt"
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """steps: optimiser steps; minutes: end earlier, with the schedule brought to its end (0 = no limit);
+    save_every: steps between resumable states (0 = only at the end); log_every: steps between TensorBoard points."""
+
+    steps: int = 20_000
+    minutes: float = 0.0
+    batch_size: int = 256
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.05
+    warmup: int = 300
+    ema: float = 0.999
+    save_every: int = 0
+    log_every: int = 50
+    compile: bool = True
+    seed: int = 0
+
+
+def train(
+    model: nn.Module,
+    losses: Callable[[], dict[str, Tensor]],
+    config: LoopConfig,
+    run: Path,
+    device: torch.device,
+    resolved: dict[str, Any],
+) -> nn.Module:
+    """Minimise `losses()["total"]` over the parameters of `model` that require a gradient; returns the EMA copy.
+
+    `losses` draws its own batch. Interrupted, the same call continues from `run/training_state.pt`; a state of another
+    configuration is refused. bf16 autocast on CUDA, float32 on the CPU.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    run.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+    ema = copy.deepcopy(model).eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    averaged = [e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    optimiser = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        fused=device.type == "cuda",
+    )
+    step, spent = _resume(run / STATE_FILE, model, ema, optimiser, resolved)
+    writer = SummaryWriter(str(run / "tensorboard"))
+    model.train()
+    start = time.monotonic() - spent
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("training", total=config.steps, completed=step)
+        while step < config.steps:
+            elapsed = time.monotonic() - start
+            done = max(step / config.steps, elapsed / (60 * config.minutes) if config.minutes else 0.0)
+            if done >= 1.0:
+                break
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(config, step, done)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                values = losses()
+            values["total"].backward()
+            norm = nn.utils.clip_grad_norm_(trained, 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            step += 1
+            with torch.no_grad():
+                torch._foreach_lerp_(averaged, trained, 1 - min(config.ema, (1 + step) / (10 + step)))
+            if step % config.log_every == 0 or step == config.steps:
+                _log(writer, values, norm, step, time.monotonic() - start)
+                progress.update(bar, completed=step, description=f"loss {values['total'].item():.4f}")
+                if step % (20 * config.log_every) == 0:
+                    progress.print(_line(values, step, time.monotonic() - start))
+            if config.save_every and step % config.save_every == 0:
+                _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
+    _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
+    for buffer, value in zip(ema.buffers(), model.buffers(), strict=True):
+        buffer.copy_(value)
+    writer.close()
+    return ema
+
+
+def learning_rate(config: LoopConfig, step: int, done: float) -> float:
+    """Linear warm-up, then cosine over the share `done` of the run, down to 1 %."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    return config.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def _log(writer: Any, values: dict[str, Tensor], norm: Tensor, step: int, seconds: float) -> None:
+    numbers = {name: float(value.detach()) for name, value in values.items()}
+    if not math.isfinite(numbers["total"]):
+        raise RsdError(f"training diverged at step {step}: losses {numbers}; lower --loop.learning-rate")
+    for name, number in numbers.items():
+        writer.add_scalar(f"loss/{name}", number, step)
+    writer.add_scalar("gradient_norm", float(norm), step)
+    writer.add_scalar("steps_per_second", step / seconds, step)
+
+
+def _line(values: dict[str, Tensor], step: int, seconds: float) -> str:
+    return f"step {step}, {seconds:.0f} s: " + ", ".join(f"{k} {float(v.detach()):.4f}" for k, v in values.items())
+
+
+def _save(
+    path: Path, model: nn.Module, ema: nn.Module, optimiser: Any, step: int, spent: float, resolved: dict[str, Any]
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "ema": ema.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "step": step,
+        "spent": spent,
+        "config": json.dumps(resolved, sort_keys=True),
+    }
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)  # a kill leaves either the old state or the new one
+
+
+def _resume(
+    path: Path, model: nn.Module, ema: nn.Module, optimiser: Any, resolved: dict[str, Any]
+) -> tuple[int, float]:
+    if not path.exists():
+        return 0, 0.0
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    if json.loads(state["config"]) != json.loads(json.dumps(resolved, sort_keys=True)):
+        raise RsdError(f"{path}: belongs to a run with other settings; choose another --output or remove it")
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    optimiser.load_state_dict(state["optimiser"])
+    return state["step"], state["spent"]
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values (paths and tuples as text and lists)."""
+    return json.loads(json.dumps(asdict(config), default=str))

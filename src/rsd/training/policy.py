@@ -1,0 +1,112 @@
+"""`rsd train policy`: main and draft together, from demonstrations to a checkpoint directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rsd.data.demonstrations import Demonstration, load_demonstrations
+from rsd.policy import PolicyConfig, RsdModel, save_checkpoint
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.training.dataset import Augmentation, Batch, FrameDataset
+from rsd.training.loop import LoopConfig, describe, train
+from rsd.training.losses import LossConfig, policy_losses
+from rsd.training.validation import validate
+from rsd.types import RsdError
+from rsd.versions import versions
+
+
+@dataclass(frozen=True)
+class TrainPolicyConfig:
+    """Train main and draft on demonstrations."""
+
+    data: Path = Path("data/libero_spatial")
+    """Folder of rendered demonstrations (HDF5)."""
+    tokenizer: Path = Path("runs/tokenizer")
+    """Folder with tokenizer.json, from `rsd train tokenizer`."""
+    output: Path = Path("runs/policy")
+    """Run folder: resumable state, TensorBoard and, at the end, `checkpoint/`."""
+    device: str = "auto"
+    """cuda, cpu or auto."""
+    validation_every: int = 40
+    """Every n-th episode is kept out of training for the offline validation."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    augment: Augmentation = field(default_factory=Augmentation)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+def train_policy(config: TrainPolicyConfig) -> Path:
+    """Run the training; returns the checkpoint directory. Prints the offline validation of every decoder."""
+    device = resolve_device(config.device)
+    tokenizer = ActionTokenizer.load(config.tokenizer)
+    training, held_out = split(load_demonstrations(config.data), config.validation_every)
+    dataset = FrameDataset(training, tokenizer.config.horizon, device)
+    validation = FrameDataset(held_out, tokenizer.config.horizon, device)
+    size = config.policy.main.image_size
+    if dataset.images.shape[2] != size:
+        raise RsdError(f"{config.data}: images of {dataset.images.shape[2]} px, the model expects {size}; render again")
+    print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
+
+    torch.manual_seed(config.loop.seed)
+    model = RsdModel(config.policy, tokenizer).to(device)
+    model.main.state_mean.copy_(dataset.state.mean(0))
+    model.main.state_std.copy_(dataset.state.std(0) + 1e-3)
+
+    def loss_of(images: Tensor, state: Tensor, words: Tensor, chunk: Tensor) -> dict[str, Tensor]:
+        return policy_losses(model.main, model.draft, tokenizer, Batch(images, state, words, chunk), config.loss)
+
+    compiled = torch.compile(loss_of) if config.loop.compile else loss_of
+
+    def losses() -> dict[str, Tensor]:
+        frames = torch.randint(0, len(dataset), (config.loop.batch_size,), device=device)
+        batch = dataset.batch(frames, config.augment)
+        return compiled(batch.images, batch.state, batch.words, batch.chunk)
+
+    resolved = describe(config)
+    ema = train(model, losses, config.loop, config.output, device, resolved)
+    assert isinstance(ema, RsdModel)
+    report = validate(ema, tokenizer, validation)
+    print(json.dumps(report, indent=1))
+    provenance = {
+        "data": data_provenance(dataset),
+        "training": resolved,
+        "validation": report,
+        "versions": versions(),
+    }
+    directory = config.output / "checkpoint"
+    save_checkpoint(ema, tokenizer, config.policy, provenance, directory)
+    return directory
+
+
+def data_provenance(dataset: FrameDataset) -> dict[str, object]:
+    return {
+        "source": "scripted expert of this package on random placements, never the benchmark's initial states",
+        "episodes": dataset.episodes,
+        "frames": len(dataset),
+        "instructions": dataset.instructions,
+    }
+
+
+def split(demonstrations: Iterable[Demonstration], every: int) -> tuple[list[Demonstration], list[Demonstration]]:
+    """Whole episodes apart: every `every`-th one for validation."""
+    everything = list(demonstrations)
+    if len(everything) < 2:
+        raise RsdError(f"training data: expected at least 2 demonstrations, found {len(everything)}")
+    every = min(every, len(everything))
+    held_out = everything[every - 1 :: every]
+    return [d for i, d in enumerate(everything) if (i + 1) % every], held_out
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` takes CUDA where there is one; `cuda` without one is an error."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RsdError("device cuda: no CUDA device is visible here; use --device cpu")
+    return torch.device(name)

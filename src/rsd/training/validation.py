@@ -1,0 +1,56 @@
+"""Offline validation on held-out episodes: every decoder's error beside the draft's acceptance.
+
+A metric for debugging, not the judge: regression looks good in it, closed-loop success decides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rsd.decoding.acceptance import acceptance_rule
+from rsd.decoding.strategies import STRATEGIES, Decoded, Decoder, Stopwatch, Strategy
+from rsd.policy import RsdModel
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.training.dataset import FrameDataset
+
+MAX_FRAMES, BATCH = 2048, 128
+
+
+@torch.no_grad()
+def validate(model: RsdModel, tokenizer: ActionTokenizer, dataset: FrameDataset) -> dict[str, object]:
+    """-> mean absolute error (normalised units) and gripper accuracy by decoder; acceptance by rule and level."""
+    model.eval()
+    count = min(MAX_FRAMES, len(dataset))
+    frames = torch.linspace(0, len(dataset) - 1, count, device=dataset.state.device).long()
+    runs = [(name, name, "exact") for name in STRATEGIES if name != "rsd"]
+    runs += [(f"rsd {rule}", "rsd", rule) for rule in ("margin", "agreement", "exact")]
+    report: dict[str, object] = {"frames": count, "episodes": dataset.episodes}
+    for title, name, rule_name in runs:
+        rule = acceptance_rule(rule_name, tokenizer.config.rfsq)
+        decoder = Decoder(model.main, model.draft, rule)
+        parts = [_decode(decoder, STRATEGIES[name], tokenizer, dataset, part) for part in frames.split(BATCH)]
+        row: dict[str, object] = {
+            "l1_error": round(float(torch.cat([error for error, _, _ in parts]).mean()), 4),
+            "gripper_accuracy": round(float(torch.cat([grip for _, grip, _ in parts]).float().mean()), 4),
+        }
+        accepted = [d.accepted for _, _, d in parts if d.accepted is not None]
+        if accepted:
+            tokens = torch.cat(accepted)
+            row["acceptance"] = rule.name
+            row["tokens_accepted_by_level"] = [round(float(x), 4) for x in tokens.float().mean((0, 2))]
+            row["levels_accepted"] = [round(float(x), 4) for x in tokens.all(-1).float().mean(0)]
+        report[title] = row
+    return report
+
+
+def _decode(
+    decoder: Decoder, strategy: Strategy, tokenizer: ActionTokenizer, dataset: FrameDataset, frames: Tensor
+) -> tuple[Tensor, Tensor, Decoded]:
+    batch = dataset.batch(frames)
+    prefix = decoder.main.embed_prefix(batch.images, batch.state, decoder.main.encode_text(batch.words))
+    decoded = strategy(decoder, prefix, Stopwatch(frames.device))
+    value = decoded.value.float() * tokenizer.first_step
+    error = (tokenizer.to_normalised(value) - tokenizer.to_normalised(tokenizer.to_coefficients(batch.chunk))).abs()
+    right = decoded.gripper == tokenizer.gripper_symbols(batch.chunk)
+    return error.mean((1, 2)), right.float().mean(1), decoded

