@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -15,6 +14,7 @@ from rsd.evaluation.config import EvalConfig
 from rsd.types import RsdError
 
 BASELINE, SPECULATIVE = "ar", "rsd"
+COMPARISON_FILE = "comparison.md"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EvalArguments:
     use_speculative_decoding: Annotated[bool | None, tyro.conf.FlagConversionOff] = None
     """True is --decode rsd, False is --decode ar; --decode overrides it."""
     compare: bool = False
-    """Run --decode ar, then rsd, on the same initial states, and print the paired table."""
+    """Run --decode ar, then rsd, on the same initial states; print the table of both."""
     overwrite: bool = False
     """Delete what --output holds of an earlier run and start from nothing."""
 
@@ -41,25 +41,37 @@ def run(arguments: Sequence[str], prog: str) -> int:
         check_names(config)
 
     from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
-    from rsd.evaluation.report import load_runs, rich_table
+    from rsd.evaluation.report import load_runs, markdown_table, rich_table
+    from rsd.evaluation.results import write_atomically
 
     console = Console(stderr=True)
-    errors = 0
+    summaries = []
     for config in configs:
-        summary = evaluate(config, overwrite=options.overwrite, console=console)
-        errors += summary.errors
+        try:
+            summary = evaluate(config, overwrite=options.overwrite, console=console)
+        except KeyboardInterrupt:
+            console.print(
+                f"interrupted: finished episodes are kept in {config.output_dir}; "
+                "the same command without --overwrite continues",
+                soft_wrap=True,
+            )
+            return 130
+        summaries.append(summary)
         if summary.errors:
             console.print(
-                f"{summary.errors} episodes ended in an error and count for nothing: see "
+                f"{summary.errors} of {summary.episodes} episodes ended in an error and count for nothing: see "
                 f"{config.output_dir / ERRORS_FILE}; the same command without --overwrite runs them again",
                 style="red",
                 soft_wrap=True,
             )
     directories = [config.output_dir for config in configs]
-    if all(summary_has_episodes(directory) for directory in directories):
-        Console().print(rich_table(load_runs(directories)))
+    if all(summary.success.n for summary in summaries):
+        runs = load_runs(directories)
+        Console().print(rich_table(runs))
+        if options.compare and options.config.output:
+            write_atomically(options.config.output_dir / COMPARISON_FILE, markdown_table(runs))
     console.print("results: " + ", ".join(map(str, directories)), soft_wrap=True, highlight=False)
-    return 1 if errors else 0
+    return 1 if any(summary.errors for summary in summaries) else 0
 
 
 def plan_runs(options: EvalArguments, decode_given: bool) -> list[EvalConfig]:
@@ -97,9 +109,3 @@ def check_names(config: EvalConfig) -> None:
         raise UsageError(
             f"--device '{config.device}': torch cannot use it here; --device cpu always works"
         ) from error
-
-
-def summary_has_episodes(directory: Path) -> bool:
-    from rsd.evaluation.results import EPISODES_FILE, read_episodes, scored
-
-    return bool(scored(read_episodes(directory / EPISODES_FILE).values()))

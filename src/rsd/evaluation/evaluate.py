@@ -60,7 +60,10 @@ def evaluate(
     workers = worker_count(config.num_workers, len(pending))
     if pending:
         if done:
-            console.print(f"{directory}: {len(done)} of {len(plan)} episodes are done, {len(pending)} to go")
+            console.print(
+                f"{directory}: {len(done)} of {len(plan)} episodes are done, {len(pending)} to go",
+                soft_wrap=True,
+            )
         run_missing(config, backend, pending, finished, workers, console)
     episodes = list(read_episodes(directory / EPISODES_FILE).values())
     summary = summarize(read_run_record(directory), episodes, workers, time.perf_counter() - start)
@@ -109,7 +112,7 @@ def open_run(
         warnings.simplefilter("always")
         episodes = read_episodes(episodes_file)
     for warning in caught:
-        console.print(f"warning: {warning.message}", style="yellow", highlight=False)
+        console.print(f"warning: {warning.message}", style="yellow", highlight=False, soft_wrap=True)
     drop_cut_off_line(episodes_file)
     return episodes
 

@@ -105,9 +105,10 @@ def title(runs: Sequence[Run]) -> str:
     suites = sorted({episode.suite for run in runs for episode in run.episodes})
     sizes = [len(run.episodes) for run in runs]
     tasks = sorted({(episode.suite, episode.task_id) for run in runs for episode in run.episodes})
-    episodes = (
-        f"{sizes[0]} episodes each" if len(set(sizes)) == 1 else f"{' / '.join(map(str, sizes))} episodes"
-    )
+    same = len(set(sizes)) == 1
+    episodes = f"{sizes[0] if same else ' / '.join(map(str, sizes))} episodes"
+    if same and len(runs) > 1:
+        episodes += " each"
     return f"{', '.join(suites)}: {len(tasks)} task{'s' if len(tasks) != 1 else ''}, {episodes}"
 
 

@@ -1,0 +1,68 @@
+"""`rsd eval` from its arguments to its table, on the scripted backend."""
+
+import functools
+from pathlib import Path
+
+import pytest
+from scripted import SCRIPTED
+
+import rsd.evaluation.evaluate as evaluation
+from rsd.cli import dispatch
+
+
+@pytest.fixture
+def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    scripted = functools.partial(evaluation.evaluate, backend=SCRIPTED)
+    monkeypatch.setattr(evaluation, "evaluate", scripted)
+    return tmp_path / "run"
+
+
+def command(output: Path, *options: str) -> list[str]:
+    return [
+        "eval",
+        "--num-trials",
+        "2",
+        "--tasks",
+        "1",
+        "--num-workers",
+        "1",
+        "--output",
+        str(output),
+        *options,
+    ]
+
+
+def test_compare_ends_with_the_paired_table(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(command(output, "--compare", "--policy", "good")) == 0
+    printed = capsys.readouterr()
+    assert "McNemar p" in printed.out
+    assert "2/2 = 100.0 %" in printed.out
+    assert str(output / "rsd") in printed.err
+    assert "| speed-up of p50 | - | " in (output / "comparison.md").read_text()
+
+    assert dispatch(["compare", str(output / "ar"), str(output / "rsd"), "--markdown"]) == 0
+    assert capsys.readouterr().out == (output / "comparison.md").read_text()
+
+
+def test_an_error_episode_makes_the_exit_status_1(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(command(output, "--policy", "raises:1.1")) == 1
+    printed = capsys.readouterr()
+    assert "1 of 2 episodes ended in an error" in printed.err
+    assert "1/1 = 100.0 %" in printed.out
+
+
+def test_ctrl_c_keeps_what_is_finished(
+    output: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = evaluation.record_outcome
+
+    def interrupt(*arguments: object) -> None:
+        record(*arguments)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "record_outcome", interrupt)
+    assert dispatch(command(output, "--policy", "good")) == 130
+    assert "finished episodes are kept" in capsys.readouterr().err
+    monkeypatch.setattr(evaluation, "record_outcome", record)
+    assert dispatch(command(output, "--policy", "good")) == 0
+    assert "1 of 2 episodes are done, 1 to go" in capsys.readouterr().err
