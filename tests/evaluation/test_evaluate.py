@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -114,6 +115,19 @@ def test_an_error_is_no_failure_of_the_policy_and_is_run_again(
     summary, _ = run(broken)
     assert len((broken.output_dir / EPISODES_FILE).read_text().splitlines()) == lines + 1
     assert (summary.episodes, summary.errors) == (6, 1)
+
+
+@pytest.mark.parametrize(("videos", "expected"), [("all", 2), ("failures", 1), ("none", 0)])
+def test_videos_follow_their_condition_and_never_exceed_their_number(
+    config: EvalConfig, videos: Literal["none", "failures", "all"], expected: int
+) -> None:
+    # From state 3, task 5 alone takes longer than the step limit.
+    filmed = replace(
+        config, num_trials=1, init_states=3, tasks="0,1,4,5", videos=videos, max_videos=2, num_workers="2"
+    )
+    summary, _ = run(filmed)
+    assert (summary.errors, summary.success.successes) == (0, 3)
+    assert len(list((filmed.output_dir / "videos").iterdir())) == expected
 
 
 def test_a_policy_that_cannot_be_loaded_stops_the_run(config: EvalConfig) -> None:

@@ -59,7 +59,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         summaries.append(summary)
         if summary.errors:
             console.print(
-                f"{summary.errors} of {summary.episodes} episodes ended in an error and count for nothing: see "
+                f"{summary.errors} of {summary.episodes} episodes ended in an error and do not count: see "
                 f"{config.output_dir / ERRORS_FILE}; the same command without --overwrite runs them again",
                 style="red",
                 soft_wrap=True,

@@ -202,18 +202,21 @@ class WorkerPool:
                 if isinstance(message, Failed):
                     raise RsdError(message.message) from RuntimeError(message.traceback)
                 if isinstance(message, Outcome):
-                    videos_left -= message.video is not None
+                    videos_left += bool(message.job.video) and message.video is None
                 yield message
                 if worker.job is None and isinstance(message, Outcome):
                     continue  # the replacement of a dead worker says Ready first
-                worker.job = queue.take(worker.task_id)
-                if worker.job is None:
+                job = queue.take(worker.task_id)
+                if job is None:
                     worker.connection.send(None)
                     busy.remove(worker)
                     continue
-                worker.task_id = worker.job.task_id
-                # A video is counted once it is there; with several workers a few more may be under way.
-                worker.connection.send(worker.job if videos_left > 0 else replace(worker.job, video=""))
+                if videos_left <= 0:
+                    job = replace(job, video="")
+                # Reserved here and given back above if the episode turns out to need none: never too many.
+                videos_left -= bool(job.video)
+                worker.job, worker.task_id = job, job.task_id
+                worker.connection.send(job)
 
     def _died(self, worker: Worker) -> Outcome:
         worker.process.join()
