@@ -1,7 +1,7 @@
 """The policy: observation in, action chunk out; and its checkpoint directory.
 
-A checkpoint holds `config.json` (sizes, decoding defaults, provenance), `model.safetensors` (main and draft, fp16) and
-`tokenizer.json`. Loading is strict: every weight present, of the right shape and finite, or an error.
+A checkpoint holds `config.json` (sizes, decoding defaults, provenance), `model.safetensors` (main and draft,
+fp16) and `tokenizer.json`. Loading is strict: weights that are missing, misshapen or not finite are an error.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ class RsdPolicy:
     def device(self) -> torch.device:
         return self.model.main.state_mean.device
 
-    # observation -> chunk ----------------------------------------------------------------------------------------
+    # observation -> chunk
 
     @torch.inference_mode()
     def predict(self, observation: Observation) -> ActionChunk:
-        """Observation -> chunk float32 [H, 7], environment-ready. Non-finite model output is an error, never an action."""
+        """Observation -> chunk float32 [H, 7], environment-ready; non-finite output raises `RsdError`."""
         watch = Stopwatch(self.device)
         with watch.stage("total"):
             with watch.stage("preprocess"):
@@ -114,8 +114,8 @@ class RsdPolicy:
         size = self.image_size
         for observation in observations:
             if observation.images.shape[1:3] != (size, size):
-                found = observation.images.shape[1:3]
-                raise RsdError(f"observation images: this policy expects {size} x {size} pixels, found {found}")
+                found = " x ".join(map(str, observation.images.shape[1:3]))
+                raise RsdError(f"observation images: expected {size} x {size} pixels, found {found}")
         pixels = torch.from_numpy(np.stack([o.images for o in observations])).to(self.device)
         state = torch.from_numpy(np.stack([o.state for o in observations])).to(self.device)
         texts = [self._encode_text(o.instruction) for o in observations]
@@ -132,7 +132,7 @@ class RsdPolicy:
     def _to_actions(self, decoded: Decoded) -> np.ndarray:
         actions = self.tokenizer.to_actions(decoded.value * self.tokenizer.first_step, decoded.gripper)
         if not torch.isfinite(actions).all():
-            raise RsdError("the model gave non-finite actions: damaged weights or an observation far out of range")
+            raise RsdError("decoding gave non-finite actions: damaged weights or an odd tokenizer range")
         return actions.float().cpu().numpy()
 
     def _stats(self, decoded: Decoded, watch: Stopwatch) -> ChunkStats:
@@ -143,7 +143,7 @@ class RsdPolicy:
             stats.accepted_levels = int(decoded.accepted_levels[0])
         return stats
 
-    # checkpoint --------------------------------------------------------------------------------------------------
+    # checkpoint
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the checkpoint directory (weights as fp16)."""
@@ -171,19 +171,20 @@ class RsdPolicy:
         acceptance: str | None = None,
         fine: str | None = None,
     ) -> RsdPolicy:
-        """Load a checkpoint directory, or a hub repository of one. Raises `RsdError` on anything missing or odd."""
+        """Load a checkpoint directory, or a hub repository of one; `RsdError` on anything missing or odd."""
         directory = locate_checkpoint(path_or_hub_id)
         config, provenance = _read_config(directory)
         tokenizer = ActionTokenizer.load(directory)
         model = RsdModel(config, tokenizer)
         load_weights(model, directory / WEIGHTS_FILE)
+        model.to(device)
         return cls(
-            model.to(device), tokenizer, config, decode=decode, acceptance=acceptance, fine=fine, provenance=provenance
+            model, tokenizer, config, decode=decode, acceptance=acceptance, fine=fine, provenance=provenance
         )
 
 
 def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
-    """A local directory as it is; otherwise `owner/name` on the Hugging Face hub, downloaded into its cache."""
+    """A local directory as it is; otherwise `owner/name` on the Hugging Face hub, downloaded to its cache."""
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
@@ -199,7 +200,11 @@ def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
 
 
 def save_checkpoint(
-    model: RsdModel, tokenizer: ActionTokenizer, config: PolicyConfig, provenance: dict[str, Any], directory: Path
+    model: RsdModel,
+    tokenizer: ActionTokenizer,
+    config: PolicyConfig,
+    provenance: dict[str, Any],
+    directory: Path,
 ) -> None:
     """Write `config.json`, `model.safetensors` (fp16) and `tokenizer.json` into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -222,14 +227,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except FileNotFoundError:
         raise RsdError(f"{path}: not found") from None
     except SafetensorError as error:
-        raise RsdError(f"{path}: cannot be read as safetensors ({error}); the file is cut off or damaged") from None
+        raise RsdError(f"{path}: not readable as safetensors ({error}); it is cut off or damaged") from None
     expected = model.state_dict()
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
         raise RsdError(f"{path}: does not fit config.json; missing {missing[:5]}, unknown {unknown[:5]}")
     for name, value in weights.items():
-        if value.shape != expected[name].shape:
-            raise RsdError(f"{path}: {name} expected {list(expected[name].shape)}, found {list(value.shape)}")
+        shape = list(expected[name].shape)
+        if list(value.shape) != shape:
+            raise RsdError(f"{path}: {name} expected {shape}, found {list(value.shape)}")
         if not torch.isfinite(value).all():
             raise RsdError(f"{path}: {name} holds NaN or infinity")
     model.load_state_dict({name: value.float() for name, value in weights.items()})
@@ -241,15 +247,17 @@ def _read_config(directory: Path) -> tuple[PolicyConfig, dict[str, Any]]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise RsdError(f"{path}: not found; expected a checkpoint directory with {CONFIG_FILE}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # cut off, or not text at all
         raise RsdError(f"{path}: not valid JSON ({error}); the file is cut off or was edited") from None
-    if content.get("format_version") != FORMAT_VERSION:
-        raise RsdError(f"{path}: expected checkpoint format {FORMAT_VERSION}, found {content.get('format_version')}")
-    for name, digest in content["sha256"].items():
-        if not (directory / name).is_file():
-            raise RsdError(f"{directory / name}: not found, but {CONFIG_FILE} lists it")
-        if _sha256(directory / name) != digest:
-            raise RsdError(f"{directory / name}: does not belong to this {CONFIG_FILE} (sha256 differs); copy it again")
+    found = content.get("format_version") if isinstance(content, dict) else None
+    if found != FORMAT_VERSION:
+        raise RsdError(f"{path}: expected checkpoint format {FORMAT_VERSION}, found {found}")
+    digests = content.get("sha256", {})
+    for file in (directory / WEIGHTS_FILE, directory / TOKENIZER_FILE):
+        if not file.is_file():
+            raise RsdError(f"{file}: not found; the checkpoint is incomplete, copy it again")
+        if _sha256(file) != digests.get(file.name):
+            raise RsdError(f"{file}: does not belong to this {CONFIG_FILE} (sha256 differs); copy it again")
     try:
         return PolicyConfig.from_json(content["policy"]), content.get("provenance", {})
     except (KeyError, TypeError) as error:

@@ -1,8 +1,9 @@
 """Acceptance rules: which drafted tokens may stand, given the main model's logits. Pure functions.
 
-A rule sees drafted symbols int [B, c, P] and the main's logits [B, c, P, K] of the same levels (each conditioned on the
-drafted levels above it) and returns bool [B, c, P]. `per_scalar` rules correct single tokens in place; the others
-accept the longest prefix of levels whose every token is accepted. The gripper is compared apart, with zero tolerance.
+A rule sees drafted symbols int [B, c, P] and the main's logits [B, c, P, K] of the same levels (each
+conditioned on the drafted levels above it) and returns bool [B, c, P]. `per_scalar` rules correct single
+tokens in place; the others accept the longest prefix of levels whose every token is accepted. The gripper
+is compared apart, with zero tolerance.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ def exact(drafted: Tensor, logits: Tensor) -> Tensor:
 
 def margin(drafted: Tensor, logits: Tensor, code: RfsqConfig) -> Tensor:
     """Digit within the distance that the finer levels of a redundant code take out (`RfsqConfig.margin`)."""
-    allowed = torch.tensor([code.margin(level) for level in range(1, drafted.shape[1] + 1)], device=drafted.device)
+    levels = range(1, drafted.shape[1] + 1)
+    allowed = torch.tensor([code.margin(level) for level in levels], device=drafted.device)
     return (drafted - logits.argmax(-1)).abs() <= allowed[:, None]
 
 
 def agreement(drafted: Tensor, logits: Tensor, share: float) -> Tensor:
-    """A whole level stands if at least `share` of its tokens equal the main's (the original experiment: 0.7)."""
+    """A whole level stands if at least `share` of its tokens equal the main's (original experiment: 0.7)."""
     equal = drafted == logits.argmax(-1)
     return (equal.float().mean(-1, keepdim=True) >= share).expand_as(equal)
 
@@ -50,7 +52,7 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
         return AcceptanceRule(name, exact)
     if name == "margin":
         return AcceptanceRule(name, lambda drafted, logits: margin(drafted, logits, code), per_scalar=True)
-    if match := re.fullmatch(r"agreement(?:\(([0-9.]+)\))?", name):
+    if match := re.fullmatch(r"agreement(?:\((\d*\.?\d+)\))?", name):
         share = float(match[1] or 0.7)
         if 0.0 < share <= 1.0:
             return AcceptanceRule(f"agreement({share:g})", lambda d, logits: agreement(d, logits, share))

@@ -1,6 +1,7 @@
 """Decoding strategies: prefix tokens in, one action chunk's tokens out. Each is one short function.
 
-All greedy. Values of motion scalars are in units of the tokenizer's first step D_1, inside this file and the models.
+All greedy. Inside this file and the models, values of motion scalars are in units of the tokenizer's first
+step D_1. A model output that is not finite raises `RsdError`: a NaN would win an argmax as an ordinary token.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from rsd.types import RsdError
 
 @dataclass
 class Decoded:
-    """value: [B, P] chunk coefficients in first steps; gripper: int [B, H], 1 = close; motion: tokens [B, L, P] or
-    None where a strategy gives no tokens; the rest is counted per sample (see `rsd.types.ChunkStats`)."""
+    """value: [B, P] chunk coefficients in first steps; gripper: int [B, H], 1 = close; motion: tokens
+    [B, L, P] or None where a strategy gives no tokens; the rest is counted per sample (see `ChunkStats`)."""
 
     value: Tensor
     gripper: Tensor
@@ -56,7 +57,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a strategy works with. fine: how `rsd` gets the levels below the draft's, `regress` or `sequential`."""
+    """What a strategy works with. fine: how `rsd` gets the fine levels, `regress` or `sequential`."""
 
     main: MainModel
     draft: DraftModel
@@ -76,7 +77,7 @@ def ar(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
         features, cache = main.prefill(prefix)
     with watch.stage("decode"):
         gripper = greedy_gripper(main, features)
-        motion = main.logits(features, 1).argmax(-1).unsqueeze(1)
+        motion = greedy(main.logits(features, 1)).unsqueeze(1)
         motion, passes = extend_greedily(decoder, motion, gripper, cache)
         return Decoded(code.dequantise(motion), gripper, motion, passes)
 
@@ -86,7 +87,7 @@ def parallel(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
     with watch.stage("prefill"):
         features, _ = decoder.main.prefill(prefix)
     with watch.stage("decode"):
-        motion = decoder.main.parallel_logits(features).argmax(-1)
+        motion = greedy(decoder.main.parallel_logits(features))
         return Decoded(decoder.code.dequantise(motion), greedy_gripper(decoder.main, features), motion)
 
 
@@ -95,7 +96,7 @@ def l1(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
     with watch.stage("prefill"):
         features, _ = decoder.main.prefill(prefix)
     with watch.stage("decode"):
-        return Decoded(decoder.main.residual(features, 1), greedy_gripper(decoder.main, features))
+        return Decoded(finite(decoder.main.residual(features, 1)), greedy_gripper(decoder.main, features))
 
 
 def draft(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
@@ -110,10 +111,11 @@ def draft(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
 def rsd(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
     """The draft proposes the coarse levels 1..c; ONE pass verifies them and yields the fine ones.
 
-    `fine="regress"`: block k+1 has seen just the k accepted levels, so its continuous estimate of what they miss is
-    at hand however many were accepted: never more than one pass. A rule that corrects single tokens keeps all blocks.
-    `fine="sequential"`: the main's own token follows the accepted levels, the rest takes one pass a level; with the
-    rule `exact` the tokens are those of `ar`.
+    `fine="regress"`: block k+1 has seen just the k accepted levels, so its continuous estimate of what they
+    miss is at hand however many were accepted: never more than one pass. A rule that corrects single tokens
+    keeps all blocks.
+    `fine="sequential"`: the main corrects the first level that does not stand (if all do, it adds the next),
+    the rest takes one pass a level; with the rule `exact` the tokens are those of `ar`.
     """
     main, code = decoder.main, decoder.code
     with watch.stage("prefill"):
@@ -124,26 +126,26 @@ def rsd(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
         gripper = greedy_gripper(main, features)  # zero tolerance: the main's own, free with the prefill
         start = cache.length
         blocks = [features, *verify(decoder, drafted, gripper, cache)]
-        logits = torch.stack([main.logits(block, i + 1) for i, block in enumerate(blocks)], dim=1)  # [B, c+1, P, K]
-        accepted = decoder.rule.accept(drafted, logits[:, :-1])
-        kept = accepted_prefix(accepted)
-        if decoder.rule.per_scalar:
-            kept = torch.full_like(kept, drafted.shape[1])
+        logits = [finite(main.logits(block, i + 1)) for i, block in enumerate(blocks)]  # c+1 of [B, P, K]
+        own = torch.stack([level.argmax(-1) for level in logits], dim=1)  # [B, c+1, P]
+        accepted = decoder.rule.accept(drafted, torch.stack(logits[:-1], dim=1))
+        prefix_levels = accepted_prefix(accepted)
+        coarse = torch.where(accepted, drafted, own[:, :-1])
     passes = 1
     with watch.stage("decode"):
         if decoder.fine == "regress":
+            every = torch.full_like(prefix_levels, drafted.shape[1])
+            kept = every if decoder.rule.per_scalar else prefix_levels
             value = regress_fine(decoder, drafted, blocks, kept)
-            coarse = torch.where(accepted, drafted, logits[:, :-1].argmax(-1))
             motion = requantise(code, value, coarse, kept)
         else:
-            keep = single(kept)
-            motion = torch.cat([drafted[:, :keep], logits[:, keep : keep + 1].argmax(-1)], dim=1)
+            motion = torch.cat([coarse, own[:, -1:]], dim=1)[:, : single(prefix_levels) + 1]
             cache.truncate(start + (motion.shape[1] - 1) * main.horizon)
             motion, more = extend_greedily(decoder, motion, gripper, cache)
             passes += more
     decoded = Decoded(code.dequantise(motion), gripper, motion, passes)
     decoded.num_draft_tokens = [drafted.shape[2]] * drafted.shape[1]
-    decoded.accepted, decoded.accepted_levels = accepted, kept
+    decoded.accepted, decoded.accepted_levels = accepted, prefix_levels
     decoded.accepted_gripper = drafted_gripper == gripper
     return decoded
 
@@ -152,22 +154,34 @@ Strategy = Callable[[Decoder, Tensor, Stopwatch], Decoded]
 STRATEGIES: dict[str, Strategy] = {"ar": ar, "parallel": parallel, "l1": l1, "rsd": rsd, "draft": draft}
 
 
-# the steps the strategies are made of ----------------------------------------------------------------------------
+# the steps the strategies are made of
+
+
+def finite(output: Tensor) -> Tensor:
+    """A model's output as it is; NaN or infinity in it must never become an action and raises `RsdError`."""
+    if not torch.isfinite(output).all():
+        raise RsdError("the model gave non-finite output: damaged weights or an observation far out of range")
+    return output
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """Logits [..., K] -> symbols int64 [...]."""
+    return finite(logits).argmax(-1)
 
 
 def greedy_gripper(main: MainModel, features: Tensor) -> Tensor:
     """Block-1 features -> int64 [B, H], 1 = close."""
-    return (main.gripper_logits(features) > 0).long()
+    return (finite(main.gripper_logits(features)) > 0).long()
 
 
 def propose(decoder: Decoder, features: Tensor) -> tuple[Tensor, Tensor]:
     """The draft's greedy symbols [B, c, P] and its gripper [B, H] from the main's block-1 features."""
     model, code = decoder.draft, decoder.code
     read, gripper_logits = model.read(features)
-    gripper = (gripper_logits > 0).long()
+    gripper = (finite(gripper_logits) > 0).long()
     motion = torch.empty(len(read), 0, model_scalars(decoder), dtype=torch.long, device=read.device)
     for level in range(1, model.config.levels + 1):
-        symbols = model.logits(read, code.dequantise(motion), gripper, level).argmax(-1)
+        symbols = greedy(model.logits(read, code.dequantise(motion), gripper, level))
         motion = torch.cat([motion, symbols.unsqueeze(1)], dim=1)
     return motion, gripper
 
@@ -179,14 +193,12 @@ def verify(decoder: Decoder, drafted: Tensor, gripper: Tensor, cache: KVCache) -
     return decoder.main.extend(prefixes, gripper, 2, cache)
 
 
-def extend_greedily(
-    decoder: Decoder, motion: Tensor, gripper: Tensor, cache: KVCache
-) -> tuple[Tensor, int]:
+def extend_greedily(decoder: Decoder, motion: Tensor, gripper: Tensor, cache: KVCache) -> tuple[Tensor, int]:
     """Decode the levels that `motion` [B, k, P] lacks, one pass each -> all levels [B, L, P], passes."""
     main, code, passes = decoder.main, decoder.code, 0
     for level in range(motion.shape[1] + 1, main.code.levels + 1):
         (features,) = main.extend([code.dequantise(motion)], gripper, level, cache)
-        motion = torch.cat([motion, main.logits(features, level).argmax(-1).unsqueeze(1)], dim=1)
+        motion = torch.cat([motion, greedy(main.logits(features, level)).unsqueeze(1)], dim=1)
         passes += 1
     return motion, passes
 
@@ -195,7 +207,7 @@ def regress_fine(decoder: Decoder, drafted: Tensor, blocks: list[Tensor], kept: 
     """Kept levels plus what the block after them says they miss -> [B, P]; blocks[k] follows k levels."""
     estimates = torch.stack(
         [
-            decoder.code.dequantise(drafted[:, :level]) + decoder.main.residual(block, level + 1)
+            decoder.code.dequantise(drafted[:, :level]) + finite(decoder.main.residual(block, level + 1))
             for level, block in enumerate(blocks)
         ],
         dim=1,

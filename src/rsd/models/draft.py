@@ -1,4 +1,4 @@
-"""The draft: a small network on the main's prefill features that proposes the coarse levels, one after another."""
+"""The draft: a small network on the main's prefill features that proposes the coarse levels in turn."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rsd.models.main import BlockEmbedding, LevelHead
 from rsd.models.trunk import KVCache, Trunk
 from rsd.tokenizer.rfsq import RfsqConfig
+from rsd.types import RsdError
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,16 @@ class DraftConfig:
 
 
 class DraftModel(nn.Module):
-    """Reads the main's block-1 features [B, H, D_main]; level after level, only H positions wide and without a cache:
-    what the levels so far decode to is all a level needs to know of them."""
+    """Reads the main's block-1 features [B, H, D_main]; level after level, only H positions wide and without
+    a cache: what the levels so far decode to is all a level needs to know of them."""
 
     def __init__(
         self, config: DraftConfig, code: RfsqConfig, horizon: int, motion_dim: int, main_dim: int
     ) -> None:
         super().__init__()
+        if not 1 <= config.levels < code.levels:
+            allowed = f"1 to {code.levels - 1} levels for a code of {code.levels}"
+            raise RsdError(f"draft: expected {allowed}, found {config.levels}")
         self.config = config
         self.features_in = nn.Linear(main_dim, config.dim)
         self.block = BlockEmbedding(config.dim, horizon, motion_dim, code.levels)
@@ -43,6 +47,6 @@ class DraftModel(nn.Module):
         return read, self.gripper_head(torch.nn.functional.silu(read)).squeeze(-1)
 
     def logits(self, read: Tensor, prefix: Tensor, gripper: Tensor, level: int) -> Tensor:
-        """Logits [B, H*M, K] of `level`, given what the levels above decode to [B, H*M] and the gripper [B, H]."""
+        """Logits [B, H*M, K] of `level`, given what the levels above decode to [B, H*M], gripper [B, H]."""
         x = read + self.block(prefix, gripper, level)
         return self.level_head(self.trunk(x, KVCache()), level)

@@ -1,8 +1,9 @@
-"""The compact VLA: prefix (images, words, proprioception), then one block of H query positions per residual level.
+"""The compact VLA: prefix (images, words, proprioception), then a block of H query positions per level.
 
-Block l = 1..L is told what levels < l decode to, and returns, for every scalar, logits of t_l given t_<l and a
-continuous estimate of what is still missing. Attention is causal across blocks and full within one, so one pass over
-several teacher-forced blocks returns all their conditionals: parallel verification. Block 1 rides in the prefill.
+Block l = 1..L is told what levels < l decode to, and returns, for every scalar, logits of t_l given t_<l and
+a continuous estimate of what is still missing. Attention is causal across blocks and full within one, so one
+pass over several teacher-forced blocks returns all their conditionals: parallel verification. Block 1 rides
+in the prefill.
 Next-scale prediction as in VAR (arXiv 2404.02905), here over action residuals.
 """
 
@@ -37,13 +38,14 @@ class MainConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        # one channel a group crashes PyTorch's CPU backward of GroupNorm on channels-last input (seen with 2.13)
-        if self.image_size % 32 or any(c % 16 for c in self.channels):
-            raise RsdError(f"main model: image_size must be a multiple of 32 and channels of 16, found {self}")
+        # one channel a group crashes PyTorch's CPU backward of GroupNorm on channels-last input (with 2.13)
+        if self.image_size % 32 or len(self.channels) != 4 or any(c % 16 for c in self.channels):
+            expected = "image_size a multiple of 32, four channels that are multiples of 16"
+            raise RsdError(f"main model: expected {expected}, found {self}")
 
 
 class BlockEmbedding(nn.Module):
-    """Query positions of a level's block: what the prefix decodes to so far, the level, the position, the gripper."""
+    """Query positions of a level's block: what the levels so far decode to, level, position, gripper."""
 
     def __init__(self, dim: int, horizon: int, motion_dim: int, levels: int) -> None:
         super().__init__()
@@ -109,7 +111,7 @@ class MainModel(nn.Module):
         self.register_buffer("state_mean", torch.zeros(STATE_FEATURES))
         self.register_buffer("state_std", torch.ones(STATE_FEATURES))
 
-    # prefix ------------------------------------------------------------------------------------------------------
+    # prefix
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Word ids [B, 32] -> language tokens [B, N, Dt], condition [B, Dt]; constant over an episode."""
@@ -117,7 +119,7 @@ class MainModel(nn.Module):
         return tokens, condition
 
     def embed_prefix(self, images: Tensor, state: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        """images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded text -> prefix tokens [B, N, D]."""
+        """images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded text -> prefix [B, N, D]."""
         tokens, condition = text
         parts = []
         for index, camera in enumerate(self.cameras):
@@ -136,14 +138,17 @@ class MainModel(nn.Module):
         queries = self.block(nothing, None, 1)
         total = length + self.horizon
         mask = torch.ones(total, total, dtype=torch.bool, device=prefix.device)
-        mask[:length, length:] = False  # the prefix does not see the queries: its cache is the same for all decoders
+        # the prefix does not see the queries: its cache is the same for all decoders
+        mask[:length, length:] = False
         cache = KVCache()
         hidden = self.trunk(torch.cat([prefix, queries.to(prefix.dtype)], dim=1), cache, mask)
         return hidden[:, length:], cache
 
-    # blocks ------------------------------------------------------------------------------------------------------
+    # blocks
 
-    def extend(self, prefixes: list[Tensor], gripper: Tensor, first_level: int, cache: KVCache) -> list[Tensor]:
+    def extend(
+        self, prefixes: list[Tensor], gripper: Tensor, first_level: int, cache: KVCache
+    ) -> list[Tensor]:
         """ONE pass over the blocks first_level, first_level+1, ...
 
         prefixes: per block [B, H*M], what the levels above it decode to, in first steps; gripper int [B, H].
@@ -164,8 +169,9 @@ class MainModel(nn.Module):
         return self.level_head(features, level)
 
     def parallel_logits(self, features: Tensor) -> Tensor:
-        """Features of block 1 [B, H, D] -> logits [B, L, H*M, K] of all levels at once (the original RFSQ head)."""
-        grid = self.parallel_head(features).unflatten(-1, (self.code.levels, self.motion_dim, self.code.symbols))
+        """Features of block 1 [B, H, D] -> logits [B, L, H*M, K] of all levels (the original RFSQ head)."""
+        shape = (self.code.levels, self.motion_dim, self.code.symbols)
+        grid = self.parallel_head(features).unflatten(-1, shape)
         return grid.transpose(1, 2).flatten(2, 3)  # [B, H, L, M, K] -> [B, L, H*M, K]
 
     def gripper_logits(self, features: Tensor) -> Tensor:
@@ -188,15 +194,16 @@ def merge_2x2(tokens: Tensor) -> Tensor:
 def state_features(state: Tensor) -> Tensor:
     """8-d state [B, 8] (position, axis-angle, gripper) -> [B, 11]: the rotation as two matrix columns.
 
-    The axis-angle jumps where the angle passes pi, which a gripper pointing down does all the time; the matrix does
-    not (6-d rotation, Zhou et al. 2019).
+    The axis-angle jumps where the angle passes pi, which a gripper pointing down does all the time; the
+    matrix does not (6-d rotation, Zhou et al. 2019).
     """
     position, rotation, gripper = state[:, :3], state[:, 3:6], state[:, 6:]
     angle = rotation.norm(dim=1, keepdim=True)
     axis = rotation / angle.clamp_min(1e-8)
     sin, cos = torch.sin(angle), torch.cos(angle)
     columns = []
-    for unit in torch.eye(3, device=state.device)[:2]:  # Rodrigues: R e = e cos + (n x e) sin + n (n.e)(1 - cos)
+    # Rodrigues: R e = e cos + (n x e) sin + n (n.e)(1 - cos)
+    for unit in torch.eye(3, device=state.device)[:2]:
         e = unit.expand_as(axis)
         dot = (axis * e).sum(1, keepdim=True)
         columns.append(e * cos + torch.linalg.cross(axis, e) * sin + axis * dot * (1 - cos))

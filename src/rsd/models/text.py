@@ -19,7 +19,7 @@ BUCKETS = 4096  # id 0 is the padding
 
 
 def word_ids(instructions: list[str]) -> Tensor:
-    """Texts -> int64 [B, MAX_WORDS], zero-padded. Case and punctuation do not matter; longer texts are an error."""
+    """Texts -> int64 [B, MAX_WORDS], zero-padded. Case and punctuation do not matter; longer is an error."""
     rows = []
     for text in instructions:
         words = re.findall(r"[a-z0-9]+", text.lower())
@@ -31,15 +31,17 @@ def word_ids(instructions: list[str]) -> Tensor:
 
 
 class TextEncoder(nn.Module):
-    """Word ids [B, MAX_WORDS] -> language tokens [B, N, D] and one condition vector [B, D] for the image encoders."""
+    """Word ids [B, MAX_WORDS] -> language tokens [B, N, D] and a condition [B, D] for the image encoders."""
 
     def __init__(self, dim: int, tokens: int, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.words = nn.Embedding(BUCKETS, dim, padding_idx=0)
         self.position = nn.Parameter(torch.randn(MAX_WORDS, dim) * 0.02)
         self.queries = nn.Parameter(torch.randn(tokens + 1, dim) * 0.02)
-        layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, F.gelu, batch_first=True, norm_first=True)
-        self.layers = nn.ModuleList([layer, *(_fresh(layer, dim, heads) for _ in range(layers - 1))])
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, F.gelu, batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +52,3 @@ class TextEncoder(nn.Module):
             x = layer(x, src_key_padding_mask=padding)
         out = self.norm(x[:, -queries:])
         return out[:, 1:], out[:, 0]
-
-
-def _fresh(like: nn.Module, dim: int, heads: int) -> nn.Module:
-    return nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, F.gelu, batch_first=True, norm_first=True)

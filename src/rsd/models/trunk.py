@@ -1,4 +1,4 @@
-"""Decoder-only trunk with a key/value cache: `prefill` is a call on an empty cache, `extend` one on a filled cache."""
+"""Decoder-only trunk with a key/value cache: `prefill` calls it on an empty, `extend` on a filled cache."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TrunkLayer(nn.Module):
 
 
 class Trunk(nn.Module):
-    """x [B, n, D] and a cache of S positions -> hidden [B, n, D] (normalised); the cache then holds S + n positions.
+    """x [B, n, D] and a cache of S positions -> hidden [B, n, D] (normalised); the cache grows to S + n.
 
     mask: bool [n, S + n], True = may attend; None = everything so far.
     """

@@ -1,9 +1,11 @@
-"""Image encoder: a small residual network per camera, each stage told by the instruction what to look for (FiLM).
+"""Image encoder: a small residual network per camera, each stage told by the instruction what to look for.
 
-FiLM conditioning of convolutions by language: Perez et al. 2018; as in RT-1. GroupNorm, so a batch of one is exact.
+FiLM conditioning of convolutions by language: Perez et al. 2018; as in RT-1. GroupNorm suits a batch of one.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ class CameraEncoder(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, channels[0], 5, 2, 2)
         blocks = []
-        for inputs, outputs in zip(channels[:-1], channels[1:], strict=True):
+        for inputs, outputs in pairwise(channels):
             blocks += [FilmBlock(inputs, outputs, 2, condition), FilmBlock(outputs, outputs, 1, condition)]
         self.blocks = nn.ModuleList(blocks)
 

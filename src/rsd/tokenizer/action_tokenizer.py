@@ -1,4 +1,4 @@
-"""Action chunk <-> residual tokens: normalise, transform over time, quantise level by level; the gripper apart."""
+"""Action chunk <-> residual tokens: normalise, transform over time, quantise by level; the gripper apart."""
 
 from __future__ import annotations
 
@@ -46,16 +46,17 @@ class TokenizerConfig:
 class ActionTokenizer:
     """Calibrated once from training chunks, then a constant code.
 
-    Motion dims (all but the last) are mapped q01 -> -1, q99 -> +1, transformed over time and quantised with ONE first
-    step D_1 for all coefficients (in a code with equal steps the fine structure of a chunk costs symbols only in the
-    levels that resolve it). The last dim is the gripper: one binary symbol a step, zero tolerance.
+    Motion dims (all but the last) are mapped q01 -> -1, q99 -> +1, transformed over time and quantised with
+    ONE first step D_1 for all coefficients (in a code with equal steps the fine structure of a chunk costs
+    symbols only in the levels that resolve it). The last dim is the gripper: one binary symbol a step, exact.
     """
 
     def __init__(self, config: TokenizerConfig, low: Tensor, high: Tensor, first_step: float) -> None:
         self.config = config
         self.low, self.high = low.float(), high.float()
         if self.low.shape != self.high.shape or self.low.ndim != 1:
-            raise RsdError(f"tokenizer range: expected two vectors of one length, found {low.shape} and {high.shape}")
+            found = f"{list(low.shape)} and {list(high.shape)}"
+            raise RsdError(f"tokenizer range: expected two vectors of one length, found {found}")
         # a constant dimension has no range: scale 1 keeps it finite and its token at zero
         width = self.high - self.low
         self.scale = torch.where(width > 1e-6, width / 2, torch.ones_like(width))
@@ -64,16 +65,17 @@ class ActionTokenizer:
         self.first_step = float(first_step)
         self.rfsq = Rfsq(config.rfsq, torch.tensor([self.first_step]))
 
-    # calibration -------------------------------------------------------------------------------------------------
+    # calibration
 
     @classmethod
     def fit(cls, chunks: np.ndarray, config: TokenizerConfig | None = None) -> ActionTokenizer:
         """chunks float [N, H, A], last dim = gripper (-1 open, +1 close) -> a calibrated tokenizer."""
         config = config or TokenizerConfig()
         if chunks.ndim != 3 or chunks.shape[1] != config.horizon or chunks.shape[2] < 2:
-            raise RsdError(f"tokenizer fit: expected chunks [N, {config.horizon}, A], found {list(chunks.shape)}")
+            expected = f"chunks [N, {config.horizon}, A]"
+            raise RsdError(f"tokenizer fit: expected {expected}, found {list(chunks.shape)}")
         if len(chunks) < MIN_CHUNKS:
-            raise RsdError(f"tokenizer fit: expected at least {MIN_CHUNKS} chunks to calibrate on, found {len(chunks)}")
+            raise RsdError(f"tokenizer fit: expected at least {MIN_CHUNKS} chunks, found {len(chunks)}")
         if not np.isfinite(chunks).all():
             raise RsdError("tokenizer fit: found NaN or infinity in the chunks; check the demonstrations")
         motion = chunks[..., :-1].reshape(-1, chunks.shape[2] - 1)
@@ -84,7 +86,7 @@ class ActionTokenizer:
         reach = float(np.quantile(coefficients.abs().numpy(), 0.9999))
         return cls(config, draft.low, draft.high, reach / (config.rfsq.half + 0.5))
 
-    # chunks <-> coefficients ------------------------------------------------------------------------------------
+    # chunks <-> coefficients
 
     @property
     def motion_dim(self) -> int:
@@ -96,7 +98,7 @@ class ActionTokenizer:
         return self.config.horizon * self.motion_dim
 
     def to_coefficients(self, chunk: Tensor) -> Tensor:
-        """chunk float [B, H, A] -> coefficients [B, H*M], row k of the transform at positions k*M .. k*M+M-1."""
+        """chunk float [B, H, A] -> coefficients [B, H*M], row k of the transform at k*M .. k*M+M-1."""
         normalised = (chunk[..., :-1].float() - self.centre.to(chunk.device)) / self.scale.to(chunk.device)
         return torch.einsum("kh,bhm->bkm", self.matrix.to(chunk.device), normalised).flatten(1)
 
@@ -106,7 +108,7 @@ class ActionTokenizer:
         return torch.einsum("kh,bkm->bhm", self.matrix.to(grid.device), grid)
 
     def to_actions(self, coefficients: Tensor, gripper: Tensor) -> Tensor:
-        """coefficients [B, H*M], gripper int [B, H] (1 = close) -> float32 [B, H, A] in environment units, in [-1, 1]."""
+        """coefficients [B, H*M], gripper int [B, H] (1 = close) -> actions float32 [B, H, A] in [-1, 1]."""
         normalised = self.to_normalised(coefficients)
         motion = normalised * self.scale.to(normalised.device) + self.centre.to(normalised.device)
         grip = (2.0 * gripper.float() - 1.0).unsqueeze(-1)
@@ -116,7 +118,7 @@ class ActionTokenizer:
         """chunk [B, H, A] -> int64 [B, H], 1 where the gripper is told to close."""
         return (chunk[..., -1] > 0).long()
 
-    # tokens ------------------------------------------------------------------------------------------------------
+    # tokens
 
     def encode(self, chunk: Tensor) -> ChunkTokens:
         """chunk float [B, H, A] -> tokens."""
@@ -130,20 +132,20 @@ class ActionTokenizer:
         return self.to_actions(self.rfsq.dequantise(motion), tokens.gripper)
 
     def forward(self, chunk: Tensor) -> tuple[ChunkTokens, Tensor]:
-        """chunk [B, H, A] -> tokens and the chunk as the quantiser sees it; equals `decode(encode(chunk))` bit by bit."""
+        """chunk [B, H, A] -> tokens, and the chunk they decode to: bit by bit `decode(encode(chunk))`."""
         self._check_chunk(chunk)
         motion, z_hat = self.rfsq.quantise(self.to_coefficients(chunk))
         gripper = self.gripper_symbols(chunk)
         return ChunkTokens(motion, gripper), self.to_actions(z_hat, gripper)
 
     def _check_chunk(self, chunk: Tensor) -> None:
-        expected = (self.config.horizon, self.motion_dim + 1)
-        if chunk.ndim != 3 or tuple(chunk.shape[1:]) != expected:
-            raise RsdError(f"action chunk: expected [B, {expected[0]}, {expected[1]}], found {list(chunk.shape)}")
+        expected = [self.config.horizon, self.motion_dim + 1]
+        if chunk.ndim != 3 or list(chunk.shape[1:]) != expected:
+            raise RsdError(f"action chunk: expected [B, *{expected}], found {list(chunk.shape)}")
         if not torch.isfinite(chunk).all():
             raise RsdError("action chunk: found NaN or infinity")
 
-    # files -------------------------------------------------------------------------------------------------------
+    # files
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -165,9 +167,9 @@ class ActionTokenizer:
             content = json.loads(path.read_text())
         except FileNotFoundError:
             raise RsdError(f"{path}: not found; a checkpoint directory holds {FILE_NAME}") from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # cut off, or not text at all
             raise RsdError(f"{path}: not valid JSON ({error}); the file is cut off or was edited") from None
-        found = content.get("format_version")
+        found = content.get("format_version") if isinstance(content, dict) else None
         if found != FORMAT_VERSION:
             raise RsdError(f"{path}: expected tokenizer format {FORMAT_VERSION}, found {found}; fit it again")
         missing = {"config", "low", "high", "first_step"} - content.keys()
@@ -175,9 +177,11 @@ class ActionTokenizer:
             raise RsdError(f"{path}: missing {', '.join(sorted(missing))}")
         try:
             config = TokenizerConfig(**content["config"])
-        except TypeError as error:
-            raise RsdError(f"{path}: unknown or missing configuration field ({error})") from None
-        low, high = torch.tensor(content["low"]), torch.tensor(content["high"])
+            low, high = torch.tensor(content["low"]), torch.tensor(content["high"])
+            first_step = float(content["first_step"])
+        except (TypeError, ValueError) as error:
+            raise RsdError(f"{path}: a field is unknown, missing or not a number ({error})") from None
         if len(low) != ACTION_DIM - 1 or not torch.isfinite(torch.cat([low, high])).all():
-            raise RsdError(f"{path}: expected {ACTION_DIM - 1} finite range limits, found {content['low']}")
-        return cls(config, low, high, content["first_step"])
+            found = f"{content['low']} and {content['high']}"
+            raise RsdError(f"{path}: expected {ACTION_DIM - 1} finite range limits, found {found}")
+        return cls(config, low, high, first_step)

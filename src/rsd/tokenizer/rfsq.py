@@ -2,11 +2,12 @@
 
 Level l = 1..L has step D_l = D_1 * rho**-(l-1) and K (odd) symbols:
     t_l = clamp(round(r_l / D_l), -(K-1)/2, (K-1)/2),   r_{l+1} = r_l - D_l * t_l,   z_hat = sum_l D_l * t_l.
-With rho < K the finer levels reach further than half a coarse step, so they can take out a coarse digit's error
-(as half-bit redundancy does in a pipelined converter). The steps are constants of the code, never statistics of a
-sample: every token sequence, and every prefix of its levels, decodes on its own.
+With rho < K the finer levels reach further than half a coarse step, so they can take out a coarse digit's
+error (as half-bit redundancy does in a pipelined converter). The steps are constants of the code, never
+statistics of a sample: every token sequence, and every prefix of its levels, decodes on its own.
 
-Source of the idea: robust residual FSQ (arXiv 2508.15860), whose per-sample LayerNorm cannot be undone at decode time.
+Source of the idea: robust residual FSQ (arXiv 2508.15860), whose per-sample LayerNorm cannot be undone at
+decode time.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ class RfsqConfig:
 
     def __post_init__(self) -> None:
         if self.levels < 1 or self.symbols < 3 or self.symbols % 2 == 0 or not 1.0 < self.rho <= self.symbols:
-            raise RsdError(
-                f"RFSQ: expected levels >= 1, an odd number of symbols >= 3 and 1 < rho <= symbols, found {self}"
-            )
+            expected = "levels >= 1, an odd number of symbols >= 3 and 1 < rho <= symbols"
+            raise RsdError(f"RFSQ: expected {expected}, found {self}")
 
     @property
     def half(self) -> int:
@@ -53,15 +53,15 @@ class RfsqConfig:
     def margin(self, level: int) -> int:
         """Largest error of a digit at `level` that the finer levels take out whatever the scalar (0 if none).
 
-        A rounded residual is within D_l/2; a digit wrong by m leaves (m + 1/2) D_l, which the tail plus half of the
-        last step must reach.
+        A rounded residual is within D_l/2; a digit wrong by m leaves (m + 1/2) D_l, which the tail plus half
+        of the last step must reach.
         """
         reach = self.tail_reach(level) + 0.5 * self.weight(self.levels)
         return max(0, int((reach / self.weight(level)) - 0.5 + 1e-9))
 
 
 class Rfsq:
-    """Quantises scalars x [..., P] with first steps D_1 [P] (or broadcastable) into symbols [..., L, P] in 0..K-1."""
+    """Quantises scalars x [..., P] with first steps D_1 ([P] or [1]) into symbols [..., L, P] in 0..K-1."""
 
     def __init__(self, config: RfsqConfig, first_step: Tensor) -> None:
         if not torch.isfinite(first_step).all() or (first_step <= 0).any():
@@ -79,7 +79,7 @@ class Rfsq:
         return torch.round(residual / self.step(level, residual)).clamp(-half, half)
 
     def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x float [..., P] -> symbols int64 [..., L, P], reconstruction [..., P] (what `dequantise` gives, bit by bit)."""
+        """x float [..., P] -> symbols int64 [..., L, P] and what they `dequantise` to bit by bit [..., P]."""
         residual, z_hat, symbols = x.float(), torch.zeros_like(x, dtype=torch.float32), []
         for level in range(1, self.config.levels + 1):
             digit = self.digit(residual, level)

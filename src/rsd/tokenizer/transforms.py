@@ -1,4 +1,4 @@
-"""Orthonormal transforms of an action chunk over time; orthonormal, so an error keeps its size through the inverse."""
+"""Orthonormal transforms of an action chunk over time: an error keeps its size through the inverse."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Augmentation:
 
 
 class FrameDataset:
-    """All frames of some demonstrations: images uint8 [N, 2, S, S, 3], states, chunk targets, instruction of each."""
+    """All frames of some demonstrations: images uint8 [N, 2, S, S, 3], states, chunks, instructions."""
 
     def __init__(self, demonstrations: Iterable[Demonstration], horizon: int, device: torch.device) -> None:
         images, states, chunks, tasks, instructions = [], [], [], [], dict[str, int]()
@@ -104,6 +104,7 @@ def random_shift(images: Tensor, pixels: int) -> Tensor:
 
 def random_colour(pixels: Tensor, augment: Augmentation) -> Tensor:
     """[B, 2, 3, S, S] in [-0.5, 0.5]: brightness and contrast by image, a tint by channel."""
+
     def uniform(channels: int) -> Tensor:
         return torch.rand(*pixels.shape[:2], channels, 1, 1, device=pixels.device) * 2 - 1
 

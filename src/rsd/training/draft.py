@@ -54,7 +54,8 @@ def train_draft(config: TrainDraftConfig) -> Path:
     code = Rfsq(model.main.code, torch.ones(1, device=device))
 
     def losses() -> dict[str, Tensor]:
-        batch = dataset.batch(torch.randint(0, len(dataset), (config.loop.batch_size,), device=device), config.augment)
+        frames = torch.randint(0, len(dataset), (config.loop.batch_size,), device=device)
+        batch = dataset.batch(frames, config.augment)
         model.main.eval()  # `train` puts the whole model in training mode
         with torch.no_grad():
             prefix = model.main.embed_prefix(batch.images, batch.state, model.main.encode_text(batch.words))
@@ -69,7 +70,7 @@ def train_draft(config: TrainDraftConfig) -> Path:
     ema = train(model, losses, config.loop, config.output, device, resolved)
     assert isinstance(ema, RsdModel)
     report = validate(ema, tokenizer, FrameDataset(held_out, tokenizer.config.horizon, device))
-    provenance = {**source.provenance, "draft": {"training": resolved, "validation": report, "versions": versions()}}
+    made = {"training": resolved, "validation": report, "versions": versions()}
     directory = config.output / "checkpoint"
-    save_checkpoint(ema, tokenizer, policy, provenance, directory)
+    save_checkpoint(ema, tokenizer, policy, {**source.provenance, "draft": made}, directory)
     return directory

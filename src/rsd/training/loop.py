@@ -23,7 +23,7 @@ STATE_FILE = "training_state.pt"
 @dataclass(frozen=True)
 class LoopConfig:
     """steps: optimiser steps; minutes: end earlier, with the schedule brought to its end (0 = no limit);
-    save_every: steps between resumable states (0 = only at the end); log_every: steps between TensorBoard points."""
+    save_every: steps between resumable states (0 = only at the end); log_every: the same for TensorBoard."""
 
     steps: int = 20_000
     minutes: float = 0.0
@@ -46,19 +46,19 @@ def train(
     device: torch.device,
     resolved: dict[str, Any],
 ) -> nn.Module:
-    """Minimise `losses()["total"]` over the parameters of `model` that require a gradient; returns the EMA copy.
+    """Minimise `losses()["total"]` over the parameters of `model` that need a gradient; returns the EMA copy.
 
-    `losses` draws its own batch. Interrupted, the same call continues from `run/training_state.pt`; a state of another
-    configuration is refused. bf16 autocast on CUDA, float32 on the CPU.
+    `losses` draws its own batch. Interrupted, the same call continues from `run/training_state.pt`; a state
+    of another configuration is refused. bf16 autocast on CUDA, float32 on the CPU.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     run.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     ema = copy.deepcopy(model).eval()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    averaged = [e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
+    trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    pairs = zip(ema.parameters(), model.parameters(), strict=True)
+    averaged: list[Tensor] = [average for average, parameter in pairs if parameter.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     optimiser = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
@@ -67,6 +67,7 @@ def train(
         fused=device.type == "cuda",
     )
     step, spent = _resume(run / STATE_FILE, model, ema, optimiser, resolved)
+    torch.manual_seed(config.seed + step)  # resumed, it must not draw the batches of its first steps again
     writer = SummaryWriter(str(run / "tensorboard"))
     model.train()
     start = time.monotonic() - spent
@@ -120,11 +121,18 @@ def _log(writer: Any, values: dict[str, Tensor], norm: Tensor, step: int, second
 
 
 def _line(values: dict[str, Tensor], step: int, seconds: float) -> str:
-    return f"step {step}, {seconds:.0f} s: " + ", ".join(f"{k} {float(v.detach()):.4f}" for k, v in values.items())
+    numbers = ", ".join(f"{name} {float(value.detach()):.4f}" for name, value in values.items())
+    return f"step {step}, {seconds:.0f} s: {numbers}"
 
 
 def _save(
-    path: Path, model: nn.Module, ema: nn.Module, optimiser: Any, step: int, spent: float, resolved: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    ema: nn.Module,
+    optimiser: Any,
+    step: int,
+    spent: float,
+    resolved: dict[str, Any],
 ) -> None:
     state = {
         "model": model.state_dict(),

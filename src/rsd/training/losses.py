@@ -1,8 +1,8 @@
 """What the main and the draft are trained on: the prefixes that decoding will meet.
 
-Teacher forcing alone makes the main take a draft's digits as evidence of the truth and copy their error. So part of
-the batch continues the draft's own coarse digits (detached; the targets are what is still missing after them), and
-part has its digits jittered within the code's margin, targets recomputed.
+Teacher forcing alone makes the main take a draft's digits as evidence of the truth and copy their error. So
+part of the batch continues the draft's own coarse digits (detached; the targets are what is still missing
+after them), and part has its digits jittered within the code's margin, targets recomputed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from rsd.training.dataset import Batch
 
 @dataclass(frozen=True)
 class LossConfig:
-    """draft_share: part of the batch on the draft's prefixes; jitter: largest share of digits disturbed in the rest;
-    level_decay: weight of a level's loss relative to the one above, past the coarse ones; the others are weights."""
+    """draft_share: part of the batch on the draft's prefixes; jitter: largest share of digits disturbed in
+    the rest; level_decay: weight of a level's loss relative to the one above, past the coarse ones; the
+    others are weights."""
 
     draft_share: float = 0.5
     jitter: float = 0.4
@@ -53,23 +54,23 @@ def policy_losses(
         digit = code.digit(target - value, level)
         digits.append(digit.long() + main.code.half)
         shown = jittered(digit, jitter, main.code.margin(level), main.code.half)
-        if level <= c:
-            shown = torch.where(own, drafted[level - 1], shown)
-        else:
-            shown = torch.where(own, digit, shown)
+        shown = torch.where(own, drafted[level - 1] if level <= c else digit, shown)
         value = value + shown * main.code.weight(level)
         prefixes.append(value)
     blocks = [features, *main.extend(prefixes[1:-1], gripper, 2, cache)]
 
     weights = [config.level_decay ** max(0, level - c) for level in range(1, main.code.levels + 1)]
-    levels = [F.cross_entropy(_logits(main.logits(f, i + 1)), t.flatten()) for i, (f, t) in enumerate(zip(blocks, digits, strict=True))]
+    levels = [
+        F.cross_entropy(_logits(main.logits(block, i + 1)), digit.flatten())
+        for i, (block, digit) in enumerate(zip(blocks, digits, strict=True))
+    ]
     losses["levels"] = _weighted(levels, weights)
     plain = code.quantise(target)[0]
-    all_at_once = main.parallel_logits(features)
-    losses["parallel"] = _weighted(
-        [F.cross_entropy(_logits(all_at_once[:, i]), plain[:, i].flatten()) for i in range(main.code.levels)], weights
-    )
-    losses["gripper"] = F.binary_cross_entropy_with_logits(main.gripper_logits(features).float(), gripper.float())
+    at_once = main.parallel_logits(features)
+    levels = [F.cross_entropy(_logits(at_once[:, i]), plain[:, i].flatten()) for i in range(main.code.levels)]
+    losses["parallel"] = _weighted(levels, weights)
+    closing = main.gripper_logits(features).float()
+    losses["gripper"] = F.binary_cross_entropy_with_logits(closing, gripper.float())
     wanted = tokenizer.to_normalised(target * tokenizer.first_step)
     errors = []
     for index, block in enumerate(blocks[: c + 1]):
@@ -89,7 +90,7 @@ def policy_losses(
 def draft_losses(
     draft: DraftModel, features: Tensor, target: Tensor, gripper: Tensor, own: Tensor, code: Rfsq
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """features [B, H, D] of the main, target [B, P], own bool [B, 1]: where the draft continues its own digits.
+    """features [B, H, D] of the main, target [B, P]; own bool [B, 1]: the draft continues its own digits.
 
     Returns the digits per level that its prefix was built from, and its losses.
     """
@@ -106,7 +107,7 @@ def draft_losses(
 
 
 def jittered(digit: Tensor, rate: Tensor, margin: int, half: int) -> Tensor:
-    """digit [B, P] with a share rate [B, 1] moved by up to +-margin (what finer levels can take out), kept in range."""
+    """digit [B, P] with a share rate [B, 1] moved by up to +-margin (finer levels take it out), in range."""
     if margin == 0:
         return digit
     move = torch.randint(1, margin + 1, digit.shape, device=digit.device)
@@ -119,4 +120,5 @@ def _logits(logits: Tensor) -> Tensor:
 
 
 def _weighted(losses: list[Tensor], weights: list[float]) -> Tensor:
-    return sum((w * x for w, x in zip(weights, losses, strict=True)), torch.zeros((), device=losses[0].device)) / sum(weights)
+    terms = [weight * loss for weight, loss in zip(weights, losses, strict=True)]
+    return torch.stack(terms).sum() / sum(weights)

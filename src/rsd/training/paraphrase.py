@@ -1,4 +1,4 @@
-"""Other wordings of an instruction, so that a policy learns from words rather than from ten fixed sentences."""
+"""Other wordings of an instruction, so that a policy learns from words and not from ten fixed sentences."""
 
 from __future__ import annotations
 
@@ -24,5 +24,6 @@ def paraphrases(instruction: str, limit: int) -> list[str]:
         for (phrase, _), option in zip(found, choice, strict=True):
             text = text.replace(phrase, option)
         texts.append(text)
-    stride = max(1, len(texts) // limit)
-    return list(dict.fromkeys([instruction, *texts[::stride]]))[:limit]
+    if len(texts) > limit:  # no fixed stride: an even one would skip half the wordings of the last phrase
+        texts = [texts[i * len(texts) // limit] for i in range(limit)]
+    return list(dict.fromkeys([instruction, *texts]))[:limit]

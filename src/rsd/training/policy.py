@@ -48,9 +48,9 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     training, held_out = split(load_demonstrations(config.data), config.validation_every)
     dataset = FrameDataset(training, tokenizer.config.horizon, device)
     validation = FrameDataset(held_out, tokenizer.config.horizon, device)
-    size = config.policy.main.image_size
-    if dataset.images.shape[2] != size:
-        raise RsdError(f"{config.data}: images of {dataset.images.shape[2]} px, the model expects {size}; render again")
+    size, found = config.policy.main.image_size, dataset.images.shape[2]
+    if found != size:
+        raise RsdError(f"{config.data}: images of {found} px, the model expects {size}; render again")
     print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
 
     torch.manual_seed(config.loop.seed)
@@ -59,7 +59,8 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     model.main.state_std.copy_(dataset.state.std(0) + 1e-3)
 
     def loss_of(images: Tensor, state: Tensor, words: Tensor, chunk: Tensor) -> dict[str, Tensor]:
-        return policy_losses(model.main, model.draft, tokenizer, Batch(images, state, words, chunk), config.loss)
+        batch = Batch(images, state, words, chunk)
+        return policy_losses(model.main, model.draft, tokenizer, batch, config.loss)
 
     compiled = torch.compile(loss_of) if config.loop.compile else loss_of
 
@@ -86,18 +87,22 @@ def train_policy(config: TrainPolicyConfig) -> Path:
 
 def data_provenance(dataset: FrameDataset) -> dict[str, object]:
     return {
-        "source": "scripted expert of this package on random placements, never the benchmark's initial states",
+        "source": "scripted expert of this package, random placements, never the benchmark's initial states",
         "episodes": dataset.episodes,
         "frames": len(dataset),
         "instructions": dataset.instructions,
     }
 
 
-def split(demonstrations: Iterable[Demonstration], every: int) -> tuple[list[Demonstration], list[Demonstration]]:
+def split(
+    demonstrations: Iterable[Demonstration], every: int
+) -> tuple[list[Demonstration], list[Demonstration]]:
     """Whole episodes apart: every `every`-th one for validation."""
     everything = list(demonstrations)
     if len(everything) < 2:
         raise RsdError(f"training data: expected at least 2 demonstrations, found {len(everything)}")
+    if every < 2:
+        raise RsdError(f"validation_every: expected 2 or more, found {every}; that leaves no training data")
     every = min(every, len(everything))
     held_out = everything[every - 1 :: every]
     return [d for i, d in enumerate(everything) if (i + 1) % every], held_out

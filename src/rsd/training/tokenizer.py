@@ -39,5 +39,6 @@ def train_tokenizer(config: TrainTokenizerConfig) -> ActionTokenizer:
     print(f"{len(labels)} demonstrations, {len(chunks)} chunks; first step {tokenizer.first_step:.4f}")
     for levels in range(1, tokenizer.config.levels + 1):
         error = (tokenizer.decode(tokens, levels) - chunk)[..., :-1].abs()
-        print(f"levels 1..{levels}: mean error {float(error.mean()):.5f}, max {float(error.max()):.4f} (action units)")
+        mean, worst = float(error.mean()), float(error.max())
+        print(f"levels 1..{levels}: mean error {mean:.5f}, max {worst:.4f} (action units)")
     return tokenizer

@@ -19,7 +19,7 @@ MAX_FRAMES, BATCH = 2048, 128
 
 @torch.no_grad()
 def validate(model: RsdModel, tokenizer: ActionTokenizer, dataset: FrameDataset) -> dict[str, object]:
-    """-> mean absolute error (normalised units) and gripper accuracy by decoder; acceptance by rule and level."""
+    """-> mean absolute error (normalised units) and gripper accuracy by decoder; acceptance by level."""
     model.eval()
     count = min(MAX_FRAMES, len(dataset))
     frames = torch.linspace(0, len(dataset) - 1, count, device=dataset.state.device).long()
@@ -50,7 +50,7 @@ def _decode(
     batch = dataset.batch(frames)
     prefix = decoder.main.embed_prefix(batch.images, batch.state, decoder.main.encode_text(batch.words))
     decoded = strategy(decoder, prefix, Stopwatch(frames.device))
-    value = decoded.value.float() * tokenizer.first_step
-    error = (tokenizer.to_normalised(value) - tokenizer.to_normalised(tokenizer.to_coefficients(batch.chunk))).abs()
+    value = tokenizer.to_normalised(decoded.value.float() * tokenizer.first_step)
+    wanted = tokenizer.to_normalised(tokenizer.to_coefficients(batch.chunk))
     right = decoded.gripper == tokenizer.gripper_symbols(batch.chunk)
-    return error.mean((1, 2)), right.float().mean(1), decoded
+    return (value - wanted).abs().mean((1, 2)), right.float().mean(1), decoded

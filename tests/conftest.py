@@ -1,0 +1,69 @@
+"""Tiny models and data that the tests share; random weights, so nothing here needs a download."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from rsd.models.draft import DraftConfig
+from rsd.models.main import MainConfig
+from rsd.policy import PolicyConfig, RsdModel, RsdPolicy
+from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
+from rsd.types import Observation
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> PolicyConfig:
+    main = MainConfig(image_size=32, channels=(16, 16, 32, 32), dim=64, layers=2, heads=2, text_dim=32)
+    return PolicyConfig(main, DraftConfig(levels=3, dim=32, layers=1, heads=2))
+
+
+def smooth_chunks(count: int, seed: int = 0) -> np.ndarray:
+    """Chunks float32 [N, 8, 7] in [-1, 1] that change slowly over time, as a robot's do; gripper -1 or +1."""
+    rng = np.random.default_rng(seed)
+    start, slope = rng.normal(0.0, 0.4, (2, count, 1, 6))
+    motion = np.clip(start + slope * np.linspace(-0.5, 0.5, 8)[:, None], -1.0, 1.0)
+    gripper = np.where(rng.random((count, 1, 1)) < 0.5, -1.0, 1.0) * np.ones((1, 8, 1))
+    return np.concatenate([motion, gripper], axis=-1).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def chunks() -> np.ndarray:
+    return smooth_chunks(500)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(chunks: np.ndarray) -> ActionTokenizer:
+    return ActionTokenizer.fit(chunks, TokenizerConfig())
+
+
+@pytest.fixture(scope="session")
+def make_model(tiny_config: PolicyConfig, tokenizer: ActionTokenizer) -> Callable[[int], RsdModel]:
+    def make(seed: int) -> RsdModel:
+        torch.manual_seed(seed)
+        return RsdModel(tiny_config, tokenizer).eval()
+
+    return make
+
+
+@pytest.fixture
+def policy(
+    make_model: Callable[[int], RsdModel], tokenizer: ActionTokenizer, tiny_config: PolicyConfig
+) -> RsdPolicy:
+    return RsdPolicy(make_model(0), tokenizer, tiny_config, provenance={"data": "random weights"})
+
+
+@pytest.fixture
+def make_observation() -> Callable[..., Observation]:
+    def make(seed: int = 0, size: int = 32, instruction: str = "pick up the bowl") -> Observation:
+        rng = np.random.default_rng(seed)
+        images = rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+        return Observation(images, rng.normal(0.0, 0.5, 8).astype(np.float32), instruction)
+
+    return make
