@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -216,7 +217,8 @@ class WorkerPool:
                 # Reserved here and given back above if the episode turns out to need none: never too many.
                 videos_left -= bool(job.video)
                 worker.job, worker.task_id = job, job.task_id
-                worker.connection.send(job)
+                with contextlib.suppress(BrokenPipeError):  # it died just now: the next round notices
+                    worker.connection.send(job)
 
     def _died(self, worker: Worker) -> Outcome:
         worker.process.join()
