@@ -33,9 +33,6 @@ class CountingEnv:
         self.executed = []
         return None, {}
 
-    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
-        return self.step_chunk(action[None])
-
     def step_chunk(self, actions: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
         steps = min(len(actions), self.needed - self.steps, STEP_LIMIT - self.steps)
         self.steps += steps

@@ -14,6 +14,7 @@ from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
 from rsd.evaluation.rollout import Environment, run_episode
+from rsd.evaluation.video import FRAME_STEPS
 from rsd.models.main import MainConfig
 from rsd.policy import PolicyConfig, RsdModel, save_checkpoint
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
@@ -76,7 +77,7 @@ def test_both_ways_of_decoding_alone_in_a_worker_and_with_a_video(untrained: Pat
     assert timeless(episode) == alone[1]
     (video,) = (tmp_path / "rsd" / "videos").iterdir()
     assert video.name == "task03_init04_failure.mp4"
-    assert len(imageio.mimread(video, memtest=False)) == STEPS + 1
+    assert len(imageio.mimread(video, memtest=False)) == 1 + STEPS // FRAME_STEPS
     assert summary.versions["mujoco"] == "3.2.3"
     assert len(summary.policy["checkpoint_sha256"]) == 64
     assert len(summary.decoding.acceptance_per_level) == PolicyConfig().draft.levels

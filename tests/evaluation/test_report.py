@@ -41,7 +41,7 @@ def test_the_table_holds_every_run_against_the_first(tmp_path: Path) -> None:
     assert rows["McNemar p"] == ["-", "1 (n = 10)"]
     assert rows["latency per chunk, p50"] == ["80.0 ms", "40.0 ms"]
     assert rows["speed-up of p50"] == ["-", "2.00x"]
-    assert rows["passes of the main per chunk"] == ["1 prefill + 7", "1 prefill + 1"]
+    assert rows["main passes per chunk"] == ["1 prefill + 7", "1 prefill + 1"]
     assert rows["draft tokens accepted"] == ["-", "76.7 %"]
     assert rows["accepted per level"] == ["-", "100 % / 80 % / 50 %"]
     assert rows["mean acceptance length"] == ["-", "2.0"]

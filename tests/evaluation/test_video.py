@@ -7,17 +7,27 @@ import pytest
 from scripted import CountingEnv, ScriptedPolicy, episode
 from test_rollout import roll
 
-from rsd.evaluation.video import NOTHING_DRAFTED, PANEL, STRIP, frame, replay_video, strip_colours, video_name
+from rsd.evaluation.video import (
+    FRAME_STEPS,
+    NOTHING_DRAFTED,
+    PANEL,
+    STRIP,
+    frame,
+    replay_video,
+    strip_colours,
+    video_name,
+)
 from rsd.types import RsdError
 
 
-def test_a_replay_shows_the_start_and_every_step(tmp_path: Path) -> None:
+def test_a_replay_shows_the_start_and_the_whole_of_every_chunk(tmp_path: Path) -> None:
     env = CountingEnv("any", 2, 8)
     rollout = roll(env, ScriptedPolicy())
     path = tmp_path / "videos" / video_name(rollout.result)
     replay_video(env, rollout, path)
     frames = imageio.mimread(path, memtest=False)
-    assert len(frames) == rollout.result.steps + 1
+    chunk_frames = [-(-len(actions) // FRAME_STEPS) for actions in rollout.actions]
+    assert len(frames) == 1 + sum(chunk_frames)
     assert frames[0].shape == (PANEL + STRIP, 2 * PANEL, 3)
     assert path.name == "task02_init00_success.mp4"
 

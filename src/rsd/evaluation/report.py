@@ -70,7 +70,7 @@ def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("latency per chunk, p50", [milliseconds(decoding, "p50") for decoding in decodings]),
         ("latency per chunk, p95", [milliseconds(decoding, "p95") for decoding in decodings]),
         ("speed-up of p50", [ABSENT, *(speedup(decodings[0], other) for other in decodings[1:])]),
-        ("passes of the main per chunk", [passes_cell(decoding) for decoding in decodings]),
+        ("main passes per chunk", [passes_cell(decoding) for decoding in decodings]),
         ("draft tokens accepted", [percent(decoding.acceptance_rate) for decoding in decodings]),
         ("accepted per level", [level_cell(decoding.acceptance_per_level) for decoding in decodings]),
         ("mean acceptance length", [number(decoding.mean_acceptance_length) for decoding in decodings]),

@@ -30,8 +30,6 @@ class Environment(Protocol):
         """Initial state options["init_state"], after the wait steps."""
         ...
 
-    def step(self, action: NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]: ...
-
     def step_chunk(self, actions: NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Execute [H, 7] open loop; stops early at success (terminated) or at the step limit (truncated).
 
