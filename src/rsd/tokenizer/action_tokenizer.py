@@ -100,12 +100,17 @@ class ActionTokenizer:
     def to_coefficients(self, chunk: Tensor) -> Tensor:
         """chunk float [B, H, A] -> coefficients [B, H*M], row k of the transform at k*M .. k*M+M-1."""
         normalised = (chunk[..., :-1].float() - self.centre.to(chunk.device)) / self.scale.to(chunk.device)
-        return torch.einsum("kh,bhm->bkm", self.matrix.to(chunk.device), normalised).flatten(1)
+        return self._mix(self.matrix, normalised).flatten(1)
 
     def to_normalised(self, coefficients: Tensor) -> Tensor:
         """coefficients [B, H*M] -> normalised motion [B, H, M] over time (about [-1, 1])."""
         grid = coefficients.unflatten(-1, (self.config.horizon, self.motion_dim))
-        return torch.einsum("kh,bkm->bhm", self.matrix.to(grid.device), grid)
+        return self._mix(self.matrix.T, grid)
+
+    def _mix(self, matrix: Tensor, grid: Tensor) -> Tensor:
+        """matrix [R, H] times grid [B, H, M]. A sum of products, not a matrix product: autocast would round
+        that to bf16, and its result may depend on the batch size."""
+        return (matrix.to(grid.device)[:, :, None] * grid.float()[:, None]).sum(2)
 
     def to_actions(self, coefficients: Tensor, gripper: Tensor) -> Tensor:
         """coefficients [B, H*M], gripper int [B, H] (1 = close) -> actions float32 [B, H, A] in [-1, 1]."""

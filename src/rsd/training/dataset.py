@@ -59,6 +59,7 @@ class FrameDataset:
         self.episodes = len(images)
         self.images = torch.cat(images)
         self.state = state_features(torch.from_numpy(np.concatenate(states)).to(device))
+        self.state_std = self.state.std(0)
         self.chunk = torch.from_numpy(np.concatenate(chunks)).to(device)
         self.task = torch.from_numpy(np.concatenate(tasks)).to(device)
         self.instructions = list(instructions)
@@ -81,7 +82,7 @@ class FrameDataset:
         pixels = images.permute(0, 1, 4, 2, 3).float() / 255.0 - 0.5
         if augment is not None:
             pixels = random_colour(pixels, augment)
-            state = state + augment.state_noise * self.state.std(0) * torch.randn_like(state)
+            state = state + augment.state_noise * self.state_std * torch.randn_like(state)
         return Batch(pixels, state, self.words[self.task[frames], wording], self.chunk[frames])
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rsd.data.demonstrations import load_demonstrations
 from rsd.models.draft import DraftConfig
 from rsd.policy import RsdModel, RsdPolicy, save_checkpoint
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training.dataset import Augmentation, FrameDataset
 from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import draft_losses
-from rsd.training.policy import resolve_device, split
+from rsd.training.policy import load_folders, resolve_device, split
 from rsd.training.validation import validate
 from rsd.versions import versions
 
@@ -26,8 +25,8 @@ class TrainDraftConfig:
 
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory or hub id whose main model is kept."""
-    data: Path = Path("data/libero_spatial")
-    """Folder of rendered demonstrations (HDF5)."""
+    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
+    """Folders of rendered demonstrations (HDF5)."""
     output: Path = Path("runs/draft")
     """Run folder; the checkpoint with the new draft goes to `checkpoint/` in it."""
     device: str = "auto"
@@ -46,7 +45,7 @@ def train_draft(config: TrainDraftConfig) -> Path:
     device = resolve_device(config.device)
     source = RsdPolicy.from_pretrained(config.policy)
     tokenizer, policy = source.tokenizer, replace(source.config, draft=config.draft)
-    training, held_out = split(load_demonstrations(config.data), config.validation_every)
+    training, held_out = split(load_folders(config.data), config.validation_every)
     dataset = FrameDataset(training, tokenizer.config.horizon, device)
     model = RsdModel(policy, tokenizer)
     model.main.load_state_dict(source.model.main.state_dict())

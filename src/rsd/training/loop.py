@@ -27,8 +27,8 @@ class LoopConfig:
 
     steps: int = 20_000
     minutes: float = 0.0
-    batch_size: int = 256
-    learning_rate: float = 5e-4
+    batch_size: int = 512
+    learning_rate: float = 6e-4
     weight_decay: float = 0.05
     warmup: int = 300
     ema: float = 0.999

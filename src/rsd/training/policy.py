@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rsd.data.demonstrations import Demonstration, load_demonstrations
-from rsd.policy import PolicyConfig, RsdModel, save_checkpoint
+from rsd.policy import PolicyConfig, RsdModel, RsdPolicy, save_checkpoint
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.dataset import Augmentation, Batch, FrameDataset
 from rsd.training.loop import LoopConfig, describe, train
@@ -25,14 +26,16 @@ from rsd.versions import versions
 class TrainPolicyConfig:
     """Train main and draft on demonstrations."""
 
-    data: Path = Path("data/libero_spatial")
-    """Folder of rendered demonstrations (HDF5)."""
+    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
+    """Folders of rendered demonstrations (HDF5)."""
     tokenizer: Path = Path("runs/tokenizer")
     """Folder with tokenizer.json, from `rsd train tokenizer`."""
     output: Path = Path("runs/policy")
     """Run folder: resumable state, TensorBoard and, at the end, `checkpoint/`."""
     device: str = "auto"
     """cuda, cpu or auto."""
+    init: str = ""
+    """Checkpoint directory or hub id whose weights to start from, with its tokenizer; empty = from scratch."""
     validation_every: int = 40
     """Every n-th episode is kept out of training for the offline validation."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -44,19 +47,25 @@ class TrainPolicyConfig:
 def train_policy(config: TrainPolicyConfig) -> Path:
     """Run the training; returns the checkpoint directory. Prints the offline validation of every decoder."""
     device = resolve_device(config.device)
-    tokenizer = ActionTokenizer.load(config.tokenizer)
-    training, held_out = split(load_demonstrations(config.data), config.validation_every)
+    start = RsdPolicy.from_pretrained(config.init) if config.init else None
+    tokenizer = start.tokenizer if start else ActionTokenizer.load(config.tokenizer)
+    training, held_out = split(load_folders(config.data), config.validation_every)
     dataset = FrameDataset(training, tokenizer.config.horizon, device)
     validation = FrameDataset(held_out, tokenizer.config.horizon, device)
     size, found = config.policy.main.image_size, dataset.images.shape[2]
     if found != size:
-        raise RsdError(f"{config.data}: images of {found} px, the model expects {size}; render again")
+        raise RsdError(f"{config.data[0]}: images of {found} px, the model expects {size}; render again")
     print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
 
     torch.manual_seed(config.loop.seed)
     model = RsdModel(config.policy, tokenizer).to(device)
-    model.main.state_mean.copy_(dataset.state.mean(0))
-    model.main.state_std.copy_(dataset.state.std(0) + 1e-3)
+    if start:
+        if start.config.main != config.policy.main or start.config.draft != config.policy.draft:
+            raise RsdError(f"--init {config.init}: its sizes {start.config} differ from the run's {config.policy}")
+        model.load_state_dict(start.model.state_dict())
+    else:
+        model.main.state_mean.copy_(dataset.state.mean(0))
+        model.main.state_std.copy_(dataset.state.std(0) + 1e-3)
 
     def loss_of(images: Tensor, state: Tensor, words: Tensor, chunk: Tensor) -> dict[str, Tensor]:
         batch = Batch(images, state, words, chunk)
@@ -92,6 +101,10 @@ def data_provenance(dataset: FrameDataset) -> dict[str, object]:
         "frames": len(dataset),
         "instructions": dataset.instructions,
     }
+
+
+def load_folders(folders: Iterable[Path]) -> Iterable[Demonstration]:
+    return chain.from_iterable(load_demonstrations(folder) for folder in folders)
 
 
 def split(

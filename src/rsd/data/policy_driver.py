@@ -1,0 +1,53 @@
+"""A policy drives part of an episode while the expert labels every state it visits (DAgger, Ross et al. 2011).
+
+Noise shows a learner states near the expert's path; only the policy itself visits the states that its own errors lead
+to. The expert is a feedback law, so its label is right wherever the policy went.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd.conventions import CHUNK_SIZE, rotate_180
+from rsd.sim.libero import LiberoEnv
+from rsd.sim.noise import ActionNoise
+from rsd.types import Observation, Policy
+
+
+class PolicyDriver:
+    """Stands where `ActionNoise` stands: turns the expert's clean action into the one executed.
+
+    Chunk by chunk a coin of probability `share` decides whether the policy drives, from an image drawn at that moment,
+    or the expert with its noise. The environment needs cameras of the policy's image size.
+    """
+
+    def __init__(
+        self,
+        env: LiberoEnv,
+        policy: Policy,
+        instruction: str,
+        share: float,
+        noise: ActionNoise | None,
+        rng: np.random.Generator,
+    ) -> None:
+        self.env, self.policy, self.instruction = env, policy, instruction
+        self.share, self.noise, self.rng = share, noise, rng
+        self._queue: deque[NDArray[np.float32] | None] = deque()
+
+    def disturb(self, action: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Clean action [7] -> executed action [7]."""
+        if not self._queue:
+            policy_drives = self.rng.random() < self.share
+            self._queue.extend(self._predict() if policy_drives else [None] * CHUNK_SIZE)
+        driven = self._queue.popleft()
+        if driven is not None:
+            return driven.astype(np.float64)
+        return action if self.noise is None else self.noise.disturb(action)
+
+    def _predict(self) -> NDArray[np.float32]:
+        images = rotate_180(self.env.draw())
+        state = self.env.proprio().astype(np.float32)
+        return self.policy.predict(Observation(images, state, self.instruction)).actions
