@@ -1,0 +1,281 @@
+"""Equivalences of the decoding strategies on random weights, in float64: no argmax hangs on its last bit."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from rsd.decoding import strategies
+from rsd.decoding.acceptance import acceptance_rule
+from rsd.decoding.strategies import STRATEGIES, Decoded, Decoder, Stopwatch, requantise
+from rsd.policy import RsdModel
+from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
+from rsd.types import RsdError
+
+L, C, H, P = 8, 3, 8, 48  # levels, drafted levels, steps, scalars of a level
+LAST_STEP = 2.0 ** -(L - 1)
+Propose = Callable[[Decoder, Tensor], tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[[int], RsdModel]) -> RsdModel:
+    model = make_model(1).double()
+    with torch.no_grad():  # fresh weights say nearly the same of every observation, step and level
+        for block in (model.main.block, model.draft.block):
+            block.position *= 20
+            block.level *= 20
+        for layer in model.main.trunk.layers:
+            layer.qkv.weight *= 4
+            layer.project.weight *= 4
+        model.main.level_head.weight *= 10
+        model.draft.level_head.weight *= 10
+        model.main.residual_head[2].weight *= 10
+    return model
+
+
+def decoder_of(model: RsdModel, rule: str = "exact", fine: str = "regress") -> Decoder:
+    return Decoder(model.main, model.draft, acceptance_rule(rule, model.main.code), fine)
+
+
+@torch.no_grad()
+def decode(name: str, decoder: Decoder, prefix: Tensor) -> Decoded:
+    return STRATEGIES[name](decoder, prefix, Stopwatch(torch.device("cpu")))
+
+
+def prefixes(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, 10, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor, Tensor], None]:
+    """Make the draft propose what it is told."""
+
+    def force(motion: Tensor, gripper: Tensor) -> None:
+        monkeypatch.setattr(strategies, "propose", lambda decoder, features: (motion, gripper))
+
+    return force
+
+
+def same(found: Decoded, expected: Decoded) -> bool:
+    assert found.motion is not None
+    assert expected.motion is not None
+    equal = (torch.equal(a, b) for a, b in zip(outputs(found), outputs(expected), strict=True))
+    return all(equal)
+
+
+def outputs(decoded: Decoded) -> Iterator[Tensor]:
+    assert decoded.motion is not None
+    yield from (decoded.motion, decoded.value, decoded.gripper)
+
+
+def test_random_weights_give_varied_tokens(model: RsdModel) -> None:
+    """Otherwise the equivalences below would say little."""
+    motion = decode("ar", decoder_of(model), prefixes(50)).motion
+    assert motion is not None
+    assert motion.shape == (50, L, P)
+    shares = torch.bincount(motion.flatten(), minlength=7) / motion.numel()
+    assert shares.min() > 0.02
+    assert (motion != motion[0]).float().mean() > 0.3
+
+
+def test_ar_takes_a_pass_a_level_after_the_prefill_and_decodes_to_its_tokens(model: RsdModel) -> None:
+    decoder = decoder_of(model)
+    decoded = decode("ar", decoder, prefixes(3))
+    assert decoded.main_passes == L - 1
+    assert decoded.motion is not None
+    assert torch.equal(decoded.value, decoder.code.dequantise(decoded.motion))
+
+
+def test_exact_sequential_rsd_is_ar_whatever_the_draft_proposes(
+    model: RsdModel, forced: Callable[[Tensor, Tensor], None]
+) -> None:
+    decoder = decoder_of(model, "exact", "sequential")
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for index, prefix in enumerate(prefixes(100).split(1)):
+        expected = decode("ar", decoder, prefix)
+        assert expected.motion is not None
+        right = index % (C + 1)  # levels that the draft gets right
+        drafted = torch.randint(0, 7, (1, C, P), generator=generator)
+        drafted[:, :right] = expected.motion[:, :right]
+        if index % 2 and right < C:  # nearly right: a single scalar is wrong
+            drafted[:, right] = expected.motion[:, right]
+            drafted[0, right, index % P] = (drafted[0, right, index % P] + 1) % 7
+        forced(drafted, 1 - expected.gripper)
+        decoded = decode("rsd", decoder, prefix)
+        assert same(decoded, expected)
+        assert decoded.accepted_levels is not None
+        assert decoded.accepted_gripper is not None
+        assert decoded.accepted_levels.tolist() == [right]
+        assert not decoded.accepted_gripper.any()
+        # verification yields one level past those that stand, the others cost a pass each
+        assert decoded.main_passes == 1 + (L - right - 1)
+        seen.add(right)
+    assert seen == set(range(C + 1))
+
+
+def test_exact_sequential_rsd_is_ar_with_the_models_own_draft(model: RsdModel) -> None:
+    decoder = decoder_of(model, "exact", "sequential")
+    for prefix in prefixes(20, seed=1).split(1):
+        assert same(decode("rsd", decoder, prefix), decode("ar", decoder, prefix))
+
+
+def test_sequential_margin_corrects_the_first_level_outside_the_margin(
+    model: RsdModel, forced: Callable[[Tensor, Tensor], None]
+) -> None:
+    decoder = decoder_of(model, "margin", "sequential")
+    for index, prefix in enumerate(prefixes(30).split(1)):
+        expected = decode("ar", decoder, prefix)
+        assert expected.motion is not None
+        drafted = expected.motion[:, :C].clone()
+        scalar = index % P
+        own = int(expected.motion[0, 0, scalar])
+        drafted[0, 0, scalar] = own + 3 if own < 3 else own - 3  # the margin is 2
+        forced(drafted, expected.gripper)
+        decoded = decode("rsd", decoder, prefix)
+        assert decoded.accepted_levels is not None
+        assert decoded.accepted_levels.tolist() == [0]
+        assert same(decoded, expected)
+
+        drafted[0, 0, scalar] = own + 2 if own < 3 else own - 2
+        forced(drafted, expected.gripper)
+        decoded = decode("rsd", decoder, prefix)
+        assert decoded.motion is not None
+        assert decoded.motion[0, 0, scalar] == drafted[0, 0, scalar]
+
+
+@pytest.mark.parametrize("rule", ["exact", "margin", "agreement(0.7)"])
+def test_regressed_rsd_takes_one_pass_and_its_tokens_decode_to_its_value(model: RsdModel, rule: str) -> None:
+    decoder = decoder_of(model, rule)
+    decoded = decode("rsd", decoder, prefixes(40))
+    assert decoded.main_passes == 1
+    assert decoded.motion is not None
+    assert decoded.motion.shape == (40, L, P)
+    decoder.code.check(decoded.motion)
+    assert torch.equal(decoded.value, decoder.code.dequantise(decoded.motion))
+    assert decoded.num_draft_tokens == [P] * C
+
+
+def test_regressed_margin_keeps_what_is_within_the_margin_and_puts_right_the_rest(
+    model: RsdModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = decoder_of(model, "margin")
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def spy(code: Rfsq, value: Tensor, coarse: Tensor, kept: Tensor) -> Tensor:
+        calls.append((value, coarse))
+        return requantise(code, value, coarse, kept)
+
+    monkeypatch.setattr(strategies, "requantise", spy)
+    prefix = prefixes(40)
+    with torch.no_grad():
+        features, cache = model.main.prefill(prefix)
+        drafted, _ = strategies.propose(decoder, features)
+        gripper = strategies.greedy_gripper(model.main, features)
+        blocks = [features, *strategies.verify(decoder, drafted, gripper, cache)]
+        own = torch.stack([model.main.logits(blocks[i], i + 1).argmax(-1) for i in range(C)], dim=1)
+        missing = model.main.residual(blocks[C], C + 1)
+    within = (drafted - own).abs() <= 2
+    assert 0.1 < within.float().mean() < 0.99
+
+    decoded = decode("rsd", decoder, prefix)
+    assert decoded.motion is not None
+    assert decoded.accepted is not None
+    assert torch.equal(decoded.accepted, within)
+    assert torch.equal(decoded.motion[:, :C], torch.where(within, drafted, own))
+    ((estimate, coarse),) = calls
+    assert torch.allclose(estimate, decoder.code.dequantise(drafted) + missing)
+    check_distance(decoder.code, estimate, coarse, decoded.value)
+
+
+def check_distance(code: Rfsq, estimate: Tensor, coarse: Tensor, value: Tensor) -> None:
+    """Within half the last step of the estimate, or as near as the levels below `coarse` reach."""
+    left = (estimate - code.dequantise(coarse)).abs()
+    reach = code.config.tail_reach(coarse.shape[-2])
+    allowed = torch.maximum(left - reach, torch.full_like(left, LAST_STEP / 2))
+    assert ((value - estimate).abs() <= allowed + 1e-6).all()
+
+
+@pytest.mark.parametrize("kept", range(C + 1))
+def test_requantise_begins_with_the_kept_levels_and_comes_as_near_as_it_can(kept: int) -> None:
+    code = Rfsq(RfsqConfig(L, 7, 2.0), torch.ones(1))
+    generator = torch.Generator().manual_seed(kept)
+    value = 3 * torch.randn(30, P, generator=generator)
+    coarse = code.quantise(value)[0][:, :C]
+    wrong = torch.randint(-3, 4, coarse.shape, generator=generator)
+    wrong *= torch.rand(coarse.shape, generator=generator) < 0.3
+    coarse = (coarse + wrong).clamp(0, 6)
+    motion = requantise(code, value, coarse, torch.full((30,), kept))
+    assert torch.equal(motion[:, :kept], coarse[:, :kept])
+    check_distance(code, value, coarse[:, :kept], code.dequantise(motion))
+
+
+def test_l1_draft_and_parallel_take_no_pass_of_the_main(model: RsdModel) -> None:
+    decoder = decoder_of(model)
+    levels = {"parallel": L, "draft": C, "l1": 0}
+    for name, expected in levels.items():
+        decoded = decode(name, decoder, prefixes(3))
+        assert decoded.main_passes == 0
+        assert decoded.value.shape == (3, P)
+        assert (0 if decoded.motion is None else decoded.motion.shape[1]) == expected
+
+
+def test_a_draft_that_is_right_decides_the_draft_strategy(
+    model: RsdModel, forced: Callable[[Tensor, Tensor], None]
+) -> None:
+    decoder = decoder_of(model)
+    expected = decode("ar", decoder, prefixes(5))
+    assert expected.motion is not None
+    forced(expected.motion[:, :C], expected.gripper)
+    decoded = decode("draft", decoder, prefixes(5))
+    assert torch.equal(decoded.value, decoder.code.dequantise(expected.motion[:, :C]))
+    assert torch.equal(decoded.gripper, expected.gripper)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [(name, "exact") for name in STRATEGIES] + [("rsd", "margin"), ("rsd", "agreement(0.3)")],
+)
+def test_a_batch_decodes_as_its_samples_do_alone(model: RsdModel, name: str, rule: str) -> None:
+    decoder = decoder_of(model, rule)
+    prefix = prefixes(12, seed=2)
+    together = decode(name, decoder, prefix)
+    for index in range(len(prefix)):
+        alone = decode(name, decoder, prefix[index : index + 1])
+        assert torch.allclose(alone.value[0], together.value[index], atol=1e-9)
+        assert torch.equal(alone.gripper[0], together.gripper[index])
+        if together.motion is not None and alone.motion is not None:
+            assert torch.equal(alone.motion[0], together.motion[index])
+        if together.accepted is not None and alone.accepted is not None:
+            assert torch.equal(alone.accepted[0], together.accepted[index])
+
+
+def test_a_batch_accepts_sample_by_sample(model: RsdModel, forced: Callable[[Tensor, Tensor], None]) -> None:
+    decoder = decoder_of(model, "exact")
+    prefix = prefixes(C + 1, seed=3)
+    expected = decode("ar", decoder, prefix)
+    assert expected.motion is not None
+    drafted = expected.motion[:, :C].clone()
+    for sample in range(C):  # sample s errs first at level s + 1
+        drafted[sample, sample, 0] = (drafted[sample, sample, 0] + 1) % 7
+    forced(drafted, expected.gripper)
+    decoded = decode("rsd", decoder, prefix)
+    assert decoded.motion is not None
+    assert decoded.accepted_levels is not None
+    assert decoded.accepted_levels.tolist() == list(range(C + 1))
+    for sample in range(C + 1):
+        assert torch.equal(decoded.motion[sample, :sample], drafted[sample, :sample])
+
+
+def test_sequential_fine_levels_refuse_a_batch(model: RsdModel) -> None:
+    with pytest.raises(RsdError, match="one observation at a time, found a batch of 2"):
+        decode("rsd", decoder_of(model, "exact", "sequential"), prefixes(2))
+
+
+def test_stopwatch_adds_up_a_stage() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        with watch.stage("verify"):
+            first = watch.ms.get("verify", 0.0)
+    assert watch.ms["verify"] > first > 0.0

@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from rsd.models.text import MAX_WORDS, TextEncoder, word_ids
+from rsd.types import RsdError
+
+
+def test_case_punctuation_and_spaces_do_not_matter() -> None:
+    plain, shouted, spaced = word_ids(
+        ["pick up the black bowl", "Pick up, the BLACK bowl!", "  pick\tup the   black\nbowl. "]
+    )
+    assert torch.equal(plain, shouted)
+    assert torch.equal(plain, spaced)
+
+
+def test_words_their_order_and_their_number_matter() -> None:
+    texts = ["open the drawer", "close the drawer", "the drawer open", "open the drawer drawer", "open"]
+    rows = {tuple(row) for row in word_ids(texts).tolist()}
+    assert len(rows) == len(texts)
+
+
+def test_the_same_in_every_process() -> None:
+    """Python's own `hash` of a text changes from process to process; a checkpoint's embeddings do not."""
+    assert word_ids(["pick up"])[0, :3].tolist() == [3334, 2051, 0]
+
+
+@pytest.mark.parametrize("text", ["", " ?! ", "word " * (MAX_WORDS + 1)])
+def test_no_words_or_too_many_are_refused(text: str) -> None:
+    with pytest.raises(RsdError, match="expected 1 to 32 words"):
+        word_ids([text])
+    assert word_ids(["word " * MAX_WORDS]).shape == (1, MAX_WORDS)
+
+
+@torch.no_grad()
+def test_an_encoding_does_not_depend_on_the_batch() -> None:
+    torch.manual_seed(0)
+    encoder = TextEncoder(dim=32, tokens=4).eval()
+    ids = word_ids(["pick up the bowl", "open", "put the cream cheese in the bowl and push it back"])
+    tokens, condition = encoder(ids)
+    assert tokens.shape == (3, 4, 32)
+    for index in range(3):
+        alone = encoder(ids[index : index + 1])
+        assert torch.allclose(alone[0][0], tokens[index], atol=1e-5)
+        assert torch.allclose(alone[1][0], condition[index], atol=1e-5)
+    assert not torch.allclose(tokens[0], tokens[1], atol=1e-2)
