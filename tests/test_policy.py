@@ -1,0 +1,368 @@
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice, permutations
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rsd.decoding.strategies import STRATEGIES
+from rsd.policy import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, PolicyConfig, RsdModel, RsdPolicy, load_weights
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import Observation, RsdError
+
+WAYS = [(name, "regress") for name in STRATEGIES] + [("rsd", "sequential")]
+MakeObservation = Callable[..., Observation]
+
+
+@pytest.fixture
+def checkpoint(policy: RsdPolicy, tmp_path: Path) -> Path:
+    policy.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.mark.parametrize(("decode", "fine"), WAYS)
+def test_actions_are_environment_ready(
+    policy: RsdPolicy, make_observation: MakeObservation, decode: str, fine: str
+) -> None:
+    policy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode, fine=fine)
+    grippers = set()
+    for seed in range(5):
+        chunk = policy.predict(make_observation(seed))
+        assert chunk.actions.dtype == np.float32
+        assert chunk.actions.shape == (8, 7)
+        assert np.isfinite(chunk.actions).all()
+        assert np.abs(chunk.actions).max() <= 1.0
+        grippers |= set(chunk.actions[:, -1].tolist())
+        assert chunk.stats.decode == decode
+        assert chunk.stats.prefills == 1
+        assert chunk.stats.latency_ms["total"] >= max(chunk.stats.latency_ms.values())
+    assert grippers <= {-1.0, 1.0}
+
+
+def test_the_chunk_depends_on_everything_observed(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+    policy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="l1")
+    observation = make_observation()
+    base = policy.predict(observation).actions
+    assert np.array_equal(policy.predict(observation).actions, base)
+    for change in (
+        {"images": 255 - observation.images},
+        {"state": observation.state + np.float32(0.1)},
+        {"instruction": "open the drawer"},
+    ):
+        changed = replace(observation, **change)  # type: ignore[arg-type]
+        assert not np.array_equal(policy.predict(changed).actions, base)
+
+
+def test_statistics_of_a_chunk(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+    stats = policy.predict(make_observation()).stats
+    assert (stats.decode, stats.acceptance, stats.main_passes) == ("rsd", "margin", 1)
+    assert stats.num_draft_tokens == [48, 48, 48]
+    assert len(stats.num_accepted_tokens) == 3
+    assert all(0 <= n <= 48 for n in stats.num_accepted_tokens)
+    full = [n == 48 for n in stats.num_accepted_tokens]
+    assert stats.accepted_levels == (full.index(False) if False in full else 3)
+    assert {"preprocess", "vision", "prefill", "draft", "verify", "decode", "total"} == set(stats.latency_ms)
+    plain = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="ar")
+    stats = plain.predict(make_observation()).stats
+    assert (stats.acceptance, stats.main_passes, stats.num_draft_tokens) == ("", 7, [])
+
+
+def test_every_instruction_is_answered_by_its_own_encoding(
+    policy: RsdPolicy, make_observation: MakeObservation
+) -> None:
+    """More instructions than the cache of encodings holds."""
+    policy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="l1")
+    texts = [" ".join(words) for words in islice(permutations(["put", "bowl", "plate", "wine", "rack"]), 70)]
+    first = [policy.predict(make_observation(instruction=text)).actions for text in texts]
+    again = [policy.predict(make_observation(instruction=text)).actions for text in texts]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len({actions.tobytes() for actions in first}) == len(texts)
+
+
+# checkpoints
+
+
+@pytest.mark.parametrize(("decode", "fine"), WAYS)
+def test_a_saved_policy_acts_the_same(
+    checkpoint: Path, tmp_path: Path, make_observation: MakeObservation, decode: str, fine: str
+) -> None:
+    """Weights are stored as fp16, so the comparison is after one round."""
+    first = RsdPolicy.from_pretrained(checkpoint, decode=decode, fine=fine)
+    first.save_pretrained(tmp_path / "again")
+    second = RsdPolicy.from_pretrained(str(tmp_path / "again"), decode=decode, fine=fine)
+    assert second.config == first.config
+    assert second.provenance == first.provenance == {"data": "random weights"}
+    for seed in range(3):
+        observation = make_observation(seed)
+        assert np.array_equal(first.predict(observation).actions, second.predict(observation).actions)
+
+
+def test_half_precision_on_disk_costs_little(
+    policy: RsdPolicy, checkpoint: Path, make_observation: MakeObservation
+) -> None:
+    original = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="l1")
+    loaded = RsdPolicy.from_pretrained(checkpoint, decode="l1")
+    before, after = (p.predict(make_observation()).actions for p in (original, loaded))
+    assert np.abs(before - after).max() < 5e-3
+
+
+def test_defaults_come_with_the_checkpoint(policy: RsdPolicy, tmp_path: Path) -> None:
+    config = replace(policy.config, acceptance="agreement(0.5)", fine="sequential")
+    RsdPolicy(policy.model, policy.tokenizer, config).save_pretrained(tmp_path)
+    loaded = RsdPolicy.from_pretrained(tmp_path)
+    assert (loaded.acceptance, loaded.decoder.fine) == ("agreement(0.5)", "sequential")
+    loaded = RsdPolicy.from_pretrained(tmp_path, acceptance="exact", fine="regress")
+    assert (loaded.acceptance, loaded.decoder.fine) == ("exact", "regress")
+
+
+def sign(checkpoint: Path) -> None:
+    """Make config.json's digests those of the files as they are now."""
+    content = json.loads((checkpoint / CONFIG_FILE).read_text())
+    for name in (WEIGHTS_FILE, TOKENIZER_FILE):
+        content["sha256"][name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+    (checkpoint / CONFIG_FILE).write_text(json.dumps(content))
+
+
+def cut(checkpoint: Path, name: str) -> None:
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(content[: len(content) // 2])
+
+
+def edit_weights(checkpoint: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    weights = load_file(checkpoint / WEIGHTS_FILE)
+    change(weights)
+    save_file(weights, checkpoint / WEIGHTS_FILE)
+
+
+def edit_config(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads((checkpoint / CONFIG_FILE).read_text())
+    change(content)
+    (checkpoint / CONFIG_FILE).write_text(json.dumps(content))
+
+
+HEAD = "main.gripper_head.weight"
+WEIGHT_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda c: cut(c, WEIGHTS_FILE), "not readable as safetensors"),
+    "missing": (lambda c: edit_weights(c, lambda w: w.pop(HEAD)), rf"missing \['{HEAD}'\]"),
+    "unknown": (
+        lambda c: edit_weights(c, lambda w: w.update(surprise=torch.zeros(1))),
+        r"unknown \['surprise'\]",
+    ),
+    "wrong shape": (
+        lambda c: edit_weights(c, lambda w: w.update({HEAD: torch.zeros(2, 64)})),
+        rf"{HEAD} expected \[1, 64\], found \[2, 64\]",
+    ),
+    "NaN": (lambda c: edit_weights(c, lambda w: w[HEAD].fill_(float("nan"))), f"{HEAD} holds NaN"),
+    "infinity": (lambda c: edit_weights(c, lambda w: w[HEAD].fill_(float("inf"))), f"{HEAD} holds NaN or infinity"),
+    "absent": (lambda c: (c / WEIGHTS_FILE).unlink(), "not found"),
+}
+
+
+@pytest.mark.parametrize("damage", WEIGHT_DAMAGE)
+def test_damaged_weights_are_refused(checkpoint: Path, policy: RsdPolicy, damage: str) -> None:
+    change, message = WEIGHT_DAMAGE[damage]
+    change(checkpoint)
+    with pytest.raises(RsdError, match=message):
+        load_weights(policy.model, checkpoint / WEIGHTS_FILE)
+    # a checkpoint says so first by its digest, and by the weights where the digest was made to fit
+    with pytest.raises(RsdError, match="not found" if damage == "absent" else "sha256 differs"):
+        RsdPolicy.from_pretrained(checkpoint)
+    if damage != "absent":
+        sign(checkpoint)
+        with pytest.raises(RsdError, match=message):
+            RsdPolicy.from_pretrained(checkpoint)
+
+
+def other_step(checkpoint: Path) -> None:
+    content = json.loads((checkpoint / TOKENIZER_FILE).read_text())
+    content["first_step"] *= 2
+    (checkpoint / TOKENIZER_FILE).write_text(json.dumps(content))
+
+
+CHECKPOINT_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "tampered tokenizer": (other_step, "tokenizer.json: does not belong to this config.json"),
+    "no tokenizer": (lambda c: (c / TOKENIZER_FILE).unlink(), "tokenizer.json: not found"),
+    "no config": (lambda c: (c / CONFIG_FILE).unlink(), "config.json: not found"),
+    "cut config": (lambda c: cut(c, CONFIG_FILE), "not valid JSON"),
+    "binary config": (lambda c: (c / CONFIG_FILE).write_bytes(b"\xff\x00\xfe"), "not valid JSON"),
+    "other JSON": (lambda c: (c / CONFIG_FILE).write_text("[]"), "expected checkpoint format 1, found None"),
+    "other version": (
+        lambda c: edit_config(c, lambda content: content.update(format_version=2)),
+        "expected checkpoint format 1, found 2",
+    ),
+    "no digests": (lambda c: edit_config(c, lambda content: content.pop("sha256")), "sha256 differs"),
+    "no sizes": (lambda c: edit_config(c, lambda content: content.pop("policy")), "unknown or missing field"),
+    "unknown field": (
+        lambda c: edit_config(c, lambda content: content["policy"]["main"].update(width=3)),
+        "unknown or missing field",
+    ),
+    "other sizes": (
+        lambda c: edit_config(c, lambda content: content["policy"]["main"].update(layers=3)),
+        "does not fit config.json; missing",
+    ),
+    "impossible sizes": (
+        lambda c: edit_config(c, lambda content: content["policy"]["main"].update(image_size=33)),
+        "image_size",
+    ),
+    "deep draft": (
+        lambda c: edit_config(c, lambda content: content["policy"]["draft"].update(levels=8)),
+        "draft: expected 1 to 7 levels",
+    ),
+    "unknown acceptance": (
+        lambda c: edit_config(c, lambda content: content["policy"].update(acceptance="always")),
+        "acceptance 'always'",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", CHECKPOINT_DAMAGE)
+def test_damaged_checkpoints_are_refused(checkpoint: Path, damage: str) -> None:
+    RsdPolicy.from_pretrained(checkpoint)
+    change, message = CHECKPOINT_DAMAGE[damage]
+    change(checkpoint)
+    with pytest.raises(RsdError, match=message):
+        RsdPolicy.from_pretrained(checkpoint)
+
+
+def test_no_such_checkpoint(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (tmp_path / "nowhere", "./nowhere", "nowhere", checkpoint / CONFIG_FILE):
+        with pytest.raises(RsdError, match="expected a checkpoint directory or a hub id"):
+            RsdPolicy.from_pretrained(path)
+
+    def unreachable(*args: object, **options: object) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(RsdError, match="no such directory, and the hub answered: no network"):
+        RsdPolicy.from_pretrained("somebody/something")
+
+
+def test_from_the_hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        target = tmp_path / "cache"
+        target.mkdir()
+        for pattern in allow_patterns:
+            shutil.copy(checkpoint / pattern, target)
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert RsdPolicy.from_pretrained("somebody/something").provenance == {"data": "random weights"}
+    assert asked == ["somebody/something"]
+
+
+# what must never become an action
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_images_of_another_size_are_refused(policy: RsdPolicy, make_observation: MakeObservation, size: int) -> None:
+    with pytest.raises(RsdError, match=f"expected 32 x 32 pixels, found {size} x {size}"):
+        policy.predict(make_observation(size=size))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state": np.full(8, np.nan, np.float32)}, "8 finite numbers"),
+        ({"state": np.zeros(7, np.float32)}, "8 finite numbers"),
+        ({"images": np.zeros((1, 32, 32, 3), np.uint8)}, r"uint8 \[2, S, S, 3\]"),
+        ({"images": np.zeros((2, 32, 32, 3), np.float32)}, r"uint8 \[2, S, S, 3\]"),
+        ({"instruction": " "}, "instruction: expected text"),
+    ],
+)
+def test_odd_observations_cannot_be_made(
+    make_observation: MakeObservation, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RsdError, match=message):
+        replace(make_observation(), **change)
+
+
+@pytest.mark.parametrize(("decode", "fine"), WAYS)
+def test_a_state_that_turned_nan_raises(
+    policy: RsdPolicy, make_observation: MakeObservation, decode: str, fine: str
+) -> None:
+    observation = make_observation()
+    observation.state[2] = np.nan  # after it was checked: arrays can be written to
+    policy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode, fine=fine)
+    with pytest.raises(RsdError, match="non-finite"):
+        policy.predict(observation)
+
+
+def last_linear(model: RsdModel, head: str) -> Tensor:
+    module = model.get_submodule(head)
+    if isinstance(module, nn.Sequential):
+        module = module[-1]
+    return module.bias  # type: ignore[return-value]
+
+
+USED_HEADS = {
+    ("ar", "regress"): ("main.level_head", "main.gripper_head"),
+    ("parallel", "regress"): ("main.parallel_head", "main.gripper_head"),
+    ("l1", "regress"): ("main.residual_head", "main.gripper_head"),
+    ("draft", "regress"): ("draft.level_head", "draft.gripper_head"),
+    ("rsd", "regress"): (
+        "main.level_head",
+        "main.gripper_head",
+        "main.residual_head",
+        "draft.level_head",
+        "draft.gripper_head",
+    ),
+    ("rsd", "sequential"): (
+        "main.level_head",
+        "main.gripper_head",
+        "draft.level_head",
+        "draft.gripper_head",
+    ),
+}
+
+
+def test_every_way_of_decoding_has_its_heads_listed() -> None:
+    assert set(USED_HEADS) == set(WAYS)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("decode", "fine", "head"), [(*way, h) for way in WAYS for h in USED_HEADS[way]])
+def test_non_finite_model_output_raises(
+    policy: RsdPolicy, make_observation: MakeObservation, decode: str, fine: str, head: str, poison: float
+) -> None:
+    """A NaN wins an argmax, an infinity is clamped into the range of an action: both would go unnoticed."""
+    policy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode, fine=fine)
+    policy.predict(make_observation())
+    with torch.no_grad():
+        last_linear(policy.model, head)[..., -1] = poison
+    with pytest.raises(RsdError, match="non-finite"):
+        policy.predict(make_observation())
+
+
+# options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decode": "fast"}, "decode 'fast': expected one of ar, parallel, l1, rsd, draft"),
+        ({"acceptance": "always"}, "acceptance 'always'"),
+        ({"fine": "coarse"}, "fine 'coarse': expected regress or sequential"),
+    ],
+)
+def test_unknown_options_are_refused(checkpoint: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RsdError, match=message):
+        RsdPolicy.from_pretrained(checkpoint, **options)
+
+
+def test_config_survives_json(tiny_config: PolicyConfig, tokenizer: ActionTokenizer, tmp_path: Path) -> None:
+    policy = RsdPolicy(RsdModel(tiny_config, tokenizer), tokenizer, tiny_config)
+    policy.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert PolicyConfig.from_json(content["policy"]) == tiny_config
