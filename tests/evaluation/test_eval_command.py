@@ -51,6 +51,22 @@ def test_an_error_episode_makes_the_exit_status_1(output: Path, capsys: pytest.C
     assert "1/1 = 100.0 %" in printed.out
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--tasks", "9", "--tasks 9: libero_spatial has tasks 0 to 5"),
+        ("--num-trials", "11", "--num-trials 11 from --init-states 0: task 1"),
+        ("--init-states", "10", "--num-trials 2 from --init-states 10: task 1"),
+    ],
+)
+def test_what_the_suite_does_not_have_is_a_bad_command_line(
+    output: Path, option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dispatch(command(output, option, value)) == 2
+    assert capsys.readouterr().err.startswith(f"rsd eval: error: {message}")
+    assert not output.exists()
+
+
 def test_ctrl_c_keeps_what_is_finished(
     output: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,9 +40,7 @@ def outcomes(config: EvalConfig) -> dict[EpisodeKey, EpisodeResult]:
     return {key: replace(result, wall_s=0.0, latency_ms={}) for key, result in episodes.items()}
 
 
-def test_a_run_is_whole_summed_up_and_the_same_with_any_number_of_workers(
-    config: EvalConfig, tmp_path: Path
-) -> None:
+def test_a_run_is_whole_summed_up_and_the_same_with_any_number_of_workers(config: EvalConfig, tmp_path: Path) -> None:
     summary, log = run(config)
     assert (summary.episodes, summary.errors) == (6, 0)
     assert (summary.success.successes, summary.success.n) == (6, 6)
@@ -103,9 +101,7 @@ def test_a_changed_checkpoint_is_not_mixed_in(config: EvalConfig) -> None:
 
 
 @pytest.mark.parametrize(("behaviour", "reason"), [("raises", "the policy broke"), ("dies", "exit code 3")])
-def test_an_error_is_no_failure_of_the_policy_and_is_run_again(
-    config: EvalConfig, behaviour: str, reason: str
-) -> None:
+def test_an_error_is_no_failure_of_the_policy_and_is_run_again(config: EvalConfig, behaviour: str, reason: str) -> None:
     broken = replace(config, policy=f"{behaviour}:0.1")
     summary, log = run(broken)
     assert (summary.episodes, summary.errors, summary.success.n, summary.success.successes) == (6, 1, 5, 5)
@@ -117,14 +113,12 @@ def test_an_error_is_no_failure_of_the_policy_and_is_run_again(
     assert (summary.episodes, summary.errors) == (6, 1)
 
 
-@pytest.mark.parametrize(("videos", "expected"), [("all", 2), ("failures", 1), ("none", 0)])
+@pytest.mark.parametrize(("videos", "expected"), [("all", 2), ("failures", 1)])
 def test_videos_follow_their_condition_and_never_exceed_their_number(
-    config: EvalConfig, videos: Literal["none", "failures", "all"], expected: int
+    config: EvalConfig, videos: Literal["failures", "all"], expected: int
 ) -> None:
     # From state 3, task 5 alone takes longer than the step limit.
-    filmed = replace(
-        config, num_trials=1, init_states=3, tasks="0,1,4,5", videos=videos, max_videos=2, num_workers="2"
-    )
+    filmed = replace(config, num_trials=1, init_states=3, tasks="0,1,4,5", videos=videos, max_videos=2, num_workers="2")
     summary, _ = run(filmed)
     assert (summary.errors, summary.success.successes) == (0, 3)
     assert len(list((filmed.output_dir / "videos").iterdir())) == expected
@@ -153,9 +147,7 @@ jobs_by_task = st.lists(st.integers(1, 6), min_size=1, max_size=8)
 
 
 @given(jobs_by_task, st.integers(1, 5), st.randoms())
-def test_every_job_is_taken_once_and_tasks_stay_together(
-    counts: list[int], workers: int, random: object
-) -> None:
+def test_every_job_is_taken_once_and_tasks_stay_together(counts: list[int], workers: int, random: object) -> None:
     jobs = [Job(task, "", "", state) for task, count in enumerate(counts) for state in range(count)]
     queue, taken, switches = JobQueue(jobs), [], 0
     current: dict[int, int | None] = dict.fromkeys(range(workers))
@@ -168,9 +160,7 @@ def test_every_job_is_taken_once_and_tasks_stay_together(
         switches += job.task_id != current[worker]
         current[worker] = job.task_id
         taken.append(job)
-    assert sorted((job.task_id, job.init_state) for job in taken) == [
-        (job.task_id, job.init_state) for job in jobs
-    ]
+    assert sorted((job.task_id, job.init_state) for job in taken) == [(job.task_id, job.init_state) for job in jobs]
     # A worker changes its task only when that is used up: each but the last worker on a task leaves it once.
     assert switches <= len(counts) * workers
     if workers == 1:

@@ -32,9 +32,7 @@ def write_run(directory: Path, decode: str, failures: set[int], p50: float, task
 
 
 def test_the_table_holds_every_run_against_the_first(tmp_path: Path) -> None:
-    runs = load_runs(
-        [write_run(tmp_path / "a", "ar", {1, 2}, 80.0), write_run(tmp_path / "b", "rsd", {2}, 40.0)]
-    )
+    runs = load_runs([write_run(tmp_path / "a", "ar", {1, 2}, 80.0), write_run(tmp_path / "b", "rsd", {2}, 40.0)])
     rows = dict(table_rows(runs))
     assert rows["success"] == ["8/10 = 80.0 % [49.0, 94.3]", "9/10 = 90.0 % [59.6, 98.2]"]
     assert rows["paired difference"] == ["-", "+10.0 points (+1 -0)"]
@@ -49,9 +47,7 @@ def test_the_table_holds_every_run_against_the_first(tmp_path: Path) -> None:
 
 
 def test_both_renderings_show_every_cell(tmp_path: Path) -> None:
-    runs = load_runs(
-        [write_run(tmp_path / "a", "ar", set(), 80.0), write_run(tmp_path / "b", "rsd", set(), 40.0)]
-    )
+    runs = load_runs([write_run(tmp_path / "a", "ar", set(), 80.0), write_run(tmp_path / "b", "rsd", set(), 40.0)])
     console = Console(width=120, record=True)
     console.print(rich_table(runs))
     drawn, markdown = console.export_text(), markdown_table(runs)

@@ -48,9 +48,7 @@ def test_mcnemar_known_values(b: int, c: int, p: float) -> None:
     st.dictionaries(st.integers(0, 40), st.booleans(), min_size=1),
     st.dictionaries(st.integers(0, 40), st.booleans()),
 )
-def test_paired_difference_is_that_of_the_common_keys(
-    first: dict[int, bool], second: dict[int, bool]
-) -> None:
+def test_paired_difference_is_that_of_the_common_keys(first: dict[int, bool], second: dict[int, bool]) -> None:
     common = first.keys() & second.keys()
     if not common:
         with pytest.raises(RsdError, match="in common"):

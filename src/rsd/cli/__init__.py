@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rsd.cli.parsing import UsageError, parse
+from rsd.evaluation.config import OptionError
 from rsd.types import RsdError
 
 
@@ -94,7 +95,7 @@ def dispatch(arguments: list[str]) -> int:
         if os.environ.get("RSD_DEBUG") == "1":
             raise
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 2 if isinstance(error, UsageError | OptionError) else 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

@@ -106,6 +106,4 @@ def check_names(config: EvalConfig) -> None:
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"--device '{config.device}': torch cannot use it here; --device cpu always works"
-        ) from error
+        raise UsageError(f"--device '{config.device}': torch cannot use it here; --device cpu always works") from error

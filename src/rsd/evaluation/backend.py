@@ -57,9 +57,7 @@ def rsd_policy(config: EvalConfig) -> Policy:
     from rsd.policy import RsdPolicy
 
     acceptance = None if config.acceptance == "default" else config.acceptance
-    return RsdPolicy.from_pretrained(
-        config.policy, device=config.device, decode=config.decode, acceptance=acceptance
-    )
+    return RsdPolicy.from_pretrained(config.policy, device=config.device, decode=config.decode, acceptance=acceptance)
 
 
 def libero_versions(device: str) -> dict[str, str]:

@@ -14,6 +14,10 @@ from rsd.types import RsdError
 UNHASHED_FIELDS = ("num_workers", "videos", "max_videos", "output")
 
 
+class OptionError(RsdError):
+    """An option's value that cannot be run; the message says what can."""
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """One run: a policy, a way to decode, and the initial states it is tried on."""
@@ -49,14 +53,14 @@ class EvalConfig:
         for name, minimum in (("num_trials", 1), ("init_states", 0), ("max_videos", 0), ("seed", 0)):
             value = getattr(self, name)
             if value < minimum:
-                raise RsdError(f"{option(name)} {value}: expected at least {minimum}")
+                raise OptionError(f"{option(name)} {value}: expected at least {minimum}")
         if self.videos not in ("none", "failures", "all"):
-            raise RsdError(f"--videos '{self.videos}': expected one of none, failures, all")
+            raise OptionError(f"--videos '{self.videos}': expected one of none, failures, all")
         if self.num_workers != "auto" and not (self.num_workers.isdecimal() and int(self.num_workers) > 0):
-            raise RsdError(f"--num-workers '{self.num_workers}': expected auto or a number of at least 1")
+            raise OptionError(f"--num-workers '{self.num_workers}': expected auto or a number of at least 1")
         for task in [] if self.tasks == "all" else self.tasks.split(","):
             if not task.strip().isdecimal():
-                raise RsdError(f"--tasks '{self.tasks}': expected all or numbers such as 0,3,5")
+                raise OptionError(f"--tasks '{self.tasks}': expected all or numbers such as 0,3,5")
 
     @property
     def output_dir(self) -> Path:
@@ -74,13 +78,13 @@ class EvalConfig:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     def task_ids(self, available: list[int]) -> list[int]:
-        """Resolve `tasks` against the suite's task numbers; raises RsdError for one that it does not have."""
+        """Resolve `tasks` against the suite's task numbers; raises OptionError for one that it does not have."""
         if self.tasks == "all":
             return list(available)
         wanted = list(dict.fromkeys(int(task) for task in self.tasks.split(",")))
         missing = [task for task in wanted if task not in available]
         if missing:
-            raise RsdError(
+            raise OptionError(
                 f"--tasks {','.join(map(str, missing))}: {self.task_suite} has tasks "
                 f"{min(available)} to {max(available)}"
             )

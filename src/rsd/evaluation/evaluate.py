@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rsd.evaluation.backend import LIBERO, Backend
-from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.config import EvalConfig, OptionError
 from rsd.evaluation.progress import EpisodeProgress
 from rsd.evaluation.results import (
     CONFIG_FILE,
@@ -72,16 +72,18 @@ def evaluate(
 
 
 def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
-    """All episodes of a run, trial by trial; raises RsdError for an unknown task or initial state."""
-    tasks = {
-        task_id: (name, instruction) for task_id, name, instruction in backend.list_tasks(config.task_suite)
-    }
+    """All episodes of a run, trial by trial; raises OptionError for an unknown suite, task or state."""
+    try:
+        listed = backend.list_tasks(config.task_suite)
+    except RsdError as error:
+        raise OptionError(str(error)) from error
+    tasks = {task_id: (name, instruction) for task_id, name, instruction in listed}
     task_ids = config.task_ids(list(tasks))
     states = range(config.init_states, config.init_states + config.num_trials)
     for task_id in task_ids:
         available = backend.count_init_states(config.task_suite, task_id)
         if states.stop > available:
-            raise RsdError(
+            raise OptionError(
                 f"--num-trials {config.num_trials} from --init-states {config.init_states}: "
                 f"task {task_id} of {config.task_suite} has {available} initial states"
             )
@@ -89,9 +91,7 @@ def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
     return [Job(task_id, *tasks[task_id], state, video) for state in states for task_id in task_ids]
 
 
-def open_run(
-    config: EvalConfig, directory: Path, overwrite: bool, console: Console
-) -> dict[EpisodeKey, EpisodeResult]:
+def open_run(config: EvalConfig, directory: Path, overwrite: bool, console: Console) -> dict[EpisodeKey, EpisodeResult]:
     """The episodes that the directory already holds of this very run, its cut-off last line taken away."""
     episodes_file = directory / EPISODES_FILE
     if overwrite:
@@ -164,9 +164,7 @@ def record_run(config: EvalConfig, directory: Path, ready: Ready) -> None:
     changed = differences({**record.versions}, {**ready.versions}, compared)
     if record.policy != ready.policy:
         changed = ", ".join(
-            filter(
-                None, [changed, differences(record.policy, ready.policy, {**record.policy, **ready.policy})]
-            )
+            filter(None, [changed, differences(record.policy, ready.policy, {**record.policy, **ready.policy})])
         )
     if changed:
         raise RsdError(

@@ -15,9 +15,7 @@ from rsd.evaluation.results import EpisodeResult
 class EpisodeProgress:
     """Success so far, episodes per minute, time left. Episodes with an error are counted apart."""
 
-    def __init__(
-        self, config: EvalConfig, finished: Iterable[EpisodeResult], pending: int, console: Console
-    ) -> None:
+    def __init__(self, config: EvalConfig, finished: Iterable[EpisodeResult], pending: int, console: Console) -> None:
         done = [result for result in finished if not result.is_error]
         self._successes, self._scored, self._errors = sum(result.success for result in done), len(done), 0
         self._pending, self._new, self._start = pending, 0, time.perf_counter()

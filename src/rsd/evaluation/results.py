@@ -89,14 +89,11 @@ class EpisodeResult:
                 accepted > drafted
                 for drafted, accepted in zip(self.num_draft_tokens, self.num_accepted_tokens, strict=False)
             ),
-            "accepted levels that are not one number a drafted chunk": len(self.accepted_levels)
-            != self.num_drafts,
+            "accepted levels that are not one number a drafted chunk": len(self.accepted_levels) != self.num_drafts,
         }
         found = [name for name, holds in contradictions.items() if holds]
         if found:
-            raise RsdError(
-                f"{where}: the record holds {found[0]}; it was not written by this program as it stands"
-            )
+            raise RsdError(f"{where}: the record holds {found[0]}; it was not written by this program as it stands")
 
 
 @dataclass(frozen=True)
@@ -141,9 +138,7 @@ def decode_record(kind: type[Record], text: str, where: str) -> Record:
         raise RsdError(f"{where}: expected a JSON object, found {type(values).__name__}")
     version = values.pop("format", None)
     if version != FORMAT:
-        raise RsdError(
-            f"{where}: results format {version!r}, this program reads format {FORMAT}; run it again"
-        )
+        raise RsdError(f"{where}: results format {version!r}, this program reads format {FORMAT}; run it again")
     hints = get_type_hints(kind)
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     if values.keys() != names:
@@ -170,9 +165,7 @@ def write_atomically(path: Path, text: str) -> None:
 def read_run_record(directory: Path) -> RunRecord:
     path = directory / CONFIG_FILE
     if not path.is_file():
-        raise RsdError(
-            f"{directory}: not a results directory: it has no {CONFIG_FILE}; write one with `rsd eval`"
-        )
+        raise RsdError(f"{directory}: not a results directory: it has no {CONFIG_FILE}; write one with `rsd eval`")
     return decode_record(RunRecord, path.read_text(), str(path))
 
 
@@ -202,9 +195,7 @@ def read_episodes(path: Path) -> dict[EpisodeKey, EpisodeResult]:
         result.check(where)
         earlier = episodes.get(result.key)
         if earlier is not None and not earlier.is_error:
-            raise RsdError(
-                f"{where}: task {result.task_id}, initial state {result.init_state} is recorded twice"
-            )
+            raise RsdError(f"{where}: task {result.task_id}, initial state {result.init_state} is recorded twice")
         episodes[result.key] = result
     return episodes
 

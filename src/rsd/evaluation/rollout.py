@@ -24,9 +24,7 @@ class Environment(Protocol):
 
     instruction: str
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Initial state options["init_state"], after the wait steps."""
         ...
 

@@ -136,9 +136,7 @@ def summarize_decoding(episodes: Sequence[EpisodeResult]) -> DecodingSummary:
     )
 
 
-def summarize(
-    record: RunRecord, episodes: Sequence[EpisodeResult], num_workers: int, wall_time_s: float
-) -> RunSummary:
+def summarize(record: RunRecord, episodes: Sequence[EpisodeResult], num_workers: int, wall_time_s: float) -> RunSummary:
     counted = scored(episodes)
     return RunSummary(
         config=record.config,

@@ -87,9 +87,7 @@ def worker_count(requested: str, episodes: int) -> int:
     return max(1, min(available_cores() if requested == "auto" else int(requested), episodes))
 
 
-def worker_main(
-    connection: Connection, config: EvalConfig, backend: Backend, threads: int, videos: Path
-) -> None:
+def worker_main(connection: Connection, config: EvalConfig, backend: Backend, threads: int, videos: Path) -> None:
     """Body of a worker process: says Ready or Failed, then answers each Job with an Outcome until None."""
     # Ctrl-C reaches the whole process group; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
