@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 SYNONYMS = (
     ("pick up", ("pick up", "pick", "grab", "take", "lift")),
@@ -16,7 +17,7 @@ SYNONYMS = (
 
 
 def paraphrases(instruction: str, limit: int) -> list[str]:
-    """Up to `limit` wordings, the original first; the rest spread evenly over all combinations."""
+    """Up to `limit` wordings, the original first; the rest are a sample of all combinations, always the same."""
     found = [(phrase, options) for phrase, options in SYNONYMS if phrase in instruction]
     texts = []
     for choice in itertools.product(*(options for _, options in found)):
@@ -24,6 +25,6 @@ def paraphrases(instruction: str, limit: int) -> list[str]:
         for (phrase, _), option in zip(found, choice, strict=True):
             text = text.replace(phrase, option)
         texts.append(text)
-    if len(texts) > limit:  # no fixed stride: an even one would skip half the wordings of the last phrase
-        texts = [texts[i * len(texts) // limit] for i in range(limit)]
+    if len(texts) > limit:  # drawn, for a stride that shares a factor with a phrase's wordings skips some of them
+        texts = random.Random(0).sample(texts, limit)
     return list(dict.fromkeys([instruction, *texts]))[:limit]

@@ -1,0 +1,162 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rsd.data.demonstrations import load_demonstrations
+from rsd.models.text import word_ids
+from rsd.training.dataset import (
+    WORDINGS,
+    Augmentation,
+    FrameDataset,
+    chunk_targets,
+    random_colour,
+    random_shift,
+)
+from rsd.training.paraphrase import SYNONYMS, paraphrases
+from rsd.types import RsdError
+
+CPU = torch.device("cpu")
+SPATIAL = [
+    f"pick up the black bowl {where} and place it on the plate"
+    for where in (
+        "between the plate and the ramekin",
+        "from table center",
+        "in the top drawer of the wooden cabinet",
+        "next to the cookie box",
+        "next to the plate",
+        "next to the ramekin",
+        "on the cookie box",
+        "on the ramekin",
+        "on the stove",
+        "on the wooden cabinet",
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def dataset(demonstrations: Path) -> FrameDataset:
+    return FrameDataset(load_demonstrations(demonstrations), 8, CPU)
+
+
+@given(st.integers(1, 30), st.integers(1, 10))
+def test_chunk_targets_are_windows_that_repeat_the_last_label(steps: int, horizon: int) -> None:
+    labels = np.random.default_rng(0).normal(size=(steps, 7)).astype(np.float32)
+    chunks = chunk_targets(labels, horizon)
+    assert chunks.shape == (steps, horizon, 7)
+    padded = np.concatenate([labels, np.repeat(labels[-1:], horizon, axis=0)])
+    for step in range(steps):
+        assert np.array_equal(chunks[step], padded[step : step + horizon])
+
+
+def test_frames_of_all_demonstrations_in_their_order(dataset: FrameDataset, demonstrations: Path) -> None:
+    episodes = list(load_demonstrations(demonstrations))
+    assert dataset.episodes == len(episodes) == 12
+    assert len(dataset) == sum(len(episode) for episode in episodes)
+    start = 0
+    for episode in episodes:
+        frames = torch.arange(start, start + len(episode))
+        batch = dataset.batch(frames)
+        assert episode.images is not None
+        pixels = torch.from_numpy(episode.images).permute(0, 1, 4, 2, 3) / 255.0 - 0.5
+        assert torch.equal(batch.images, pixels)
+        assert torch.equal(batch.chunk, torch.from_numpy(chunk_targets(episode.labels, 8)))
+        assert torch.equal(batch.words, word_ids([episode.instruction]).expand(len(episode), -1))
+        assert torch.allclose(batch.state[:, :3], torch.from_numpy(episode.state[:, :3]))
+        start += len(episode)
+
+
+def test_augmentation_varies_words_images_and_state_and_no_target(dataset: FrameDataset) -> None:
+    torch.manual_seed(0)
+    frame = torch.zeros(400, dtype=torch.long)
+    plain, batch = dataset.batch(frame), dataset.batch(frame, Augmentation())
+    assert torch.equal(batch.chunk, plain.chunk)
+    assert batch.images.abs().max() <= 0.5
+    assert (batch.images != batch.images[0]).any()
+    noise = (batch.state - plain.state) / dataset.state_std.clamp_min(1e-9)
+    moving = dataset.state_std > 1e-6
+    assert noise[:, moving].std().item() == pytest.approx(0.02, rel=0.1)
+
+    allowed = {tuple(row) for row in word_ids(paraphrases(dataset.instructions[0], WORDINGS)).tolist()}
+    seen = [tuple(row) for row in batch.words.tolist()]
+    assert set(seen) <= allowed
+    assert len(set(seen)) > 20
+    original = sum(row == tuple(plain.words[0].tolist()) for row in seen) / len(seen)
+    assert 0.4 < original < 0.65
+
+
+def test_demonstrations_without_images_or_none_at_all_are_refused(states_only: Path) -> None:
+    with pytest.raises(RsdError, match=r"without images; run `rsd demos render`"):
+        FrameDataset(load_demonstrations(states_only), 8, CPU)
+    with pytest.raises(RsdError, match="found no demonstrations"):
+        FrameDataset([], 8, CPU)
+
+
+def coordinates(batch: int, side: int) -> Tensor:
+    """Images uint8 [B, 2, S, S, 3] whose pixels know their row, column and camera."""
+    row, column = torch.arange(side)[:, None], torch.arange(side)[None]
+    image = torch.stack([row.expand(side, side), column.expand(side, side), torch.zeros(side, side)], dim=-1)
+    cameras = torch.stack([image, image])
+    cameras[1, ..., 2] = 1
+    return cameras.expand(batch, -1, -1, -1, -1).to(torch.uint8)
+
+
+@pytest.mark.parametrize("pixels", [0, 1, 4])
+def test_random_shift_moves_whole_images_and_repeats_their_borders(pixels: int) -> None:
+    torch.manual_seed(0)
+    side = 16
+    images = coordinates(64, side)
+    shifted = random_shift(images, pixels)
+    assert shifted.dtype == torch.uint8
+    assert shifted.shape == images.shape
+    assert torch.equal(shifted[..., 2], images[..., 2])
+    seen = []
+    for image in shifted.flatten(0, 1):
+        middle = side // 2
+        down, right = int(image[middle, middle, 0]) - middle, int(image[middle, middle, 1]) - middle
+        rows = (torch.arange(side) + down).clamp(0, side - 1)
+        columns = (torch.arange(side) + right).clamp(0, side - 1)
+        assert torch.equal(image[..., 0].long(), rows[:, None].expand(side, side))
+        assert torch.equal(image[..., 1].long(), columns[None].expand(side, side))
+        seen.append((down, right))
+    assert {abs(offset) for pair in seen for offset in pair} == set(range(pixels + 1))
+    if pixels:
+        assert any(down != right for down, right in seen)
+        assert any(first != second for first, second in zip(seen[::2], seen[1::2], strict=True))
+
+
+def test_random_colour_stays_in_range_and_zero_changes_nothing() -> None:
+    torch.manual_seed(0)
+    pixels = torch.rand(8, 2, 3, 4, 4) - 0.5
+    changed = random_colour(pixels, Augmentation())
+    assert changed.abs().max() <= 0.5
+    assert (changed != pixels).float().mean() > 0.9
+    none = Augmentation(brightness=0.0, contrast=0.0, colour=0.0)
+    assert torch.equal(random_colour(pixels, none), pixels)
+
+
+@pytest.mark.parametrize("instruction", [*SPATIAL, "open the middle drawer of the cabinet"])
+@pytest.mark.parametrize("limit", [1, 7, WORDINGS])
+def test_paraphrases_begin_with_the_original_and_differ(instruction: str, limit: int) -> None:
+    texts = paraphrases(instruction, limit)
+    assert texts[0] == instruction
+    assert 1 <= len(texts) <= limit
+    assert len(set(texts)) == len(texts)
+    assert word_ids(texts).shape[0] == len(texts)
+
+
+@pytest.mark.parametrize("instruction", SPATIAL)
+def test_paraphrases_use_every_wording_of_every_phrase(instruction: str) -> None:
+    texts = paraphrases(instruction, WORDINGS)
+    assert len(texts) == WORDINGS
+    for phrase, options in SYNONYMS:
+        if phrase in instruction:
+            assert all(any(option in text for text in texts[1:]) for option in options), phrase
+
+
+def test_an_instruction_without_known_phrases_has_one_wording() -> None:
+    assert paraphrases("open the drawer", WORDINGS) == ["open the drawer"]

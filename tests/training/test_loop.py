@@ -1,0 +1,129 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from rsd.training.loop import STATE_FILE, LoopConfig, describe, learning_rate, train
+from rsd.training.policy import TrainPolicyConfig
+from rsd.types import RsdError
+
+CPU = torch.device("cpu")
+CONFIG = LoopConfig(steps=40, learning_rate=0.2, warmup=2, ema=0.9, save_every=10, log_every=1, compile=False)
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(1, 1)
+        self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.register_buffer("seen", torch.zeros(1))
+
+
+def fit_line(model: Line, stop_at: int = 0, drawn: list[float] | None = None) -> Callable[[], dict[str, Tensor]]:
+    """Losses of y = 3 x + 1; an interruption at call `stop_at`."""
+
+    def losses() -> dict[str, Tensor]:
+        model.seen += 1
+        if stop_at and int(model.seen) == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(64, 1)
+        if drawn is not None:
+            drawn.append(float(x[0]))
+        error = (model.linear(x) - 3 * x - 1).square().mean()
+        return {"error": error, "total": error}
+
+    return losses
+
+
+def logged(run: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_the_loss_falls_and_the_average_is_returned(tmp_path: Path) -> None:
+    model = Line()
+    ema = train(model, fit_line(model), CONFIG, tmp_path, CPU, describe(CONFIG))
+    curve = logged(tmp_path, "loss/total")
+    assert [step for step, _ in curve] == list(range(1, 41))
+    assert curve[-1][1] < 0.3 * curve[0][1]
+    assert isinstance(ema, Line)
+    assert not ema.training
+    assert not torch.equal(ema.linear.weight, model.linear.weight)
+    assert float(ema.linear.weight) == pytest.approx(float(model.linear.weight), abs=0.5)
+    assert torch.equal(ema.frozen, torch.ones(1))
+    assert float(ema.seen) == float(model.seen) == 40
+
+
+def test_an_interrupted_run_continues(tmp_path: Path) -> None:
+    model, first, second = Line(), list[float](), list[float]()
+    with pytest.raises(KeyboardInterrupt):
+        train(model, fit_line(model, 17, first), CONFIG, tmp_path, CPU, describe(CONFIG))
+    assert torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] == 10
+
+    model = Line()
+    train(model, fit_line(model, drawn=second), CONFIG, tmp_path, CPU, describe(CONFIG))
+    assert len(second) == 30
+    assert torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] == 40
+    assert float(model.seen) == 40
+    assert not set(first) & set(second)  # new batches
+    whole = Line()
+    train(whole, fit_line(whole), CONFIG, tmp_path / "whole", CPU, describe(CONFIG))
+    assert float(model.linear.weight) == pytest.approx(float(whole.linear.weight), abs=0.2)
+
+
+def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
+    model = Line()
+    before = train(model, fit_line(model), CONFIG, tmp_path, CPU, describe(CONFIG))
+    model = Line()
+    after = train(model, fit_line(model, stop_at=41), CONFIG, tmp_path, CPU, describe(CONFIG))
+    for name, value in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], value)
+
+
+def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
+    model = Line()
+    train(model, fit_line(model), CONFIG, tmp_path, CPU, {"dim": 64})
+    with pytest.raises(RsdError, match="belongs to a run with other settings"):
+        train(model, fit_line(model), CONFIG, tmp_path, CPU, {"dim": 65})
+
+
+def test_a_time_limit_ends_the_run(tmp_path: Path) -> None:
+    model = Line()
+    config = LoopConfig(steps=10**9, minutes=0.005, warmup=2, compile=False, log_every=10**9)
+    train(model, fit_line(model), config, tmp_path, CPU, describe(config))
+    assert 0 < torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] < 10**6
+
+
+def test_divergence_is_an_error(tmp_path: Path) -> None:
+    model = Line()
+
+    def losses() -> dict[str, Tensor]:
+        return {"total": model.linear(torch.full((1, 1), math.nan)).sum()}
+
+    with pytest.raises(RsdError, match="training diverged at step 1"):
+        train(model, losses, CONFIG, tmp_path, CPU, describe(CONFIG))
+    assert not (tmp_path / STATE_FILE).exists()
+
+
+def test_schedule_warms_up_then_falls_to_one_percent() -> None:
+    config = LoopConfig(steps=100, warmup=10, learning_rate=2.0)
+    rates = [learning_rate(config, step, step / 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2, rel=0.01)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert max(rates) <= 2.0
+    assert rates[-1] == pytest.approx(0.02)
+
+
+def test_describe_gives_plain_json_values() -> None:
+    described = describe(TrainPolicyConfig(data=(Path("a"), Path("b"))))
+    assert json.loads(json.dumps(described)) == described
+    assert described["data"] == ["a", "b"]
+    assert described["policy"]["main"]["channels"] == [32, 64, 128, 256]

@@ -1,0 +1,156 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rsd.data.demonstrations import load_demonstrations
+from rsd.models.trunk import KVCache
+from rsd.policy import PolicyConfig, RsdModel
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.tokenizer.rfsq import Rfsq
+from rsd.training.dataset import Batch, FrameDataset
+from rsd.training.losses import LossConfig, draft_losses, jittered, policy_losses
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def batch(demonstrations: Path) -> Batch:
+    dataset = FrameDataset(load_demonstrations(demonstrations), 8, CPU)
+    return dataset.batch(torch.arange(0, len(dataset), 13))
+
+
+@pytest.fixture
+def model(tiny_config: PolicyConfig, tokenizer: ActionTokenizer) -> RsdModel:
+    torch.manual_seed(0)
+    return RsdModel(tiny_config, tokenizer)
+
+
+@given(st.integers(1, 3), st.integers(0, 6), st.integers(0, 1000))
+def test_jittered_digits_stay_in_range_and_within_the_margin(half: int, margin: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    digit = torch.randint(-half, half + 1, (20, 30)).float()
+    moved = jittered(digit, torch.full((20, 1), 0.5), margin, half)
+    assert moved.abs().max() <= half
+    assert (moved - digit).abs().max() <= margin
+    assert torch.equal(moved, moved.round())
+    assert torch.equal(jittered(digit, torch.zeros(20, 1), margin, half), digit)
+
+
+def test_jitter_moves_the_asked_share_both_ways_by_every_amount() -> None:
+    torch.manual_seed(0)
+    digit = torch.zeros(2, 20_000)
+    moved = jittered(digit, torch.tensor([[0.1], [0.8]]), 2, 3)
+    assert (moved != 0).float().mean(1).tolist() == pytest.approx([0.1, 0.8], abs=0.01)
+    values, counts = moved[1].unique(return_counts=True)
+    assert values.tolist() == [-2.0, -1.0, 0.0, 1.0, 2.0]
+    assert (counts / 20_000).tolist() == pytest.approx([0.2] * 5, abs=0.02)
+
+
+def prefixes_shown(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, config: LossConfig, monkeypatch: pytest.MonkeyPatch
+) -> list[Tensor]:
+    """What the blocks 2..L of the main are told in training."""
+    shown: list[Tensor] = []
+    extend = model.main.extend
+
+    def spy(prefixes: list[Tensor], gripper: Tensor, first_level: int, cache: KVCache) -> list[Tensor]:
+        assert first_level == 2
+        shown.extend(prefixes)
+        return extend(prefixes, gripper, first_level, cache)
+
+    monkeypatch.setattr(model.main, "extend", spy)
+    policy_losses(model.main, model.draft, tokenizer, batch, config)
+    return shown
+
+
+def test_without_draft_and_jitter_the_main_is_told_the_true_prefixes(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = prefixes_shown(model, tokenizer, batch, LossConfig(draft_share=0.0, jitter=0.0), monkeypatch)
+    code = Rfsq(tokenizer.config.rfsq, torch.ones(1))
+    symbols, _ = code.quantise(tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step)
+    assert len(shown) == 7
+    for level, prefix in enumerate(shown, start=1):
+        assert torch.allclose(prefix, code.dequantise(symbols[:, :level]), atol=1e-5)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1.0])
+def test_with_the_draft_in_the_loop_its_digits_come_first_and_the_rest_corrects_them(
+    model: RsdModel,
+    tokenizer: ActionTokenizer,
+    batch: Batch,
+    monkeypatch: pytest.MonkeyPatch,
+    jitter: float,
+) -> None:
+    model.eval()
+    shown = prefixes_shown(model, tokenizer, batch, LossConfig(draft_share=1.0, jitter=jitter), monkeypatch)
+    code = Rfsq(tokenizer.config.rfsq, torch.ones(1))
+    target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
+    with torch.no_grad():
+        prefix = model.main.embed_prefix(batch.images, batch.state, model.main.encode_text(batch.words))
+        features, _ = model.main.prefill(prefix)
+        read, _ = model.draft.read(features)
+        gripper = tokenizer.gripper_symbols(batch.chunk)
+        motion = torch.empty(len(target), 0, target.shape[1], dtype=torch.long)
+        for level in (1, 2, 3):
+            tokens = model.draft.logits(read, code.dequantise(motion), gripper, level).argmax(-1)
+            motion = torch.cat([motion, tokens.unsqueeze(1)], dim=1)
+            assert torch.allclose(shown[level - 1], code.dequantise(motion), atol=1e-5)
+    rest = code.continue_from(target, motion)
+    for level in range(4, 8):
+        whole = torch.cat([motion, rest[:, : level - 3]], dim=1)
+        assert torch.allclose(shown[level - 1], code.dequantise(whole), atol=1e-5)
+
+
+def test_jittered_prefixes_leave_what_finer_levels_mostly_take_out(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    shown = prefixes_shown(model, tokenizer, batch, LossConfig(draft_share=0.0, jitter=0.4), monkeypatch)
+    target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
+    code = Rfsq(tokenizer.config.rfsq, torch.ones(1))
+    plain = code.quantise(target)[0]
+    moved = (shown[0] - code.dequantise(plain[:, :1])).abs() > 0.5
+    assert 0.1 < moved.float().mean() < 0.3  # the rate is drawn between 0 and 0.4 for each sample
+    left = (shown[-1] - target).abs()
+    assert (left <= tokenizer.config.rfsq.tail_reach(7) + 2**-8).float().mean() > 0.9
+
+
+def test_draft_digits_are_its_own_where_asked_and_the_truth_elsewhere(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch
+) -> None:
+    code = Rfsq(tokenizer.config.rfsq, torch.ones(1))
+    target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
+    gripper = tokenizer.gripper_symbols(batch.chunk)
+    features = torch.randn(len(target), 8, 64)
+    own = (torch.arange(len(target)) % 2 == 0)[:, None]
+    shown, _ = draft_losses(model.draft, features, target, gripper, own, code)
+    true = code.quantise(target)[0][:, :3].float() - 3
+    found = torch.stack(shown, dim=1)
+    assert torch.equal(found[1::2], true[1::2])
+    assert not torch.equal(found[::2], true[::2])
+
+
+def test_losses_are_finite_and_train_every_parameter(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch
+) -> None:
+    losses = policy_losses(model.main, model.draft, tokenizer, batch, LossConfig())
+    assert {"levels", "parallel", "gripper", "l1", "regress", "draft", "total"} == set(losses)
+    assert all(torch.isfinite(value) and value.ndim == 0 for value in losses.values())
+    losses["total"].backward()
+    untouched = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
+    assert untouched == []
+
+
+def test_the_drafts_loss_does_not_reach_the_main(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch
+) -> None:
+    policy_losses(model.main, model.draft, tokenizer, batch, LossConfig())["draft"].backward()
+    assert all(p.grad is None for p in model.main.parameters())
+    assert any(p.grad is not None for p in model.draft.parameters())

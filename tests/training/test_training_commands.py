@@ -1,0 +1,231 @@
+"""The three training commands from demonstrations on disk to files that load, in miniature."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import rsd.training.policy as training_policy
+from rsd.data.demonstrations import load_demonstrations
+from rsd.models.draft import DraftConfig
+from rsd.policy import PolicyConfig, RsdPolicy
+from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
+from rsd.training.dataset import FrameDataset, chunk_targets
+from rsd.training.draft import TrainDraftConfig, train_draft
+from rsd.training.loop import STATE_FILE, LoopConfig
+from rsd.training.policy import TrainPolicyConfig, resolve_device, split, train_policy
+from rsd.training.tokenizer import TrainTokenizerConfig, train_tokenizer
+from rsd.types import Observation, RsdError
+
+LOOP = LoopConfig(
+    steps=30, batch_size=16, learning_rate=3e-3, warmup=3, ema=0.9, save_every=10, log_every=1, compile=False
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TrainTokenizerConfig(demonstrations, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(
+    demonstrations: Path, tokenizer_folder: Path, tiny_config: PolicyConfig, tmp_path_factory: pytest.TempPathFactory
+) -> TrainPolicyConfig:
+    return TrainPolicyConfig(
+        data=(demonstrations,),
+        tokenizer=tokenizer_folder,
+        output=tmp_path_factory.mktemp("run"),
+        device="cpu",
+        validation_every=4,
+        policy=tiny_config,
+        loop=LOOP,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(config: TrainPolicyConfig) -> Path:
+    return train_policy(config)
+
+
+def observation_of(folder: Path) -> Observation:
+    episode = next(iter(load_demonstrations(folder)))
+    assert episode.images is not None
+    return Observation(episode.images[0], episode.state[0], episode.instruction)
+
+
+# tokenizer
+
+
+def test_train_tokenizer_fits_the_labels_and_saves(
+    states_only: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = TokenizerConfig(levels=5, rho=3.0)
+    tokenizer = train_tokenizer(TrainTokenizerConfig(states_only, tmp_path / "new" / "folder", settings))
+    labels = [episode.labels for episode in load_demonstrations(states_only, images=False)]
+    chunks = np.concatenate([chunk_targets(label, 8) for label in labels])
+    expected = ActionTokenizer.fit(chunks, settings)
+    loaded = ActionTokenizer.load(tmp_path / "new" / "folder")
+    assert loaded.to_json() == tokenizer.to_json() == expected.to_json()
+    printed = capsys.readouterr().out
+    assert "6 demonstrations, 144 chunks" in printed
+    assert printed.count("mean error") == 5
+
+
+# policy
+
+
+def test_train_policy_lowers_the_loss(trained: Path, config: TrainPolicyConfig) -> None:
+    events = EventAccumulator(str(config.output / "tensorboard"))
+    events.Reload()
+    for name in ("total", "levels", "draft", "l1"):
+        values = [event.value for event in events.Scalars(f"loss/{name}")]
+        assert len(values) == 30
+        assert np.mean(values[-3:]) < 0.9 * np.mean(values[:3]), name
+
+
+def test_its_checkpoint_loads_acts_and_knows_where_it_comes_from(
+    trained: Path, config: TrainPolicyConfig, demonstrations: Path
+) -> None:
+    policy = RsdPolicy.from_pretrained(trained)
+    assert policy.config == config.policy
+    assert np.isfinite(policy.predict(observation_of(demonstrations)).actions).all()
+    provenance = policy.provenance
+    assert provenance["training"]["loop"]["steps"] == 30
+    assert provenance["data"]["episodes"] == 9
+    assert provenance["data"]["instructions"] == [
+        "pick up the black bowl next to the ramekin",
+        "open the drawer",
+    ]
+    assert provenance["versions"]["torch"] == torch.__version__
+    report = provenance["validation"]
+    assert report["episodes"] == 3
+    assert {"ar", "parallel", "l1", "draft", "rsd margin", "rsd agreement", "rsd exact"} <= set(report)
+    assert all(0.0 < report[name]["l1_error"] < 5.0 for name in ("ar", "l1", "rsd margin"))
+    accepted = {rule: report[f"rsd {rule}"]["tokens_accepted_by_level"] for rule in ("margin", "exact")}
+    assert all(m >= e for m, e in zip(accepted["margin"], accepted["exact"], strict=True))
+
+
+def test_state_normalisation_is_that_of_the_training_episodes(
+    trained: Path, config: TrainPolicyConfig, demonstrations: Path
+) -> None:
+    training, _ = split(load_demonstrations(demonstrations), config.validation_every)
+    state = FrameDataset(training, 8, torch.device("cpu")).state
+    main = RsdPolicy.from_pretrained(trained).model.main
+    assert torch.allclose(main.state_mean, state.mean(0), atol=1e-3)
+    assert torch.allclose(main.state_std, state.std(0) + 1e-3, atol=1e-3)
+
+
+def test_an_interrupted_training_continues_to_the_same_step(
+    config: TrainPolicyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, output=tmp_path, loop=replace(LOOP, steps=12, save_every=5))
+    calls, losses = [0], training_policy.policy_losses
+
+    def counted(*args: object) -> object:
+        calls[0] += 1
+        if calls[0] == 8:
+            raise KeyboardInterrupt
+        return losses(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training_policy, "policy_losses", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train_policy(config)
+    assert not (tmp_path / "checkpoint").exists()
+    calls[0] = 100
+    RsdPolicy.from_pretrained(train_policy(config))
+    assert calls[0] == 107  # steps 6 to 12
+    assert torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] == 12
+
+    with pytest.raises(RsdError, match="belongs to a run with other settings"):
+        train_policy(replace(config, loss=replace(config.loss, jitter=0.1)))
+
+
+def test_training_from_a_checkpoint_starts_with_its_weights(
+    trained: Path, config: TrainPolicyConfig, tmp_path: Path
+) -> None:
+    still = replace(config, init=str(trained), output=tmp_path / "still", loop=replace(LOOP, steps=0))
+    source, copy = (RsdPolicy.from_pretrained(path).model for path in (trained, train_policy(still)))
+    for name, value in source.state_dict().items():
+        assert torch.equal(copy.state_dict()[name], value)
+
+    other = replace(config.policy, draft=replace(config.policy.draft, levels=2))
+    with pytest.raises(RsdError, match=r"its sizes .* differ"):
+        train_policy(replace(still, policy=other, output=tmp_path / "other"))
+
+
+def test_images_of_another_size_are_refused(config: TrainPolicyConfig) -> None:
+    larger = replace(config.policy, main=replace(config.policy.main, image_size=64))
+    with pytest.raises(RsdError, match="images of 32 px, the model expects 64"):
+        train_policy(replace(config, policy=larger))
+
+
+def test_states_without_images_are_refused(config: TrainPolicyConfig, states_only: Path) -> None:
+    with pytest.raises(RsdError, match="rsd demos render"):
+        train_policy(replace(config, data=(states_only,)))
+
+
+# draft
+
+
+def test_train_draft_keeps_the_main(trained: Path, demonstrations: Path, tmp_path: Path) -> None:
+    draft = DraftConfig(levels=2, dim=32, layers=1, heads=2)
+    directory = train_draft(
+        TrainDraftConfig(
+            policy=str(trained),
+            data=(demonstrations,),
+            output=tmp_path,
+            device="cpu",
+            validation_every=4,
+            draft=draft,
+            loop=replace(LOOP, steps=10),
+        )
+    )
+    before, after = RsdPolicy.from_pretrained(trained), RsdPolicy.from_pretrained(directory)
+    assert after.config == replace(before.config, draft=draft)
+    for name, value in before.model.main.state_dict().items():
+        assert torch.equal(after.model.main.state_dict()[name], value), name
+    assert len(after.predict(observation_of(demonstrations)).stats.num_draft_tokens) == 2
+    assert after.provenance["draft"]["training"]["draft"]["levels"] == 2
+    assert after.provenance["data"] == before.provenance["data"]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    values = [event.value for event in events.Scalars("loss/draft")]
+    assert np.mean(values[-3:]) < np.mean(values[:3])
+    assert json.loads((directory / "config.json").read_text())["policy"]["draft"]["levels"] == 2
+
+
+# what the commands share
+
+
+@pytest.mark.parametrize(("every", "held_out"), [(2, [1, 3, 5, 7, 9, 11]), (5, [4, 9]), (40, [11])])
+def test_whole_episodes_are_held_out(demonstrations: Path, every: int, held_out: list[int]) -> None:
+    everything = [(d.source, d.episode) for d in load_demonstrations(demonstrations)]
+    training, validation = split(load_demonstrations(demonstrations), every)
+    assert [(d.source, d.episode) for d in validation] == [everything[i] for i in held_out]
+    rest = [everything[i] for i in range(12) if i not in held_out]
+    assert [(d.source, d.episode) for d in training] == rest
+
+
+def test_impossible_splits_are_refused(demonstrations: Path) -> None:
+    everything = list(load_demonstrations(demonstrations))
+    with pytest.raises(RsdError, match="at least 2 demonstrations, found 1"):
+        split(everything[:1], 40)
+    for every in (0, 1):
+        with pytest.raises(RsdError, match="validation_every: expected 2 or more"):
+            split(everything, every)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto").type == "cpu"
+    with pytest.raises(RsdError, match="no CUDA device"):
+        resolve_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto").type == "cuda"
