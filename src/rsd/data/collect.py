@@ -1,0 +1,395 @@
+"""Collecting demonstrations with the scripted expert: in worker processes, resumable, each one reproducible.
+
+Every demonstration is a function of (seed, suite, task, index) alone. A worker writes a finished one as a part file of
+its own, atomically; the parent merges parts into the file of the task. So nothing is ever half-written, workers never
+share a file, and a killed run continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rsd.data.policy_driver import PolicyDriver
+from rsd.data.schema import (
+    FILE_SUFFIX,
+    IMAGE_KEYS,
+    Episode,
+    atomic_file,
+    demo_names,
+    merge,
+    open_file,
+    read_provenance,
+    write_episode,
+)
+from rsd.sim import expert
+from rsd.sim.grasps import GraspMode
+from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
+from rsd.sim.noise import ActionNoise, NoiseConfig
+from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
+from rsd.types import CAMERAS, Policy, RsdError
+
+TARGET, DISTRACTOR = "akita_black_bowl_1", "akita_black_bowl_2"
+SUITES = ("libero_spatial",)  # what the expert can do
+PARTS = ".parts"
+BATCH = 5  # demonstrations a worker makes of one task before the next: balanced, few environments built
+MAX_TRIES = 30
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """What to collect. Everything but num_demos, num_workers and tasks must stay the same when a run is resumed."""
+
+    out: Path
+    """Folder for `<task>_demo.hdf5`."""
+    suite: str = "libero_spatial"
+    """Suite the expert can solve."""
+    tasks: tuple[int, ...] = ()
+    """Task ids; empty = all."""
+    num_demos: int = 50
+    """Successful demonstrations per task. Raise it later and run again to add more."""
+    swapped_fraction: float = 0.2
+    """Share of demonstrations whose instruction asks for the other bowl of the scene, which the expert then moves."""
+    seed: int = 0
+    """Seed of everything."""
+    num_workers: int = 2
+    """Processes."""
+    states_only: bool = False
+    """Record no images (fast, needs no renderer); `rsd demos render` adds them later."""
+    image_size: int = 256
+    """Side of the recorded images in pixels."""
+    grasp_mode: GraspMode = "canonical"
+    """"canonical": one predictable grasp; "two-sided": a coin decides between two equally good ones."""
+    clean_fraction: float = 0.15
+    """Share of demonstrations without any noise; the others draw their level between 0 and noise.max_level."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    """Disturbance of the executed actions; labels stay clean."""
+    policy: str = ""
+    """Checkpoint directory or hub id: this policy drives part of each episode and the expert labels every state
+    (DAgger). Needs images of the policy's size."""
+    policy_share: float = 0.7
+    """With `policy`: mean share of the chunks it drives; each episode draws its own between twice that minus 1 (or 0)
+    and 1 (or twice that)."""
+
+
+class EpisodeRecorder:
+    """Collects what one episode stores, step by step."""
+
+    def __init__(self, images: bool) -> None:
+        self.images = images
+        self.rows: dict[str, list[NDArray[Any]]] = {}
+
+    def record(self, env: LiberoEnv, executed: NDArray[np.float64], clean: NDArray[np.float64]) -> None:
+        """Stores the present state and observation of `env` with the action about to be executed."""
+        latest = env.latest()
+        state = env.proprio()
+        row = {
+            "actions": executed,
+            "expert_actions": clean,
+            "states": env.sim_state(),
+            "eef_pos": latest["robot0_eef_pos"],
+            "eef_quat": latest["robot0_eef_quat"],
+            "eef_axis_angle": state[3:6],
+            "gripper": latest["robot0_gripper_qpos"],
+            "joints": latest["robot0_joint_pos"],
+        }
+        if self.images:
+            row["images"] = np.stack([latest[f"{SIM_CAMERAS[name]}_image"] for name in CAMERAS])
+        for key, value in row.items():
+            self.rows.setdefault(key, []).append(np.array(value))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Name -> array [T, ...]."""
+        return {key: np.stack(values) for key, values in self.rows.items()}
+
+
+def is_swapped(index: int, fraction: float) -> bool:
+    """Whether demonstration `index` asks for the other bowl; every prefix holds the fraction as nearly as it can."""
+    return int(np.floor((index + 1) * fraction)) > int(np.floor(index * fraction))
+
+
+def make_demonstration(
+    env: LiberoEnv, config: CollectConfig, index: int, policy: Policy | None = None
+) -> Episode:
+    """The successful demonstration `index` of env's task: the first placement (by sub-seed) that the expert solves.
+
+    Raises RsdError if MAX_TRIES placements in a row fail.
+    """
+    other = swapped_instruction(config.suite, env.task.task_id, TARGET, DISTRACTOR)
+    swapped = other is not None and is_swapped(index, config.swapped_fraction)
+    target = DISTRACTOR if swapped else TARGET
+    instruction = other if swapped and other is not None else env.instruction
+    for failed in range(MAX_TRIES):
+        rng = np.random.default_rng([config.seed, env.task.task_id, index, failed])
+        placement_seed = int(rng.integers(2**31))
+        level = 0.0 if rng.random() < config.clean_fraction else float(rng.random())
+        _, info = env.reset(options={"placement_seed": placement_seed})
+        if any(env.object_on(bowl, expert.PLATE) for bowl in (TARGET, DISTRACTOR)):
+            continue  # nothing to do, or a scene that the instruction does not describe
+        body_pos, body_quat = env.fixture_poses()
+        recorder = EpisodeRecorder(images=not config.states_only)
+        noise: ActionNoise | PolicyDriver | None = ActionNoise(config.noise, level, rng) if level > 0 else None
+        if policy is not None:
+            share = rng.uniform(max(0.0, 2 * config.policy_share - 1), min(1.0, 2 * config.policy_share))
+            noise = PolicyDriver(env, policy, instruction, share, noise, rng)
+        result = expert.run(env, target, recorder, rng, noise, config.grasp_mode, draw=not config.states_only)
+        if not result.success:
+            continue
+        attributes = {
+            "placement_seed": placement_seed,
+            "placement_rejections": info["placement_rejections"],
+            "language_instruction": instruction,
+            "target_object": target,
+            "swapped": swapped,
+            "noise_level": level * config.noise.max_level,
+            "failed_tries": failed,
+            "attempts": result.attempts,
+            "success": True,
+        }
+        return Episode(
+            index=index,
+            success_step=result.steps - 1,
+            attributes=attributes,
+            body_pos=body_pos,
+            body_quat=body_quat,
+            **recorder.arrays(),
+        )
+    raise RsdError(f"{env.task.name}, demonstration {index}: the expert failed on {MAX_TRIES} placements in a row")
+
+
+def collect(config: CollectConfig) -> dict[str, int]:
+    """Collects until every task has num_demos demonstrations; returns the number per task name.
+
+    Raises RsdError if the folder holds demonstrations made with other settings, or if another run is writing to it.
+    """
+    if config.suite not in SUITES:
+        raise RsdError(f"collect: the expert solves {', '.join(SUITES)}, found the suite {config.suite!r}")
+    if config.policy:
+        _check_policy(config)
+    tasks = config.tasks or tuple(task.task_id for task in suite_tasks(config.suite))
+    names = {task: suite_task(config.suite, task).name for task in tasks}
+    config.out.mkdir(parents=True, exist_ok=True)
+    with exclusive(config.out):
+        _check_settings(config, list(names.values()))
+        have = {task: _finished(config.out, names[task]) for task in tasks}
+        missing = {task: [i for i in range(config.num_demos) if i not in have[task]] for task in tasks}
+        batches = [
+            (task, missing[task][start : start + BATCH])
+            for start in range(0, config.num_demos, BATCH)
+            for task in tasks
+            if missing[task][start : start + BATCH]
+        ]
+        total = config.num_demos * len(tasks)
+        merged = {task: len(have[task]) for task in tasks}
+        with worker_pool(config.num_workers) as pool, progress_bar() as bar:
+            shown = bar.add_task("demonstrations", total=total, completed=total - sum(map(len, missing.values())))
+            jobs = {pool.submit(_collect_batch, config, task, indices): task for task, indices in batches}
+            for job in as_completed(jobs):
+                task = jobs[job]
+                bar.advance(shown, job.result())
+                if not bar.console.is_terminal:
+                    bar.console.print(f"{int(bar.tasks[0].completed)}/{total} demonstrations, last: {names[task]}")
+                parts = _parts(config.out, names[task])
+                if len(parts) >= max(2 * BATCH, merged[task]):  # doubling: each byte is copied twice at most
+                    merged[task] = _merge(config, task)
+        return {names[task]: _merge(config, task) for task in tasks}
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds the folder for one run. Raises RsdError if another process has it."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RsdError(f"{folder}: another run is writing here; wait for it or choose another folder") from None
+        yield
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Fresh processes of one thread each; pending work is dropped if the body raises."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def progress_bar() -> Progress:
+    """The bar of collection and rendering."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+_environment: tuple[tuple[Any, ...], LiberoEnv] | None = None
+
+
+def worker_environment(suite: str, task_id: int, image_size: int, cameras: bool) -> LiberoEnv:
+    """The environment of this worker process, kept until another task is asked for."""
+    global _environment
+    key = (suite, task_id, image_size, cameras)
+    if _environment is None or _environment[0] != key:
+        if _environment is not None:
+            _environment[1].close()
+        _environment = (key, LiberoEnv(suite, task_id, image_size, cameras))
+    return _environment[1]
+
+
+_policy: tuple[str, Policy] | None = None
+
+
+def worker_policy(name: str) -> Policy:
+    """The policy of this worker process, loaded once; one thread, as there is a worker per core."""
+    global _policy
+    if _policy is None or _policy[0] != name:
+        import torch
+
+        from rsd.policy import RsdPolicy
+
+        torch.set_num_threads(1)
+        _policy = (name, RsdPolicy.from_pretrained(name))
+    return _policy[1]
+
+
+def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> int:
+    env = worker_environment(config.suite, task_id, config.image_size, not config.states_only)
+    folder = config.out / PARTS / env.task.name
+    folder.mkdir(parents=True, exist_ok=True)
+    policy = worker_policy(config.policy) if config.policy else None
+    for index in indices:
+        episode = make_demonstration(env, config, index, policy)
+        with atomic_file(folder / f"demo_{index}.hdf5") as file:
+            write_episode(file.create_group(f"demo_{index}"), episode)
+    return len(indices)
+
+
+def _parts(out: Path, name: str) -> list[Path]:
+    return sorted((out / PARTS / name).glob("demo_*.hdf5"))
+
+
+def _finished(out: Path, name: str) -> set[int]:
+    """Indices of demonstrations that exist, merged or as parts. Damaged parts are deleted, to be made again."""
+    found: set[int] = set()
+    for part in _parts(out, name):
+        try:
+            with open_file(part) as file:
+                found.update(int(key[5:]) for key in file)
+        except RsdError:
+            part.unlink()
+    path = out / f"{name}{FILE_SUFFIX}"
+    if path.exists():
+        with open_file(path) as file:
+            found.update(int(key[5:]) for key in demo_names(file["data"]))
+    return found
+
+
+def _merge(config: CollectConfig, task_id: int) -> int:
+    name = suite_task(config.suite, task_id).name
+    parts = _parts(config.out, name)
+    path = config.out / f"{name}{FILE_SUFFIX}"
+    if not parts and path.exists():
+        with open_file(path) as file:
+            return len(demo_names(file["data"]))
+    provenance = {
+        "versions": {"rsd": metadata.version("rsd-vla"), **simulator_versions()},
+        "settings": settings(config),
+        "command": shlex.join(sys.argv),
+    }
+    count = merge(path, parts, libero_attributes(config, task_id), provenance)
+    for part in parts:
+        part.unlink()
+    return count
+
+
+def settings(config: CollectConfig) -> dict[str, Any]:
+    """What a demonstration depends on, as JSON values."""
+    everything = dataclasses.asdict(config)
+    for key in ("out", "tasks", "num_demos", "num_workers"):
+        del everything[key]
+    if config.states_only:
+        del everything["image_size"]
+    return dict(json.loads(json.dumps(everything)))
+
+
+def _check_policy(config: CollectConfig) -> None:
+    size = worker_policy(config.policy).image_size
+    if config.states_only or config.image_size != size:
+        found = "states only" if config.states_only else f"{config.image_size} px"
+        raise RsdError(f"collect: the policy {config.policy} needs images of {size} px, found {found}")
+
+
+def _check_settings(config: CollectConfig, names: list[str]) -> None:
+    wanted = settings(config)
+    stored = config.out / PARTS / "settings.json"
+    found: list[tuple[Path, dict[str, Any]]] = []
+    if stored.exists():
+        found.append((stored, json.loads(stored.read_text(encoding="utf-8"))))
+    for name in names:
+        path = config.out / f"{name}{FILE_SUFFIX}"
+        if path.exists():
+            with open_file(path) as file:
+                provenance = read_provenance(file["data"], path)
+            found.append((path, {} if provenance is None else provenance["settings"]))
+    for path, other in found:
+        if other != wanted:
+            different = sorted(key for key in wanted.keys() | other.keys() if wanted.get(key) != other.get(key))
+            raise RsdError(
+                f"collect: {path} was made with other settings ({', '.join(different)}); expected "
+                f"{ {key: other.get(key) for key in different} }, found { {key: wanted.get(key) for key in different} }. "
+                "Use the same settings to resume, or another folder."
+            )
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    stored.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+
+
+def libero_attributes(config: CollectConfig, task_id: int) -> dict[str, Any]:
+    """The attributes of LIBERO's and robomimic's `data` group."""
+    task = suite_task(config.suite, task_id)
+    scene = bddl_file(config.suite, task_id)
+    relative = f"{config.suite}/{scene.name}"  # LIBERO stores a path of the machine it was collected on
+    env_args = {
+        "type": 1,
+        "env_name": "Libero_Tabletop_Manipulation",
+        "problem_name": "libero_tabletop_manipulation",
+        "bddl_file": relative,
+        "env_kwargs": {
+            "robots": ["Panda"],
+            "camera_names": list(SIM_CAMERAS.values()),
+            "camera_heights": config.image_size,
+            "camera_widths": config.image_size,
+            "control_freq": 20,
+        },
+    }
+    problem = {"problem_name": "libero_tabletop_manipulation", "language_instruction": task.language}
+    return {
+        "tag": "libero-v1",
+        "env_name": "Libero_Tabletop_Manipulation",
+        "env_args": json.dumps(env_args),
+        "problem_info": json.dumps(problem),
+        "macros_image_convention": "opengl",
+        "bddl_file_name": relative,
+        "bddl_file_content": scene.read_text(encoding="utf-8"),
+    }
+
+
+__all__ = ["IMAGE_KEYS", "CollectConfig", "EpisodeRecorder", "collect", "make_demonstration"]

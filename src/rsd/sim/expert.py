@@ -1,0 +1,331 @@
+"""A scripted expert that picks up a bowl and places it on the plate, from privileged state.
+
+It is a feedback law, not a script of waypoints: every action follows from where the hand, the bowl and the plate are
+now, so it recovers from pushes by itself and its actions are what a policy should do at any visited state. The only
+memory is the chosen grasp, whether the fingers are commanded closed, and short counters.
+
+The path is a funnel: far from the grasp the hand travels at a free height, and the closer it is (horizontally), the
+lower it may go. The same law brings the bowl to the plate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
+from rsd.sim.grasps import (
+    RIM_RADIUS,
+    TIP_BELOW_SITE,
+    GraspMode,
+    RimGrasp,
+    MAX_LEAN,
+    choose_rim_grasp,
+    hand_rotation,
+    lean_limit,
+    rotation_vector,
+)
+from rsd.sim.libero import LiberoEnv
+from rsd.sim.noise import ActionNoise
+from rsd.sim.scene import Scene, Vector
+
+PLATE = "plate_1"
+SIDEWAYS_GAIN, HEIGHT_GAIN = 22.0, 40.0  # action per metre; more sideways overshoots, the arm is damped for 20
+ROTATION_GAIN = 3.0 / 0.5  # action per radian
+AT_GRASP, AT_GRASP_HEIGHT = 0.006, 0.006  # m
+AT_GRASP_ANGLE = 0.2  # rad
+SLOW, SLOW_STEPS = 0.0012, 8  # m per step; the hand presses against something and will not get closer
+NEAR_GRASP = 0.013  # m, close enough to close when slow
+BLOCKED_BELOW = 0.06  # m; slow and lower than this over the grasp, a finger stands on something
+GRASPED_STEPS = 3
+CLOSED_STEPS = 14  # the fingers have met by then
+CLOSED_WIDTH = 0.0015  # m, nothing between the fingers
+FUNNEL_SLOPE, FUNNEL_RADIUS = 2.0, 0.010  # height per horizontal distance outside the radius (m)
+DRAWER_SLOPE, DRAWER_RADIUS = 3.0, 0.005  # walls stand close
+PLACE_SLOPE, PLACE_RADIUS = 2.0, 0.010
+TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on the way
+PLATE_SURFACE = 0.004  # m over the plate's origin
+RELEASE_GAP = 0.006  # m of free fall
+RELEASE_RADIUS = 0.012  # m off the plate's centre; success allows 30 mm
+CARRY_TURN = 0.35  # turning a held bowl faster drags it over its support
+BOWL_HEIGHT = 0.05
+FALLEN_UP = 0.7  # z of the bowl's own up axis; lower, and no rim grasp works
+MAX_ATTEMPTS = 4
+TAIL_STEPS = 6  # steps recorded after success: opening the fingers and rising
+
+
+class Recorder(Protocol):
+    """Told about every step, before it is executed."""
+
+    def record(self, env: LiberoEnv, executed: Vector, clean: Vector) -> None:
+        """executed, clean: actions [7] at the present state of `env`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExpertResult:
+    """success: within the step limit; steps: until success (or until it gave up); attempts: grasps tried."""
+
+    success: bool
+    steps: int
+    attempts: int
+
+
+class PickAndPlace:
+    """The feedback law for one episode. Call `action` once per step."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        target: str,
+        mode: GraspMode = "canonical",
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        self.scene = scene
+        self.target = target
+        self.attempts = 0
+        self.closed = False
+        self._mode: GraspMode = mode
+        self._rng = rng
+        self._failed: list[float] = []
+        self._grasp: RimGrasp | None = None
+        self._walled = False
+        self._grasped_steps = 0
+        self._closed_steps = 0
+        self._slow_steps = 0
+        self._last_eef = scene.eef
+
+    @property
+    def gave_up(self) -> bool:
+        """The bowl has fallen over or was missed too often."""
+        return bool(self.scene.up_axis(self.target)[2] < FALLEN_UP) or self.attempts > MAX_ATTEMPTS
+
+    def action(self) -> Vector:
+        """The clean action [7] at the present state."""
+        eef = self.scene.eef
+        moved = float(np.linalg.norm(eef - self._last_eef))
+        self._slow_steps = self._slow_steps + 1 if moved < SLOW else 0
+        self._last_eef = eef
+        if self._placed():
+            return self._retreat()
+        if self.closed and self._holding():
+            return self._carry()
+        if self.closed:
+            return self._close()
+        return self._approach()
+
+    # -- phases ---------------------------------------------------------------------------------------------------
+
+    def _approach(self) -> Vector:
+        """Open hand to the grasp, through the funnel over it."""
+        scene = self.scene
+        if self._grasp is None:
+            self._plan()
+        assert self._grasp is not None
+        eef, goal = scene.eef, self._grasp.point(scene, self.target)
+        rotation, turn = self._orientation(goal)
+        off, above = float(np.linalg.norm((goal - eef)[:2])), float(eef[2] - goal[2])
+        arrived = off < AT_GRASP and abs(above) < AT_GRASP_HEIGHT and turn < AT_GRASP_ANGLE
+        stuck = self._slow_steps >= SLOW_STEPS and off < NEAR_GRASP and abs(above) < NEAR_GRASP
+        if self._slow_steps >= SLOW_STEPS and not stuck and 0.0 < above < BLOCKED_BELOW and off < BLOCKED_BELOW:
+            self._failed += [self._grasp.angle, self._grasp.angle]
+            self._slow_steps = 0
+            self._plan()
+            return self._approach()
+        if arrived or stuck:
+            self.closed = True
+            self._closed_steps = self._grasped_steps = 0
+            return self._close()
+        rim = float(scene.vertices(self.target)[:, 2].max())
+        way = scene.corridor_top(eef, goal, ignore=(self.target,), half_width=0.06)
+        free = max(way + TIP_BELOW_SITE + TRAVEL_CLEARANCE, rim + TIP_BELOW_SITE + 0.03)
+        misaligned = off + 0.1 * max(0.0, turn - 0.1)
+        radius, slope = (DRAWER_RADIUS, DRAWER_SLOPE) if self._walled else (FUNNEL_RADIUS, FUNNEL_SLOPE)
+        height = _funnel(misaligned, goal[2], free, radius, slope)
+        return self._move(np.array([goal[0], goal[1], height]), rotation, GRIPPER_OPEN)
+
+    def _close(self) -> Vector:
+        """Fingers closing, hand staying at the grasp; decides whether the grasp holds or missed."""
+        scene = self.scene
+        assert self._grasp is not None
+        self._closed_steps += 1
+        if scene.grip_width < CLOSED_WIDTH or self._closed_steps > CLOSED_STEPS:
+            self._miss()
+            return self._approach()
+        goal = self._grasp.point(scene, self.target, scene.grip_width)
+        if np.linalg.norm(goal - scene.eef) > 0.03:  # pushed away while closing
+            self.closed = False
+            return self._approach()
+        rotation, _ = self._orientation(goal)
+        return self._move(goal, rotation, GRIPPER_CLOSE)
+
+    def _carry(self) -> Vector:
+        """Bowl in hand: up, over, and down the funnel above the plate."""
+        scene = self.scene
+        eef, bowl, plate = scene.eef, scene.position(self.target), scene.position(PLATE)
+        bottom = float(scene.vertices(self.target)[:, 2].min())
+        surface = plate[2] + PLATE_SURFACE
+        off = float(np.linalg.norm((plate - bowl)[:2]))
+        if off < RELEASE_RADIUS and bottom - surface < RELEASE_GAP + 0.003:
+            return self._release()
+        way = scene.corridor_top(bowl, plate, ignore=(self.target,), half_width=0.06)
+        over = max(way + CARRY_CLEARANCE, surface + 0.01)
+        height = _funnel(off, surface + RELEASE_GAP, over, PLACE_RADIUS, PLACE_SLOPE)
+        goal = np.array([*(plate + eef - bowl)[:2], height + eef[2] - bottom])
+        rotation, _ = self._orientation(self._place_point())
+        return self._move(goal, rotation, GRIPPER_CLOSE, CARRY_TURN)
+
+    def _release(self) -> Vector:
+        self.closed = False
+        return self._retreat()
+
+    def _retreat(self) -> Vector:
+        """Bowl on the plate: open, and rise as the fingers come free."""
+        self.closed = False
+        eef = self.scene.eef
+        freed = np.clip((self.scene.grip_width - 0.03) / 0.04, 0.0, 1.0)
+        goal = eef + np.array([0.0, 0.0, 0.03 * float(freed)])
+        rotation, _ = self._orientation(self._place_point())
+        return self._move(goal, rotation, GRIPPER_OPEN, CARRY_TURN)
+
+    # -- decisions ------------------------------------------------------------------------------------------------
+
+    def _placed(self) -> bool:
+        """The bowl stands on the plate (or is about to drop onto it from an opening hand)."""
+        scene = self.scene
+        bowl, plate = scene.position(self.target), scene.position(PLATE)
+        off = float(np.linalg.norm((bowl - plate)[:2]))
+        gap = float(scene.vertices(self.target)[:, 2].min()) - plate[2] - PLATE_SURFACE
+        if self.closed:
+            return off < RELEASE_RADIUS and gap < 0.003
+        return off < 0.025 and gap < RELEASE_GAP + 0.006
+
+    def _holding(self) -> bool:
+        """Both fingers have touched the bowl for a moment, so the hand may lift it."""
+        if self.scene.grasped(self.target):
+            self._grasped_steps += 1
+        elif self._grasped_steps >= GRASPED_STEPS:
+            # contact flickers while carrying: only a bowl far from the hand was lost
+            assert self._grasp is not None
+            away = float(np.linalg.norm(self.scene.eef - self._grasp.point(self.scene, self.target, 0.0)))
+            if away > 0.03 or self.scene.grip_width < CLOSED_WIDTH:
+                self._miss()
+                self._grasped_steps = 0
+        else:
+            self._grasped_steps = 0
+        return self._grasped_steps >= GRASPED_STEPS
+
+    def _plan(self) -> None:
+        scene = self.scene
+        self.attempts += 1
+        plate = scene.position(PLATE)
+        destination = plate + np.array([0.0, 0.0, PLATE_SURFACE])
+        self._walled = self._in_drawer()
+        self._grasp = choose_rim_grasp(
+            scene, self.target, destination, self._mode, self._rng, self._walled, self._hopeless()
+        )
+
+    def _in_drawer(self) -> bool:
+        """The bowl stands inside a cabinet's bounds, well below its top."""
+        bowl = self.scene.position(self.target)
+        for name in self.scene.bodies:
+            if "cabinet" not in name:
+                continue
+            points = self.scene.vertices(name)
+            low, high = points.min(axis=0) + [0.0, 0.0, 0.02], points.max(axis=0) - [0.0, 0.0, 0.03]
+            if bool(((low < bowl) & (bowl < high)).all()):
+                return True
+        return False
+
+    def _hopeless(self) -> tuple[float, ...]:
+        """Grasp angles missed twice: the first miss may be a push's fault."""
+        return tuple(angle for angle in set(self._failed) if self._failed.count(angle) > 1)
+
+    def _miss(self) -> None:
+        if self._grasp is not None:
+            self._failed.append(self._grasp.angle)
+        self._grasp = None
+        self.closed = False
+
+    def _place_point(self) -> Vector:
+        """Where the hand is when it lets go of the bowl [3]."""
+        grasp = self._grasp or RimGrasp(np.pi / 2)
+        return self.scene.position(PLATE) + np.array([*(RIM_RADIUS * grasp.direction), BOWL_HEIGHT - grasp.below])
+
+    # -- motion ---------------------------------------------------------------------------------------------------
+
+    def _orientation(self, point: Vector) -> tuple[Vector, float]:
+        """The hand's orientation wanted at `point` [3, 3] and how far it is away (rad).
+
+        `point` is where the phase ends, not where the hand is: a lean that follows the hand feeds back into its
+        position near the singular reach and overshoots by 10 cm.
+        """
+        scene = self.scene
+        yaw = 0.0 if self._grasp is None else self._grasp.yaw
+        # with a bowl in hand the fingers' heights no longer matter, the reach over the plate does
+        reaching = self._grasp is not None and not self.closed
+        limit = lean_limit(scene.base, point, self._grasp.direction) if self._grasp and reaching else MAX_LEAN
+        rotation = hand_rotation(scene.base, point, yaw, limit)
+        return rotation, float(np.linalg.norm(rotation_vector(rotation @ scene.eef_rotation.T)))
+
+    def _move(self, goal: Vector, rotation: Vector, gripper: float, turn_limit: float = 1.0) -> Vector:
+        """Proportional step towards a pose. Sideways waits while the hand is too low for it."""
+        error = goal - self.scene.eef
+        too_low = max(0.0, float(error[2]))
+        error[:2] *= np.clip(1.0 - (too_low - 0.010) / 0.030, 0.0, 1.0)
+        action = np.empty(7)
+        # limited apart: a common factor would leave no height control while the hand is far away
+        action[:2] = _limit(error[:2] * SIDEWAYS_GAIN)
+        action[2] = np.clip(error[2] * HEIGHT_GAIN, -1.0, 1.0)
+        turn = rotation_vector(rotation @ self.scene.eef_rotation.T)
+        action[3:6] = turn_limit * _limit(turn * ROTATION_GAIN / turn_limit)
+        action[6] = gripper
+        return action
+
+
+def run(
+    env: LiberoEnv,
+    target: str = "akita_black_bowl_1",
+    recorder: Recorder | None = None,
+    rng: np.random.Generator | None = None,
+    noise: ActionNoise | None = None,
+    mode: GraspMode = "canonical",
+    tail_steps: int = TAIL_STEPS,
+    draw: bool = False,
+) -> ExpertResult:
+    """Runs the expert from the present state of a freshly reset environment.
+
+    Success is `target` on the plate: the task's own goal for the first bowl, evaluated here for another. After it,
+    `tail_steps` more steps are executed and recorded (the fingers open and rise). `draw`: cameras draw every step, for a recorder that keeps images.
+    """
+    law = PickAndPlace(Scene(env), target, mode, rng)
+    success_at: int | None = None
+    step = 0
+    while step < env.max_steps + tail_steps:
+        if success_at is None and (step >= env.max_steps or law.gave_up):
+            break
+        if success_at is not None and step - success_at >= tail_steps:
+            break
+        clean = law.action()
+        executed = clean if noise is None or success_at is not None else noise.disturb(clean)
+        if recorder is not None:
+            recorder.record(env, executed, clean)
+        env.advance(executed, draw)
+        step += 1
+        if success_at is None and env.object_on(target, PLATE):
+            success_at = step
+    if success_at is None:
+        return ExpertResult(False, step, law.attempts)
+    return ExpertResult(True, success_at, law.attempts)
+
+
+def _funnel(off: float, low: float, high: float, radius: float, slope: float) -> float:
+    """Height (m) wanted at a horizontal distance `off`: low within the radius, rising to high outside it."""
+    return float(low + np.clip((off - radius) * slope, 0.0, max(0.0, high - low)))
+
+
+def _limit(vector: Vector) -> Vector:
+    """Scales a vector so that no component exceeds 1; keeps its direction, so paths stay straight."""
+    return vector / max(1.0, float(np.abs(vector).max()))

@@ -1,0 +1,103 @@
+"""Which OpenGL library draws the cameras, and cameras that draw only when somebody will look.
+
+A 128 px frame costs about 100 ms with OSMesa (CPU) and 2 ms with EGL (NVIDIA); a physics step costs 10 to 20 ms. A
+chunked policy looks once per chunk, so drawing every step would be most of the time.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd.types import RsdError
+
+BACKENDS = ("egl", "osmesa", "glfw", "glx")
+_EGL_PROBE = "import mujoco; context = mujoco.GLContext(64, 64); context.make_current(); context.free()"
+_chosen: str | None = None
+
+
+def gl_backend() -> str:
+    """The GL backend in use ("egl", "osmesa", ...), chosen at the first call.
+
+    MUJOCO_GL is respected if set; otherwise EGL where an NVIDIA device draws, else OSMesa. Software EGL (Mesa without
+    a GPU) is never chosen by itself: it draws slightly different pixels. The choice is exported in MUJOCO_GL and
+    PYOPENGL_PLATFORM so that worker processes make the same one. Raises RsdError if the library is missing.
+    """
+    global _chosen
+    if _chosen is None:
+        requested = os.environ.get("MUJOCO_GL", "").strip().lower()
+        if requested and requested not in BACKENDS:
+            raise RsdError(f"MUJOCO_GL: expected one of {', '.join(BACKENDS)} or unset, found {requested!r}")
+        backend = requested or ("egl" if _nvidia_egl_works() else "osmesa")
+        _require_library(backend)
+        os.environ["MUJOCO_GL"] = backend
+        if backend in ("egl", "osmesa"):
+            os.environ["PYOPENGL_PLATFORM"] = backend
+        if backend == "egl":
+            _pin_egl_device()
+        _chosen = backend
+    return _chosen
+
+
+def _nvidia_egl_works() -> bool:
+    if not sys.platform.startswith("linux") or not Path("/dev/nvidiactl").exists():
+        return False
+    if ctypes.util.find_library("EGL") is None:
+        return False
+    probe = dict(os.environ, MUJOCO_GL="egl", PYOPENGL_PLATFORM="egl")
+    try:
+        # a broken driver may abort the process: ask a child
+        done = subprocess.run([sys.executable, "-c", _EGL_PROBE], env=probe, capture_output=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def _require_library(backend: str) -> None:
+    library, package = {"osmesa": ("OSMesa", "libosmesa6"), "egl": ("EGL", "libegl1")}.get(backend, ("", ""))
+    if library and ctypes.util.find_library(library) is None:
+        raise RsdError(
+            f"camera rendering: expected the {library} library for the {backend} backend, found none. "
+            f"Install it (`apt-get install {package}`) or choose another backend with MUJOCO_GL."
+        )
+
+
+def _pin_egl_device() -> None:
+    """robosuite reads the EGL device from CUDA_VISIBLE_DEVICES and crashes on '' and on UUIDs: name one for it."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or "MUJOCO_EGL_DEVICE_ID" in os.environ:
+        return
+    if not all(part.strip().isdigit() for part in visible.split(",")):
+        os.environ["MUJOCO_EGL_DEVICE_ID"] = "0"
+
+
+class ArmedCamera:
+    """A camera sensor that draws only while armed, and otherwise repeats its last image.
+
+    It replaces the sensor of a robosuite observable and leaves the observable's clock alone, so an armed step returns
+    the image that the plain environment would return, bit for bit. Drawing after the step instead would be one
+    physics substep late (about one grey level), and disabling the observable would restart its clock.
+    """
+
+    def __init__(self, sensor: Callable[[Mapping[str, Any]], NDArray[np.uint8]]) -> None:
+        self.sensor = sensor
+        self.__modality__ = sensor.__modality__  # type: ignore[attr-defined]  # robosuite's observables read it
+        self.armed = True
+        self.image: NDArray[np.uint8] | None = None
+
+    def __call__(self, cache: Mapping[str, Any]) -> NDArray[np.uint8]:
+        if self.armed or self.image is None:
+            self.image = self.sensor(cache)
+        return self.image
+
+    def draw(self) -> None:
+        """Draws the present state now, whatever the observable's clock says."""
+        self.image = self.sensor({})

