@@ -5,12 +5,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from rsd.models.draft import DraftConfig
 from rsd.models.main import MainConfig
 from rsd.policy import PolicyConfig, RsdModel, RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.types import Observation
+
+settings.register_profile("rsd", deadline=None)  # a busy machine is no failure
+settings.load_profile("rsd")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,9 +57,7 @@ def make_model(tiny_config: PolicyConfig, tokenizer: ActionTokenizer) -> Callabl
 
 
 @pytest.fixture
-def policy(
-    make_model: Callable[[int], RsdModel], tokenizer: ActionTokenizer, tiny_config: PolicyConfig
-) -> RsdPolicy:
+def policy(make_model: Callable[[int], RsdModel], tokenizer: ActionTokenizer, tiny_config: PolicyConfig) -> RsdPolicy:
     return RsdPolicy(make_model(0), tokenizer, tiny_config, provenance={"data": "random weights"})
 
 

@@ -50,7 +50,7 @@ class ChunkStats:
     main_passes: passes of the main model AFTER its prefill (the prefill is counted in `prefills`).
     num_draft_tokens / num_accepted_tokens: per level, drafted and accepted scalars; empty without a draft.
     accepted_levels: length of the accepted prefix of levels (0 .. draft levels).
-    latency_ms: wall time by stage (preprocess, prefill, draft, verify, decode) and `total`.
+    latency_ms: wall time by stage (preprocess, vision, prefill, draft, verify, decode) and `total`.
     """
 
     decode: str

@@ -251,7 +251,9 @@ def test_a_batch_decodes_as_its_samples_do_alone(model: RsdModel, name: str, rul
             assert torch.equal(alone.accepted[0], together.accepted[index])
 
 
-def test_a_batch_accepts_sample_by_sample(model: RsdModel, forced: Callable[[Tensor, Tensor], None]) -> None:
+def test_a_batch_accepts_sample_by_sample_and_regresses_what_the_accepted_levels_miss(
+    model: RsdModel, forced: Callable[[Tensor, Tensor], None]
+) -> None:
     decoder = decoder_of(model, "exact")
     prefix = prefixes(C + 1, seed=3)
     expected = decode("ar", decoder, prefix)
@@ -264,8 +266,15 @@ def test_a_batch_accepts_sample_by_sample(model: RsdModel, forced: Callable[[Ten
     assert decoded.motion is not None
     assert decoded.accepted_levels is not None
     assert decoded.accepted_levels.tolist() == list(range(C + 1))
-    for sample in range(C + 1):
-        assert torch.equal(decoded.motion[sample, :sample], drafted[sample, :sample])
+    with torch.no_grad():
+        features, cache = model.main.prefill(prefix)
+        blocks = [features, *strategies.verify(decoder, drafted, expected.gripper, cache)]
+        missing = [model.main.residual(block, level) for level, block in enumerate(blocks, start=1)]
+    for kept in range(C + 1):
+        accepted = drafted[kept, :kept]
+        assert torch.equal(decoded.motion[kept, :kept], accepted)
+        estimate = decoder.code.dequantise(accepted) + missing[kept][kept]
+        check_distance(decoder.code, estimate, accepted, decoded.value[kept])
 
 
 def test_sequential_fine_levels_refuse_a_batch(model: RsdModel) -> None:

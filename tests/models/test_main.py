@@ -119,7 +119,9 @@ def test_heads_give_one_distribution_a_scalar(main: MainModel) -> None:
     moved = (main.parallel_logits(features) != at_once).any(-1).any(1)[0].unflatten(0, (HORIZON, 6)).any(1)
     assert moved.tolist() == [step == 3 for step in range(HORIZON)]
     assert main.gripper_logits(features).shape == (2, HORIZON)
-    assert main.residual(features, 1).shape == (2, SCALARS)
+    coarse = main.residual(features, 1)
+    assert coarse.shape == (2, SCALARS)
+    assert torch.allclose(main.residual(features, 3), coarse / 4)  # in units of the level's own step
 
 
 @torch.no_grad()
@@ -207,9 +209,7 @@ def test_main_is_at_least_eight_times_the_draft() -> None:
     assert one_pass.get_total_flops() >= 8 * one_level.get_total_flops() > 0
 
 
-@pytest.mark.parametrize(
-    "fields", [{"image_size": 100}, {"channels": (16, 16, 32, 40)}, {"channels": (16, 16, 32)}]
-)
+@pytest.mark.parametrize("fields", [{"image_size": 100}, {"channels": (16, 16, 32, 40)}, {"channels": (16, 16, 32)}])
 def test_impossible_sizes_are_refused(fields: dict[str, object]) -> None:
     assert set(fields) <= set(inspect.signature(MainConfig).parameters)
     with pytest.raises(RsdError, match="main model: expected"):

@@ -43,3 +43,16 @@ def test_an_encoding_does_not_depend_on_the_batch() -> None:
         assert torch.allclose(alone[0][0], tokens[index], atol=1e-5)
         assert torch.allclose(alone[1][0], condition[index], atol=1e-5)
     assert not torch.allclose(tokens[0], tokens[1], atol=1e-2)
+
+
+@torch.no_grad()
+def test_padding_is_not_read() -> None:
+    torch.manual_seed(0)
+    encoder = TextEncoder(dim=32, tokens=4).eval()
+    ids = word_ids(["pick up the bowl"])
+    before = encoder(ids)
+    encoder.position[4:] += torch.randn(MAX_WORDS - 4, 32)
+    for found, expected in zip(encoder(ids), before, strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+    encoder.position[3] += torch.randn(32)
+    assert not torch.allclose(encoder(ids)[1], before[1], atol=1e-3)

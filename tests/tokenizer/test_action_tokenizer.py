@@ -29,9 +29,7 @@ def tokenizers(chunks: np.ndarray) -> list[ActionTokenizer]:
 
 
 @given(chunk=chunk_arrays)
-def test_decode_of_encode_is_forward_bit_for_bit(
-    chunk: np.ndarray, tokenizers: list[ActionTokenizer]
-) -> None:
+def test_decode_of_encode_is_forward_bit_for_bit(chunk: np.ndarray, tokenizers: list[ActionTokenizer]) -> None:
     batch = torch.tensor(chunk).unsqueeze(0)
     for tokenizer in tokenizers:
         tokens, seen = tokenizer.forward(batch)
@@ -69,9 +67,7 @@ def test_error_in_action_units_is_bounded_by_the_last_step(
         assert ((error / tokenizer.scale).norm(dim=1) <= 0.5 * last * 8**0.5 + 1e-5).all()
 
 
-def test_every_prefix_decodes_and_the_mean_error_falls(
-    tokenizers: list[ActionTokenizer], chunks: np.ndarray
-) -> None:
+def test_every_prefix_decodes_and_the_mean_error_falls(tokenizers: list[ActionTokenizer], chunks: np.ndarray) -> None:
     batch = torch.tensor(chunks)
     for tokenizer in tokenizers:
         tokens = tokenizer.encode(batch)
@@ -129,9 +125,7 @@ def test_a_constant_dimension_is_kept_and_harmless(chunks: np.ndarray) -> None:
     assert torch.allclose(decoded[..., 2], torch.tensor(0.25), atol=1e-6)
 
 
-def test_save_and_load_change_nothing(
-    tokenizers: list[ActionTokenizer], chunks: np.ndarray, tmp_path: Path
-) -> None:
+def test_save_and_load_change_nothing(tokenizers: list[ActionTokenizer], chunks: np.ndarray, tmp_path: Path) -> None:
     batch = torch.tensor(chunks)
     for tokenizer in tokenizers:
         tokenizer.save(tmp_path)

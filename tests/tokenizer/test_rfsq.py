@@ -30,7 +30,8 @@ def quantiser(code: RfsqConfig, first_step: float = 1.0) -> Rfsq:
 def grid(code: RfsqConfig) -> Tensor:
     """Scalars that the first digit rounds without clamping, ties among them."""
     edge = code.half + 0.5
-    return torch.cat([torch.linspace(-edge, edge, 2801), torch.randn(500).clamp(-edge, edge)])
+    noise = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    return torch.cat([torch.linspace(-edge, edge, 2801), noise.clamp(-edge, edge)])
 
 
 @given(codes, first_steps, st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=6))
@@ -112,7 +113,7 @@ def recovered_error(code: RfsqConfig, level: int, error: int) -> Tensor:
     return (rfsq.dequantise(whole) - x[possible]).abs()
 
 
-@pytest.mark.parametrize("rho", [2.0, 3.0, 4.0])
+@pytest.mark.parametrize("rho", [1.8, 2.0, 2.18, 2.5, 3.0, 4.0])  # 2.18: 2 with little to spare
 @pytest.mark.parametrize("levels", [4, 8])
 def test_finer_levels_take_out_any_digit_error_within_the_margin_and_no_more(rho: float, levels: int) -> None:
     code = RfsqConfig(levels, 7, rho)
@@ -121,8 +122,7 @@ def test_finer_levels_take_out_any_digit_error_within_the_margin_and_no_more(rho
         margin = code.margin(level)
         for error in range(-margin, margin + 1):
             assert recovered_error(code, level, error).max() <= half_last_step + SLACK
-        if margin < code.symbols - 1:
-            assert recovered_error(code, level, margin + 1).max() > half_last_step + SLACK
+        assert recovered_error(code, level, margin + 1).max() > half_last_step + SLACK
 
 
 @pytest.mark.parametrize(

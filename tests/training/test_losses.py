@@ -135,22 +135,16 @@ def test_draft_digits_are_its_own_where_asked_and_the_truth_elsewhere(
     assert not torch.equal(found[::2], true[::2])
 
 
-def test_losses_are_finite_and_train_every_parameter(
-    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch
-) -> None:
+def test_losses_are_finite_and_train_every_parameter(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
     losses = policy_losses(model.main, model.draft, tokenizer, batch, LossConfig())
     assert {"levels", "parallel", "gripper", "l1", "regress", "draft", "total"} == set(losses)
     assert all(torch.isfinite(value) and value.ndim == 0 for value in losses.values())
     losses["total"].backward()
-    untouched = [
-        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
-    ]
+    untouched = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert untouched == []
 
 
-def test_the_drafts_loss_does_not_reach_the_main(
-    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch
-) -> None:
+def test_the_drafts_loss_does_not_reach_the_main(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
     policy_losses(model.main, model.draft, tokenizer, batch, LossConfig())["draft"].backward()
     assert all(p.grad is None for p in model.main.parameters())
     assert any(p.grad is not None for p in model.draft.parameters())

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 import rsd.training.policy as training_policy
 from rsd.data.demonstrations import load_demonstrations
 from rsd.models.draft import DraftConfig
+from rsd.models.main import MainModel
+from rsd.models.trunk import KVCache
 from rsd.policy import PolicyConfig, RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.training.dataset import FrameDataset, chunk_targets
@@ -173,7 +176,16 @@ def test_states_without_images_are_refused(config: TrainPolicyConfig, states_onl
 # draft
 
 
-def test_train_draft_keeps_the_main(trained: Path, demonstrations: Path, tmp_path: Path) -> None:
+def test_train_draft_keeps_the_main(
+    trained: Path, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes, prefill = set[bool](), MainModel.prefill
+
+    def spy(main: MainModel, prefix: Tensor) -> tuple[Tensor, KVCache]:
+        modes.add(main.training)
+        return prefill(main, prefix)
+
+    monkeypatch.setattr(MainModel, "prefill", spy)
     draft = DraftConfig(levels=2, dim=32, layers=1, heads=2)
     directory = train_draft(
         TrainDraftConfig(
@@ -186,6 +198,7 @@ def test_train_draft_keeps_the_main(trained: Path, demonstrations: Path, tmp_pat
             loop=replace(LOOP, steps=10),
         )
     )
+    assert modes == {False}  # no dropout in what the draft reads
     before, after = RsdPolicy.from_pretrained(trained), RsdPolicy.from_pretrained(directory)
     assert after.config == replace(before.config, draft=draft)
     for name, value in before.model.main.state_dict().items():
