@@ -47,7 +47,7 @@ COMMANDS = {
     ),
     "demos render": Command(
         "add camera images to demonstrations recorded without them",
-        "rsd.data.collect",
+        "rsd.data.render",
         "render",
         "RenderConfig",
     ),

@@ -8,29 +8,21 @@ share a file, and a killed run continues where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
-import os
 import shlex
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from importlib import metadata
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rsd.data.policy_driver import PolicyDriver
 from rsd.data.schema import (
     FILE_SUFFIX,
-    IMAGE_KEYS,
     Episode,
     atomic_file,
     demo_names,
@@ -39,10 +31,11 @@ from rsd.data.schema import (
     read_provenance,
     write_episode,
 )
+from rsd.data.workers import exclusive, part_files, progress_bar, worker_environment, worker_pool
 from rsd.sim import expert
 from rsd.sim.grasps import GraspMode
 from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
-from rsd.sim.noise import ActionNoise, NoiseConfig
+from rsd.sim.noise import ActionNoise, Disturbance, NoiseConfig
 from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
 from rsd.types import CAMERAS, Policy, RsdError
 
@@ -145,11 +138,12 @@ def make_demonstration(
             continue  # nothing to do, or a scene that the instruction does not describe
         body_pos, body_quat = env.fixture_poses()
         recorder = EpisodeRecorder(images=not config.states_only)
-        noise: ActionNoise | PolicyDriver | None = ActionNoise(config.noise, level, rng) if level > 0 else None
+        drift = ActionNoise(config.noise, level, rng) if level > 0 else None
+        disturbance: Disturbance | None = drift
         if policy is not None:
             share = rng.uniform(max(0.0, 2 * config.policy_share - 1), min(1.0, 2 * config.policy_share))
-            noise = PolicyDriver(env, policy, instruction, share, noise, rng)
-        result = expert.run(env, target, recorder, rng, noise, config.grasp_mode, draw=not config.states_only)
+            disturbance = PolicyDriver(env, policy, instruction, share, drift, rng)
+        result = expert.run(env, target, recorder, rng, disturbance, config.grasp_mode, draw=not config.states_only)
         if not result.success:
             continue
         attributes = {
@@ -212,49 +206,6 @@ def collect(config: CollectConfig) -> dict[str, int]:
         return {names[task]: _merge(config, task) for task in tasks}
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Holds the folder for one run. Raises RsdError if another process has it."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RsdError(f"{folder}: another run is writing here; wait for it or choose another folder") from None
-        yield
-
-
-@contextmanager
-def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Fresh processes of one thread each; pending work is dropped if the body raises."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def progress_bar() -> Progress:
-    """The bar of collection and rendering."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
-_environment: tuple[tuple[Any, ...], LiberoEnv] | None = None
-
-
-def worker_environment(suite: str, task_id: int, image_size: int, cameras: bool) -> LiberoEnv:
-    """The environment of this worker process, kept until another task is asked for."""
-    global _environment
-    key = (suite, task_id, image_size, cameras)
-    if _environment is None or _environment[0] != key:
-        if _environment is not None:
-            _environment[1].close()
-        _environment = (key, LiberoEnv(suite, task_id, image_size, cameras))
-    return _environment[1]
-
-
 _policy: tuple[str, Policy] | None = None
 
 
@@ -284,18 +235,12 @@ def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> i
 
 
 def _parts(out: Path, name: str) -> list[Path]:
-    return sorted((out / PARTS / name).glob("demo_*.hdf5"))
+    return part_files(out / PARTS / name)
 
 
 def _finished(out: Path, name: str) -> set[int]:
-    """Indices of demonstrations that exist, merged or as parts. Damaged parts are deleted, to be made again."""
-    found: set[int] = set()
-    for part in _parts(out, name):
-        try:
-            with open_file(part) as file:
-                found.update(int(key[5:]) for key in file)
-        except RsdError:
-            part.unlink()
+    """Indices of demonstrations that exist, merged or as parts."""
+    found = {int(part.stem[5:]) for part in _parts(out, name)}
     path = out / f"{name}{FILE_SUFFIX}"
     if path.exists():
         with open_file(path) as file:
@@ -313,7 +258,7 @@ def _merge(config: CollectConfig, task_id: int) -> int:
     provenance = {
         "versions": {"rsd": metadata.version("rsd-vla"), **simulator_versions()},
         "settings": settings(config),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     count = merge(path, parts, libero_attributes(config, task_id), provenance)
     for part in parts:
@@ -354,9 +299,9 @@ def _check_settings(config: CollectConfig, names: list[str]) -> None:
         if other != wanted:
             different = sorted(key for key in wanted.keys() | other.keys() if wanted.get(key) != other.get(key))
             raise RsdError(
-                f"collect: {path} was made with other settings ({', '.join(different)}); expected "
-                f"{ {key: other.get(key) for key in different} }, found { {key: wanted.get(key) for key in different} }. "
-                "Use the same settings to resume, or another folder."
+                f"collect: {path} was made with other settings; expected "
+                + ", ".join(f"{key} = {other.get(key)!r}, found {wanted.get(key)!r}" for key in different)
+                + ". Use the same settings to resume, or another folder."
             )
     stored.parent.mkdir(parents=True, exist_ok=True)
     stored.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
@@ -390,6 +335,3 @@ def libero_attributes(config: CollectConfig, task_id: int) -> dict[str, Any]:
         "bddl_file_name": relative,
         "bddl_file_content": scene.read_text(encoding="utf-8"),
     }
-
-
-__all__ = ["IMAGE_KEYS", "CollectConfig", "EpisodeRecorder", "collect", "make_demonstration"]

@@ -37,15 +37,15 @@ class PolicyDriver:
         self.share, self.noise, self.rng = share, noise, rng
         self._queue: deque[NDArray[np.float32] | None] = deque()
 
-    def disturb(self, action: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Clean action [7] -> executed action [7]."""
+    def disturb(self, action: NDArray[np.float64], strength: float = 1.0) -> NDArray[np.float64]:
+        """Clean action [7] -> executed action [7]; `strength` scales the noise, not the policy."""
         if not self._queue:
             policy_drives = self.rng.random() < self.share
             self._queue.extend(self._predict() if policy_drives else [None] * CHUNK_SIZE)
         driven = self._queue.popleft()
         if driven is not None:
             return driven.astype(np.float64)
-        return action if self.noise is None else self.noise.disturb(action)
+        return action if self.noise is None else self.noise.disturb(action, strength)
 
     def _predict(self) -> NDArray[np.float32]:
         images = rotate_180(self.env.draw())

@@ -82,7 +82,7 @@ def write_episode(group: h5py.Group, episode: Episode) -> None:
 
 
 def write_images(obs: h5py.Group, images: NDArray[np.uint8]) -> None:
-    """images: uint8 [T, 2, S, S, 3], not rotated -> LIBERO's two datasets, uncompressed as there (reading is faster)."""
+    """images: uint8 [T, 2, S, S, 3], not rotated -> LIBERO's two datasets, uncompressed as there (it reads faster)."""
     for camera, key in enumerate(IMAGE_KEYS):
         frames = images[:, camera]
         obs.create_dataset(key, data=frames)
@@ -150,7 +150,7 @@ def merge(path: Path, parts: list[Path], attributes: Mapping[str, Any], provenan
     fresh: dict[str, Path] = {}
     for part in parts:
         with open_file(part) as file:
-            fresh.update({name: part for name in file})
+            fresh.update(dict.fromkeys(file, part))
     with atomic_file(path) as out:
         data = out.create_group("data")
         if path.exists():

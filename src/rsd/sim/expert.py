@@ -17,18 +17,18 @@ import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
 from rsd.sim.grasps import (
+    MAX_LEAN,
     RIM_RADIUS,
     TIP_BELOW_SITE,
     GraspMode,
     RimGrasp,
-    MAX_LEAN,
     choose_rim_grasp,
     hand_rotation,
     lean_limit,
     rotation_vector,
 )
 from rsd.sim.libero import LiberoEnv
-from rsd.sim.noise import ActionNoise
+from rsd.sim.noise import Disturbance
 from rsd.sim.scene import Scene, Vector
 
 PLATE = "plate_1"
@@ -49,6 +49,7 @@ TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on t
 PLATE_SURFACE = 0.004  # m over the plate's origin
 RELEASE_GAP = 0.006  # m of free fall
 RELEASE_RADIUS = 0.012  # m off the plate's centre; success allows 30 mm
+CRAMPED_NOISE = 0.4  # strength of the noise in the drawer
 CARRY_TURN = 0.35  # turning a held bowl faster drags it over its support
 BOWL_HEIGHT = 0.05
 FALLEN_UP = 0.7  # z of the bowl's own up axis; lower, and no rim grasp works
@@ -96,6 +97,11 @@ class PickAndPlace:
         self._closed_steps = 0
         self._slow_steps = 0
         self._last_eef = scene.eef
+
+    @property
+    def cramped(self) -> bool:
+        """The hand works in the drawer, where a push would shut it or hit a wall."""
+        return self._walled and self._grasped_steps < GRASPED_STEPS
 
     @property
     def gave_up(self) -> bool:
@@ -234,7 +240,9 @@ class PickAndPlace:
             if "cabinet" not in name:
                 continue
             points = self.scene.vertices(name)
-            low, high = points.min(axis=0) + [0.0, 0.0, 0.02], points.max(axis=0) - [0.0, 0.0, 0.03]
+            low, high = points.min(axis=0), points.max(axis=0)
+            low[2] += 0.02
+            high[2] -= 0.03
             if bool(((low < bowl) & (bowl < high)).all()):
                 return True
         return False
@@ -290,7 +298,7 @@ def run(
     target: str = "akita_black_bowl_1",
     recorder: Recorder | None = None,
     rng: np.random.Generator | None = None,
-    noise: ActionNoise | None = None,
+    noise: Disturbance | None = None,
     mode: GraspMode = "canonical",
     tail_steps: int = TAIL_STEPS,
     draw: bool = False,
@@ -298,7 +306,8 @@ def run(
     """Runs the expert from the present state of a freshly reset environment.
 
     Success is `target` on the plate: the task's own goal for the first bowl, evaluated here for another. After it,
-    `tail_steps` more steps are executed and recorded (the fingers open and rise). `draw`: cameras draw every step, for a recorder that keeps images.
+    `tail_steps` more steps are executed and recorded (the fingers open and rise). `draw`: cameras draw
+    every step, for a recorder that keeps images.
     """
     law = PickAndPlace(Scene(env), target, mode, rng)
     success_at: int | None = None
@@ -309,7 +318,9 @@ def run(
         if success_at is not None and step - success_at >= tail_steps:
             break
         clean = law.action()
-        executed = clean if noise is None or success_at is not None else noise.disturb(clean)
+        executed = clean
+        if noise is not None and success_at is None:
+            executed = noise.disturb(clean, CRAMPED_NOISE if law.cramped else 1.0)
         if recorder is not None:
             recorder.record(env, executed, clean)
         env.advance(executed, draw)

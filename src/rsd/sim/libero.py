@@ -60,8 +60,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         }
         if cameras:
             frame = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-            spaces.update({name: frame for name in CAMERAS})
-        self.observation_space = gymnasium.spaces.Dict(spaces)
+            spaces.update(dict.fromkeys(CAMERAS, frame))
+        self.observation_space: Any = gymnasium.spaces.Dict(spaces)
         self._armed: dict[str, ArmedCamera] = {}
         self._latest: Mapping[str, Any] = {}
         self._control: Any = None
@@ -207,7 +207,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         body_pos: NDArray[np.float64] | None = None,
         body_quat: NDArray[np.float64] | None = None,
     ) -> None:
-        """Sets a recorded state (and fixture poses) and derives all positions from it; the clocks are left alone."""
+        """Sets a recorded state (and fixture poses) and derives from it everything that is drawn."""
         expected = 1 + self.model.nq + self.model.nv
         if state.shape != (expected,):
             raise RsdError(f"state of {self.task.name}: expected [{expected}], found {list(state.shape)}")
@@ -217,6 +217,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             self.model.body_quat[:] = body_quat
         self.simulation.sim.set_state_from_flattened(state)
         mujoco.mj_forward(self.model, self.data)
+        self.simulation._post_process()  # the stove's flame
 
     def draw(self) -> NDArray[np.uint8]:
         """Draws the present state: uint8 [2, S, S, 3] in the order of CAMERAS, NOT rotated (as LIBERO stores it)."""

@@ -7,9 +7,18 @@ away; correlated noise and short constant pushes do.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Disturbance(Protocol):
+    """Turns the expert's clean action into the executed one."""
+
+    def disturb(self, action: NDArray[np.float64], strength: float = 1.0) -> NDArray[np.float64]:
+        """Clean action [7] -> executed action [7]; strength is below 1 where there is little room."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,11 @@ class ActionNoise:
         self._push = np.zeros(6)
         self._push_left = 0
 
-    def disturb(self, action: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Clean action [7] -> executed action [7] within [-1, 1]. The gripper command is never touched."""
+    def disturb(self, action: NDArray[np.float64], strength: float = 1.0) -> NDArray[np.float64]:
+        """Clean action [7] -> executed action [7] within [-1, 1]. The gripper command is never touched.
+
+        strength scales the disturbance where there is little room (the drawer).
+        """
         config, rng = self.config, self._rng
         scale = config.max_level * self.level * np.array([1.0] * 3 + [config.rotation_scale] * 3)
         fresh = np.sqrt(1.0 - config.correlation**2)
@@ -57,5 +69,5 @@ class ActionNoise:
             offset += self._push
             self._push_left -= 1
         executed = action.copy()
-        executed[:6] = np.clip(action[:6] + offset, -1.0, 1.0)
+        executed[:6] = np.clip(action[:6] + strength * offset, -1.0, 1.0)
         return executed

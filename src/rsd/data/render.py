@@ -1,0 +1,182 @@
+"""Adding camera images to demonstrations that were recorded without them, on a machine that draws fast.
+
+A frame is drawn from the recorded state and fixture poses. The simulator's own images are sampled one physics substep
+(2 ms) before the state that is recorded, so a rendered image differs from a live one by about one grey level.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import as_completed
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd.data.demonstrations import demonstration_files
+from rsd.data.schema import (
+    FILE_SUFFIX,
+    IMAGE_KEYS,
+    atomic_file,
+    demo_names,
+    merge,
+    open_file,
+    read_provenance,
+    write_images,
+)
+from rsd.data.workers import exclusive, part_files, progress_bar, worker_environment, worker_pool
+from rsd.sim.libero import LiberoEnv, simulator_versions
+from rsd.sim.suites import suite_tasks
+from rsd.types import CAMERAS, RsdError
+
+PARTS = ".rendered"
+BATCH = 4  # demonstrations per job
+
+
+@dataclass(frozen=True)
+class RenderConfig:
+    """Which demonstrations get images. A run that was interrupted continues; demonstrations with images are skipped."""
+
+    source: Path
+    """Folder of demonstrations recorded with `--states-only`."""
+    out: Path | None = None
+    """Folder for the files with images; default: in place."""
+    image_size: int = 256
+    """Side of the square images in pixels."""
+    num_workers: int = 2
+    """Processes; one per CPU core is right with a GPU as well."""
+    max_per_task: int | None = None
+    """Render only the first so many demonstrations of each task."""
+
+
+def render_frames(
+    env: LiberoEnv, states: NDArray[np.float64], body_pos: NDArray[np.float64], body_quat: NDArray[np.float64]
+) -> NDArray[np.uint8]:
+    """Draws recorded states [T, 1 + nq + nv] -> uint8 [T, 2, S, S, 3], NOT rotated, cameras in the order of CAMERAS.
+
+    `env` has been reset once (that hides LIBERO's marker sites); its own episode is lost.
+    """
+    frames = np.empty((len(states), len(CAMERAS), env.image_size, env.image_size, 3), np.uint8)
+    for t, state in enumerate(states):
+        env.restore(state, body_pos, body_quat)
+        frames[t] = env.draw()
+    return frames
+
+
+def render(config: RenderConfig) -> dict[str, int]:
+    """Draws what has no images yet; returns the number of demonstrations with images per task.
+
+    Raises RsdError if a file was not written by this package (LIBERO's own files lack the fixtures' poses), or if it
+    holds images of another size.
+    """
+    out = config.out or config.source
+    out.mkdir(parents=True, exist_ok=True)
+    with exclusive(out):
+        jobs: list[tuple[Path, str, int, list[str]]] = []
+        wanted: dict[Path, list[str]] = {}
+        done = 0
+        for path in demonstration_files(config.source):
+            suite, task_id = _task_of(path)
+            with open_file(path) as file:
+                wanted[path] = demo_names(file["data"])[: config.max_per_task]
+            parts = [part for part in part_files(_folder(out, path)) if _image_size(part) == config.image_size]
+            have = _rendered(out / path.name, config.image_size) | {part.stem for part in parts}
+            missing = [name for name in wanted[path] if name not in have]
+            done += len(wanted[path]) - len(missing)
+            jobs += [(path, suite, task_id, missing[i : i + BATCH]) for i in range(0, len(missing), BATCH)]
+        total = sum(map(len, wanted.values()))
+        with worker_pool(config.num_workers) as pool, progress_bar() as bar:
+            shown = bar.add_task("rendered demonstrations", total=total, completed=done)
+            for job in as_completed([pool.submit(_render_batch, config, out, *arguments) for arguments in jobs]):
+                bar.advance(shown, job.result())
+        return {path.name.removesuffix(FILE_SUFFIX): _merge(config, out, path) for path in wanted}
+
+
+def _folder(out: Path, path: Path) -> Path:
+    return out / PARTS / path.name.removesuffix(FILE_SUFFIX)
+
+
+def _task_of(path: Path) -> tuple[str, int]:
+    with open_file(path) as file:
+        provenance = read_provenance(file["data"], path)
+    if provenance is None:
+        raise RsdError(
+            f"render: expected demonstrations written by `rsd demos collect`, found {path} without rsd_provenance; "
+            "LIBERO's own files do not hold the fixtures' poses and have images already"
+        )
+    suite = str(provenance["settings"]["suite"])
+    name = path.name.removesuffix(FILE_SUFFIX)
+    for task in suite_tasks(suite):
+        if task.name == name:
+            return suite, task.task_id
+    raise RsdError(f"render: expected the name of a {suite} task, found {name} ({path})")
+
+
+def _rendered(path: Path, image_size: int) -> set[str]:
+    """Demonstrations of a file that have images. Raises RsdError if their size is another."""
+    if not path.exists():
+        return set()
+    found = set()
+    with open_file(path) as file:
+        for name in demo_names(file["data"]):
+            obs = file["data"][name]["obs"]
+            if IMAGE_KEYS[0] not in obs:
+                continue
+            size = obs[IMAGE_KEYS[0]].shape[1]
+            if size != image_size:
+                raise RsdError(
+                    f"render: {path} holds images of {size} px, {image_size} were asked for; choose another --out"
+                )
+            found.add(name)
+    return found
+
+
+def _image_size(part: Path) -> int:
+    with open_file(part) as file:
+        return int(file[part.stem]["obs"][IMAGE_KEYS[0]].shape[1])
+
+
+def _render_batch(config: RenderConfig, out: Path, path: Path, suite: str, task_id: int, names: list[str]) -> int:
+    env = worker_environment(suite, task_id, config.image_size, cameras=True)
+    folder = _folder(out, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_file(path) as file:
+        for name in names:
+            demo = file["data"][name]
+            frames = render_frames(env, demo["states"][()], demo["body_pos"][()], demo["body_quat"][()])
+            with atomic_file(folder / f"{name}.hdf5") as part:
+                file.copy(demo, part, name=name)
+                for key in IMAGE_KEYS:
+                    if key in part[name]["obs"]:
+                        del part[name]["obs"][key]
+                write_images(part[name]["obs"], frames)
+    return len(names)
+
+
+def _merge(config: RenderConfig, out: Path, path: Path) -> int:
+    parts = part_files(_folder(out, path))
+    target = out / path.name
+    if parts:
+        with open_file(path) as file:
+            attributes, provenance = _attributes(file["data"], path, config)
+        merge(target, parts, attributes, provenance)
+        for part in parts:
+            part.unlink()
+    return len(_rendered(target, config.image_size))
+
+
+def _attributes(data: h5py.Group, path: Path, config: RenderConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    attributes = {key: value for key, value in data.attrs.items() if key != "rsd_provenance"}
+    env_args = json.loads(attributes["env_args"])
+    env_args["env_kwargs"].update(camera_heights=config.image_size, camera_widths=config.image_size)
+    attributes["env_args"] = json.dumps(env_args)
+    provenance = dict(read_provenance(data, path) or {})
+    provenance["rendering"] = {
+        "image_size": config.image_size,
+        "versions": {"rsd": metadata.version("rsd-vla"), **simulator_versions()},
+    }
+    return attributes, provenance
