@@ -44,6 +44,7 @@ SUITES = ("libero_spatial",)  # what the expert can do
 PARTS = ".parts"
 BATCH = 5  # demonstrations a worker makes of one task before the next: balanced, few environments built
 MAX_TRIES = 30
+HANDOVER = (24, 121)  # steps; 100 are left to the expert, who needs 60 to 110 of them
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ class CollectConfig:
     policy: str = ""
     """Checkpoint directory or hub id: this policy drives part of each episode and the expert labels every state
     (DAgger). Needs images of the policy's size."""
-    policy_share: float = 0.7
-    """With `policy`: mean share of the chunks it drives; each episode draws its own between twice that minus 1 (or 0)
-    and 1 (or twice that)."""
+    policy_share: float = 0.8
+    """With `policy`: mean share of the chunks it drives before the expert takes over for good; each episode draws its
+    own share around it and the step of the handover."""
 
 
 class EpisodeRecorder:
@@ -118,9 +119,7 @@ def is_swapped(index: int, fraction: float) -> bool:
     return int(np.floor((index + 1) * fraction)) > int(np.floor(index * fraction))
 
 
-def make_demonstration(
-    env: LiberoEnv, config: CollectConfig, index: int, policy: Policy | None = None
-) -> Episode:
+def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy: Policy | None = None) -> Episode:
     """The successful demonstration `index` of env's task: the first placement (by sub-seed) that the expert solves.
 
     Raises RsdError if MAX_TRIES placements in a row fail.
@@ -141,8 +140,10 @@ def make_demonstration(
         drift = ActionNoise(config.noise, level, rng) if level > 0 else None
         disturbance: Disturbance | None = drift
         if policy is not None:
-            share = rng.uniform(max(0.0, 2 * config.policy_share - 1), min(1.0, 2 * config.policy_share))
-            disturbance = PolicyDriver(env, policy, instruction, share, drift, rng)
+            spread = min(config.policy_share, 1 - config.policy_share)
+            share = float(rng.uniform(config.policy_share - spread, config.policy_share + spread))
+            handover = int(rng.integers(*HANDOVER))
+            disturbance = PolicyDriver(env, policy, instruction, share, handover, drift, rng)
         result = expert.run(env, target, recorder, rng, disturbance, config.grasp_mode, draw=not config.states_only)
         if not result.success:
             continue
@@ -273,7 +274,13 @@ def settings(config: CollectConfig) -> dict[str, Any]:
         del everything[key]
     if config.states_only:
         del everything["image_size"]
-    return dict(json.loads(json.dumps(everything)))
+    return _that_matter(dict(json.loads(json.dumps(everything))))
+
+
+def _that_matter(everything: dict[str, Any]) -> dict[str, Any]:
+    """Without a policy, how much it would have driven does not matter."""
+    unused = () if everything.get("policy") else ("policy", "policy_share")
+    return {key: value for key, value in everything.items() if key not in unused}
 
 
 def _check_policy(config: CollectConfig) -> None:
@@ -295,7 +302,8 @@ def _check_settings(config: CollectConfig, names: list[str]) -> None:
             with open_file(path) as file:
                 provenance = read_provenance(file["data"], path)
             found.append((path, {} if provenance is None else provenance["settings"]))
-    for path, other in found:
+    for path, stored_settings in found:
+        other = _that_matter(stored_settings)
         if other != wanted:
             different = sorted(key for key in wanted.keys() | other.keys() if wanted.get(key) != other.get(key))
             raise RsdError(

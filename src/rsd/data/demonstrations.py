@@ -55,6 +55,16 @@ def demonstration_files(path: str | Path) -> list[Path]:
     return found
 
 
+def folder_provenance(path: str | Path) -> dict[str, Any]:
+    """What a folder's first file says of its making (settings, versions); `recorded_by` tells files without it apart."""
+    first = demonstration_files(path)[0]
+    with open_file(first) as file:
+        found = read_provenance(file["data"], first) if "data" in file else None
+    if found is None:
+        return {"recorded_by": "another tool (LIBERO's own files, for example)"}
+    return {"recorded_by": "the scripted expert of this package, on random placements", **found}
+
+
 def load_demonstrations(
     path: str | Path, images: bool = True, max_per_task: int | None = None
 ) -> Iterator[Demonstration]:

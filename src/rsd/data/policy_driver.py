@@ -21,7 +21,8 @@ class PolicyDriver:
     """Stands where `ActionNoise` stands: turns the expert's clean action into the one executed.
 
     Chunk by chunk a coin of probability `share` decides whether the policy drives, from an image drawn at that moment,
-    or the expert with its noise. The environment needs cameras of the policy's image size.
+    or the expert with its noise; from step `handover` on it is the expert, so that an episode which the policy would
+    fail is still finished, and kept. The environment needs cameras of the policy's image size.
     """
 
     def __init__(
@@ -30,19 +31,22 @@ class PolicyDriver:
         policy: Policy,
         instruction: str,
         share: float,
+        handover: int,
         noise: ActionNoise | None,
         rng: np.random.Generator,
     ) -> None:
         self.env, self.policy, self.instruction = env, policy, instruction
-        self.share, self.noise, self.rng = share, noise, rng
+        self.share, self.handover, self.noise, self.rng = share, handover, noise, rng
+        self.steps = 0
         self._queue: deque[NDArray[np.float32] | None] = deque()
 
     def disturb(self, action: NDArray[np.float64], strength: float = 1.0) -> NDArray[np.float64]:
         """Clean action [7] -> executed action [7]; `strength` scales the noise, not the policy."""
         if not self._queue:
-            policy_drives = self.rng.random() < self.share
+            policy_drives = self.rng.random() < self.share and self.steps < self.handover
             self._queue.extend(self._predict() if policy_drives else [None] * CHUNK_SIZE)
         driven = self._queue.popleft()
+        self.steps += 1
         if driven is not None:
             return driven.astype(np.float64)
         return action if self.noise is None else self.noise.disturb(action, strength)

@@ -106,15 +106,11 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self.steps = 0
         return self._observation_dict(), {**info, "success": self.success()}
 
-    def step(
-        self, action: ArrayLike
-    ) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
+    def step(self, action: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
         """One control step (0.05 s). terminated on success, truncated at max_steps; reward 1.0 on success."""
         return self.step_chunk(np.asarray(action)[None])
 
-    def step_chunk(
-        self, actions: ArrayLike
-    ) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
+    def step_chunk(self, actions: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
         """Executes [H, 7] actions open loop, drawing the cameras only after the last; stops at success or limit.
 
         Values are clipped to [-1, 1]; a wrong shape or a number that is not finite raises RsdError.
@@ -135,6 +131,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             terminated = self.success()
             if terminated:
                 if not last:
+                    self._make_current()
                     for camera in self._armed.values():
                         camera.draw()
                 break
@@ -150,6 +147,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     def close(self) -> None:
         """Frees the simulator."""
         if self._control is not None:
+            self._make_current()
             self._control.close()
             self._control = None
 
@@ -223,6 +221,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         """Draws the present state: uint8 [2, S, S, 3] in the order of CAMERAS, NOT rotated (as LIBERO stores it)."""
         if not self.cameras:
             raise RsdError("draw: the environment was made with cameras=False")
+        self._make_current()
         size = self.image_size
         frames = [
             self.simulation.sim.render(camera_name=SIM_CAMERAS[name], width=size, height=size) for name in CAMERAS
@@ -236,9 +235,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     def proprio(self) -> NDArray[np.float32]:
         """The 8-d state as of the last step."""
         latest = self._latest
-        return state_vector(
-            latest["robot0_eef_pos"], latest["robot0_eef_quat"], latest["robot0_gripper_qpos"]
-        )
+        return state_vector(latest["robot0_eef_pos"], latest["robot0_eef_quat"], latest["robot0_gripper_qpos"])
 
     def versions(self) -> dict[str, str]:
         """What a result depends on: see `simulator_versions`."""
@@ -276,6 +273,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     def _rebuild(self, seed: int) -> None:
         """Resets fixtures, objects, arm and controller; `seed` draws the fixtures' and objects' poses."""
         simulation = self.simulation
+        self._make_current()
         for camera in self._armed.values():
             camera.armed = False
         with quiet():
@@ -313,12 +311,19 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         return float(np.linalg.norm(self.data.xpos[bodies, :2] - before, axis=1).max())
 
     def _control_step(self, action: NDArray[np.float64], draw: bool) -> None:
+        if draw or not self.fast:
+            self._make_current()
         for camera in self._armed.values():
             camera.armed = draw
         if self.fast:
             self._latest = self._fast_step(action)
         else:
             self._latest = self.simulation.step(action)[0]
+
+    def _make_current(self) -> None:
+        """Selects this environment's GL context. robosuite never does: of two environments one draws black."""
+        if self.cameras:
+            self.simulation.sim._render_context_offscreen.gl_ctx.make_current()
 
     def _fast_step(self, action: NDArray[np.float64]) -> Mapping[str, Any]:
         """robosuite's `step` without its repeated position and velocity stages.

@@ -105,9 +105,7 @@ class Scene:
         finally:
             self.model.geom_group[hidden] = saved
 
-    def corridor_top(
-        self, start: Vector, end: Vector, ignore: tuple[str, ...], half_width: float = 0.05
-    ) -> float:
+    def corridor_top(self, start: Vector, end: Vector, ignore: tuple[str, ...], half_width: float = 0.05) -> float:
         """Highest point of the scene in a corridor between two places (only x and y count).
 
         Rays miss thin rims, so every movable object near the corridor counts with its highest vertex as well.

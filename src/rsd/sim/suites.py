@@ -102,9 +102,7 @@ def _benchmark(suite: str) -> Any:
         suites = load_libero().benchmark.get_benchmark_dict()
         if suite not in suites:
             near = difflib.get_close_matches(suite, suites, n=5, cutoff=0.4) or sorted(suites)[:5]
-            raise RsdError(
-                f"LIBERO suite: found the unknown name {suite!r}, the nearest known are {', '.join(near)}"
-            )
+            raise RsdError(f"LIBERO suite: found the unknown name {suite!r}, the nearest known are {', '.join(near)}")
         return suites[suite]()
 
 

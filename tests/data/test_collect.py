@@ -1,0 +1,118 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from rsd.data.collect import CollectConfig, EpisodeRecorder, collect, make_demonstration
+from rsd.data.demonstrations import Demonstration, load_demonstrations
+from rsd.data.render import RenderConfig, render, render_frames
+from rsd.data.schema import FILE_SUFFIX
+from rsd.sim.expert import PickAndPlace
+from rsd.sim.libero import LiberoEnv
+from rsd.sim.scene import Scene
+from rsd.sim.suites import suite_task
+from rsd.types import RsdError
+
+pytestmark = pytest.mark.simulator
+NAME = suite_task("libero_spatial", 0).name
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> CollectConfig:
+    out = tmp_path_factory.mktemp("demos")
+    return CollectConfig(out, tasks=(0,), num_demos=2, swapped_fraction=0.5, num_workers=1, states_only=True, seed=3)
+
+
+@pytest.fixture(scope="module")
+def collected(config: CollectConfig) -> list[Demonstration]:
+    assert collect(config) == {NAME: 2}
+    return list(load_demonstrations(config.out))
+
+
+def test_collected_demonstrations_carry_what_a_learner_needs(
+    config: CollectConfig, collected: list[Demonstration]
+) -> None:
+    assert [demo.target_object[-1] for demo in collected] == ["1", "2"]
+    assert collected[0].instruction == suite_task("libero_spatial", 0).language
+    assert "next to the ramekin" in collected[1].instruction
+    for demo in collected:
+        assert demo.images is None
+        assert demo.success_step < len(demo) - 1
+        assert np.abs(demo.actions).max() <= 1.0
+        np.testing.assert_array_equal(demo.actions[:, 6], demo.labels[:, 6])
+    with h5py.File(config.out / f"{NAME}{FILE_SUFFIX}") as file:
+        data = file["data"]
+        provenance = json.loads(data.attrs["rsd_provenance"])
+        assert provenance["settings"]["seed"] == 3
+        assert provenance["versions"]["mujoco"] == "3.2.3"
+        assert json.loads(data.attrs["problem_info"])["language_instruction"] == collected[0].instruction
+        demo = data["demo_0"]
+        np.testing.assert_array_equal(demo.attrs["init_state"], demo["states"][0])
+        assert demo["states"].dtype == np.float64
+
+
+def test_a_run_resumes_and_a_demonstration_does_not_depend_on_the_run(
+    config: CollectConfig, collected: list[Demonstration]
+) -> None:
+    assert collect(replace(config, num_demos=3)) == {NAME: 3}
+    demos = list(load_demonstrations(config.out))
+    for before, after in zip(collected, demos[:2], strict=True):
+        np.testing.assert_array_equal(before.actions, after.actions)
+    env = LiberoEnv("libero_spatial", 0, cameras=False)
+    alone = make_demonstration(env, config, 2)  # a fresh environment, no demonstration before it
+    env.close()
+    np.testing.assert_array_equal(demos[2].labels, alone.expert_actions.astype(np.float32))
+    assert demos[2].placement_seed == alone.attributes["placement_seed"]
+
+
+def test_other_settings_are_refused(config: CollectConfig, collected: list[Demonstration]) -> None:
+    with pytest.raises(RsdError, match=r"swapped_fraction = 0\.5, found 0\.1"):
+        collect(replace(config, swapped_fraction=0.1))
+    with pytest.raises(RsdError, match="libero_spatial"):
+        collect(replace(config, suite="libero_object"))
+
+
+def test_rendering_adds_images_once(config: CollectConfig, collected: list[Demonstration], tmp_path: Path) -> None:
+    job = RenderConfig(config.out, tmp_path, image_size=32, num_workers=1, max_per_task=1)
+    assert render(job) == {NAME: 1}
+    path = tmp_path / f"{NAME}{FILE_SUFFIX}"
+    stamp = path.stat().st_mtime_ns
+    assert render(job) == {NAME: 1}
+    assert path.stat().st_mtime_ns == stamp  # nothing was drawn twice
+    with pytest.raises(RsdError, match="32 px"):
+        render(replace(job, image_size=64))
+    (rendered,) = load_demonstrations(tmp_path)
+    assert rendered.images is not None
+    assert rendered.images.shape == (len(rendered), 2, 32, 32, 3)
+    assert rendered.images.std() > 10.0
+    np.testing.assert_array_equal(rendered.actions, collected[0].actions)
+
+
+def test_rendered_images_are_those_of_a_live_recording_but_for_one_substep() -> None:
+    env = LiberoEnv("libero_spatial", 0, image_size=64)
+    env.reset(options={"placement_seed": 1})
+    fixtures = env.fixture_poses()
+    recorder = EpisodeRecorder(images=True)
+    law = PickAndPlace(Scene(env), "akita_black_bowl_1")
+    for _ in range(12):
+        action = law.action()
+        recorder.record(env, action, action)
+        env.advance(action, draw=True)
+    rows = recorder.arrays()
+    env.reset(options={"placement_seed": 2})
+    rendered, live = render_frames(env, rows["states"], *fixtures).astype(int), rows["images"]
+    env.close()
+    near = np.abs(rendered - live).mean(axis=(1, 2, 3, 4))
+    next_step = np.abs(rendered[1:] - live[:-1]).mean(axis=(1, 2, 3, 4))
+    assert near.max() < 3.0
+    assert near[1:].mean() < 0.5 * next_step.mean()
+
+
+def test_files_of_others_cannot_be_rendered(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / f"{NAME}{FILE_SUFFIX}", "w") as file:
+        file.create_group("data/demo_0")
+    with pytest.raises(RsdError, match="rsd_provenance"):
+        render(RenderConfig(tmp_path))

@@ -1,0 +1,176 @@
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from rsd.sim import expert
+from rsd.sim.grasps import (
+    MAX_LEAN,
+    POINTING_DOWN,
+    RimGrasp,
+    choose_rim_grasp,
+    hand_rotation,
+    lean_angle,
+    rotation_vector,
+)
+from rsd.sim.libero import LiberoEnv
+from rsd.sim.noise import ActionNoise, NoiseConfig
+from rsd.sim.scene import Scene
+from rsd.types import RsdError
+
+TARGET, DISTRACTOR = "akita_black_bowl_1", "akita_black_bowl_2"
+BASE = np.array([-0.66, 0.0, 0.912])
+
+
+class Log:
+    """Keeps what the expert did."""
+
+    def __init__(self) -> None:
+        self.executed: list[np.ndarray] = []
+        self.clean: list[np.ndarray] = []
+
+    def record(self, env: LiberoEnv, executed: np.ndarray, clean: np.ndarray) -> None:
+        self.executed.append(executed.copy())
+        self.clean.append(clean.copy())
+
+
+@pytest.mark.parametrize("angle", np.linspace(-np.pi, np.pi, 13))
+def test_yaw_brings_the_closing_axis_onto_the_grasp_direction(angle: float) -> None:
+    grasp = RimGrasp(float(angle))
+    assert abs(grasp.yaw) <= np.pi / 2 + 1e-9
+    near = BASE + np.array([0.4, 0.0, 0.2])  # no lean this close
+    axis = hand_rotation(BASE, near, grasp.yaw, MAX_LEAN)[:2, 0]
+    assert abs(axis @ grasp.direction) == pytest.approx(1.0)
+
+
+def test_hand_points_down_nearby_and_leans_outward_far_away() -> None:
+    near, far = BASE + np.array([0.4, 0.0, 0.1]), BASE + np.array([0.85, 0.0, 0.02])
+    np.testing.assert_allclose(hand_rotation(BASE, near, 0.0, MAX_LEAN), POINTING_DOWN, atol=1e-12)
+    assert lean_angle(BASE, near, MAX_LEAN) == 0.0
+    assert 0.0 < lean_angle(BASE, far, MAX_LEAN) <= MAX_LEAN
+    assert hand_rotation(BASE, far, 0.0, MAX_LEAN)[0, 2] > 0.1  # the fingers point away from the robot
+    turn = rotation_vector(hand_rotation(BASE, far, 0.0, MAX_LEAN) @ POINTING_DOWN.T)
+    assert np.linalg.norm(turn) == pytest.approx(lean_angle(BASE, far, MAX_LEAN))
+
+
+def test_noise_leaves_the_gripper_alone_and_stays_in_range() -> None:
+    config = NoiseConfig(max_level=1.0, push_rate=0.5)
+    noise = ActionNoise(config, 1.0, np.random.default_rng(0))
+    clean = np.array([0.9, -0.9, 0.0, 0.1, 0.0, 0.0, 1.0])
+    executed = np.array([noise.disturb(clean) for _ in range(200)])
+    np.testing.assert_array_equal(executed[:, 6], 1.0)
+    assert np.abs(executed).max() <= 1.0
+    assert np.abs(executed[:, :6] - clean[:6]).max() > 0.3
+
+
+def test_noise_is_correlated_and_reproducible_and_off_at_level_zero() -> None:
+    config = NoiseConfig(push_rate=0.0)
+    runs = []
+    for _ in range(2):
+        noise = ActionNoise(config, 1.0, np.random.default_rng(1))
+        runs.append(np.array([noise.disturb(np.zeros(7)) for _ in range(4000)]))
+    np.testing.assert_array_equal(runs[0], runs[1])
+    x = runs[0][:, 0]
+    assert np.corrcoef(x[1:], x[:-1])[0, 1] == pytest.approx(config.correlation, abs=0.05)
+    assert x.std() == pytest.approx(config.max_level, rel=0.15)
+    silent = ActionNoise(NoiseConfig(), 0.0, np.random.default_rng(2))
+    assert all(np.array_equal(silent.disturb(np.ones(7)), np.ones(7)) for _ in range(50))
+
+
+def test_a_push_lasts_and_leads_centimetres_away() -> None:
+    config = NoiseConfig(max_level=0.0, push_rate=1.0, push_steps=(5, 5), push_size=(0.8, 0.8))
+    noise = ActionNoise(config, 1.0, np.random.default_rng(3))
+    pushed = np.array([noise.disturb(np.zeros(7))[:3] for _ in range(5)])
+    np.testing.assert_allclose(pushed, pushed[:1].repeat(5, 0))
+    assert np.linalg.norm(pushed.sum(axis=0)) == pytest.approx(4.0)  # about 1 cm per unit
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[LiberoEnv]:
+    env = LiberoEnv("libero_spatial", 0, cameras=False)
+    yield env
+    env.close()
+
+
+@pytest.mark.simulator
+def test_expert_solves_a_placement_smoothly_with_the_canonical_grasp(env: LiberoEnv) -> None:
+    env.reset(options={"placement_seed": 1})
+    log = Log()
+    result = expert.run(env, TARGET, log)
+    assert result.success
+    assert result.attempts == 1
+    assert result.steps < 110
+    assert env.success()
+    assert len(log.clean) == result.steps + expert.TAIL_STEPS
+    actions = np.array(log.clean)
+    np.testing.assert_array_equal(actions, np.array(log.executed))
+    assert np.abs(actions).max() <= 1.0
+    assert set(np.unique(actions[:, 6])) == {-1.0, 1.0}
+    assert (np.diff(actions[:, 6]) != 0).sum() == 2  # closes once, opens once
+    assert actions[-1, 6] == -1.0
+
+
+@pytest.mark.simulator
+def test_expert_moves_the_other_bowl_under_noise(env: LiberoEnv) -> None:
+    env.reset(options={"placement_seed": 2})
+    rng = np.random.default_rng(0)
+    log = Log()
+    result = expert.run(env, DISTRACTOR, log, rng, ActionNoise(NoiseConfig(), 0.8, rng))
+    assert result.success
+    assert env.object_on(DISTRACTOR, expert.PLATE)
+    assert not env.success()  # the task's own bowl did not move
+    executed, clean = np.array(log.executed), np.array(log.clean)
+    assert np.abs(executed - clean)[:, :6].max() > 0.1
+    np.testing.assert_array_equal(executed[:, 6], clean[:, 6])
+
+
+@pytest.mark.simulator
+def test_expert_picks_up_a_bowl_that_slipped_out_of_the_hand(env: LiberoEnv) -> None:
+    env.reset(options={"placement_seed": 4})
+    law = expert.PickAndPlace(Scene(env), TARGET)
+    start = law.scene.position(TARGET)[2]
+    while law.scene.position(TARGET)[2] < start + 0.02:
+        env.advance(law.action())
+    for _ in range(8):
+        env.advance(np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]))
+    assert not law.scene.grasped(TARGET)
+    for _ in range(env.max_steps):
+        if env.success():
+            break
+        env.advance(law.action())
+    assert env.success()
+    assert law.attempts > 1
+
+
+@pytest.mark.simulator
+def test_two_sided_grasps_use_both_sides_where_the_canonical_one_uses_one(env: LiberoEnv) -> None:
+    env.reset(options={"placement_seed": 1})
+    scene = Scene(env)
+    plate = scene.position(expert.PLATE)
+    rng = np.random.default_rng(0)
+    canonical = {choose_rim_grasp(scene, TARGET, plate).angle for _ in range(3)}
+    both = {choose_rim_grasp(scene, TARGET, plate, "two-sided", rng).angle for _ in range(12)}
+    assert len(canonical) == 1
+    assert len(both) == 2
+    assert canonical < both
+    with pytest.raises(RsdError, match="random generator"):
+        choose_rim_grasp(scene, TARGET, plate, "two-sided")
+
+
+@pytest.mark.simulator
+def test_scene_measures_what_is_there(env: LiberoEnv) -> None:
+    env.reset(options={"placement_seed": 1})
+    scene = Scene(env)
+    bowl = scene.position(TARGET)
+    points = scene.vertices(TARGET)
+    assert points[:, 2].min() == pytest.approx(bowl[2], abs=0.004)
+    rim = bowl[:2] + np.array([0.0, 0.0525])
+    with_bowl, without = scene.heights(rim[None])[0], scene.heights(rim[None], ignore=(TARGET,))[0]
+    assert with_bowl > without + 0.03
+    assert without == pytest.approx(0.9, abs=0.03)  # the table
+    assert scene.grip_width == pytest.approx(0.0775, abs=0.003)
+    assert not scene.grasped(TARGET)
+    cabinet = scene.position("wooden_cabinet_1")
+    assert scene.corridor_top(bowl, cabinet, ignore=(TARGET,)) > 1.1 > scene.corridor_top(bowl, bowl, ignore=(TARGET,))
+    with pytest.raises(RsdError, match="plate_1"):
+        scene.position("plate_7")

@@ -1,0 +1,73 @@
+import ctypes.util
+import os
+
+import numpy as np
+import pytest
+
+from rsd.sim import rendering
+from rsd.types import RsdError
+
+
+@pytest.fixture
+def undecided(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A process that has not chosen its GL backend; the environment is put back afterwards."""
+    monkeypatch.setattr(rendering, "_chosen", None)
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "CUDA_VISIBLE_DEVICES", "MUJOCO_EGL_DEVICE_ID"):
+        monkeypatch.setenv(name, "placeholder")  # so that what the code sets is undone
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_the_users_choice_is_respected_and_exported(undecided: pytest.MonkeyPatch) -> None:
+    undecided.setenv("MUJOCO_GL", "OSMesa")
+    undecided.setattr(ctypes.util, "find_library", lambda name: "found")
+    assert rendering.gl_backend() == "osmesa"
+    assert os.environ["PYOPENGL_PLATFORM"] == "osmesa"
+
+
+def test_an_unknown_backend_is_refused(undecided: pytest.MonkeyPatch) -> None:
+    undecided.setenv("MUJOCO_GL", "vulkan")
+    with pytest.raises(RsdError, match="egl, osmesa"):
+        rendering.gl_backend()
+
+
+def test_a_missing_library_names_its_package(undecided: pytest.MonkeyPatch) -> None:
+    undecided.setenv("MUJOCO_GL", "osmesa")
+    undecided.setattr(ctypes.util, "find_library", lambda name: None)
+    with pytest.raises(RsdError, match="libosmesa6"):
+        rendering.gl_backend()
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_without_a_choice_egl_is_taken_where_an_nvidia_device_draws(undecided: pytest.MonkeyPatch, works: bool) -> None:
+    undecided.setattr(rendering, "_nvidia_egl_works", lambda: works)
+    undecided.setattr(ctypes.util, "find_library", lambda name: "found")
+    assert rendering.gl_backend() == ("egl" if works else "osmesa")
+
+
+@pytest.mark.parametrize(("visible", "device"), [("", "0"), ("GPU-1b2c", "0"), ("2,3", None)])
+def test_egl_gets_a_device_where_robosuite_would_crash(
+    undecided: pytest.MonkeyPatch, visible: str, device: str | None
+) -> None:
+    undecided.setenv("CUDA_VISIBLE_DEVICES", visible)
+    rendering._pin_egl_device()
+    assert os.environ.get("MUJOCO_EGL_DEVICE_ID") == device
+
+
+def test_a_disarmed_camera_repeats_its_last_image() -> None:
+    class Sensor:
+        __modality__ = "image"
+        drawn = 0
+
+        def __call__(self, cache: object) -> np.ndarray:
+            self.drawn += 1
+            return np.full((2, 2, 3), self.drawn, np.uint8)
+
+    sensor = Sensor()
+    camera = rendering.ArmedCamera(sensor)
+    assert camera({})[0, 0, 0] == 1
+    camera.armed = False
+    assert camera({})[0, 0, 0] == 1
+    camera.armed = True
+    assert camera({})[0, 0, 0] == 2
+    assert camera.__modality__ == "image"
