@@ -80,11 +80,16 @@ class ActionTokenizer:
             raise RsdError("tokenizer fit: found NaN or infinity in the chunks; check the demonstrations")
         motion = chunks[..., :-1].reshape(-1, chunks.shape[2] - 1)
         low, high = np.quantile(motion, [0.01, 0.99], axis=0)
-        draft = cls(config, torch.tensor(low), torch.tensor(high), 1.0)
-        coefficients = draft.to_coefficients(torch.tensor(chunks, dtype=torch.float32))
-        # the first level alone covers all but one scalar in 10,000; the tail of the code reaches the rest
-        reach = float(np.quantile(coefficients.abs().numpy(), 0.9999))
-        return cls(config, draft.low, draft.high, reach / (config.rfsq.half + 0.5))
+        centre = torch.tensor((low + high) / 2, dtype=torch.float32)
+        plain = cls(config, centre - 1, centre + 1, 1.0)
+        coefficients = plain.to_coefficients(torch.tensor(chunks, dtype=torch.float32))
+        # all but one scalar in 10,000 of EACH dimension within the first level: a dimension that is small most of the
+        # time and large at times (a turn of the wrist) would otherwise leave the others' coarse levels at zero
+        magnitude = coefficients.abs().unflatten(1, (config.horizon, -1)).flatten(0, 1).numpy()
+        reach = torch.tensor(np.quantile(magnitude, 0.9999, axis=0), dtype=torch.float32)
+        scale = torch.where(reach > 1e-6, reach / config.horizon**0.5, torch.ones_like(reach))
+        first_step = config.horizon**0.5 / (config.rfsq.half + 0.5)
+        return cls(config, centre - scale, centre + scale, first_step)
 
     # chunks <-> coefficients
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rsd.data.demonstrations import Demonstration, load_demonstrations
+from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
 from rsd.policy import PolicyConfig, RsdModel, RsdPolicy, save_checkpoint
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.dataset import Augmentation, Batch, FrameDataset
@@ -84,7 +84,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     report = validate(ema, tokenizer, validation)
     print(json.dumps(report, indent=1))
     provenance = {
-        "data": data_provenance(dataset),
+        "data": data_provenance(config.data, dataset),
         "training": resolved,
         "validation": report,
         "versions": versions(),
@@ -94,9 +94,9 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     return directory
 
 
-def data_provenance(dataset: FrameDataset) -> dict[str, object]:
+def data_provenance(folders: Iterable[Path], dataset: FrameDataset) -> dict[str, object]:
     return {
-        "source": "scripted expert of this package, random placements, never the benchmark's initial states",
+        "sources": [folder_provenance(folder) for folder in folders],
         "episodes": dataset.episodes,
         "frames": len(dataset),
         "instructions": dataset.instructions,

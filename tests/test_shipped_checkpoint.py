@@ -1,0 +1,99 @@
+"""The checkpoint that ships: its promises, in the real simulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rsd.policy import RsdPolicy
+from rsd.sim.libero import LiberoEnv
+from rsd.sim.suites import suite_tasks
+from rsd.types import Observation
+
+CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "libero_spatial"
+MAX_BYTES = 40e6
+
+
+def load(**options: str) -> RsdPolicy:
+    return RsdPolicy.from_pretrained(CHECKPOINT, **options)
+
+
+def task_number(words: str) -> int:
+    return next(task.task_id for task in suite_tasks("libero_spatial") if words in task.language)
+
+
+def test_size_and_share_of_the_draft() -> None:
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= MAX_BYTES
+    policy = load()
+    draft = sum(p.numel() for p in policy.model.draft.parameters())
+    # the trunk alone, which an `ar` level runs once and a drafted level replaces by one run of the draft
+    assert sum(p.numel() for p in policy.model.main.trunk.parameters()) >= 8 * draft
+
+
+def test_provenance_names_data_versions_and_validation() -> None:
+    provenance = load().provenance
+    assert provenance["data"]["episodes"] > 100
+    assert {"torch", "mujoco", "robosuite"} <= provenance["versions"].keys()
+    assert {"ar", "l1", "rsd margin"} <= provenance["validation"].keys()
+
+
+@pytest.mark.simulator
+def test_the_words_decide_which_bowl_is_taken() -> None:
+    """Two identical bowls, one on the stove and one on the cabinet: the hand goes to the one that is named."""
+    scene = task_number("on the stove and")
+    places = {"on the stove": "akita_black_bowl_1", "on the wooden cabinet": "akita_black_bowl_2"}
+    env, policy = LiberoEnv("libero_spatial", scene, image_size=128), load()
+    try:
+        distance = {}
+        for place in places:
+            env.reset(options={"init_state": 0})
+            for _ in range(4):
+                seen = env.observation()
+                asked = f"pick up the black bowl {place} and place it on the plate"
+                env.step_chunk(policy.predict(Observation(seen.images, seen.state, asked)).actions)
+            bodies = env.simulation.obj_body_id
+            distance[place] = {
+                bowl: float(np.linalg.norm(env.proprio()[:2] - env.data.xpos[bodies[bowl]][:2]))
+                for bowl in places.values()
+            }
+    finally:
+        env.close()
+    for place, bowl in places.items():
+        for other_place in places:
+            if other_place != place:
+                assert distance[place][bowl] < distance[other_place][bowl] - 0.05
+
+
+@pytest.mark.simulator
+def test_exact_acceptance_gives_the_tokens_of_ar_along_an_episode() -> None:
+    env = LiberoEnv("libero_spatial", task_number("next to the plate"), image_size=128)
+    baseline, exact = load(decode="ar"), load(decode="rsd", acceptance="exact", fine="sequential")
+    try:
+        env.reset(options={"init_state": 1})
+        for _ in range(5):
+            seen = env.observation()
+            chunk = baseline.predict(seen).actions
+            np.testing.assert_array_equal(exact.predict(seen).actions, chunk)
+            env.step_chunk(chunk)
+    finally:
+        env.close()
+
+
+@pytest.mark.simulator
+def test_rsd_solves_a_task_with_one_pass_a_chunk() -> None:
+    torch.manual_seed(0)
+    env, policy = LiberoEnv("libero_spatial", task_number("from table center"), image_size=128), load()
+    try:
+        env.reset(options={"init_state": 2})
+        done, success = False, False
+        while not done:
+            chunk = policy.predict(env.observation())
+            assert (chunk.stats.prefills, chunk.stats.main_passes) == (1, 1)
+            _, _, success, truncated, _ = env.step_chunk(chunk.actions)
+            done = success or truncated
+    finally:
+        env.close()
+    assert success
