@@ -56,7 +56,7 @@ def demonstration_files(path: str | Path) -> list[Path]:
 
 
 def folder_provenance(path: str | Path) -> dict[str, Any]:
-    """What a folder's first file says of its making (settings, versions); `recorded_by` tells files without it apart."""
+    """What a folder's first file says of its making: settings, versions, and `recorded_by`."""
     first = demonstration_files(path)[0]
     with open_file(first) as file:
         found = read_provenance(file["data"], first) if "data" in file else None
