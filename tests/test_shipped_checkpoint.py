@@ -70,7 +70,7 @@ def test_the_words_decide_which_bowl_is_taken() -> None:
 @pytest.mark.simulator
 def test_exact_acceptance_gives_the_tokens_of_ar_along_an_episode() -> None:
     env = LiberoEnv("libero_spatial", task_number("next to the plate"), image_size=128)
-    baseline, exact = load(decode="ar"), load(decode="rsd", acceptance="exact", fine="sequential")
+    baseline, exact = load(decode="ar"), load(decode="rsd", acceptance="exact")
     try:
         env.reset(options={"init_state": 1})
         for _ in range(5):

@@ -74,13 +74,14 @@ class RsdPolicy:
     ) -> None:
         if decode not in STRATEGIES:
             raise RsdError(f"decode {decode!r}: expected one of {', '.join(STRATEGIES)}")
-        fine = fine or config.fine
+        rule = acceptance_rule(acceptance or config.acceptance, tokenizer.config.rfsq)
+        # `exact` promises the tokens of `ar`; regressed fine levels would break that promise
+        fine = fine or ("sequential" if rule.name == "exact" else config.fine)
         if fine not in ("regress", "sequential"):
             raise RsdError(f"fine {fine!r}: expected regress or sequential")
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.provenance = provenance or {}
         self.decode = decode
-        rule = acceptance_rule(acceptance or config.acceptance, tokenizer.config.rfsq)
         self.acceptance = rule.name if decode == "rsd" else ""
         self.decoder = Decoder(model.main, model.draft, rule, fine)
         self._strategy = STRATEGIES[decode]

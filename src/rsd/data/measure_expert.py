@@ -1,0 +1,122 @@
+"""How often the scripted expert succeeds, on placements that no demonstration uses.
+
+Run it with `python -m rsd.data.measure_expert --out results/expert/libero_spatial.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from concurrent.futures import as_completed
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from scipy.stats import binomtest
+
+from rsd.conventions import MAX_STEPS
+from rsd.data.workers import progress_bar, worker_environment, worker_pool
+from rsd.sim import expert
+from rsd.sim.libero import simulator_versions
+from rsd.sim.noise import ActionNoise, NoiseConfig
+from rsd.sim.suites import suite_task, suite_tasks, swapped_instruction
+
+TARGET, DISTRACTOR = "akita_black_bowl_1", "akita_black_bowl_2"
+FIRST_SEED = 2**31  # demonstrations draw their placement seeds below
+BATCH = 10
+
+
+@dataclass(frozen=True)
+class MeasureExpertConfig:
+    """Which episodes are run."""
+
+    out: Path
+    """JSON file for the result."""
+    suite: str = "libero_spatial"
+    """Suite."""
+    tasks: tuple[int, ...] = ()
+    """Task ids; empty = all."""
+    num_placements: int = 50
+    """Random placements per task."""
+    noisy: bool = False
+    """Disturb every episode, its level drawn between 0 and the highest that demonstrations have."""
+    swapped: bool = False
+    """Move the other bowl of the scene instead of the task's own."""
+    num_workers: int = 1
+    """Processes."""
+
+
+def run_batch(config: MeasureExpertConfig, task_id: int, seeds: range) -> list[dict[str, Any]]:
+    """One record per placement seed: seed, success, steps, attempts."""
+    env = worker_environment(config.suite, task_id, 64, cameras=False)
+    records = []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        env.reset(options={"placement_seed": seed})
+        noise = ActionNoise(NoiseConfig(), float(rng.random()), rng) if config.noisy else None
+        result = expert.run(env, DISTRACTOR if config.swapped else TARGET, rng=rng, noise=noise, tail_steps=0)
+        records.append({"placement_seed": seed, **asdict(result)})
+    return records
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """n, successes, rate with its Wilson 95 % interval, mean steps of the successes, mean grasp attempts."""
+    wins = [record for record in records if record["success"]]
+    interval = binomtest(len(wins), len(records)).proportion_ci(method="wilson")
+    return {
+        "n": len(records),
+        "successes": len(wins),
+        "rate": round(len(wins) / len(records), 4),
+        "wilson_95": [round(float(interval.low), 4), round(float(interval.high), 4)],
+        "mean_steps": round(float(np.mean([record["steps"] for record in wins])), 1) if wins else None,
+        "mean_attempts": round(float(np.mean([record["attempts"] for record in records])), 3),
+        "failed_placement_seeds": [record["placement_seed"] for record in records if not record["success"]],
+    }
+
+
+def measure_expert(config: MeasureExpertConfig) -> dict[str, Any]:
+    """Runs the expert and writes the result; returns it."""
+    tasks = config.tasks or tuple(task.task_id for task in suite_tasks(config.suite))
+    if config.swapped:
+        tasks = tuple(t for t in tasks if swapped_instruction(config.suite, t, TARGET, DISTRACTOR))
+    last = FIRST_SEED + config.num_placements
+    starts = range(FIRST_SEED, last, BATCH)
+    records: dict[int, list[dict[str, Any]]] = {task: [] for task in tasks}
+    with worker_pool(config.num_workers) as pool, progress_bar() as bar:
+        shown = bar.add_task("episodes", total=config.num_placements * len(tasks))
+        jobs = {
+            pool.submit(run_batch, config, task, range(start, min(start + BATCH, last))): task
+            for task in tasks
+            for start in starts
+        }
+        for job in as_completed(jobs):
+            records[jobs[job]] += job.result()
+            bar.advance(shown, len(job.result()))
+    for task in tasks:
+        records[task].sort(key=lambda record: record["placement_seed"])
+    names = {task: suite_task(config.suite, task).name for task in tasks}
+    result = {
+        "what": "scripted expert on random placements, privileged state",
+        "settings": {key: value for key, value in asdict(config).items() if key not in ("out", "num_workers")},
+        "noise": asdict(NoiseConfig()) if config.noisy else None,
+        "max_steps": MAX_STEPS[config.suite],
+        "total": summary([record for task in tasks for record in records[task]]),
+        "tasks": {names[task]: {"task_id": task, **summary(records[task])} for task in tasks},
+        "episodes": {names[task]: records[task] for task in tasks},
+        "versions": {"rsd": metadata.version("rsd-vla"), **simulator_versions()},
+        "command": shlex.join(["python", "-m", "rsd.data.measure_expert", *sys.argv[1:]]),
+    }
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    measured = measure_expert(tyro.cli(MeasureExpertConfig))
+    for name, row in measured["tasks"].items():
+        print(f"{row['successes']}/{row['n']} {row['mean_steps']} steps  {name}")
+    print(measured["total"])
