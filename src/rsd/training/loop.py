@@ -15,15 +15,18 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from rsd.training import parallel
 from rsd.types import RsdError
 
 STATE_FILE = "training_state.pt"
+CLOCK_STEPS = 20  # how often the share of the run that is done is read off the first process's clock
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """steps: optimiser steps; minutes: end earlier, with the schedule brought to its end (0 = no limit);
-    save_every: steps between resumable states (0 = only at the end); log_every: the same for TensorBoard."""
+    batch_size: per process; save_every: steps between resumable states (0 = only at the end); log_every: the
+    same for TensorBoard; compile: the whole loss, which takes minutes before the first step."""
 
     steps: int = 20_000
     minutes: float = 0.0
@@ -34,7 +37,7 @@ class LoopConfig:
     ema: float = 0.999
     save_every: int = 0
     log_every: int = 50
-    compile: bool = True
+    compile: bool = False
     seed: int = 0
 
 
@@ -49,12 +52,16 @@ def train(
     """Minimise `losses()["total"]` over the parameters of `model` that need a gradient; returns the EMA copy.
 
     `losses` draws its own batch. Interrupted, the same call continues from `run/training_state.pt`; a state
-    of another configuration is refused. bf16 autocast on CUDA, float32 on the CPU.
+    of another configuration is refused. bf16 autocast on CUDA, float32 on the CPU. Started by `torchrun`, the
+    processes average their gradients and the first one writes.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     run.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    parallel.broadcast_parameters(model)
+    first = parallel.rank() == 0
     ema = copy.deepcopy(model).eval()
     trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     pairs = zip(ema.parameters(), model.parameters(), strict=True)
@@ -67,16 +74,19 @@ def train(
         fused=device.type == "cuda",
     )
     step, spent = _resume(run / STATE_FILE, model, ema, optimiser, resolved)
-    torch.manual_seed(config.seed + step)  # resumed, it must not draw the batches of its first steps again
+    # resumed, it must not draw the batches of its first steps again; each process draws its own
+    torch.manual_seed(config.seed + step + 1_000_003 * parallel.rank())
     writer = SummaryWriter(str(run / "tensorboard"))
     model.train()
-    start = time.monotonic() - spent
+    start, done = time.monotonic() - spent, 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with Progress(*columns, disable=not first) as progress:
         bar = progress.add_task("training", total=config.steps, completed=step)
         while step < config.steps:
-            elapsed = time.monotonic() - start
-            done = max(step / config.steps, elapsed / (60 * config.minutes) if config.minutes else 0.0)
+            if step % CLOCK_STEPS == 0:
+                elapsed = parallel.from_first(time.monotonic() - start, device)
+                done = elapsed / (60 * config.minutes) if config.minutes else 0.0
+            done = max(done, step / config.steps)
             if done >= 1.0:
                 break
             for group in optimiser.param_groups:
@@ -84,20 +94,22 @@ def train(
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 values = losses()
             values["total"].backward()
+            parallel.average_gradients(trained)
             norm = nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             step += 1
             with torch.no_grad():
                 torch._foreach_lerp_(averaged, trained, 1 - min(config.ema, (1 + step) / (10 + step)))
-            if step % config.log_every == 0 or step == config.steps:
+            if first and (step % config.log_every == 0 or step == config.steps):
                 _log(writer, values, norm, step, time.monotonic() - start)
                 progress.update(bar, completed=step, description=f"loss {values['total'].item():.4f}")
-                if step % (20 * config.log_every) == 0:
+                if step % (10 * config.log_every) == 0:
                     progress.print(_line(values, step, time.monotonic() - start))
-            if config.save_every and step % config.save_every == 0:
+            if first and config.save_every and step % config.save_every == 0:
                 _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
-    _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
+    if first:
+        _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
     for buffer, value in zip(ema.buffers(), model.buffers(), strict=True):
         buffer.copy_(value)
     writer.close()

@@ -14,6 +14,7 @@ from torch import Tensor
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
 from rsd.policy import PolicyConfig, RsdModel, RsdPolicy, save_checkpoint
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.training import parallel
 from rsd.training.dataset import Augmentation, Batch, FrameDataset
 from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import LossConfig, policy_losses
@@ -46,7 +47,10 @@ class TrainPolicyConfig:
 
 def train_policy(config: TrainPolicyConfig) -> Path:
     """Run the training; returns the checkpoint directory. Prints the offline validation of every decoder."""
+    parallel.join()
     device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     start = RsdPolicy.from_pretrained(config.init) if config.init else None
     tokenizer = start.tokenizer if start else ActionTokenizer.load(config.tokenizer)
     training, held_out = split(load_folders(config.data), config.validation_every)
@@ -81,6 +85,9 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     resolved = describe(config)
     ema = train(model, losses, config.loop, config.output, device, resolved)
     assert isinstance(ema, RsdModel)
+    directory = config.output / "checkpoint"
+    if parallel.rank() > 0:
+        return directory
     report = validate(ema, tokenizer, validation)
     print(json.dumps(report, indent=1))
     provenance = {
@@ -89,7 +96,6 @@ def train_policy(config: TrainPolicyConfig) -> Path:
         "validation": report,
         "versions": versions(),
     }
-    directory = config.output / "checkpoint"
     save_checkpoint(ema, tokenizer, config.policy, provenance, directory)
     return directory
 
@@ -124,7 +130,7 @@ def split(
 def resolve_device(name: str) -> torch.device:
     """`auto` takes CUDA where there is one; `cuda` without one is an error."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{parallel.local_rank()}" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise RsdError("device cuda: no CUDA device is visible here; use --device cpu")
     return torch.device(name)

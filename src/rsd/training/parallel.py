@@ -1,0 +1,59 @@
+"""Several training processes, one a GPU, started by `torchrun`: same weights, different batches, averaged gradients.
+
+Not `DistributedDataParallel`: the losses call parts of the model one by one, which its wrapper does not see.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def join() -> None:
+    """Join the process group that `torchrun` describes in the environment; without one, do nothing."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Replace every gradient by its mean over the processes, in one transfer."""
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def from_first(value: float, device: torch.device) -> float:
+    """The first process's value, in every process."""
+    if world_size() == 1:
+        return value
+    shared = torch.tensor([value], device=device, dtype=torch.float64)
+    dist.broadcast(shared, 0)
+    return float(shared)
+
+
+def broadcast_parameters(model: torch.nn.Module) -> None:
+    """Give every process the first one's weights and buffers."""
+    if world_size() > 1:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.data, 0)
