@@ -79,7 +79,8 @@ class RsdPolicy:
         fine = fine or ("sequential" if rule.name == "exact" else config.fine)
         if fine not in ("regress", "sequential"):
             raise RsdError(f"fine {fine!r}: expected regress or sequential")
-        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+        self.model, self.config = model.eval(), config
+        self.tokenizer = tokenizer.to(self.device)
         self.provenance = provenance or {}
         self.decode = decode
         self.acceptance = rule.name if decode == "rsd" else ""

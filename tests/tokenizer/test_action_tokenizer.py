@@ -168,7 +168,7 @@ def test_odd_chunks_are_refused(tokenizer: ActionTokenizer, chunk: Tensor, messa
         (lambda chunks: chunks[:, :5], "expected chunks"),
         (lambda chunks: chunks[:, 0], "expected chunks"),
         (lambda chunks: np.where(chunks == chunks[0, 0, 0], np.nan, chunks), "NaN"),
-        (lambda chunks: np.zeros_like(chunks), "positive finite step"),
+        (lambda chunks: np.zeros_like(chunks), "no motion dimension ever moves"),
     ],
 )
 def test_fit_refuses(chunks: np.ndarray, damage: Callable[[np.ndarray], np.ndarray], message: str) -> None:

@@ -24,7 +24,7 @@ SLACK = 1e-5  # float32 rounding, in first steps
 
 
 def quantiser(code: RfsqConfig, first_step: float = 1.0) -> Rfsq:
-    return Rfsq(code, torch.tensor([first_step]))
+    return Rfsq(code, first_step)
 
 
 def grid(code: RfsqConfig) -> Tensor:

@@ -71,7 +71,7 @@ def test_without_draft_and_jitter_the_main_is_told_the_true_prefixes(
     model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = prefixes_shown(model, tokenizer, batch, LossConfig(draft_share=0.0, jitter=0.0), monkeypatch)
-    code = Rfsq(tokenizer.config.rfsq, torch.ones(1))
+    code = Rfsq(tokenizer.config.rfsq)
     symbols, _ = code.quantise(tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step)
     assert len(shown) == 7
     for level, prefix in enumerate(shown, start=1):
@@ -88,7 +88,7 @@ def test_with_the_draft_in_the_loop_its_digits_come_first_and_the_rest_corrects_
 ) -> None:
     model.eval()
     shown = prefixes_shown(model, tokenizer, batch, LossConfig(draft_share=1.0, jitter=jitter), monkeypatch)
-    code = Rfsq(tokenizer.config.rfsq, torch.ones(1))
+    code = Rfsq(tokenizer.config.rfsq)
     target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
     with torch.no_grad():
         prefix = model.main.embed_prefix(batch.images, batch.state, model.main.encode_text(batch.words))
@@ -112,7 +112,7 @@ def test_jittered_prefixes_leave_what_finer_levels_mostly_take_out(
     torch.manual_seed(0)
     shown = prefixes_shown(model, tokenizer, batch, LossConfig(draft_share=0.0, jitter=0.4), monkeypatch)
     target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
-    code = Rfsq(tokenizer.config.rfsq, torch.ones(1))
+    code = Rfsq(tokenizer.config.rfsq)
     plain = code.quantise(target)[0]
     moved = (shown[0] - code.dequantise(plain[:, :1])).abs() > 0.5
     assert 0.1 < moved.float().mean() < 0.3  # the rate is drawn between 0 and 0.4 for each sample
@@ -123,7 +123,7 @@ def test_jittered_prefixes_leave_what_finer_levels_mostly_take_out(
 def test_draft_digits_are_its_own_where_asked_and_the_truth_elsewhere(
     model: RsdModel, tokenizer: ActionTokenizer, batch: Batch
 ) -> None:
-    code = Rfsq(tokenizer.config.rfsq, torch.ones(1))
+    code = Rfsq(tokenizer.config.rfsq)
     target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
     gripper = tokenizer.gripper_symbols(batch.chunk)
     features = torch.randn(len(target), 8, 64)

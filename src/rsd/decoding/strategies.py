@@ -67,7 +67,7 @@ class Decoder:
     @property
     def code(self) -> Rfsq:
         """The quantiser in units of D_1."""
-        return Rfsq(self.main.code, torch.ones(1))
+        return Rfsq(self.main.code)
 
 
 def ar(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import imageio_ffmpeg  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,6 +34,8 @@ def replay_video(env: Environment, rollout: Rollout, path: Path) -> None:
     The strip at the bottom has one field a chunk, from red (no drafted level accepted) to green (all),
     grey where nothing was drafted. Raises RsdError if the replay ends otherwise than the episode did.
     """
+    import imageio_ffmpeg  # type: ignore[import-untyped]  # an evaluation without videos does not need it
+
     result = rollout.result
     colours = strip_colours(result)
     path.parent.mkdir(parents=True, exist_ok=True)

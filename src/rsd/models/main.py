@@ -55,19 +55,25 @@ class BlockEmbedding(nn.Module):
         self.gripper = nn.Embedding(3, dim)  # open, close, not yet known
         self.motion_dim = motion_dim
 
-    def forward(self, prefix: Tensor, gripper: Tensor | None, level: int) -> Tensor:
-        """prefix [B, H*M] in first steps, gripper int [B, H] or None at level 1 -> [B, H, D]."""
-        grid = prefix.unflatten(-1, (-1, self.motion_dim))  # [B, H, M]
-        octaves = [torch.pi * 2.0**k * grid for k in range(FOURIER)]
-        value = torch.cat([grid, *(f(o) for o in octaves for f in (torch.sin, torch.cos))], dim=-1)
+    def forward(self, prefixes: Tensor, gripper: Tensor | None, first_level: int) -> Tensor:
+        """prefixes [B, n, H*M] in first steps, gripper int [B, H] or None at level 1 -> [B, n*H, D].
+
+        n blocks at once, first_level, first_level + 1, ...: one call instead of n keeps a GPU busy.
+        """
+        grid = prefixes.unflatten(-1, (-1, self.motion_dim))  # [B, n, H, M]
+        octaves = torch.pi * 2.0 ** torch.arange(FOURIER, device=grid.device)
+        angles = grid.unsqueeze(-2) * octaves[:, None]  # [B, n, H, F, M]
+        waves = torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)
+        value = self.value(torch.cat([grid, waves], dim=-1).to(self.value.weight.dtype))
         if gripper is None:
-            gripper = torch.full(grid.shape[:2], 2, device=grid.device)
-        embedded = self.value(value.to(self.value.weight.dtype)) + self.gripper(gripper)
-        return embedded + self.level[level - 1] + self.position
+            gripper = torch.full((len(grid), grid.shape[2]), 2, device=grid.device)
+        blocks = grid.shape[1]
+        level = self.level[first_level - 1 : first_level - 1 + blocks, None]  # [n, 1, D]
+        return (value + self.gripper(gripper).unsqueeze(1) + level + self.position).flatten(1, 2)
 
 
 class LevelHead(nn.Module):
-    """Features [B, H, D] of block `level` -> logits [B, H*M, K] of its symbols."""
+    """Features of blocks -> logits of their levels' symbols."""
 
     def __init__(self, dim: int, motion_dim: int, levels: int, symbols: int) -> None:
         super().__init__()
@@ -76,8 +82,14 @@ class LevelHead(nn.Module):
         self.symbols = symbols
 
     def forward(self, features: Tensor, level: int) -> Tensor:
+        """Features [B, H, D] of block `level` -> logits [B, H*M, K]."""
         logits = features @ self.weight[level - 1] + self.bias[level - 1]
         return logits.unflatten(-1, (-1, self.symbols)).flatten(1, 2)
+
+    def every_level(self, features: Tensor) -> Tensor:
+        """Features [B, L, H, D] of all blocks -> logits [B, L, H*M, K]: `forward` of each level, in one product."""
+        logits = torch.einsum("blhd,ldk->blhk", features, self.weight) + self.bias[:, None]
+        return logits.unflatten(-1, (-1, self.symbols)).flatten(2, 3)
 
 
 class MainModel(nn.Module):
@@ -135,7 +147,7 @@ class MainModel(nn.Module):
         """prefix [B, N, D] -> features of block 1 [B, H, D] and the cache of N + H positions."""
         batch, length = prefix.shape[:2]
         nothing = torch.zeros(batch, self.horizon * self.motion_dim, device=prefix.device)
-        queries = self.block(nothing, None, 1)
+        queries = self.block(nothing.unsqueeze(1), None, 1)
         total = length + self.horizon
         mask = torch.ones(total, total, dtype=torch.bool, device=prefix.device)
         # the prefix does not see the queries: its cache is the same for all decoders
@@ -155,7 +167,7 @@ class MainModel(nn.Module):
         Returns features [B, H, D] per block. The cache must hold the prefix and the blocks 1..first_level-1.
         """
         count, h = len(prefixes), self.horizon
-        x = torch.cat([self.block(p, gripper, first_level + i) for i, p in enumerate(prefixes)], dim=1)
+        x = self.block(torch.stack(prefixes, dim=1), gripper, first_level)
         mask = None
         if count > 1:
             own = torch.ones(count, count, dtype=torch.bool, device=x.device).tril()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,7 +64,14 @@ class ActionTokenizer:
         self.centre = (self.high + self.low) / 2
         self.matrix = transform_matrix(config.transform, config.horizon)
         self.first_step = float(first_step)
-        self.rfsq = Rfsq(config.rfsq, torch.tensor([self.first_step]))
+        self.rfsq = Rfsq(config.rfsq, self.first_step)
+
+    def to(self, device: torch.device | str) -> ActionTokenizer:
+        """The same code with its constants on `device`; chunks and coefficients must be there too."""
+        moved = copy.copy(self)
+        for name in ("low", "high", "scale", "centre", "matrix"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
 
     # calibration
 
@@ -87,6 +95,8 @@ class ActionTokenizer:
         # time and large at times (a turn of the wrist) would otherwise leave the others' coarse levels at zero
         magnitude = coefficients.abs().unflatten(1, (config.horizon, -1)).flatten(0, 1).numpy()
         reach = torch.tensor(np.quantile(magnitude, 0.9999, axis=0), dtype=torch.float32)
+        if bool((reach <= 1e-6).all()):
+            raise RsdError("tokenizer fit: no motion dimension ever moves; expected chunks of a robot at work")
         scale = torch.where(reach > 1e-6, reach / config.horizon**0.5, torch.ones_like(reach))
         first_step = config.horizon**0.5 / (config.rfsq.half + 0.5)
         return cls(config, centre - scale, centre + scale, first_step)
@@ -104,7 +114,7 @@ class ActionTokenizer:
 
     def to_coefficients(self, chunk: Tensor) -> Tensor:
         """chunk float [B, H, A] -> coefficients [B, H*M], row k of the transform at k*M .. k*M+M-1."""
-        normalised = (chunk[..., :-1].float() - self.centre.to(chunk.device)) / self.scale.to(chunk.device)
+        normalised = (chunk[..., :-1].float() - self.centre) / self.scale
         return self._mix(self.matrix, normalised).flatten(1)
 
     def to_normalised(self, coefficients: Tensor) -> Tensor:
@@ -115,12 +125,12 @@ class ActionTokenizer:
     def _mix(self, matrix: Tensor, grid: Tensor) -> Tensor:
         """matrix [R, H] times grid [B, H, M]. A sum of products, not a matrix product: autocast would round
         that to bf16, and its result may depend on the batch size."""
-        return (matrix.to(grid.device)[:, :, None] * grid.float()[:, None]).sum(2)
+        return (matrix[:, :, None] * grid.float()[:, None]).sum(2)
 
     def to_actions(self, coefficients: Tensor, gripper: Tensor) -> Tensor:
         """coefficients [B, H*M], gripper int [B, H] (1 = close) -> actions float32 [B, H, A] in [-1, 1]."""
         normalised = self.to_normalised(coefficients)
-        motion = normalised * self.scale.to(normalised.device) + self.centre.to(normalised.device)
+        motion = normalised * self.scale + self.centre
         grip = (2.0 * gripper.float() - 1.0).unsqueeze(-1)
         return torch.cat([motion, grip], dim=-1).clamp(-1.0, 1.0)
 

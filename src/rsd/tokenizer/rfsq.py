@@ -12,6 +12,7 @@ decode time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -61,29 +62,32 @@ class RfsqConfig:
 
 
 class Rfsq:
-    """Quantises scalars x [..., P] with first steps D_1 ([P] or [1]) into symbols [..., L, P] in 0..K-1."""
+    """Quantises scalars x [..., P] with the first step D_1 into symbols [..., L, P] in 0..K-1.
 
-    def __init__(self, config: RfsqConfig, first_step: Tensor) -> None:
-        if not torch.isfinite(first_step).all() or (first_step <= 0).any():
-            raise RsdError(f"RFSQ: expected positive finite step sizes, found {first_step}")
+    Steps are plain numbers, not tensors: a tensor on another device would stop a GPU at every use.
+    """
+
+    def __init__(self, config: RfsqConfig, first_step: float = 1.0) -> None:
+        if not 0.0 < first_step < math.inf:
+            raise RsdError(f"RFSQ: expected a positive finite step size, found {first_step}")
         self.config = config
-        self.first_step = first_step.float()
+        self.first_step = first_step
 
-    def step(self, level: int, like: Tensor) -> Tensor:
-        """Step size D_level [P] on the device of `like`, level = 1..L."""
-        return (self.first_step * self.config.weight(level)).to(like.device)
+    def step(self, level: int) -> float:
+        """Step size D_level, level = 1..L."""
+        return self.first_step * self.config.weight(level)
 
     def digit(self, residual: Tensor, level: int) -> Tensor:
         """The digit in -(K-1)/2..(K-1)/2 that `level` gives to `residual` [..., P], as a float tensor."""
         half = self.config.half
-        return torch.round(residual / self.step(level, residual)).clamp(-half, half)
+        return torch.round(residual / self.step(level)).clamp(-half, half)
 
     def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x float [..., P] -> symbols int64 [..., L, P] and what they `dequantise` to bit by bit [..., P]."""
         residual, z_hat, symbols = x.float(), torch.zeros_like(x, dtype=torch.float32), []
         for level in range(1, self.config.levels + 1):
             digit = self.digit(residual, level)
-            value = digit * self.step(level, x)
+            value = digit * self.step(level)
             residual, z_hat = residual - value, z_hat + value
             symbols.append(digit.long() + self.config.half)
         return torch.stack(symbols, dim=-2), z_hat
@@ -100,14 +104,14 @@ class Rfsq:
 
     def value(self, symbol: Tensor, level: int) -> Tensor:
         """What symbols int [..., P] of one level contribute: D_level * t."""
-        return (symbol - self.config.half).float() * self.step(level, symbol)
+        return (symbol - self.config.half).float() * self.step(level)
 
     def continue_from(self, x: Tensor, symbols: Tensor) -> Tensor:
         """Symbols for the levels below a given prefix: x [..., P], symbols [..., k, P] -> [..., L-k, P]."""
         residual, out = x - self.dequantise(symbols), []
         for level in range(symbols.shape[-2] + 1, self.config.levels + 1):
             digit = self.digit(residual, level)
-            residual = residual - digit * self.step(level, x)
+            residual = residual - digit * self.step(level)
             out.append(digit.long() + self.config.half)
         empty = symbols[..., :0, :]
         return torch.stack(out, dim=-2) if out else empty

@@ -44,13 +44,13 @@ def train_draft(config: TrainDraftConfig) -> Path:
     """Run the training; returns the checkpoint directory."""
     device = resolve_device(config.device)
     source = RsdPolicy.from_pretrained(config.policy)
-    tokenizer, policy = source.tokenizer, replace(source.config, draft=config.draft)
+    tokenizer, policy = source.tokenizer.to(device), replace(source.config, draft=config.draft)
     training, held_out = split(load_folders(config.data), config.validation_every)
     dataset = FrameDataset(training, tokenizer.config.horizon, device)
     model = RsdModel(policy, tokenizer)
     model.main.load_state_dict(source.model.main.state_dict())
     model.to(device).main.requires_grad_(False)
-    code = Rfsq(model.main.code, torch.ones(1, device=device))
+    code = Rfsq(model.main.code)
 
     def losses() -> dict[str, Tensor]:
         frames = torch.randint(0, len(dataset), (config.loop.batch_size,), device=device)

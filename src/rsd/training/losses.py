@@ -38,7 +38,7 @@ def policy_losses(
     main: MainModel, draft: DraftModel, tokenizer: ActionTokenizer, batch: Batch, config: LossConfig
 ) -> dict[str, Tensor]:
     """Batch -> named scalar losses; `total` is what to minimise."""
-    code, c = Rfsq(main.code, torch.ones(1, device=batch.chunk.device)), draft.config.levels
+    code, c = Rfsq(main.code), draft.config.levels
     target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step  # [B, P] in first steps
     gripper = tokenizer.gripper_symbols(batch.chunk)
 
@@ -59,16 +59,13 @@ def policy_losses(
         prefixes.append(value)
     blocks = [features, *main.extend(prefixes[1:-1], gripper, 2, cache)]
 
-    weights = [config.level_decay ** max(0, level - c) for level in range(1, main.code.levels + 1)]
-    levels = [
-        F.cross_entropy(_logits(main.logits(block, i + 1)), digit.flatten())
-        for i, (block, digit) in enumerate(zip(blocks, digits, strict=True))
-    ]
-    losses["levels"] = _weighted(levels, weights)
-    plain = code.quantise(target)[0]
-    at_once = main.parallel_logits(features)
-    levels = [F.cross_entropy(_logits(at_once[:, i]), plain[:, i].flatten()) for i in range(main.code.levels)]
-    losses["parallel"] = _weighted(levels, weights)
+    # made on the device: a list copied there would stop it at every step
+    levels = torch.arange(1, main.code.levels + 1, device=target.device)
+    weights = config.level_decay ** (levels - c).clamp(min=0)
+    weights = weights / weights.sum()
+    logits = main.level_head.every_level(torch.stack(blocks, dim=1))
+    losses["levels"] = (level_errors(logits, torch.stack(digits, dim=1)) * weights).sum()
+    losses["parallel"] = (level_errors(main.parallel_logits(features), code.quantise(target)[0]) * weights).sum()
     closing = main.gripper_logits(features).float()
     losses["gripper"] = F.binary_cross_entropy_with_logits(closing, gripper.float())
     wanted = tokenizer.to_normalised(target * tokenizer.first_step)
@@ -95,15 +92,16 @@ def draft_losses(
     Returns the digits per level that its prefix was built from, and its losses.
     """
     read, gripper_logits = draft.read(features)
-    value, shown, errors = torch.zeros_like(target), [], []
+    value, shown, logits, digits = torch.zeros_like(target), [], [], []
     for level in range(1, draft.config.levels + 1):
-        logits = draft.logits(read, value, gripper, level)
+        logits.append(draft.logits(read, value, gripper, level))
         digit = code.digit(target - value, level)
-        errors.append(F.cross_entropy(_logits(logits), digit.long().flatten() + code.config.half))
-        shown.append(torch.where(own, (logits.argmax(-1) - code.config.half).float(), digit))
+        digits.append(digit.long() + code.config.half)
+        shown.append(torch.where(own, (logits[-1].argmax(-1) - code.config.half).float(), digit))
         value = value + shown[-1] * code.config.weight(level)
-    grip = F.binary_cross_entropy_with_logits(gripper_logits.float(), gripper.float())
-    return shown, {"draft": _weighted(errors, [1.0] * len(errors)) + grip}
+    closing = F.binary_cross_entropy_with_logits(gripper_logits.float(), gripper.float())
+    errors = level_errors(torch.stack(logits, dim=1), torch.stack(digits, dim=1))
+    return shown, {"draft": errors.mean() + closing}
 
 
 def jittered(digit: Tensor, rate: Tensor, margin: int, half: int) -> Tensor:
@@ -115,10 +113,7 @@ def jittered(digit: Tensor, rate: Tensor, margin: int, half: int) -> Tensor:
     return torch.where(torch.rand_like(digit) < rate, (digit + move).clamp(-half, half), digit)
 
 
-def _logits(logits: Tensor) -> Tensor:
-    return logits.float().flatten(0, 1)  # [B, P, K] -> [B*P, K]
-
-
-def _weighted(losses: list[Tensor], weights: list[float]) -> Tensor:
-    terms = [weight * loss for weight, loss in zip(weights, losses, strict=True)]
-    return torch.stack(terms).sum() / sum(weights)
+def level_errors(logits: Tensor, symbols: Tensor) -> Tensor:
+    """Logits [B, L, P, K], symbols int [B, L, P] -> mean cross entropy of each level [L]."""
+    errors = F.cross_entropy(logits.float().flatten(0, 2), symbols.flatten(), reduction="none")
+    return errors.unflatten(0, symbols.shape).mean((0, 2))

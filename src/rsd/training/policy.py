@@ -52,7 +52,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     start = RsdPolicy.from_pretrained(config.init) if config.init else None
-    tokenizer = start.tokenizer if start else ActionTokenizer.load(config.tokenizer)
+    tokenizer = (start.tokenizer if start else ActionTokenizer.load(config.tokenizer)).to(device)
     training, held_out = split(load_folders(config.data), config.validation_every)
     dataset = FrameDataset(training, tokenizer.config.horizon, device)
     validation = FrameDataset(held_out, tokenizer.config.horizon, device)
