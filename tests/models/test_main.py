@@ -35,8 +35,8 @@ def blocks_of(seed: int, batch: int = 2) -> tuple[Tensor, list[Tensor], Tensor]:
 def full_pass(main: MainModel, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor) -> list[Tensor]:
     """Features of all blocks from one pass without a cache: causal across the groups, full within them."""
     nothing = torch.zeros(len(prefix), SCALARS)
-    blocks = [main.block(nothing, None, 1)]
-    blocks += [main.block(p, gripper, level) for level, p in enumerate(prefixes, start=2)]
+    blocks = [main.block(nothing.unsqueeze(1), None, 1)]
+    blocks += [main.block(p.unsqueeze(1), gripper, level) for level, p in enumerate(prefixes, start=2)]
     group = torch.cat([torch.zeros(prefix.shape[1]), torch.arange(1, LEVELS + 1).repeat_interleave(HORIZON)])
     mask = group[:, None] >= group[None, :]
     hidden = main.trunk(torch.cat([prefix, *blocks], dim=1), KVCache(), mask)
