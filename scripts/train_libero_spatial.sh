@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# From nothing to the shipped checkpoint: collect, render, train, evaluate. One GPU and 16 cores; see the README for
-# the time each step took. Every step resumes where it was interrupted. Usage: train_libero_spatial.sh [RUN_FOLDER]
+# From nothing to the shipped checkpoint and its evaluation, with the settings that made it. Every step continues where
+# it was interrupted. Usage: train_libero_spatial.sh [RUN_FOLDER]; GPUS, WORKERS, NUM_DEMOS, MINUTES may be set.
 set -euo pipefail
 run=${1:-runs/libero_spatial}
-rsd=${RSD:-.venv/bin/rsd}
-data=$run/demos
+bin=${BIN:-.venv/bin}
+gpus=${GPUS:-2}
+workers=${WORKERS:-$(nproc)}
 
-$rsd demos collect --output "$data" --task-suite libero_spatial --num-demos "${NUM_DEMOS:-150}" --states-only
-$rsd demos render --data "$data"
-$rsd train tokenizer --data "$data" --output "$run/tokenizer"
-$rsd train policy --data "$data" --tokenizer "$run/tokenizer" --output "$run/policy" \
-    --loop.steps "${STEPS:-14000}" --loop.minutes "${MINUTES:-12}"
+"$bin/rsd" demos collect --out "$run/states" --num-demos "${NUM_DEMOS:-118}" --states-only --num-workers "$workers"
+"$bin/rsd" demos render --source "$run/states" --out "$run/demos" --image-size 128 --num-workers "$workers"
+"$bin/rsd" train tokenizer --data "$run/demos" --output "$run/tokenizer"
+"$bin/torchrun" --standalone --nproc-per-node "$gpus" -m rsd train policy --data "$run/demos" \
+    --tokenizer "$run/tokenizer" --output "$run/policy" \
+    --loop.batch-size 320 --loop.steps 100000 --loop.minutes "${MINUTES:-6.2}"
 for decode in ar l1 rsd; do
-    $rsd eval --policy "$run/policy/checkpoint" --decode $decode --num-trials 50 --output "$run/eval/$decode"
+    "$bin/rsd" eval --policy "$run/policy/checkpoint" --decode "$decode" --num-trials 50 --num-workers "$workers" \
+        --output "$run/eval/$decode"
 done
-$rsd compare "$run"/eval/{ar,l1,rsd}
+"$bin/rsd" compare "$run"/eval/{ar,l1,rsd}

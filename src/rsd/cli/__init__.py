@@ -42,6 +42,12 @@ class Command:
 COMMANDS = {
     "eval": Command("run a policy in LIBERO and measure success, latency and acceptance", "rsd.cli.eval"),
     "compare": Command("one table from several results directories", "rsd.cli.compare"),
+    "bench latency": Command(
+        "milliseconds per chunk of every decoder, in one run",
+        "rsd.evaluation.latency",
+        "measure_latency",
+        "LatencyConfig",
+    ),
     "demos collect": Command(
         "record demonstrations of the scripted expert", "rsd.data.collect", "collect", "CollectConfig"
     ),

@@ -1,0 +1,134 @@
+"""`rsd bench latency`: milliseconds per chunk of every decoder, on real observations, in one run.
+
+The decoders take turns on the same observation, so that whatever the machine does meanwhile hits them alike: a ratio
+of two columns means something even where the milliseconds themselves wander.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rsd.decoding.strategies import STRATEGIES
+from rsd.evaluation.backend import available_cores, cpu_model
+from rsd.evaluation.results import encode_record, write_atomically
+from rsd.evaluation.statistics import percentiles
+from rsd.policy import RsdPolicy
+from rsd.sim.libero import LiberoEnv
+from rsd.types import Observation, RsdError
+from rsd.versions import versions
+
+FORMAT = 1
+STAGES = ("preprocess", "vision", "prefill", "draft", "verify", "decode", "total")
+
+
+@dataclass(frozen=True)
+class LatencyConfig:
+    """Time every decoder of a policy, the first one being the baseline."""
+
+    policy: str = "checkpoints/libero_spatial"
+    """Checkpoint directory or hub id."""
+    decode: tuple[str, ...] = ("ar", "l1", "parallel", "rsd")
+    """Decoders, in the order of the columns."""
+    suite: str = "libero_spatial"
+    """Suite whose tasks give the observations: initial state 0 of each, and two chunks later."""
+    rounds: int = 20
+    """Predictions per decoder and observation."""
+    warmup: int = 5
+    """Rounds thrown away first."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    threads: int = 0
+    """Torch's threads; 0 = one per core."""
+    output: Path = Path("results/scratch/latency.json")
+    """Raw milliseconds and the environment, as JSON."""
+
+    def __post_init__(self) -> None:
+        for name in self.decode:
+            if name not in STRATEGIES:
+                raise RsdError(f"--decode '{name}': expected some of {', '.join(STRATEGIES)}")
+        if self.rounds < 1 or self.warmup < 0 or self.threads < 0 or not self.decode:
+            raise RsdError(f"latency: expected rounds >= 1, warmup >= 0, threads >= 0, a decoder; found {self}")
+
+
+@dataclass(frozen=True)
+class LatencyRecord:
+    """milliseconds: decoder -> stage -> one number per prediction; order of the predictions is that of time."""
+
+    format: int
+    config: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, str]
+    milliseconds: dict[str, dict[str, list[float]]]
+
+
+def observations(suite: str, image_size: int, policy: RsdPolicy) -> list[Observation]:
+    """Two real observations of each of the suite's first ten tasks: at the start, and two chunks into the motion."""
+    from rsd.sim.suites import suite_tasks
+
+    found = []
+    for task in suite_tasks(suite)[:10]:
+        env = LiberoEnv(suite, task.task_id, image_size)
+        try:
+            env.reset(options={"init_state": 0})
+            found.append(env.observation())
+            for _ in range(2):
+                env.step_chunk(policy.predict(env.observation()).actions)
+            found.append(env.observation())
+        finally:
+            env.close()
+    return found
+
+
+def measure_latency(config: LatencyConfig) -> LatencyRecord:
+    """Run the measurement, print the table, write the JSON."""
+    torch.set_num_threads(config.threads or available_cores())
+    load = RsdPolicy.from_pretrained
+    policies = {name: load(config.policy, device=config.device, decode=name) for name in config.decode}
+    first = next(iter(policies.values()))
+    seen = observations(config.suite, first.image_size, first)
+    times: dict[str, dict[str, list[float]]] = {name: {stage: [] for stage in STAGES} for name in policies}
+    start = time.perf_counter()
+    for turn in range(config.warmup + config.rounds):
+        for observation in seen:
+            for name, policy in policies.items():
+                spent = policy.predict(observation).stats.latency_ms
+                if turn >= config.warmup:
+                    for stage in STAGES:
+                        times[name][stage].append(round(spent.get(stage, 0.0), 4))
+    machine = {
+        "cpu": cpu_model(),
+        "cores": str(available_cores()),
+        "torch_threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else "cpu",
+        "wall_s": f"{time.perf_counter() - start:.1f}",
+    }
+    settings = {**asdict(config), "output": str(config.output)}
+    record = LatencyRecord(FORMAT, settings, versions(), machine, times)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.output, encode_record(record) + "\n")
+    Console().print(latency_table(record))
+    return record
+
+
+def latency_table(record: LatencyRecord) -> Table:
+    """p50 / p95 by stage and decoder, and the ratio of the first decoder's p50 to each other's."""
+    table = Table(title=f"milliseconds per chunk, p50 / p95, {record.machine['device']}", title_justify="left")
+    table.add_column("stage")
+    for name in record.milliseconds:
+        table.add_column(name, justify="right")
+    for stage in STAGES:
+        cells = []
+        for by_stage in record.milliseconds.values():
+            p50, p95 = percentiles(by_stage[stage])
+            cells.append(f"{p50:.1f} / {p95:.1f}" if p95 > 0 else "")
+        table.add_row(stage, *cells)
+    totals = [percentiles(by_stage["total"])[0] for by_stage in record.milliseconds.values()]
+    table.add_row("speed-up of p50", "", *(f"{totals[0] / total:.2f}x" for total in totals[1:]))
+    return table

@@ -1,0 +1,55 @@
+"""The latency table and its configuration; the measurement itself runs once, on one observation."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rsd.evaluation import latency
+from rsd.evaluation.latency import LatencyConfig, LatencyRecord, latency_table, measure_latency
+from rsd.policy import RsdPolicy
+from rsd.types import Observation, RsdError
+
+
+def test_the_ratio_is_that_of_the_medians() -> None:
+    def stages(total: float) -> dict[str, list[float]]:
+        return {stage: [total, 2 * total, 100.0] if stage == "total" else [0.0] * 3 for stage in latency.STAGES}
+
+    record = LatencyRecord(1, {}, {}, {"device": "cpu"}, {"ar": stages(3.0), "rsd": stages(2.0)})
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(latency_table(record))
+    text = console.export_text()
+    assert "1.50x" in text
+    assert "6.0 / " in text
+
+
+@pytest.mark.parametrize("bad", [{"decode": ("ar", "fast")}, {"decode": ()}, {"rounds": 0}, {"warmup": -1}])
+def test_impossible_settings_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(RsdError, match=r"decode|rounds"):
+        LatencyConfig(**bad)  # type: ignore[arg-type]
+
+
+def test_every_decoder_is_timed_equally_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_observation(suite: str, size: int, policy: RsdPolicy) -> list[Observation]:
+        import numpy as np
+
+        images = np.full((2, size, size, 3), 90, np.uint8)
+        state = np.array([-0.2, 0, 1.17, 3.14, 0, 0, 0.04, -0.04], np.float32)
+        return [Observation(images, state, "pick up the black bowl")]
+
+    monkeypatch.setattr(latency, "observations", one_observation)
+    checkpoint = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
+    output = tmp_path / "latency.json"
+    record = measure_latency(LatencyConfig(policy=str(checkpoint), rounds=2, warmup=1, threads=1, output=output))
+    assert {name: len(by_stage["total"]) for name, by_stage in record.milliseconds.items()} == dict.fromkeys(
+        ("ar", "l1", "parallel", "rsd"), 2
+    )
+    stored = json.loads(output.read_text())
+    assert stored["milliseconds"] == record.milliseconds
+    for by_stage in record.milliseconds.values():
+        parts = [sum(by_stage[stage][i] for stage in latency.STAGES[:-1]) for i in range(2)]
+        assert all(0 < part <= total * 1.01 for part, total in zip(parts, by_stage["total"], strict=True))
