@@ -35,11 +35,11 @@ def quat_to_axis_angle(quat: NDArray[np.floating]) -> NDArray[np.float64]:
     quat = np.asarray(quat, dtype=np.float64)
     if quat.shape != (4,) or not np.isfinite(quat).all():
         raise ValueError(f"expected a finite quaternion [4] as x, y, z, w, found {quat}")
-    w = np.clip(quat[3], -1.0, 1.0)
-    sine = np.sqrt(1.0 - w * w)
+    # robosuite takes sqrt(1 - w * w) and arccos(w): the same number, but lost to rounding where w is near +-1
+    sine = np.linalg.norm(quat[:3])
     if np.isclose(sine, 0.0):
         return np.zeros(3)
-    return quat[:3] * (2.0 * np.arccos(w) / sine)
+    return quat[:3] * (2.0 * np.arctan2(sine, quat[3]) / sine)
 
 
 def state_vector(

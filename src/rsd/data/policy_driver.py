@@ -1,7 +1,8 @@
 """A policy drives part of an episode while the expert labels every state it visits (DAgger, Ross et al. 2011).
 
 Noise shows a learner states near the expert's path; only the policy itself visits the states that its own errors lead
-to. The expert is a feedback law, so its label is right wherever the policy went.
+to. The expert is a feedback law over the visited state; what it remembers (its chosen grasp, whether it has told the
+gripper to close) can lag behind a policy that opens or closes against it, until it notices the miss.
 """
 
 from __future__ import annotations

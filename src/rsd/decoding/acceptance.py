@@ -1,9 +1,9 @@
 """Acceptance rules: which drafted tokens may stand, given the main model's logits. Pure functions.
 
 A rule sees drafted symbols int [B, c, P] and the main's logits [B, c, P, K] of the same levels (each
-conditioned on the drafted levels above it) and returns bool [B, c, P]. `per_scalar` rules correct single
-tokens in place; the others accept the longest prefix of levels whose every token is accepted. The gripper
-is compared apart, with zero tolerance.
+conditioned on the drafted levels above it) and returns bool [B, c, P]. Under a `per_scalar` rule every scalar
+keeps its own longest accepted prefix of levels; the others keep the longest one whose every token is accepted.
+The gripper is compared apart, with zero tolerance.
 """
 
 from __future__ import annotations

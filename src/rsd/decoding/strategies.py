@@ -111,9 +111,9 @@ def draft(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
 def rsd(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
     """The draft proposes the coarse levels 1..c; ONE pass verifies them and yields the fine ones.
 
-    `fine="regress"`: block k+1 has seen just the k accepted levels, so its continuous estimate of what they
-    miss is at hand however many were accepted: never more than one pass. A rule that corrects single tokens
-    keeps all blocks.
+    `fine="regress"`: block k+1 has seen just the levels 1..k, so the continuous estimate of what they miss is at
+    hand however many are accepted: never more than one pass. k counts a scalar's own accepted levels under a
+    rule that judges single tokens, the accepted levels of the chunk under the others.
     `fine="sequential"`: the main corrects the first level that does not stand (if all do, it adds the next),
     the rest takes one pass a level; with the rule `exact` the tokens are those of `ar`.
     """
@@ -130,15 +130,16 @@ def rsd(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
         own = torch.stack([level.argmax(-1) for level in logits], dim=1)  # [B, c+1, P]
         accepted = decoder.rule.accept(drafted, torch.stack(logits[:-1], dim=1))
         prefix_levels = accepted_prefix(accepted)
-        coarse = torch.where(accepted, drafted, own[:, :-1])
     passes = 1
     with watch.stage("decode"):
         if decoder.fine == "regress":
-            every = torch.full_like(prefix_levels, drafted.shape[1])
-            kept = every if decoder.rule.per_scalar else prefix_levels
+            kept = prefix_levels[:, None].expand_as(drafted[:, 0])
+            if decoder.rule.per_scalar:
+                kept = accepted.long().cumprod(dim=1).sum(1)
             value = regress_fine(decoder, drafted, blocks, kept)
-            motion = requantise(code, value, coarse, kept)
+            motion = requantise(code, value, drafted, kept)
         else:
+            coarse = torch.where(accepted, drafted, own[:, :-1])
             motion = torch.cat([coarse, own[:, -1:]], dim=1)[:, : single(prefix_levels) + 1]
             cache.truncate(start + (motion.shape[1] - 1) * main.horizon)
             motion, more = extend_greedily(decoder, motion, gripper, cache)
@@ -204,7 +205,10 @@ def extend_greedily(decoder: Decoder, motion: Tensor, gripper: Tensor, cache: KV
 
 
 def regress_fine(decoder: Decoder, drafted: Tensor, blocks: list[Tensor], kept: Tensor) -> Tensor:
-    """Kept levels plus what the block after them says they miss -> [B, P]; blocks[k] follows k levels."""
+    """A scalar's first kept[b, p] drafted levels plus what the block after them says they miss -> [B, P].
+
+    blocks[k] is the main's block that has seen the levels 1..k.
+    """
     estimates = torch.stack(
         [
             decoder.code.dequantise(drafted[:, :level]) + finite(decoder.main.residual(block, level + 1))
@@ -212,15 +216,29 @@ def regress_fine(decoder: Decoder, drafted: Tensor, blocks: list[Tensor], kept: 
         ],
         dim=1,
     )  # [B, c+1, P]
-    return estimates.gather(1, kept[:, None, None].expand(-1, 1, estimates.shape[2])).squeeze(1)
+    return estimates.gather(1, kept.unsqueeze(1)).squeeze(1)
 
 
-def requantise(code: Rfsq, value: Tensor, coarse: Tensor, kept: Tensor) -> Tensor:
-    """Tokens [B, L, P] of `value` that begin with the first kept[b] levels of `coarse` [B, c, P]."""
-    rows = []
-    for v, c, k in zip(value, coarse, kept.tolist(), strict=True):
-        rows.append(torch.cat([c[:k], code.continue_from(v, c[:k])], dim=0))
-    return torch.stack(rows)
+def requantise(code: Rfsq, value: Tensor, drafted: Tensor, kept: Tensor) -> Tensor:
+    """Tokens [B, L, P] of `value` [B, P] that begin, scalar by scalar, with kept[b, p] of the drafted symbols.
+
+    A drafted digit after which the finer levels could no longer reach the value gives way to the value's own (the
+    margins of a redundant code hold one level at a time, not all together), so inside the code's span the tokens
+    are within half the last step of `value` whatever was drafted.
+    """
+    config, residual, symbols = code.config, value, []
+    stands = torch.ones_like(value, dtype=torch.bool)
+    for level in range(1, config.levels + 1):
+        digit = code.digit(residual, level)
+        if level <= drafted.shape[1]:
+            proposed = (drafted[:, level - 1] - config.half).to(value.dtype)
+            reach = (config.tail_reach(level) + 0.5 * config.weight(config.levels)) * code.first_step
+            left = residual - proposed * code.step(level)
+            stands = stands & (kept >= level) & (left.abs() <= reach)
+            digit = torch.where(stands, proposed, digit)
+        residual = residual - digit * code.step(level)
+        symbols.append(digit.long() + config.half)
+    return torch.stack(symbols, dim=1)
 
 
 def single(kept: Tensor) -> int:

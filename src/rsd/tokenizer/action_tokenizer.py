@@ -47,9 +47,10 @@ class TokenizerConfig:
 class ActionTokenizer:
     """Calibrated once from training chunks, then a constant code.
 
-    Motion dims (all but the last) are mapped q01 -> -1, q99 -> +1, transformed over time and quantised with
-    ONE first step D_1 for all coefficients (in a code with equal steps the fine structure of a chunk costs
-    symbols only in the levels that resolve it). The last dim is the gripper: one binary symbol a step, exact.
+    Motion dims (all but the last) are centred between q01 and q99 and scaled so that a steady action at the
+    dimension's reach (see `fit`) is +-1, transformed over time and quantised with ONE first step D_1 for all
+    coefficients (in a code with equal steps the fine structure of a chunk costs symbols only in the levels that
+    resolve it). The last dim is the gripper: one binary symbol a step, exact.
     """
 
     def __init__(self, config: TokenizerConfig, low: Tensor, high: Tensor, first_step: float) -> None:

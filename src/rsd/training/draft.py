@@ -11,11 +11,13 @@ from torch import Tensor
 from rsd.models.draft import DraftConfig
 from rsd.policy import RsdModel, RsdPolicy, save_checkpoint
 from rsd.tokenizer.rfsq import Rfsq
+from rsd.training import parallel
 from rsd.training.dataset import Augmentation, FrameDataset
 from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import draft_losses
 from rsd.training.policy import load_folders, resolve_device, split
 from rsd.training.validation import validate
+from rsd.types import RsdError
 from rsd.versions import versions
 
 
@@ -42,6 +44,8 @@ class TrainDraftConfig:
 
 def train_draft(config: TrainDraftConfig) -> Path:
     """Run the training; returns the checkpoint directory."""
+    if config.loop.compile or parallel.launched():
+        raise RsdError("train draft: runs in one process and is not compiled; drop torchrun and --loop.compile")
     device = resolve_device(config.device)
     source = RsdPolicy.from_pretrained(config.policy)
     tokenizer, policy = source.tokenizer.to(device), replace(source.config, draft=config.draft)

@@ -78,12 +78,12 @@ def train(
     torch.manual_seed(config.seed + step + 1_000_003 * parallel.rank())
     writer = SummaryWriter(str(run / "tensorboard"))
     model.train()
-    start, done = time.monotonic() - spent, 0.0
+    start, begun, done = time.monotonic() - spent, step, 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not first) as progress:
         bar = progress.add_task("training", total=config.steps, completed=step)
         while step < config.steps:
-            if step % CLOCK_STEPS == 0:
+            if step % CLOCK_STEPS == 0 or step == begun:
                 elapsed = parallel.from_first(time.monotonic() - start, device)
                 done = elapsed / (60 * config.minutes) if config.minutes else 0.0
             done = max(done, step / config.steps)

@@ -15,8 +15,13 @@ from torch import Tensor
 
 def join() -> None:
     """Join the process group that `torchrun` describes in the environment; without one, do nothing."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if launched() and not dist.is_initialized():
         dist.init_process_group()
+
+
+def launched() -> bool:
+    """Whether `torchrun` started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def rank() -> int:

@@ -128,9 +128,9 @@ def split(
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` takes CUDA where there is one; `cuda` without one is an error."""
+    """`auto` takes CUDA where there is one; `cuda` is this process's own GPU, and without one an error."""
     if name == "auto":
-        name = f"cuda:{parallel.local_rank()}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RsdError("device cuda: no CUDA device is visible here; use --device cpu")
-    return torch.device(name)
+        raise RsdError(f"device {name}: no CUDA device is visible here; use --device cpu")
+    return torch.device(f"cuda:{parallel.local_rank()}" if name == "cuda" else name)
