@@ -174,6 +174,8 @@ class RsdPolicy:
         fine: str | None = None,
     ) -> RsdPolicy:
         """Load a checkpoint directory, or a hub repository of one; `RsdError` on anything missing or odd."""
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise RsdError(f"device {device}: no CUDA device is visible here; use cpu")
         directory = locate_checkpoint(path_or_hub_id)
         config, provenance = _read_config(directory)
         tokenizer = ActionTokenizer.load(directory)

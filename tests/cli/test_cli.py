@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rsd.cli import COMMANDS, dispatch
-from rsd.cli.eval import EvalArguments, plan_runs
+from rsd.cli.eval import EvalArguments, check_names, plan_runs
 from rsd.cli.parsing import UsageError, check_choice, one_line
 from rsd.evaluation.config import EvalConfig
 
@@ -44,7 +44,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
             ["eval", "--trials", "3"],
             "rsd eval: error: Unrecognized options: --trials, 3; did you mean --num-trials?",
         ),
-        (["eval", "--compare", "--decode", "ar"], "rsd eval: error: --compare runs both ways of decoding"),
+        (["eval", "--compare", "--decode", "ar"], "rsd eval: error: --compare runs ar, l1 and rsd"),
         (["eval", "--decode", "rds"], "rsd eval: error: --decode 'rds': expected one of ar, "),
         (["eval", "--acceptance", "most"], "rsd eval: error: --acceptance 'most': expected exact, margin, "),
         (["eval", "--device", "abacus"], "rsd eval: error: --device 'abacus': torch cannot use it here"),
@@ -97,18 +97,28 @@ def test_speculative_decoding_names_the_strategy_unless_decode_does() -> None:
     assert plan_runs(arguments(use_speculative_decoding=True), decode_given=False)[0].decode == "rsd"
     l1 = EvalConfig(decode="l1")
     assert plan_runs(arguments(l1, use_speculative_decoding=False), decode_given=True)[0].decode == "l1"
+    with pytest.raises(UsageError, match="True contradicts --decode l1"):
+        plan_runs(arguments(l1, use_speculative_decoding=True), decode_given=True)
+    with pytest.raises(UsageError, match="False contradicts --decode rsd"):
+        plan_runs(arguments(EvalConfig(decode="rsd"), use_speculative_decoding=False), decode_given=True)
 
 
 def test_compare_runs_both_on_the_same_initial_states() -> None:
     config = EvalConfig(num_trials=3, tasks="1,2", seed=5, acceptance="exact", output="there")
-    baseline, speculative = plan_runs(arguments(config, compare=True), decode_given=False)
-    assert (baseline.decode, speculative.decode) == ("ar", "rsd")
+    baseline, bar, speculative = plan_runs(arguments(config, compare=True), decode_given=False)
+    assert (baseline.decode, bar.decode, speculative.decode) == ("ar", "l1", "rsd")
+    assert bar.acceptance == baseline.acceptance == "default"
     assert (str(baseline.output_dir), str(speculative.output_dir)) == ("there/ar", "there/rsd")
     assert speculative.acceptance == "exact"
     differing = {name for name in baseline.identity if baseline.identity[name] != speculative.identity[name]}
     assert differing == {"decode", "acceptance"}
     scratch = plan_runs(arguments(compare=True), decode_given=False)
     assert scratch[0].output_dir != scratch[1].output_dir
+
+
+def test_an_acceptance_rule_without_a_draft_is_refused() -> None:
+    with pytest.raises(UsageError, match="--acceptance exact: --decode ar accepts nothing"):
+        check_names(EvalConfig(decode="ar", acceptance="exact"))
 
 
 def test_a_name_is_checked_against_all_there_are() -> None:

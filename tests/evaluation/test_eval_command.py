@@ -40,7 +40,7 @@ def test_compare_ends_with_the_paired_table(output: Path, capsys: pytest.Capture
     assert str(output / "rsd") in printed.err
     assert "| speed-up of p50 | - | " in (output / "comparison.md").read_text()
 
-    assert dispatch(["compare", str(output / "ar"), str(output / "rsd"), "--markdown"]) == 0
+    assert dispatch(["compare", *(str(output / name) for name in ("ar", "l1", "rsd")), "--markdown"]) == 0
     assert capsys.readouterr().out == (output / "comparison.md").read_text()
 
 

@@ -13,7 +13,7 @@ from rsd.cli.parsing import UsageError, check_choice, parse
 from rsd.evaluation.config import EvalConfig
 from rsd.types import RsdError
 
-BASELINE, SPECULATIVE = "ar", "rsd"
+BASELINE, ONE_PASS, SPECULATIVE = "ar", "l1", "rsd"  # what --compare runs, in this order
 COMPARISON_FILE = "comparison.md"
 
 
@@ -26,9 +26,9 @@ class EvalArguments:
 
     config: Annotated[EvalConfig, tyro.conf.arg(name="")]
     use_speculative_decoding: Annotated[bool | None, tyro.conf.FlagConversionOff] = None
-    """True is --decode rsd, False is --decode ar; --decode overrides it."""
+    """True is --decode rsd, False is --decode ar."""
     compare: bool = False
-    """Run --decode ar, then rsd, on the same initial states; print the table of both."""
+    """Run --decode ar, l1 and rsd on the same initial states; print the table of the three."""
     overwrite: bool = False
     """Delete what --output holds of an earlier run and start from nothing."""
 
@@ -75,17 +75,24 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 
 def plan_runs(options: EvalArguments, decode_given: bool) -> list[EvalConfig]:
-    """The runs that a command line asks for: one, or with --compare the baseline and the speculative one."""
+    """The runs that a command line asks for: one, or with --compare the baseline, the bar and the speculative."""
     config = options.config
     if options.compare:
         if decode_given or options.use_speculative_decoding is not None:
-            raise UsageError("--compare runs both ways of decoding: leave --decode and --use-... out")
+            raise UsageError("--compare runs ar, l1 and rsd: leave --decode and --use-... out")
         root = config.output_dir if config.output else None
-        runs = [replace(config, decode=decode) for decode in (BASELINE, SPECULATIVE)]
-        runs[0] = replace(runs[0], acceptance="default")  # nothing is accepted without a draft
+        runs = [replace(config, decode=decode) for decode in (BASELINE, ONE_PASS, SPECULATIVE)]
+        # nothing is accepted without a draft
+        runs[:2] = [replace(run, acceptance="default") for run in runs[:2]]
         return [replace(run, output=str(root / run.decode)) if root else run for run in runs]
-    if options.use_speculative_decoding is not None and not decode_given:
-        config = replace(config, decode=SPECULATIVE if options.use_speculative_decoding else BASELINE)
+    if options.use_speculative_decoding is not None:
+        wanted = SPECULATIVE if options.use_speculative_decoding else BASELINE
+        if decode_given and (config.decode == SPECULATIVE) != options.use_speculative_decoding:
+            raise UsageError(
+                f"--use-speculative-decoding {options.use_speculative_decoding} contradicts --decode {config.decode}; "
+                "leave one out"
+            )
+        config = config if decode_given else replace(config, decode=wanted)
     return [config]
 
 
@@ -98,6 +105,8 @@ def check_names(config: EvalConfig) -> None:
     from rsd.tokenizer.rfsq import RfsqConfig
 
     check_choice("--decode", config.decode, STRATEGIES)
+    if config.acceptance != "default" and config.decode != SPECULATIVE:
+        raise UsageError(f"--acceptance {config.acceptance}: --decode {config.decode} accepts nothing, only rsd does")
     try:
         if config.acceptance != "default":
             acceptance_rule(config.acceptance, RfsqConfig())

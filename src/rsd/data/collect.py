@@ -82,6 +82,18 @@ class CollectConfig:
     """With `policy`: mean share of the chunks it drives before the expert takes over for good; each episode draws its
     own share around it and the step of the handover."""
 
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("num_demos", 1, 10**6),
+            ("num_workers", 1, 4096),
+            ("swapped_fraction", 0, 1),
+            ("clean_fraction", 0, 1),
+            ("policy_share", 0, 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise RsdError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+
 
 class EpisodeRecorder:
     """Collects what one episode stores, step by step."""

@@ -53,13 +53,15 @@ class LatencyConfig:
         for name in self.decode:
             if name not in STRATEGIES:
                 raise RsdError(f"--decode '{name}': expected some of {', '.join(STRATEGIES)}")
+        if len(set(self.decode)) < len(self.decode):
+            raise RsdError(f"--decode {' '.join(self.decode)}: expected each decoder once")
         if self.rounds < 1 or self.warmup < 0 or self.threads < 0 or not self.decode:
             raise RsdError(f"latency: expected rounds >= 1, warmup >= 0, threads >= 0, a decoder; found {self}")
 
 
 @dataclass(frozen=True)
 class LatencyRecord:
-    """milliseconds: decoder -> stage -> one number per prediction; order of the predictions is that of time."""
+    """milliseconds: decoder -> stage it has -> one number per prediction, in the order of time."""
 
     format: int
     config: dict[str, Any]
@@ -93,15 +95,16 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     policies = {name: load(config.policy, device=config.device, decode=name) for name in config.decode}
     first = next(iter(policies.values()))
     seen = observations(config.suite, first.image_size, first)
-    times: dict[str, dict[str, list[float]]] = {name: {stage: [] for stage in STAGES} for name in policies}
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in policies}
+    order = list(policies)
     start = time.perf_counter()
     for turn in range(config.warmup + config.rounds):
         for observation in seen:
-            for name, policy in policies.items():
-                spent = policy.predict(observation).stats.latency_ms
+            for name in order[turn % len(order) :] + order[: turn % len(order)]:  # everyone comes first in turn
+                spent = policies[name].predict(observation).stats.latency_ms
                 if turn >= config.warmup:
-                    for stage in STAGES:
-                        times[name][stage].append(round(spent.get(stage, 0.0), 4))
+                    for stage, milliseconds in spent.items():
+                        times[name].setdefault(stage, []).append(round(milliseconds, 4))
     machine = {
         "cpu": cpu_model(),
         "cores": str(available_cores()),
@@ -126,8 +129,8 @@ def latency_table(record: LatencyRecord) -> Table:
     for stage in STAGES:
         cells = []
         for by_stage in record.milliseconds.values():
-            p50, p95 = percentiles(by_stage[stage])
-            cells.append(f"{p50:.1f} / {p95:.1f}" if p95 > 0 else "")
+            present = by_stage.get(stage)
+            cells.append("{:.1f} / {:.1f}".format(*percentiles(present)) if present else "")
         table.add_row(stage, *cells)
     totals = [percentiles(by_stage["total"])[0] for by_stage in record.milliseconds.values()]
     table.add_row("speed-up of p50", "", *(f"{totals[0] / total:.2f}x" for total in totals[1:]))
