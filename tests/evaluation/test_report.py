@@ -9,9 +9,12 @@ from rsd.evaluation.results import RunRecord, append_episode, encode_record
 from rsd.types import RsdError
 
 
+PLAN = {"tasks": "all", "num_trials": 1}
+
+
 def write_run(directory: Path, decode: str, failures: set[int], p50: float, tasks: range = range(10)) -> Path:
     directory.mkdir()
-    (directory / "config.json").write_text(encode_record(RunRecord({}, "hash", {}, {})))
+    (directory / "config.json").write_text(encode_record(RunRecord(PLAN, "hash", {}, {})))
     draft = (
         {}
         if decode != "ar"
@@ -44,6 +47,14 @@ def test_the_table_holds_every_run_against_the_first(tmp_path: Path) -> None:
     assert rows["accepted per level"] == ["-", "100 % / 80 % / 50 %"]
     assert rows["mean acceptance length"] == ["-", "2.0"]
     assert "episodes with an error" not in rows
+    assert "episodes not run" not in rows
+
+
+def test_an_interrupted_run_says_how_much_is_missing(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "a", "rsd", set(), 40.0, range(7))
+    plan = {"tasks": ",".join(map(str, range(10))), "num_trials": 2}
+    (directory / "config.json").write_text(encode_record(RunRecord(plan, "hash", {}, {})))
+    assert dict(table_rows(load_runs([directory])))["episodes not run"] == ["13"]
 
 
 def test_both_renderings_show_every_cell(tmp_path: Path) -> None:

@@ -37,6 +37,13 @@ class Run:
     def successes(self) -> dict[EpisodeKey, bool]:
         return {episode.key: episode.success for episode in self.episodes}
 
+    @property
+    def not_run(self) -> int:
+        """Planned episodes that an interrupted run never finished; they may well be the long, failing ones."""
+        tasks = self.record.config["tasks"]
+        count = len({e.task_id for e in self.episodes}) if tasks == "all" else len(set(tasks.split(",")))
+        return max(0, count * self.record.config["num_trials"] - len(self.episodes) - self.errors)
+
 
 def load_run(directory: Path) -> Run:
     """Read and check a results directory; raises RsdError if it is none or holds no counted episode."""
@@ -76,6 +83,7 @@ def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("mean acceptance length", [number(decoding.mean_acceptance_length) for decoding in decodings]),
         ("steps per success", [number(mean_steps(run.episodes)) for run in runs]),
         ("chunks timed", [str(decoding.chunks) for decoding in decodings]),
+        ("episodes not run", [str(run.not_run) if run.not_run else ABSENT for run in runs]),
         ("episodes with an error", [str(run.errors) if run.errors else ABSENT for run in runs]),
     ]
     return [(label, cells) for label, cells in rows if any(cell != ABSENT for cell in cells)]
