@@ -8,7 +8,6 @@ from rsd.evaluation.report import load_runs, markdown_table, rich_table, table_r
 from rsd.evaluation.results import RunRecord, append_episode, encode_record
 from rsd.types import RsdError
 
-
 PLAN = {"tasks": "all", "num_trials": 1}
 
 
