@@ -203,6 +203,11 @@ def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
         raise RsdError(f"policy {name!r}: no such directory, and the hub answered: {error}") from error
 
 
+def checkpoint_hash(path_or_hub_id: str | Path) -> str:
+    """SHA-256 of a checkpoint's config.json, which holds the hashes of its other files."""
+    return _sha256(locate_checkpoint(path_or_hub_id) / CONFIG_FILE)
+
+
 def save_checkpoint(
     model: RsdModel,
     tokenizer: ActionTokenizer,
@@ -213,6 +218,9 @@ def save_checkpoint(
     """Write `config.json`, `model.safetensors` (fp16) and `tokenizer.json` into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise RsdError(f"{directory}: {name} is not finite as fp16; the training diverged, nothing was saved")
     save_file(weights, directory / WEIGHTS_FILE)
     tokenizer.save(directory)
     content = {

@@ -286,6 +286,10 @@ def settings(config: CollectConfig) -> dict[str, Any]:
         del everything[key]
     if config.states_only:
         del everything["image_size"]
+    if config.policy:  # its path may come to hold another one
+        from rsd.policy import checkpoint_hash
+
+        everything["policy_sha256"] = checkpoint_hash(config.policy)
     return _that_matter(dict(json.loads(json.dumps(everything))))
 
 

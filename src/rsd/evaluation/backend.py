@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -91,13 +90,13 @@ def available_cores() -> int:
 
 
 def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
-    """The checkpoint's hash and its own provenance. `config.json` holds the hashes of its other files."""
-    from rsd.policy import CONFIG_FILE, locate_checkpoint
+    """The checkpoint's hash and its own provenance."""
+    from rsd.policy import CONFIG_FILE, checkpoint_hash, locate_checkpoint
 
-    content = (locate_checkpoint(config.policy) / CONFIG_FILE).read_bytes()
+    content = (locate_checkpoint(config.policy) / CONFIG_FILE).read_text()
     return {
         "policy": config.policy,
-        "checkpoint_sha256": hashlib.sha256(content).hexdigest(),
+        "checkpoint_sha256": checkpoint_hash(config.policy),
         "provenance": json.loads(content).get("provenance", {}),
     }
 

@@ -93,6 +93,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     provenance = {
         "data": data_provenance(config.data, dataset),
         "training": resolved,
+        "init": start.provenance if start else {},
         "validation": report,
         "versions": versions(),
     }
