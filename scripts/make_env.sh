@@ -47,9 +47,8 @@ fi
     loads_library libGL.so.1 || system_package libgl1 "OpenCV misses libGL.so.1"
     loads_library libgthread-2.0.so.0 || system_package libglib2.0-0 "OpenCV misses libgthread-2.0.so.0"
 }
-# EGL draws where there is an NVIDIA driver, OSMesa everywhere else.
-if ! { [ -e /dev/nvidiactl ] && loads_library libEGL.so.1; }; then
-    loads_library libOSMesa.so.8 || loads_library libOSMesa.so.6 ||
-        system_package libosmesa6 "the simulator's cameras need OSMesa"
-fi
-"$venv/bin/python" -c 'from rsd.sim.rendering import gl_backend; print("make env: OpenGL through", gl_backend())'
+# EGL draws where an NVIDIA driver works, OSMesa everywhere else.
+backend() { "$venv/bin/python" -c 'from rsd.sim.rendering import gl_backend; print(gl_backend())'; }
+backend >/dev/null 2>&1 || system_package libosmesa6 "the simulator's cameras need OSMesa"
+"$venv/bin/python" -c 'import cv2' || fail "OpenCV does not import; its message is above"
+printf 'make env: OpenGL through %s\n' "$(backend)"
