@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.strategies import STRATEGIES, Decoded, Decoder, Stopwatch
+from rsd.json_files import read_versioned
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.main import MainConfig, MainModel, state_features
 from rsd.models.text import word_ids
@@ -255,15 +256,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def _read_config(directory: Path) -> tuple[PolicyConfig, dict[str, Any]]:
     path = directory / CONFIG_FILE
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RsdError(f"{path}: not found; expected a checkpoint directory with {CONFIG_FILE}") from None
-    except ValueError as error:  # cut off, or not text at all
-        raise RsdError(f"{path}: not valid JSON ({error}); the file is cut off or was edited") from None
-    found = content.get("format_version") if isinstance(content, dict) else None
-    if found != FORMAT_VERSION:
-        raise RsdError(f"{path}: expected checkpoint format {FORMAT_VERSION}, found {found}")
+    content = read_versioned(path, "checkpoint", FORMAT_VERSION, "use the rsd-vla that wrote it, or train again")
     digests = content.get("sha256", {})
     for file in (directory / WEIGHTS_FILE, directory / TOKENIZER_FILE):
         if not file.is_file():

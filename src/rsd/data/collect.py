@@ -13,7 +13,6 @@ import shlex
 import sys
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +268,7 @@ def _merge(config: CollectConfig, task_id: int) -> int:
         with open_file(path) as file:
             return len(demo_names(file["data"]))
     provenance = {
-        "versions": {"rsd": metadata.version("rsd-vla"), **simulator_versions()},
+        "versions": simulator_versions(),
         "settings": settings(config),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

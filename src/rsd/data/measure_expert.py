@@ -10,7 +10,6 @@ import shlex
 import sys
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def measure_expert(config: MeasureExpertConfig) -> dict[str, Any]:
         "total": summary([record for task in tasks for record in records[task]]),
         "tasks": {names[task]: {"task_id": task, **summary(records[task])} for task in tasks},
         "episodes": {names[task]: records[task] for task in tasks},
-        "versions": {"rsd": metadata.version("rsd-vla"), **simulator_versions()},
+        "versions": simulator_versions(),
         "command": shlex.join(["python", "-m", "rsd.data.measure_expert", *sys.argv[1:]]),
     }
     config.out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from concurrent.futures import as_completed
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +176,6 @@ def _attributes(data: h5py.Group, path: Path, config: RenderConfig) -> tuple[dic
     provenance = dict(read_provenance(data, path) or {})
     provenance["rendering"] = {
         "image_size": config.image_size,
-        "versions": {"rsd": metadata.version("rsd-vla"), **simulator_versions()},
+        "versions": simulator_versions(),
     }
     return attributes, provenance

@@ -126,9 +126,8 @@ def rsd(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
         gripper = greedy_gripper(main, features)  # zero tolerance: the main's own, free with the prefill
         start = cache.length
         blocks = [features, *verify(decoder, drafted, gripper, cache)]
-        logits = [finite(main.logits(block, i + 1)) for i, block in enumerate(blocks)]  # c+1 of [B, P, K]
-        own = torch.stack([level.argmax(-1) for level in logits], dim=1)  # [B, c+1, P]
-        accepted = decoder.rule.accept(drafted, torch.stack(logits[:-1], dim=1))
+        logits = torch.stack([finite(main.logits(block, i + 1)) for i, block in enumerate(blocks[:-1])], dim=1)
+        accepted = decoder.rule.accept(drafted, logits)  # logits: [B, c, P, K]
         prefix_levels = accepted_prefix(accepted)
     passes = 1
     with watch.stage("decode"):
@@ -139,8 +138,9 @@ def rsd(decoder: Decoder, prefix: Tensor, watch: Stopwatch) -> Decoded:
             value = regress_fine(decoder, drafted, blocks, kept)
             motion = requantise(code, value, drafted, kept)
         else:
-            coarse = torch.where(accepted, drafted, own[:, :-1])
-            motion = torch.cat([coarse, own[:, -1:]], dim=1)[:, : single(prefix_levels) + 1]
+            coarse = torch.where(accepted, drafted, logits.argmax(-1))
+            following = greedy(main.logits(blocks[-1], len(blocks))).unsqueeze(1)
+            motion = torch.cat([coarse, following], dim=1)[:, : single(prefix_levels) + 1]
             cache.truncate(start + (motion.shape[1] - 1) * main.horizon)
             motion, more = extend_greedily(decoder, motion, gripper, cache)
             passes += more

@@ -62,11 +62,9 @@ def rsd_policy(config: EvalConfig) -> Policy:
 def libero_versions(device: str) -> dict[str, str]:
     import torch
 
-    import rsd
     from rsd.sim.libero import simulator_versions
 
     return {
-        "rsd": rsd.__version__,
         "torch": torch.__version__,
         **simulator_versions(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,

@@ -20,6 +20,7 @@ import mujoco
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+import rsd
 from rsd.conventions import MAX_STEPS, WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
 from rsd.sim.rendering import ArmedCamera, gl_backend
 from rsd.sim.suites import DISTRIBUTION, bddl_file, init_states, load_libero, quiet, suite_task
@@ -368,8 +369,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
 
 
 def simulator_versions() -> dict[str, str]:
-    """Versions of everything that moves a LIBERO number: mujoco, robosuite, libero, GL backend, python, numpy."""
+    """Versions of everything that moves a LIBERO number: rsd, mujoco, robosuite, libero, GL backend, python, numpy."""
     packages = {"mujoco": "mujoco", "robosuite": "robosuite", "libero": DISTRIBUTION, "numpy": "numpy"}
     found = {name: metadata.version(package) for name, package in packages.items()}
     found["libero"] = f"{DISTRIBUTION} {found['libero']}"
-    return {**found, "gl_backend": gl_backend(), "python": platform.python_version()}
+    return {"rsd": rsd.__version__, **found, "gl_backend": gl_backend(), "python": platform.python_version()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rsd.conventions import CHUNK_SIZE
+from rsd.json_files import read_versioned
 from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
 from rsd.tokenizer.transforms import transform_matrix
 from rsd.types import ACTION_DIM, RsdError
@@ -184,15 +185,7 @@ class ActionTokenizer:
     @classmethod
     def load(cls, directory: Path) -> ActionTokenizer:
         path = directory / FILE_NAME
-        try:
-            content = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise RsdError(f"{path}: not found; a checkpoint directory holds {FILE_NAME}") from None
-        except ValueError as error:  # cut off, or not text at all
-            raise RsdError(f"{path}: not valid JSON ({error}); the file is cut off or was edited") from None
-        found = content.get("format_version") if isinstance(content, dict) else None
-        if found != FORMAT_VERSION:
-            raise RsdError(f"{path}: expected tokenizer format {FORMAT_VERSION}, found {found}; fit it again")
+        content = read_versioned(path, "tokenizer", FORMAT_VERSION, "fit it again")
         missing = {"config", "low", "high", "first_step"} - content.keys()
         if missing:
             raise RsdError(f"{path}: missing {', '.join(sorted(missing))}")
