@@ -65,7 +65,7 @@ class CollectConfig:
     num_workers: int = 2
     """Processes."""
     states_only: bool = False
-    """Record no images (fast, needs no renderer); `rsd demos render` adds them later."""
+    """Record no images (fast; only a driving policy needs a renderer then); `rsd demos render` adds them later."""
     image_size: int = 256
     """Side of the recorded images in pixels."""
     grasp_mode: GraspMode = "canonical"
@@ -76,7 +76,7 @@ class CollectConfig:
     """Disturbance of the executed actions; labels stay clean."""
     policy: str = ""
     """Checkpoint directory or hub id: this policy drives part of each episode and the expert labels every state
-    (DAgger). Needs images of the policy's size."""
+    (DAgger). Recorded images must have the policy's size."""
     policy_share: float = 0.8
     """With `policy`: mean share of the chunks it drives before the expert takes over for good; each episode draws its
     own share around it and the step of the handover."""
@@ -235,10 +235,11 @@ def worker_policy(name: str) -> Policy:
 
 
 def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> int:
-    env = worker_environment(config.suite, task_id, config.image_size, not config.states_only)
+    policy = worker_policy(config.policy) if config.policy else None
+    size = policy.image_size if policy is not None else config.image_size
+    env = worker_environment(config.suite, task_id, size, cameras=policy is not None or not config.states_only)
     folder = config.out / PARTS / env.task.name
     folder.mkdir(parents=True, exist_ok=True)
-    policy = worker_policy(config.policy) if config.policy else None
     for index in indices:
         episode = make_demonstration(env, config, index, policy)
         with atomic_file(folder / f"demo_{index}.hdf5") as file:
@@ -300,9 +301,8 @@ def _that_matter(everything: dict[str, Any]) -> dict[str, Any]:
 
 def _check_policy(config: CollectConfig) -> None:
     size = worker_policy(config.policy).image_size
-    if config.states_only or config.image_size != size:
-        found = "states only" if config.states_only else f"{config.image_size} px"
-        raise RsdError(f"collect: the policy {config.policy} needs images of {size} px, found {found}")
+    if not config.states_only and config.image_size != size:
+        raise RsdError(f"collect: the policy {config.policy} needs images of {size} px, found {config.image_size} px")
 
 
 def _check_settings(config: CollectConfig, names: list[str]) -> None:
