@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 
 from rsd.models.draft import DraftConfig
+from rsd.models.light_draft import LightDraftConfig
 from rsd.models.main import MainConfig
 from rsd.policy import PolicyConfig, RsdModel, RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
@@ -25,7 +26,8 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def tiny_config() -> PolicyConfig:
     main = MainConfig(image_size=32, channels=(16, 16, 32, 32), dim=64, layers=2, heads=2, text_dim=32)
-    return PolicyConfig(main, DraftConfig(levels=3, dim=32, layers=1, heads=2))
+    draft = DraftConfig(levels=3, dim=32, layers=1, heads=2)
+    return PolicyConfig(main, draft, LightDraftConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=draft))
 
 
 def smooth_chunks(count: int, seed: int = 0) -> np.ndarray:

@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rsd.decoding.acceptance import acceptance_rule
-from rsd.decoding.strategies import STRATEGIES, Decoded, Decoder, Stopwatch
+from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Scene, SkipRule, Stopwatch
+from rsd.decoding.strategies import LIGHT, STRATEGIES
 from rsd.json_files import read_versioned
 from rsd.models.draft import DraftConfig, DraftModel
+from rsd.models.light_draft import LightDraft, LightDraftConfig
 from rsd.models.main import MainConfig, MainModel, state_features
 from rsd.models.text import word_ids
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -35,28 +37,33 @@ TEXT_CACHE = 64  # instructions whose encoding is kept
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.strategies.rsd`)."""
+    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.strategies.rsd`); without a light
+    draft the decoders that need one are refused."""
 
     main: MainConfig = field(default_factory=MainConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
+    light: LightDraftConfig | None = field(default_factory=LightDraftConfig)
     acceptance: str = "margin"
     fine: str = "regress"
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> PolicyConfig:
         main = dict(content["main"], channels=tuple(content["main"]["channels"]))
-        rest = {k: v for k, v in content.items() if k not in ("main", "draft")}
-        return cls(MainConfig(**main), DraftConfig(**content["draft"]), **rest)
+        found = content.get("light")  # absent in checkpoints of before there was one
+        light = LightDraftConfig.from_json(found) if found else None
+        rest = {k: v for k, v in content.items() if k not in ("main", "draft", "light")}
+        return cls(MainConfig(**main), DraftConfig(**content["draft"]), light, **rest)
 
 
 class RsdModel(nn.Module):
-    """Main and draft under one roof, so that one file holds their weights."""
+    """Main and drafts under one roof, so that one file holds their weights."""
 
     def __init__(self, config: PolicyConfig, tokenizer: ActionTokenizer) -> None:
         super().__init__()
         code, horizon, motion = tokenizer.config.rfsq, tokenizer.config.horizon, tokenizer.motion_dim
         self.main = MainModel(config.main, code, horizon, motion)
         self.draft = DraftModel(config.draft, code, horizon, motion, config.main.dim)
+        self.light = LightDraft(config.light, code, horizon, motion, config.main) if config.light else None
 
 
 class RsdPolicy:
@@ -71,10 +78,13 @@ class RsdPolicy:
         decode: str = "rsd",
         acceptance: str | None = None,
         fine: str | None = None,
+        skip: SkipRule | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> None:
         if decode not in STRATEGIES:
             raise RsdError(f"decode {decode!r}: expected one of {', '.join(STRATEGIES)}")
+        if decode in LIGHT and model.light is None:
+            raise RsdError(f"decode {decode!r}: this checkpoint has no light draft; use rsd, l1 or ar, or train one")
         rule = acceptance_rule(acceptance or config.acceptance, tokenizer.config.rfsq)
         # `exact` promises the tokens of `ar`; regressed fine levels would break that promise
         fine = fine or ("sequential" if rule.name == "exact" else config.fine)
@@ -84,9 +94,10 @@ class RsdPolicy:
         self.tokenizer = tokenizer.to(self.device)
         self.provenance = provenance or {}
         self.decode = decode
-        self.acceptance = rule.name if decode == "rsd" else ""
-        self.decoder = Decoder(model.main, model.draft, rule, fine)
+        self.acceptance = rule.name if decode.startswith("rsd") else ""
+        self.decoder = Decoder(model.main, model.draft, rule, fine, model.light, skip or SkipRule())
         self._strategy = STRATEGIES[decode]
+        self._memory = EpisodeMemory()
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -99,16 +110,22 @@ class RsdPolicy:
 
     # observation -> chunk
 
+    def reset(self) -> None:
+        """Forget the episode so far; call it before an episode's first observation."""
+        self._memory = EpisodeMemory()
+
     @torch.inference_mode()
     def predict(self, observation: Observation) -> ActionChunk:
-        """Observation -> chunk float32 [H, 7], environment-ready; non-finite output raises `RsdError`."""
+        """Observation -> chunk float32 [H, 7], environment-ready; non-finite output raises `RsdError`.
+
+        The decoders with a light draft remember the chunks since `reset`; to the others every observation is new.
+        """
         watch = Stopwatch(self.device)
         with watch.stage("total"):
             with watch.stage("preprocess"):
-                images, state, text = self._preprocess([observation])
-            with watch.stage("vision"):
-                prefix = self.model.main.embed_prefix(images, state, text)
-            decoded = self._strategy(self.decoder, prefix, watch)
+                scene = Scene(*self._preprocess([observation]), self._memory)
+            decoded = self._strategy(self.decoder, scene, watch)
+            self.decoder.check()
             actions = self._to_actions(decoded)
         return ActionChunk(actions[0], self._stats(decoded, watch))
 
@@ -139,7 +156,9 @@ class RsdPolicy:
         return actions.float().cpu().numpy()
 
     def _stats(self, decoded: Decoded, watch: Stopwatch) -> ChunkStats:
-        stats = ChunkStats(self.decode, self.acceptance, 1, decoded.main_passes, latency_ms=watch.ms)
+        stats = ChunkStats(self.decode, self.acceptance, decoded.prefills, decoded.main_passes, latency_ms=watch.ms)
+        if decoded.proposal is not None:
+            stats.expected_deviation_mm = float(decoded.proposal.expected_deviation_mm[0])
         if decoded.accepted is not None and decoded.accepted_levels is not None:
             stats.num_draft_tokens = decoded.num_draft_tokens
             stats.num_accepted_tokens = decoded.accepted[0].sum(-1).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -50,6 +51,7 @@ class ChunkStats:
     main_passes: passes of the main model AFTER its prefill (the prefill is counted in `prefills`).
     num_draft_tokens / num_accepted_tokens: per level, drafted and accepted scalars; empty without a draft.
     accepted_levels: length of the accepted prefix of levels (0 .. draft levels).
+    expected_deviation_mm: how far a light draft expects its chunk to lead away from the main's (NaN without one).
     latency_ms: wall time by stage (preprocess, vision, prefill, draft, verify, decode) and `total`.
     """
 
@@ -60,6 +62,7 @@ class ChunkStats:
     num_draft_tokens: list[int] = field(default_factory=list)
     num_accepted_tokens: list[int] = field(default_factory=list)
     accepted_levels: int = 0
+    expected_deviation_mm: float = math.nan
     latency_ms: dict[str, float] = field(default_factory=dict)
 
 
@@ -77,6 +80,10 @@ class Policy(Protocol):
     @property
     def image_size(self) -> int:
         """Side of the square camera images in pixels."""
+        ...
+
+    def reset(self) -> None:
+        """Forget the episode so far."""
         ...
 
     def predict(self, observation: Observation) -> ActionChunk: ...

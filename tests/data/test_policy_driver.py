@@ -31,6 +31,9 @@ class ScriptedPolicy:
     def __init__(self) -> None:
         self.seen: list[Observation] = []
 
+    def reset(self) -> None:
+        pass
+
     def predict(self, observation: Observation) -> ActionChunk:
         self.seen.append(observation)
         actions = np.full((8, 7), 0.5, np.float32)

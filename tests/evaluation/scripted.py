@@ -57,6 +57,9 @@ class ScriptedPolicy:
     def __init__(self, decode: str = "rsd", behaviour: str = "good") -> None:
         self.decode, self.behaviour, self.predictions = decode, behaviour, 0
 
+    def reset(self) -> None:
+        pass
+
     def predict(self, observation: Observation) -> ActionChunk:
         self.predictions += 1
         task_id, needed = int(observation.state[0]), int(observation.state[1])

@@ -76,6 +76,9 @@ def test_chunks_that_are_no_actions_are_refused(actions: np.ndarray) -> None:
 
 
 class SamplingPolicy(ScriptedPolicy):
+    def reset(self) -> None:
+        pass
+
     def predict(self, observation: Observation) -> ActionChunk:
         chunk = super().predict(observation)
         return ActionChunk(torch.rand(4, 7).numpy(), chunk.stats)

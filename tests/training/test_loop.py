@@ -13,7 +13,7 @@ from rsd.training.policy import TrainPolicyConfig
 from rsd.types import RsdError
 
 CPU = torch.device("cpu")
-CONFIG = LoopConfig(steps=40, learning_rate=0.2, warmup=2, ema=0.9, save_every=10, log_every=1, compile=False)
+CONFIG = LoopConfig(steps=40, learning_rate=0.2, warmup=2, ema=0.9, save_every=10, log_every=1)
 
 
 class Line(nn.Module):
@@ -96,7 +96,7 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
 
 def test_a_time_limit_ends_the_run(tmp_path: Path) -> None:
     model = Line()
-    config = LoopConfig(steps=10**9, minutes=0.005, warmup=2, compile=False, log_every=10**9)
+    config = LoopConfig(steps=10**9, minutes=0.005, warmup=2, log_every=10**9)
     train(model, fit_line(model), config, tmp_path, CPU, describe(config))
     assert 0 < torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] < 10**6
 

@@ -63,7 +63,7 @@ def prefixes_shown(
         return extend(prefixes, gripper, first_level, cache)
 
     monkeypatch.setattr(model.main, "extend", spy)
-    policy_losses(model.main, model.draft, tokenizer, batch, config)
+    policy_losses(model.main, model.draft, None, tokenizer, batch, config)
     return shown
 
 
@@ -136,7 +136,7 @@ def test_draft_digits_are_its_own_where_asked_and_the_truth_elsewhere(
 
 
 def test_losses_are_finite_and_train_every_parameter(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
-    losses = policy_losses(model.main, model.draft, tokenizer, batch, LossConfig())
+    losses = policy_losses(model.main, model.draft, None, tokenizer, batch, LossConfig())
     assert {"levels", "parallel", "gripper", "l1", "regress", "draft", "total"} == set(losses)
     assert all(torch.isfinite(value) and value.ndim == 0 for value in losses.values())
     losses["total"].backward()
@@ -145,6 +145,6 @@ def test_losses_are_finite_and_train_every_parameter(model: RsdModel, tokenizer:
 
 
 def test_the_drafts_loss_does_not_reach_the_main(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
-    policy_losses(model.main, model.draft, tokenizer, batch, LossConfig())["draft"].backward()
+    policy_losses(model.main, model.draft, None, tokenizer, batch, LossConfig())["draft"].backward()
     assert all(p.grad is None for p in model.main.parameters())
     assert any(p.grad is not None for p in model.draft.parameters())

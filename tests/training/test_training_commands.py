@@ -25,7 +25,7 @@ from rsd.training.tokenizer import TrainTokenizerConfig, train_tokenizer
 from rsd.types import Observation, RsdError
 
 LOOP = LoopConfig(
-    steps=30, batch_size=16, learning_rate=3e-3, warmup=3, ema=0.9, save_every=10, log_every=1, compile=False
+    steps=30, batch_size=16, learning_rate=3e-3, warmup=3, ema=0.9, save_every=10, log_every=1
 )
 
 

@@ -20,7 +20,8 @@ from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 class Demonstration:
     """One episode of T steps as a learner takes it; row t is what was seen before action t.
 
-    images: uint8 [T, 2, S, S, 3], cameras in the order of rsd.types.CAMERAS, upright; None in a states-only file.
+    images: uint8 [T, 2, S, S, 3], cameras in the order of rsd.types.CAMERAS, upright; None in a states-only file. With
+    image_every = n they show the steps 0, n, 2n, ... only.
     state: float32 [T, 8], position, axis-angle, gripper. actions: float32 [T, 7] executed; labels: float32 [T, 7] what
     the expert would have done at the visited state (equal to actions in files without noise).
     placement_seed is -1 where the file does not know it. success_step is the first step after which the goal held.
@@ -37,6 +38,7 @@ class Demonstration:
     target_object: str
     placement_seed: int
     source: Path
+    image_every: int = 1
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -105,8 +107,10 @@ def _read(data: h5py.Group, name: str, path: Path, images: bool) -> Demonstratio
             raise RsdError(f"{where}: expected {key} [{len(actions)}, {width}], found {list(array.shape)}")
         if not np.isfinite(array).all():
             raise RsdError(f"{where}: expected finite numbers in {key}, found NaN or infinity")
-    if pixels is not None and len(pixels) != len(actions):
-        raise RsdError(f"{where}: expected {len(actions)} images, found {len(pixels)}")
+    every = int(group.attrs.get("image_every", 1))
+    frames = -(-len(actions) // every)
+    if pixels is not None and len(pixels) != frames:
+        raise RsdError(f"{where}: expected {frames} images, found {len(pixels)}")
     task = path.name.removesuffix(FILE_SUFFIX)
     success = group.attrs.get("success_step", len(actions) - 1)
     return Demonstration(
@@ -121,6 +125,7 @@ def _read(data: h5py.Group, name: str, path: Path, images: bool) -> Demonstratio
         target_object=str(group.attrs.get("target_object", "")),
         placement_seed=int(group.attrs.get("placement_seed", -1)),
         source=path,
+        image_every=every,
     )
 
 

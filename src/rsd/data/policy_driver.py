@@ -40,6 +40,7 @@ class PolicyDriver:
         self.share, self.handover, self.noise, self.rng = share, handover, noise, rng
         self.steps = 0
         self._queue: deque[NDArray[np.float32] | None] = deque()
+        policy.reset()
 
     def disturb(self, action: NDArray[np.float64], strength: float = 1.0) -> NDArray[np.float64]:
         """Clean action [7] -> executed action [7]; `strength` scales the noise, not the policy."""

@@ -50,6 +50,12 @@ class RenderConfig:
     """Processes; one per CPU core is right with a GPU as well."""
     max_per_task: int | None = None
     """Render only the first so many demonstrations of each task."""
+    every: int = 1
+    """Render the steps 0, n, 2n, ...: neighbouring frames teach a policy little, and drawing is most of the work."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise RsdError(f"--every {self.every}: expected 1 or more")
 
 
 def render_frames(
@@ -82,8 +88,9 @@ def render(config: RenderConfig) -> dict[str, int]:
             suite, task_id = _task_of(path)
             with open_file(path) as file:
                 wanted[path] = demo_names(file["data"])[: config.max_per_task]
-            parts = [part for part in part_files(_folder(out, path)) if _image_size(part) == config.image_size]
-            have = _rendered(out / path.name, config.image_size) | {part.stem for part in parts}
+            made = (config.image_size, config.every)
+            parts = [part for part in part_files(_folder(out, path)) if _images_of(part) == made]
+            have = _rendered(out / path.name, config) | {part.stem for part in parts}
             missing = [name for name in wanted[path] if name not in have]
             done += len(wanted[path]) - len(missing)
             jobs += [(path, suite, task_id, missing[i : i + BATCH]) for i in range(0, len(missing), BATCH)]
@@ -115,28 +122,33 @@ def _task_of(path: Path) -> tuple[str, int]:
     raise RsdError(f"render: expected the name of a {suite} task, found {name} ({path})")
 
 
-def _rendered(path: Path, image_size: int) -> set[str]:
-    """Demonstrations of a file that have images. Raises RsdError if their size is another."""
+def _rendered(path: Path, config: RenderConfig) -> set[str]:
+    """Demonstrations of a file that have images. Raises RsdError if those are of another size or of other steps."""
     if not path.exists():
         return set()
     found = set()
     with open_file(path) as file:
         for name in demo_names(file["data"]):
-            obs = file["data"][name]["obs"]
-            if IMAGE_KEYS[0] not in obs:
+            group = file["data"][name]
+            if IMAGE_KEYS[0] not in group["obs"]:
                 continue
-            size = obs[IMAGE_KEYS[0]].shape[1]
-            if size != image_size:
+            size, every = _size_and_spacing(group)
+            if (size, every) != (config.image_size, config.every):
                 raise RsdError(
-                    f"render: {path} holds images of {size} px, {image_size} were asked for; choose another --out"
+                    f"render: {path} holds images of {size} px of every {every}. step, asked for were "
+                    f"{config.image_size} px of every {config.every}. step; choose another --out"
                 )
             found.add(name)
     return found
 
 
-def _image_size(part: Path) -> int:
+def _images_of(part: Path) -> tuple[int, int]:
     with open_file(part) as file:
-        return int(file[part.stem]["obs"][IMAGE_KEYS[0]].shape[1])
+        return _size_and_spacing(file[part.stem])
+
+
+def _size_and_spacing(group: h5py.Group) -> tuple[int, int]:
+    return int(group["obs"][IMAGE_KEYS[0]].shape[1]), int(group.attrs.get("image_every", 1))
 
 
 def _render_batch(config: RenderConfig, out: Path, path: Path, suite: str, task_id: int, names: list[str]) -> int:
@@ -146,13 +158,15 @@ def _render_batch(config: RenderConfig, out: Path, path: Path, suite: str, task_
     with open_file(path) as file:
         for name in names:
             demo = file["data"][name]
-            frames = render_frames(env, demo["states"][()], demo["body_pos"][()], demo["body_quat"][()])
+            states = demo["states"][:: config.every]
+            frames = render_frames(env, states, demo["body_pos"][()], demo["body_quat"][()])
             with atomic_file(folder / f"{name}.hdf5") as part:
                 file.copy(demo, part, name=name)
                 for key in IMAGE_KEYS:
                     if key in part[name]["obs"]:
                         del part[name]["obs"][key]
                 write_images(part[name]["obs"], frames)
+                part[name].attrs["image_every"] = config.every
     return len(names)
 
 
@@ -165,7 +179,7 @@ def _merge(config: RenderConfig, out: Path, path: Path) -> int:
         merge(target, parts, attributes, provenance)
         for part in parts:
             part.unlink()
-    return len(_rendered(target, config.image_size))
+    return len(_rendered(target, config))
 
 
 def _attributes(data: h5py.Group, path: Path, config: RenderConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -176,6 +190,7 @@ def _attributes(data: h5py.Group, path: Path, config: RenderConfig) -> tuple[dic
     provenance = dict(read_provenance(data, path) or {})
     provenance["rendering"] = {
         "image_size": config.image_size,
+        "every": config.every,
         "versions": simulator_versions(),
     }
     return attributes, provenance

@@ -75,6 +75,7 @@ def run_episode(
         env.reset(options={"init_state": init_state})
         for _ in range(warmup):
             policy.predict(env.observation())
+        policy.reset()
         torch.manual_seed(episode_seed(seed, task_id, init_state))
         done = False
         while not done:

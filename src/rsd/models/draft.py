@@ -48,5 +48,8 @@ class DraftModel(nn.Module):
 
     def logits(self, read: Tensor, prefix: Tensor, gripper: Tensor, level: int) -> Tensor:
         """Logits [B, H*M, K] of `level`, given what the levels above decode to [B, H*M], gripper [B, H]."""
-        x = read + self.block(prefix.unsqueeze(1), gripper, level)
-        return self.level_head(self.trunk(x, KVCache()), level)
+        return self.level_head(self.think(read, prefix, gripper, level), level)
+
+    def think(self, read: Tensor, prefix: Tensor, gripper: Tensor, level: int) -> Tensor:
+        """Features [B, H, d] of `level`, given what the levels above it decode to."""
+        return self.trunk(read + self.block(prefix.unsqueeze(1), gripper, level), KVCache())

@@ -65,11 +65,12 @@ class BlockEmbedding(nn.Module):
         angles = grid.unsqueeze(-2) * octaves[:, None]  # [B, n, H, F, M]
         waves = torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)
         value = self.value(torch.cat([grid, waves], dim=-1).to(self.value.weight.dtype))
-        if gripper is None:
-            gripper = torch.full((len(grid), grid.shape[2]), 2, device=grid.device)
+        opened, closed, unknown = self.gripper.weight
+        # a choice, not a gather, whose backward sorts its indices
+        told = unknown if gripper is None else torch.where(gripper.bool()[:, None, :, None], closed, opened)
         blocks = grid.shape[1]
         level = self.level[first_level - 1 : first_level - 1 + blocks, None]  # [n, 1, D]
-        return (value + self.gripper(gripper).unsqueeze(1) + level + self.position).flatten(1, 2)
+        return (value + told + level + self.position).flatten(1, 2)
 
 
 class LevelHead(nn.Module):
@@ -130,6 +131,10 @@ class MainModel(nn.Module):
         tokens, condition = self.text(ids)
         return tokens, condition
 
+    def normalise(self, state: Tensor) -> Tensor:
+        """State features [B, 11] in standard deviations of the training data."""
+        return (state - self.state_mean) / self.state_std
+
     def embed_prefix(self, images: Tensor, state: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded text -> prefix [B, N, D]."""
         tokens, condition = text
@@ -139,22 +144,39 @@ class MainModel(nn.Module):
             if index == 1:
                 features = merge_2x2(features)
             parts.append(self.image_in[index](features) + self.image_position[index])
-        normalised = (state - self.state_mean) / self.state_std
-        parts += [self.text_in(tokens), self.state_in(normalised)[:, None]]
+        parts += [self.text_in(tokens), self.state_in(self.normalise(state))[:, None]]
         return torch.cat(parts, dim=1)
 
     def prefill(self, prefix: Tensor) -> tuple[Tensor, KVCache]:
         """prefix [B, N, D] -> features of block 1 [B, H, D] and the cache of N + H positions."""
+        (features,), cache = self.prefill_blocks(prefix, [], None)
+        return features, cache
+
+    def prefill_blocks(
+        self, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor | None
+    ) -> tuple[list[Tensor], KVCache]:
+        """`prefill` and `extend` from level 2 on in ONE pass: features of the blocks 1..n+1, and the cache.
+
+        prefixes: what n blocks are told, each [B, H*M] in first steps; gripper int [B, H], needed if n > 0.
+        """
         batch, length = prefix.shape[:2]
         nothing = torch.zeros(batch, self.horizon * self.motion_dim, device=prefix.device)
         queries = self.block(nothing.unsqueeze(1), None, 1)
-        total = length + self.horizon
-        mask = torch.ones(total, total, dtype=torch.bool, device=prefix.device)
+        if prefixes:
+            queries = torch.cat([queries, self.block(torch.stack(prefixes, dim=1), gripper, 2)], dim=1)
         # the prefix does not see the queries: its cache is the same for all decoders
-        mask[:length, length:] = False
+        sees_all = torch.zeros(length, queries.shape[1], dtype=torch.bool, device=prefix.device)
+        below = torch.ones(queries.shape[1], length, dtype=torch.bool, device=prefix.device)
+        right = torch.cat([sees_all, self._block_mask(1 + len(prefixes), prefix.device)])
+        left = torch.cat([torch.ones(length, length, dtype=torch.bool, device=prefix.device), below])
         cache = KVCache()
-        hidden = self.trunk(torch.cat([prefix, queries.to(prefix.dtype)], dim=1), cache, mask)
-        return hidden[:, length:], cache
+        hidden = self.trunk(torch.cat([prefix, queries.to(prefix.dtype)], dim=1), cache, torch.cat([left, right], 1))
+        return list(hidden[:, length:].split(self.horizon, dim=1)), cache
+
+    def _block_mask(self, blocks: int, device: torch.device) -> Tensor:
+        """bool [n*H, n*H], True = may attend: causal across blocks, full within one."""
+        own = torch.ones(blocks, blocks, dtype=torch.bool, device=device).tril()
+        return own.repeat_interleave(self.horizon, 0).repeat_interleave(self.horizon, 1)
 
     # blocks
 
@@ -170,8 +192,7 @@ class MainModel(nn.Module):
         x = self.block(torch.stack(prefixes, dim=1), gripper, first_level)
         mask = None
         if count > 1:
-            own = torch.ones(count, count, dtype=torch.bool, device=x.device).tril()
-            own = own.repeat_interleave(h, 0).repeat_interleave(h, 1)
+            own = self._block_mask(count, x.device)
             mask = torch.cat([own.new_ones(count * h, cache.length), own], dim=1)
         hidden = self.trunk(x, cache, mask)
         return list(hidden.split(h, dim=1))

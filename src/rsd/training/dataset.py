@@ -20,12 +20,16 @@ WORDINGS = 32  # per instruction, sampled anew for every frame
 
 @dataclass(frozen=True)
 class Batch:
-    """images [B, 2, 3, S, S] in [-0.5, 0.5]; state features [B, 11]; words int [B, 32]; chunk [B, H, 7]."""
+    """images [B, 2, 3, S, S] in [-0.5, 0.5]; state features [B, 11]; words int [B, 32]; chunk [B, H, 7].
+
+    paired: row i + B/2 is an earlier moment of row i's episode, for i < B/2.
+    """
 
     images: Tensor
     state: Tensor
     words: Tensor
     chunk: Tensor
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,20 +44,33 @@ class Augmentation:
 
 
 class FrameDataset:
-    """All frames of some demonstrations: images uint8 [N, 2, S, S, 3], states, chunks, instructions."""
+    """All frames of some demonstrations: images uint8 [N, 2, S, S, 3], states, chunks, instructions.
+
+    Where only every n-th step was rendered, these are the frames; a chunk has every step's action all the same.
+    """
 
     def __init__(self, demonstrations: Iterable[Demonstration], horizon: int, device: torch.device) -> None:
-        images, states, chunks, tasks, instructions = [], [], [], [], dict[str, int]()
+        images, states, chunks, tasks, firsts, instructions = [], [], [], [], [], dict[str, int]()
+        frames, spacing = 0, 0
         for demonstration in demonstrations:
             if demonstration.images is None:
                 raise RsdError(
                     f"{demonstration.source}: states only, without images; run `rsd demos render` on it first"
                 )
+            every, count = demonstration.image_every, len(demonstration.images)
+            if spacing not in (0, every):
+                raise RsdError(
+                    f"{demonstration.source}: images of every {every}. step, others have every {spacing}.; "
+                    "train on folders rendered with one --every"
+                )
+            spacing = every
             images.append(torch.from_numpy(demonstration.images).to(device))
-            states.append(demonstration.state)
-            chunks.append(chunk_targets(demonstration.labels, horizon))
+            states.append(demonstration.state[::every])
+            chunks.append(chunk_targets(demonstration.labels, horizon)[::every])
             index = instructions.setdefault(demonstration.instruction, len(instructions))
-            tasks.append(np.full(len(demonstration.state), index))
+            tasks.append(np.full(count, index))
+            firsts.append(np.full(count, frames))
+            frames += count
         if not images:
             raise RsdError("training data: found no demonstrations; collect some with `rsd demos collect`")
         self.episodes = len(images)
@@ -62,6 +79,8 @@ class FrameDataset:
         self.state_std = self.state.std(0)
         self.chunk = torch.from_numpy(np.concatenate(chunks)).to(device)
         self.task = torch.from_numpy(np.concatenate(tasks)).to(device)
+        self.first = torch.from_numpy(np.concatenate(firsts)).to(device)  # of the frame's own episode
+        self.horizon, self.spacing = horizon, spacing
         self.instructions = list(instructions)
         wordings = [paraphrases(text, WORDINGS) for text in self.instructions]
         rows = [(texts * WORDINGS)[:WORDINGS] for texts in wordings]
@@ -70,8 +89,29 @@ class FrameDataset:
     def __len__(self) -> int:
         return len(self.state)
 
-    def batch(self, frames: Tensor, augment: Augmentation | None = None) -> Batch:
-        """frames int [B] -> a batch; without `augment` the images as they are and the original wording."""
+    def draw(self, count: int, most_chunks: int = 0) -> tuple[Tensor, bool]:
+        """`count` random frames; with most_chunks > 0 the second half of them lie 1 to most_chunks chunks before the
+        first half's (or at their episode's start): what a draft may remember. -> frames int [count], paired.
+        """
+        if most_chunks == 0:
+            return torch.randint(0, len(self), (count,), device=self.first.device), False
+        if count % 2:
+            raise RsdError(f"pairs of frames: expected an even batch size, found {count}")
+        now = torch.randint(0, len(self), (count // 2,), device=self.first.device)
+        chunks = torch.randint(1, most_chunks + 1, now.shape, device=now.device)
+        return torch.cat([now, self.earlier(now, chunks)]), True
+
+    def earlier(self, frames: Tensor, chunks: Tensor | int) -> Tensor:
+        """The frames so many chunks before, or the first of their episodes."""
+        if self.horizon % self.spacing:
+            raise RsdError(
+                f"frames a chunk apart: expected images of every n-th step with n a divisor of {self.horizon}, "
+                f"found every {self.spacing}; render again with another --every"
+            )
+        return torch.maximum(frames - chunks * (self.horizon // self.spacing), self.first[frames])
+
+    def batch(self, frames: Tensor, paired: bool = False, augment: Augmentation | None = None) -> Batch:
+        """frames int [B] (see `draw`) -> a batch; without `augment` the images as they are and the original wording."""
         images, state = self.images[frames], self.state[frames]
         wording = torch.zeros_like(frames)
         if augment is not None:
@@ -83,7 +123,7 @@ class FrameDataset:
         if augment is not None:
             pixels = random_colour(pixels, augment)
             state = state + augment.state_noise * self.state_std * torch.randn_like(state)
-        return Batch(pixels, state, self.words[self.task[frames], wording], self.chunk[frames])
+        return Batch(pixels, state, self.words[self.task[frames], wording], self.chunk[frames], paired)
 
 
 def chunk_targets(labels: np.ndarray, horizon: int) -> np.ndarray:

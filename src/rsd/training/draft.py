@@ -44,8 +44,8 @@ class TrainDraftConfig:
 
 def train_draft(config: TrainDraftConfig) -> Path:
     """Run the training; returns the checkpoint directory."""
-    if config.loop.compile or parallel.launched():
-        raise RsdError("train draft: runs in one process and is not compiled; drop torchrun and --loop.compile")
+    if parallel.launched():
+        raise RsdError("train draft: runs in one process; drop torchrun")
     device = resolve_device(config.device)
     source = RsdPolicy.from_pretrained(config.policy)
     tokenizer, policy = source.tokenizer.to(device), replace(source.config, draft=config.draft)
@@ -58,7 +58,7 @@ def train_draft(config: TrainDraftConfig) -> Path:
 
     def losses() -> dict[str, Tensor]:
         frames = torch.randint(0, len(dataset), (config.loop.batch_size,), device=device)
-        batch = dataset.batch(frames, config.augment)
+        batch = dataset.batch(frames, augment=config.augment)
         model.main.eval()  # `train` puts the whole model in training mode
         with torch.no_grad():
             prefix = model.main.embed_prefix(batch.images, batch.state, model.main.encode_text(batch.words))

@@ -26,7 +26,8 @@ CLOCK_STEPS = 20  # how often the share of the run that is done is read off the 
 class LoopConfig:
     """steps: optimiser steps; minutes: end earlier, with the schedule brought to its end (0 = no limit);
     batch_size: per process; save_every: steps between resumable states (0 = only at the end); log_every: the
-    same for TensorBoard; compile: the whole loss, which takes minutes before the first step."""
+    same for TensorBoard; cuda_graph: record forward and backward once and replay them, which spares a GPU the
+    launches of thousands of small kernels (the losses must not look at a tensor's content)."""
 
     steps: int = 20_000
     minutes: float = 0.0
@@ -37,7 +38,7 @@ class LoopConfig:
     ema: float = 0.999
     save_every: int = 0
     log_every: int = 50
-    compile: bool = False
+    cuda_graph: bool = True
     seed: int = 0
 
 
@@ -78,6 +79,16 @@ def train(
     torch.manual_seed(config.seed + step + 1_000_003 * parallel.rank())
     writer = SummaryWriter(str(run / "tensorboard"))
     model.train()
+
+    def forward_backward() -> dict[str, Tensor]:
+        # no cache of cast weights: one made for a detached use would cut the gradient of a later one
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+            values = losses()
+        values["total"].backward()
+        return values
+
+    graphed = config.cuda_graph and device.type == "cuda"
+    compute = record(forward_backward, trained) if graphed else forward_backward
     start, begun, done = time.monotonic() - spent, step, 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not first) as progress:
@@ -91,13 +102,12 @@ def train(
                 break
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(config, step, done)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                values = losses()
-            values["total"].backward()
+            values = compute()
             parallel.average_gradients(trained)
             norm = nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            if not graphed:  # a replayed graph writes its gradients anew
+                optimiser.zero_grad(set_to_none=True)
             step += 1
             with torch.no_grad():
                 torch._foreach_lerp_(averaged, trained, 1 - min(config.ema, (1 + step) / (10 + step)))
@@ -114,6 +124,30 @@ def train(
         buffer.copy_(value)
     writer.close()
     return ema
+
+
+def record(forward_backward: Callable[[], dict[str, Tensor]], trained: list[Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """One CUDA graph of a forward and backward pass; random numbers are drawn anew at every replay.
+
+    The returned function gives the same tensors every time, with new contents; so are the gradients.
+    """
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):  # libraries choose algorithms and allocate workspaces
+            forward_backward()
+            for parameter in trained:
+                parameter.grad = None
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        values = {name: value.detach() for name, value in forward_backward().items()}
+
+    def replay() -> dict[str, Tensor]:
+        graph.replay()
+        return values
+
+    return replay
 
 
 def learning_rate(config: LoopConfig, step: int, done: float) -> float:

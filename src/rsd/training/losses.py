@@ -8,23 +8,28 @@ after them), and part has its digits jittered within the code's margin, targets 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rsd.decoding.calibration import fingertip_deviation
 from rsd.models.draft import DraftModel
+from rsd.models.light_draft import LightDraft
 from rsd.models.main import MainModel
+from rsd.models.trunk import KVCache
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training.dataset import Batch
+from rsd.types import RsdError
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """draft_share: part of the batch on the draft's prefixes; jitter: largest share of digits disturbed in
-    the rest; level_decay: weight of a level's loss relative to the one above, past the coarse ones; the
-    others are weights."""
+    """draft_share: part of the batch on a draft's prefixes; jitter: largest share of digits disturbed in the rest;
+    level_decay: weight of a level's loss relative to the one above, past the coarse ones; blind: share of the light
+    draft's samples without a memory of the main; the others are weights."""
 
     draft_share: float = 0.5
     jitter: float = 0.4
@@ -32,21 +37,41 @@ class LossConfig:
     regress: float = 5.0
     parallel: float = 0.5
     gripper: float = 1.0
+    blind: float = 0.1
+    deviation: float = 0.2
 
 
 def policy_losses(
-    main: MainModel, draft: DraftModel, tokenizer: ActionTokenizer, batch: Batch, config: LossConfig
+    main: MainModel,
+    draft: DraftModel,
+    light: LightDraft | None,
+    tokenizer: ActionTokenizer,
+    batch: Batch,
+    config: LossConfig,
 ) -> dict[str, Tensor]:
-    """Batch -> named scalar losses; `total` is what to minimise."""
+    """Batch (paired, if there is a light draft) -> named scalar losses; `total` is what to minimise.
+
+    Neither draft's losses reach the main.
+    """
     code, c = Rfsq(main.code), draft.config.levels
     target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step  # [B, P] in first steps
     gripper = tokenizer.gripper_symbols(batch.chunk)
 
-    prefix = main.embed_prefix(batch.images, batch.state, main.encode_text(batch.words))
+    text = main.encode_text(batch.words)
+    prefix = main.embed_prefix(batch.images, batch.state, text)
     features, cache = main.prefill(prefix)
 
     own = torch.rand(len(target), 1, device=target.device) < config.draft_share
     drafted, losses = draft_losses(draft, features.detach(), target, gripper, own, code)
+    if light is not None:
+        run = MainRun(cache.length, cache, features, text[1])
+        ahead, light_losses = light_draft_losses(light, main, run, batch, target, gripper, tokenizer, config)
+        losses.update(light_losses)
+        # half of the later moments' prefixes are the light draft's, whose tokens ride in the prefill
+        riding = torch.rand(len(ahead[0]), 1, device=target.device) < 0.5
+        for level in range(min(c, len(ahead))):
+            later, earlier = drafted[level].chunk(2)
+            drafted[level] = torch.cat([torch.where(riding & own[: len(later)], ahead[level], later), earlier])
 
     value, prefixes, digits = torch.zeros_like(target), [torch.zeros_like(target)], []
     jitter = config.jitter * torch.rand(len(target), 1, device=target.device)
@@ -81,7 +106,60 @@ def policy_losses(
         + config.regress * (errors[0] + sum(errors[1:]) / c)
         + losses["draft"]
     )
+    if light is not None:
+        regress = config.regress * losses["light_regress"]
+        losses["total"] = losses["total"] + losses["light"] + regress + config.deviation * losses["deviation"]
     return losses
+
+
+class MainRun(NamedTuple):
+    """The main's prefill of a batch: positions in its cache, features of block 1 [B, H, D], instructions [B, Dt]."""
+
+    length: int
+    cache: KVCache
+    features: Tensor
+    condition: Tensor
+
+
+def light_draft_losses(
+    light: LightDraft,
+    main: MainModel,
+    run: MainRun,
+    batch: Batch,
+    target: Tensor,
+    gripper: Tensor,
+    tokenizer: ActionTokenizer,
+    config: LossConfig,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The light draft acts at the later moment of each pair and remembers the main's run at the earlier one.
+
+    Returns its own digits per level [B/2, P] and its losses: tokens and gripper; its chunk; how well it foresees its
+    chunk's deviation from the main's.
+    """
+    if not batch.paired:
+        raise RsdError("light draft: expected a batch of paired frames (FrameDataset.draw with most_chunks > 0)")
+    later = slice(0, len(target) // 2)
+    past = KVCache(values=[values.detach()[len(target) // 2 :] for values in run.cache.values])
+    memory = light.remember(past, run.length)
+    state, condition = main.normalise(batch.state[later]), run.condition.detach()[later]
+    known = torch.rand(len(state), device=state.device) >= config.blind
+    features = light.perceive(batch.images[later], state, condition, memory, known)
+    code, goal, grip = Rfsq(main.code), target[later], gripper[later]
+    everywhere = torch.ones(len(goal), 1, dtype=torch.bool, device=goal.device)
+    digits, losses = draft_losses(light.levels, features, goal, grip, everywhere, code)
+    coarse = sum((digit * code.step(level) for level, digit in enumerate(digits, start=1)), torch.zeros_like(goal))
+    value = coarse + light.remainder(features, coarse, grip).float()
+    unit = tokenizer.first_step
+    wanted, found = tokenizer.to_normalised(goal * unit), tokenizer.to_normalised(value * unit)
+    mains = main.residual(run.features[later], 1).float()
+    own, reference = (tokenizer.to_actions(chunk.detach() * unit, grip) for chunk in (value, mains))
+    apart = fingertip_deviation(own, reference)
+    foreseen = light.log_deviation(features.detach()).float()
+    return digits, {
+        "light": losses["draft"],
+        "light_regress": (found - wanted).abs().mean(),
+        "deviation": F.smooth_l1_loss(foreseen, torch.log1p(apart)),
+    }
 
 
 def draft_losses(

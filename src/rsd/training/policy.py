@@ -15,7 +15,7 @@ from rsd.data.demonstrations import Demonstration, folder_provenance, load_demon
 from rsd.policy import PolicyConfig, RsdModel, RsdPolicy, save_checkpoint
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
-from rsd.training.dataset import Augmentation, Batch, FrameDataset
+from rsd.training.dataset import Augmentation, FrameDataset
 from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import LossConfig, policy_losses
 from rsd.training.validation import validate
@@ -39,6 +39,8 @@ class TrainPolicyConfig:
     """Checkpoint directory or hub id whose weights to start from, with its tokenizer; empty = from scratch."""
     validation_every: int = 40
     """Every n-th episode is kept out of training for the offline validation."""
+    remembered_chunks: int = 4
+    """The light draft is trained to remember the main's run of 1 to this many chunks before."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     augment: Augmentation = field(default_factory=Augmentation)
@@ -64,23 +66,21 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     torch.manual_seed(config.loop.seed)
     model = RsdModel(config.policy, tokenizer).to(device)
     if start:
-        if start.config.main != config.policy.main or start.config.draft != config.policy.draft:
+        sizes = [(p.main, p.draft, p.light or config.policy.light) for p in (start.config, config.policy)]
+        if sizes[0] != sizes[1]:
             raise RsdError(f"--init {config.init}: its sizes {start.config} differ from the run's {config.policy}")
-        model.load_state_dict(start.model.state_dict())
+        # a checkpoint without a light draft gets a fresh one, everything else must be there
+        fresh = {} if start.config.light else {k: v for k, v in model.state_dict().items() if k.startswith("light.")}
+        model.load_state_dict({**fresh, **start.model.state_dict()})
     else:
         model.main.state_mean.copy_(dataset.state.mean(0))
         model.main.state_std.copy_(dataset.state.std(0) + 1e-3)
 
-    def loss_of(images: Tensor, state: Tensor, words: Tensor, chunk: Tensor) -> dict[str, Tensor]:
-        batch = Batch(images, state, words, chunk)
-        return policy_losses(model.main, model.draft, tokenizer, batch, config.loss)
-
-    compiled = torch.compile(loss_of) if config.loop.compile else loss_of
+    remembered = config.remembered_chunks if model.light is not None else 0
 
     def losses() -> dict[str, Tensor]:
-        frames = torch.randint(0, len(dataset), (config.loop.batch_size,), device=device)
-        batch = dataset.batch(frames, config.augment)
-        return compiled(batch.images, batch.state, batch.words, batch.chunk)
+        batch = dataset.batch(*dataset.draw(config.loop.batch_size, remembered), augment=config.augment)
+        return policy_losses(model.main, model.draft, model.light, tokenizer, batch, config.loss)
 
     resolved = describe(config)
     ema = train(model, losses, config.loop, config.output, device, resolved)

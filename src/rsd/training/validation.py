@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from rsd.decoding.acceptance import acceptance_rule
-from rsd.decoding.strategies import STRATEGIES, Decoded, Decoder, Stopwatch, Strategy
+from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Scene, Stopwatch
+from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy
 from rsd.policy import RsdModel
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.training.dataset import FrameDataset
+from rsd.training.dataset import Batch, FrameDataset
 
 MAX_FRAMES, BATCH = 2048, 128
 
@@ -23,12 +24,14 @@ def validate(model: RsdModel, tokenizer: ActionTokenizer, dataset: FrameDataset)
     model.eval()
     count = min(MAX_FRAMES, len(dataset))
     frames = torch.linspace(0, len(dataset) - 1, count, device=dataset.state.device).long()
-    runs = [(name, name, "exact") for name in STRATEGIES if name != "rsd"]
+    runs = [(name, name, "exact") for name in STRATEGIES if name != "rsd" and name not in LIGHT]
     runs += [(f"rsd {rule}", "rsd", rule) for rule in ("margin", "agreement", "exact")]
+    if model.light is not None:
+        runs += [("light", "light", "margin"), ("rsd-fused margin", "rsd-fused", "margin")]
     report: dict[str, object] = {"frames": count, "episodes": dataset.episodes}
     for title, name, rule_name in runs:
         rule = acceptance_rule(rule_name, tokenizer.config.rfsq)
-        decoder = Decoder(model.main, model.draft, rule)
+        decoder = Decoder(model.main, model.draft, rule, light=model.light)
         parts = [_decode(decoder, STRATEGIES[name], tokenizer, dataset, part) for part in frames.split(BATCH)]
         row: dict[str, object] = {
             "l1_error": round(float(torch.cat([error for error, _, _ in parts]).mean()), 4),
@@ -47,10 +50,20 @@ def validate(model: RsdModel, tokenizer: ActionTokenizer, dataset: FrameDataset)
 def _decode(
     decoder: Decoder, strategy: Strategy, tokenizer: ActionTokenizer, dataset: FrameDataset, frames: Tensor
 ) -> tuple[Tensor, Tensor, Decoded]:
-    batch = dataset.batch(frames)
-    prefix = decoder.main.embed_prefix(batch.images, batch.state, decoder.main.encode_text(batch.words))
-    decoded = strategy(decoder, prefix, Stopwatch(frames.device))
+    watch, memory = Stopwatch(frames.device), EpisodeMemory()
+    if strategy in (STRATEGIES[name] for name in LIGHT):  # remembers the main's run one chunk ago
+        strategy(decoder, _scene(decoder, dataset, dataset.earlier(frames, 1), memory)[0], watch)
+    scene, batch = _scene(decoder, dataset, frames, memory)
+    decoded = strategy(decoder, scene, watch)
+    decoder.check()
     value = tokenizer.to_normalised(decoded.value.float() * tokenizer.first_step)
     wanted = tokenizer.to_normalised(tokenizer.to_coefficients(batch.chunk))
     right = decoded.gripper == tokenizer.gripper_symbols(batch.chunk)
     return (value - wanted).abs().mean((1, 2)), right.float().mean(1), decoded
+
+
+def _scene(
+    decoder: Decoder, dataset: FrameDataset, frames: Tensor, memory: EpisodeMemory
+) -> tuple[Scene, Batch]:
+    batch = dataset.batch(frames)
+    return Scene(batch.images, batch.state, decoder.main.encode_text(batch.words), memory), batch

@@ -1,0 +1,245 @@
+"""What decoding strategies are made of: the models at hand, what is seen, what comes out, and the steps between.
+
+Values of motion scalars are in units of the tokenizer's first step D_1. All greedy. A model output that is not finite
+is noted and raises `RsdError` before anything leaves the policy: a NaN would win an argmax as an ordinary token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rsd.decoding.acceptance import AcceptanceRule
+from rsd.models.draft import DraftModel
+from rsd.models.light_draft import LightDraft, Memory
+from rsd.models.main import MainModel
+from rsd.models.trunk import KVCache
+from rsd.tokenizer.rfsq import Rfsq
+from rsd.types import RsdError
+
+
+class Stopwatch:
+    """Wall time by stage in milliseconds; the device is synchronised at both ends of a stage."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.ms = device, dict[str, float]()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (self._now() - start)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@dataclass
+class EpisodeMemory:
+    """What an episode's earlier chunks leave behind: the light draft's view of the main's last run, chunks since
+    then without the main, and the gripper symbol executed last, int [B]."""
+
+    main: Memory | None = None
+    skipped: int = 0
+    gripper: Tensor | None = None
+
+
+@dataclass
+class Scene:
+    """images [B, 2, 3, S, S] in [-0.5, 0.5]; state features [B, 11]; text: language tokens and condition."""
+
+    images: Tensor
+    state: Tensor
+    text: tuple[Tensor, Tensor]
+    memory: EpisodeMemory = field(default_factory=EpisodeMemory)
+
+    def prefix(self, main: MainModel, watch: Stopwatch) -> Tensor:
+        """The main's prefix tokens [B, N, D]: its whole perception."""
+        with watch.stage("vision"):
+            return main.embed_prefix(self.images, self.state, self.text)
+
+
+@dataclass
+class Decoded:
+    """value: [B, P] chunk coefficients in first steps; gripper: int [B, H], 1 = close; motion: tokens
+    [B, L, P] or None where a strategy gives no tokens; the rest is counted per sample (see `ChunkStats`)."""
+
+    value: Tensor
+    gripper: Tensor
+    motion: Tensor | None = None
+    main_passes: int = 0
+    prefills: int = 1
+    num_draft_tokens: list[int] = field(default_factory=list)  # per level
+    accepted: Tensor | None = None  # bool [B, c, P]
+    accepted_gripper: Tensor | None = None  # bool [B, H]
+    accepted_levels: Tensor | None = None  # int [B]
+    proposal: Proposal | None = None
+
+
+@dataclass
+class Proposal:
+    """What a draft with its own perception has to say: coarse tokens [B, c, P], gripper int [B, H], its whole chunk
+    [B, P] in first steps, and how many mm it expects to lead the fingertip away from the main's chunk [B]."""
+
+    motion: Tensor
+    gripper: Tensor
+    value: Tensor
+    expected_deviation_mm: Tensor
+
+
+@dataclass(frozen=True)
+class SkipRule:
+    """The main stays idle while the draft expects to deviate less than threshold_mm, at most max_skips chunks in a
+    row, never where the gripper switches and never at an episode's start."""
+
+    threshold_mm: float = 0.0
+    max_skips: int = 3
+
+    def may_skip(self, memory: EpisodeMemory, proposal: Proposal) -> bool:
+        """Whether the proposal may be executed as it is (one observation)."""
+        if memory.main is None or memory.gripper is None or memory.skipped >= self.max_skips:
+            return False
+        steady = (proposal.gripper == memory.gripper[:, None]).all()
+        return bool((steady & (proposal.expected_deviation_mm < self.threshold_mm)).all())
+
+
+@dataclass
+class Decoder:
+    """What a strategy works with. fine: how `rsd` gets the fine levels, `regress` or `sequential`."""
+
+    main: MainModel
+    draft: DraftModel
+    rule: AcceptanceRule
+    fine: str = "regress"
+    light: LightDraft | None = None
+    skip: SkipRule = field(default_factory=SkipRule)
+    checks: list[Tensor] = field(default_factory=list)
+
+    @property
+    def code(self) -> Rfsq:
+        """The quantiser in units of D_1."""
+        return Rfsq(self.main.code)
+
+    def finite(self, output: Tensor) -> Tensor:
+        """The output as it is; `check` will look whether it was finite (looking at once would stop a GPU)."""
+        self.checks.append(torch.isfinite(output).all())
+        return output
+
+    def check(self) -> None:
+        """Raise `RsdError` if any output since the last check was not finite."""
+        checks, self.checks = self.checks, []
+        if checks and not torch.stack(checks).all():
+            raise RsdError("the model gave non-finite output: damaged weights or an observation far out of range")
+
+
+def greedy_gripper(decoder: Decoder, features: Tensor) -> Tensor:
+    """Block-1 features -> int64 [B, H], 1 = close."""
+    return (decoder.finite(decoder.main.gripper_logits(features)) > 0).long()
+
+
+def greedy(decoder: Decoder, logits: Tensor) -> Tensor:
+    """Logits [..., K] -> symbols int64 [...]."""
+    return decoder.finite(logits).argmax(-1)
+
+
+def propose(decoder: Decoder, features: Tensor) -> tuple[Tensor, Tensor]:
+    """The draft's greedy symbols [B, c, P] and its gripper [B, H] from the main's block-1 features."""
+    return draft_levels(decoder, decoder.draft, features)
+
+
+def scout(decoder: Decoder, scene: Scene) -> Proposal:
+    """The light draft's proposal, made before the main has seen anything."""
+    light = decoder.light
+    if light is None:
+        raise RsdError("this checkpoint has no light draft: decode with rsd, l1 or ar, or train one (`policy.light`)")
+    state = decoder.main.normalise(scene.state)
+    features = light.perceive(scene.images, state, scene.text[1], scene.memory.main)
+    motion, gripper = draft_levels(decoder, light.levels, features)
+    coarse = decoder.code.dequantise(motion)
+    value = coarse + decoder.finite(light.remainder(features, coarse, gripper))
+    deviation = decoder.finite(light.log_deviation(features)).exp() - 1
+    return Proposal(motion, gripper, value, deviation)
+
+
+def draft_levels(decoder: Decoder, model: DraftModel, features: Tensor) -> tuple[Tensor, Tensor]:
+    """A draft's greedy symbols [B, c, P], level by level, and its gripper [B, H]."""
+    code = decoder.code
+    read, gripper_logits = model.read(features)
+    gripper = (decoder.finite(gripper_logits) > 0).long()
+    scalars = decoder.main.horizon * decoder.main.motion_dim
+    motion = torch.empty(len(read), 0, scalars, dtype=torch.long, device=read.device)
+    for level in range(1, model.config.levels + 1):
+        symbols = greedy(decoder, model.logits(read, code.dequantise(motion), gripper, level))
+        motion = torch.cat([motion, symbols.unsqueeze(1)], dim=1)
+    return motion, gripper
+
+
+def prefixes_of(decoder: Decoder, drafted: Tensor) -> list[Tensor]:
+    """What the blocks 2..c+1 are told given the drafted levels 1..c, each [B, P]."""
+    return [decoder.code.dequantise(drafted[:, :level]) for level in range(1, drafted.shape[1] + 1)]
+
+
+def verify(decoder: Decoder, drafted: Tensor, gripper: Tensor, cache: KVCache) -> list[Tensor]:
+    """One pass over the blocks 2..c+1 given the drafted levels 1..c -> their features."""
+    return decoder.main.extend(prefixes_of(decoder, drafted), gripper, 2, cache)
+
+
+def extend_greedily(decoder: Decoder, motion: Tensor, gripper: Tensor, cache: KVCache) -> tuple[Tensor, int]:
+    """Decode the levels that `motion` [B, k, P] lacks, one pass each -> all levels [B, L, P], passes."""
+    main, code, passes = decoder.main, decoder.code, 0
+    for level in range(motion.shape[1] + 1, main.code.levels + 1):
+        (features,) = main.extend([code.dequantise(motion)], gripper, level, cache)
+        motion = torch.cat([motion, greedy(decoder, main.logits(features, level)).unsqueeze(1)], dim=1)
+        passes += 1
+    return motion, passes
+
+
+def regress_fine(decoder: Decoder, drafted: Tensor, blocks: list[Tensor], kept: Tensor) -> Tensor:
+    """A scalar's first kept[b, p] drafted levels plus what the block after them says they miss -> [B, P].
+
+    blocks[k] is the main's block that has seen the levels 1..k.
+    """
+    estimates = torch.stack(
+        [
+            decoder.code.dequantise(drafted[:, :level]) + decoder.finite(decoder.main.residual(block, level + 1))
+            for level, block in enumerate(blocks)
+        ],
+        dim=1,
+    )  # [B, c+1, P]
+    return estimates.gather(1, kept.unsqueeze(1)).squeeze(1)
+
+
+def requantise(code: Rfsq, value: Tensor, drafted: Tensor, kept: Tensor) -> Tensor:
+    """Tokens [B, L, P] of `value` [B, P] that begin, scalar by scalar, with kept[b, p] of the drafted symbols.
+
+    A drafted digit after which the finer levels could no longer reach the value gives way to the value's own (the
+    margins of a redundant code hold one level at a time, not all together), so inside the code's span the tokens
+    are within half the last step of `value` whatever was drafted.
+    """
+    config, residual, symbols = code.config, value, []
+    stands = torch.ones_like(value, dtype=torch.bool)
+    for level in range(1, config.levels + 1):
+        digit = code.digit(residual, level)
+        if level <= drafted.shape[1]:
+            proposed = (drafted[:, level - 1] - config.half).to(value.dtype)
+            reach = (config.tail_reach(level) + 0.5 * config.weight(config.levels)) * code.first_step
+            left = residual - proposed * code.step(level)
+            stands = stands & (kept >= level) & (left.abs() <= reach)
+            digit = torch.where(stands, proposed, digit)
+        residual = residual - digit * code.step(level)
+        symbols.append(digit.long() + config.half)
+    return torch.stack(symbols, dim=1)
+
+
+def single(kept: Tensor) -> int:
+    """The one accepted length; sequential decoding goes sample by sample."""
+    if len(kept) != 1:
+        raise RsdError(f"fine='sequential' decodes one observation at a time, found a batch of {len(kept)}")
+    return int(kept)
