@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rsd.decoding.steps import SkipRule
 from rsd.decoding.strategies import STRATEGIES
+from rsd.models.main import MainModel
 from rsd.policy import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, PolicyConfig, RsdModel, RsdPolicy, load_weights
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import Observation, RsdError
@@ -306,6 +308,12 @@ def last_linear(model: RsdModel, head: str) -> Tensor:
     return module.bias  # type: ignore[return-value]
 
 
+LIGHT_HEADS = (
+    "light.levels.level_head",
+    "light.levels.gripper_head",
+    "light.residual_head",
+    "light.deviation_head",
+)
 USED_HEADS = {
     ("ar", "regress"): ("main.level_head", "main.gripper_head"),
     ("parallel", "regress"): ("main.parallel_head", "main.gripper_head"),
@@ -324,6 +332,9 @@ USED_HEADS = {
         "draft.level_head",
         "draft.gripper_head",
     ),
+    ("rsd-skip", "regress"): (*LIGHT_HEADS, "main.level_head", "main.gripper_head", "main.residual_head"),
+    ("rsd-fused", "regress"): (*LIGHT_HEADS, "main.level_head", "main.gripper_head", "main.residual_head"),
+    ("light", "regress"): LIGHT_HEADS,
 }
 
 
@@ -351,7 +362,7 @@ def test_non_finite_model_output_raises(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decode": "fast"}, "decode 'fast': expected one of ar, parallel, l1, rsd, draft"),
+        ({"decode": "fast"}, "decode 'fast': expected one of ar, parallel, l1, rsd, rsd-fused, rsd-skip, draft, light"),
         ({"acceptance": "always"}, "acceptance 'always'"),
         ({"fine": "coarse"}, "fine 'coarse': expected regress or sequential"),
     ],
@@ -366,3 +377,67 @@ def test_config_survives_json(tiny_config: PolicyConfig, tokenizer: ActionTokeni
     policy.save_pretrained(tmp_path)
     content = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert PolicyConfig.from_json(content["policy"]) == tiny_config
+
+
+# memory of the episode
+
+
+def light_policy(policy: RsdPolicy, decode: str, **options: Any) -> RsdPolicy:
+    return RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode, **options)
+
+
+def test_skipping_leaves_the_main_idle_until_it_has_to_look_again(
+    policy: RsdPolicy, make_observation: MakeObservation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for gripper in (policy.model.main.gripper_head, policy.model.light.levels.gripper_head):
+        gripper.bias.data.fill_(-100.0)  # open throughout: no switch forces the main
+    skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=2))
+    looks = list[bool]()
+    see = MainModel.embed_prefix
+    monkeypatch.setattr(MainModel, "embed_prefix", lambda *a: looks.append(True) or see(*a))
+    stats = [skipping.predict(make_observation(seed)).stats for seed in range(7)]
+    assert [s.prefills for s in stats] == [1, 0, 0, 1, 0, 0, 1]
+    assert len(looks) == 3
+    assert all("prefill" not in s.latency_ms for s in stats if not s.prefills)
+    assert all(np.isfinite(s.expected_deviation_mm) for s in stats)
+    assert [bool(s.num_draft_tokens) for s in stats] == [bool(s.prefills) for s in stats]
+    skipping.reset()
+    assert skipping.predict(make_observation(9)).stats.prefills == 1
+
+
+def test_a_gripper_switch_forces_the_main(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+    policy.model.main.gripper_head.bias.data.fill_(-100.0)
+    policy.model.light.levels.gripper_head.bias.data.fill_(100.0)
+    skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=2))
+    chunks = [skipping.predict(make_observation(seed)) for seed in range(4)]
+    assert [chunk.stats.prefills for chunk in chunks] == [1, 1, 1, 1]
+    assert all((chunk.actions[:, -1] == -1).all() for chunk in chunks)  # and has the last word
+
+
+def test_no_threshold_no_skip(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+    skipping = light_policy(policy, "rsd-skip")
+    fused = light_policy(policy, "rsd-fused")
+    for seed in range(4):
+        observation = make_observation(seed)
+        chunk = skipping.predict(observation)
+        assert chunk.stats.prefills == 1
+        assert np.array_equal(chunk.actions, fused.predict(observation).actions)
+
+
+def test_the_memory_is_of_this_episode(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+    fused = light_policy(policy, "rsd-fused")
+    fresh = fused.predict(make_observation(3)).stats.expected_deviation_mm
+    again = fused.predict(make_observation(3)).stats.expected_deviation_mm
+    fused.reset()
+    assert fresh != again
+    assert fused.predict(make_observation(3)).stats.expected_deviation_mm == fresh
+
+
+def test_a_checkpoint_without_light_draft_decodes_the_other_ways(
+    tiny_config: PolicyConfig, tokenizer: ActionTokenizer, make_observation: MakeObservation, tmp_path: Path
+) -> None:
+    config = replace(tiny_config, light=None)
+    RsdPolicy(RsdModel(config, tokenizer), tokenizer, config).save_pretrained(tmp_path)
+    RsdPolicy.from_pretrained(tmp_path, decode="rsd").predict(make_observation())
+    with pytest.raises(RsdError, match=r"decode 'rsd-fused': this checkpoint has no light draft; use rsd"):
+        RsdPolicy.from_pretrained(tmp_path, decode="rsd-fused")

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rsd.decoding.acceptance import acceptance_rule
+from rsd.decoding.recorded import RecordedStrategy
 from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Scene, SkipRule, Stopwatch
-from rsd.decoding.strategies import LIGHT, STRATEGIES
+from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy
 from rsd.json_files import read_versioned
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.light_draft import LightDraft, LightDraftConfig
@@ -79,6 +80,7 @@ class RsdPolicy:
         acceptance: str | None = None,
         fine: str | None = None,
         skip: SkipRule | None = None,
+        cuda_graphs: bool = True,
         provenance: dict[str, Any] | None = None,
     ) -> None:
         if decode not in STRATEGIES:
@@ -96,7 +98,9 @@ class RsdPolicy:
         self.decode = decode
         self.acceptance = rule.name if decode.startswith("rsd") else ""
         self.decoder = Decoder(model.main, model.draft, rule, fine, model.light, skip or SkipRule())
-        self._strategy = STRATEGIES[decode]
+        self._strategy: Strategy = STRATEGIES[decode]
+        if cuda_graphs and self.device.type == "cuda" and fine == "regress":
+            self._strategy = RecordedStrategy(decode)
         self._memory = EpisodeMemory()
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -137,10 +141,10 @@ class RsdPolicy:
                 found = " x ".join(map(str, observation.images.shape[1:3]))
                 raise RsdError(f"observation images: expected {size} x {size} pixels, found {found}")
         pixels = torch.from_numpy(np.stack([o.images for o in observations])).to(self.device)
-        state = torch.from_numpy(np.stack([o.state for o in observations])).to(self.device)
+        state = state_features(torch.from_numpy(np.stack([o.state for o in observations]))).to(self.device)
         texts = [self._encode_text(o.instruction) for o in observations]
         text = torch.cat([t for t, _ in texts]), torch.cat([c for _, c in texts])
-        return pixels.permute(0, 1, 4, 2, 3).float() / 255.0 - 0.5, state_features(state), text
+        return pixels.permute(0, 1, 4, 2, 3).float() / 255.0 - 0.5, state, text
 
     def _encode_text(self, instruction: str) -> tuple[Tensor, Tensor]:
         if instruction not in self._texts:
@@ -192,6 +196,7 @@ class RsdPolicy:
         decode: str = "rsd",
         acceptance: str | None = None,
         fine: str | None = None,
+        cuda_graphs: bool = True,
     ) -> RsdPolicy:
         """Load a checkpoint directory, or a hub repository of one; `RsdError` on anything missing or odd."""
         if device.startswith("cuda") and not torch.cuda.is_available():
@@ -203,7 +208,14 @@ class RsdPolicy:
         load_weights(model, directory / WEIGHTS_FILE)
         model.to(device)
         return cls(
-            model, tokenizer, config, decode=decode, acceptance=acceptance, fine=fine, provenance=provenance
+            model,
+            tokenizer,
+            config,
+            decode=decode,
+            acceptance=acceptance,
+            fine=fine,
+            cuda_graphs=cuda_graphs,
+            provenance=provenance,
         )
 
 

@@ -1,6 +1,8 @@
 """Equivalences of the decoding strategies on random weights, in float64: no argmax hangs on its last bit."""
 
+import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch, requantise
 from rsd.decoding.strategies import LIGHT, STRATEGIES
 from rsd.models.main import MainModel
+from rsd.models.text import word_ids
 from rsd.policy import RsdModel
 from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
 from rsd.types import RsdError
@@ -316,3 +319,52 @@ def test_stopwatch_adds_up_a_stage() -> None:
         with watch.stage("verify"):
             first = watch.ms.get("verify", 0.0)
     assert watch.ms["verify"] > first > 0.0
+
+
+# a draft with its own perception
+
+
+def seen(model: RsdModel, seed: int) -> Scene:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(1, 2, 3, 32, 32, generator=generator, dtype=torch.float64) - 0.5
+    state = torch.randn(1, 11, generator=generator, dtype=torch.float64)
+    return Scene(images, state, model.main.encode_text(word_ids(["open the drawer"])))
+
+
+@torch.no_grad()
+def run(name: str, decoder: Decoder, scene: Scene) -> Decoded:
+    return STRATEGIES[name](decoder, scene, Stopwatch(torch.device("cpu")))
+
+
+def test_fused_and_exact_gives_the_tokens_of_ar_whatever_the_light_draft_proposes(model: RsdModel) -> None:
+    model = copy.deepcopy(model)
+    decoder = replace(decoder_of(model, "exact", "sequential"), light=model.light)
+    agreed = set[bool]()
+    for seed in range(30):
+        with torch.no_grad():  # a draft that is as sure of the open as of the closed gripper
+            model.light.levels.gripper_head.bias.fill_(100.0 if seed % 2 else -100.0)
+            model.main.gripper_head.bias.fill_(100.0 if seed % 3 else -100.0)
+        scene = seen(model, seed)
+        expected = run("ar", decoder, scene)
+        for _ in range(2):  # without and with a memory
+            found = run("rsd-fused", decoder, scene)
+            assert same(found, expected)
+            assert found.proposal is not None
+            agreed.add(torch.equal(found.proposal.gripper, expected.gripper))
+    assert agreed == {True, False}  # both ways were tried
+
+
+def test_riding_in_the_prefill_is_prefill_and_verification_in_one(model: RsdModel) -> None:
+    decoder = replace(decoder_of(model, "margin"), light=model.light)
+    scene = seen(model, 0)
+    with torch.no_grad():
+        prefix = scene.prefix(model.main, Stopwatch(torch.device("cpu")))
+        proposal = strategies.scout(decoder, scene)
+        features, cache = model.main.prefill(prefix)
+        two = [features, *strategies.verify(decoder, proposal.motion, proposal.gripper, cache)]
+        told = strategies.prefixes_of(decoder, proposal.motion)
+        one, fused_cache = model.main.prefill_blocks(prefix, told, proposal.gripper)
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(one, two, strict=True))
+    assert fused_cache.length == cache.length
+    assert torch.allclose(fused_cache.values[-1], cache.values[-1], atol=1e-9)
+    assert run("rsd-fused", decoder, scene).main_passes == 0

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rsd.data.demonstrations import load_demonstrations
+from rsd.data.demonstrations import Demonstration, load_demonstrations
 from rsd.models.text import word_ids
 from rsd.training.dataset import (
     WORDINGS,
@@ -20,6 +21,7 @@ from rsd.training.dataset import (
 from rsd.training.paraphrase import SYNONYMS, paraphrases
 from rsd.types import RsdError
 
+STEPS = 24  # of each of conftest's episodes
 CPU = torch.device("cpu")
 SPATIAL = [
     f"pick up the black bowl {where} and place it on the plate"
@@ -73,7 +75,7 @@ def test_frames_of_all_demonstrations_in_their_order(dataset: FrameDataset, demo
 def test_augmentation_varies_words_images_and_state_and_no_target(dataset: FrameDataset) -> None:
     torch.manual_seed(0)
     frame = torch.zeros(400, dtype=torch.long)
-    plain, batch = dataset.batch(frame), dataset.batch(frame, Augmentation())
+    plain, batch = dataset.batch(frame), dataset.batch(frame, augment=Augmentation())
     assert torch.equal(batch.chunk, plain.chunk)
     assert batch.images.abs().max() <= 0.5
     assert (batch.images != batch.images[0]).any()
@@ -160,3 +162,49 @@ def test_paraphrases_use_every_wording_of_every_phrase(instruction: str) -> None
 
 def test_an_instruction_without_known_phrases_has_one_wording() -> None:
     assert paraphrases("open the drawer", WORDINGS) == ["open the drawer"]
+
+
+def every_nth(folder: Path, n: int) -> list[Demonstration]:
+    found = []
+    for whole in load_demonstrations(folder):
+        assert whole.images is not None
+        found.append(replace(whole, images=whole.images[::n], image_every=n))
+    return found
+
+
+def test_frames_of_every_fourth_step_keep_every_action(demonstrations: Path, dataset: FrameDataset) -> None:
+    sparse = FrameDataset(every_nth(demonstrations, 4), 8, CPU)
+    kept = torch.cat([torch.arange(start, start + STEPS, 4) for start in range(0, len(dataset), STEPS)])
+    assert len(sparse) == len(kept) == len(dataset) // 4
+    for name in ("images", "state", "chunk", "task"):
+        assert torch.equal(getattr(sparse, name), getattr(dataset, name)[kept]), name
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_pairs_lie_whole_chunks_apart_in_one_episode(demonstrations: Path, every: int) -> None:
+    dataset = FrameDataset(every_nth(demonstrations, every), 8, CPU)
+    torch.manual_seed(0)
+    frames, paired = dataset.draw(2000, 2)
+    assert paired
+    now, earlier = frames.chunk(2)
+    rows = STEPS // every
+    assert torch.equal(now // rows, earlier // rows)
+    apart = (now - earlier) * every
+    at_start = earlier % rows == 0
+    assert set(apart[~at_start].tolist()) == {8, 16} if every == 1 else {8}
+    assert (apart[at_start] <= 16).all()
+    assert len(set(now.tolist())) > 0.9 * len(dataset)
+
+    single, paired = dataset.draw(7)
+    assert not paired
+    assert len(single) == 7
+
+
+def test_impossible_pairs_are_refused(demonstrations: Path, dataset: FrameDataset) -> None:
+    with pytest.raises(RsdError, match="expected an even batch size, found 7"):
+        dataset.draw(7, 2)
+    with pytest.raises(RsdError, match=r"a divisor of 8, found every 3; render again"):
+        FrameDataset(every_nth(demonstrations, 3), 8, CPU).draw(8, 2)
+    mixed = [*every_nth(demonstrations, 1), *every_nth(demonstrations, 2)]
+    with pytest.raises(RsdError, match=r"every 2. step, others have every 1"):
+        FrameDataset(mixed, 8, CPU)

@@ -1,3 +1,4 @@
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training.dataset import Batch, FrameDataset
 from rsd.training.losses import LossConfig, draft_losses, jittered, policy_losses
+from rsd.types import RsdError
 
 CPU = torch.device("cpu")
 
@@ -135,16 +137,48 @@ def test_draft_digits_are_its_own_where_asked_and_the_truth_elsewhere(
     assert not torch.equal(found[::2], true[::2])
 
 
+def paired(batch: Batch) -> Batch:
+    """The same batch, its second half taken for earlier moments of the first."""
+    even = len(batch.chunk) // 2 * 2
+    rows = (getattr(batch, field.name)[:even] for field in fields(batch) if field.name != "paired")
+    return Batch(*rows, paired=True)
+
+
+def losses_of(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> dict[str, Tensor]:
+    return policy_losses(model.main, model.draft, model.light, tokenizer, paired(batch), LossConfig())
+
+
 def test_losses_are_finite_and_train_every_parameter(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
-    losses = policy_losses(model.main, model.draft, None, tokenizer, batch, LossConfig())
-    assert {"levels", "parallel", "gripper", "l1", "regress", "draft", "total"} == set(losses)
+    losses = losses_of(model, tokenizer, batch)
+    drafts = {"draft", "light", "light_regress", "deviation"}
+    assert {"levels", "parallel", "gripper", "l1", "regress", "total"} | drafts == set(losses)
     assert all(torch.isfinite(value) and value.ndim == 0 for value in losses.values())
     losses["total"].backward()
     untouched = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert untouched == []
 
 
-def test_the_drafts_loss_does_not_reach_the_main(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
-    policy_losses(model.main, model.draft, None, tokenizer, batch, LossConfig())["draft"].backward()
-    assert all(p.grad is None for p in model.main.parameters())
-    assert any(p.grad is not None for p in model.draft.parameters())
+@pytest.mark.parametrize(
+    ("loss", "trained"),
+    [("draft", ("draft",)), ("light", ("light",)), ("light_regress", ("light",)), ("deviation", ("light",))],
+)
+def test_a_drafts_losses_reach_that_draft_alone(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, loss: str, trained: tuple[str, ...]
+) -> None:
+    losses_of(model, tokenizer, batch)[loss].backward()
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == set(trained)
+
+
+def test_the_deviation_loss_trains_the_self_assessment_alone(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch
+) -> None:
+    losses_of(model, tokenizer, batch)["deviation"].backward()
+    reached = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert reached
+    assert all(name.startswith("light.deviation_head") for name in reached)
+
+
+def test_a_light_draft_needs_pairs_of_frames(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
+    with pytest.raises(RsdError, match="expected a batch of paired frames"):
+        policy_losses(model.main, model.draft, model.light, tokenizer, batch, LossConfig())

@@ -35,9 +35,9 @@ def exact(drafted: Tensor, logits: Tensor) -> Tensor:
 
 def margin(drafted: Tensor, logits: Tensor, code: RfsqConfig) -> Tensor:
     """Digit within the distance that the finer levels of a redundant code take out (`RfsqConfig.margin`)."""
-    levels = range(1, drafted.shape[1] + 1)
-    allowed = torch.tensor([code.margin(level) for level in levels], device=drafted.device)
-    return (drafted - logits.argmax(-1)).abs() <= allowed[:, None]
+    apart = (drafted - logits.argmax(-1)).abs()
+    levels = range(drafted.shape[1])
+    return torch.stack([apart[:, level] <= code.margin(level + 1) for level in levels], dim=1)
 
 
 def agreement(drafted: Tensor, logits: Tensor, share: float) -> Tensor:

@@ -25,7 +25,7 @@ from rsd.types import Observation, RsdError
 from rsd.versions import versions
 
 FORMAT = 1
-STAGES = ("preprocess", "vision", "prefill", "draft", "verify", "decode", "total")
+STAGES = ("preprocess", "vision", "prefill", "draft", "main", "verify", "decode", "total")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class LatencyConfig:
     """Decoders, in the order of the columns."""
     suite: str = "libero_spatial"
     """Suite whose tasks give the observations: initial state 0 of each, and two chunks later."""
+    num_tasks: int = 10
+    """Take the observations from the first so many tasks."""
+    cuda_graphs: bool = True
+    """On a GPU, replay every decoder from CUDA graphs."""
     rounds: int = 20
     """Predictions per decoder and observation."""
     warmup: int = 5
@@ -55,8 +59,9 @@ class LatencyConfig:
                 raise RsdError(f"--decode '{name}': expected some of {', '.join(STRATEGIES)}")
         if len(set(self.decode)) < len(self.decode):
             raise RsdError(f"--decode {' '.join(self.decode)}: expected each decoder once")
-        if self.rounds < 1 or self.warmup < 0 or self.threads < 0 or not self.decode:
-            raise RsdError(f"latency: expected rounds >= 1, warmup >= 0, threads >= 0, a decoder; found {self}")
+        if min(self.rounds, self.num_tasks) < 1 or self.warmup < 0 or self.threads < 0 or not self.decode:
+            expected = "rounds >= 1, num_tasks >= 1, warmup >= 0, threads >= 0, a decoder"
+            raise RsdError(f"latency: expected {expected}; found {self}")
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,13 @@ class LatencyRecord:
     milliseconds: dict[str, dict[str, list[float]]]
 
 
-def observations(suite: str, image_size: int, policy: RsdPolicy) -> list[Observation]:
-    """Two real observations of each of the suite's first ten tasks: at the start, and two chunks into the motion."""
+def observations(suite: str, num_tasks: int, policy: RsdPolicy) -> list[Observation]:
+    """Two real observations of each of the suite's first tasks: at the start, and two chunks into the motion."""
     from rsd.sim.suites import suite_tasks
 
     found = []
-    for task in suite_tasks(suite)[:10]:
-        env = LiberoEnv(suite, task.task_id, image_size)
+    for task in suite_tasks(suite)[:num_tasks]:
+        env = LiberoEnv(suite, task.task_id, policy.image_size)
         try:
             env.reset(options={"init_state": 0})
             found.append(env.observation())
@@ -92,9 +97,9 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     """Run the measurement, print the table, write the JSON."""
     torch.set_num_threads(config.threads or available_cores())
     load = RsdPolicy.from_pretrained
-    policies = {name: load(config.policy, device=config.device, decode=name) for name in config.decode}
-    first = next(iter(policies.values()))
-    seen = observations(config.suite, first.image_size, first)
+    graphs = config.cuda_graphs
+    policies = {n: load(config.policy, device=config.device, decode=n, cuda_graphs=graphs) for n in config.decode}
+    seen = observations(config.suite, config.num_tasks, next(iter(policies.values())))
     times: dict[str, dict[str, list[float]]] = {name: {} for name in policies}
     order = list(policies)
     start = time.perf_counter()
@@ -131,7 +136,8 @@ def latency_table(record: LatencyRecord) -> Table:
         for by_stage in record.milliseconds.values():
             present = by_stage.get(stage)
             cells.append("{:.1f} / {:.1f}".format(*percentiles(present)) if present else "")
-        table.add_row(stage, *cells)
+        if any(cells):
+            table.add_row(stage, *cells)
     totals = [percentiles(by_stage["total"])[0] for by_stage in record.milliseconds.values()]
     table.add_row("speed-up of p50", "", *(f"{totals[0] / total:.2f}x" for total in totals[1:]))
     return table

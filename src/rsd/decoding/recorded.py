@@ -1,0 +1,124 @@
+"""Strategies on a GPU without their launches: recorded once as CUDA graphs, replayed for every observation.
+
+A compact policy is a thousand small kernels; launching them one by one takes longer than computing them. Every
+strategy gets the same treatment. What the host has to decide (skip the main or not) lies between two graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, Stopwatch, scout
+from rsd.decoding.strategies import LIGHT, STRATEGIES, in_prefill, unverified
+from rsd.models.light_draft import Memory
+
+
+class Silent(Stopwatch):
+    """Takes no time: a recording must not wait for the device."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        yield
+
+
+class Recording:
+    """A call on CUDA tensors as one graph. Its results are the same tensors every time, with new contents."""
+
+    def __init__(self, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]) -> None:
+        self.inputs = [tensor.clone() for tensor in inputs]
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # libraries choose algorithms and allocate workspaces
+                call(self.inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = call(self.inputs)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.result
+
+
+class RecordedStrategy:
+    """A strategy of `STRATEGIES` (with regressed fine levels, which need no decision of the host) replayed from graphs.
+
+    Stages: `draft` and `main`. One observation at a time, of one shape.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._recordings: dict[str, Recording] = {}
+
+    def __call__(self, decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
+        if self.name not in LIGHT:
+            strategy = STRATEGIES[self.name]
+            with watch.stage("main"):
+                return self._replay("main", decoder, seen(scene), lambda x: strategy(decoder, scene_of(x), silent(x)))
+        with watch.stage("draft"):
+            proposal = self._scout(decoder, scene)
+            if self.name == "rsd-skip" and decoder.skip.may_skip(scene.memory, proposal):
+                return unverified(proposal, scene.memory)
+        with watch.stage("main"):
+            decoded: Decoded
+            decoded, memory = self._replay(
+                "main", decoder, [*seen(scene), proposal.motion, proposal.gripper], lambda x: fused(decoder, x)
+            )
+        scene.memory.main, scene.memory.skipped, scene.memory.gripper = memory, 0, decoded.gripper[:, -1]
+        decoded.proposal = proposal
+        return Decoded(proposal.value, proposal.gripper, proposal=proposal) if self.name == "light" else decoded
+
+    def _scout(self, decoder: Decoder, scene: Scene) -> Proposal:
+        memory = scene.memory.main
+        if memory is None:
+            return self._replay("scout blind", decoder, seen(scene), lambda x: scout(decoder, scene_of(x)))
+        tensors = [*seen(scene), *memory.keys, *memory.values]
+        return self._replay("scout", decoder, tensors, lambda x: scout(decoder, scene_of(x)))
+
+    def _replay(
+        self, key: str, decoder: Decoder, inputs: Sequence[Tensor], call: Callable[[Sequence[Tensor]], Any]
+    ) -> Any:
+        if key not in self._recordings:
+            self._recordings[key] = Recording(lambda x: (call(x), sound(decoder)), inputs)
+        result, finite = self._recordings[key](inputs)
+        decoder.checks.append(finite)
+        return result
+
+
+def seen(scene: Scene) -> list[Tensor]:
+    return [scene.images, scene.state, *scene.text]
+
+
+def scene_of(tensors: Sequence[Tensor]) -> Scene:
+    """The inverse of `seen`, with what follows as the memory's keys and values."""
+    images, state, tokens, condition, *rest = tensors
+    half = len(rest) // 2
+    memory = Memory(list(rest[:half]), list(rest[half:])) if rest else None
+    return Scene(images, state, (tokens, condition), EpisodeMemory(memory))
+
+
+def fused(decoder: Decoder, tensors: Sequence[Tensor]) -> tuple[Decoded, Memory | None]:
+    """`in_prefill` on seen + drafted tokens and gripper -> the chunk and the new memory."""
+    *visible, motion, gripper = tensors
+    scene = scene_of(visible)
+    nothing = torch.zeros(0, device=motion.device)
+    decoded = in_prefill(decoder, scene, Proposal(motion, gripper, nothing, nothing), silent(tensors))
+    return decoded, scene.memory.main
+
+
+def silent(tensors: Sequence[Tensor]) -> Silent:
+    return Silent(tensors[0].device)
+
+
+def sound(decoder: Decoder) -> Tensor:
+    """Whether all outputs noted so far were finite; takes them off the decoder's list."""
+    checks, decoder.checks = decoder.checks, []
+    return torch.stack(checks).all()
