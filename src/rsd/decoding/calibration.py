@@ -93,7 +93,7 @@ class SkipCalibration:
 
     def allows(self, score: float, skipped: int, forced: bool = False) -> bool:
         """May this chunk go without the main, after `skipped` ones in a row that did? NaN never may."""
-        return score < self.threshold and skipped < self.max_skips and not forced
+        return bool(score < self.threshold and skipped < self.max_skips and not forced)
 
     def check_belongs(self, weights_sha256: str) -> None:
         """Raise unless calibrated for these weights: other weights have other scores."""
@@ -258,7 +258,9 @@ def fingertip_deviation(draft: Chunks, main: Chunks) -> Chunks:
 
     Norm of the summed difference of commanded translation plus `LEVER_METRES` times that of rotation (axis-angle,
     summed as vectors: exact to first order). The gripper is left out: it is binary, and the main is asked where
-    it switches. Commands, not motion: what the arm does of one within a step is less. Never waits for a device.
+    it switches. Commands, not motion: the controller's goal starts anew from where the arm is at every step, so the
+    arm travels less. Measured in LIBERO for steady commands of 8 steps, each axis and size alike: 0.20 of the
+    commanded translation at the chunk's end, 0.26 once at rest (rotation 0.3 to 0.5). Never waits for a device.
     """
     if isinstance(draft, np.ndarray):
         pair = (torch.tensor(np.asarray(chunk, dtype=np.float64)) for chunk in (draft, main))
