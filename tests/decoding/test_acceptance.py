@@ -102,6 +102,11 @@ def test_typical_accepts_more_where_the_main_is_unsure() -> None:
     assert not typical(drafted, sure, 0.3, 0.3).any()
 
 
+def test_typical_accepts_the_mains_choice_where_nothing_exceeds_the_threshold() -> None:
+    even = torch.zeros(1, 1, 7, 7)
+    assert typical(torch.arange(7).view(1, 1, 7), even, 1.0, 1.0).sum() == 1
+
+
 @given(names, judged())
 def test_exact_implies_every_rule(name: str, case: tuple[Tensor, Tensor]) -> None:
     """Level by level: a level that is the main's own stands, whatever happens in the others."""

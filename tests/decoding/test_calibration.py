@@ -128,6 +128,17 @@ def test_what_a_calibration_says_of_itself() -> None:
     assert all(hoeffding_bentkus(losses_of(t, *data).mean(), 80, ALPHA) <= DELTA for t in stricter)
 
 
+def test_no_threshold_beyond_the_first_that_fails_is_looked_at() -> None:
+    """A third of the episodes deviate on their most certain chunk alone. Their shares fall again as more chunks are
+    executed, but looking further until something passes is how a promise is broken."""
+    scores = np.tile(np.arange(1.0, T + 1), (60, 1)) + np.arange(60)[:, None] / 100
+    deviations = np.where((scores < 2) & (np.arange(60)[:, None] % 3 == 0), 20.0, 5.0)
+    forced = np.zeros_like(scores, dtype=bool)
+    assert losses_of(np.inf, scores, deviations, forced).mean() < 0.05
+    for test in TESTS["share"]:
+        assert fit((scores, deviations, forced), test=test).threshold < 2.0
+
+
 @given(st.integers(0, 50), st.sampled_from(LOSSES))
 def test_a_stricter_promise_never_skips_more(seed: int, loss: str) -> None:
     data = episodes(60, seed)
