@@ -19,6 +19,8 @@ MAX_STEPS = {  # after the wait steps
     "libero_90": 400,
 }
 GRIPPER_OPEN, GRIPPER_CLOSE = -1.0, 1.0
+# an action of 1.0 moves the goal of LIBERO's controller, robosuite's OSC_POSE, by this much in one step
+ACTION_METRES, ACTION_RADIANS = 0.05, 0.5
 
 
 def rotate_180(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

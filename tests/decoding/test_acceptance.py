@@ -4,7 +4,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rsd.decoding.acceptance import acceptance_rule, accepted_prefix, agreement, exact, margin
+from rsd.decoding.acceptance import (
+    ACCEPTANCE_RULES,
+    acceptance_rule,
+    accepted_prefix,
+    agreement,
+    distance,
+    exact,
+    margin,
+    typical,
+)
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
 
@@ -24,6 +33,32 @@ def drafts(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(draw(tokens)).view(2, c, 5) for _ in range(2))  # type: ignore[return-value]
 
 
+@st.composite
+def judged(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Drafted tokens [3, c, 5] and logits [3, c, 5, 7] on a grid that sums of small whole numbers keep exactly."""
+    c, seed = draw(st.integers(1, 8)), draw(st.integers(0, 2**31))
+    spread = draw(st.sampled_from([1, 8, 40]))  # quarters: from nearly uniform to nearly certain, with ties
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-spread, spread + 1, (3, c, 5, 7), generator=generator) / 4
+    near = (logits.argmax(-1) + torch.randint(-2, 3, (3, c, 5), generator=generator)).clamp(0, 6)
+    return torch.where(torch.rand(3, c, 5, generator=generator) < 0.5, logits.argmax(-1), near), logits
+
+
+shares = st.floats(0.01, 1.0).map(lambda share: f"{share:.4f}")
+names = st.one_of(
+    st.just("exact"),
+    st.just("margin"),
+    st.integers(0, 6).map(lambda bins: f"distance({bins})"),
+    shares.map(lambda share: f"typical({share})"),
+    st.tuples(shares, shares).map(lambda pair: f"typical({pair[0]},{pair[1]})"),
+    shares.map(lambda share: f"agreement({share})"),
+)
+
+
+def accepted(name: str, drafted: Tensor, logits: Tensor) -> Tensor:
+    return acceptance_rule(name, CODE).accept(drafted, logits)
+
+
 def test_exact_by_hand() -> None:
     drafted = torch.tensor([[[3, 4, 0], [6, 6, 1]]])
     own = torch.tensor([[[3, 5, 0], [6, 0, 1]]])
@@ -37,6 +72,100 @@ def test_margin_by_hand() -> None:
     assert accepted.sum(-1).tolist() == [5, 5, 5, 5, 5, 3, 3, 1]
     assert accepted[0].tolist() == [False, True, True, True, True, True, False]
     assert accepted[7].tolist() == [False, False, False, True, False, False, False]
+
+
+def test_distance_by_hand() -> None:
+    drafted = torch.arange(7).expand(1, 8, 7)
+    verdict = distance(drafted, prefers(torch.full((1, 8, 7), 2)), 1)
+    assert verdict[0].sum(-1).tolist() == [3] * 8
+    assert verdict[0, 7].tolist() == [False, True, True, True, False, False, False]
+
+
+def test_typical_by_hand() -> None:
+    """p = 0.5, 0.3, 0.1, 0.1 and nothing: H = 1.168 nats, exp(-H) = 0.311."""
+    p = torch.tensor([0.5, 0.3, 0.1, 0.1, 1e-9, 1e-9, 1e-9])
+    drafted, logits = torch.arange(7).view(1, 1, 7), p.log().expand(1, 1, 7, 7)
+
+    def passes(epsilon: float, delta: float) -> int:
+        return int(typical(drafted, logits, epsilon, delta).sum())
+
+    assert [passes(0.09, 0.3), passes(0.12, 0.3)] == [4, 4]  # 0.3 * 0.311 = 0.093 bounds both
+    assert [passes(0.12, 0.9), passes(0.31, 0.9)] == [2, 2]  # 0.12; 0.9 * 0.311 = 0.28
+    assert [passes(0.31, 1.0), passes(0.9, 1.0)] == [1, 1]
+
+
+def test_typical_accepts_more_where_the_main_is_unsure() -> None:
+    sure, unsure = torch.zeros(1, 1, 1, 7), torch.zeros(1, 1, 1, 7)
+    sure[..., 0], unsure[..., 0] = 8.0, 0.5
+    drafted = torch.tensor([[[3]]])
+    assert typical(drafted, unsure, 0.3, 0.3).all()
+    assert not typical(drafted, sure, 0.3, 0.3).any()
+
+
+def test_typical_accepts_the_mains_choice_where_nothing_exceeds_the_threshold() -> None:
+    """Equally likely symbols: 1/K > exp(-H) is false or a matter of the last bit."""
+    for symbols in range(2, 40):
+        assert typical(torch.zeros(1, 1, 1, dtype=torch.long), torch.zeros(1, 1, 1, symbols), 1.0, 1.0).all()
+
+
+@given(names, judged())
+def test_exact_implies_every_rule(name: str, case: tuple[Tensor, Tensor]) -> None:
+    """Level by level: a level that is the main's own stands, whatever happens in the others."""
+    drafted, logits = case
+    own = exact(drafted, logits).all(-1)
+    assert accepted(name, drafted, logits).all(-1)[own].all()
+    if not name.startswith("agreement"):  # which judges whole levels
+        assert accepted(name, drafted, logits)[exact(drafted, logits)].all()
+    assert accepted(name, logits.argmax(-1), logits).all()
+
+
+@given(judged(), st.integers(0, 5), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+def test_rules_loosen_with_their_setting(
+    case: tuple[Tensor, Tensor], bins: int, strict: float, delta: float
+) -> None:
+    drafted, logits = case
+    assert torch.equal(distance(drafted, logits, 0), exact(drafted, logits))
+    assert (distance(drafted, logits, bins + 1) | ~distance(drafted, logits, bins)).all()
+    assert distance(drafted, logits, 6).all()
+    loose = strict / 2
+    assert (typical(drafted, logits, loose, delta) | ~typical(drafted, logits, strict, delta)).all()
+    assert (typical(drafted, logits, strict, delta / 2) | ~typical(drafted, logits, strict, delta)).all()
+    assert (agreement(drafted, logits, loose) | ~agreement(drafted, logits, strict)).all()
+
+
+@given(names, judged(), st.integers(-50, 50))
+def test_rules_see_only_differences_of_logits(name: str, case: tuple[Tensor, Tensor], shift: int) -> None:
+    drafted, logits = case
+    assert torch.equal(accepted(name, drafted, logits + shift), accepted(name, drafted, logits))
+    by_token = shift * torch.arange(5).view(1, 1, 5, 1)
+    assert torch.equal(accepted(name, drafted, logits + by_token), accepted(name, drafted, logits))
+
+
+@given(names, judged())
+def test_a_batch_is_judged_sample_by_sample(name: str, case: tuple[Tensor, Tensor]) -> None:
+    drafted, logits = case
+    together = accepted(name, drafted, logits)
+    assert together.shape == drafted.shape
+    assert together.dtype == torch.bool
+    for index in range(len(drafted)):
+        alone = accepted(name, drafted[index : index + 1], logits[index : index + 1])
+        assert torch.equal(alone[0], together[index])
+
+
+@given(judged(), st.sampled_from([1.5, 2.0, 3.0, 4.0, 7.0]), st.integers(3, 8))
+def test_margin_is_the_distance_that_rho_and_the_levels_give(
+    case: tuple[Tensor, Tensor], rho: float, levels: int
+) -> None:
+    """Nothing else goes in: at every level the verdict is that of the largest error the finer levels reach."""
+    drafted, logits = case
+    code = RfsqConfig(levels, 7, rho)
+    drafted, logits = drafted[:, :levels], logits[:, :levels]
+    verdict = margin(drafted, logits, code)
+    for level in range(1, drafted.shape[1] + 1):
+        reach = sum(3 * rho ** -(finer - level) for finer in range(level + 1, levels + 1))
+        half_last = 0.5 * rho ** -(levels - level)
+        bins = max(0, int(reach + half_last - 0.5 + 1e-9))
+        assert torch.equal(verdict[:, level - 1], distance(drafted, logits, bins)[:, level - 1])
 
 
 def test_agreement_counts_whole_levels() -> None:
@@ -77,24 +206,41 @@ def test_accepted_prefix_is_the_first_level_with_a_rejection(pair: tuple[Tensor,
 
 
 def test_rules_by_name() -> None:
-    assert not acceptance_rule("exact", CODE).per_scalar
-    assert acceptance_rule("margin", CODE).per_scalar
     own = torch.full((1, 1, 10), 3)
     drafted = own.clone()
     drafted[..., :3] = 4
+    drafted[..., 0] = 5
+    logits = prefers(own) * 2
+    logits[..., 4] += 1.5  # p(3) = 0.44, p(4) = 0.27, the others 0.06; exp(-H) = 0.2
     verdicts = {
-        name: acceptance_rule(name, CODE).accept(drafted, prefers(own)).sum().item()
-        for name in ("exact", "margin", "agreement", "agreement(0.7)", "agreement(.71)", "agreement(1)")
-    }
-    assert verdicts == {
         "exact": 7,
         "margin": 10,
+        "distance": 9,
+        "distance(0)": 7,
+        "distance(1)": 9,
+        "distance(2)": 10,
+        "typical(0.02)": 10,
+        "typical(0.3)": 9,
+        "typical(0.3,0.1)": 10,
+        "typical(1, 1)": 9,
         "agreement": 10,
         "agreement(0.7)": 10,
         "agreement(.71)": 0,
         "agreement(1)": 0,
     }
-    assert acceptance_rule("agreement", CODE).name == "agreement(0.7)"
+    assert {name: accepted(name, drafted, logits).sum().item() for name in verdicts} == verdicts
+
+
+def test_a_rule_names_its_settings_and_reads_that_name_again() -> None:
+    written = {"distance": "distance(1)", "typical": "typical(0.09)", "typical(.3, 1)": "typical(0.3,1)"}
+    written |= {"agreement": "agreement(0.7)", "exact": "exact", "margin": "margin"}
+    for name, full in written.items():
+        assert acceptance_rule(name, CODE).name == full
+        assert acceptance_rule(full, CODE).name == full
+    kinds = {name.split("(")[0] for name in ACCEPTANCE_RULES}
+    assert kinds == {name.split("(")[0] for name in written}
+    judged_alone = {kind for kind in kinds if acceptance_rule(kind, CODE).per_scalar}
+    assert judged_alone == {"margin", "distance", "typical"}
 
 
 @pytest.mark.parametrize(
@@ -102,8 +248,18 @@ def test_rules_by_name() -> None:
     [
         "",
         "Exact",
-        "typical",
         "margin(2)",
+        "distance()",
+        "distance(-1)",
+        "distance(1.5)",
+        "typical()",
+        "typical(0)",
+        "typical(1.1)",
+        "typical(0.3,0)",
+        "typical(0.3,2)",
+        "typical(0.3,)",
+        "typical(,0.3)",
+        "typical(nan)",
         "agreement()",
         "agreement(0)",
         "agreement(1.01)",
@@ -114,5 +270,6 @@ def test_rules_by_name() -> None:
     ],
 )
 def test_unknown_rules_and_shares_are_refused(name: str) -> None:
-    with pytest.raises(RsdError, match="expected exact, margin, agreement"):
+    expected = r"expected exact, margin, distance\(D\), typical\(EPSILON\), agreement\(SHARE\)"
+    with pytest.raises(RsdError, match=expected):
         acceptance_rule(name, CODE)

@@ -12,11 +12,11 @@ from rsd.decoding import strategies
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch, requantise
 from rsd.decoding.strategies import LIGHT, STRATEGIES
-from rsd.models.main import MainModel
+from rsd.models.main import MainModel, state_features
 from rsd.models.text import word_ids
 from rsd.policy import RsdModel
 from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
-from rsd.types import RsdError
+from rsd.types import Observation, RsdError
 
 L, C, H, P = 8, 3, 8, 48  # levels, drafted levels, steps, scalars of a level
 LAST_STEP = 2.0 ** -(L - 1)
@@ -139,6 +139,31 @@ def test_exact_sequential_rsd_is_ar_with_the_models_own_draft(model: RsdModel) -
     decoder = decoder_of(model, "exact", "sequential")
     for prefix in prefixes(20, seed=1).split(1):
         assert same(decode("rsd", decoder, prefix), decode("ar", decoder, prefix))
+
+
+def test_exact_sequential_rsd_has_the_tokens_of_ar_over_many_observations(
+    model: RsdModel, make_observation: Callable[..., Observation]
+) -> None:
+    """From pixels, state and words on, with the model's own draft."""
+    decoder = decoder_of(model, "exact", "sequential")
+    words = ("bowl", "plate", "stove", "drawer", "cookie box")
+    for seed in range(100):
+        seen = make_observation(seed, instruction=f"put the {words[seed % 5]} on the {words[seed // 5 % 5]}")
+        images = torch.from_numpy(seen.images)[None].permute(0, 1, 4, 2, 3).double() / 255 - 0.5
+        state = state_features(torch.from_numpy(seen.state)[None]).double()
+        with torch.no_grad():
+            prefix = model.main.embed_prefix(images, state, model.main.encode_text(word_ids([seen.instruction])))
+        assert same(decode("rsd", decoder, prefix), decode("ar", decoder, prefix))
+
+
+@pytest.mark.parametrize("rule", ["distance(1)", "typical(0.09)", "typical(0.3)"])
+def test_rsd_under_the_other_published_rules_accepts_part_of_the_draft(model: RsdModel, rule: str) -> None:
+    decoder = decoder_of(model, rule)
+    decoded = decode("rsd", decoder, prefixes(40))
+    assert decoded.accepted is not None
+    assert 0.05 < decoded.accepted.float().mean() < 0.95
+    assert decoded.main_passes == 1
+    assert torch.equal(decoded.value, decoder.code.dequantise(decoded.motion))
 
 
 def test_sequential_margin_corrects_the_first_level_outside_the_margin(

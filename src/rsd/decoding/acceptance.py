@@ -1,9 +1,11 @@
 """Acceptance rules: which drafted tokens may stand, given the main model's logits. Pure functions.
 
 A rule sees drafted symbols int [B, c, P] and the main's logits [B, c, P, K] of the same levels (each
-conditioned on the drafted levels above it) and returns bool [B, c, P]. Under a `per_scalar` rule every scalar
-keeps its own longest accepted prefix of levels; the others keep the longest one whose every token is accepted.
-The gripper is compared apart, with zero tolerance.
+conditioned on the drafted levels above it) and returns bool [B, c, P]. Whatever the setting, a token that is the
+main's own greedy choice is never the reason for a rejection. Under a `per_scalar` rule every scalar keeps its own
+longest accepted prefix of levels; the others keep the longest one whose every token is accepted.
+The gripper is compared apart, with zero tolerance. Logits must be finite: the caller sees to it, since a NaN
+would win an argmax as an ordinary token. Nothing here waits for the device, so a CUDA graph can hold a rule.
 """
 
 from __future__ import annotations
@@ -36,8 +38,25 @@ def exact(drafted: Tensor, logits: Tensor) -> Tensor:
 def margin(drafted: Tensor, logits: Tensor, code: RfsqConfig) -> Tensor:
     """Digit within the distance that the finer levels of a redundant code take out (`RfsqConfig.margin`)."""
     apart = (drafted - logits.argmax(-1)).abs()
-    levels = range(drafted.shape[1])
-    return torch.stack([apart[:, level] <= code.margin(level + 1) for level in levels], dim=1)
+    levels = range(1, drafted.shape[1] + 1)
+    return torch.stack([apart[:, level - 1] <= code.margin(level) for level in levels], dim=1)
+
+
+def distance(drafted: Tensor, logits: Tensor, bins: int) -> Tensor:
+    """Token at most `bins` from the main's choice at every level alike (Spec-VLA, arXiv 2507.22424)."""
+    return (drafted - logits.argmax(-1)).abs() <= bins
+
+
+def typical(drafted: Tensor, logits: Tensor, epsilon: float, delta: float) -> Tensor:
+    """Token the main finds likely enough for how sure it is: p > min(epsilon, delta * exp(-H)), H in nats.
+
+    Medusa's typical acceptance (arXiv 2401.10774). The likeliest token has p >= exp(-H) and so always passes
+    for delta < 1; naming it here keeps that true at delta = 1 and against rounding.
+    """
+    log_p = logits.log_softmax(-1)
+    threshold = (delta * (log_p.exp() * log_p).sum(-1).exp()).clamp(max=epsilon)
+    likely = log_p.gather(-1, drafted.unsqueeze(-1)).squeeze(-1).exp() > threshold
+    return likely | exact(drafted, logits)
 
 
 def agreement(drafted: Tensor, logits: Tensor, share: float) -> Tensor:
@@ -46,20 +65,35 @@ def agreement(drafted: Tensor, logits: Tensor, share: float) -> Tensor:
     return (equal.float().mean(-1, keepdim=True) >= share).expand_as(equal)
 
 
+ACCEPTANCE_RULES = ("exact", "margin", "distance(D)", "typical(EPSILON)", "agreement(SHARE)")
+NUMBER = r"(\d+\.?\d*|\.\d+)"
+
+
 def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
-    """`exact`, `margin` or `agreement(SHARE)` (default share 0.7) -> the rule for a code."""
+    """The rule of that name for a code; a setting left out takes the default named here.
+
+    `exact`; `margin`; `distance(D)`, D >= 0 bins (1); `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both in
+    (0, 1] (Medusa's 0.09, and the root of EPSILON as its authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7).
+    """
     if name == "exact":
         return AcceptanceRule(name, exact)
     if name == "margin":
-        return AcceptanceRule(name, lambda drafted, logits: margin(drafted, logits, code), per_scalar=True)
-    if match := re.fullmatch(r"agreement(?:\((\d*\.?\d+)\))?", name):
+        return AcceptanceRule(name, lambda d, logits: margin(d, logits, code), per_scalar=True)
+    if match := re.fullmatch(r"distance(?:\((\d+)\))?", name):
+        bins = int(match[1] or 1)
+        return AcceptanceRule(f"distance({bins})", lambda d, logits: distance(d, logits, bins), per_scalar=True)
+    if match := re.fullmatch(rf"typical(?:\({NUMBER}(?:, ?{NUMBER})?\))?", name):
+        epsilon = float(match[1] or 0.09)
+        delta = float(match[2] or epsilon**0.5)
+        if 0.0 < epsilon <= 1.0 and 0.0 < delta <= 1.0:
+            name = f"typical({epsilon:g},{delta:g})" if match[2] else f"typical({epsilon:g})"
+            return AcceptanceRule(name, lambda d, logits: typical(d, logits, epsilon, delta), per_scalar=True)
+    if match := re.fullmatch(rf"agreement(?:\({NUMBER}\))?", name):
         share = float(match[1] or 0.7)
         if 0.0 < share <= 1.0:
             return AcceptanceRule(f"agreement({share:g})", lambda d, logits: agreement(d, logits, share))
-    raise RsdError(f"acceptance {name!r}: expected {', '.join(ACCEPTANCE_RULES)} with 0 < SHARE <= 1")
-
-
-ACCEPTANCE_RULES = ("exact", "margin", "agreement(SHARE)")
+    allowed = "D a whole number, 0 < EPSILON <= 1, 0 < SHARE <= 1"
+    raise RsdError(f"acceptance {name!r}: expected {', '.join(ACCEPTANCE_RULES)} with {allowed}")
 
 
 def accepted_prefix(accepted: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class EvalConfig:
     decode: str = "rsd"
     """Decoding strategy: ar (the baseline), parallel, l1, rsd, draft."""
     acceptance: str = "default"
-    """Rule that accepts drafted levels: exact, margin, agreement(0.7); default is the checkpoint's own."""
+    """Rule for drafted levels: exact, margin, distance(1), typical(0.09), agreement(0.7); default: the checkpoint's."""
     seed: int = 7
     """Seed of a policy that samples; the simulator is always seeded by 0, as the published protocol does."""
     device: str = "cpu"

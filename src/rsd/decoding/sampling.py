@@ -1,0 +1,126 @@
+"""Speculative sampling: tokens distributed exactly as the main's own samples, several levels for one pass of it.
+
+A level is P tokens that are independent given the levels above. For c drafted levels the caller has
+
+    drafted     int   [B, c, P]     level l drawn from the draft given the drafted levels above it,
+    draft_probs float [B, c, P, K]  the probabilities it was drawn with (one-hot for a greedy draft),
+    main_probs  float [B, c, P, K]  the main's, given the same drafted levels: one verification pass,
+
+and gets a `Verified`. Its levels 1 .. levels + 1 follow the main's joint distribution; the caller goes on below
+them with fresh conditionals, so that a whole chunk does, too. `tests/decoding/test_sampling.py` holds both
+functions against enumeration.
+
+The rule for a whole level as ONE symbol of a K^P alphabet (accept with min(1, P(x) / Q(x)), a group in the sense of
+PCG, arXiv 2511.13732) would let a few more levels stand, but its residual distribution is no product and can
+only be drawn by trying an unbounded number of times: nothing for a control loop.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsd.decoding.acceptance import accepted_prefix
+from rsd.types import RsdError
+
+STALE = -1  # no symbol: whoever decodes a level that does not stand fails on it
+
+
+class Verified(NamedTuple):
+    """tokens: int64 [B, c, P]; level `levels` + 1 is the corrected one, what is below it is `STALE`.
+    accepted: bool [B, c, P], drafted tokens that are part of the outcome.
+    levels: int64 [B], leading levels that stand as drafted, 0 .. c."""
+
+    tokens: Tensor
+    accepted: Tensor
+    levels: Tensor
+
+
+def verify_tokens(drafted: Tensor, draft_probs: Tensor, main_probs: Tensor, generator: torch.Generator) -> Verified:
+    """Token by token (Leviathan et al., arXiv 2211.17192).
+
+    x ~ q is kept with probability min(1, p(x) / q(x)), otherwise a symbol of norm(max(p - q, 0)) takes its place:
+    the outcome is p's. Tokens of a level are independent, so each is corrected on its own. A corrected token
+    changes what the levels below are conditioned on; there the outcome ends.
+    """
+    _check(drafted, draft_probs, main_probs)
+    uniform = torch.rand(drafted.shape, generator=generator, device=drafted.device)
+    accepted = uniform * _of(draft_probs, drafted) < _of(main_probs, drafted)
+    corrected = sample(residual(main_probs, draft_probs), generator)
+    return _verified(torch.where(accepted, drafted, corrected), accepted, accepted_prefix(accepted))
+
+
+def verify_block(drafted: Tensor, draft_probs: Tensor, main_probs: Tensor, generator: torch.Generator) -> Verified:
+    """All tokens as one sequence: block verification (Sun et al., arXiv 2403.10444, algorithm 2).
+
+    Keeps the first t tokens, at every t with a probability no smaller than token by token: a token that p likes
+    more than q did makes up for later ones that it likes less. With the running weight
+    w_i = min(1, w_{i-1} p_i(x_i) / q_i(x_i)), w_0 = 1, and e_i = sum_k max(w_i p_{i+1}(k) - q_{i+1}(k), 0),
+    position i is a candidate with probability e_i / (e_i + 1 - w_i) (the last one: w_N) and t is the largest
+    candidate; then P(t >= i | x) = w_i, and a symbol of norm(max(w_t p_{t+1} - q_{t+1}, 0)) after it makes the
+    outcome p's. What is left of that token's level hangs on the levels above alone and is drawn from the main.
+    """
+    _check(drafted, draft_probs, main_probs)
+    batch, levels, width = drafted.shape
+    x, q, p = drafted.flatten(1), draft_probs.double().flatten(1, 2), main_probs.double().flatten(1, 2)
+    walk = (_of(p, x).log() - _of(q, x).log()).cumsum(1)  # [B, N]
+    weight = (walk - walk.cummax(1).values.clamp(min=0.0)).exp()  # a walk reflected at 0
+    before = torch.cat([torch.ones_like(weight[:, :1]), weight[:, :-1]], dim=1)  # w_0 .. w_{N-1}
+
+    excess = (before.unsqueeze(-1) * p - q).clamp(min=0.0).sum(-1)  # e_0 .. e_{N-1}
+    candidate = excess[:, 1:] / (excess[:, 1:] + 1.0 - weight[:, :-1]).clamp(min=1e-300)
+    candidate = torch.cat([candidate, weight[:, -1:]], dim=1)  # positions 1 .. N
+    uniform = torch.rand(candidate.shape, generator=generator, device=x.device, dtype=torch.float64)
+    position = torch.arange(1, levels * width + 1, device=x.device)
+    kept = (position * (uniform < candidate)).amax(1, keepdim=True)  # t, [B, 1]
+
+    corrected = sample(residual(before.unsqueeze(-1) * p, q, otherwise=p), generator)
+    tokens = torch.where(position == kept + 1, corrected, sample(p, generator))
+    accepted = (position <= kept).view(batch, levels, width)
+    tokens = torch.where(accepted, drafted, tokens.view(batch, levels, width))
+    return _verified(tokens, accepted, kept.squeeze(1) // width)
+
+
+def sample(probs: Tensor, generator: torch.Generator) -> Tensor:
+    """Weights [..., K], not necessarily normalised -> symbols int64 [...].
+
+    The smallest of exponential times with these rates; unlike `torch.multinomial` it never waits for the device.
+    """
+    times = torch.empty_like(probs).exponential_(generator=generator).clamp(min=torch.finfo(probs.dtype).tiny)
+    return (probs / times).argmax(-1)
+
+
+def residual(main: Tensor, draft: Tensor, otherwise: Tensor | None = None) -> Tensor:
+    """max(main - draft, 0) [..., K], not normalised.
+
+    Where nothing is left, no token is rejected but by rounding; there it is `otherwise` (the main's own).
+    """
+    left = (main - draft).clamp(min=0.0)
+    return torch.where(left.sum(-1, keepdim=True) > 0.0, left, main if otherwise is None else otherwise)
+
+
+def _of(probs: Tensor, symbols: Tensor) -> Tensor:
+    """probs [..., K], symbols int [...] -> each one's probability [...]."""
+    return probs.gather(-1, symbols.unsqueeze(-1)).squeeze(-1)
+
+
+def _verified(tokens: Tensor, accepted: Tensor, levels: Tensor) -> Verified:
+    stands = torch.arange(tokens.shape[1], device=tokens.device) <= levels.unsqueeze(1)  # [B, c]
+    return Verified(tokens.where(stands.unsqueeze(-1), STALE), accepted & stands.unsqueeze(-1), levels)
+
+
+def _check(drafted: Tensor, draft_probs: Tensor, main_probs: Tensor) -> None:
+    if drafted.ndim != 3 or draft_probs.shape[:-1] != drafted.shape or main_probs.shape != draft_probs.shape:
+        found = f"{list(drafted.shape)}, {list(draft_probs.shape)}, {list(main_probs.shape)}"
+        raise RsdError(f"speculative sampling: expected drafted [B, c, P] and twice [B, c, P, K], found {found}")
+    if drafted.numel() and (drafted.min() < 0 or drafted.max() >= draft_probs.shape[-1]):
+        found = f"{int(drafted.min())}..{int(drafted.max())}"
+        raise RsdError(f"speculative sampling: expected tokens in 0..{draft_probs.shape[-1] - 1}, found {found}")
+    for name, probs in (("draft", draft_probs), ("main", main_probs)):
+        sums_to_one = (probs.sum(-1) - 1.0).abs() < 1e-3  # NaN fails
+        if not ((probs >= 0.0).all() and sums_to_one.all()):
+            raise RsdError(f"speculative sampling: the {name}'s probabilities are no distribution; softmax its logits")
+    if not (_of(draft_probs, drafted) > 0.0).all():
+        raise RsdError("speculative sampling: a drafted token has probability 0 under the draft; was it drawn from it?")
