@@ -98,9 +98,9 @@ def test_a_saved_policy_acts_the_same(
     checkpoint: Path, tmp_path: Path, make_observation: MakeObservation, decode: str, fine: str
 ) -> None:
     """Weights are stored as fp16, so the comparison is after one round."""
-    first = RsdPolicy.from_pretrained(checkpoint, decode=decode, fine=fine)
+    first = RsdPolicy.from_pretrained(checkpoint, decode=decode, fine=fine, skip=SkipRule(10.0))
     first.save_pretrained(tmp_path / "again")
-    second = RsdPolicy.from_pretrained(str(tmp_path / "again"), decode=decode, fine=fine)
+    second = RsdPolicy.from_pretrained(str(tmp_path / "again"), decode=decode, fine=fine, skip=SkipRule(10.0))
     assert second.config == first.config
     assert second.provenance == first.provenance == {"data": "random weights"}
     for seed in range(3):
@@ -256,7 +256,8 @@ def test_from_the_hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
         target = tmp_path / "cache"
         target.mkdir()
         for pattern in allow_patterns:
-            shutil.copy(checkpoint / pattern, target)
+            if (checkpoint / pattern).exists():  # a calibration is optional
+                shutil.copy(checkpoint / pattern, target)
         return str(target)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rsd.decoding.acceptance import acceptance_rule
+from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
+from rsd.decoding.calibration import SkipCalibration, fingertip_deviation
 from rsd.decoding.recorded import RecordedStrategy
 from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Scene, SkipRule, Stopwatch
-from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy
+from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy, in_prefill
 from rsd.json_files import read_versioned
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.light_draft import LightDraft, LightDraftConfig
@@ -81,8 +83,11 @@ class RsdPolicy:
         fine: str | None = None,
         skip: SkipRule | None = None,
         cuda_graphs: bool = True,
+        audit: bool = False,
         provenance: dict[str, Any] | None = None,
     ) -> None:
+        """skip: when `rsd-skip` leaves the main idle (never without one). audit: run the main beside every skipped
+        chunk, outside the latencies, to know how far the draft's chunk led away from it."""
         if decode not in STRATEGIES:
             raise RsdError(f"decode {decode!r}: expected one of {', '.join(STRATEGIES)}")
         if decode in LIGHT and model.light is None:
@@ -95,7 +100,7 @@ class RsdPolicy:
         self.model, self.config = model.eval(), config
         self.tokenizer = tokenizer.to(self.device)
         self.provenance = provenance or {}
-        self.decode = decode
+        self.decode, self.audit = decode, audit
         self.acceptance = rule.name if decode.startswith("rsd") else ""
         self.decoder = Decoder(model.main, model.draft, rule, fine, model.light, skip or SkipRule())
         self._strategy: Strategy = STRATEGIES[decode]
@@ -130,8 +135,10 @@ class RsdPolicy:
                 scene = Scene(*self._preprocess([observation]), self._memory)
             decoded = self._strategy(self.decoder, scene, watch)
             self.decoder.check()
-            actions = self._to_actions(decoded)
-        return ActionChunk(actions[0], self._stats(decoded, watch))
+            actions = self._to_actions(decoded.value, decoded.gripper)
+        stats = self._stats(decoded, watch)
+        stats.deviation_mm = self._deviation(scene, decoded, actions)
+        return ActionChunk(actions[0], stats)
 
     def _preprocess(self, observations: list[Observation]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """-> images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded instructions."""
@@ -153,8 +160,8 @@ class RsdPolicy:
             self._texts[instruction] = self.model.main.encode_text(word_ids([instruction]).to(self.device))
         return self._texts[instruction]
 
-    def _to_actions(self, decoded: Decoded) -> np.ndarray:
-        actions = self.tokenizer.to_actions(decoded.value * self.tokenizer.first_step, decoded.gripper)
+    def _to_actions(self, value: Tensor, gripper: Tensor) -> np.ndarray:
+        actions = self.tokenizer.to_actions(value * self.tokenizer.first_step, gripper)
         if not torch.isfinite(actions).all():
             raise RsdError("decoding gave non-finite actions: damaged weights or an odd tokenizer range")
         return actions.float().cpu().numpy()
@@ -162,12 +169,25 @@ class RsdPolicy:
     def _stats(self, decoded: Decoded, watch: Stopwatch) -> ChunkStats:
         stats = ChunkStats(self.decode, self.acceptance, decoded.prefills, decoded.main_passes, latency_ms=watch.ms)
         if decoded.proposal is not None:
+            stats.skipped, stats.forced = decoded.prefills == 0, decoded.proposal.forced
             stats.expected_deviation_mm = float(decoded.proposal.expected_deviation_mm[0])
         if decoded.accepted is not None and decoded.accepted_levels is not None:
             stats.num_draft_tokens = decoded.num_draft_tokens
             stats.num_accepted_tokens = decoded.accepted[0].sum(-1).tolist()
             stats.accepted_levels = int(decoded.accepted_levels[0])
         return stats
+
+    def _deviation(self, scene: Scene, decoded: Decoded, actions: np.ndarray) -> float | None:
+        """How far the draft's chunk leads the fingertip away from the main's (mm), where the main's is known."""
+        proposal, main = decoded.proposal, decoded
+        if proposal is None or (decoded.prefills == 0 and not self.audit):
+            return None
+        if decoded.prefills == 0:
+            beside = replace(scene, memory=EpisodeMemory())
+            main = in_prefill(self.decoder, beside, proposal, Stopwatch(self.device))
+            self.decoder.check()
+        drafted, mains = (self._to_actions(chunk.value, chunk.gripper) for chunk in (proposal, main))
+        return float(fingertip_deviation(drafted, mains)[0])
 
     # checkpoint
 
@@ -196,9 +216,14 @@ class RsdPolicy:
         decode: str = "rsd",
         acceptance: str | None = None,
         fine: str | None = None,
+        skip: SkipRule | None = None,
         cuda_graphs: bool = True,
+        audit: bool = False,
     ) -> RsdPolicy:
-        """Load a checkpoint directory, or a hub repository of one; `RsdError` on anything missing or odd."""
+        """Load a checkpoint directory, or a hub repository of one; `RsdError` on anything missing or odd.
+
+        skip: for `rsd-skip`; None takes the checkpoint's own calibration.
+        """
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise RsdError(f"device {device}: no CUDA device is visible here; use cpu")
         directory = locate_checkpoint(path_or_hub_id)
@@ -207,6 +232,9 @@ class RsdPolicy:
         model = RsdModel(config, tokenizer)
         load_weights(model, directory / WEIGHTS_FILE)
         model.to(device)
+        if decode == "rsd-skip" and skip is None:
+            calibration = load_calibration(directory)
+            skip = SkipRule(calibration.threshold, calibration.max_skips)
         return cls(
             model,
             tokenizer,
@@ -214,7 +242,9 @@ class RsdPolicy:
             decode=decode,
             acceptance=acceptance,
             fine=fine,
+            skip=skip,
             cuda_graphs=cuda_graphs,
+            audit=audit,
             provenance=provenance,
         )
 
@@ -230,7 +260,8 @@ def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE]))
+        files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CALIBRATION_FILE]
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub client raises many kinds: no such repo, no network, no access
         raise RsdError(f"policy {name!r}: no such directory, and the hub answered: {error}") from error
 
@@ -238,6 +269,20 @@ def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
 def checkpoint_hash(path_or_hub_id: str | Path) -> str:
     """SHA-256 of a checkpoint's config.json, which holds the hashes of its other files."""
     return _sha256(locate_checkpoint(path_or_hub_id) / CONFIG_FILE)
+
+
+def load_calibration(directory: Path) -> SkipCalibration:
+    """The skip calibration of a checkpoint directory; `RsdError` without one, or if it is of other weights."""
+    if not (directory / CALIBRATION_FILE).is_file():
+        raise RsdError(f"{directory}: rsd-skip needs a {CALIBRATION_FILE}, found none; make it with `rsd calibrate`")
+    calibration = SkipCalibration.load(directory)
+    calibration.check_belongs(_sha256(directory / WEIGHTS_FILE))
+    return calibration
+
+
+def weights_hash(path_or_hub_id: str | Path) -> str:
+    """SHA-256 of a checkpoint's weights file."""
+    return _sha256(locate_checkpoint(path_or_hub_id) / WEIGHTS_FILE)
 
 
 def save_checkpoint(

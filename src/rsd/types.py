@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -51,7 +50,9 @@ class ChunkStats:
     main_passes: passes of the main model AFTER its prefill (the prefill is counted in `prefills`).
     num_draft_tokens / num_accepted_tokens: per level, drafted and accepted scalars; empty without a draft.
     accepted_levels: length of the accepted prefix of levels (0 .. draft levels).
-    expected_deviation_mm: how far a light draft expects its chunk to lead away from the main's (NaN without one).
+    The rest is None without a light draft. skipped: its chunk was executed and the main stayed idle. forced: the main
+    had to run whatever the draft expected. expected_deviation_mm: how far its chunk would lead the fingertip away from
+    the main's, by its own estimate; deviation_mm: how far it does, known where the main ran or was run beside it.
     latency_ms: wall time by stage (preprocess, vision, prefill, draft, verify, decode) and `total`.
     """
 
@@ -62,7 +63,10 @@ class ChunkStats:
     num_draft_tokens: list[int] = field(default_factory=list)
     num_accepted_tokens: list[int] = field(default_factory=list)
     accepted_levels: int = 0
-    expected_deviation_mm: float = math.nan
+    skipped: bool | None = None
+    forced: bool | None = None
+    expected_deviation_mm: float | None = None
+    deviation_mm: float | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
 
 

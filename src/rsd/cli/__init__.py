@@ -48,6 +48,12 @@ COMMANDS = {
         "measure_latency",
         "LatencyConfig",
     ),
+    "calibrate": Command(
+        "fit when rsd-skip may leave the main model idle",
+        "rsd.evaluation.calibrate",
+        "calibrate",
+        "CalibrateConfig",
+    ),
     "demos collect": Command(
         "record demonstrations of the scripted expert", "rsd.data.collect", "collect", "CollectConfig"
     ),

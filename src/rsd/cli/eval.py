@@ -105,8 +105,10 @@ def check_names(config: EvalConfig) -> None:
     from rsd.tokenizer.rfsq import RfsqConfig
 
     check_choice("--decode", config.decode, STRATEGIES)
-    if config.acceptance != "default" and config.decode != SPECULATIVE:
+    if config.acceptance != "default" and not config.decode.startswith("rsd"):
         raise UsageError(f"--acceptance {config.acceptance}: --decode {config.decode} accepts nothing, only rsd does")
+    if (config.audit or config.skip_threshold_mm >= 0) and config.decode != "rsd-skip":
+        raise UsageError(f"--audit and --skip-threshold-mm are of --decode rsd-skip, found --decode {config.decode}")
     try:
         if config.acceptance != "default":
             acceptance_rule(config.acceptance, RfsqConfig())

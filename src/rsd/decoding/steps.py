@@ -86,12 +86,15 @@ class Decoded:
 @dataclass
 class Proposal:
     """What a draft with its own perception has to say: coarse tokens [B, c, P], gripper int [B, H], its whole chunk
-    [B, P] in first steps, and how many mm it expects to lead the fingertip away from the main's chunk [B]."""
+    [B, P] in first steps, and how many mm it expects to lead the fingertip away from the main's chunk [B].
+
+    forced: whether the main had to run whatever was expected, where a strategy asked."""
 
     motion: Tensor
     gripper: Tensor
     value: Tensor
     expected_deviation_mm: Tensor
+    forced: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,20 @@ class SkipRule:
     row, never where the gripper switches and never at an episode's start."""
 
     threshold_mm: float = 0.0
-    max_skips: int = 3
+    max_skips: int = 4
 
     def may_skip(self, memory: EpisodeMemory, proposal: Proposal) -> bool:
-        """Whether the proposal may be executed as it is (one observation)."""
-        if memory.main is None or memory.gripper is None or memory.skipped >= self.max_skips:
-            return False
-        steady = (proposal.gripper == memory.gripper[:, None]).all()
-        return bool((steady & (proposal.expected_deviation_mm < self.threshold_mm)).all())
+        """Whether the proposal may be executed as it is (one observation); notes on it whether it was free to."""
+        proposal.forced = self.must_look(memory, proposal)
+        free = not proposal.forced and memory.skipped < self.max_skips
+        # as double precision numbers: the calibration compares these very values
+        return free and float(proposal.expected_deviation_mm.max()) < self.threshold_mm
+
+    def must_look(self, memory: EpisodeMemory, proposal: Proposal) -> bool:
+        """At an episode's start, and where the gripper is to switch."""
+        if memory.main is None or memory.gripper is None:
+            return True
+        return bool((proposal.gripper != memory.gripper[:, None]).any())
 
 
 @dataclass
@@ -164,7 +173,7 @@ def scout(decoder: Decoder, scene: Scene) -> Proposal:
     motion, gripper = draft_levels(decoder, light.levels, features)
     coarse = decoder.code.dequantise(motion)
     value = coarse + decoder.finite(light.remainder(features, coarse, gripper))
-    deviation = decoder.finite(light.log_deviation(features)).exp() - 1
+    deviation = decoder.finite(light.log_deviation(features)).expm1().clamp(min=0)
     return Proposal(motion, gripper, value, deviation)
 
 

@@ -53,10 +53,19 @@ def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
 
 
 def rsd_policy(config: EvalConfig) -> Policy:
+    from rsd.decoding.steps import SkipRule
     from rsd.policy import RsdPolicy
 
     acceptance = None if config.acceptance == "default" else config.acceptance
-    return RsdPolicy.from_pretrained(config.policy, device=config.device, decode=config.decode, acceptance=acceptance)
+    skip = SkipRule(config.skip_threshold_mm, config.max_skips) if config.skip_threshold_mm >= 0 else None
+    return RsdPolicy.from_pretrained(
+        config.policy,
+        device=config.device,
+        decode=config.decode,
+        acceptance=acceptance,
+        skip=skip,
+        audit=config.audit,
+    )
 
 
 def libero_versions(device: str) -> dict[str, str]:
@@ -89,14 +98,18 @@ def available_cores() -> int:
 
 def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     """The checkpoint's hash and its own provenance."""
-    from rsd.policy import CONFIG_FILE, checkpoint_hash, locate_checkpoint
+    from rsd.policy import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
 
-    content = (locate_checkpoint(config.policy) / CONFIG_FILE).read_text()
-    return {
+    directory = locate_checkpoint(config.policy)
+    content = (directory / CONFIG_FILE).read_text()
+    found = {
         "policy": config.policy,
         "checkpoint_sha256": checkpoint_hash(config.policy),
         "provenance": json.loads(content).get("provenance", {}),
     }
+    if config.decode == "rsd-skip" and config.skip_threshold_mm < 0:
+        found["skip_calibration"] = load_calibration(directory).to_json()
+    return found
 
 
 LIBERO = Backend(

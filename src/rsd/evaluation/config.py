@@ -38,6 +38,12 @@ class EvalConfig:
     """Rule for drafted levels: exact, margin, distance(1), typical(0.09), agreement(0.7); default: the checkpoint's."""
     seed: int = 7
     """Seed of a policy that samples; the simulator is always seeded by 0, as the published protocol does."""
+    skip_threshold_mm: float = -1.0
+    """For rsd-skip: leave the main idle where the draft expects to deviate less; -1 takes the calibration."""
+    max_skips: int = 4
+    """For rsd-skip with a threshold of its own: chunks in a row without the main, at most."""
+    audit: bool = False
+    """For rsd-skip: run the main beside every skipped chunk (not timed), to report the realised risk."""
     device: str = "cpu"
     """Where the policy runs: cpu, cuda, cuda:1."""
     num_workers: str = "auto"

@@ -1,0 +1,140 @@
+"""`rsd calibrate`: when may the main rest? Rollouts on random placements, then the threshold that keeps a promise.
+
+None of the benchmark's initial states is used. The rollouts skip as `rsd-skip` would at the threshold tried, with the
+main run beside every skipped chunk; `decoding.calibration` fits the threshold; the result goes into the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from rsd.decoding.calibration import SkipCalibration, fit_threshold
+from rsd.evaluation.backend import LIBERO, Backend
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.evaluate import evaluate
+from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
+from rsd.policy import locate_checkpoint, weights_hash
+from rsd.sim.libero import LiberoEnv
+from rsd.types import RsdError
+
+SCORE = "expected_deviation_mm"
+FIRST_PLACEMENT = 1_000_000  # placement seeds of the calibration: one a trial
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Fit the skip threshold of a checkpoint: the risk that an executed draft chunk deviates stays under alpha."""
+
+    policy: str = "checkpoints/libero_spatial"
+    """Checkpoint directory; the calibration is written into it."""
+    task_suite: str = "libero_spatial"
+    """Suite of the rollouts."""
+    num_trials: int = 20
+    """Rollouts per task, each from a random placement of its own."""
+    alpha: float = 0.1
+    """Promised risk: mean share of an episode's executed draft chunks that deviate."""
+    delta: float = 0.1
+    """The promise holds with confidence 1 - delta over the draw of the rollouts."""
+    epsilon_mm: float = 60.0
+    """A draft chunk deviates if its commands lead the fingertip further than this away from the main's. The arm follows
+    about a quarter of what is commanded."""
+    max_skips: int = 4
+    """Chunks in a row without the main, at most."""
+    tried_mm: float = -1.0
+    """Threshold of the rollouts; -1 takes epsilon_mm. Best near the one that comes out."""
+    test: str = "betting"
+    """Test behind the promise: betting (arXiv 2010.09686) or hoeffding-bentkus."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    num_workers: str = "auto"
+    """Worker processes."""
+    seed: int = 11
+    """Seed of the policy's rollouts."""
+    output: Path = Path("results/scratch/calibration")
+    """Folder of the rollouts; an interrupted run continues, and other alpha, delta or epsilon need no new ones."""
+
+
+class PlacementEnv(LiberoEnv):
+    """Trial k is a random placement instead of the benchmark's initial state k."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        trial = (options or {})["init_state"]
+        return super().reset(seed=seed, options={"placement_seed": FIRST_PLACEMENT + trial})
+
+
+def placement_env(suite: str, task_id: int, image_size: int) -> PlacementEnv:
+    return PlacementEnv(suite, task_id, image_size=image_size)
+
+
+def unlimited(suite: str, task_id: int) -> int:
+    return 10**6
+
+
+PLACEMENTS: Backend = replace(LIBERO, make_env=placement_env, count_init_states=unlimited)
+
+
+def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCalibration:
+    """Rollouts, fit, table; writes the calibration into the checkpoint directory."""
+    directory, sha256 = locate_checkpoint(config.policy), weights_hash(config.policy)
+    tried = config.epsilon_mm if config.tried_mm < 0 else config.tried_mm
+    rollouts = EvalConfig(
+        task_suite=config.task_suite,
+        num_trials=config.num_trials,
+        policy=config.policy,
+        decode="rsd-skip",
+        skip_threshold_mm=tried,
+        max_skips=config.max_skips,
+        audit=True,
+        seed=config.seed,
+        device=config.device,
+        num_workers=config.num_workers,
+        output=str(config.output),
+    )
+    summary = evaluate(rollouts, backend=backend)
+    if summary.errors:
+        raise RsdError(f"calibrate: {summary.errors} rollouts ended in an error; run again to repeat them")
+    episodes = scored(read_episodes(config.output / EPISODES_FILE).values())
+    calibration = fit(episodes, config, sha256)
+    calibration.save(directory)
+    skipped = sum(sum(map(bool, chunk_stat(e, "skipped"))) for e in episodes) / sum(e.chunks for e in episodes)
+    Console().print(
+        f"{len(episodes)} rollouts, {calibration.chunks} chunks; threshold {calibration.threshold:.1f} mm: "
+        f"{calibration.skip_share:.1%} of the chunks without the main (the rollouts had {skipped:.1%}), "
+        f"risk {calibration.empirical_risk:.3f}, promised <= {config.alpha:g} at confidence {1 - config.delta:g}; "
+        f"success of the rollouts {summary.success.successes}/{summary.success.n}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return calibration
+
+
+def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str) -> SkipCalibration:
+    """Audited rollouts -> the calibration."""
+    ordered = sorted(episodes, key=lambda episode: episode.key)  # betting: an order that no loss decided
+    columns = {name: [np.array(chunk_stat(e, name)) for e in ordered] for name in (SCORE, "deviation_mm", "forced")}
+    return fit_threshold(
+        columns[SCORE],
+        columns["deviation_mm"],
+        forced=[flags.astype(bool) for flags in columns["forced"]],
+        alpha=config.alpha,
+        delta=config.delta,
+        epsilon_mm=config.epsilon_mm,
+        max_skips=config.max_skips,
+        score=SCORE,
+        weights_sha256=sha256,
+        test=config.test,
+    )
+
+
+def chunk_stat(episode: EpisodeResult, name: str) -> list[float]:
+    """One number a chunk; `RsdError` where the rollout did not record it."""
+    values = episode.chunk_stats.get(name, [None])
+    if any(value is None for value in values):
+        raise RsdError(f"episode {episode.key}: has no {name} of every chunk; roll out with rsd-skip and --audit")
+    return [float(value) for value in values if value is not None]

@@ -1,0 +1,105 @@
+"""From rollouts to a calibration in the checkpoint, with a tiny random policy and the scripted simulator."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scripted import SCRIPTED, episode
+
+from rsd.decoding.calibration import FILE_NAME, SkipCalibration
+from rsd.evaluation.backend import describe_checkpoint, rsd_policy
+from rsd.evaluation.calibrate import SCORE, CalibrateConfig, calibrate, chunk_stat
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.evaluate import evaluate
+from rsd.evaluation.results import EPISODES_FILE, read_episodes
+from rsd.policy import WEIGHTS_FILE, PolicyConfig, RsdModel, RsdPolicy, weights_hash
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import RsdError
+
+BACKEND = replace(SCRIPTED, make_policy=rsd_policy, describe_policy=describe_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    make_model: Callable[[int], RsdModel],
+    tokenizer: ActionTokenizer,
+    tiny_config: PolicyConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    model = make_model(3)
+    assert model.light is not None
+    for gripper in (model.main.gripper_head, model.light.levels.gripper_head):
+        gripper.bias.data.fill_(-100.0)  # open throughout
+    folder = tmp_path_factory.mktemp("calibrate") / "checkpoint"
+    RsdPolicy(model, tokenizer, tiny_config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> CalibrateConfig:
+    return CalibrateConfig(
+        policy=str(checkpoint),
+        num_trials=6,
+        alpha=0.3,
+        delta=0.3,
+        epsilon_mm=10_000.0,
+        max_skips=2,
+        num_workers="2",
+        output=tmp_path_factory.mktemp("rollouts"),
+    )
+
+
+def test_a_calibration_is_written_used_and_checked(checkpoint: Path, config: CalibrateConfig, tmp_path: Path) -> None:
+    with pytest.raises(RsdError, match=r"needs a skip_calibration.json, found none; make it with `rsd calibrate`"):
+        RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")
+
+    calibration = calibrate(config, BACKEND)
+    assert SkipCalibration.load(checkpoint) == calibration
+    assert calibration.weights_sha256 == weights_hash(checkpoint)
+    assert calibration.episodes == 36
+    assert calibration.threshold > 0  # nothing deviates by ten metres
+    assert calibration.empirical_risk == 0
+
+    run = EvalConfig(
+        policy=str(checkpoint), decode="rsd-skip", num_trials=2, audit=True, num_workers="1", output=str(tmp_path)
+    )
+    evaluate(run, backend=BACKEND)
+    for result in read_episodes(tmp_path / EPISODES_FILE).values():
+        skipped, scores = (np.array(chunk_stat(result, name)) for name in ("skipped", SCORE))
+        assert result.prefills == result.chunks - skipped.sum()
+        assert not skipped[0]  # the main looks first
+        assert (scores[skipped == 1] < calibration.threshold).all()
+        assert len(chunk_stat(result, "deviation_mm")) == result.chunks
+    assert any(sum(chunk_stat(r, "skipped")) for r in read_episodes(tmp_path / EPISODES_FILE).values())
+
+    weights = checkpoint / WEIGHTS_FILE
+    mine = calibration.weights_sha256
+    replace(calibration, weights_sha256="0" * 64).save(checkpoint)
+    with pytest.raises(RsdError, match="skip calibration: made for weights 000000000000, found"):
+        RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")
+    replace(calibration, weights_sha256=mine).save(checkpoint)
+    assert weights.is_file()
+
+
+def test_other_promises_need_no_new_rollouts(config: CalibrateConfig, checkpoint: Path) -> None:
+    rolled = calibrate(replace(config, tried_mm=10_000.0), BACKEND)
+    lines = (config.output / EPISODES_FILE).read_text()
+    strict = calibrate(replace(config, tried_mm=10_000.0, epsilon_mm=1e-6), BACKEND)
+    assert (config.output / EPISODES_FILE).read_text() == lines
+    assert strict.threshold == 0 < rolled.threshold
+    rolled.save(checkpoint)
+
+
+def test_rollouts_without_the_statistics_are_refused() -> None:
+    with pytest.raises(RsdError, match="has no deviation_mm of every chunk; roll out with rsd-skip and --audit"):
+        chunk_stat(episode(chunk_stats={"deviation_mm": [None]}), "deviation_mm")
+
+
+def test_the_calibration_names_a_run(checkpoint: Path, config: CalibrateConfig) -> None:
+    calibrate(config, BACKEND)
+    assert FILE_NAME in {path.name for path in checkpoint.iterdir()}
+    described = describe_checkpoint(EvalConfig(policy=str(checkpoint), decode="rsd-skip"))
+    assert described["skip_calibration"] == SkipCalibration.load(checkpoint).to_json()
+    assert "skip_calibration" not in describe_checkpoint(EvalConfig(policy=str(checkpoint), decode="rsd-fused"))
