@@ -45,6 +45,9 @@ class CountingEnv:
         state = np.array([self.task_id, self.needed, self.steps, 0, 0, 0, 0, 0], dtype=np.float32)
         return Observation(images, state, self.instruction)
 
+    def failure_detail(self) -> str:
+        return f"{self.needed - self.steps} steps short"
+
     def close(self) -> None:
         pass
 

@@ -13,7 +13,7 @@ import os
 import types
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -42,6 +42,9 @@ class EpisodeResult:
     num_drafts: chunks that drafted. accepted_levels: accepted prefix, one number a drafted chunk.
     prefills / main_passes: passes of the main model, prefills and those after them, summed over chunks.
     wall_s: reset, predictions and simulation together.
+    failure_detail: what the simulator saw of a failure, such as "bowl lifted, not at the goal".
+    attempts: how often it was begun; a broken-off attempt (a crash, a hang) leaves nothing else here.
+    chunk_stats: further numbers of `ChunkStats`, by name, one a chunk, null where a chunk has none.
     """
 
     suite: str
@@ -64,6 +67,9 @@ class EpisodeResult:
     prefills: int
     main_passes: int
     wall_s: float
+    failure_detail: str = ""
+    attempts: int = 1
+    chunk_stats: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
     def key(self) -> EpisodeKey:
@@ -82,6 +88,9 @@ class EpisodeResult:
             ),
             "latencies that are not one number a chunk": any(
                 len(values) != self.chunks for values in self.latency_ms.values()
+            ),
+            "statistics that are not one number a chunk": any(
+                len(values) != self.chunks for values in self.chunk_stats.values()
             ),
             "drafted and accepted tokens of different numbers of levels": len(self.num_draft_tokens)
             != len(self.num_accepted_tokens),
@@ -140,9 +149,12 @@ def decode_record(kind: type[Record], text: str, where: str) -> Record:
     if version != FORMAT:
         raise RsdError(f"{where}: results format {version!r}, this program reads format {FORMAT}; run it again")
     hints = get_type_hints(kind)
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    if values.keys() != names:
-        missing, surplus = sorted(names - values.keys()), sorted(values.keys() - names)
+    known = fields(kind)  # type: ignore[arg-type]
+    # a field that was added later has a default, so that results written before it stay readable
+    required = {entry.name for entry in known if entry.default is MISSING and entry.default_factory is MISSING}
+    missing = sorted(required - values.keys())
+    surplus = sorted(values.keys() - {entry.name for entry in known})
+    if missing or surplus:
         raise RsdError(f"{where}: not a {kind.__name__}: missing {missing}, unknown {surplus}")
     for name, value in values.items():
         if not _matches(value, hints[name]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import zip_longest
 from typing import Any, Protocol
 
@@ -36,6 +36,10 @@ class Environment(Protocol):
         ...
 
     def observation(self) -> Observation: ...
+
+    def failure_detail(self) -> str:
+        """What is known of why the episode has not succeeded so far, in a few words; "" if nothing is."""
+        ...
 
     def close(self) -> None: ...
 
@@ -108,6 +112,8 @@ def run_episode(
         prefills=sum(chunk.prefills for chunk in stats),
         main_passes=sum(chunk.main_passes for chunk in stats),
         wall_s=time.perf_counter() - start,
+        failure_detail="" if success or trace else env.failure_detail(),
+        chunk_stats=further_stats(stats),
     )
     return Rollout(result, tuple(executed), trace)
 
@@ -133,6 +139,23 @@ def latency_by_stage(stats: list[ChunkStats]) -> dict[str, list[float]]:
     """Stage -> one number a chunk (ms); a stage that a chunk did without took it 0 ms."""
     stages = dict.fromkeys(stage for chunk in stats for stage in chunk.latency_ms)
     return {stage: [float(chunk.latency_ms.get(stage, 0.0)) for chunk in stats] for stage in stages}
+
+
+# Fields of ChunkStats that have a field of their own in an episode's result.
+RECORDED_STATS = {
+    *("decode", "acceptance", "prefills", "main_passes", "num_draft_tokens", "num_accepted_tokens"),
+    *("accepted_levels", "latency_ms"),
+}
+
+
+def further_stats(stats: list[ChunkStats]) -> dict[str, list[float | None]]:
+    """Every other number or flag that the decoder left in its statistics: name -> one value a chunk."""
+    found: dict[str, list[float | None]] = {}
+    for name in (field.name for field in fields(ChunkStats) if field.name not in RECORDED_STATS):
+        values = [getattr(chunk, name) for chunk in stats]
+        if values and all(value is None or isinstance(value, int | float) for value in values):
+            found[name] = [None if value is None else float(value) for value in values]
+    return {name: values for name, values in found.items() if any(value is not None for value in values)}
 
 
 def sum_per_level(counts: Iterable[list[int]]) -> list[int]:
