@@ -14,10 +14,11 @@ from rich.console import Console
 from scripted import SCRIPTED
 
 from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.episodes import Job, JobQueue
 from rsd.evaluation.evaluate import evaluate, plan_episodes
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes
 from rsd.evaluation.summary import RunSummary
-from rsd.evaluation.workers import Job, JobQueue, worker_count
+from rsd.evaluation.workers import worker_count
 from rsd.types import RsdError
 
 Evaluate = Callable[..., RunSummary]
@@ -148,17 +149,17 @@ jobs_by_task = st.lists(st.integers(1, 6), min_size=1, max_size=8)
 
 @given(jobs_by_task, st.integers(1, 5), st.randoms())
 def test_every_job_is_taken_once_and_tasks_stay_together(counts: list[int], workers: int, random: object) -> None:
-    jobs = [Job(task, "", "", state) for task, count in enumerate(counts) for state in range(count)]
+    jobs = [Job("suite", task, "", "", state) for task, count in enumerate(counts) for state in range(count)]
     queue, taken, switches = JobQueue(jobs), [], 0
-    current: dict[int, int | None] = dict.fromkeys(range(workers))
+    current: dict[int, tuple[str, int] | None] = dict.fromkeys(range(workers))
     while current:
         worker = random.choice(sorted(current))  # type: ignore[attr-defined]
         job = queue.take(current[worker])
         if job is None:
             del current[worker]
             continue
-        switches += job.task_id != current[worker]
-        current[worker] = job.task_id
+        switches += job.task != current[worker]
+        current[worker] = job.task
         taken.append(job)
     assert sorted((job.task_id, job.init_state) for job in taken) == [(job.task_id, job.init_state) for job in jobs]
     # A worker changes its task only when that is used up: each but the last worker on a task leaves it once.

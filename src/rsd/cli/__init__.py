@@ -42,6 +42,7 @@ class Command:
 COMMANDS = {
     "eval": Command("run a policy in LIBERO and measure success, latency and acceptance", "rsd.cli.eval"),
     "compare": Command("one table from several results directories", "rsd.cli.compare"),
+    "report": Command("one HTML page about runs: success, latency, acceptance, failures", "rsd.cli.report"),
     "bench latency": Command(
         "milliseconds per chunk of every decoder, in one run",
         "rsd.evaluation.latency",
@@ -71,7 +72,8 @@ COMMANDS = {
 EXAMPLES = """\
   rsd eval --task-suite libero_spatial --num-trials 3 --use-speculative-decoding True
   rsd eval --compare --num-trials 50 --output results/spatial
-  rsd compare results/spatial/ar results/spatial/rsd --markdown"""
+  rsd compare results/spatial/ar results/spatial/rsd --markdown
+  rsd report results/spatial/ar results/spatial/rsd"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

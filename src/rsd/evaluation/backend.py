@@ -14,7 +14,9 @@ from rsd.evaluation.config import EvalConfig
 from rsd.types import Policy
 
 if TYPE_CHECKING:
+    from rsd.evaluation.batching import BatchPolicy
     from rsd.evaluation.rollout import Environment
+    from rsd.policy import RsdPolicy
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Backend:
     """What names the weights beyond doubt: a run is never continued with others."""
     versions: Callable[[str], dict[str, str]]
     """device -> versions of everything a result may depend on."""
+    make_batch_policy: Callable[[EvalConfig], BatchPolicy] | None = None
+    """A policy for `--batch`; None where there is none."""
 
 
 def libero_tasks(suite: str) -> list[tuple[int, str, str]]:
@@ -47,16 +51,22 @@ def libero_init_states(suite: str, task_id: int) -> int:
 
 
 def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
-    from rsd.sim.libero import LiberoEnv
+    from rsd.evaluation.failures import WatchedLibero
 
-    return LiberoEnv(suite, task_id, image_size=image_size)
+    return WatchedLibero(suite, task_id, image_size=image_size)
 
 
-def rsd_policy(config: EvalConfig) -> Policy:
+def rsd_policy(config: EvalConfig) -> RsdPolicy:
     from rsd.policy import RsdPolicy
 
     acceptance = None if config.acceptance == "default" else config.acceptance
     return RsdPolicy.from_pretrained(config.policy, device=config.device, decode=config.decode, acceptance=acceptance)
+
+
+def batched_rsd_policy(config: EvalConfig) -> BatchPolicy:
+    from rsd.evaluation.batching import BatchedRsdPolicy
+
+    return BatchedRsdPolicy(rsd_policy(config), config.batch)
 
 
 def libero_versions(device: str) -> dict[str, str]:
@@ -106,4 +116,5 @@ LIBERO = Backend(
     make_policy=rsd_policy,
     describe_policy=describe_checkpoint,
     versions=libero_versions,
+    make_batch_policy=batched_rsd_policy,
 )

@@ -19,13 +19,14 @@ CONTROL_HZ = 20  # LIBERO's control frequency
 FRAME_STEPS = 2  # control steps a frame: drawing costs ten times as much as physics without a GPU
 PANEL = 256  # side of one camera's panel in pixels
 STRIP = 16  # height of the strip below the panels
+VIDEOS_DIR = "videos"  # in a run's directory
 NOTHING_DRAFTED = (70, 70, 70)
 REJECTED, ACCEPTED = np.array([200.0, 60.0, 40.0]), np.array([60.0, 170.0, 80.0])
 
 
 def video_name(result: EpisodeResult) -> str:
     outcome = "success" if result.success else "failure"
-    return f"task{result.task_id:02d}_init{result.init_state:02d}_{outcome}.mp4"
+    return f"{result.suite}_task{result.task_id:02d}_init{result.init_state:02d}_{outcome}.mp4"
 
 
 def replay_video(env: Environment, rollout: Rollout, path: Path) -> None:
@@ -42,8 +43,14 @@ def replay_video(env: Environment, rollout: Rollout, path: Path) -> None:
     env.reset(options={"init_state": result.init_state})
     terminated = False
     size = (2 * PANEL, PANEL + STRIP)
+    unfinished = path.with_name(path.name + ".part")  # a kill leaves no half video under the video's name
     writer = imageio_ffmpeg.write_frames(
-        str(path), size, fps=CONTROL_HZ / FRAME_STEPS, macro_block_size=1, ffmpeg_log_level="error"
+        str(unfinished),
+        size,
+        fps=CONTROL_HZ / FRAME_STEPS,
+        macro_block_size=1,
+        ffmpeg_log_level="error",
+        output_params=["-f", "mp4"],
     )
     writer.send(None)  # starts the encoder
     try:
@@ -59,6 +66,7 @@ def replay_video(env: Environment, rollout: Rollout, path: Path) -> None:
             f"replay of task {result.task_id}, initial state {result.init_state}: the episode ended in "
             f"{'success' if result.success else 'failure'}, its replay did not: the simulator does not repeat"
         )
+    unfinished.replace(path)
 
 
 def strip_colours(result: EpisodeResult) -> list[tuple[int, ...]]:
