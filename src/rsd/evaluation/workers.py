@@ -21,6 +21,7 @@ from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.episodes import EpisodeRunner, Job, JobQueue, Outcome, broken_off
 from rsd.types import RsdError
 
+START_PATIENCE = 120.0  # seconds for a process to load its policy, at least
 MAX_FAILED_STARTS = 3  # processes in a row that die before they are ready
 
 
@@ -169,7 +170,7 @@ class WorkerPool:
         process = context.Process(target=worker_main, args=arguments, daemon=True)
         process.start()
         theirs.close()
-        return Worker(process, ours, self._deadline())
+        return Worker(process, ours, time.monotonic() + self._start_patience)
 
     def _start_server(self) -> PolicyProcess:
         """Raises RsdError where the policy cannot be loaded, or cannot be batched."""
@@ -183,7 +184,7 @@ class WorkerPool:
         theirs.close()
         with contextlib.closing(ours):
             try:
-                message = ours.recv() if ours.poll(self.config.episode_timeout) else None
+                message = ours.recv() if ours.poll(self._start_patience) else None
             except (EOFError, OSError):
                 message = None
         if isinstance(message, Failed):
@@ -194,8 +195,9 @@ class WorkerPool:
             raise RsdError(f"the policy's process ended with exit code {process.exitcode}; its messages are above")
         return PolicyProcess(process, str(message))
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self.config.episode_timeout
+    @property
+    def _start_patience(self) -> float:
+        return max(START_PATIENCE, self.config.episode_timeout)
 
     def run(self, queue: JobQueue, videos_left: int) -> Iterator[Ready | Retry | Outcome]:
         """Yields each worker's Ready, each broken-off attempt and each job's Outcome as they come.
@@ -235,7 +237,8 @@ class WorkerPool:
                     job = replace(job, video="")
                 # Reserved here and given back above if the episode turns out to need none: never too many.
                 videos_left -= bool(job.video)
-                worker.job, worker.task, worker.deadline = job, job.task, self._deadline()
+                worker.job, worker.task = job, job.task
+                worker.deadline = time.monotonic() + self.config.episode_timeout
                 with contextlib.suppress(BrokenPipeError):  # it died just now: the next round notices
                     worker.connection.send(job)
 
@@ -261,7 +264,8 @@ class WorkerPool:
                 yield worker, f"worker process died with exit code {worker.process.exitcode}"
         for worker in by_channel.values():
             if worker.connection not in spoke and time.monotonic() > worker.deadline:
-                yield worker, f"worker process hung: nothing for {self.config.episode_timeout:g} s"
+                patience = self.config.episode_timeout if worker.ready else self._start_patience
+                yield worker, f"worker process hung: nothing for {patience:g} s"
 
     def _replace(self, worker: Worker, reason: str) -> Worker:
         if not worker.ready:
