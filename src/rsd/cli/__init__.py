@@ -43,11 +43,19 @@ COMMANDS = {
     "eval": Command("run a policy in LIBERO and measure success, latency and acceptance", "rsd.cli.eval"),
     "compare": Command("one table from several results directories", "rsd.cli.compare"),
     "report": Command("one HTML page about runs: success, latency, acceptance, failures", "rsd.cli.report"),
+    "inspect": Command("what a checkpoint or a results directory holds", "rsd.cli.inspect"),
+    "doctor": Command("check this machine and a checkpoint before an evaluation", "rsd.cli.doctor"),
     "bench latency": Command(
         "milliseconds per chunk of every decoder, in one run",
         "rsd.evaluation.latency",
         "measure_latency",
         "LatencyConfig",
+    ),
+    "bench eval": Command(
+        "episodes per minute of `rsd eval` against a plain loop",
+        "rsd.evaluation.throughput",
+        "measure_throughput",
+        "ThroughputConfig",
     ),
     "demos collect": Command(
         "record demonstrations of the scripted expert", "rsd.data.collect", "collect", "CollectConfig"

@@ -29,6 +29,8 @@ class EvalArguments:
     """True is --decode rsd, False is --decode ar."""
     compare: bool = False
     """Run --decode ar, l1 and rsd on the same initial states; print the table of the three."""
+    report: bool = False
+    """Also write the HTML report, as `rsd report` does."""
     overwrite: bool = False
     """Delete what --output holds of an earlier run and start from nothing."""
 
@@ -70,6 +72,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
         Console().print(rich_table(runs))
         if options.compare and options.config.output:
             write_atomically(options.config.output_dir / COMPARISON_FILE, markdown_table(runs))
+        if options.report:
+            from rsd.evaluation.html_report import write_report
+
+            console.print(f"report: {write_report(directories)}", soft_wrap=True, highlight=False)
     console.print("results: " + ", ".join(map(str, directories)), soft_wrap=True, highlight=False)
     return 1 if any(summary.errors for summary in summaries) else 0
 

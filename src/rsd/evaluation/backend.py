@@ -36,6 +36,8 @@ class Backend:
     """device -> versions of everything a result may depend on."""
     make_batch_policy: Callable[[EvalConfig], BatchPolicy] | None = None
     """A policy for `--batch`; None where there is none."""
+    preflight: Callable[[EvalConfig], None] | None = None
+    """Raises RsdError where the machine lacks something; cheap, run before anything is started."""
 
 
 def libero_tasks(suite: str) -> list[tuple[int, str, str]]:
@@ -67,6 +69,12 @@ def batched_rsd_policy(config: EvalConfig) -> BatchPolicy:
     from rsd.evaluation.batching import BatchedRsdPolicy
 
     return BatchedRsdPolicy(rsd_policy(config), config.batch)
+
+
+def check_machine(config: EvalConfig) -> None:
+    from rsd.evaluation.doctor import preflight
+
+    preflight(config)
 
 
 def libero_versions(device: str) -> dict[str, str]:
@@ -117,4 +125,5 @@ LIBERO = Backend(
     describe_policy=describe_checkpoint,
     versions=libero_versions,
     make_batch_policy=batched_rsd_policy,
+    preflight=check_machine,
 )

@@ -61,6 +61,8 @@ def evaluate(
     pending = [job for job in plan if (*job.task, job.init_state) not in done]
     workers = worker_count(config.num_workers, len(pending))
     if pending:
+        if backend.preflight is not None:
+            backend.preflight(config)
         if done:
             console.print(
                 f"{directory}: {len(done)} of {len(plan)} episodes are done, {len(pending)} to go",

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from rsd.evaluation.report import Run
+from rsd.evaluation.report import Run, task_labels
 from rsd.evaluation.results import EpisodeResult
 from rsd.evaluation.statistics import wilson
 from rsd.evaluation.summary import summarize_decoding
@@ -253,33 +253,6 @@ def themed_svg(figure: Figure, name: str, title: str) -> str:
     for colour, variable in variables.items():
         text = text.replace(colour, f"var(--{variable})")
     return text
-
-
-def task_labels(runs: Sequence[Run]) -> dict[tuple[str, int], str]:
-    """(suite, task) -> a short name: its number and what tells its instruction from the suite's others."""
-    instructions = {(e.suite, e.task_id): e.instruction for run in runs for e in run.episodes}
-    suites = {suite for suite, _ in instructions}
-    labels = {}
-    for suite in suites:
-        words = {task: text.split() for (name, task), text in instructions.items() if name == suite}
-        head, tail = shared(list(words.values())), shared([text[::-1] for text in words.values()])
-        for task, text in words.items():
-            middle = " ".join(text[head : len(text) - tail]) or " ".join(text)
-            prefix = f"{suite} {task}" if len(suites) > 1 else str(task)
-            labels[suite, task] = f"{prefix}  {middle}" if len(middle) <= 64 else f"{prefix}  {middle[:62]}…"
-    return labels
-
-
-def shared(texts: Sequence[list[str]]) -> int:
-    """How many leading words several texts share; 0 for a single one, which has nothing to be told from."""
-    if len(texts) < 2:
-        return 0
-    count = 0
-    for words in zip(*texts, strict=False):
-        if len(set(words)) > 1:
-            break
-        count += 1
-    return count
 
 
 def stage_samples(run: Run) -> dict[str, list[float]]:

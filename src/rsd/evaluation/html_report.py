@@ -19,8 +19,17 @@ import jinja2
 from markupsafe import Markup
 
 from rsd.evaluation.config import EvalConfig, option
-from rsd.evaluation.figures import FIGURES, SERIES, STAGE_COLOURS, draw_all, save, task_labels, themed_svg
-from rsd.evaluation.report import Run, difference_cell, interval_cell, load_runs, table_rows, title, verdict
+from rsd.evaluation.figures import FIGURES, SERIES, STAGE_COLOURS, draw_all, save, themed_svg
+from rsd.evaluation.report import (
+    Run,
+    difference_cell,
+    interval_cell,
+    load_runs,
+    table_rows,
+    task_labels,
+    title,
+    verdict,
+)
 from rsd.evaluation.results import EpisodeResult, write_atomically
 from rsd.evaluation.statistics import paired_difference
 from rsd.evaluation.summary import success_rate, summarize_decoding, summarize_tasks

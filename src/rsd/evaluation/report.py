@@ -195,3 +195,30 @@ def number(value: float | None) -> str:
 def mean_steps(episodes: Sequence[EpisodeResult]) -> float | None:
     steps = [episode.steps for episode in episodes if episode.success]
     return sum(steps) / len(steps) if steps else None
+
+
+def task_labels(runs: Sequence[Run]) -> dict[tuple[str, int], str]:
+    """(suite, task) -> a short name: its number and what tells its instruction from the suite's others."""
+    instructions = {(e.suite, e.task_id): e.instruction for run in runs for e in run.episodes}
+    suites = {suite for suite, _ in instructions}
+    labels = {}
+    for suite in suites:
+        words = {task: text.split() for (name, task), text in instructions.items() if name == suite}
+        head, tail = shared(list(words.values())), shared([text[::-1] for text in words.values()])
+        for task, text in words.items():
+            middle = " ".join(text[head : len(text) - tail]) or " ".join(text)
+            prefix = f"{suite} {task}" if len(suites) > 1 else str(task)
+            labels[suite, task] = f"{prefix}  {middle}" if len(middle) <= 64 else f"{prefix}  {middle[:62]}…"
+    return labels
+
+
+def shared(texts: Sequence[list[str]]) -> int:
+    """How many leading words several texts share; 0 for a single one, which has nothing to be told from."""
+    if len(texts) < 2:
+        return 0
+    count = 0
+    for words in zip(*texts, strict=False):
+        if len(set(words)) > 1:
+            break
+        count += 1
+    return count
