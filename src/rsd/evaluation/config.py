@@ -12,7 +12,10 @@ from rsd.types import RsdError
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
 # (`batch` is not among them: a batch rounds otherwise than a single observation.)
-UNHASHED_FIELDS = ("num_workers", "videos", "max_videos", "output", "batch_wait_ms", "episode_timeout", "shard")
+UNHASHED_FIELDS = (
+    *("num_workers", "videos", "max_videos", "output", "batch_wait_ms", "episode_timeout"),
+    *("launcher", "shard"),
+)
 # Left out of the hash where they are what they were before they existed, so that older runs keep theirs.
 NEUTRAL = {"batch": 0}
 
@@ -53,6 +56,8 @@ class EvalConfig:
     """How long an incomplete batch waits for more observations."""
     episode_timeout: float = 600.0
     """Seconds after which a worker that is still at its episode is taken for hung and replaced."""
+    launcher: Literal["local", "ray"] = "local"
+    """Where the workers are: processes on this machine, or actors of a Ray cluster (pip install 'rsd-vla[ray]')."""
     shard: str = ""
     """Run only part i of n of the episodes, written i/n from 0/n on; `rsd merge` puts the parts together."""
     videos: Literal["none", "failures", "all"] = "none"
@@ -71,6 +76,10 @@ class EvalConfig:
             raise OptionError(f"--videos '{self.videos}': expected one of none, failures, all")
         if self.num_workers != "auto" and not (self.num_workers.isdecimal() and int(self.num_workers) > 0):
             raise OptionError(f"--num-workers '{self.num_workers}': expected auto or a number of at least 1")
+        if self.launcher not in ("local", "ray"):
+            raise OptionError(f"--launcher '{self.launcher}': expected local or ray")
+        if self.launcher == "ray" and (self.batch or self.videos != "none"):
+            raise OptionError("--launcher ray: a policy in every actor and no videos; leave --batch and --videos out")
         if not self.suites:
             raise OptionError(f"--task-suite '{self.task_suite}': expected the name of a LIBERO suite")
         if self.episode_timeout <= 0 or self.batch_wait_ms < 0:

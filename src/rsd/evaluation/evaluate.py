@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from rsd.evaluation.backend import LIBERO, Backend
 from rsd.evaluation.config import EvalConfig, OptionError
 from rsd.evaluation.episodes import Job, JobQueue, Outcome
+from rsd.evaluation.launchers import make_pool
 from rsd.evaluation.lerobot import EVAL_INFO_FILE, write_eval_info
 from rsd.evaluation.progress import EpisodeProgress
 from rsd.evaluation.results import (
@@ -31,7 +33,7 @@ from rsd.evaluation.results import (
 )
 from rsd.evaluation.summary import RunSummary, summarize
 from rsd.evaluation.video import VIDEOS_DIR
-from rsd.evaluation.workers import Ready, Retry, WorkerPool, worker_count
+from rsd.evaluation.workers import Ready, Retry, worker_count
 from rsd.types import RsdError
 
 ERRORS_FILE = "errors.log"
@@ -156,7 +158,7 @@ def run_missing(
     (directory / VIDEOS_DIR).mkdir(parents=True, exist_ok=True)
     videos = len(list((directory / VIDEOS_DIR).glob("*.mp4")))
     with (
-        WorkerPool(config, backend, workers, directory / VIDEOS_DIR) as pool,
+        make_pool(config, backend, workers, directory / VIDEOS_DIR) as pool,
         EpisodeProgress(config, finished.values(), len(pending), console) as progress,
     ):
         for message in pool.run(JobQueue(pending), videos_left=config.max_videos - videos):
@@ -176,18 +178,20 @@ def record_run(config: EvalConfig, directory: Path, ready: Ready) -> None:
         record = RunRecord(asdict(config), config.hash, ready.versions, ready.policy)
         write_atomically(directory / CONFIG_FILE, encode_record(record, indent=2) + "\n")
         return
-    record = read_run_record(directory)
-    compared = [name for name in {**record.versions, **ready.versions} if name not in MACHINE_VERSIONS]
-    changed = differences({**record.versions}, {**ready.versions}, compared)
-    if record.policy != ready.policy:
-        changed = ", ".join(
-            filter(None, [changed, differences(record.policy, ready.policy, {**record.policy, **ready.policy})])
-        )
+    changed = run_differences(read_run_record(directory), ready.versions, ready.policy)
     if changed:
         raise RsdError(
             f"{directory} was begun with something else ({changed}); "
             "choose another --output, or --overwrite to delete it"
         )
+
+
+def run_differences(record: RunRecord, versions: dict[str, str], policy: dict[str, Any]) -> str:
+    """What sets versions and weights apart from a record's, the machine's own names left out; "" if nothing does."""
+    compared = [name for name in {**record.versions, **versions} if name not in MACHINE_VERSIONS]
+    found = [differences({**record.versions}, {**versions}, compared)]
+    found.append(differences(record.policy, policy, {**record.policy, **policy}))
+    return ", ".join(filter(None, found))
 
 
 def record_outcome(directory: Path, outcome: Outcome) -> None:
