@@ -225,7 +225,8 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     for prefix, columns in sections:
         for name in dict.fromkeys(name for column in columns for name in column):
             values = [str(column.get(name, "")) for column in columns]
-            rows.append((f"{prefix}{name}", values, len(set(values)) > 1))
+            if any(values):
+                rows.append((f"{prefix}{name}", values, len(set(values)) > 1))
     return rows
 
 
