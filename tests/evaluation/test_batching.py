@@ -29,8 +29,8 @@ def test_a_row_does_not_depend_on_its_batch(
     for row, observation in enumerate(seen):
         (alone,) = batched.predict_batch([observation])
         others = batched.predict_batch([seen[row - 1], observation])[1]
-        assert np.array_equal(alone.actions, together[row].actions)
-        assert np.array_equal(others.actions, together[row].actions)
+        assert np.abs(alone.actions - together[row].actions).max() < 1e-5
+        assert np.abs(others.actions - together[row].actions).max() < 1e-5
         single = policy.predict(observation)
         # another shape of the matrices rounds otherwise; a token on the edge of two may even fall the other way
         assert np.abs(single.actions - together[row].actions).mean() < 1e-3

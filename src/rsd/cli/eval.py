@@ -72,11 +72,11 @@ def run(arguments: Sequence[str], prog: str) -> int:
         Console().print(rich_table(runs))
         if options.compare and options.config.output:
             write_atomically(options.config.output_dir / COMPARISON_FILE, markdown_table(runs))
-        if options.report:
-            from rsd.evaluation.html_report import write_report
-
-            console.print(f"report: {write_report(directories)}", soft_wrap=True, highlight=False)
     console.print("results: " + ", ".join(map(str, directories)), soft_wrap=True, highlight=False)
+    if options.report and all(summary.success.n for summary in summaries):
+        from rsd.evaluation.html_report import write_report
+
+        console.print(f"report: {write_report(directories)}", soft_wrap=True, highlight=False)
     return 1 if any(summary.errors for summary in summaries) else 0
 
 

@@ -1,9 +1,9 @@
 """One process that owns the policy and predicts for many simulators at once.
 
 A batch goes as soon as it is full, as every simulator that is there waits, or as its deadline is over. It always has
-the same size: what is missing is filled up and thrown away. With one shape there is one way to compute a row, so an
-episode's actions do not depend on who else happened to be in its batches, and a run repeats. They do differ in the
-last bits from those of a policy that predicts one observation at a time (tests/evaluation/test_batching.py).
+the same size: what is missing is filled up and thrown away. With one shape there is one way to multiply the matrices,
+so an episode does not depend on how full its batches happened to be; its place in them can still move the last bit
+(measured on a CPU: up to 7e-7 in the actions of `l1`, nothing in those of `ar` and `rsd`, which are tokens).
 """
 
 from __future__ import annotations
