@@ -82,5 +82,9 @@ def test_ctrl_c_keeps_what_is_finished(
     assert dispatch(command(output, "--policy", "good")) == 130
     assert "finished episodes are kept" in capsys.readouterr().err
     monkeypatch.setattr(evaluation, "record_outcome", record)
-    assert dispatch(command(output, "--policy", "good")) == 0
+    assert dispatch(["eval", "--resume", str(output)]) == 0
     assert "1 of 2 episodes are done, 1 to go" in capsys.readouterr().err
+    assert dispatch(["eval", "--resume", str(output), "--num-trials", "9"]) == 2
+    assert "leave --num-trials out" in capsys.readouterr().err
+    assert dispatch(["eval", "--resume", str(output.parent)]) == 1
+    assert "not a results directory" in capsys.readouterr().err

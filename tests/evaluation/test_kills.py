@@ -43,7 +43,7 @@ def test_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
     choose = random.Random(3)
     context = multiprocessing.get_context("spawn")
     episodes_file = config.output_dir / EPISODES_FILE
-    for victim in ("worker", "evaluation", "worker"):
+    for victim in ("worker", "evaluation"):
         process = context.Process(target=functools.partial(run, config))
         process.start()
         before = len(read_episodes(episodes_file)) if episodes_file.exists() else 0

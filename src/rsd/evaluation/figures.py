@@ -173,7 +173,7 @@ def time_figure(runs: Sequence[Run]) -> Figure | None:
     figure, axes = new_figure(2.7)
     levels, shown = 0, []
     for index, run in enumerate(runs):
-        drafted = [e for e in run.episodes if e.num_drafts and e.num_drafts == e.chunks]
+        drafted = [e for e in run.episodes if e.accepted_levels]
         if not drafted:
             continue
         shown.append(index)
@@ -198,8 +198,8 @@ def time_figure(runs: Sequence[Run]) -> Figure | None:
 
 
 def accepted_over_time(episodes: Sequence[EpisodeResult]) -> np.ndarray | None:
-    """Mean accepted levels in each tenth of the episodes' time; tenths that no chunk falls in are interpolated."""
-    places = [(i + 0.5) / e.chunks for e in episodes for i in range(e.chunks)]
+    """Mean accepted levels in each tenth of the episodes' drafted chunks; tenths without one are interpolated."""
+    places = [(i + 0.5) / len(e.accepted_levels) for e in episodes for i in range(len(e.accepted_levels))]
     values = [accepted for e in episodes for accepted in e.accepted_levels]
     if not values:
         return None
