@@ -84,6 +84,17 @@ def test_a_run_without_drafts_or_failures_has_a_shorter_page(tmp_path: Path) -> 
     text = write_report([write_run(tmp_path / "ar", "ar", set(), 80.0)]).read_text()
     assert "Every episode succeeded." in text
     assert 'id="acceptance"' not in text
+    assert "not run" not in text
+
+
+def test_what_was_not_run_is_a_gap_in_its_place(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "rsd", "rsd", set(), 40.0, range(2))
+    record = directory / "config.json"
+    record.write_text(record.read_text().replace('"num_trials": 1', '"num_trials": 3'))
+    append_episode(directory / "episodes.jsonl", episode(0, 2))
+    text = write_report([directory]).read_text()
+    titles = re.findall(r'<i[^>]* title="rsd \(margin\), initial state (\d): (not run|success)', text)
+    assert titles == [("0", "success"), ("1", "not run"), ("2", "success"), ("0", "success"), *(("1", "not run"), ("2", "not run"))]
 
 
 @pytest.fixture(scope="module")

@@ -101,14 +101,16 @@ def render(runs: Sequence[Run], drawings: dict[str, Markup], base: Path, videos:
     )
     environment.trim_blocks = environment.lstrip_blocks = True
     labels = task_labels(runs)
+    tasks = task_rows(runs, labels)
     return environment.get_template("report.html.jinja").render(
         title=title(runs),
         names=[run.name for run in runs],
-        tiles=[tile(runs[0], run) for run in runs],
+        tiles=[tile(runs[0], run, len(runs) > 1) for run in runs],
         rows=table_rows(runs),
         figures=drawings,
         figure_titles={name: heading for name, (heading, _) in FIGURES.items()},
-        tasks=task_rows(runs, labels),
+        tasks=tasks,
+        gaps=any(e is None for task in tasks for cell in task["cells"] for _, e in cell["episodes"]),
         clips=clips(runs, labels, base, videos),
         failures=failure_rows(runs, labels),
         reasons=failure_reasons(runs),
@@ -126,10 +128,10 @@ def palette(series: Sequence[str], stages: Sequence[str]) -> str:
     return " ".join(f"--{name}: {colour};" for name, colour in pairs)
 
 
-def tile(first: Run, run: Run) -> Tile:
+def tile(first: Run, run: Run, several: bool) -> Tile:
     rate, decoding = success_rate(run.episodes), summarize_decoding(run.episodes)
     total = decoding.latency_ms.get("total")
-    sentence = f"baseline of this page, {rate.n} episodes"
+    sentence = "the others are held against this one" if several else ""
     if run is not first:
         pair = paired_difference(first.successes, run.successes)
         sentence = f"{difference_cell(pair)} against {first.name}, bootstrap {interval_cell(pair)}: {verdict(pair)}"
@@ -149,16 +151,17 @@ def tile(first: Run, run: Run) -> Tile:
 
 
 def task_rows(runs: Sequence[Run], labels: dict[tuple[str, int], str]) -> list[dict[str, Any]]:
-    """For every task its label and, run by run, the success and the outcome of each initial state."""
+    """For every task its label and, run by run, the success and the outcome of each initial state, run or not."""
     summaries = [{(s.suite, s.task_id): s for s in summarize_tasks(run.episodes)} for run in runs]
     rows = []
     for task, label in sorted(labels.items()):
         cells = []
         for index, (run, by_task) in enumerate(zip(runs, summaries, strict=True)):
             if task in by_task:
-                episodes = sorted(
-                    (e for e in run.episodes if (e.suite, e.task_id) == task), key=lambda e: e.init_state
-                )
+                states = {e.init_state: e for e in run.episodes if (e.suite, e.task_id) == task}
+                first = run.record.config.get("init_states", 0)
+                planned = range(first, first + run.record.config["num_trials"])
+                episodes = [(state, states.get(state)) for state in sorted({*states, *planned})]
                 cells.append({"run": run.name, "colour": index, "summary": by_task[task], "episodes": episodes})
         rows.append({"label": label, "cells": cells})
     return rows
