@@ -15,9 +15,9 @@ $(VENV)/.complete: requirements.lock pyproject.toml scripts/make_env.sh
 	scripts/make_env.sh $(VENV)
 	@touch $@
 
-eval: env  ## run the shipped policy in LIBERO, without and with speculative decoding: results/make-eval
+eval: env  ## run the shipped policy in LIBERO, without and with speculative decoding: results/make-eval/report.html
 	$(BIN)/rsd eval --compare --task-suite libero_spatial --num-trials 1 --videos all --max-videos 3 \
-		--output results/make-eval --overwrite
+		--report --output results/make-eval --overwrite
 
 test: env  ## lint, type-check and test, simulator included
 	$(BIN)/ruff check src tests

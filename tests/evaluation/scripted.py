@@ -1,12 +1,16 @@
 """A tiny simulator and a scripted policy behind the evaluation's backend, for tests without a simulator.
 
 Task t from initial state k succeeds after 5 + 3 t + k steps; the step limit is 20. `EvalConfig.policy` names
-the policy's behaviour.
+the policy's behaviour: `good`, or `dies:2.1` and the like for one task and initial state; `once:FILE:dies:2.1`
+misbehaves only while FILE does not exist, and makes it.
 """
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +48,9 @@ class CountingEnv:
         images = np.full((2, self.image_size, self.image_size, 3), self.steps, dtype=np.uint8)
         state = np.array([self.task_id, self.needed, self.steps, 0, 0, 0, 0, 0], dtype=np.float32)
         return Observation(images, state, self.instruction)
+
+    def failure_detail(self) -> str:
+        return f"{self.needed - self.steps} steps short"
 
     def close(self) -> None:
         pass
@@ -83,13 +90,23 @@ class ScriptedPolicy:
         return ActionChunk(actions, stats)
 
     def misbehave(self, task_id: int, init_state: int) -> None:
-        name, _, only = self.behaviour.partition(":")
-        if only and only != f"{task_id}.{init_state}":
+        behaviour, marker = self.behaviour, None
+        if behaviour.startswith("once:"):
+            _, file, behaviour = behaviour.split(":", 2)
+            marker = Path(file)
+        name, _, only = behaviour.partition(":")
+        if name == "slow":
+            time.sleep(0.02)
+        if (only and only != f"{task_id}.{init_state}") or (marker is not None and marker.exists()):
             return
+        if marker is not None:
+            marker.touch()
         if name == "raises":
             raise RuntimeError("the policy broke")
         if name == "dies":
             os._exit(3)
+        if name == "hangs":
+            time.sleep(1000)
 
 
 def list_tasks(suite: str) -> list[tuple[int, str, str]]:
@@ -118,7 +135,26 @@ def versions(device: str) -> dict[str, str]:
     return {"simulator": "scripted 1", "cpu": "any"}
 
 
-SCRIPTED = Backend(list_tasks, count_init_states, make_env, make_policy, describe_policy, versions)
+class ScriptedBatchPolicy:
+    """The scripted policy, one observation after another."""
+
+    image_size = 8
+
+    def __init__(self, config: EvalConfig) -> None:
+        self.config, self.policy = config, make_policy(config)
+
+    def predict_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
+        assert 0 < len(observations) <= self.config.batch
+        return [self.policy.predict(observation) for observation in observations]
+
+
+def make_batch_policy(config: EvalConfig) -> ScriptedBatchPolicy:
+    return ScriptedBatchPolicy(config)
+
+
+SCRIPTED = Backend(
+    list_tasks, count_init_states, make_env, make_policy, describe_policy, versions, make_batch_policy
+)
 
 
 def episode(task_id: int = 0, init_state: int = 0, **changes: Any) -> EpisodeResult:

@@ -45,8 +45,10 @@ def test_compare_ends_with_the_paired_table(output: Path, capsys: pytest.Capture
 
 
 def test_an_error_episode_makes_the_exit_status_1(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert dispatch(command(output, "--policy", "raises:1.1")) == 1
+    assert dispatch(command(output, "--policy", "raises:1.1", "--report")) == 1
     printed = capsys.readouterr()
+    assert printed.err.endswith(f"report: {output.absolute() / 'report.html'}\n")
+    assert "the policy broke" in (output / "report.html").read_text()
     assert "1 of 2 episodes ended in an error" in printed.err
     assert "1/1 = 100.0 %" in printed.out
 
@@ -80,5 +82,9 @@ def test_ctrl_c_keeps_what_is_finished(
     assert dispatch(command(output, "--policy", "good")) == 130
     assert "finished episodes are kept" in capsys.readouterr().err
     monkeypatch.setattr(evaluation, "record_outcome", record)
-    assert dispatch(command(output, "--policy", "good")) == 0
+    assert dispatch(["eval", "--resume", str(output)]) == 0
     assert "1 of 2 episodes are done, 1 to go" in capsys.readouterr().err
+    assert dispatch(["eval", "--resume", str(output), "--num-trials", "9"]) == 2
+    assert "leave --num-trials out" in capsys.readouterr().err
+    assert dispatch(["eval", "--resume", str(output.parent)]) == 1
+    assert "not a results directory" in capsys.readouterr().err

@@ -14,10 +14,11 @@ from rich.console import Console
 from scripted import SCRIPTED
 
 from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.episodes import Job, JobQueue
 from rsd.evaluation.evaluate import evaluate, plan_episodes
-from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes
+from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes, read_run_record
 from rsd.evaluation.summary import RunSummary
-from rsd.evaluation.workers import Job, JobQueue, worker_count
+from rsd.evaluation.workers import worker_count
 from rsd.types import RsdError
 
 Evaluate = Callable[..., RunSummary]
@@ -102,15 +103,81 @@ def test_a_changed_checkpoint_is_not_mixed_in(config: EvalConfig) -> None:
 
 @pytest.mark.parametrize(("behaviour", "reason"), [("raises", "the policy broke"), ("dies", "exit code 3")])
 def test_an_error_is_no_failure_of_the_policy_and_is_run_again(config: EvalConfig, behaviour: str, reason: str) -> None:
-    broken = replace(config, policy=f"{behaviour}:0.1")
+    broken = replace(config, policy=f"{behaviour}:0.1", tasks="0", num_trials=2)
     summary, log = run(broken)
-    assert (summary.episodes, summary.errors, summary.success.n, summary.success.successes) == (6, 1, 5, 5)
-    assert reason in log
-    assert reason in (broken.output_dir / "errors.log").read_text()
+    assert (summary.episodes, summary.errors, summary.success.n, summary.success.successes) == (2, 1, 1, 1)
+    assert log.count("begun anew") == 2
+    assert (broken.output_dir / "errors.log").read_text().count(reason) >= 3
+    (error,) = (e for e in outcomes(broken).values() if e.is_error)
+    assert error.attempts == 3
+    assert reason in error.failure
     lines = len((broken.output_dir / EPISODES_FILE).read_text().splitlines())
-    summary, _ = run(broken)
-    assert len((broken.output_dir / EPISODES_FILE).read_text().splitlines()) == lines + 1
-    assert (summary.episodes, summary.errors) == (6, 1)
+    if behaviour == "raises":  # the next invocation tries it again, and a try that errs again counts for nothing
+        summary, _ = run(broken)
+        assert len((broken.output_dir / EPISODES_FILE).read_text().splitlines()) == lines + 1
+        assert (summary.episodes, summary.errors) == (2, 1)
+
+
+@pytest.mark.parametrize("behaviour", ["dies", "hangs"])
+def test_what_went_wrong_once_leaves_no_trace_in_the_result(
+    config: EvalConfig, tmp_path: Path, behaviour: str
+) -> None:
+    good = replace(config, tasks="0", num_trials=2, output=str(tmp_path / "good"))
+    run(good)
+    flaky = replace(good, policy=f"once:{tmp_path}/marker:{behaviour}:0.1", output=str(tmp_path / "flaky"))
+    flaky = replace(flaky, episode_timeout=4.0)
+    summary, log = run(flaky)
+    assert summary.errors == 0
+    assert log.count("begun anew") == 1
+    assert ("hung: nothing for 4 s" in log) == (behaviour == "hangs")
+    again = outcomes(flaky)
+    assert again.pop(("libero_spatial", 0, 1)).attempts == 2
+    assert again == {key: value for key, value in outcomes(good).items() if key in again}
+
+
+def test_a_policy_in_a_process_of_its_own_gives_the_same_episodes(config: EvalConfig, tmp_path: Path) -> None:
+    run(config)
+    batched = replace(config, batch=2, num_workers="2", output=str(tmp_path / "batched"))
+    assert batched.hash != config.hash
+    summary, _ = run(batched)
+    assert summary.errors == 0
+    assert summary.versions["simulator"] == "scripted 1"
+    assert outcomes(batched) == outcomes(config)
+    latencies = [e.latency_ms for e in read_episodes(batched.output_dir / EPISODES_FILE).values()]
+    assert all(set(found) == {"queue", "total", "prefill"} for found in latencies)
+
+
+def test_the_death_of_the_policys_process_is_survived(config: EvalConfig, tmp_path: Path) -> None:
+    flaky = replace(config, batch=1, tasks="0", policy=f"once:{tmp_path}/marker:dies:0.2")
+    summary, log = run(flaky)
+    assert (summary.episodes, summary.errors) == (3, 0)
+    assert "begun anew" in log
+
+
+def test_a_policy_that_the_policys_process_cannot_load_stops_the_run(config: EvalConfig) -> None:
+    with pytest.raises(RsdError, match="expected a checkpoint directory"):
+        run(replace(config, policy="missing", batch=4))
+
+
+def test_several_suites_make_one_run(config: EvalConfig) -> None:
+    both = replace(config, task_suite="libero_spatial, libero_goal", tasks="0", num_trials=2)
+    summary, _ = run(both)
+    assert [(task.suite, task.success.n) for task in summary.tasks] == [("libero_goal", 2), ("libero_spatial", 2)]
+    (directory,) = {replace(both, output="").output_dir.name.split("-rsd-")[0]}
+    assert directory == "libero_spatial+libero_goal"
+
+
+def test_shards_cover_the_plan_once(config: EvalConfig) -> None:
+    whole = plan_episodes(replace(config, tasks="all"), SCRIPTED)
+    shards = [plan_episodes(replace(config, tasks="all", shard=f"{i}/4"), SCRIPTED) for i in range(4)]
+    assert sorted(map(str, whole)) == sorted(str(job) for shard in shards for job in shard)
+    with pytest.raises(RsdError, match=r"--shard '4/4': expected i/n"):
+        replace(config, shard="4/4")
+
+
+def test_the_hash_of_a_run_is_what_it_always_was() -> None:
+    for record in (read_run_record(path.parent) for path in Path("results/libero_spatial/cpu").glob("*/config.json")):
+        assert EvalConfig(**record.config).hash == record.config_hash
 
 
 @pytest.mark.parametrize(("videos", "expected"), [("all", 2), ("failures", 1)])
@@ -148,17 +215,17 @@ jobs_by_task = st.lists(st.integers(1, 6), min_size=1, max_size=8)
 
 @given(jobs_by_task, st.integers(1, 5), st.randoms())
 def test_every_job_is_taken_once_and_tasks_stay_together(counts: list[int], workers: int, random: object) -> None:
-    jobs = [Job(task, "", "", state) for task, count in enumerate(counts) for state in range(count)]
+    jobs = [Job("suite", task, "", "", state) for task, count in enumerate(counts) for state in range(count)]
     queue, taken, switches = JobQueue(jobs), [], 0
-    current: dict[int, int | None] = dict.fromkeys(range(workers))
+    current: dict[int, tuple[str, int] | None] = dict.fromkeys(range(workers))
     while current:
         worker = random.choice(sorted(current))  # type: ignore[attr-defined]
         job = queue.take(current[worker])
         if job is None:
             del current[worker]
             continue
-        switches += job.task_id != current[worker]
-        current[worker] = job.task_id
+        switches += job.task != current[worker]
+        current[worker] = job.task
         taken.append(job)
     assert sorted((job.task_id, job.init_state) for job in taken) == [(job.task_id, job.init_state) for job in jobs]
     # A worker changes its task only when that is used up: each but the last worker on a task leaves it once.

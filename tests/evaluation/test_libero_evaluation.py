@@ -74,7 +74,7 @@ def test_both_ways_of_decoding_alone_in_a_worker_and_with_a_video(untrained: Pat
     (episode,) = read_episodes(tmp_path / "rsd" / EPISODES_FILE).values()
     assert timeless(episode) == alone[1]
     (video,) = (tmp_path / "rsd" / "videos").iterdir()
-    assert video.name == "task03_init04_failure.mp4"
+    assert video.name == "libero_spatial_task03_init04_failure.mp4"
     assert len(imageio.mimread(video, memtest=False)) == 1 + STEPS // FRAME_STEPS
     assert summary.versions["mujoco"] == "3.2.3"
     assert len(summary.policy["checkpoint_sha256"]) == 64

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from rsd.evaluation.statistics import mcnemar_exact, paired_difference, percentiles, wilson
+from rsd.evaluation.statistics import PairedDifference, mcnemar_exact, paired_difference, percentiles, wilson
 from rsd.types import RsdError
 
 Z95 = 1.959963984540054
@@ -65,3 +67,21 @@ def test_percentiles_interpolate_and_refuse_nothing() -> None:
     assert percentiles([1.0, 2.0, 3.0, 4.0]) == pytest.approx([2.5, 3.85])
     with pytest.raises(ValueError, match="empty"):
         percentiles([])
+
+
+@given(st.lists(st.integers(0, 40), min_size=4, max_size=4).filter(sum))
+def test_the_bootstrap_interval_holds_the_difference_and_repeats(counts: list[int]) -> None:
+    pair = PairedDifference(*counts)
+    low, high = pair.interval(resamples=2000)
+    assert -1 <= low <= high <= 1
+    assert low - 0.05 <= pair.difference <= high + 0.05
+    assert pair.interval(resamples=2000) == (low, high)
+
+
+def test_the_bootstrap_interval_is_the_normal_one_where_that_holds() -> None:
+    pair = PairedDifference(both=700, only_first=100, only_second=150, neither=50)
+    low, high = pair.interval()
+    spread = 1.96 * math.sqrt((0.25 - 0.05**2) / 1000)
+    assert (low, high) == pytest.approx((0.05 - spread, 0.05 + spread), abs=0.002)
+    assert pair.distinguishable
+    assert not PairedDifference(both=7, only_first=1, only_second=2, neither=0).distinguishable

@@ -8,10 +8,12 @@ from scripted import CountingEnv, ScriptedPolicy, episode
 from test_rollout import roll
 
 from rsd.evaluation.video import (
+    CAPTION,
     FRAME_STEPS,
     NOTHING_DRAFTED,
     PANEL,
     STRIP,
+    caption,
     frame,
     replay_video,
     strip_colours,
@@ -28,8 +30,8 @@ def test_a_replay_shows_the_start_and_the_whole_of_every_chunk(tmp_path: Path) -
     frames = imageio.mimread(path, memtest=False)
     chunk_frames = [-(-len(actions) // FRAME_STEPS) for actions in rollout.actions]
     assert len(frames) == 1 + sum(chunk_frames)
-    assert frames[0].shape == (PANEL + STRIP, 2 * PANEL, 3)
-    assert path.name == "task02_init00_success.mp4"
+    assert frames[0].shape == (CAPTION + PANEL + STRIP, 2 * PANEL, 3)
+    assert path.name == "any_task02_init00_success.mp4"
 
 
 def test_a_replay_that_ends_otherwise_is_an_error(tmp_path: Path) -> None:
@@ -54,9 +56,20 @@ def test_the_strip_goes_from_red_to_green_and_is_grey_without_a_draft() -> None:
 def test_a_frame_holds_both_cameras_and_one_field_a_past_chunk(side: int) -> None:
     images = np.stack([np.full((side, side, 3), value, dtype=np.uint8) for value in (50, 200)])
     colours = [(255, 0, 0), (0, 255, 0)]
-    drawn = frame(images, colours, chunks=1)
-    assert (drawn[:PANEL, :PANEL] == 50).all()
-    assert (drawn[:PANEL, PANEL:] == 200).all()
-    strip = drawn[PANEL + 2 :]
+    drawn = frame(images, colours, 1, "pick it up", 8)
+    panels = drawn[CAPTION : CAPTION + PANEL]
+    assert (panels[:, :PANEL] == 50).all()
+    assert (panels[:, PANEL:] == 200).all()
+    strip = drawn[CAPTION + PANEL + 2 :]
     assert (strip[:, : PANEL - 1] == (255, 0, 0)).all()
     assert (strip[:, PANEL:] == 0).all()
+
+
+def test_the_caption_holds_step_and_as_much_of_the_instruction_as_fits() -> None:
+    assert not np.array_equal(caption("pick it up", 8), caption("pick it up", 16))
+    assert not np.array_equal(caption("pick it up", 8), caption("put it down", 8))
+    long = caption("word " * 60, 220)
+    assert long.shape == (CAPTION, 2 * PANEL, 3)
+    step = caption("", 220)
+    right = 2 * PANEL - 50  # the text ends before the step begins
+    assert np.array_equal(long[:, right:], step[:, right:])

@@ -42,6 +42,11 @@ class Command:
 COMMANDS = {
     "eval": Command("run a policy in LIBERO and measure success, latency and acceptance", "rsd.cli.eval"),
     "compare": Command("one table from several results directories", "rsd.cli.compare"),
+    "report": Command("one HTML page about runs: success, latency, acceptance, failures", "rsd.cli.report"),
+    "merge": Command("bring shards of one run together", "rsd.cli.merge"),
+    "submit": Command("run an evaluation as SLURM jobs, a shard each", "rsd.cli.submit"),
+    "inspect": Command("what a checkpoint or a results directory holds", "rsd.cli.inspect"),
+    "doctor": Command("check this machine and a checkpoint before an evaluation", "rsd.cli.doctor"),
     "bench latency": Command(
         "milliseconds per chunk of every decoder, in one run",
         "rsd.evaluation.latency",
@@ -53,6 +58,12 @@ COMMANDS = {
         "rsd.evaluation.calibrate",
         "calibrate",
         "CalibrateConfig",
+    ),
+    "bench eval": Command(
+        "episodes per minute of `rsd eval` against a plain loop",
+        "rsd.evaluation.throughput",
+        "measure_throughput",
+        "ThroughputConfig",
     ),
     "demos collect": Command(
         "record demonstrations of the scripted expert", "rsd.data.collect", "collect", "CollectConfig"
@@ -77,7 +88,8 @@ COMMANDS = {
 EXAMPLES = """\
   rsd eval --task-suite libero_spatial --num-trials 3 --use-speculative-decoding True
   rsd eval --compare --num-trials 50 --output results/spatial
-  rsd compare results/spatial/ar results/spatial/rsd --markdown"""
+  rsd compare results/spatial/ar results/spatial/rsd --markdown
+  rsd report results/spatial/ar results/spatial/rsd"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -27,8 +28,12 @@ class EvalArguments:
     config: Annotated[EvalConfig, tyro.conf.arg(name="")]
     use_speculative_decoding: Annotated[bool | None, tyro.conf.FlagConversionOff] = None
     """True is --decode rsd, False is --decode ar."""
+    resume: Path | None = None
+    """Continue the run in this directory, with the options it was begun with."""
     compare: bool = False
     """Run --decode ar, l1 and rsd on the same initial states; print the table of the three."""
+    report: bool = False
+    """Also write the HTML report, as `rsd report` does."""
     overwrite: bool = False
     """Delete what --output holds of an earlier run and start from nothing."""
 
@@ -36,7 +41,10 @@ class EvalArguments:
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(EvalArguments, arguments, prog)
     given = any(argument == "--decode" or argument.startswith("--decode=") for argument in arguments)
-    configs = plan_runs(options, decode_given=given)
+    if options.resume is not None:
+        configs = [resumed(options.resume, arguments)]
+    else:
+        configs = plan_runs(options, decode_given=given)
     for config in configs:
         check_names(config)
 
@@ -71,6 +79,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
         if options.compare and options.config.output:
             write_atomically(options.config.output_dir / COMPARISON_FILE, markdown_table(runs))
     console.print("results: " + ", ".join(map(str, directories)), soft_wrap=True, highlight=False)
+    if options.report and all(summary.success.n for summary in summaries):
+        from rsd.evaluation.html_report import write_report
+
+        console.print(f"report: {write_report(directories)}", soft_wrap=True, highlight=False)
     return 1 if any(summary.errors for summary in summaries) else 0
 
 
@@ -94,6 +106,26 @@ def plan_runs(options: EvalArguments, decode_given: bool) -> list[EvalConfig]:
             )
         config = config if decode_given else replace(config, decode=wanted)
     return [config]
+
+
+def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
+    """The options that the run in `directory` was begun with.
+
+    Raises UsageError for further options, which would make it another run, and RsdError where there is none.
+    """
+    from rsd.evaluation.results import read_run_record
+
+    others = [text.split("=")[0] for text in arguments if text.startswith("--")]
+    others = [name for name in others if name not in ("--resume", "--report")]
+    if others:
+        raise UsageError(f"--resume goes on with the options of {directory}: leave {', '.join(others)} out")
+    record = read_run_record(directory)
+    try:
+        config = EvalConfig(**record.config)
+    except TypeError as error:
+        raise RsdError(f"{directory}: written by another version of this program ({error}); run it again") from error
+    # a shard's directory lies in its run's
+    return replace(config, output=str(directory.parent if config.shard else directory))
 
 
 def check_names(config: EvalConfig) -> None:

@@ -14,7 +14,9 @@ from rsd.evaluation.config import EvalConfig
 from rsd.types import Policy
 
 if TYPE_CHECKING:
+    from rsd.evaluation.batching import BatchPolicy
     from rsd.evaluation.rollout import Environment
+    from rsd.policy import RsdPolicy
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Backend:
     """What names the weights beyond doubt: a run is never continued with others."""
     versions: Callable[[str], dict[str, str]]
     """device -> versions of everything a result may depend on."""
+    make_batch_policy: Callable[[EvalConfig], BatchPolicy] | None = None
+    """A policy for `--batch`; None where there is none."""
+    preflight: Callable[[EvalConfig], None] | None = None
+    """Raises RsdError where the machine lacks something; cheap, run before anything is started."""
 
 
 def libero_tasks(suite: str) -> list[tuple[int, str, str]]:
@@ -47,12 +53,12 @@ def libero_init_states(suite: str, task_id: int) -> int:
 
 
 def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
-    from rsd.sim.libero import LiberoEnv
+    from rsd.evaluation.failures import WatchedLibero
 
-    return LiberoEnv(suite, task_id, image_size=image_size)
+    return WatchedLibero(suite, task_id, image_size=image_size)
 
 
-def rsd_policy(config: EvalConfig) -> Policy:
+def rsd_policy(config: EvalConfig) -> RsdPolicy:
     from rsd.decoding.steps import SkipRule
     from rsd.policy import RsdPolicy
 
@@ -66,6 +72,18 @@ def rsd_policy(config: EvalConfig) -> Policy:
         skip=skip,
         audit=config.audit,
     )
+
+
+def batched_rsd_policy(config: EvalConfig) -> BatchPolicy:
+    from rsd.evaluation.batching import BatchedRsdPolicy
+
+    return BatchedRsdPolicy(rsd_policy(config), config.batch)
+
+
+def check_machine(config: EvalConfig) -> None:
+    from rsd.evaluation.doctor import preflight
+
+    preflight(config)
 
 
 def libero_versions(device: str) -> dict[str, str]:
@@ -119,4 +137,6 @@ LIBERO = Backend(
     make_policy=rsd_policy,
     describe_policy=describe_checkpoint,
     versions=libero_versions,
+    make_batch_policy=batched_rsd_policy,
+    preflight=check_machine,
 )

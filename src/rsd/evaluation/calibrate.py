@@ -18,9 +18,9 @@ from rsd.decoding.calibration import SkipCalibration, fit_threshold
 from rsd.evaluation.backend import LIBERO, Backend
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
+from rsd.evaluation.failures import WatchedLibero
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
 from rsd.policy import locate_checkpoint, weights_hash
-from rsd.sim.libero import LiberoEnv
 from rsd.types import RsdError
 
 SCORE = "expected_deviation_mm"
@@ -60,7 +60,7 @@ class CalibrateConfig:
     """Folder of the rollouts; an interrupted run continues, and other alpha, delta or epsilon need no new ones."""
 
 
-class PlacementEnv(LiberoEnv):
+class PlacementEnv(WatchedLibero):
     """Trial k is a random placement instead of the benchmark's initial state k."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:

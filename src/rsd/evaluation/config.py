@@ -11,7 +11,13 @@ from typing import Any, Literal
 from rsd.types import RsdError
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
-UNHASHED_FIELDS = ("num_workers", "videos", "max_videos", "output")
+# (`batch` is not among them: a batch rounds otherwise than a single observation.)
+UNHASHED_FIELDS = (
+    *("num_workers", "videos", "max_videos", "output", "batch_wait_ms", "episode_timeout"),
+    *("launcher", "shard"),
+)
+# Left out of the hash where they are what they were before they existed, so that older runs keep theirs.
+NEUTRAL = {"batch": 0, "skip_threshold_mm": -1.0, "max_skips": 4, "audit": False}
 
 
 class OptionError(RsdError):
@@ -23,11 +29,12 @@ class EvalConfig:
     """One run: a policy, a way to decode, and the initial states it is tried on."""
 
     task_suite: str = "libero_spatial"
-    """LIBERO suite, such as libero_spatial, libero_object, libero_goal, libero_10, libero_90."""
+    """LIBERO suite, or several with commas between: libero_spatial, libero_object, libero_goal, libero_10, libero_90,
+    and LIBERO-PRO's variants of them, such as libero_spatial_swap."""
     num_trials: int = 50
     """Episodes per task, one for each of the benchmark's fixed initial states; 3 gives a quick look."""
     tasks: str = "all"
-    """Task numbers of the suite, such as 0,3,5."""
+    """Task numbers of each suite, such as 0,3,5."""
     init_states: int = 0
     """Number of the first initial state; trial k of a task starts from state init_states + k."""
     policy: str = "checkpoints/libero_spatial"
@@ -47,7 +54,18 @@ class EvalConfig:
     device: str = "cpu"
     """Where the policy runs: cpu, cuda, cuda:1."""
     num_workers: str = "auto"
-    """Worker processes, each with its own simulator and policy; auto takes one per CPU core."""
+    """Worker processes, each with a simulator of its own; auto takes one per CPU core."""
+    batch: int = 0
+    """One process owns the policy and predicts for up to so many simulators at once (good on a GPU); 0 gives every
+    worker a policy of its own."""
+    batch_wait_ms: float = 4.0
+    """How long an incomplete batch waits for more observations."""
+    episode_timeout: float = 600.0
+    """Seconds after which a worker that is still at its episode is taken for hung and replaced."""
+    launcher: Literal["local", "ray"] = "local"
+    """Where the workers are: processes on this machine, or actors of a Ray cluster (pip install 'rsd-vla[ray]')."""
+    shard: str = ""
+    """Run only part i of n of the episodes, written i/n from 0/n on; `rsd merge` puts the parts together."""
     videos: Literal["none", "failures", "all"] = "none"
     """Which episodes get a video, replayed from their actions after the episode is over."""
     max_videos: int = 10
@@ -56,7 +74,7 @@ class EvalConfig:
     """Results directory; default results/scratch/<suite>-<decode>-<hash of the options>."""
 
     def __post_init__(self) -> None:
-        for name, minimum in (("num_trials", 1), ("init_states", 0), ("max_videos", 0), ("seed", 0)):
+        for name, minimum in (("num_trials", 1), ("init_states", 0), ("max_videos", 0), ("seed", 0), ("batch", 0)):
             value = getattr(self, name)
             if value < minimum:
                 raise OptionError(f"{option(name)} {value}: expected at least {minimum}")
@@ -64,34 +82,54 @@ class EvalConfig:
             raise OptionError(f"--videos '{self.videos}': expected one of none, failures, all")
         if self.num_workers != "auto" and not (self.num_workers.isdecimal() and int(self.num_workers) > 0):
             raise OptionError(f"--num-workers '{self.num_workers}': expected auto or a number of at least 1")
+        if self.launcher not in ("local", "ray"):
+            raise OptionError(f"--launcher '{self.launcher}': expected local or ray")
+        if self.launcher == "ray" and (self.batch or self.videos != "none"):
+            raise OptionError("--launcher ray: a policy in every actor and no videos; leave --batch and --videos out")
+        if not self.suites:
+            raise OptionError(f"--task-suite '{self.task_suite}': expected the name of a LIBERO suite")
+        if self.episode_timeout <= 0 or self.batch_wait_ms < 0:
+            raise OptionError("--episode-timeout and --batch-wait-ms: expected a positive time")
+        self.shard_of()
         for task in [] if self.tasks == "all" else self.tasks.split(","):
             if not task.strip().isdecimal():
                 raise OptionError(f"--tasks '{self.tasks}': expected all or numbers such as 0,3,5")
 
     @property
+    def suites(self) -> list[str]:
+        return list(dict.fromkeys(name.strip() for name in self.task_suite.split(",") if name.strip()))
+
+    @property
     def output_dir(self) -> Path:
-        if self.output:
-            return Path(self.output)
-        return Path("results/scratch") / f"{self.task_suite}-{self.decode}-{self.hash[:8]}"
+        directory = Path(self.output or f"results/scratch/{'+'.join(self.suites)}-{self.decode}-{self.hash[:8]}")
+        return directory / f"shard-{self.shard.replace('/', '-of-')}" if self.shard else directory
 
     @property
     def identity(self) -> dict[str, Any]:
         """The options that an episode's outcome depends on."""
-        return {name: value for name, value in asdict(self).items() if name not in UNHASHED_FIELDS}
+        named = {name: value for name, value in asdict(self).items() if name not in UNHASHED_FIELDS}
+        return {name: value for name, value in named.items() if name not in NEUTRAL or value != NEUTRAL[name]}
+
+    def shard_of(self) -> tuple[int, int]:
+        """(part, number of parts); raises OptionError for anything but i/n with 0 <= i < n."""
+        part, slash, parts = (self.shard or "0/1").partition("/")
+        if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+            raise OptionError(f"--shard '{self.shard}': expected i/n with 0 <= i < n, such as 0/4")
+        return int(part), int(parts)
 
     @property
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
-    def task_ids(self, available: list[int]) -> list[int]:
-        """Resolve `tasks` against the suite's task numbers; raises OptionError for one that it does not have."""
+    def task_ids(self, suite: str, available: list[int]) -> list[int]:
+        """Resolve `tasks` against a suite's task numbers; raises OptionError for one that it does not have."""
         if self.tasks == "all":
             return list(available)
         wanted = list(dict.fromkeys(int(task) for task in self.tasks.split(",")))
         missing = [task for task in wanted if task not in available]
         if missing:
             raise OptionError(
-                f"--tasks {','.join(map(str, missing))}: {self.task_suite} has tasks "
+                f"--tasks {','.join(map(str, missing))}: {suite} has tasks "
                 f"{min(available)} to {max(available)}"
             )
         return wanted

@@ -7,11 +7,15 @@ import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from rsd.evaluation.backend import LIBERO, Backend
 from rsd.evaluation.config import EvalConfig, OptionError
+from rsd.evaluation.episodes import Job, JobQueue, Outcome
+from rsd.evaluation.launchers import make_pool
+from rsd.evaluation.lerobot import EVAL_INFO_FILE, write_eval_info
 from rsd.evaluation.progress import EpisodeProgress
 from rsd.evaluation.results import (
     CONFIG_FILE,
@@ -28,11 +32,11 @@ from rsd.evaluation.results import (
     write_atomically,
 )
 from rsd.evaluation.summary import RunSummary, summarize
-from rsd.evaluation.workers import Job, JobQueue, Outcome, Ready, WorkerPool, worker_count
+from rsd.evaluation.video import VIDEOS_DIR
+from rsd.evaluation.workers import Ready, Retry, worker_count
 from rsd.types import RsdError
 
 ERRORS_FILE = "errors.log"
-VIDEOS_DIR = "videos"
 # A run may go on where these differ: they name the machine, not what computes the result.
 MACHINE_VERSIONS = ("platform", "cpu", "cpu_cores")
 
@@ -56,39 +60,51 @@ def evaluate(
     directory = config.output_dir
     finished = open_run(config, directory, overwrite, console)
     done = {key for key, result in finished.items() if not result.is_error}
-    pending = [job for job in plan if (config.task_suite, job.task_id, job.init_state) not in done]
+    pending = [job for job in plan if (*job.task, job.init_state) not in done]
     workers = worker_count(config.num_workers, len(pending))
     if pending:
+        if backend.preflight is not None:
+            backend.preflight(config)
         if done:
             console.print(
                 f"{directory}: {len(done)} of {len(plan)} episodes are done, {len(pending)} to go",
                 soft_wrap=True,
             )
         run_missing(config, backend, pending, finished, workers, console)
+    return sum_up(directory, workers, time.perf_counter() - start)
+
+
+def sum_up(directory: Path, workers: int, wall_time_s: float) -> RunSummary:
+    """Write summary.json and LeRobot's eval_info.json from a directory's episodes."""
     episodes = list(read_episodes(directory / EPISODES_FILE).values())
-    summary = summarize(read_run_record(directory), episodes, workers, time.perf_counter() - start)
+    summary = summarize(read_run_record(directory), episodes, workers, wall_time_s)
     write_atomically(directory / SUMMARY_FILE, encode_record(summary, indent=2) + "\n")
+    write_eval_info(directory, episodes)
     return summary
 
 
 def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
     """All episodes of a run, trial by trial; raises OptionError for an unknown suite, task or state."""
-    try:
-        listed = backend.list_tasks(config.task_suite)
-    except RsdError as error:
-        raise OptionError(str(error)) from error
-    tasks = {task_id: (name, instruction) for task_id, name, instruction in listed}
-    task_ids = config.task_ids(list(tasks))
+    jobs: list[Job] = []
     states = range(config.init_states, config.init_states + config.num_trials)
-    for task_id in task_ids:
-        available = backend.count_init_states(config.task_suite, task_id)
-        if states.stop > available:
-            raise OptionError(
-                f"--num-trials {config.num_trials} from --init-states {config.init_states}: "
-                f"task {task_id} of {config.task_suite} has {available} initial states"
-            )
     video = "" if config.videos == "none" else config.videos
-    return [Job(task_id, *tasks[task_id], state, video) for state in states for task_id in task_ids]
+    for suite in config.suites:
+        try:
+            listed = backend.list_tasks(suite)
+        except RsdError as error:
+            raise OptionError(str(error)) from error
+        tasks = {task_id: (name, instruction) for task_id, name, instruction in listed}
+        for task_id in config.task_ids(suite, list(tasks)):
+            available = backend.count_init_states(suite, task_id)
+            if states.stop > available:
+                raise OptionError(
+                    f"--num-trials {config.num_trials} from --init-states {config.init_states}: "
+                    f"task {task_id} of {suite} has {available} initial states"
+                )
+            jobs.extend(Job(suite, task_id, *tasks[task_id], state, video) for state in states)
+    jobs.sort(key=lambda job: job.init_state)  # stable: trial by trial, the suites' own order within
+    part, parts = config.shard_of()
+    return jobs[part::parts]
 
 
 def open_run(config: EvalConfig, directory: Path, overwrite: bool, console: Console) -> dict[EpisodeKey, EpisodeResult]:
@@ -119,8 +135,8 @@ def open_run(config: EvalConfig, directory: Path, overwrite: bool, console: Cons
 
 def remove_run(directory: Path) -> None:
     """Delete what a run writes, and nothing else that may lie in the directory."""
-    names = (EPISODES_FILE, SUMMARY_FILE, ERRORS_FILE, CONFIG_FILE)
-    for path in [*(directory / name for name in names), *(directory / VIDEOS_DIR).glob("task*_init*.mp4")]:
+    names = (EPISODES_FILE, SUMMARY_FILE, EVAL_INFO_FILE, ERRORS_FILE, CONFIG_FILE)
+    for path in [*(directory / name for name in names), *(directory / VIDEOS_DIR).glob("*task*_init*.mp4*")]:
         path.unlink(missing_ok=True)
 
 
@@ -142,12 +158,15 @@ def run_missing(
     (directory / VIDEOS_DIR).mkdir(parents=True, exist_ok=True)
     videos = len(list((directory / VIDEOS_DIR).glob("*.mp4")))
     with (
-        WorkerPool(config, backend, workers, directory / VIDEOS_DIR) as pool,
+        make_pool(config, backend, workers, directory / VIDEOS_DIR) as pool,
         EpisodeProgress(config, finished.values(), len(pending), console) as progress,
     ):
         for message in pool.run(JobQueue(pending), videos_left=config.max_videos - videos):
             if isinstance(message, Ready):
                 record_run(config, directory, message)
+            elif isinstance(message, Retry):
+                log_error(directory, message.job, message.log)
+                progress.retry(message.job, message.log)
             else:
                 record_outcome(directory, message)
                 progress.advance(message.result)
@@ -159,13 +178,7 @@ def record_run(config: EvalConfig, directory: Path, ready: Ready) -> None:
         record = RunRecord(asdict(config), config.hash, ready.versions, ready.policy)
         write_atomically(directory / CONFIG_FILE, encode_record(record, indent=2) + "\n")
         return
-    record = read_run_record(directory)
-    compared = [name for name in {**record.versions, **ready.versions} if name not in MACHINE_VERSIONS]
-    changed = differences({**record.versions}, {**ready.versions}, compared)
-    if record.policy != ready.policy:
-        changed = ", ".join(
-            filter(None, [changed, differences(record.policy, ready.policy, {**record.policy, **ready.policy})])
-        )
+    changed = run_differences(read_run_record(directory), ready.versions, ready.policy)
     if changed:
         raise RsdError(
             f"{directory} was begun with something else ({changed}); "
@@ -173,9 +186,20 @@ def record_run(config: EvalConfig, directory: Path, ready: Ready) -> None:
         )
 
 
+def run_differences(record: RunRecord, versions: dict[str, str], policy: dict[str, Any]) -> str:
+    """What sets versions and weights apart from a record's, the machine's own names left out; "" if nothing does."""
+    compared = [name for name in {**record.versions, **versions} if name not in MACHINE_VERSIONS]
+    found = [differences({**record.versions}, {**versions}, compared)]
+    found.append(differences(record.policy, policy, {**record.policy, **policy}))
+    return ", ".join(filter(None, found))
+
+
 def record_outcome(directory: Path, outcome: Outcome) -> None:
     append_episode(directory / EPISODES_FILE, outcome.result)
     if outcome.log:
-        job = outcome.job
-        with (directory / ERRORS_FILE).open("a") as log:
-            log.write(f"task {job.task_id}, initial state {job.init_state}\n{outcome.log}\n")
+        log_error(directory, outcome.job, outcome.log)
+
+
+def log_error(directory: Path, job: Job, text: str) -> None:
+    with (directory / ERRORS_FILE).open("a") as log:
+        log.write(f"{job}\n{text}\n")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.episodes import Job
 from rsd.evaluation.results import EpisodeResult
 
 
@@ -40,6 +41,11 @@ class EpisodeProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def retry(self, job: Job, log: str) -> None:
+        """An attempt that ended in an error and will be repeated."""
+        reason = log.strip().splitlines()[-1] if log.strip() else "error"
+        self._console.print(f"{self._label}: {job}: {reason}; begun anew", highlight=False, soft_wrap=True)
+
     def advance(self, result: EpisodeResult) -> None:
         self._new += 1
         self._errors += result.is_error
@@ -50,9 +56,10 @@ class EpisodeProgress:
             status += f", {self._errors} errors"
         self._bar.update(self._task, advance=1, status=status)
         if result.is_error or not self._console.is_terminal:
+            where = "task" if result.suite == self._label.split()[0] else f"{result.suite} task"
             outcome = "success" if result.success else result.failure
             self._console.print(
-                f"{self._label} {self._new}/{self._pending}: task {result.task_id}, initial state "
+                f"{self._label} {self._new}/{self._pending}: {where} {result.task_id}, initial state "
                 f"{result.init_state}: {outcome} after {result.steps} steps; {status}",
                 highlight=False,
                 soft_wrap=True,

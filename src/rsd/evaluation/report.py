@@ -26,12 +26,17 @@ ABSENT = "-"
 
 @dataclass(frozen=True)
 class Run:
-    """A results directory, read. episodes: those that count, errors apart."""
+    """A results directory, read. episodes: those that count; broken: those that ended in an error."""
 
     name: str
+    directory: Path
     record: RunRecord
     episodes: list[EpisodeResult]
-    errors: int
+    broken: list[EpisodeResult]
+
+    @property
+    def errors(self) -> int:
+        return len(self.broken)
 
     @property
     def successes(self) -> dict[EpisodeKey, bool]:
@@ -40,9 +45,11 @@ class Run:
     @property
     def not_run(self) -> int:
         """Planned episodes that an interrupted run never finished; they may well be the long, failing ones."""
-        tasks = self.record.config["tasks"]
-        count = len({e.task_id for e in self.episodes}) if tasks == "all" else len(set(tasks.split(",")))
-        return max(0, count * self.record.config["num_trials"] - len(self.episodes) - self.errors)
+        config = self.record.config
+        suites = len(set(config.get("task_suite", "").split(",")))
+        tasks = len({(episode.suite, episode.task_id) for episode in self.episodes})
+        count = tasks if config["tasks"] == "all" else suites * len(set(config["tasks"].split(",")))
+        return max(0, count * config["num_trials"] - len(self.episodes) - self.errors)
 
 
 def load_run(directory: Path) -> Run:
@@ -53,7 +60,8 @@ def load_run(directory: Path) -> Run:
     if not episodes:
         raise RsdError(f"{directory}: no finished episode; run the `rsd eval` command that made it again")
     decode, rule = episodes[0].decode, episodes[0].acceptance
-    return Run(f"{decode} ({rule})" if rule else decode, record, episodes, len(results) - len(episodes))
+    broken = [result for result in results if result.is_error]
+    return Run(f"{decode} ({rule})" if rule else decode, directory, record, episodes, broken)
 
 
 def load_runs(directories: Sequence[Path]) -> list[Run]:
@@ -73,7 +81,9 @@ def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     rows = [
         ("success", [success_cell(success_rate(run.episodes)) for run in runs]),
         ("paired difference", [ABSENT, *map(difference_cell, pairs)]),
+        ("bootstrap 95 % interval", [ABSENT, *map(interval_cell, pairs)]),
         ("McNemar p", [ABSENT, *(f"{pair.p_value:.2g} (n = {pair.pairs})" for pair in pairs)]),
+        ("verdict on success", [ABSENT, *map(verdict, pairs)]),
         ("latency per chunk, p50", [milliseconds(decoding, "p50") for decoding in decodings]),
         ("latency per chunk, p95", [milliseconds(decoding, "p95") for decoding in decodings]),
         ("speed-up of p50", [ABSENT, *(speedup(decodings[0], other) for other in decodings[1:])]),
@@ -81,6 +91,7 @@ def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("draft tokens accepted", [percent(decoding.acceptance_rate) for decoding in decodings]),
         ("accepted per level", [level_cell(decoding.acceptance_per_level) for decoding in decodings]),
         ("mean acceptance length", [number(decoding.mean_acceptance_length) for decoding in decodings]),
+        *further_rows(decodings),
         ("steps per success", [number(mean_steps(run.episodes)) for run in runs]),
         ("chunks timed", [str(decoding.chunks) for decoding in decodings]),
         ("episodes not run", [str(run.not_run) if run.not_run else ABSENT for run in runs]),
@@ -131,6 +142,28 @@ def difference_cell(pair: PairedDifference) -> str:
     return f"{100 * pair.difference:+.1f} points (+{pair.only_second} -{pair.only_first})"
 
 
+def interval_cell(pair: PairedDifference) -> str:
+    low, high = pair.interval()
+    return f"[{100 * low:+.1f}, {100 * high:+.1f}] points"
+
+
+def verdict(pair: PairedDifference) -> str:
+    """What the pairs allow to say, in words."""
+    if not pair.distinguishable:
+        return f"not distinguishable at n = {pair.pairs}"
+    return "better" if pair.difference > 0 else "worse"
+
+
+def further_rows(decodings: Sequence[DecodingSummary]) -> list[tuple[str, list[str]]]:
+    """One row for each further statistic that any run's decoder left, whatever its name."""
+    names = dict.fromkeys(name for decoding in decodings for name in decoding.chunk_stats)
+    return [(f"{name}, mean", [mean_cell(decoding.chunk_stats.get(name)) for decoding in decodings]) for name in names]
+
+
+def mean_cell(summary: dict[str, float] | None) -> str:
+    return ABSENT if summary is None else f"{summary['mean']:.3g}"
+
+
 def milliseconds(decoding: DecodingSummary, point: str) -> str:
     total = decoding.latency_ms.get("total")
     return f"{total[point]:.1f} ms" if total else ABSENT
@@ -162,3 +195,30 @@ def number(value: float | None) -> str:
 def mean_steps(episodes: Sequence[EpisodeResult]) -> float | None:
     steps = [episode.steps for episode in episodes if episode.success]
     return sum(steps) / len(steps) if steps else None
+
+
+def task_labels(runs: Sequence[Run]) -> dict[tuple[str, int], str]:
+    """(suite, task) -> a short name: its number and what tells its instruction from the suite's others."""
+    instructions = {(e.suite, e.task_id): e.instruction for run in runs for e in run.episodes}
+    suites = {suite for suite, _ in instructions}
+    labels = {}
+    for suite in suites:
+        words = {task: text.split() for (name, task), text in instructions.items() if name == suite}
+        head, tail = shared(list(words.values())), shared([text[::-1] for text in words.values()])
+        for task, text in words.items():
+            middle = " ".join(text[head : len(text) - tail]) or " ".join(text)
+            prefix = f"{suite} {task}" if len(suites) > 1 else str(task)
+            labels[suite, task] = f"{prefix}  {middle}" if len(middle) <= 64 else f"{prefix}  {middle[:62]}…"
+    return labels
+
+
+def shared(texts: Sequence[list[str]]) -> int:
+    """How many leading words several texts share; 0 for a single one, which has nothing to be told from."""
+    if len(texts) < 2:
+        return 0
+    count = 0
+    for words in zip(*texts, strict=False):
+        if len(set(words)) > 1:
+            break
+        count += 1
+    return count

@@ -37,6 +37,10 @@ class Environment(Protocol):
 
     def observation(self) -> Observation: ...
 
+    def failure_detail(self) -> str:
+        """What is known of why the episode has not succeeded so far, in a few words; "" if nothing is."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -109,6 +113,7 @@ def run_episode(
         prefills=sum(chunk.prefills for chunk in stats),
         main_passes=sum(chunk.main_passes for chunk in stats),
         wall_s=time.perf_counter() - start,
+        failure_detail="" if success or trace else env.failure_detail(),
         chunk_stats=further_stats(stats),
     )
     return Rollout(result, tuple(executed), trace)

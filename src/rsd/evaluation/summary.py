@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -43,6 +43,7 @@ class DecodingSummary:
     mean_acceptance_length: 1 + mean accepted levels a draft.
     accepted_levels: how many drafts had their first 0, 1, 2, ... levels accepted.
     The acceptance fields are None or empty for a strategy without a draft.
+    chunk_stats: further statistic -> {"mean", "p50", "p95", "n"} over the chunks that have it.
     """
 
     chunks: int
@@ -56,6 +57,7 @@ class DecodingSummary:
     accepted_levels: list[int]
     prefills_per_chunk: float
     main_passes_per_chunk: float
+    chunk_stats: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,10 @@ def summarize_decoding(episodes: Sequence[EpisodeResult]) -> DecodingSummary:
         histogram.update(episode.accepted_levels)
         for stage, values in episode.latency_ms.items():
             latencies.setdefault(stage, []).extend(values)
+    further: dict[str, list[float]] = {}
+    for episode in episodes:
+        for name, numbers in episode.chunk_stats.items():
+            further.setdefault(name, []).extend(number for number in numbers if number is not None)
     chunks = sum(episode.chunks for episode in episodes)
     num_drafts = sum(episode.num_drafts for episode in episodes)
     drafted = [sum(level) for level in zip_longest(*(e.num_draft_tokens for e in episodes), fillvalue=0)]
@@ -133,7 +139,13 @@ def summarize_decoding(episodes: Sequence[EpisodeResult]) -> DecodingSummary:
         accepted_levels=[histogram[length] for length in range(max(histogram, default=-1) + 1)],
         prefills_per_chunk=sum(e.prefills for e in episodes) / chunks if chunks else 0.0,
         main_passes_per_chunk=sum(e.main_passes for e in episodes) / chunks if chunks else 0.0,
+        chunk_stats={name: describe(numbers) for name, numbers in further.items() if numbers},
     )
+
+
+def describe(numbers: Sequence[float]) -> dict[str, float]:
+    p50, p95 = percentiles(numbers)
+    return {"mean": sum(numbers) / len(numbers), "p50": p50, "p95": p95, "n": len(numbers)}
 
 
 def summarize(record: RunRecord, episodes: Sequence[EpisodeResult], num_workers: int, wall_time_s: float) -> RunSummary:

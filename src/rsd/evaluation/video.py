@@ -19,13 +19,15 @@ CONTROL_HZ = 20  # LIBERO's control frequency
 FRAME_STEPS = 2  # control steps a frame: drawing costs ten times as much as physics without a GPU
 PANEL = 256  # side of one camera's panel in pixels
 STRIP = 16  # height of the strip below the panels
+CAPTION = 24  # height of the line of text above the panels
+VIDEOS_DIR = "videos"  # in a run's directory
 NOTHING_DRAFTED = (70, 70, 70)
 REJECTED, ACCEPTED = np.array([200.0, 60.0, 40.0]), np.array([60.0, 170.0, 80.0])
 
 
 def video_name(result: EpisodeResult) -> str:
     outcome = "success" if result.success else "failure"
-    return f"task{result.task_id:02d}_init{result.init_state:02d}_{outcome}.mp4"
+    return f"{result.suite}_task{result.task_id:02d}_init{result.init_state:02d}_{outcome}.mp4"
 
 
 def replay_video(env: Environment, rollout: Rollout, path: Path) -> None:
@@ -41,17 +43,26 @@ def replay_video(env: Environment, rollout: Rollout, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     env.reset(options={"init_state": result.init_state})
     terminated = False
-    size = (2 * PANEL, PANEL + STRIP)
+    size = (2 * PANEL, CAPTION + PANEL + STRIP)
+    unfinished = path.with_name(path.name + ".part")  # a kill leaves no half video under the video's name
     writer = imageio_ffmpeg.write_frames(
-        str(path), size, fps=CONTROL_HZ / FRAME_STEPS, macro_block_size=1, ffmpeg_log_level="error"
+        str(unfinished),
+        size,
+        fps=CONTROL_HZ / FRAME_STEPS,
+        macro_block_size=1,
+        ffmpeg_log_level="error",
+        output_params=["-f", "mp4"],
     )
     writer.send(None)  # starts the encoder
     try:
-        writer.send(frame(env.observation().images, colours, 0))
+        writer.send(frame(env.observation().images, colours, 0, result.instruction, 0))
+        steps = 0
         for chunk, actions in enumerate(rollout.actions, start=1):
-            for step in range(0, len(actions), FRAME_STEPS):
-                _, _, terminated, _, _ = env.step_chunk(actions[step : step + FRAME_STEPS])
-                writer.send(frame(env.observation().images, colours, chunk))
+            for first in range(0, len(actions), FRAME_STEPS):
+                executed = actions[first : first + FRAME_STEPS]
+                _, _, terminated, _, _ = env.step_chunk(executed)
+                steps += len(executed)
+                writer.send(frame(env.observation().images, colours, chunk, result.instruction, steps))
     finally:
         writer.close()
     if terminated != result.success:
@@ -59,6 +70,7 @@ def replay_video(env: Environment, rollout: Rollout, path: Path) -> None:
             f"replay of task {result.task_id}, initial state {result.init_state}: the episode ended in "
             f"{'success' if result.success else 'failure'}, its replay did not: the simulator does not repeat"
         )
+    unfinished.replace(path)
 
 
 def strip_colours(result: EpisodeResult) -> list[tuple[int, ...]]:
@@ -70,12 +82,31 @@ def strip_colours(result: EpisodeResult) -> list[tuple[int, ...]]:
     return [tuple(int(v) for v in REJECTED + share * (ACCEPTED - REJECTED)) for share in shares]
 
 
-def frame(images: NDArray[np.uint8], colours: list[tuple[int, ...]], chunks: int) -> NDArray[np.uint8]:
-    """Images uint8 [2, S, S, 3] -> frame [PANEL + STRIP, 2 * PANEL, 3] whose strip shows `chunks` fields."""
+def frame(
+    images: NDArray[np.uint8], colours: list[tuple[int, ...]], chunks: int, instruction: str, step: int
+) -> NDArray[np.uint8]:
+    """Images uint8 [2, S, S, 3] -> frame [CAPTION + PANEL + STRIP, 2 * PANEL, 3] whose strip shows `chunks` fields."""
     rows = np.arange(PANEL) * images.shape[1] // PANEL  # nearest neighbour, whatever S is
     panels = np.concatenate([image[rows][:, rows] for image in images], axis=1)
     strip = np.zeros((STRIP, 2 * PANEL, 3), dtype=np.uint8)
     edges = np.linspace(0, 2 * PANEL, max(len(colours), 1) + 1).astype(int)
     for field, colour in enumerate(colours[:chunks]):
         strip[2:, edges[field] : max(edges[field + 1] - 1, edges[field] + 1)] = colour
-    return np.concatenate([panels, strip])
+    return np.concatenate([caption(instruction, step), panels, strip])
+
+
+def caption(instruction: str, step: int) -> NDArray[np.uint8]:
+    """The instruction, cut to what fits, and the step on the right: uint8 [CAPTION, 2 * PANEL, 3]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=12)
+    line = Image.new("RGB", (2 * PANEL, CAPTION), (24, 28, 34))
+    draw = ImageDraw.Draw(line)
+    right = f"step {step}"
+    room = 2 * PANEL - 20 - draw.textlength(right, font=font)
+    text = instruction
+    while draw.textlength(text, font=font) > room:
+        text = text.removesuffix("...")[:-1].rstrip() + "..."
+    draw.text((6, 5), text, font=font, fill=(235, 235, 235))
+    draw.text((2 * PANEL - 6, 5), right, font=font, fill=(170, 180, 190), anchor="ra")
+    return np.asarray(line)

@@ -1,4 +1,4 @@
-"""Worker processes that run episodes, each with its own simulator and policy, and their queue."""
+"""Worker processes that run episodes, each with its own simulator; who dies or hangs is replaced."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
+import time
 import traceback
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,19 +18,11 @@ from typing import Any
 
 from rsd.evaluation.backend import Backend, available_cores
 from rsd.evaluation.config import EvalConfig
-from rsd.evaluation.results import ERROR_PREFIX, EpisodeResult
+from rsd.evaluation.episodes import EpisodeRunner, Job, JobQueue, Outcome, broken_off
 from rsd.types import RsdError
 
-
-@dataclass(frozen=True)
-class Job:
-    """One episode to run. video: "" or the condition ("all", "failures") under which it gets one."""
-
-    task_id: int
-    task_name: str
-    instruction: str
-    init_state: int
-    video: str = ""
+START_PATIENCE = 120.0  # seconds for a process to load its policy, at least
+MAX_FAILED_STARTS = 3  # processes in a row that die before they are ready
 
 
 @dataclass(frozen=True)
@@ -49,37 +42,11 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One episode's end. log: traceback of an error episode, or why its video could not be made."""
+class Retry:
+    """An attempt at an episode that ended in an error and will be followed by another. log: what went wrong."""
 
     job: Job
-    result: EpisodeResult
-    log: str = ""
-    video: Path | None = None
-
-
-class JobQueue:
-    """Jobs by task. A worker keeps its task while that has jobs left, because another scene costs seconds."""
-
-    def __init__(self, jobs: Iterable[Job]) -> None:
-        self._jobs: dict[int, deque[Job]] = {}
-        for job in jobs:
-            self._jobs.setdefault(job.task_id, deque()).append(job)
-        self._workers: Counter[int] = Counter()
-
-    def take(self, current_task: int | None) -> Job | None:
-        """The next job for a worker that has `current_task` loaded, None when nothing is left."""
-        if current_task is not None and self._jobs.get(current_task):
-            return self._jobs[current_task].popleft()
-        if current_task is not None:
-            self._workers[current_task] -= 1
-        waiting = [task for task, jobs in self._jobs.items() if jobs]
-        if not waiting:
-            return None
-        # The task with the most work per worker; the first one of equals.
-        task = max(waiting, key=lambda task: len(self._jobs[task]) / (1 + self._workers[task]))
-        self._workers[task] += 1
-        return self._jobs[task].popleft()
+    log: str
 
 
 def worker_count(requested: str, episodes: int) -> int:
@@ -87,169 +54,230 @@ def worker_count(requested: str, episodes: int) -> int:
     return max(1, min(available_cores() if requested == "auto" else int(requested), episodes))
 
 
-def worker_main(connection: Connection, config: EvalConfig, backend: Backend, threads: int, videos: Path) -> None:
-    """Body of a worker process: says Ready or Failed, then answers each Job with an Outcome until None."""
+def failed(error: Exception) -> Failed:
+    message = str(error) if isinstance(error, RsdError) else f"{type(error).__name__}: {error}"
+    return Failed(message, traceback.format_exc())
+
+
+def die_with_parent() -> None:
+    """Ends this process when its parent ends, even by SIGKILL: nothing goes on computing for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            wait([parent.sentinel])
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def prepare_process(threads: int) -> None:
     # Ctrl-C reaches the whole process group; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
     # Without it OSMesa draws with as many threads as there are cores, in every worker.
     os.environ.setdefault("LP_NUM_THREADS", str(threads))
+
+
+def worker_main(
+    connection: Connection, config: EvalConfig, backend: Backend, threads: int, videos: Path, server: str | None
+) -> None:
+    """Body of a worker process: says Ready or Failed, then answers each Job with an Outcome until None.
+
+    server: where the process that owns the policy listens; None loads a policy here.
+    """
+    prepare_process(threads)
     try:
         import torch
 
-        from rsd.evaluation.rollout import WARMUP_PREDICTIONS, run_episode
-        from rsd.evaluation.video import replay_video, video_name
-
         torch.set_num_threads(threads)
-        policy = backend.make_policy(config)
-        connection.send(Ready(backend.versions(config.device), backend.describe_policy(config)))
-        env, warmup, task_id = None, WARMUP_PREDICTIONS, None
+        if server is None:
+            policy = backend.make_policy(config)
+            ready = Ready(backend.versions(config.device), backend.describe_policy(config))
+        else:
+            from rsd.evaluation.batching import RemotePolicy
+
+            policy = remote = RemotePolicy(server)
+            ready = Ready(remote.versions, remote.description)
+        connection.send(ready)
+        runner = EpisodeRunner(config, backend, policy, videos)
         while (job := connection.recv()) is not None:
-            if env is None or job.task_id != task_id:
-                if env is not None:
-                    env.close()
-                env, task_id = (
-                    backend.make_env(config.task_suite, job.task_id, policy.image_size),
-                    job.task_id,
-                )
-            rollout = run_episode(
-                env,
-                policy,
-                suite=config.task_suite,
-                task_id=job.task_id,
-                task_name=job.task_name,
-                init_state=job.init_state,
-                seed=config.seed,
-                decode=config.decode,
-                warmup=warmup,
-            )
-            warmup, log, video = 0, rollout.traceback, None
-            if not rollout.result.is_error and wants_video(job.video, rollout.result):
-                video = videos / video_name(rollout.result)
-                try:
-                    replay_video(env, rollout, video)
-                except Exception:
-                    log, video = traceback.format_exc(), None
-            if log:  # whatever went wrong may have left the simulator in any state
-                env.close()
-                env = None
-            connection.send(Outcome(job, rollout.result, log, video))
-        if env is not None:
-            env.close()
-    except EOFError:
+            connection.send(runner.run(job))
+        runner.close()
+    except (EOFError, BrokenPipeError):
         return  # the parent is gone
     except Exception as error:
-        message = str(error) if isinstance(error, RsdError) else f"{type(error).__name__}: {error}"
-        connection.send(Failed(message, traceback.format_exc()))
-
-
-def wants_video(condition: str, result: EpisodeResult) -> bool:
-    return condition == "all" or (condition == "failures" and not result.success)
+        connection.send(failed(error))
 
 
 @dataclass
 class Worker:
+    """deadline: when it is taken for hung (time.monotonic)."""
+
     process: BaseProcess
     connection: Connection
+    deadline: float
+    ready: bool = False
     job: Job | None = None
-    task_id: int | None = None
+    task: tuple[str, int] | None = None
 
 
+@dataclass
+class PolicyProcess:
+    process: BaseProcess
+    address: str
+
+
+@dataclass
 class WorkerPool:
     """Runs jobs in processes; use as a context manager, which ends the processes whatever happens."""
 
-    def __init__(self, config: EvalConfig, backend: Backend, count: int, videos: Path) -> None:
-        self._arguments = (config, backend, max(1, available_cores() // count), videos)
-        self._config, self._count = config, count
-        self._workers: list[Worker] = []
+    config: EvalConfig
+    backend: Backend
+    count: int
+    videos: Path
+    _workers: list[Worker] = field(default_factory=list)
+    _server: PolicyProcess | None = None
+    _failed_starts: int = 0
 
     def __enter__(self) -> WorkerPool:
-        self._workers = [self._start() for _ in range(self._count)]
+        if self.config.batch:
+            self._server = self._start_server()
+        self._workers = [self._start() for _ in range(self.count)]
         return self
 
     def __exit__(self, *_: object) -> None:
+        processes = [worker.process for worker in self._workers]
+        if self._server is not None:
+            processes.append(self._server.process)
+        for process in processes:
+            process.kill()  # a hung one ignores a polite request
+        for process in processes:
+            process.join()
         for worker in self._workers:
-            worker.process.terminate()
-        for worker in self._workers:
-            worker.process.join()
             worker.connection.close()
+
+    @property
+    def _threads(self) -> int:
+        return max(1, available_cores() // self.count)
 
     def _start(self) -> Worker:
         # spawn: a forked process would share the parent's GL and torch state, which neither survives.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=worker_main, args=(theirs, *self._arguments), daemon=True)
+        address = None if self._server is None else self._server.address
+        arguments = (theirs, self.config, self.backend, self._threads, self.videos, address)
+        process = context.Process(target=worker_main, args=arguments, daemon=True)
         process.start()
         theirs.close()
-        return Worker(process, ours)
+        return Worker(process, ours, time.monotonic() + self._start_patience)
 
-    def run(self, queue: JobQueue, videos_left: int) -> Iterator[Ready | Outcome]:
-        """Yields each worker's Ready and each job's Outcome as they come; raises RsdError if set-up fails.
+    def _start_server(self) -> PolicyProcess:
+        """Raises RsdError where the policy cannot be loaded, or cannot be batched."""
+        from rsd.evaluation.batching import policy_main
 
-        A worker that dies during an episode makes that an error episode and is replaced.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        arguments = (theirs, self.config, self.backend, self._threads, self.count)
+        process = context.Process(target=policy_main, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        with contextlib.closing(ours):
+            try:
+                message = ours.recv() if ours.poll(self._start_patience) else None
+            except (EOFError, OSError):
+                message = None
+        if isinstance(message, Failed):
+            raise RsdError(message.message) from RuntimeError(message.traceback)
+        if message is None:
+            process.kill()
+            process.join()
+            raise RsdError(f"the policy's process ended with exit code {process.exitcode}; its messages are above")
+        return PolicyProcess(process, str(message))
+
+    @property
+    def _start_patience(self) -> float:
+        return max(START_PATIENCE, self.config.episode_timeout)
+
+    def run(self, queue: JobQueue, videos_left: int) -> Iterator[Ready | Retry | Outcome]:
+        """Yields each worker's Ready, each broken-off attempt and each job's Outcome as they come.
+
+        A worker that dies or hangs is replaced and its episode begun anew. Raises RsdError if set-up fails.
         """
         busy = list(self._workers)
         while busy:
-            for connection in wait([worker.connection for worker in busy]):
-                worker = next(worker for worker in busy if worker.connection is connection)
-                try:
-                    message = worker.connection.recv()
-                except (EOFError, OSError):
-                    message = self._died(worker)
+            for worker, message in self._messages(busy):
+                if isinstance(message, str):  # why the worker is no more
                     busy.remove(worker)
-                    worker = self._replace(worker)
-                    busy.append(worker)
+                    replacement = self._replace(worker, message)
+                    busy.append(replacement)
+                    if worker.job is None:
+                        continue
+                    message = broken_off(self.config, worker.job, message)
+                    worker = replacement
                 if isinstance(message, Failed):
                     raise RsdError(message.message) from RuntimeError(message.traceback)
-                if isinstance(message, Outcome):
+                if isinstance(message, Ready):
+                    worker.ready, self._failed_starts = True, 0
+                    yield message
+                else:
+                    worker.job = None
                     videos_left += bool(message.job.video) and message.video is None
-                yield message
-                if worker.job is None and isinstance(message, Outcome):
+                    again = queue.again(message.job) if message.result.is_error else None
+                    yield message if again is None else Retry(message.job, message.log or message.result.failure)
+                if not worker.ready:
                     continue  # the replacement of a dead worker says Ready first
-                job = queue.take(worker.task_id)
+                job = queue.take(worker.task)
                 if job is None:
-                    worker.connection.send(None)
+                    with contextlib.suppress(BrokenPipeError):
+                        worker.connection.send(None)
                     busy.remove(worker)
                     continue
                 if videos_left <= 0:
                     job = replace(job, video="")
                 # Reserved here and given back above if the episode turns out to need none: never too many.
                 videos_left -= bool(job.video)
-                worker.job, worker.task_id = job, job.task_id
+                worker.job, worker.task = job, job.task
+                worker.deadline = time.monotonic() + self.config.episode_timeout
                 with contextlib.suppress(BrokenPipeError):  # it died just now: the next round notices
                     worker.connection.send(job)
 
-    def _died(self, worker: Worker) -> Outcome:
-        worker.process.join()
-        reason = f"worker process died with exit code {worker.process.exitcode}"
-        if worker.job is None:
-            raise RsdError(f"a {reason} before its first episode; its messages are above")
-        job, config = worker.job, self._config
-        result = EpisodeResult(
-            suite=config.task_suite,
-            task_id=job.task_id,
-            task_name=job.task_name,
-            instruction=job.instruction,
-            init_state=job.init_state,
-            seed=config.seed,
-            decode=config.decode,
-            acceptance="",
-            success=False,
-            steps=0,
-            chunks=0,
-            failure=f"{ERROR_PREFIX}{reason}",
-            latency_ms={},
-            num_drafts=0,
-            num_draft_tokens=[],
-            num_accepted_tokens=[],
-            accepted_levels=[],
-            prefills=0,
-            main_passes=0,
-            wall_s=0.0,
-        )
-        return Outcome(job, result, reason)
+    def _messages(self, busy: list[Worker]) -> Iterator[tuple[Worker, Ready | Failed | Outcome | str]]:
+        """What the workers said since the last call, or why one of them will say no more; waits for something."""
+        by_channel: dict[Any, Worker] = {worker.connection: worker for worker in busy}
+        sentinel = None if self._server is None else self._server.process.sentinel
+        patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
+        channels = [*by_channel, *([] if sentinel is None else [sentinel])]
+        spoke = wait(channels, timeout=patience)
+        if sentinel is not None and sentinel in spoke:
+            self._count_failed_start("the policy's process", "died")
+            self._server = self._start_server()
+            for worker in list(busy):
+                yield worker, "the policy's process died"
+            return
+        for channel in spoke:
+            worker = by_channel[channel]
+            try:
+                yield worker, worker.connection.recv()
+            except (EOFError, OSError):
+                worker.process.join()
+                yield worker, f"worker process died with exit code {worker.process.exitcode}"
+        for worker in by_channel.values():
+            if worker.connection not in spoke and time.monotonic() > worker.deadline:
+                patience = self.config.episode_timeout if worker.ready else self._start_patience
+                yield worker, f"worker process hung: nothing for {patience:g} s"
 
-    def _replace(self, worker: Worker) -> Worker:
+    def _replace(self, worker: Worker, reason: str) -> Worker:
+        if not worker.ready:
+            self._count_failed_start("workers", reason)
+        worker.process.kill()
+        worker.process.join()
         worker.connection.close()
         self._workers.remove(worker)
         self._workers.append(self._start())
         return self._workers[-1]
+
+    def _count_failed_start(self, who: str, reason: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts > MAX_FAILED_STARTS:
+            raise RsdError(f"{who} keep ending before they run an episode ({reason}); their messages are above")

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 import rsd
-from rsd.conventions import MAX_STEPS, WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
+from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
 from rsd.sim.rendering import ArmedCamera, gl_backend
-from rsd.sim.suites import DISTRIBUTION, bddl_file, init_states, load_libero, quiet, suite_task
+from rsd.sim.suites import DISTRIBUTION, bddl_file, init_states, load_libero, quiet, step_limit, suite_task
 from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, Observation, RsdError
 
 SIM_CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # our name -> LIBERO's
@@ -33,7 +33,6 @@ ARM_JOINT_NOISE = 0.02  # rad, standard deviation per joint of the benchmark's i
 # 5.6 cm (7 of the first 30 of libero_spatial task 0 more than 2 cm), so a stricter limit would leave them untrained.
 UNSTABLE_DISTANCE = 0.06
 PLACEMENT_TRIES = 50
-DEFAULT_MAX_STEPS = 400  # suites without a published limit
 
 
 class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
@@ -53,7 +52,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self.cameras = cameras
         self.fast = fast
         self.instruction = self.task.language
-        self.max_steps = MAX_STEPS.get(suite, DEFAULT_MAX_STEPS)
+        self.max_steps = step_limit(suite)
         self.steps = 0
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
         spaces: dict[str, gymnasium.spaces.Space[Any]] = {
@@ -137,9 +136,19 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
                         camera.draw()
                 break
         self.steps += executed
+        self._check_physics()
         truncated = not terminated and self.steps >= self.max_steps
         info = {"success": terminated, "steps": executed}
         return self._observation_dict(), float(terminated), terminated, truncated, info
+
+    def _check_physics(self) -> None:
+        """MuJoCo answers a state that diverged with a warning and a silent reset of the whole scene: an error here."""
+        for kind in ("BADQPOS", "BADQVEL", "BADQACC"):
+            if self.data.warning[getattr(mujoco.mjtWarning, f"mjWARN_{kind}")].number:
+                raise RsdError(
+                    f"physics of {self.task.name} diverged ({kind}: NaN or huge numbers) and MuJoCo reset the scene; "
+                    "the episode says nothing about the policy"
+                )
 
     def advance(self, action: NDArray[np.float64], draw: bool = False) -> None:
         """One control step [7] without episode bookkeeping: no limit, no termination, cameras only if `draw`."""

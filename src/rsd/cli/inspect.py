@@ -1,0 +1,29 @@
+"""`rsd inspect`: what a checkpoint or a run holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+from rich.console import Console
+
+from rsd.cli.parsing import parse
+
+
+@dataclass(frozen=True)
+class InspectArguments:
+    """Show what a checkpoint holds (sizes, tokenizer, validation, provenance), or a run (tasks, failures)."""
+
+    path: tyro.conf.Positional[str]
+    """Checkpoint directory, hub id, or directory written by `rsd eval`."""
+    keys: bool = False
+    """List every tensor of the checkpoint with its shape."""
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    options = parse(InspectArguments, arguments, prog)
+    from rsd.evaluation.inspection import inspect
+
+    inspect(options.path, Console(highlight=False), options.keys)
+    return 0

@@ -1,0 +1,34 @@
+"""`rsd merge`: shards of one run into one results directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from rsd.cli.parsing import parse
+
+
+@dataclass(frozen=True)
+class MergeArguments:
+    """Bring shards (`rsd eval --shard i/n`, `rsd submit`) together; may be called again as they go on."""
+
+    output: tyro.conf.Positional[Path]
+    """Results directory of the whole run."""
+    shards: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """The shards' directories; default all shard-i-of-n in the output."""
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    options = parse(MergeArguments, arguments, prog)
+    from rsd.evaluation.merging import merge_shards
+    from rsd.evaluation.report import load_runs, rich_table
+
+    summary = merge_shards(options.output, options.shards)
+    if summary.success.n:
+        Console().print(rich_table(load_runs([options.output])))
+    print(f"results: {options.output}")
+    return 1 if summary.errors else 0

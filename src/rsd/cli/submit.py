@@ -1,0 +1,63 @@
+"""`rsd submit`: an evaluation as SLURM jobs, one a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from rsd.cli.eval import check_names
+from rsd.cli.parsing import UsageError, parse
+from rsd.evaluation.config import EvalConfig
+
+
+@dataclass(frozen=True)
+class SubmitArguments:
+    """Run an evaluation as jobs of a cluster, a shard of the episodes each; options as for `rsd eval`."""
+
+    config: Annotated[EvalConfig, tyro.conf.arg(name="")] = field(default_factory=EvalConfig)
+    shards: int = 4
+    """Jobs."""
+    cluster: Literal["slurm", "local"] = "slurm"
+    """slurm, or local: processes of this machine, to try it out."""
+    partition: str = ""
+    """SLURM partition."""
+    minutes: int = 240
+    """Time limit of a job."""
+    cpus: int = 8
+    """Cores of a job: as many workers."""
+    gpus: int = 0
+    """GPUs of a job."""
+    wait: bool = False
+    """Wait for the jobs and merge their results."""
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    options = parse(SubmitArguments, arguments, prog)
+    config = options.config
+    if config.shard:
+        raise UsageError("--shard is what the jobs get; ask for a number of --shards")
+    check_names(config)
+    from rsd.evaluation.launchers import submit_shards
+
+    parameters: dict[str, object] = {
+        "timeout_min": options.minutes,
+        "cpus_per_task": options.cpus,
+        "gpus_per_node": options.gpus,
+    }
+    if options.partition:
+        parameters["slurm_partition"] = options.partition
+    jobs = submit_shards(config, options.shards, options.cluster, parameters)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"jobs {', '.join(str(job.job_id) for job in jobs)}; logs in {config.output_dir / 'jobs'}")
+    if not options.wait:
+        console.print(f"when they are done: rsd merge {config.output_dir}")
+        return 0
+    for job in jobs:
+        job.result()  # raises with the job's own traceback
+    from rsd.cli.merge import run as merge
+
+    return merge([str(config.output_dir)], prog)

@@ -1,0 +1,311 @@
+"""`rsd doctor`: does this machine have what an evaluation needs, and what to do where it does not.
+
+The cheap checks (well under a second) are the ones `rsd eval` runs before it starts anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from rsd.types import CAMERAS, STATE_DIM, Observation, RsdError
+
+if TYPE_CHECKING:
+    from rsd.evaluation.config import EvalConfig
+    from rsd.policy import RsdPolicy
+
+# Other versions move objects in the first steps, and with them the success rates.
+PINNED = {"mujoco": "3.2.3", "robosuite": "1.4.0"}
+DISK_MIB = 500
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Check this machine and a checkpoint for an evaluation; exit status 1 if anything is red."""
+
+    policy: str = "checkpoints/libero_spatial"
+    """Checkpoint directory or hub id."""
+    device: str = "cpu"
+    """Where the policy shall run: cpu, cuda, cuda:1."""
+    output: Path = Path("results")
+    """Where results shall go: is there room, may one write?"""
+    verbose: bool = False
+    """Also show what flows through the policy: observation keys, shapes of hidden states, tokens and actions."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line. status: red lines keep an evaluation from running or from being comparable. remedy: what to do."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    found: str
+    remedy: str = ""
+
+
+def guarded(name: str, check: Callable[[], Check]) -> Check:
+    """A check whose own failure is its finding."""
+    try:
+        return check()
+    except RsdError as error:
+        return Check(name, "fail", str(error))
+    except Exception as error:  # whatever the machine comes up with
+        return Check(name, "fail", f"{type(error).__name__}: {error}", "RSD_DEBUG=1 shows more")
+
+
+def python_version() -> Check:
+    version = platform.python_version()
+    if (3, 10) <= sys.version_info[:2] <= (3, 12):
+        return Check("Python", "ok", version)
+    return Check("Python", "fail", f"{version}, expected 3.10 to 3.12", "make the environment anew: make env")
+
+
+def torch_version() -> Check:
+    import torch
+
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU"
+    return Check("PyTorch", "ok", f"{torch.__version__}, {cuda}, {torch.get_num_threads()} threads")
+
+
+def device(name: str) -> Check:
+    import torch
+
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            return Check("device", "fail", f"{name}: no CUDA device is visible", "--device cpu always works")
+        properties = torch.cuda.get_device_properties(name)
+        return Check("device", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    torch.empty(0, device=name)
+    if torch.cuda.is_available():
+        return Check("device", "warn", f"{name}, and a {torch.cuda.get_device_name()} idles", "try --device cuda")
+    return Check("device", "ok", name)
+
+
+def pinned(package: str) -> Check:
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return Check(package, "fail", "not installed", f"pip install {package}=={PINNED[package]}")
+    if found != PINNED[package]:
+        return Check(
+            package,
+            "fail",
+            f"{found}, expected {PINNED[package]}: success rates are not comparable",
+            f"pip install {package}=={PINNED[package]}",
+        )
+    return Check(package, "ok", found)
+
+
+def gl_library() -> Check:
+    from rsd.sim.rendering import gl_backend
+
+    backend = gl_backend()
+    if backend == "osmesa":
+        return Check("OpenGL", "ok", "OSMesa: draws on the CPU, some 100 ms an image; EGL needs an NVIDIA driver")
+    return Check("OpenGL", "ok", backend)
+
+
+def disk(directory: Path) -> Check:
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free / 2**20
+    if free < DISK_MIB:
+        return Check("disk", "fail", f"{free:.0f} MiB free at {existing}", "make room, or choose another --output")
+    import os
+
+    if not os.access(existing, os.W_OK):
+        return Check("disk", "fail", f"{existing} may not be written to", "choose another --output")
+    return Check("disk", "ok", f"{free / 1024:.1f} GiB free at {existing}")
+
+
+def checkpoint_files(policy: str) -> Check:
+    """Files are there and belong together (hashes), the configuration is readable."""
+    from rsd.policy import _read_config, checkpoint_hash, locate_checkpoint
+    from rsd.tokenizer.action_tokenizer import ActionTokenizer
+
+    directory = locate_checkpoint(policy)
+    _read_config(directory)
+    ActionTokenizer.load(directory)
+    return Check("checkpoint files", "ok", f"{directory}, sha256 {checkpoint_hash(policy)[:12]}")
+
+
+def libero_assets() -> Check:
+    from rsd.sim.suites import MAIN_SUITES, bddl_file, init_states, suite_names, suite_tasks
+
+    tasks = [(suite, task.task_id) for suite in MAIN_SUITES for task in suite_tasks(suite)]
+    for suite, task_id in tasks:
+        bddl_file(suite, task_id)
+    states = sum(len(init_states(suite, 0)) for suite in MAIN_SUITES)
+    others = len(suite_names()) - len(MAIN_SUITES)
+    return Check(
+        "LIBERO", "ok", f"{len(tasks)} tasks of {len(MAIN_SUITES)} suites, {others} variants; {states} states read"
+    )
+
+
+def render_frame() -> Check:
+    """Really draws: a scene with both cameras, which must not be empty, nor the same."""
+    from rsd.sim.libero import LiberoEnv
+    from rsd.sim.rendering import gl_backend
+
+    env = LiberoEnv("libero_spatial", 0, image_size=64)
+    try:
+        env.reset(options={"init_state": 0})
+        images = env.observation().images
+    finally:
+        env.close()
+    if any(image.std() < 5 for image in images) or np.array_equal(*images):
+        return Check("rendering", "fail", f"{gl_backend()} draws an empty picture", "set MUJOCO_GL=osmesa")
+    return Check("rendering", "ok", f"a scene of LIBERO, two cameras, by {gl_backend()}")
+
+
+def load_and_predict(policy_name: str, device_name: str, keep: list[RsdPolicy]) -> Check:
+    """Weights load strictly, a prediction is finite, and the policy looks at its images."""
+    from rsd.policy import RsdPolicy
+
+    policy = RsdPolicy.from_pretrained(policy_name, device=device_name)
+    keep.append(policy)
+    dark, light = (policy.predict(blank(policy.image_size, value)) for value in (0, 255))
+    if np.array_equal(dark.actions, light.actions):
+        return Check("policy", "fail", "a black and a white image give the same actions: it does not see")
+    count = sum(parameter.numel() for parameter in policy.model.parameters())
+    spent = light.stats.latency_ms["total"]
+    return Check("policy", "ok", f"{count / 1e6:.1f} M parameters, chunk {list(light.actions.shape)} in {spent:.0f} ms")
+
+
+def accuracy(policy: RsdPolicy) -> Check:
+    """What the training measured, if the checkpoint says so."""
+    validation = policy.provenance.get("validation", {})
+    errors = {
+        name: f"{float(values['l1_error']):.3f}"
+        for name, values in validation.items()
+        if isinstance(values, dict) and "l1_error" in values
+    }
+    if not errors:
+        return Check("validation", "warn", "the checkpoint says nothing about its accuracy")
+    return Check("validation", "ok", "action error " + ", ".join(f"{name} {value}" for name, value in errors.items()))
+
+
+def blank(size: int, value: int) -> Observation:
+    images = np.full((len(CAMERAS), size, size, 3), value, dtype=np.uint8)
+    return Observation(images, np.zeros(STATE_DIM, dtype=np.float32), "pick up the black bowl")
+
+
+def cheap_checks(policy: str, device_name: str, output: Path) -> list[Check]:
+    return [
+        guarded("Python", python_version),
+        guarded("PyTorch", torch_version),
+        guarded("device", lambda: device(device_name)),
+        *(guarded(package, lambda package=package: pinned(package)) for package in PINNED),  # type: ignore[misc]
+        guarded("OpenGL", gl_library),
+        guarded("disk", lambda: disk(output)),
+        guarded("checkpoint files", lambda: checkpoint_files(policy)),
+    ]
+
+
+def preflight(config: EvalConfig) -> None:
+    """The cheap checks before an evaluation; raises RsdError naming every red one and what to do."""
+    bad = [c for c in cheap_checks(config.policy, config.device, config.output_dir) if c.status == "fail"]
+    if bad:
+        lines = "; ".join(f"{check.name}: {check.found}{f' ({check.remedy})' if check.remedy else ''}" for check in bad)
+        raise RsdError(f"{lines}; `rsd doctor` checks everything")
+
+
+def diagnose(config: DoctorConfig) -> tuple[list[Check], RsdPolicy | None]:
+    """All checks, and the policy if it loads."""
+    loaded: list[RsdPolicy] = []
+    checks = [
+        *cheap_checks(config.policy, config.device, config.output),
+        guarded("LIBERO", libero_assets),
+        guarded("rendering", render_frame),
+        guarded("policy", lambda: load_and_predict(config.policy, config.device, loaded)),
+    ]
+    if loaded:
+        checks.append(guarded("validation", lambda: accuracy(loaded[0])))
+        checks.append(guarded("skip calibration", lambda: calibrated(config.policy)))
+    return checks, loaded[0] if loaded else None
+
+
+def calibrated(name: str) -> Check:
+    """Whether `rsd-skip` can be used: its threshold has to be of these very weights."""
+    from rsd.decoding.calibration import FILE_NAME
+    from rsd.policy import load_calibration, locate_checkpoint
+
+    directory = locate_checkpoint(name)
+    if not (directory / FILE_NAME).is_file():
+        return Check("skip calibration", "warn", "none: rsd-skip is not available", "rsd calibrate makes one")
+    found = load_calibration(directory)
+    promise = f"risk <= {found.alpha:g} at confidence {1 - found.delta:g}, epsilon {found.epsilon_mm:g} mm"
+    return Check("skip calibration", "ok", f"threshold {found.threshold:.1f} mm: {promise}, {found.episodes} rollouts")
+
+
+def flow(policy: RsdPolicy) -> list[tuple[str, str]]:
+    """(what, its shape or value) of everything between an observation and its chunk, for one blank observation."""
+    import torch
+
+    from rsd.decoding.steps import Scene, Stopwatch
+
+    observation = blank(policy.image_size, 128)
+    watch = Stopwatch(policy.device)
+    with torch.inference_mode():
+        scene = Scene(*policy._preprocess([observation]))
+        prefix = scene.prefix(policy.model.main, watch)
+        hidden, _ = policy.model.main.prefill(prefix)
+        decoded = policy._strategy(policy.decoder, scene, watch)
+    rows = [
+        ("observation.images", f"{observation.images.dtype} {list(observation.images.shape)}, {' and '.join(CAMERAS)}"),
+        ("observation.state", f"{observation.state.dtype} {list(observation.state.shape)}"),
+        ("observation.instruction", repr(observation.instruction)),
+        ("images to the model", f"{list(scene.images.shape)}"),
+        ("state features", f"{list(scene.state.shape)}"),
+        ("prefix (vision, language, state)", f"{list(prefix.shape)}"),
+        ("hidden states of the first block", f"{list(hidden.shape)}"),
+    ]
+    parts = {**vars(decoded), **(vars(decoded.proposal) if decoded.proposal else {}), "proposal": None}
+    for name, value in parts.items():
+        if isinstance(value, torch.Tensor):
+            rows.append((f"decoded.{name}", f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"))
+        elif value is not None and value != []:
+            rows.append((f"decoded.{name}", str(value)))
+    chunk = policy.predict(observation)
+    rows.append(("actions", f"{chunk.actions.dtype} {list(chunk.actions.shape)}"))
+    rows += [(f"stats.{name}", statistic(value)) for name, value in vars(chunk.stats).items()]
+    return rows
+
+
+def statistic(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number:.1f}" for name, number in value.items())
+    return str(value)
+
+
+def run_doctor(config: DoctorConfig) -> int:
+    """Print the findings; returns the exit status."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False, soft_wrap=True)
+    with console.status("checking") if console.is_terminal else contextlib.nullcontext():
+        checks, policy = diagnose(config)
+    width = max(len(check.name) for check in checks)
+    marks = {"ok": "[green]ok  [/green]", "warn": "[yellow]note[/yellow]", "fail": "[red]RED [/red]"}
+    for check in checks:
+        console.print(f"{marks[check.status]}  {check.name.ljust(width)}  {escape(check.found)}")
+        if check.remedy:
+            console.print(f"      {' ' * width}  -> {escape(check.remedy)}")
+    if config.verbose and policy is not None:
+        console.print("\n[bold]one blank observation through the policy[/bold]")
+        rows = flow(policy)
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            console.print(f"  {name.ljust(width)}  {escape(value)}")
+    bad = sum(check.status == "fail" for check in checks)
+    console.print(f"\n{f'{bad} red' if bad else 'all is well'}: {len(checks)} checks")
+    return 1 if bad else 0

@@ -1,0 +1,161 @@
+"""An episode as a job: what is to be run, what came of it, and who runs it in a worker."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rsd.evaluation.backend import Backend
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.results import ERROR_PREFIX, EpisodeResult
+from rsd.types import Policy
+
+MAX_ATTEMPTS = 3  # an episode that ends in an error is begun anew at most twice
+
+
+@dataclass(frozen=True)
+class Job:
+    """One episode to run. video: "" or the condition ("all", "failures") under which it gets one.
+
+    attempt: 1 for the first; the attempts before it ended in an error.
+    """
+
+    suite: str
+    task_id: int
+    task_name: str
+    instruction: str
+    init_state: int
+    video: str = ""
+    attempt: int = 1
+
+    @property
+    def task(self) -> tuple[str, int]:
+        return self.suite, self.task_id
+
+    def __str__(self) -> str:
+        return f"{self.suite} task {self.task_id}, initial state {self.init_state}, attempt {self.attempt}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One episode's end. log: traceback of an error episode, or why its video could not be made."""
+
+    job: Job
+    result: EpisodeResult
+    log: str = ""
+    video: Path | None = None
+
+
+class JobQueue:
+    """Jobs by task. A worker keeps its task while that has jobs left, because another scene costs seconds."""
+
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        self._jobs: dict[tuple[str, int], deque[Job]] = {}
+        for job in jobs:
+            self._jobs.setdefault(job.task, deque()).append(job)
+        self._workers: Counter[tuple[str, int]] = Counter()
+
+    def take(self, current: tuple[str, int] | None) -> Job | None:
+        """The next job for a worker that has the task `current` loaded, None when nothing is left."""
+        if current is not None and self._jobs.get(current):
+            return self._jobs[current].popleft()
+        if current is not None:
+            self._workers[current] -= 1
+        waiting = [task for task, jobs in self._jobs.items() if jobs]
+        if not waiting:
+            return None
+        # The task with the most work per worker; the first one of equals.
+        task = max(waiting, key=lambda task: len(self._jobs[task]) / (1 + self._workers[task]))
+        self._workers[task] += 1
+        return self._jobs[task].popleft()
+
+    def again(self, job: Job) -> Job | None:
+        """Put a job that ended in an error back for its next attempt; None if it has had them all."""
+        if job.attempt >= MAX_ATTEMPTS:
+            return None
+        job = replace(job, attempt=job.attempt + 1)
+        self._jobs[job.task].append(job)
+        return job
+
+
+class EpisodeRunner:
+    """Simulator and policy of one worker: a job in, its outcome out."""
+
+    def __init__(self, config: EvalConfig, backend: Backend, policy: Policy, videos: Path) -> None:
+        from rsd.evaluation.rollout import WARMUP_PREDICTIONS
+
+        self._config, self._backend, self._policy, self._videos = config, backend, policy, videos
+        self._env: Any = None
+        self._task: tuple[str, int] | None = None
+        self._warmup = WARMUP_PREDICTIONS
+
+    def run(self, job: Job) -> Outcome:
+        from rsd.evaluation.rollout import run_episode
+        from rsd.evaluation.video import replay_video, video_name
+
+        if self._env is None or job.task != self._task:
+            self.close()
+            self._env, self._task = self._backend.make_env(*job.task, self._policy.image_size), job.task
+        rollout = run_episode(
+            self._env,
+            self._policy,
+            suite=job.suite,
+            task_id=job.task_id,
+            task_name=job.task_name,
+            init_state=job.init_state,
+            seed=self._config.seed,
+            decode=self._config.decode,
+            warmup=self._warmup,
+        )
+        self._warmup, log, video = 0, rollout.traceback, None
+        result = replace(rollout.result, attempts=job.attempt)
+        if not result.is_error and wants_video(job.video, result):
+            video = self._videos / video_name(result)
+            try:
+                replay_video(self._env, rollout, video)
+            except Exception:
+                log, video = traceback.format_exc(), None
+        if log:  # whatever went wrong may have left the simulator in any state
+            self.close()
+        return Outcome(job, result, log, video)
+
+    def close(self) -> None:
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+
+def wants_video(condition: str, result: EpisodeResult) -> bool:
+    return condition == "all" or (condition == "failures" and not result.success)
+
+
+def broken_off(config: EvalConfig, job: Job, reason: str) -> Outcome:
+    """What is recorded of an episode whose worker left nothing: an error, never a failure of the policy."""
+    result = EpisodeResult(
+        suite=job.suite,
+        task_id=job.task_id,
+        task_name=job.task_name,
+        instruction=job.instruction,
+        init_state=job.init_state,
+        seed=config.seed,
+        decode=config.decode,
+        acceptance="",
+        success=False,
+        steps=0,
+        chunks=0,
+        failure=f"{ERROR_PREFIX}{reason}",
+        latency_ms={},
+        num_drafts=0,
+        num_draft_tokens=[],
+        num_accepted_tokens=[],
+        accepted_levels=[],
+        prefills=0,
+        main_passes=0,
+        wall_s=0.0,
+        attempts=job.attempt,
+    )
+    return Outcome(job, result, reason)
