@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -102,9 +103,13 @@ def check_names(config: EvalConfig) -> None:
 
     from rsd.decoding.acceptance import acceptance_rule
     from rsd.decoding.strategies import STRATEGIES
+    from rsd.models.openvla_loading import is_openvla
+    from rsd.openvla.engine import DECODERS
     from rsd.tokenizer.rfsq import RfsqConfig
 
-    check_choice("--decode", config.decode, STRATEGIES)
+    local = Path(config.policy)
+    if local.is_dir() or config.decode not in DECODERS:  # of a hub's checkpoint the format is not known yet
+        check_choice("--decode", config.decode, DECODERS if local.is_dir() and is_openvla(local) else STRATEGIES)
     if config.acceptance != "default" and config.decode != SPECULATIVE:
         raise UsageError(f"--acceptance {config.acceptance}: --decode {config.decode} accepts nothing, only rsd does")
     try:

@@ -53,8 +53,14 @@ def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
 
 
 def rsd_policy(config: EvalConfig) -> Policy:
+    """A checkpoint of this package, or one in OpenVLA's format."""
+    from rsd.openvla.policy import OpenVlaPolicy, locate_openvla
     from rsd.policy import RsdPolicy
 
+    if (openvla := locate_openvla(config.policy)) is not None:
+        return OpenVlaPolicy.from_pretrained(
+            openvla, device=config.device, decode=config.decode, suite=config.task_suite
+        )
     acceptance = None if config.acceptance == "default" else config.acceptance
     return RsdPolicy.from_pretrained(config.policy, device=config.device, decode=config.decode, acceptance=acceptance)
 
@@ -89,8 +95,11 @@ def available_cores() -> int:
 
 def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     """The checkpoint's hash and its own provenance."""
+    from rsd.openvla.policy import fingerprint, locate_openvla
     from rsd.policy import CONFIG_FILE, checkpoint_hash, locate_checkpoint
 
+    if (openvla := locate_openvla(config.policy)) is not None:
+        return {"policy": config.policy, "checkpoint_fingerprint": fingerprint(openvla)}
     content = (locate_checkpoint(config.policy) / CONFIG_FILE).read_text()
     return {
         "policy": config.policy,

@@ -203,15 +203,11 @@ class OpenVlaModel(nn.Module):
         hidden = self.language_model(x, Attend(), keep=ACTION_TOKENS + 2)
         return hidden[:, :ACTION_TOKENS]
 
-    def regress(self, prefix: Tensor) -> Tensor:
-        """OFT with the L1 head -> normalised actions float32 [B, 8, 7]."""
+    def head(self, hidden: Tensor) -> Tensor:
+        """OFT's L1 head on what `action_hidden` gives -> normalised actions float32 [B, 8, 7]."""
         if self.action_head is None:
             raise RsdError("no action head is loaded: this checkpoint cannot decode with `l1`")
-        return self.action_head(self.action_hidden(prefix)).float()
-
-    def classify(self, prefix: Tensor) -> Tensor:
-        """OFT with discrete tokens -> ids [B, 56]."""
-        return self.language_model.logits(self.action_hidden(prefix)).argmax(-1)
+        return self.action_head(hidden).float()
 
     def token_values(self, tokens: Tensor) -> Tensor:
         """Action token ids [B, n] -> normalised actions float32 [B, n], the centres of their bins.
