@@ -64,8 +64,8 @@ class StaticCache:
 class Attend:
     """Who sees whom. causal: as Llama was trained; otherwise everything so far, or `mask` bool [n, S + n].
 
-    split: the first `split` positions see one another only, the rest see everything (a prefix that must not
-    depend on the queries behind it): two products without a mask are faster than one with.
+    split: the first `split` positions see one another only, the rest what `mask` [n - split, S + n] lets them: a
+    prefix that must not depend on the queries behind it, and is read without a mask, which is faster.
     """
 
     causal: bool = False
@@ -78,12 +78,11 @@ class Attend:
             if q.shape[2] != k.shape[2]:
                 raise RsdError("causal attention: expected queries for every position (a first pass, nothing cut)")
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        if self.split is not None:
-            skipped = k.shape[2] - q.shape[2]
-            own = self.split - skipped  # queries among the split's first positions
-            if own > 0:
-                first = F.scaled_dot_product_attention(q[:, :, :own], k[:, :, : self.split], v[:, :, : self.split])
-                return torch.cat([first, F.scaled_dot_product_attention(q[:, :, own:], k, v)], dim=2)
+        if self.split is not None and q.shape[2] == k.shape[2]:
+            at = self.split
+            first = F.scaled_dot_product_attention(q[:, :, :at], k[:, :, :at], v[:, :, :at])
+            rest = F.scaled_dot_product_attention(q[:, :, at:], k, v, attn_mask=self.mask)
+            return torch.cat([first, rest], dim=2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
 
 
@@ -153,19 +152,20 @@ class Llama(nn.Module):
 
         The last layer's MLP runs on kept positions alone.
         """
-        start = cache.length if cache else 0
+        start = 0 if cache is None else cache.length
         end = start + x.shape[1]
         if end > self.config.max_positions:
             raise RsdError(f"sequence of {end} positions: the language model has {self.config.max_positions}")
         cos, sin = self.cos[start:end], self.sin[start:end]
         for index, layer in enumerate(self.blocks):
             q, k, v = layer.before(x, cos, sin)
-            if cache:
+            if cache is not None:
                 k, v = cache.append(index, k, v)
             if keep and index == len(self.blocks) - 1 and (keep == 1 or not attend.causal):
+                # with a split, what is kept lies behind it
                 q, x = q[:, :, -keep:], x[:, -keep:]
             x = layer.after(x, attend(q, k, v))
-        if cache:
+        if cache is not None:
             cache.length = end
         x = x if keep is None else x[:, -keep:]
         return F.rms_norm(x, x.shape[-1:], self.norm, self.config.norm_eps)
