@@ -48,6 +48,12 @@ COMMANDS = {
         "measure_latency",
         "LatencyConfig",
     ),
+    "bench openvla": Command(
+        "milliseconds per decision of OpenVLA 7B on random weights, beside the published way to run it",
+        "rsd.openvla.bench",
+        "measure_openvla",
+        "OpenVlaBenchConfig",
+    ),
     "demos collect": Command(
         "record demonstrations of the scripted expert", "rsd.data.collect", "collect", "CollectConfig"
     ),

@@ -43,7 +43,9 @@ class OpenVlaMain(MainModel):
         self.parallel_head = nn.Linear(dim, code.levels * motion_dim * code.symbols)
         self.gripper_head = nn.Linear(dim, 1)
         self.residual_head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, motion_dim))
-        self.to(openvla.device, openvla.dtype)
+        for name, part in self.named_children():
+            if name not in ("openvla", "trunk"):  # whose matrices may be FP8 and stay so
+                part.to(openvla.device, openvla.dtype)
 
     def embed_prefix(self, images: Tensor, prompt: Tensor, state: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Embedded images, prompt ids [B, T], normalised state [B, 8] -> [B, N, D]; see `OpenVlaModel`."""

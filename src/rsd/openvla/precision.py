@@ -61,13 +61,13 @@ def use_fp8(model: OpenVlaModel, *, vision: bool = False) -> None:
 def compile_layers(model: OpenVlaModel) -> None:
     """Compile what repeats: the two halves of a trunk layer and a vision block, once each, not the whole graph.
 
-    Attention itself stays with PyTorch's own kernels. Compiled code is made per shape at the first calls.
+    Attention itself stays with PyTorch's own kernels. The first shape met gets code of its own, all others share one for any length.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in model.language_model.blocks:
-        layer.before = torch.compile(layer.before, dynamic=False)  # type: ignore[method-assign]
-        layer.after = torch.compile(layer.after, dynamic=False)  # type: ignore[method-assign]
+        layer.before = torch.compile(layer.before)  # type: ignore[method-assign]
+        layer.after = torch.compile(layer.after)  # type: ignore[method-assign]
     for tower in (model.vision_backbone.featurizer, model.vision_backbone.fused_featurizer):
         for block in tower.blocks:
-            block.compile(dynamic=False)
-    model.projector.compile(dynamic=False)
+            block.compile()
+    model.projector.compile()
