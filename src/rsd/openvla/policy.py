@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsd.conventions import openvla_gripper_to_env
-from rsd.decoding.strategies import Stopwatch, finite
+from rsd.decoding.strategies import Stopwatch
 from rsd.models.openvla import OpenVlaModel
 from rsd.models.openvla_loading import (
     ADAPTER_CONFIG,
@@ -29,7 +29,7 @@ from rsd.models.openvla_loading import (
     load_openvla,
     read_json,
 )
-from rsd.openvla.engine import Decision, Engine
+from rsd.openvla.engine import DECODERS, Decision, Engine
 from rsd.openvla.images import prepare_images
 from rsd.openvla.precision import compile_layers, use_fp8
 from rsd.openvla.prompt import Prompt
@@ -67,6 +67,8 @@ class Settings:
         """Decoder and cameras settled; `RsdError` where the files contradict them or do not say."""
         head, proprio = (component_file(directory, name) for name in ("action_head", "proprio_projector"))
         decode = self.decode or ("l1" if head else "ar")
+        if decode not in DECODERS:
+            raise RsdError(f"decode {decode!r}: expected one of {', '.join(DECODERS)} for an OpenVLA checkpoint")
         if (decode == "l1") != (head is not None):
             found = f"holds {head.name}" if head else "has no action_head--*_checkpoint.pt"
             fitting = "l1" if head else "ar (OpenVLA) or discrete (OpenVLA-OFT with tokens)"
@@ -152,7 +154,9 @@ class OpenVlaPolicy:
         Clipped to [-1, 1], as the simulator's controller does with what it is given.
         """
         key = self.statistics.key(unnorm_key) if unnorm_key else self.unnorm_key
-        restored = self.statistics.actions(key).restore(finite(actions).double().cpu().numpy())
+        if not torch.isfinite(actions).all():
+            raise RsdError("decoding gave non-finite actions: damaged weights or an odd precision for this checkpoint")
+        restored = self.statistics.actions(key).restore(actions.double().cpu().numpy())
         restored[:, -1] = openvla_gripper_to_env(restored[:, -1])
         return np.clip(restored, -1.0, 1.0).astype(np.float32)
 

@@ -61,7 +61,8 @@ def use_fp8(model: OpenVlaModel, *, vision: bool = False) -> None:
 def compile_layers(model: OpenVlaModel) -> None:
     """Compile what repeats: the two halves of a trunk layer and a vision block, once each, not the whole graph.
 
-    Attention itself stays with PyTorch's own kernels. The first shape met gets code of its own, all others share one for any length.
+    Attention itself stays with PyTorch's own kernels. The first shape met gets code of its own, all others share code
+    for any length.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in model.language_model.blocks:
