@@ -73,6 +73,9 @@ COMMANDS = {
         "train the main model and its draft", "rsd.training.policy", "train_policy", "TrainPolicyConfig"
     ),
     "train draft": Command("train a draft alone", "rsd.training.draft", "train_draft", "TrainDraftConfig"),
+    "import-legacy": Command(
+        "read the original experiment's checkpoints", "rsd.openvla.legacy", "import_legacy", "ImportLegacyConfig"
+    ),
 }
 EXAMPLES = """\
   rsd eval --task-suite libero_spatial --num-trials 3 --use-speculative-decoding True

@@ -20,6 +20,7 @@ from torch import Tensor
 from rsd.conventions import openvla_gripper_to_env
 from rsd.decoding.strategies import Stopwatch
 from rsd.models.openvla import OpenVlaModel
+from rsd.models.openvla_llama import Attend
 from rsd.models.openvla_loading import (
     ADAPTER_CONFIG,
     ADAPTER_DIR,
@@ -127,6 +128,17 @@ class OpenVlaPolicy:
         """The trunk's final hidden states that the actions are read from: [56, D] with OFT, [7, D] with `ar`."""
         hidden = self._decide(observation, Stopwatch(self.device), None).hidden[0]
         return np.asarray(hidden.float().cpu().numpy())
+
+    @torch.inference_mode()
+    def prompt_features(self, observation: Observation) -> Tensor:
+        """The trunk's final hidden state of the prompt's last word [1, D], which old RFSQ drafts and heads read.
+
+        That word is the colon of "Out:": token 29871, which follows it when actions are predicted, is left out.
+        """
+        prompt = torch.tensor([self.prompt.ids(observation.instruction)[:-1]], device=self.device)
+        images = self.model.embed_images(self._pixels(observation.images))
+        prefix = self.model.embed_prefix(images, prompt, self._state(observation, None))
+        return self.model.language_model(prefix, Attend(causal=self.decode == "ar"), keep=1)[:, 0]
 
     def _decide(self, observation: Observation, watch: Stopwatch, unnorm_key: str | None) -> Decision:
         with watch.stage("preprocess"), torch.inference_mode():
