@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -210,6 +212,20 @@ def test_an_adapter_finds_its_base_and_merged_weights_refuse_one(ar_directory: P
 
 def test_other_checkpoints_are_not_taken_for_openvla() -> None:
     assert locate_openvla(Path(__file__).parents[2] / "checkpoints" / "libero_spatial") is None
+
+
+def test_a_hub_checkpoint_is_fetched_with_all_its_files(oft_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        assert name == "someone/openvla-7b-oft"
+        asked.append(allow_patterns)
+        return str(oft_directory)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert OpenVlaPolicy.from_pretrained("someone/openvla-7b-oft").decode == "l1"
+    fetched = {name.name for name in oft_directory.iterdir() if any(fnmatch(name.name, p) for p in asked[-1])}
+    assert fetched == {path.name for path in oft_directory.iterdir()}
 
 
 def test_the_fingerprint_tells_weights_apart(copy: Path) -> None:

@@ -38,6 +38,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(EvalArguments, arguments, prog)
     given = any(argument == "--decode" or argument.startswith("--decode=") for argument in arguments)
     configs = plan_runs(options, decode_given=given)
+    if not given and not options.compare and options.use_speculative_decoding is None:
+        configs = [fitting_decoder(config) for config in configs]
     for config in configs:
         check_names(config)
 
@@ -95,6 +97,18 @@ def plan_runs(options: EvalArguments, decode_given: bool) -> list[EvalConfig]:
             )
         config = config if decode_given else replace(config, decode=wanted)
     return [config]
+
+
+def fitting_decoder(config: EvalConfig) -> EvalConfig:
+    """Without a wish, a directory in OpenVLA's format decodes as its own files say."""
+    from rsd.models.openvla_loading import is_openvla
+
+    local = Path(config.policy)
+    if not (local.is_dir() and is_openvla(local)):
+        return config
+    from rsd.openvla.policy import Settings
+
+    return replace(config, decode=str(Settings.load(local).resolve(local).decode))
 
 
 def check_names(config: EvalConfig) -> None:
