@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -37,6 +38,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(EvalArguments, arguments, prog)
     given = any(argument == "--decode" or argument.startswith("--decode=") for argument in arguments)
     configs = plan_runs(options, decode_given=given)
+    if not given and not options.compare and options.use_speculative_decoding is None:
+        configs = [fitting_decoder(config) for config in configs]
     for config in configs:
         check_names(config)
 
@@ -96,15 +99,31 @@ def plan_runs(options: EvalArguments, decode_given: bool) -> list[EvalConfig]:
     return [config]
 
 
+def fitting_decoder(config: EvalConfig) -> EvalConfig:
+    """Without a wish, a directory in OpenVLA's format decodes as its own files say."""
+    from rsd.models.openvla_loading import is_openvla
+
+    local = Path(config.policy)
+    if not (local.is_dir() and is_openvla(local)):
+        return config
+    from rsd.openvla.policy import Settings
+
+    return replace(config, decode=str(Settings.load(local).resolve(local).decode))
+
+
 def check_names(config: EvalConfig) -> None:
     """Raises UsageError for a strategy, rule or device that is not there, before anything is started."""
     import torch
 
     from rsd.decoding.acceptance import acceptance_rule
     from rsd.decoding.strategies import STRATEGIES
+    from rsd.models.openvla_loading import is_openvla
+    from rsd.openvla.engine import DECODERS
     from rsd.tokenizer.rfsq import RfsqConfig
 
-    check_choice("--decode", config.decode, STRATEGIES)
+    local = Path(config.policy)
+    if local.is_dir() or config.decode not in DECODERS:  # of a hub's checkpoint the format is not known yet
+        check_choice("--decode", config.decode, DECODERS if local.is_dir() and is_openvla(local) else STRATEGIES)
     if config.acceptance != "default" and not config.decode.startswith("rsd"):
         raise UsageError(f"--acceptance {config.acceptance}: --decode {config.decode} accepts nothing, only rsd does")
     if (config.audit or config.skip_threshold_mm >= 0) and config.decode != "rsd-skip":

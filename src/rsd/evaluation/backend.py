@@ -53,9 +53,15 @@ def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
 
 
 def rsd_policy(config: EvalConfig) -> Policy:
+    """A checkpoint of this package, or one in OpenVLA's format."""
     from rsd.decoding.steps import SkipRule
+    from rsd.openvla.policy import OpenVlaPolicy, locate_openvla
     from rsd.policy import RsdPolicy
 
+    if (openvla := locate_openvla(config.policy)) is not None:
+        return OpenVlaPolicy.from_pretrained(
+            openvla, device=config.device, decode=config.decode, suite=config.task_suite
+        )
     acceptance = None if config.acceptance == "default" else config.acceptance
     skip = SkipRule(config.skip_threshold_mm, config.max_skips) if config.skip_threshold_mm >= 0 else None
     return RsdPolicy.from_pretrained(
@@ -98,8 +104,11 @@ def available_cores() -> int:
 
 def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     """The checkpoint's hash and its own provenance."""
+    from rsd.openvla.policy import fingerprint, locate_openvla
     from rsd.policy import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
 
+    if (openvla := locate_openvla(config.policy)) is not None:
+        return {"policy": config.policy, "checkpoint_fingerprint": fingerprint(openvla)}
     directory = locate_checkpoint(config.policy)
     content = (directory / CONFIG_FILE).read_text()
     found = {
