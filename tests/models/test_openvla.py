@@ -182,8 +182,9 @@ def test_every_strategy_runs_on_the_llama_trunk() -> None:
     openvla = random_model(full_config("tiny"), "cpu", torch.float32)
     main = OpenVlaMain(openvla, code, horizon=8, motion_dim=6).eval()
     draft = DraftModel(DraftConfig(), code, 8, 6, openvla.config.llama.dim).eval()
-    images = openvla.embed_images(torch.randn(1, 2, 6, 56, 56))
-    prefix = main.embed_prefix(images, torch.tensor([[1, 40, 41]]), torch.zeros(1, 8))
+    prompt = torch.tensor([[1, 40, 41]])
+    seen = torch.randn(1, 2, 6, 56, 56), torch.zeros(1, 8), (prompt, prompt)
+    prefix = main.embed_prefix(*seen)
 
     def decode(name: str, rule: str, fine: str) -> Any:
         decoder = Decoder(main, draft, acceptance_rule(rule, code), fine)

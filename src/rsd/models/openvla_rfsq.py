@@ -47,9 +47,11 @@ class OpenVlaMain(MainModel):
             if name not in ("openvla", "trunk"):  # whose matrices may be FP8 and stay so
                 part.to(openvla.device, openvla.dtype)
 
-    def embed_prefix(self, images: Tensor, prompt: Tensor, state: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Embedded images, prompt ids [B, T], normalised state [B, 8] -> [B, N, D]; see `OpenVlaModel`."""
-        return self.openvla.embed_prefix(images, prompt, state)
+    def embed_prefix(self, images: Tensor, state: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        """Pixels [B, cameras, 6, S, S] normalised, state [B, 8] normalised, text: prompt ids [B, T] (twice, the
+        interface has a pair) -> prefix [B, N, D]."""
+        given = None if self.openvla.proprio_projector is None else state
+        return self.openvla.embed_prefix(self.openvla.embed_images(images), text[0], given)
 
     def prefill(self, prefix: Tensor) -> tuple[Tensor, KVCache]:
         """prefix [B, N, D] -> features of block 1 [B, H, D] and the cache, with room for all levels."""

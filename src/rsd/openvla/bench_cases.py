@@ -130,7 +130,7 @@ def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
     batch, length = len(inputs.prompt), inputs.prefix_length
 
     def prefix(pixels: Tensor, prompt: Tensor, state: Tensor) -> Tensor:
-        return main.embed_prefix(model.embed_images(pixels), prompt, state)
+        return main.embed_prefix(pixels, state, (prompt, prompt))
 
     def gripper_of(features: Tensor) -> Tensor:
         return (main.gripper_logits(features) > 0).long()
