@@ -66,6 +66,15 @@ def test_a_row_without_a_roofline_takes_the_same_cases(tmp_path: Path) -> None:
     assert [row.share for row in bench.rows] == [0.125, None, 0.5]
 
 
+def test_loading_leaves_a_directory_that_exists_alone(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "load")
+    config.checkpoint.mkdir()
+    (config.checkpoint / "mine.txt").write_text("mine")
+    bench = measure_openvla(config)
+    assert "exists; name a directory that does not" in bench.rows[0].error
+    assert (config.checkpoint / "mine.txt").read_text() == "mine"
+
+
 def test_a_library_that_is_missing_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     bench = measure_openvla(tiny(tmp_path, "reference"))
