@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rsd.cli import dispatch
-from rsd.openvla.bench import Bench, OpenVlaBenchConfig, measure_openvla
+from rsd.openvla.bench import Bench, OpenVlaBenchConfig, Row, measure_openvla
 from rsd.openvla.bench_cases import CASES, Ceiling, Inputs, full_config, ideal_ms, openvla_cases, random_model
 from rsd.openvla.precision import Fp8Linear, use_fp8
 from rsd.types import RsdError
@@ -46,12 +46,33 @@ def test_every_case_is_timed_and_written(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_row_that_fails_says_so_and_the_next_one_runs(tmp_path: Path) -> None:
     bench = Bench(tiny(tmp_path, "eager"))
+    bench.measure_ceiling()
     model = random_model(full_config("tiny"), "cpu", torch.float32)
     model.action_head = None
     bench.run_native("eager", model)
     errors = {row.case: row.error for row in bench.rows}
     assert "no action head is loaded" in errors["l1"]
     assert not any(error for case, error in errors.items() if case != "l1")
+
+
+def test_a_row_without_a_roofline_takes_the_same_cases(tmp_path: Path) -> None:
+    bench = Bench(tiny(tmp_path, "eager"))
+    bench.rows = [
+        Row("reference", "l1", 2, 1, p50_ms=80.0),
+        Row("reference", "l1", 1, 1, p50_ms=60.0),
+        Row("graph", "l1", 2, 1, p50_ms=20.0, ideal_ms=10.0, share=0.5),
+    ]
+    bench.share_ideals()
+    assert [row.share for row in bench.rows] == [0.125, None, 0.5]
+
+
+def test_loading_leaves_a_directory_that_exists_alone(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "load")
+    config.checkpoint.mkdir()
+    (config.checkpoint / "mine.txt").write_text("mine")
+    bench = measure_openvla(config)
+    assert "exists; name a directory that does not" in bench.rows[0].error
+    assert (config.checkpoint / "mine.txt").read_text() == "mine"
 
 
 def test_a_library_that_is_missing_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from rsd.models.openvla_loading import is_openvla
 from rsd.openvla.policy import OpenVlaPolicy, fingerprint, locate_openvla
 from rsd.openvla.prompt import Prompt
 from rsd.openvla.selftest import image_self_test
+from rsd.policy import RsdPolicy
 from rsd.types import Observation, RsdError
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "openvla"
@@ -145,6 +146,13 @@ def test_the_image_self_test_finds_a_blind_policy(oft: OpenVlaPolicy, oft_direct
     report = image_self_test(blind)
     assert report.blind == ["agentview", "wrist"]
     assert "does NOT see agentview, wrist" in str(report)
+
+
+def test_the_image_self_test_takes_policies_without_features() -> None:
+    shipped = RsdPolicy.from_pretrained(Path(__file__).parents[2] / "checkpoints" / "libero_spatial", decode="l1")
+    report = image_self_test(shipped)
+    assert (report.passed, report.compared) == (True, "actions")
+    assert set(report.relative_change) == {"agentview", "wrist"}
 
 
 def test_camera_prompt_and_state_matter(ar: OpenVlaPolicy, oft: OpenVlaPolicy) -> None:

@@ -33,6 +33,9 @@ def run_load(bench: Bench, dtype: torch.dtype) -> None:
     directory, device = bench.config.checkpoint, bench.config.device
     row = Row("load", "checkpoint", 0, 0)
     bench.rows.append(row)
+    if directory.exists():  # what is not ours is never deleted
+        row.error = f"RsdError: --checkpoint {directory} exists; name a directory that does not"
+        return
     try:
         model = random_model(full_config(bench.config.size), device, dtype)
         begin = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,19 +136,6 @@ def run_reference(bench: Bench, dtype: torch.dtype) -> None:
         }
         for name, (fn, inputs) in cases.items():
             if name in config.cases:
-                run_one(bench, Row("reference", name, cameras, 1), fn, inputs)
+                bench.run_row(Row("reference", name, cameras, 1), partial(partial, fn, *inputs), None)
     del model
     bench.free()
-
-
-def run_one(bench: Bench, row: Any, fn: Callable[..., Tensor], inputs: list[Tensor]) -> None:
-    ideal = next(
-        (other.ideal_ms for other in bench.rows if (other.case, other.cameras, other.batch) == _key(row)), None
-    )
-    bench.run_row(row, lambda: lambda: fn(*inputs), lambda: ideal or float("nan"))
-    if ideal is None:
-        row.ideal_ms = row.share = None
-
-
-def _key(row: Any) -> tuple[str, int, int]:
-    return row.case, row.cameras, row.batch

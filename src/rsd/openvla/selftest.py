@@ -46,6 +46,8 @@ def image_self_test(policy: Policy) -> ImageSelfTest:
         images = np.zeros((len(CAMERAS), policy.image_size, policy.image_size, 3), np.uint8)
         if white is not None:
             images[white] = 255
+        if reset := getattr(policy, "reset", None):  # what it saw last must not matter
+            reset()
         observation = Observation(images, np.zeros(STATE_DIM, np.float32), "pick up the black bowl")
         return np.asarray(features(observation) if features else policy.predict(observation).actions)
 
