@@ -44,7 +44,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
             ["eval", "--trials", "3"],
             "rsd eval: error: Unrecognized options: --trials, 3; did you mean --num-trials?",
         ),
-        (["eval", "--compare", "--decode", "ar"], "rsd eval: error: --compare runs ar, l1 and rsd"),
+        (["eval", "--compare", "--decode", "ar"], "rsd eval: error: --compare runs ar, l1 and rsd-fused"),
         (["eval", "--decode", "rds"], "rsd eval: error: --decode 'rds': expected one of ar, "),
         (["eval", "--acceptance", "most"], "rsd eval: error: --acceptance 'most': expected exact, margin, "),
         (["eval", "--device", "abacus"], "rsd eval: error: --device 'abacus': torch cannot use it here"),
@@ -94,7 +94,7 @@ def arguments(config: EvalConfig | None = None, **options: bool) -> EvalArgument
 
 def test_speculative_decoding_names_the_strategy_unless_decode_does() -> None:
     assert plan_runs(arguments(use_speculative_decoding=False), decode_given=False)[0].decode == "ar"
-    assert plan_runs(arguments(use_speculative_decoding=True), decode_given=False)[0].decode == "rsd"
+    assert plan_runs(arguments(use_speculative_decoding=True), decode_given=False)[0].decode == "rsd-fused"
     l1 = EvalConfig(decode="l1")
     assert plan_runs(arguments(l1, use_speculative_decoding=False), decode_given=True)[0].decode == "l1"
     with pytest.raises(UsageError, match="True contradicts --decode l1"):
@@ -106,9 +106,9 @@ def test_speculative_decoding_names_the_strategy_unless_decode_does() -> None:
 def test_compare_runs_both_on_the_same_initial_states() -> None:
     config = EvalConfig(num_trials=3, tasks="1,2", seed=5, acceptance="exact", output="there")
     baseline, bar, speculative = plan_runs(arguments(config, compare=True), decode_given=False)
-    assert (baseline.decode, bar.decode, speculative.decode) == ("ar", "l1", "rsd")
+    assert (baseline.decode, bar.decode, speculative.decode) == ("ar", "l1", "rsd-fused")
     assert bar.acceptance == baseline.acceptance == "default"
-    assert (str(baseline.output_dir), str(speculative.output_dir)) == ("there/ar", "there/rsd")
+    assert (str(baseline.output_dir), str(speculative.output_dir)) == ("there/ar", "there/rsd-fused")
     assert speculative.acceptance == "exact"
     differing = {name for name in baseline.identity if baseline.identity[name] != speculative.identity[name]}
     assert differing == {"decode", "acceptance"}

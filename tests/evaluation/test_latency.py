@@ -36,10 +36,10 @@ def test_impossible_settings_are_refused(bad: dict[str, object]) -> None:
 
 
 def test_every_decoder_is_timed_equally_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_observation(suite: str, size: int, policy: RsdPolicy) -> list[Observation]:
+    def one_observation(suite: str, tasks: int, policy: RsdPolicy) -> list[Observation]:
         import numpy as np
 
-        images = np.full((2, size, size, 3), 90, np.uint8)
+        images = np.full((2, policy.image_size, policy.image_size, 3), 90, np.uint8)
         state = np.array([-0.2, 0, 1.17, 3.14, 0, 0, 0.04, -0.04], np.float32)
         return [Observation(images, state, "pick up the black bowl")]
 
@@ -48,7 +48,7 @@ def test_every_decoder_is_timed_equally_often(tmp_path: Path, monkeypatch: pytes
     output = tmp_path / "latency.json"
     record = measure_latency(LatencyConfig(policy=str(checkpoint), rounds=2, warmup=1, threads=1, output=output))
     assert {name: len(by_stage["total"]) for name, by_stage in record.milliseconds.items()} == dict.fromkeys(
-        ("ar", "l1", "parallel", "rsd"), 2
+        ("ar", "l1", "parallel", "rsd", "rsd-fused"), 2
     )
     stored = json.loads(output.read_text())
     assert stored["milliseconds"] == record.milliseconds

@@ -53,6 +53,12 @@ COMMANDS = {
         "measure_latency",
         "LatencyConfig",
     ),
+    "bench openvla": Command(
+        "milliseconds per decision of OpenVLA 7B on random weights, beside the published way to run it",
+        "rsd.openvla.bench",
+        "measure_openvla",
+        "OpenVlaBenchConfig",
+    ),
     "calibrate": Command(
         "fit when rsd-skip may leave the main model idle",
         "rsd.evaluation.calibrate",
@@ -84,6 +90,9 @@ COMMANDS = {
         "train the main model and its draft", "rsd.training.policy", "train_policy", "TrainPolicyConfig"
     ),
     "train draft": Command("train a draft alone", "rsd.training.draft", "train_draft", "TrainDraftConfig"),
+    "import-legacy": Command(
+        "read the original experiment's checkpoints", "rsd.openvla.legacy", "import_legacy", "ImportLegacyConfig"
+    ),
 }
 EXAMPLES = """\
   rsd eval --task-suite libero_spatial --num-trials 3 --use-speculative-decoding True

@@ -14,7 +14,7 @@ from rsd.cli.parsing import UsageError, check_choice, parse
 from rsd.evaluation.config import EvalConfig
 from rsd.types import RsdError
 
-BASELINE, ONE_PASS, SPECULATIVE = "ar", "l1", "rsd"  # what --compare runs, in this order
+BASELINE, ONE_PASS, SPECULATIVE = "ar", "l1", "rsd-fused"  # what --compare runs, in this order
 COMPARISON_FILE = "comparison.md"
 
 
@@ -27,11 +27,11 @@ class EvalArguments:
 
     config: Annotated[EvalConfig, tyro.conf.arg(name="")]
     use_speculative_decoding: Annotated[bool | None, tyro.conf.FlagConversionOff] = None
-    """True is --decode rsd, False is --decode ar."""
+    """True is --decode rsd-fused, False is --decode ar."""
     resume: Path | None = None
     """Continue the run in this directory, with the options it was begun with."""
     compare: bool = False
-    """Run --decode ar, l1 and rsd on the same initial states; print the table of the three."""
+    """Run --decode ar, l1 and rsd-fused on the same initial states; print the table of the three."""
     report: bool = False
     """Also write the HTML report, as `rsd report` does."""
     overwrite: bool = False
@@ -45,6 +45,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
         configs = [resumed(options.resume, arguments)]
     else:
         configs = plan_runs(options, decode_given=given)
+    if options.resume is None and not given and not options.compare and options.use_speculative_decoding is None:
+        configs = [fitting_decoder(config) for config in configs]
     for config in configs:
         check_names(config)
 
@@ -91,7 +93,7 @@ def plan_runs(options: EvalArguments, decode_given: bool) -> list[EvalConfig]:
     config = options.config
     if options.compare:
         if decode_given or options.use_speculative_decoding is not None:
-            raise UsageError("--compare runs ar, l1 and rsd: leave --decode and --use-... out")
+            raise UsageError("--compare runs ar, l1 and rsd-fused: leave --decode and --use-... out")
         root = config.output_dir if config.output else None
         runs = [replace(config, decode=decode) for decode in (BASELINE, ONE_PASS, SPECULATIVE)]
         # nothing is accepted without a draft
@@ -99,7 +101,7 @@ def plan_runs(options: EvalArguments, decode_given: bool) -> list[EvalConfig]:
         return [replace(run, output=str(root / run.decode)) if root else run for run in runs]
     if options.use_speculative_decoding is not None:
         wanted = SPECULATIVE if options.use_speculative_decoding else BASELINE
-        if decode_given and (config.decode == SPECULATIVE) != options.use_speculative_decoding:
+        if decode_given and config.decode.startswith("rsd") != options.use_speculative_decoding:
             raise UsageError(
                 f"--use-speculative-decoding {options.use_speculative_decoding} contradicts --decode {config.decode}; "
                 "leave one out"
@@ -128,15 +130,31 @@ def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
     return replace(config, output=str(directory.parent if config.shard else directory))
 
 
+def fitting_decoder(config: EvalConfig) -> EvalConfig:
+    """Without a wish, a directory in OpenVLA's format decodes as its own files say."""
+    from rsd.models.openvla_loading import is_openvla
+
+    local = Path(config.policy)
+    if not (local.is_dir() and is_openvla(local)):
+        return config
+    from rsd.openvla.policy import Settings
+
+    return replace(config, decode=str(Settings.load(local).resolve(local).decode))
+
+
 def check_names(config: EvalConfig) -> None:
     """Raises UsageError for a strategy, rule or device that is not there, before anything is started."""
     import torch
 
     from rsd.decoding.acceptance import acceptance_rule
     from rsd.decoding.strategies import STRATEGIES
+    from rsd.models.openvla_loading import is_openvla
+    from rsd.openvla.engine import DECODERS
     from rsd.tokenizer.rfsq import RfsqConfig
 
-    check_choice("--decode", config.decode, STRATEGIES)
+    local = Path(config.policy)
+    if local.is_dir() or config.decode not in DECODERS:  # of a hub's checkpoint the format is not known yet
+        check_choice("--decode", config.decode, DECODERS if local.is_dir() and is_openvla(local) else STRATEGIES)
     if config.acceptance != "default" and not config.decode.startswith("rsd"):
         raise UsageError(f"--acceptance {config.acceptance}: --decode {config.decode} accepts nothing, only rsd does")
     if (config.audit or config.skip_threshold_mm >= 0) and config.decode != "rsd-skip":

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsd.evaluation.config import EvalConfig
-from rsd.types import Policy
+from rsd.types import Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.batching import BatchPolicy
     from rsd.evaluation.rollout import Environment
-    from rsd.policy import RsdPolicy
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,16 @@ def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
     return WatchedLibero(suite, task_id, image_size=image_size)
 
 
-def rsd_policy(config: EvalConfig) -> RsdPolicy:
+def rsd_policy(config: EvalConfig) -> Policy:
+    """A checkpoint of this package, or one in OpenVLA's format."""
     from rsd.decoding.steps import SkipRule
+    from rsd.openvla.policy import OpenVlaPolicy, locate_openvla
     from rsd.policy import RsdPolicy
 
+    if (openvla := locate_openvla(config.policy)) is not None:
+        return OpenVlaPolicy.from_pretrained(
+            openvla, device=config.device, decode=config.decode, suite=config.task_suite
+        )
     acceptance = None if config.acceptance == "default" else config.acceptance
     skip = SkipRule(config.skip_threshold_mm, config.max_skips) if config.skip_threshold_mm >= 0 else None
     return RsdPolicy.from_pretrained(
@@ -76,8 +81,13 @@ def rsd_policy(config: EvalConfig) -> RsdPolicy:
 
 def batched_rsd_policy(config: EvalConfig) -> BatchPolicy:
     from rsd.evaluation.batching import BatchedRsdPolicy
+    from rsd.policy import RsdPolicy
 
-    return BatchedRsdPolicy(rsd_policy(config), config.batch)
+    policy = rsd_policy(config)
+    if not isinstance(policy, RsdPolicy):
+        found = f"{config.policy} in OpenVLA's format takes one observation at a time"
+        raise RsdError(f"--batch {config.batch}: {found}; leave --batch out")
+    return BatchedRsdPolicy(policy, config.batch)
 
 
 def check_machine(config: EvalConfig) -> None:
@@ -116,8 +126,11 @@ def available_cores() -> int:
 
 def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     """The checkpoint's hash and its own provenance."""
+    from rsd.openvla.policy import fingerprint, locate_openvla
     from rsd.policy import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
 
+    if (openvla := locate_openvla(config.policy)) is not None:
+        return {"policy": config.policy, "checkpoint_fingerprint": fingerprint(openvla)}
     directory = locate_checkpoint(config.policy)
     content = (directory / CONFIG_FILE).read_text()
     found = {

@@ -39,8 +39,8 @@ class EvalConfig:
     """Number of the first initial state; trial k of a task starts from state init_states + k."""
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory or Hugging Face hub id."""
-    decode: str = "rsd"
-    """Decoding strategy: ar (the baseline), parallel, l1, rsd, draft."""
+    decode: str = "rsd-fused"
+    """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, draft, light."""
     acceptance: str = "default"
     """Rule for drafted levels: exact, margin, distance(1), typical(0.09), agreement(0.7); default: the checkpoint's."""
     seed: int = 7

@@ -34,7 +34,7 @@ class LatencyConfig:
 
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory or hub id."""
-    decode: tuple[str, ...] = ("ar", "l1", "parallel", "rsd")
+    decode: tuple[str, ...] = ("ar", "l1", "parallel", "rsd", "rsd-fused")
     """Decoders, in the order of the columns."""
     suite: str = "libero_spatial"
     """Suite whose tasks give the observations: initial state 0 of each, and two chunks later."""

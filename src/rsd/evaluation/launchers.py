@@ -167,7 +167,7 @@ def cloud_config(
     task_suite: str, num_trials: int, use_speculative_decoding: str, policy: str, videos: str, root: Path
 ) -> EvalConfig:
     """The run that `deploy/modal_app.py` is asked for. Raises OptionError for what cannot be run."""
-    decodes = {"true": "rsd", "false": "ar"}
+    decodes = {"true": "rsd-fused", "false": "ar"}
     decode = decodes.get(use_speculative_decoding.lower())
     if decode is None:
         raise OptionError(f"--use-speculative-decoding '{use_speculative_decoding}': expected True or False")

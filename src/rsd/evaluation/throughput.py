@@ -38,7 +38,7 @@ class ThroughputConfig:
     """Episodes per task."""
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory or hub id."""
-    decode: str = "rsd"
+    decode: str = "rsd-fused"
     """Decoding strategy."""
     device: str = "cpu"
     """Where the policy runs."""

@@ -1,0 +1,57 @@
+"""`rsd eval --policy DIR` with small random checkpoints in OpenVLA's format: the plumbing, not the success."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from openvla_checkpoint import write_checkpoint, write_heads
+from rsd.cli import dispatch
+from rsd.evaluation.backend import LIBERO, libero_env
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.evaluate import evaluate
+from rsd.evaluation.results import EPISODES_FILE, STEP_LIMIT, read_episodes, read_run_record
+from rsd.evaluation.rollout import Environment
+
+STEPS = 10  # of the suite's 220
+
+
+def short_env(suite: str, task_id: int, image_size: int) -> Environment:
+    assert image_size == 256  # what the published evaluation renders
+    env = libero_env(suite, task_id, image_size)
+    env.max_steps = STEPS  # type: ignore[attr-defined]
+    return env
+
+
+SHORT_LIBERO = replace(LIBERO, make_env=short_env)
+
+
+@pytest.mark.simulator
+def test_oft_drives_a_closed_loop_and_its_run_can_be_continued(tmp_path: Path) -> None:
+    directory = write_heads(write_checkpoint(tmp_path / "oft"))
+    config = EvalConfig(
+        num_trials=1, tasks="0", policy=str(directory), decode="l1", num_workers="1", output=str(tmp_path / "run")
+    )
+    console = Console(file=io.StringIO())
+    summary = evaluate(config, backend=SHORT_LIBERO, console=console)
+    (episode,) = read_episodes(Path(config.output) / EPISODES_FILE).values()
+    assert (summary.errors, episode.failure) == (0, STEP_LIMIT)
+    assert (episode.steps, episode.chunks, episode.prefills, episode.main_passes) == (STEPS, 2, 2, 0)
+    assert {"preprocess", "vision", "prefill", "decode", "total"} <= set(episode.latency_ms)
+    recorded = read_run_record(Path(config.output)).policy
+    assert set(recorded) == {"policy", "checkpoint_fingerprint"}
+    assert evaluate(config, backend=SHORT_LIBERO, console=console).episodes == 1  # nothing is run again
+
+
+def test_what_an_openvla_directory_cannot_do_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = write_checkpoint(tmp_path / "openvla")
+    command = ["eval", "--policy", str(directory), "--num-trials", "1", "--tasks", "0", "--num-workers", "1"]
+    output = ["--output", str(tmp_path / "run")]
+    assert dispatch([*command, *output, "--use-speculative-decoding", "True"]) == 2
+    assert "--decode 'rsd': expected one of ar, l1, discrete" in capsys.readouterr().err
+    assert dispatch([*command, *output, "--task-suite", "libero_goal"]) == 1  # `ar`, as its files say
+    assert "no statistics of 'libero_goal'" in capsys.readouterr().err
+    assert dispatch([*command, *output, "--decode", "l1"]) == 1
+    assert "has no action_head--*_checkpoint.pt; it decodes with ar" in capsys.readouterr().err
