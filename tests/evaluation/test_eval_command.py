@@ -37,10 +37,10 @@ def test_compare_ends_with_the_paired_table(output: Path, capsys: pytest.Capture
     printed = capsys.readouterr()
     assert "McNemar p" in printed.out
     assert "2/2 = 100.0 %" in printed.out
-    assert str(output / "rsd") in printed.err
+    assert str(output / "rsd-fused") in printed.err
     assert "| speed-up of p50 | - | " in (output / "comparison.md").read_text()
 
-    assert dispatch(["compare", *(str(output / name) for name in ("ar", "l1", "rsd")), "--markdown"]) == 0
+    assert dispatch(["compare", *(str(output / name) for name in ("ar", "l1", "rsd-fused")), "--markdown"]) == 0
     assert capsys.readouterr().out == (output / "comparison.md").read_text()
 
 

@@ -176,7 +176,7 @@ def test_shards_cover_the_plan_once(config: EvalConfig) -> None:
 
 
 def test_the_hash_of_a_run_is_what_it_always_was() -> None:
-    for record in (read_run_record(path.parent) for path in Path("results/libero_spatial/cpu").glob("*/config.json")):
+    for record in (read_run_record(path.parent) for path in Path("results/libero_spatial/h200").glob("*/config.json")):
         assert EvalConfig(**record.config).hash == record.config_hash
 
 

@@ -18,7 +18,7 @@ from rsd.evaluation.video import VIDEOS_DIR, video_name
 from rsd.types import RsdError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-REAL = [Path("results/libero_spatial/cpu") / name for name in ("ar", "l1", "rsd")]
+REAL = [Path("results/libero_spatial/h200") / name for name in ("ar", "l1", "rsd-fused", "rsd-skip")]
 
 
 @pytest.fixture(scope="module")

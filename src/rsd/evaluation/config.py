@@ -17,7 +17,7 @@ UNHASHED_FIELDS = (
     *("launcher", "shard"),
 )
 # Left out of the hash where they are what they were before they existed, so that older runs keep theirs.
-NEUTRAL = {"batch": 0, "skip_threshold_mm": -1.0, "max_skips": 4, "audit": False}
+NEUTRAL = {"batch": 0}
 
 
 class OptionError(RsdError):

@@ -1,0 +1,178 @@
+"""`docs/results/decoding.md` from committed raw results: every decoder's success, passes, acceptance, risk, latency.
+
+    python -m rsd.evaluation.decoding_page
+
+Nothing on the page but its prose is typed in by hand; the prose names no number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+from rsd.decoding.calibration import RealisedRisk, realised_risk
+from rsd.evaluation.calibrate import SCORE, chunk_stat
+from rsd.evaluation.latency import LatencyRecord
+from rsd.evaluation.report import Run, difference_cell, level_cell, load_run, success_cell, task_labels
+from rsd.evaluation.results import write_atomically
+from rsd.evaluation.statistics import PairedDifference, paired_difference, percentiles
+from rsd.evaluation.summary import success_rate, summarize_decoding
+
+ABSENT = "-"
+PROSE = """\
+# Decoders compared in closed loop
+
+Made by `python -m rsd.evaluation.decoding_page` from the raw results named below; run it again after replacing them.
+
+`ar` decodes level by level and is the baseline; `l1` regresses the chunk in one pass (the OpenVLA-OFT way) and is the
+bar. `rsd-fused` lets a light draft propose the coarse levels before the main model looks; they ride in the main's
+prefill, which corrects them and adds the fine levels: one pass. `rsd-skip` executes the draft's chunk without the main
+where the draft expects to stay close to it.
+"""
+
+
+@dataclass(frozen=True)
+class PageConfig:
+    """Write the page that compares the decoders."""
+
+    runs: Path = Path("results/libero_spatial/h200")
+    """Folder with one results directory per run; the first two of --order are compared against."""
+    order: tuple[str, ...] = ("ar", "l1", "rsd-fused", "rsd-skip", "rsd-skip-200mm")
+    """Directories in it, in the order of the rows."""
+    latencies: tuple[Path, ...] = (
+        Path("results/libero_spatial/h200/latency.json"),
+        Path("results/libero_spatial/cpu/latency.json"),
+    )
+    """Raw latencies of `rsd bench latency`."""
+    output: Path = Path("docs/results/decoding.md")
+    """The page."""
+
+
+def main(config: PageConfig) -> None:
+    runs = [load_run(config.runs / name) for name in config.order]
+    records = [LatencyRecord(**json.loads(path.read_text())) for path in config.latencies]
+    parts = [PROSE, success_section(config.order, runs), task_section(config.order, runs), risk_section(config, runs)]
+    parts += [latency_section(record, path) for record, path in zip(records, config.latencies, strict=True)]
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.output, "\n".join(parts))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def success_section(names: Sequence[str], runs: Sequence[Run]) -> str:
+    rows = []
+    for name, run in zip(names, runs, strict=True):
+        decoding, deviations = summarize_decoding(run.episodes), deviation_of(run)
+        against = [
+            ABSENT if run is other else against_cell(paired_difference(other.successes, run.successes))
+            for other in runs[:2]
+        ]
+        rows.append(
+            [
+                f"`{name}`",
+                success_cell(success_rate(run.episodes)),
+                *against,
+                f"{decoding.prefills_per_chunk:.2f} + {decoding.main_passes_per_chunk:.0f}",
+                level_cell(decoding.acceptance_per_level),
+                ABSENT if deviations is None else "{:.0f} / {:.0f}".format(*percentiles(deviations, (50, 99))),
+            ]
+        )
+    versions = runs[0].record.versions
+    made = ", ".join(f"{name} {versions[name]}" for name in ("mujoco", "robosuite", "libero", "gl_backend", "torch"))
+    header = ["decoder", "success [Wilson 95 %]", f"against `{names[0]}`", f"against `{names[1]}`"]
+    header += ["main prefills + later passes per chunk", "accepted per level", "draft's deviation from the main, mm"]
+    return (
+        f"## Success\n\n{success_rate(runs[0].episodes).n} episodes each on the benchmark's fixed initial states, the "
+        f"same for all (exact McNemar test). {made}; policy on {versions.get('device', '?')}. Deviation: commanded "
+        f"fingertip displacement over a chunk, p50 / p99 (the arm follows about a quarter of it).\n\n"
+    ) + table(header, rows)
+
+
+def against_cell(pair: PairedDifference) -> str:
+    return f"{difference_cell(pair)}, p {pair.p_value:.2g}"
+
+
+def task_section(names: Sequence[str], runs: Sequence[Run]) -> str:
+    labels = task_labels(runs)
+    rows = []
+    for key, label in sorted(labels.items()):
+        cells = []
+        for run in runs:
+            mine = [episode.success for episode in run.episodes if (episode.suite, episode.task_id) == key]
+            cells.append(f"{sum(mine)}/{len(mine)}")
+        rows.append([label, *cells])
+    return "## By task\n\n" + table(["task", *(f"`{name}`" for name in names)], rows)
+
+
+def risk_section(config: PageConfig, runs: Sequence[Run]) -> str:
+    rows = []
+    for name, run in zip(config.order, runs, strict=True):
+        calibration = run.record.policy.get("skip_calibration")
+        if not any(sum(chunk_stat(e, "skipped")) for e in run.episodes if "skipped" in e.chunk_stats):
+            continue
+        skipped, deviations = columns(run, "skipped"), columns(run, "deviation_mm")
+        epsilon = calibration["epsilon_mm"] if calibration else 50.0
+        found: RealisedRisk = realised_risk(
+            [flags.astype(bool) for flags in skipped], deviations, epsilon_mm=epsilon, delta=0.1
+        )
+        correlation = np.corrcoef(np.log1p(np.concatenate(columns(run, SCORE))), np.log1p(np.concatenate(deviations)))
+        threshold = calibration["threshold"] if calibration else run.record.config["skip_threshold_mm"]
+        rows.append(
+            [
+                f"`{name}`",
+                f"{threshold:.1f} mm",
+                f"{epsilon:g} mm",
+                f"<= {calibration['alpha']:g} at {1 - calibration['delta']:g}" if calibration else "nothing",
+                f"{found.share:.3f} (<= {found.share_upper:.3f})",
+                f"{found.deviating}/{found.executed}",
+                f"{found.executed / found.chunks:.1%}",
+                f"{correlation[0, 1]:.2f}",
+            ]
+        )
+    header = ["decoder", "threshold", "epsilon", "promised risk", "realised risk (upper bound)"]
+    header += ["deviating of the executed drafts", "chunks without the main", "corr(expected, true deviation)"]
+    return (
+        "## Skipping: the promise and what became of it\n\nRisk: mean share of an episode's executed draft chunks that "
+        "deviate by more than epsilon. The main ran beside every skipped chunk, untimed.\n\n"
+    ) + table(header, rows)
+
+
+def latency_section(record: LatencyRecord, path: Path) -> str:
+    machine = record.machine
+    where = machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['torch_threads']} threads"
+    base = percentiles(record.milliseconds["ar"]["total"])[0]
+    bar = percentiles(record.milliseconds["l1"]["total"])[0]
+    rows = []
+    for name, stages in record.milliseconds.items():
+        p50, p95 = percentiles(stages["total"])
+        parts = ", ".join(f"{s} {percentiles(v)[0]:.1f}" for s, v in stages.items() if s != "total")
+        rows.append([f"`{name}`", f"{p50:.1f} / {p95:.1f}", f"{base / p50:.2f}x", f"{p50 / bar:.2f}", parts])
+    count = len(record.milliseconds["ar"]["total"])
+    graphs = ", every decoder replayed from CUDA graphs" if machine["device"] != "cpu" else ""
+    return (
+        f"## Latency per chunk, {where}\n\n`{path}`: {count} predictions each, decoders taking turns{graphs}; "
+        f"torch {record.versions.get('torch', '?')}, float32.\n\n"
+    ) + table(["decoder", "p50 / p95 ms", "speed-up over `ar`", "time relative to `l1`", "stages, p50 ms"], rows)
+
+
+def columns(run: Run, name: str) -> list[NDArray[np.float64]]:
+    return [np.array(chunk_stat(episode, name)) for episode in run.episodes]
+
+
+def deviation_of(run: Run) -> list[float] | None:
+    if "deviation_mm" not in run.episodes[0].chunk_stats:
+        return None
+    return [float(value) for column in columns(run, "deviation_mm") for value in column]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(PageConfig))
