@@ -1,0 +1,49 @@
+"""CUDA graphs give what the launches give; needs a GPU."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from rsd.decoding.steps import SkipRule
+from rsd.decoding.strategies import STRATEGIES
+from rsd.policy import PolicyConfig, RsdModel, RsdPolicy
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import Observation, RsdError
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+
+
+@pytest.mark.parametrize("decode", STRATEGIES)
+def test_a_recorded_strategy_acts_as_the_plain_one(
+    make_model: Callable[[int], RsdModel],
+    tokenizer: ActionTokenizer,
+    tiny_config: PolicyConfig,
+    make_observation: Callable[..., Observation],
+    decode: str,
+) -> None:
+    model, skip = make_model(0).cuda(), SkipRule(1e9, 2)
+    plain, recorded = (
+        RsdPolicy(model, tokenizer, tiny_config, decode=decode, skip=skip, cuda_graphs=graphs)
+        for graphs in (False, True)
+    )
+    for seed in range(6):
+        expected, found = (policy.predict(make_observation(seed)) for policy in (plain, recorded))
+        assert np.allclose(found.actions, expected.actions, atol=1e-5)
+        assert found.stats.prefills == expected.stats.prefills
+
+
+def test_a_recorded_strategy_notices_what_is_not_finite(
+    make_model: Callable[[int], RsdModel],
+    tokenizer: ActionTokenizer,
+    tiny_config: PolicyConfig,
+    make_observation: Callable[..., Observation],
+) -> None:
+    model = make_model(0).cuda()
+    policy = RsdPolicy(model, tokenizer, tiny_config, decode="rsd-fused")
+    policy.predict(make_observation())
+    with torch.no_grad():
+        model.main.level_head.bias[0, -1] = float("nan")
+    with pytest.raises(RsdError, match="non-finite"):
+        policy.predict(make_observation())
