@@ -54,6 +54,8 @@ def test_an_interrupted_run_says_how_much_is_missing(tmp_path: Path) -> None:
     plan = {"tasks": ",".join(map(str, range(10))), "num_trials": 2}
     (directory / "config.json").write_text(encode_record(RunRecord(plan, "hash", {}, {})))
     assert dict(table_rows(load_runs([directory])))["episodes not run"] == ["13"]
+    (directory / "config.json").write_text(encode_record(RunRecord({**plan, "shard": "0/3"}, "hash", {}, {})))
+    assert "episodes not run" not in dict(table_rows(load_runs([directory])))  # a third of 20 are 7
 
 
 def test_both_renderings_show_every_cell(tmp_path: Path) -> None:

@@ -135,14 +135,15 @@ class RemotePolicy:
 
 
 class BatchServer:
-    """Collects requests into batches. `clients`: simulators expected; fewer may be there."""
+    """Collects requests into batches. address: its socket. clients: simulators expected; fewer may be there."""
 
-    def __init__(self, policy: BatchPolicy, size: int, wait_ms: float, welcome: Welcome, clients: int) -> None:
+    def __init__(
+        self, policy: BatchPolicy, size: int, wait_ms: float, welcome: Welcome, clients: int, address: str
+    ) -> None:
         self.policy, self.size, self.wait = policy, size, wait_ms / 1000
         self.welcome = welcome
-        self.listener = Listener(
-            family="AF_UNIX", backlog=2 * clients, authkey=bytes(multiprocessing.current_process().authkey)
-        )
+        key = bytes(multiprocessing.current_process().authkey)
+        self.listener = Listener(address, family="AF_UNIX", backlog=2 * clients, authkey=key)
         self._requests: queue.Queue[Request] = queue.Queue()
         self._connected = 0
         self._lock = threading.Lock()
@@ -200,8 +201,10 @@ class BatchServer:
                 continue  # that simulator is gone
 
 
-def policy_main(connection: Connection, config: EvalConfig, backend: Backend, threads: int, clients: int) -> None:
-    """Body of the policy's process: says where it listens, or Failed, then serves until it is ended."""
+def policy_main(
+    connection: Connection, config: EvalConfig, backend: Backend, threads: int, clients: int, address: str
+) -> None:
+    """Body of the policy's process: says Welcome once it listens, or Failed, then serves until it is ended."""
     from rsd.evaluation.workers import failed, prepare_process
 
     prepare_process(threads)
@@ -213,8 +216,8 @@ def policy_main(connection: Connection, config: EvalConfig, backend: Backend, th
             raise RsdError(f"--batch {config.batch}: this policy cannot predict in batches")
         policy = backend.make_batch_policy(config)
         welcome = Welcome(policy.image_size, backend.versions(config.device), backend.describe_policy(config))
-        server = BatchServer(policy, config.batch, config.batch_wait_ms, welcome, clients)
-        connection.send(server.listener.address)
+        server = BatchServer(policy, config.batch, config.batch_wait_ms, welcome, clients, address)
+        connection.send(welcome)
     except Exception as error:
         connection.send(failed(error))
         return

@@ -49,7 +49,9 @@ class Run:
         suites = len(set(config.get("task_suite", "").split(",")))
         tasks = len({(episode.suite, episode.task_id) for episode in self.episodes})
         count = tasks if config["tasks"] == "all" else suites * len(set(config["tasks"].split(",")))
-        return max(0, count * config["num_trials"] - len(self.episodes) - self.errors)
+        part, _, parts = (config.get("shard") or "0/1").partition("/")
+        planned = len(range(int(part), count * config["num_trials"], int(parts)))
+        return max(0, planned - len(self.episodes) - self.errors)
 
 
 def load_run(directory: Path) -> Run:

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 import traceback
@@ -22,6 +23,7 @@ from rsd.evaluation.episodes import EpisodeRunner, Job, JobQueue, Outcome, broke
 from rsd.types import RsdError
 
 START_PATIENCE = 120.0  # seconds for a process to load its policy, at least
+POLICY_DIED = "the policy's process died"
 MAX_FAILED_STARTS = 3  # processes in a row that die before they are ready
 
 
@@ -139,6 +141,7 @@ class WorkerPool:
     _workers: list[Worker] = field(default_factory=list)
     _server: PolicyProcess | None = None
     _failed_starts: int = 0
+    _folder: tempfile.TemporaryDirectory[str] | None = None  # of the sockets
 
     def __enter__(self) -> WorkerPool:
         if self.config.batch:
@@ -156,6 +159,8 @@ class WorkerPool:
             process.join()
         for worker in self._workers:
             worker.connection.close()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     @property
     def _threads(self) -> int:
@@ -178,7 +183,9 @@ class WorkerPool:
 
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        arguments = (theirs, self.config, self.backend, self._threads, self.count)
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="rsd-")
+        address = str(Path(self._folder.name) / f"policy-{time.monotonic_ns()}")
+        arguments = (theirs, self.config, self.backend, self._threads, self.count, address)
         process = context.Process(target=policy_main, args=arguments, daemon=True)
         process.start()
         theirs.close()
@@ -193,7 +200,7 @@ class WorkerPool:
             process.kill()
             process.join()
             raise RsdError(f"the policy's process ended with exit code {process.exitcode}; its messages are above")
-        return PolicyProcess(process, str(message))
+        return PolicyProcess(process, address)
 
     @property
     def _start_patience(self) -> float:
@@ -253,7 +260,7 @@ class WorkerPool:
             self._count_failed_start("the policy's process", "died")
             self._server = self._start_server()
             for worker in list(busy):
-                yield worker, "the policy's process died"
+                yield worker, POLICY_DIED
             return
         for channel in spoke:
             worker = by_channel[channel]
@@ -268,7 +275,7 @@ class WorkerPool:
                 yield worker, f"worker process hung: nothing for {patience:g} s"
 
     def _replace(self, worker: Worker, reason: str) -> Worker:
-        if not worker.ready:
+        if not worker.ready and reason != POLICY_DIED:
             self._count_failed_start("workers", reason)
         worker.process.kill()
         worker.process.join()
