@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.main import MainConfig, MainModel, merge_2x2, state_features
 from rsd.models.trunk import KVCache
+from rsd.models.vision import Subsample
 from rsd.policy import PolicyConfig, RsdModel
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import RfsqConfig
@@ -223,3 +224,10 @@ def test_a_draft_leaves_the_main_at_least_one_level(
     config = replace(tiny_config, draft=replace(tiny_config.draft, levels=levels))
     with pytest.raises(RsdError, match="draft: expected 1 to 7 levels"):
         RsdModel(config, tokenizer)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_subsample_is_the_strided_convolution(layout: torch.memory_format) -> None:
+    layer = Subsample(16, 32, 2)
+    x = torch.randn(3, 16, 10, 10).contiguous(memory_format=layout)
+    assert torch.allclose(layer(x), torch.nn.functional.conv2d(x, layer.weight, stride=2), atol=1e-5)

@@ -11,6 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Subsample(nn.Conv2d):
+    """A 1x1 convolution with a stride, as a matrix product: PyTorch's own CPU path took a quarter of vision."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C', h / stride, w / stride]
+        grid = x[:, :, :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
+        return F.linear(grid, self.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
 class FilmBlock(nn.Module):
     """Two 3x3 convolutions with a skip; the condition scales and shifts the second's features."""
 
@@ -22,7 +33,7 @@ class FilmBlock(nn.Module):
         self.norm2 = nn.GroupNorm(8, outputs)
         self.film = nn.Linear(condition, 2 * outputs)
         same = stride == 1 and inputs == outputs
-        self.skip = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.skip = nn.Identity() if same else Subsample(inputs, outputs, stride)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # [B, C, h, w], [B, cond] -> [B, C', h', w']
         scale, shift = self.film(condition)[:, :, None, None].chunk(2, dim=1)
