@@ -13,13 +13,14 @@ from rsd.tokenizer.allocation import active_cells, allocate
 from rsd.tokenizer.config import TokenizerConfig
 from rsd.tokenizer.learned import Autoencoder, Refiner, quantise_prefix, train_autoencoder, train_refiner
 from rsd.tokenizer.rfsq import Rfsq
-from rsd.tokenizer.transforms import AUTOENCODERS, OVER_TIME, ordered_product, principal_components, transform_matrix
+from rsd.tokenizer.transforms import AUTOENCODERS, OVER_TIME, principal_components, transform_matrix
 from rsd.types import RsdError
 
 MIN_CHUNKS = 100  # fewer cannot place the 1 % and 99 % quantiles
 CHUNKS_PER_SCALAR = 4  # of a learned transform: fewer would fit noise
 REACH_QUANTILE = 0.9999
 STILL = 1e-6  # a dimension that moves less than this is constant
+PART = 512  # chunks encoded at a time
 ALLOCATION_CHUNKS = 20_000  # the search looks at no more
 
 
@@ -40,7 +41,7 @@ def calibrate(chunks: np.ndarray, config: TokenizerConfig) -> ActionTokenizer:
         tokenizer = ActionTokenizer(config, low, high, first_step, parts)
         parts = budget_and_refiner(tokenizer, torch.from_numpy(chunks.astype(np.float32)))
     tokenizer = ActionTokenizer(config, low, high, first_step, parts)
-    for part in torch.from_numpy(chunks.astype(np.float32)).split(4096):
+    for part in torch.from_numpy(chunks.astype(np.float32)).split(PART):
         tokenizer.encode(part)
     tokenizer.calibration = tokenizer.statistics
     tokenizer.reset_statistics()
@@ -87,9 +88,14 @@ def dimension_reach(centred: Tensor, config: TokenizerConfig) -> Tensor:
     at times (a turn of the wrist) would otherwise leave the others' coarse levels at zero.
     """
     over_time = config.transform if config.transform in OVER_TIME else "dct"
-    magnitude = ordered_product(transform_matrix(over_time, config.horizon), centred).abs().flatten(0, 1).numpy()
+    magnitude = over_steps(transform_matrix(over_time, config.horizon), centred).abs().flatten(0, 1).numpy()
     reach = torch.tensor(np.quantile(magnitude, REACH_QUANTILE, axis=0), dtype=torch.float32)
     return torch.where(reach > STILL, reach / config.horizon**0.5, torch.ones_like(reach))
+
+
+def over_steps(matrix: Tensor, motion: Tensor) -> Tensor:
+    """matrix [R, H] times motion [N, H, M] -> [N, R, M], for statistics: the last bits do not matter here."""
+    return torch.einsum("rh,nhm->nrm", matrix, motion)
 
 
 def code_parts(normalised: Tensor, config: TokenizerConfig) -> tuple[Parts, float]:
@@ -108,7 +114,7 @@ def code_parts(normalised: Tensor, config: TokenizerConfig) -> tuple[Parts, floa
     if matrix is not None:
         coefficients = normalised.flatten(1) @ matrix.T
     else:
-        coefficients = ordered_product(transform_matrix(config.transform, horizon), normalised).flatten(1)
+        coefficients = over_steps(transform_matrix(config.transform, horizon), normalised).flatten(1)
     largest = np.quantile(coefficients.abs().numpy(), REACH_QUANTILE, axis=0).max()
     return Parts(matrix=matrix), float(largest) / (code.half + 0.5)
 
@@ -118,7 +124,7 @@ def budget_and_refiner(tokenizer: ActionTokenizer, chunks: Tensor) -> Parts:
     config, parts = tokenizer.config, tokenizer.parts
     if not config.bits and not config.refine:
         return parts
-    coefficients = torch.cat([tokenizer.to_coefficients(part) for part in chunks.split(4096)])
+    coefficients = torch.cat([tokenizer.to_coefficients(part) for part in chunks.split(PART)])
     active, refiner = None, None
     if config.bits:
         some = coefficients[:: max(1, len(coefficients) // ALLOCATION_CHUNKS)].numpy()

@@ -123,7 +123,8 @@ def document_lines(records: list[dict[str, Any]], curves: Curves, plots: str, re
             "## At matched rates",
             "",
             "Normalised RMSE x 1000, interpolated between measured points of a curve (log error, linear bits; the best "
-            "points only), empty where a curve does not reach. Bold: the lowest. * : learned decoder.",
+            "points only; past its last point a curve keeps that error), empty below its first point. Bold: lowest. "
+            "\\* : learned decoder.",
             "",
             "### Entropy-coded bits (order 1)",
             "",
@@ -186,9 +187,9 @@ def envelope(points: Sequence[Point], rate: str) -> tuple[np.ndarray, np.ndarray
 
 
 def rmse_at(points: Sequence[Point], rate: str, wanted: float) -> float | None:
-    """RMSE of a curve at `wanted` bits; None outside of what was measured."""
+    """RMSE of a curve at `wanted` bits; None below its first point. Past its last it stays: bits may be left unused."""
     bits, errors = envelope(points, rate)
-    if not bits[0] <= wanted <= bits[-1]:
+    if wanted < bits[0]:
         return None
     return float(2 ** np.interp(wanted, bits, errors))
 
