@@ -28,7 +28,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     [
         (
             ["evl"],
-            "rsd: error: unknown command 'evl': expected one of eval, compare, bench, demos, train; did you mean",
+            "rsd: error: unknown command 'evl': expected one of eval, compare, bench, tokenizer, demos, train; did",
         ),
         (["train", "polcy"], "rsd: error: 'train polcy': expected train tokenizer or policy or draft"),
         (["eval", "--num-trials", "x"], "rsd eval: error: Error parsing --num-trials: invalid literal"),
@@ -71,7 +71,7 @@ def test_an_error_at_work_is_one_line_and_status_1(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("group", ["demos", "train"])
+@pytest.mark.parametrize("group", ["demos", "tokenizer", "train"])
 def test_a_group_lists_its_commands(group: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch([group]) == 0
     printed = capsys.readouterr().out

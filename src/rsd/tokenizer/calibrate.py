@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -133,5 +131,9 @@ def budget_and_refiner(tokenizer: ActionTokenizer, chunks: Tensor) -> Parts:
     if config.refine:
         rfsq = Rfsq(config.rfsq, tokenizer.first_step, active)
         refiner = Refiner(tokenizer.scalars, rfsq.steps, config.learn.hidden)
-        train_refiner(refiner, coefficients, partial(quantise_prefix, rfsq), config.learn)
+
+        def decode_prefix(rows: Tensor, levels: Tensor) -> Tensor:
+            return quantise_prefix(rfsq, coefficients[rows], levels)
+
+        train_refiner(refiner, coefficients, decode_prefix, config.learn)
     return Parts(parts.matrix, parts.autoencoder, refiner, active)

@@ -119,19 +119,20 @@ def train_autoencoder(net: Autoencoder, normalised: Tensor, rfsq: Rfsq, config: 
 
 
 def train_refiner(
-    net: Refiner, coefficients: Tensor, decode_prefix: Callable[[Tensor, Tensor], Tensor], config: LearnConfig
+    net: Refiner, values: Tensor, decode_prefix: Callable[[Tensor, Tensor], Tensor], config: LearnConfig
 ) -> None:
     """Mean squared error in units of the last step decoded, so that every prefix length weighs the same.
 
-    decode_prefix(x [B, P], levels int [B]) is what the first levels of the code of x decode to.
+    values: float [N, P]. decode_prefix(rows int [B], levels int [B]) is what the first levels of the code of those
+    rows of `values` decode to.
     """
 
-    def loss(sample: Tensor, generator: torch.Generator) -> Tensor:
-        levels = random_levels(len(sample), len(net.steps) - 1, generator)
-        refined = net(decode_prefix(sample, levels), levels)
-        return (((refined - sample) / net.steps[levels][:, None]).clamp(-2, 2) ** 2).mean()
+    def loss(rows: Tensor, generator: torch.Generator) -> Tensor:
+        levels = random_levels(len(rows), len(net.steps) - 1, generator)
+        refined = net(decode_prefix(rows, levels), levels)
+        return (((refined - values[rows]) / net.steps[levels][:, None]).clamp(-2, 2) ** 2).mean()
 
-    train(net, coefficients, loss, config)
+    train(net, torch.arange(len(values)), loss, config)
 
 
 def random_levels(count: int, levels: int, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ Floats = NDArray[np.float64]
 SMOOTHING = 0.05  # pseudo-count of every symbol
 CHOICE_CHUNKS = 12_000  # training chunks that choose the contexts
 VALIDATION = 5  # every fifth of them judges
+CANDIDATES = 48  # earlier positions that may be the context, the nearest ones
 NEGLIGIBLE = 0.01  # a position of fewer bits is not worth a context
 
 
@@ -31,7 +32,7 @@ def fixed_length_bits(train: Ints, held_out: Ints, order: int = 1) -> tuple[Floa
     for position, (own, seen, size) in enumerate(columns):
         fitted = _order_0(own[learned], size)
         cost, parent = _bits(fitted, own[judged]), None
-        for earlier in range(position) if order and cost > NEGLIGIBLE else ():
+        for earlier in range(max(0, position - CANDIDATES), position) if order and cost > NEGLIGIBLE else ():
             context, _, contexts = columns[earlier]
             if contexts == 1:
                 continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +37,8 @@ class Effort:
     vq_levels: tuple[int, int]  # of 1,024 and of 256 vectors
 
 
-FULL = Effort(LearnConfig(), 100, (16, 56))
-QUICK = Effort(LearnConfig(hidden=256, steps=5), 2, (4, 4))
+FULL = Effort(LearnConfig(), 80, (16, 56))
+QUICK = Effort(LearnConfig(steps=5), 2, (4, 4))
 Method = Callable[[Chunks, Effort], Iterator[Entry]]
 
 OURS = "ours"
@@ -67,6 +66,7 @@ def ours(transform: str, refine: bool = False) -> Method:
             horizon,
             transform,  # type: ignore[arg-type]
             levels=5 if transform in AUTOENCODERS else LEVELS,
+            channels=6 if transform == "chunk-autoencoder" else 16,  # as many latents as numbers; the original's 16
             normalisation="quantile",
             refine=refine,
             learn=effort.learn,
@@ -137,20 +137,18 @@ def fast(chunks: Chunks, effort: Effort) -> Iterator[Entry]:
         yield Entry("FAST", f"scale {factor:g}", codec, [1], {"undecodable_after_one_error": undecodable})
 
 
-def residual_vq(refine: bool = False) -> Method:
-    def method(chunks: Chunks, effort: Effort) -> Iterator[Entry]:
-        from rsd.tokenizer.bench.vector import ResidualVq, count_parameters
+def residual_vq(chunks: Chunks, effort: Effort) -> Iterator[Entry]:
+    from rsd.tokenizer.bench.vector import ResidualVq, count_parameters
 
-        for alphabet, levels in zip((1024, 256), effort.vq_levels, strict=True):
-            if refine and alphabet == 256:
-                continue
-            codec = ResidualVq(chunks.train, alphabet, levels, effort.vq_steps, effort.learn if refine else None)
-            measured = sorted({level for level in every_level(levels) if level <= 8 or level % 4 == 0})
-            name = f"RVQ {alphabet}" + (" + refiner" if refine else "")
+    for alphabet, levels in zip((1024, 256), effort.vq_levels, strict=True):
+        codec = ResidualVq(chunks.train, alphabet, levels, effort.vq_steps)
+        measured = sorted({level for level in every_level(levels) if level <= 8 or level % 4 == 0})
+        name, setting = f"RVQ {alphabet}", f"{alphabet} vectors a level"
+        yield Entry(name, setting, codec, measured, {"parameters": float(count_parameters(codec))})
+        if alphabet == 1024:
+            codec.fit_refiner(chunks.train, effort.learn)
             extra = {"parameters": float(count_parameters(codec))}
-            yield Entry(name, f"{alphabet} vectors a level", codec, measured, extra)
-
-    return method
+            yield Entry(name + " + refiner", setting, codec, measured, extra)
 
 
 def residual_fsq(chunks: Chunks, effort: Effort) -> Iterator[Entry]:
@@ -174,14 +172,8 @@ METHODS: dict[str, Method] = {
     "shipped": shipped,
     "bins": bins,
     "fast": fast,
-    "rvq": residual_vq(),
-    "rvq-refined": residual_vq(refine=True),
+    "rvq": residual_vq,
     "residual-fsq": residual_fsq,
     "layernorm-rfsq": layer_norm,
     "splines": splines,
 }
-
-
-def horizon_bits(horizon: int) -> float:
-    """The gripper's bits, which every code needs on top and none is charged for."""
-    return horizon * math.log2(2)

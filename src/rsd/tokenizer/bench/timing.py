@@ -37,7 +37,7 @@ class Timing:
     both_p50: float
 
 
-def measure_times(chunks: Chunks, rounds: int = ROUNDS) -> list[Timing]:
+def measure_times(chunks: Chunks) -> list[Timing]:
     """Every code at every batch size. What a network has learned does not change its time, so they learn little."""
     some = Chunks(chunks.train[:20_000], chunks.held_out, chunks.entropy, chunks.scale)
     codes = timed_codes(some)
@@ -46,7 +46,7 @@ def measure_times(chunks: Chunks, rounds: int = ROUNDS) -> list[Timing]:
         motion = chunks.held_out[:batch]
         inputs = {name: prepare(codec, motion) for name, codec in codes.items()}
         seen: dict[str, list[tuple[float, float]]] = {name: [] for name in codes}
-        for turn in range(WARMUP + rounds):
+        for turn in range(WARMUP + ROUNDS):
             for name, (encode, decode) in inputs.items():
                 start = time.perf_counter()
                 tokens = encode()

@@ -15,18 +15,14 @@ from rsd.tokenizer.bench.entropy import Ints
 from rsd.tokenizer.learned import LearnConfig, Refiner, mlp, train, train_refiner
 
 VQ_BATCH = 4096
+REFINER_CHUNKS = 60_000  # what the learned decoder is trained on
 REFINER_REACH = 6.0  # a correction may be this many times the residual's standard deviation
 
 
 class ResidualVq:
-    """k-means per level on the whole chunk as one vector, codebooks by moving average (arXiv 2107.03312).
+    """k-means per level on the whole chunk as one vector, codebooks by moving average (arXiv 2107.03312)."""
 
-    refine: with a learned decoder on top, of the size and the training that ours has.
-    """
-
-    def __init__(
-        self, training: Motion, alphabet: int, levels: int, steps: int, refine: LearnConfig | None = None
-    ) -> None:
+    def __init__(self, training: Motion, alphabet: int, levels: int, steps: int) -> None:
         torch.manual_seed(0)
         self.levels, self.alphabet, self.shape = levels, alphabet, training.shape[1:]
         data = torch.from_numpy(training).flatten(1)
@@ -44,26 +40,26 @@ class ResidualVq:
                 self.vq(data[torch.randint(len(data), (VQ_BATCH * (2 if step == 0 else 1),))])
         self.vq.eval().requires_grad_(False)
         self.books = self.vq.codebooks  # [L, K, P]
-        self.refiner = None
-        if refine:
-            self.refiner = self._fit_refiner(data, refine)
+        self.refiner: Refiner | None = None
 
     def _prefixes(self, indices: Tensor) -> Tensor:
         """indices [N, L] -> what each prefix decodes to [N, L, P]."""
         return torch.stack([self.books[level][indices[:, level]] for level in range(self.levels)], 1).cumsum(1)
 
-    def _fit_refiner(self, data: Tensor, config: LearnConfig) -> Refiner:
+    def fit_refiner(self, training: Motion, config: LearnConfig) -> None:
+        """Put a learned decoder on top, of the size and the training that ours has. The tokens stay what they are."""
+        data = torch.from_numpy(training).flatten(1)
         with torch.no_grad():
             sample = data[: VQ_BATCH * 4]
             spread = (self._prefixes(self.vq(sample)[1]) - sample[:, None]).std((0, 2))
-        refiner = Refiner(data.shape[1], (2 * REFINER_REACH * spread).tolist(), config.hidden)
+        self.refiner = Refiner(data.shape[1], (2 * REFINER_REACH * spread).tolist(), config.hidden)
+        some = data[:: 1 + len(data) // REFINER_CHUNKS]
+        tokens = torch.from_numpy(self.encode(some.reshape(-1, *self.shape).numpy()))
 
-        def decode_prefix(x: Tensor, levels: Tensor) -> Tensor:
-            with torch.no_grad():
-                return self._prefixes(self.vq(x)[1])[torch.arange(len(x)), levels - 1]
+        def decode_prefix(rows: Tensor, levels: Tensor) -> Tensor:
+            return self._prefixes(tokens[rows])[torch.arange(len(rows)), levels - 1]
 
-        train_refiner(refiner, data, decode_prefix, config)
-        return refiner
+        train_refiner(self.refiner, some, decode_prefix, config)
 
     @torch.no_grad()
     def encode(self, motion: Motion) -> Ints:
