@@ -97,8 +97,8 @@ class ResidualFsq(nn.Module):
         data = torch.from_numpy(training).flatten(1)
 
         def loss(sample: Tensor, generator: torch.Generator) -> Tensor:
-            quantised, _ = self.fsq(self.encoder(sample))
-            return F.mse_loss(self.decoder(quantised), sample)
+            quantised, _ = self.fsq(self.encoder(sample).unsqueeze(1))  # a sequence of one
+            return F.mse_loss(self.decoder(quantised.squeeze(1)), sample)
 
         self.train()
         train(self, data, loss, config)
@@ -107,14 +107,15 @@ class ResidualFsq(nn.Module):
     @torch.no_grad()
     def encode(self, motion: Motion) -> Ints:
         """-> [N, L, G]."""
-        _, indices = self.fsq(self.encoder(torch.from_numpy(motion).flatten(1)))  # [G, N, L]
-        return indices.permute(1, 2, 0).numpy()
+        _, indices = self.fsq(self.encoder(torch.from_numpy(motion).flatten(1)).unsqueeze(1))  # [G, N, 1, L]
+        return indices.squeeze(2).permute(1, 2, 0).numpy()
 
     @torch.no_grad()
     def decode(self, codes: Ints, levels: int) -> Motion:
-        indices = torch.from_numpy(codes).permute(2, 0, 1).clone()
-        indices[..., levels:] = -1
-        return self.decoder(self.fsq.get_output_from_indices(indices)).reshape(-1, *self.shape).numpy()
+        indices = torch.from_numpy(codes).permute(2, 0, 1).unsqueeze(2).clone()
+        indices[..., levels:] = -1  # the library's mark of a level left out
+        latents = self.fsq.get_output_from_indices(indices).squeeze(1)
+        return self.decoder(latents).reshape(-1, *self.shape).numpy()
 
     def tokens(self, codes: Ints, levels: int) -> Ints:
         return codes[:, :levels].reshape(len(codes), -1)
