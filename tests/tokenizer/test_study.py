@@ -31,6 +31,7 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
         f"{timing}.ROUNDS": 2,
         f"{timing}.WARMUP": 1,
         "rsd.tokenizer.bench.entropy.CANDIDATES": 4,
+        "rsd.tokenizer.bench.vector.VQ_BATCH": 64,
         "rsd.tokenizer.bench.study.QUICK": Effort(LearnConfig(hidden=16, steps=5), 2, (2, 2)),
     }.items():
         patch.setattr(name, value)
