@@ -10,7 +10,7 @@ workers=${WORKERS:-$(nproc)}
 
 "$bin/rsd" demos collect --out "$run/states" --num-demos "${NUM_DEMOS:-118}" --states-only --num-workers "$workers"
 "$bin/rsd" demos render --source "$run/states" --out "$run/demos" --image-size 128 --num-workers "$workers"
-"$bin/rsd" train tokenizer --data "$run/demos" --output "$run/tokenizer"
+"$bin/rsd" tokenizer fit --data "$run/demos" --output "$run/tokenizer"
 "$bin/torchrun" --standalone --nproc-per-node "$gpus" -m rsd train policy --data "$run/demos" \
     --tokenizer "$run/tokenizer" --output "$run/policy" \
     --loop.batch-size 320 --loop.steps 100000 --loop.minutes "${MINUTES:-6.2}" --loop.save-every 500

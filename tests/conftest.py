@@ -45,6 +45,11 @@ def chunks() -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
+def other_chunks() -> np.ndarray:
+    return smooth_chunks(300, seed=9)
+
+
+@pytest.fixture(scope="session")
 def tokenizer(chunks: np.ndarray) -> ActionTokenizer:
     return ActionTokenizer.fit(chunks, TokenizerConfig())
 

@@ -442,3 +442,22 @@ def test_a_checkpoint_without_light_draft_decodes_the_other_ways(
     RsdPolicy.from_pretrained(tmp_path, decode="rsd").predict(make_observation())
     with pytest.raises(RsdError, match=r"decode 'rsd-fused': this checkpoint has no light draft; use rsd"):
         RsdPolicy.from_pretrained(tmp_path, decode="rsd-fused")
+
+
+def test_the_light_drafts_matrices_are_int8_within_half_a_step(policy: RsdPolicy, checkpoint: Path) -> None:
+    loaded = RsdPolicy.from_pretrained(checkpoint, decode="l1").model.state_dict()
+    eight = [name for name, value in load_file(checkpoint / WEIGHTS_FILE).items() if value.dtype == torch.int8]
+    assert eight
+    assert all(name.startswith("light.") for name in eight)
+    for name in eight:
+        weight = policy.model.state_dict()[name]
+        step = weight.flatten(1).abs().amax(1) / 127
+        assert ((loaded[name] - weight).abs().flatten(1).amax(1) <= 0.5 * step + 1e-7).all(), name
+
+
+def test_an_int8_weight_without_its_scale_is_refused(policy: RsdPolicy, checkpoint: Path) -> None:
+    weights = load_file(checkpoint / WEIGHTS_FILE)
+    name = next(name for name, value in weights.items() if value.dtype == torch.int8)
+    save_file({k: v for k, v in weights.items() if k != f"{name}.scale"}, checkpoint / WEIGHTS_FILE)
+    with pytest.raises(RsdError, match="is int8 and lacks its scale per row"):
+        load_weights(policy.model, checkpoint / WEIGHTS_FILE)

@@ -1,7 +1,8 @@
 """The policy: observation in, action chunk out; and its checkpoint directory.
 
-A checkpoint holds `config.json` (sizes, decoding defaults, provenance), `model.safetensors` (main and draft,
-fp16) and `tokenizer.json`. Loading is strict: weights that are missing, misshapen or not finite are an error.
+A checkpoint holds `config.json` (sizes, decoding defaults, provenance), `model.safetensors` (fp16, the light draft's
+matrices int8), `tokenizer.json` and, for `rsd-skip`, `skip_calibration.json`. Loading is strict: weights that are
+missing, misshapen or not finite are an error.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+SCALE = ".scale"  # after the name of a weight that is stored as int8
 TEXT_CACHE = 64  # instructions whose encoding is kept
 
 
@@ -63,10 +65,20 @@ class RsdModel(nn.Module):
 
     def __init__(self, config: PolicyConfig, tokenizer: ActionTokenizer) -> None:
         super().__init__()
+        check_code(tokenizer)
         code, horizon, motion = tokenizer.config.rfsq, tokenizer.config.horizon, tokenizer.motion_dim
         self.main = MainModel(config.main, code, horizon, motion)
         self.draft = DraftModel(config.draft, code, horizon, motion, config.main.dim)
         self.light = LightDraft(config.light, code, horizon, motion, config.main) if config.light else None
+
+
+def check_code(tokenizer: ActionTokenizer) -> None:
+    """Raise unless the models can learn the code: linear, every digit of every level in use, one gripper."""
+    parts, config = tokenizer.parts, tokenizer.config
+    odd = [name for name in ("autoencoder", "refiner", "active") if getattr(parts, name) is not None]
+    if odd or len(config.binary) != 1:
+        found = ", ".join(odd) or f"{len(config.binary)} binary dimensions"
+        raise RsdError(f"policy: expected a linear tokenizer without a bit budget and with one gripper, found {found}")
 
 
 class RsdPolicy:
@@ -192,7 +204,7 @@ class RsdPolicy:
     # checkpoint
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the checkpoint directory (weights as fp16)."""
+        """Write the checkpoint directory."""
         save_checkpoint(self.model, self.tokenizer, self.config, self.provenance, Path(directory))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> None:
@@ -260,7 +272,7 @@ def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CALIBRATION_FILE]
+        files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CALIBRATION_FILE]  # linear codes only, see `check_code`
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub client raises many kinds: no such repo, no network, no access
         raise RsdError(f"policy {name!r}: no such directory, and the hub answered: {error}") from error
@@ -292,12 +304,17 @@ def save_checkpoint(
     provenance: dict[str, Any],
     directory: Path,
 ) -> None:
-    """Write `config.json`, `model.safetensors` (fp16) and `tokenizer.json` into `directory`."""
+    """Write `config.json`, `model.safetensors` and `tokenizer.json` into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
-    for name, value in weights.items():
-        if not torch.isfinite(value).all():
+    weights: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        half = value.detach().half().cpu().contiguous()
+        if not torch.isfinite(half).all():
             raise RsdError(f"{directory}: {name} is not finite as fp16; the training diverged, nothing was saved")
+        if name.startswith("light.") and half.ndim > 1:  # only proposes: what it gets wrong, the main corrects
+            weights[name], weights[name + SCALE] = quantise_rows(value.detach().float().cpu())
+        else:
+            weights[name] = half
     save_file(weights, directory / WEIGHTS_FILE)
     tokenizer.save(directory)
     content = {
@@ -309,14 +326,26 @@ def save_checkpoint(
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
+def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float [n, ...] -> int8 [n, ...] and a float32 scale per row [n]: weight = int8 * scale, within half a scale."""
+    scale = weight.flatten(1).abs().amax(1).clamp_min(1e-12) / 127
+    shape = (-1, *[1] * (weight.ndim - 1))
+    return torch.round(weight / scale.view(shape)).to(torch.int8).contiguous(), scale
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Strict: names and shapes must be the model's own, values finite. fp16 on disk, float32 in memory."""
+    """Strict: names and shapes must be the model's own, values finite. fp16 or int8 on disk, float32 in memory."""
     try:
         weights = load_file(path)
     except FileNotFoundError:
         raise RsdError(f"{path}: not found") from None
     except SafetensorError as error:
         raise RsdError(f"{path}: not readable as safetensors ({error}); it is cut off or damaged") from None
+    for name in [name for name, value in weights.items() if value.dtype == torch.int8]:
+        scale = weights.pop(name + SCALE, None)
+        if scale is None or list(scale.shape) != list(weights[name].shape[:1]):
+            raise RsdError(f"{path}: {name} is int8 and lacks its scale per row; copy the checkpoint again")
+        weights[name] = weights[name].float() * scale.view(-1, *[1] * (weights[name].ndim - 1))
     expected = model.state_dict()
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:

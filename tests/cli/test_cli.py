@@ -71,7 +71,7 @@ def test_an_error_at_work_is_one_line_and_status_1(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("group", ["demos", "train"])
+@pytest.mark.parametrize("group", ["demos", "tokenizer", "train"])
 def test_a_group_lists_its_commands(group: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch([group]) == 0
     printed = capsys.readouterr().out

@@ -71,6 +71,21 @@ COMMANDS = {
         "measure_throughput",
         "ThroughputConfig",
     ),
+    "tokenizer fit": Command(
+        "calibrate the residual action tokenizer",
+        "rsd.training.tokenizer",
+        "train_tokenizer",
+        "TrainTokenizerConfig",
+    ),
+    "tokenizer bench": Command(
+        "compare action tokenizers at matched bits", "rsd.tokenizer.bench.study", "bench", "BenchConfig"
+    ),
+    "tokenizer inspect": Command(
+        "plot a chunk from 1..L levels, symbols, entropy and utilisation",
+        "rsd.tokenizer.inspection",
+        "inspect_tokenizer",
+        "InspectConfig",
+    ),
     "demos collect": Command(
         "record demonstrations of the scripted expert", "rsd.data.collect", "collect", "CollectConfig"
     ),
@@ -81,7 +96,7 @@ COMMANDS = {
         "RenderConfig",
     ),
     "train tokenizer": Command(
-        "calibrate the residual action tokenizer",
+        "the same as `rsd tokenizer fit`",
         "rsd.training.tokenizer",
         "train_tokenizer",
         "TrainTokenizerConfig",

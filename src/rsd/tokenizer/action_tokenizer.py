@@ -1,10 +1,9 @@
-"""Action chunk <-> residual tokens: normalise, transform over time, quantise by level; the gripper apart."""
+"""Action chunk <-> residual tokens: normalise, transform, quantise by level; binary dimensions (the gripper) apart."""
 
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,190 +11,270 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsd.conventions import CHUNK_SIZE
-from rsd.json_files import read_versioned
-from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
-from rsd.tokenizer.transforms import transform_matrix
-from rsd.types import ACTION_DIM, RsdError
+from rsd.tokenizer.config import EncodeStatistics, TokenizerConfig
+from rsd.tokenizer.learned import Autoencoder, Refiner
+from rsd.tokenizer.rfsq import Rfsq
+from rsd.tokenizer.transforms import AUTOENCODERS, OVER_TIME, ordered_product, transform_matrix
+from rsd.types import RsdError
 
-FORMAT_VERSION = 1
 FILE_NAME = "tokenizer.json"
-MIN_CHUNKS = 100  # fewer cannot place the 1 % and 99 % quantiles
 
 
 class ChunkTokens(NamedTuple):
-    """motion: int64 [B, L, H*M] symbols 0..K-1, coarse level first; gripper: int64 [B, H], 1 = close."""
+    """motion: int64 [B, L, P] symbols 0..K-1, coarse level first; gripper: int64 [B, H], 1 = close, and [B, H, G]
+    where the number G of binary dimensions is not one."""
 
     motion: Tensor
     gripper: Tensor
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
-    """horizon: steps in a chunk; transform: see `transforms`; levels, symbols, rho: see `RfsqConfig`."""
+class Parts:
+    """What calibration may add to a code. matrix: float32 [P, P] of `pca`. active: 0 or 1 [L, P], see `allocation`."""
 
-    horizon: int = CHUNK_SIZE
-    transform: str = "dct"
-    levels: int = 8
-    symbols: int = 7
-    rho: float = 2.0
-
-    @property
-    def rfsq(self) -> RfsqConfig:
-        return RfsqConfig(self.levels, self.symbols, self.rho)
+    matrix: Tensor | None = None
+    autoencoder: Autoencoder | None = None
+    refiner: Refiner | None = None
+    active: Tensor | None = None
 
 
 class ActionTokenizer:
     """Calibrated once from training chunks, then a constant code.
 
-    Motion dims (all but the last) are centred between q01 and q99 and scaled so that a steady action at the
-    dimension's reach (see `fit`) is +-1, transformed over time and quantised with ONE first step D_1 for all
-    coefficients (in a code with equal steps the fine structure of a chunk costs symbols only in the levels that
-    resolve it). The last dim is the gripper: one binary symbol a step, exact.
+    Motion dimensions are shifted and scaled to about [-1, 1] (see `calibrate`), transformed and quantised with ONE
+    first step D_1 for all coefficients (in a code with equal steps the fine structure of a chunk costs symbols only
+    in the levels that resolve it). A binary dimension (the gripper) is a symbol a step, exact.
+
+    With a linear transform everything is a fixed sequence of single-precision operations: tokens and decoded actions
+    are bit by bit the same on every device and in every batch. Where something is learned (`autoencoder`, `refiner`)
+    matrix products are involved, and the last bits may depend on device and batch size.
     """
 
-    def __init__(self, config: TokenizerConfig, low: Tensor, high: Tensor, first_step: float) -> None:
-        self.config = config
+    def __init__(
+        self, config: TokenizerConfig, low: Tensor, high: Tensor, first_step: float, parts: Parts | None = None
+    ) -> None:
+        self.config, self.parts = config, parts or Parts()
         self.low, self.high = low.float(), high.float()
-        if self.low.shape != self.high.shape or self.low.ndim != 1:
+        if self.low.shape != self.high.shape or self.low.ndim != 1 or len(self.low) == 0:
             found = f"{list(low.shape)} and {list(high.shape)}"
             raise RsdError(f"tokenizer range: expected two vectors of one length, found {found}")
         # a constant dimension has no range: scale 1 keeps it finite and its token at zero
         width = self.high - self.low
         self.scale = torch.where(width > 1e-6, width / 2, torch.ones_like(width))
         self.centre = (self.high + self.low) / 2
-        self.matrix = transform_matrix(config.transform, config.horizon)
+        self.action_dim = len(self.low) + len(config.binary)
+        binary = binary_dimensions(config, self.action_dim)
+        motion = [d for d in range(self.action_dim) if d not in binary]
+        self.binary_last = motion == list(range(len(motion)))
+        # tensors, so that indexing a chunk on a GPU copies nothing there
+        self.motion_index, self.binary_index = torch.tensor(motion), torch.tensor(binary, dtype=torch.long)
+        self.order = torch.tensor([*motion, *binary]).argsort()
+        # scalars per step of the coefficients' grid [H, motion_dim], which is what a model of them predicts
+        learned = config.transform in AUTOENCODERS
+        self.motion_dim = config.channels if learned else len(self.low)
+        self.matrix = self._matrix()
         self.first_step = float(first_step)
-        self.rfsq = Rfsq(config.rfsq, self.first_step)
+        self.rfsq = Rfsq(config.rfsq, self.first_step, self.parts.active)
+        self._reach = self.rfsq.reach()
+        self.calibration = EncodeStatistics(0, 0, [0] * self.scalars)
+        self.reset_statistics()
+
+    def _matrix(self) -> Tensor:
+        config, parts = self.config, self.parts
+        if config.transform in OVER_TIME:
+            return transform_matrix(config.transform, config.horizon)
+        if config.transform in AUTOENCODERS:
+            if parts.autoencoder is None:
+                raise RsdError(f"tokenizer: transform {config.transform} needs its learned network, found none")
+            return torch.empty(0)
+        size = [self.scalars, self.scalars]
+        if parts.matrix is None or list(parts.matrix.shape) != size:
+            found = None if parts.matrix is None else list(parts.matrix.shape)
+            raise RsdError(f"tokenizer: transform {config.transform} needs a matrix {size}, found {found}")
+        return parts.matrix.float()
 
     def to(self, device: torch.device | str) -> ActionTokenizer:
         """The same code with its constants on `device`; chunks and coefficients must be there too."""
         moved = copy.copy(self)
-        for name in ("low", "high", "scale", "centre", "matrix"):
+        for name in ("low", "high", "scale", "centre", "matrix", "motion_index", "binary_index", "order"):
             setattr(moved, name, getattr(self, name).to(device))
+        net, refiner, active = self.parts.autoencoder, self.parts.refiner, self.parts.active
+        moved.parts = Parts(
+            None if self.parts.matrix is None else moved.matrix,
+            None if net is None else copy.deepcopy(net).to(device),
+            None if refiner is None else copy.deepcopy(refiner).to(device),
+            None if active is None else active.to(device),
+        )
+        moved.rfsq = Rfsq(self.config.rfsq, self.first_step, moved.parts.active)
+        moved._reach = moved.rfsq.reach()
+        moved.reset_statistics()
         return moved
-
-    # calibration
 
     @classmethod
     def fit(cls, chunks: np.ndarray, config: TokenizerConfig | None = None) -> ActionTokenizer:
-        """chunks float [N, H, A], last dim = gripper (-1 open, +1 close) -> a calibrated tokenizer."""
-        config = config or TokenizerConfig()
-        if chunks.ndim != 3 or chunks.shape[1] != config.horizon or chunks.shape[2] < 2:
-            expected = f"chunks [N, {config.horizon}, A]"
-            raise RsdError(f"tokenizer fit: expected {expected}, found {list(chunks.shape)}")
-        if len(chunks) < MIN_CHUNKS:
-            raise RsdError(f"tokenizer fit: expected at least {MIN_CHUNKS} chunks, found {len(chunks)}")
-        if not np.isfinite(chunks).all():
-            raise RsdError("tokenizer fit: found NaN or infinity in the chunks; check the demonstrations")
-        motion = chunks[..., :-1].reshape(-1, chunks.shape[2] - 1)
-        low, high = np.quantile(motion, [0.01, 0.99], axis=0)
-        centre = torch.tensor((low + high) / 2, dtype=torch.float32)
-        plain = cls(config, centre - 1, centre + 1, 1.0)
-        coefficients = plain.to_coefficients(torch.tensor(chunks, dtype=torch.float32))
-        # all but one scalar in 10,000 of EACH dimension within the first level: a dimension that is small most of the
-        # time and large at times (a turn of the wrist) would otherwise leave the others' coarse levels at zero
-        magnitude = coefficients.abs().unflatten(1, (config.horizon, -1)).flatten(0, 1).numpy()
-        reach = torch.tensor(np.quantile(magnitude, 0.9999, axis=0), dtype=torch.float32)
-        if bool((reach <= 1e-6).all()):
-            raise RsdError("tokenizer fit: no motion dimension ever moves; expected chunks of a robot at work")
-        scale = torch.where(reach > 1e-6, reach / config.horizon**0.5, torch.ones_like(reach))
-        first_step = config.horizon**0.5 / (config.rfsq.half + 0.5)
-        return cls(config, centre - scale, centre + scale, first_step)
+        """chunks float [N, H, A], binary dimensions -1 (open) or +1 (close) -> a calibrated tokenizer."""
+        from rsd.tokenizer.calibrate import calibrate
+
+        return calibrate(chunks, config or TokenizerConfig())
 
     # chunks <-> coefficients
 
     @property
-    def motion_dim(self) -> int:
-        return len(self.low)
-
-    @property
     def scalars(self) -> int:
-        """Motion scalars P = H * M of one level."""
+        """Motion scalars P = H * motion_dim of one level."""
         return self.config.horizon * self.motion_dim
 
+    @property
+    def token_count(self) -> int:
+        """Motion tokens of a chunk that carry information: L * P, or fewer with a budget of bits."""
+        active = self.parts.active
+        return self.config.levels * self.scalars if active is None else int(active.sum())
+
+    def normalise(self, chunk: Tensor) -> Tensor:
+        """chunk float [B, H, A] -> motion [B, H, M], about [-1, 1]."""
+        motion = chunk[..., : len(self.low)] if self.binary_last else chunk.index_select(-1, self.motion_index)
+        return (motion.float() - self.centre) / self.scale
+
     def to_coefficients(self, chunk: Tensor) -> Tensor:
-        """chunk float [B, H, A] -> coefficients [B, H*M], row k of the transform at k*M .. k*M+M-1."""
-        normalised = (chunk[..., :-1].float() - self.centre) / self.scale
-        return self._mix(self.matrix, normalised).flatten(1)
+        """chunk float [B, H, A] -> coefficients [B, P]; over time, row k of the transform is at k*M .. k*M+M-1."""
+        normalised = self.normalise(chunk)
+        if self.parts.autoencoder is not None:
+            with torch.autocast(normalised.device.type, enabled=False):
+                return self.parts.autoencoder.encode(normalised)
+        if self.config.transform not in OVER_TIME:
+            normalised = normalised.flatten(1).unsqueeze(-1)
+        return ordered_product(self.matrix, normalised).flatten(1)
 
     def to_normalised(self, coefficients: Tensor) -> Tensor:
-        """coefficients [B, H*M] -> normalised motion [B, H, M] over time (about [-1, 1])."""
-        grid = coefficients.unflatten(-1, (self.config.horizon, self.motion_dim))
-        return self._mix(self.matrix.T, grid)
-
-    def _mix(self, matrix: Tensor, grid: Tensor) -> Tensor:
-        """matrix [R, H] times grid [B, H, M]. A sum of products, not a matrix product: autocast would round
-        that to bf16, and its result may depend on the batch size."""
-        return (matrix[:, :, None] * grid.float()[:, None]).sum(2)
+        """coefficients [B, P] -> normalised motion [B, H, M] over time (about [-1, 1])."""
+        if self.parts.autoencoder is not None:
+            with torch.autocast(coefficients.device.type, enabled=False):
+                return self.parts.autoencoder.decode(coefficients.float())
+        shape = (self.config.horizon, self.motion_dim)
+        if self.config.transform not in OVER_TIME:
+            return ordered_product(self.matrix.T, coefficients.unsqueeze(-1)).squeeze(-1).unflatten(-1, shape)
+        return ordered_product(self.matrix.T, coefficients.unflatten(-1, shape))
 
     def to_actions(self, coefficients: Tensor, gripper: Tensor) -> Tensor:
-        """coefficients [B, H*M], gripper int [B, H] (1 = close) -> actions float32 [B, H, A] in [-1, 1]."""
-        normalised = self.to_normalised(coefficients)
-        motion = normalised * self.scale + self.centre
-        grip = (2.0 * gripper.float() - 1.0).unsqueeze(-1)
-        return torch.cat([motion, grip], dim=-1).clamp(-1.0, 1.0)
+        """coefficients [B, P], gripper int [B, H] (1 = close) or [B, H, G] -> actions float32 [B, H, A] in [-1, 1]."""
+        motion = self.to_normalised(coefficients) * self.scale + self.centre
+        binary = 2.0 * gripper.float() - 1.0
+        actions = torch.cat([motion, binary.unsqueeze(-1) if gripper.ndim == 2 else binary], dim=-1)
+        if not self.binary_last:
+            actions = actions.index_select(-1, self.order)
+        return actions.clamp(-1.0, 1.0)
 
     def gripper_symbols(self, chunk: Tensor) -> Tensor:
-        """chunk [B, H, A] -> int64 [B, H], 1 where the gripper is told to close."""
-        return (chunk[..., -1] > 0).long()
+        """chunk [B, H, A] -> int64 [B, H] (or [B, H, G]), 1 where a gripper is told to close."""
+        binary = chunk[..., len(self.low) :] if self.binary_last else chunk.index_select(-1, self.binary_index)
+        symbols = (binary > 0).long()
+        return symbols.squeeze(-1) if symbols.shape[-1] == 1 else symbols
 
     # tokens
 
     def encode(self, chunk: Tensor) -> ChunkTokens:
-        """chunk float [B, H, A] -> tokens."""
-        self._check_chunk(chunk)
-        return ChunkTokens(self.rfsq.quantise(self.to_coefficients(chunk))[0], self.gripper_symbols(chunk))
+        """chunk float [B, H, A] -> tokens. What lies beyond the code's reach is clipped and counted."""
+        return self._quantise(chunk)[0]
 
     def decode(self, tokens: ChunkTokens, levels: int | None = None) -> Tensor:
         """tokens (optionally only their first `levels`) -> actions float32 [B, H, A] in [-1, 1]."""
+        self._check_tokens(tokens, levels)
         motion = tokens.motion if levels is None else tokens.motion[:, :levels]
-        self.rfsq.check(motion)
-        return self.to_actions(self.rfsq.dequantise(motion), tokens.gripper)
+        value = self._refine(self.rfsq.dequantise(motion), motion.shape[1])
+        return self.to_actions(value, tokens.gripper)
 
     def forward(self, chunk: Tensor) -> tuple[ChunkTokens, Tensor]:
         """chunk [B, H, A] -> tokens, and the chunk they decode to: bit by bit `decode(encode(chunk))`."""
-        self._check_chunk(chunk)
-        motion, z_hat = self.rfsq.quantise(self.to_coefficients(chunk))
-        gripper = self.gripper_symbols(chunk)
-        return ChunkTokens(motion, gripper), self.to_actions(z_hat, gripper)
+        tokens, z_hat = self._quantise(chunk)
+        return tokens, self.to_actions(self._refine(z_hat, self.config.levels), tokens.gripper)
 
-    def _check_chunk(self, chunk: Tensor) -> None:
-        expected = [self.config.horizon, self.motion_dim + 1]
+    def _quantise(self, chunk: Tensor) -> tuple[ChunkTokens, Tensor]:
+        expected = [self.config.horizon, self.action_dim]
         if chunk.ndim != 3 or list(chunk.shape[1:]) != expected:
             raise RsdError(f"action chunk: expected [B, *{expected}], found {list(chunk.shape)}")
         if not torch.isfinite(chunk).all():
             raise RsdError("action chunk: found NaN or infinity")
+        coefficients = self.to_coefficients(chunk)
+        clipped = coefficients.abs() > self._reach
+        self._chunks += len(chunk)
+        self._clipped_chunks += clipped.any(1).sum()
+        self._clipped += clipped.sum(0)
+        motion, z_hat = self.rfsq.quantise(coefficients)
+        return ChunkTokens(motion, self.gripper_symbols(chunk)), z_hat
 
-    # files
+    def _refine(self, value: Tensor, levels: int) -> Tensor:
+        refiner = self.parts.refiner
+        return value if refiner is None or levels == 0 else refiner(value, levels)
+
+    def _check_tokens(self, tokens: ChunkTokens, levels: int | None) -> None:
+        motion, gripper, code = tokens.motion, tokens.gripper, self.config
+        if motion.ndim != 3 or motion.shape[1] > code.levels or motion.shape[2] != self.scalars:
+            expected = f"[B, 0..{code.levels}, {self.scalars}]"
+            raise RsdError(f"motion tokens: expected {expected}, found {list(motion.shape)}")
+        if levels is not None and not 0 <= levels <= motion.shape[1]:
+            raise RsdError(f"levels: expected 0 to {motion.shape[1]}, found {levels}")
+        grippers = len(code.binary)
+        shape = [len(motion), code.horizon] + ([] if grippers == 1 else [grippers])
+        if list(gripper.shape) != shape:
+            raise RsdError(f"gripper tokens: expected {shape}, found {list(gripper.shape)}")
+        if motion.is_floating_point() or gripper.is_floating_point():
+            raise RsdError(f"tokens: expected integers, found {motion.dtype} and {gripper.dtype}")
+        self.rfsq.check(motion)
+        if gripper.numel() and (gripper.min() < 0 or gripper.max() > 1):
+            raise RsdError(f"gripper tokens: expected 0 or 1, found {int(gripper.min())}..{int(gripper.max())}")
+
+    # statistics
+
+    @property
+    def statistics(self) -> EncodeStatistics:
+        """Counted since the tokenizer was made, moved or reset."""
+        return EncodeStatistics(self._chunks, int(self._clipped_chunks), self._clipped.tolist())
+
+    def reset_statistics(self) -> None:
+        # on the device of the chunks: counting must not wait for it
+        device = self.centre.device
+        self._chunks = 0
+        self._clipped_chunks = torch.zeros((), dtype=torch.long, device=device)
+        self._clipped = torch.zeros(self.scalars, dtype=torch.long, device=device)
+
+    # files, see `files`
 
     def to_json(self) -> dict[str, object]:
-        return {
-            "format_version": FORMAT_VERSION,
-            "config": asdict(self.config),
-            "low": self.low.tolist(),
-            "high": self.high.tolist(),
-            "first_step": self.first_step,
-        }
+        from rsd.tokenizer.files import to_json
+
+        return to_json(self)
 
     def save(self, directory: Path) -> None:
-        """Write `tokenizer.json` (readable, bit-exact: float32 values survive the decimal round trip)."""
-        (directory / FILE_NAME).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        """Write `tokenizer.json` (readable, bit-exact) and, where something is learned, `tokenizer.safetensors`."""
+        from rsd.tokenizer.files import save
+
+        save(self, directory)
 
     @classmethod
     def load(cls, directory: Path) -> ActionTokenizer:
-        path = directory / FILE_NAME
-        content = read_versioned(path, "tokenizer", FORMAT_VERSION, "fit it again")
-        missing = {"config", "low", "high", "first_step"} - content.keys()
-        if missing:
-            raise RsdError(f"{path}: missing {', '.join(sorted(missing))}")
-        try:
-            config = TokenizerConfig(**content["config"])
-            low, high = torch.tensor(content["low"]), torch.tensor(content["high"])
-            first_step = float(content["first_step"])
-        except (TypeError, ValueError) as error:
-            raise RsdError(f"{path}: a field is unknown, missing or not a number ({error})") from None
-        if len(low) != ACTION_DIM - 1 or not torch.isfinite(torch.cat([low, high])).all():
-            found = f"{content['low']} and {content['high']}"
-            raise RsdError(f"{path}: expected {ACTION_DIM - 1} finite range limits, found {found}")
-        return cls(config, low, high, first_step)
+        """Read what `save` wrote, or a file of format 1; `RsdError` on anything missing or odd."""
+        from rsd.tokenizer.files import load
+
+        return load(directory)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> None:
+        """Upload to the Hugging Face hub (needs a login)."""
+        from rsd.tokenizer.files import push_to_hub
+
+        push_to_hub(self, repo_id, private=private)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path) -> ActionTokenizer:
+        """A directory (a policy's checkpoint is one) or a hub repository."""
+        from rsd.tokenizer.files import from_pretrained
+
+        return from_pretrained(path_or_hub_id)
+
+
+def binary_dimensions(config: TokenizerConfig, action_dim: int) -> list[int]:
+    """The binary dimensions as sorted numbers 0..A-1; RsdError where they do not fit the action."""
+    found = sorted({d % action_dim for d in config.binary if -action_dim <= d < action_dim})
+    if len(found) != len(config.binary) or len(found) >= action_dim:
+        expected = f"distinct dimensions within {action_dim}, and one left for the motion"
+        raise RsdError(f"tokenizer binary: expected {expected}, found {list(config.binary)}")
+    return found

@@ -1,0 +1,80 @@
+"""What a tokenizer is made to, and what it counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rsd.conventions import CHUNK_SIZE
+from rsd.tokenizer.learned import LearnConfig
+from rsd.tokenizer.rfsq import RfsqConfig
+from rsd.tokenizer.transforms import AUTOENCODERS, TRANSFORMS
+from rsd.types import RsdError
+
+NORMALISATIONS = ("reach", "quantile", "minmax", "standard")
+MAX_HORIZON = 64
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The code and how it is calibrated."""
+
+    horizon: int = CHUNK_SIZE
+    """Steps in a chunk, 1 to 64."""
+    transform: Literal["dct", "identity", "pca", "step-autoencoder", "chunk-autoencoder"] = "dct"
+    """dct over time (orthonormal); identity; pca, over time and dimensions; or a learned autoencoder."""
+    levels: int = 8
+    """Residual levels L."""
+    symbols: int = 7
+    """Symbols K of a level, odd."""
+    rho: float = 2.0
+    """How much finer each level is than the one above; below K the code is redundant."""
+    normalisation: Literal["reach", "quantile", "minmax", "standard"] = "reach"
+    """What is 1 in a dimension: its largest coefficient but for 1 in 10,000 (reach), its 1 % and 99 % quantiles, its
+    extremes, or its standard deviation."""
+    binary: tuple[int, ...] = (-1,)
+    """Dimensions that are one exact binary symbol a step (grippers), e.g. 6 13 for two arms of 7."""
+    channels: int = 16
+    """Latents per step of an autoencoder."""
+    bits: float = 0.0
+    """Budget of nominal bits a chunk for the motion tokens, spent where they matter most; 0 gives every level of
+    every coefficient a token, as the policies here expect."""
+    refine: bool = False
+    """Learn to correct what a prefix of levels decodes to."""
+    learn: LearnConfig = field(default_factory=LearnConfig)
+
+    def __post_init__(self) -> None:
+        def expect(holds: bool, expected: str, found: object) -> None:
+            if not holds:
+                raise RsdError(f"tokenizer: expected {expected}, found {found}")
+
+        expect(1 <= self.horizon <= MAX_HORIZON, f"a horizon of 1 to {MAX_HORIZON} steps", self.horizon)
+        expect(self.transform in TRANSFORMS, f"transform to be one of {', '.join(TRANSFORMS)}", self.transform)
+        known = f"normalisation to be one of {', '.join(NORMALISATIONS)}"
+        expect(self.normalisation in NORMALISATIONS, known, self.normalisation)
+        expect(self.channels >= 1 and self.bits >= 0, "channels >= 1 and bits >= 0", (self.channels, self.bits))
+        learned = self.transform in AUTOENCODERS
+        expect(not (self.refine and learned), "refine with a linear transform only", self.transform)
+        _ = self.rfsq  # raises where levels, symbols or rho make no code
+
+    @property
+    def rfsq(self) -> RfsqConfig:
+        return RfsqConfig(self.levels, self.symbols, self.rho)
+
+
+@dataclass(frozen=True)
+class EncodeStatistics:
+    """What `encode` and `forward` have seen. A coefficient beyond the code's reach is clipped to it, and counted.
+
+    clipped_coefficients: number per coefficient [P]. clipped_chunks: chunks with at least one of them.
+    """
+
+    chunks: int
+    clipped_chunks: int
+    clipped_coefficients: list[int]
+
+    @property
+    def clipped_share(self) -> float:
+        """Share of all coefficients seen that were clipped."""
+        seen = self.chunks * len(self.clipped_coefficients)
+        return sum(self.clipped_coefficients) / seen if seen else 0.0

@@ -1,0 +1,199 @@
+"""A tokenizer on disk, in both formats, and on the hub."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rsd.tokenizer.action_tokenizer import FILE_NAME, ActionTokenizer, TokenizerConfig
+from rsd.tokenizer.files import WEIGHTS_FILE
+from rsd.tokenizer.learned import LearnConfig
+from rsd.types import RsdError
+
+SHIPPED = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
+LEARN = LearnConfig(hidden=16, steps=3)
+CONFIGS = {
+    "default": TokenizerConfig(),
+    "identity": TokenizerConfig(transform="identity", levels=5, rho=3.0, normalisation="minmax"),
+    "pca": TokenizerConfig(transform="pca"),
+    "budget": TokenizerConfig(symbols=3, rho=3.0, bits=99.5),
+    "refiner": TokenizerConfig(levels=3, refine=True, learn=LEARN),
+    "step": TokenizerConfig(levels=2, transform="step-autoencoder", learn=LEARN),
+    "chunk": TokenizerConfig(levels=2, transform="chunk-autoencoder", channels=3, learn=LEARN),
+    "gripper first": TokenizerConfig(binary=(0,)),
+}
+Edit = Callable[[dict[str, Any]], str]
+
+
+def same(first: ActionTokenizer, second: ActionTokenizer, chunks: np.ndarray) -> None:
+    batch = torch.tensor(chunks)
+    (tokens, actions), (other_tokens, other_actions) = first.forward(batch), second.forward(batch)
+    assert torch.equal(tokens.motion, other_tokens.motion)
+    assert torch.equal(tokens.gripper, other_tokens.gripper)
+    assert torch.equal(actions, other_actions)
+    assert torch.equal(first.decode(tokens, 1), second.decode(tokens, 1))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_save_and_load_change_nothing(name: str, chunks: np.ndarray, tmp_path: Path) -> None:
+    tokenizer = ActionTokenizer.fit(chunks, CONFIGS[name])
+    tokenizer.save(tmp_path)
+    loaded = ActionTokenizer.load(tmp_path)
+    assert loaded.config == tokenizer.config
+    assert loaded.first_step == tokenizer.first_step
+    assert loaded.calibration == tokenizer.calibration
+    assert torch.equal(loaded.low, tokenizer.low)
+    assert torch.equal(loaded.high, tokenizer.high)
+    assert (tmp_path / WEIGHTS_FILE).exists() == (name in ("pca", "refiner", "step", "chunk"))
+    same(tokenizer, loaded, chunks)
+    before = (tmp_path / FILE_NAME).read_bytes()
+    loaded.save(tmp_path)
+    assert (tmp_path / FILE_NAME).read_bytes() == before
+
+
+def test_saving_leaves_no_weights_of_another_tokenizer(chunks: np.ndarray, tmp_path: Path) -> None:
+    ActionTokenizer.fit(chunks, CONFIGS["pca"]).save(tmp_path)
+    ActionTokenizer.fit(chunks).save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    ActionTokenizer.load(tmp_path)
+
+
+def test_the_shipped_file_is_format_1_and_means_what_it_says(chunks: np.ndarray, tmp_path: Path) -> None:
+    content = json.loads((SHIPPED / FILE_NAME).read_text())
+    assert content["format_version"] == 1
+    tokenizer = ActionTokenizer.load(SHIPPED)
+    assert tokenizer.config == TokenizerConfig(**content["config"])
+    assert tokenizer.low.tolist() == content["low"]
+    assert tokenizer.high.tolist() == content["high"]
+    assert tokenizer.first_step == content["first_step"]
+    # the arithmetic of format 1, written out
+    batch = torch.tensor(chunks)
+    low, high = torch.tensor(content["low"]), torch.tensor(content["high"])
+    normalised = (batch[..., :-1] - (high + low) / 2) / ((high - low) / 2)
+    expected = (tokenizer.matrix[:, :, None] * normalised[:, None]).sum(2).flatten(1)
+    assert torch.allclose(tokenizer.to_coefficients(batch), expected, atol=2e-6)
+    tokenizer.save(tmp_path)  # in format 2
+    same(tokenizer, ActionTokenizer.load(tmp_path), chunks)
+
+
+def edited(**changes: Any) -> Edit:
+    return lambda content: json.dumps({**content, **changes})
+
+
+def configured(**changes: Any) -> Edit:
+    return lambda content: json.dumps({**content, "config": {**content["config"], **changes}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (edited(format_version=3), "expected tokenizer format 2, found 3"),
+        (edited(format_version=None), "expected tokenizer format 2, found None"),
+        (edited(format_version=1), "unknown in format 1: binary"),
+        (lambda content: json.dumps(content)[:60], "not valid JSON"),
+        (lambda content: "", "not valid JSON"),
+        (lambda content: "[1, 2]", "expected tokenizer format 2"),
+        (lambda content: json.dumps({k: v for k, v in content.items() if k != "low"}), "missing low"),
+        (edited(config={"levels": 8, "colour": 3}), "a field is unknown"),
+        (configured(learn={"speed": 3}), "a field is unknown"),
+        (configured(rho=9.0), "RFSQ"),
+        (configured(transform="wavelet"), "transform"),
+        (configured(transform="pca"), r"needs a matrix \[48, 48\], found None"),
+        (configured(transform="chunk-autoencoder"), "does not fit its tokenizer.json"),
+        (configured(refine=True), "does not fit its tokenizer.json"),
+        (configured(binary=[7]), "distinct dimensions within 7"),
+        (edited(high=[float("nan")] * 6), "finite range limits"),
+        (edited(low=0.0), "finite range limits"),
+        (edited(high=[1.0] * 7), "two vectors of one length"),
+        (edited(low=["zero"] * 6), "or not a number"),
+        (edited(first_step=0.0), "positive finite step"),
+        (edited(first_step="fine"), "or not a number"),
+        (edited(active=["1" * 48] * 7), r"active: expected \[8, 48\], found \[7, 48\]"),
+        (edited(active=["2" * 48] * 8), "expected strings of 0 and 1"),
+        (edited(active=["10", "1"]), "a field is unknown, missing or not a number"),
+        (edited(calibration={"chunks": 3}), "a field is unknown, missing"),
+        (edited(sha256="0" * 64), f"{WEIGHTS_FILE}: not found"),
+    ],
+)
+def test_odd_files_are_refused(tokenizer: ActionTokenizer, tmp_path: Path, text: Edit, message: str) -> None:
+    (tmp_path / FILE_NAME).write_text(text(tokenizer.to_json()))
+    with pytest.raises(RsdError, match=message):
+        ActionTokenizer.load(tmp_path)
+
+
+def test_other_missing_or_binary_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RsdError, match="not found"):
+        ActionTokenizer.load(tmp_path)
+    (tmp_path / FILE_NAME).write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(RsdError, match="not valid JSON"):
+        ActionTokenizer.load(tmp_path)
+
+
+def test_weights_of_another_tokenizer_are_refused(chunks: np.ndarray, tmp_path: Path) -> None:
+    ActionTokenizer.fit(chunks, CONFIGS["pca"]).save(tmp_path)
+    weights = tmp_path / WEIGHTS_FILE
+    tensors = load_file(weights)
+    save_file({"matrix": tensors["matrix"].flip(0)}, weights)
+    with pytest.raises(RsdError, match="sha256 differs"):
+        ActionTokenizer.load(tmp_path)
+
+
+def test_weights_that_hold_something_else_are_refused(chunks: np.ndarray, tmp_path: Path) -> None:
+    import hashlib
+
+    ActionTokenizer.fit(chunks, CONFIGS["pca"]).save(tmp_path)
+    weights, path = tmp_path / WEIGHTS_FILE, tmp_path / FILE_NAME
+    matrix = load_file(weights)["matrix"]
+    for tensors, message in (
+        ({"matrix": matrix * float("nan")}, "matrix holds NaN"),
+        ({"matrix": matrix[:5].clone()}, "needs a matrix"),
+        ({"matrix": matrix, "more": matrix[0].clone()}, "unknown tensors more"),
+    ):
+        save_file(tensors, weights)
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}))
+        with pytest.raises(RsdError, match=message):
+            ActionTokenizer.load(tmp_path)
+    weights.write_bytes(b"no tensors at all")
+    path.write_text(json.dumps({**content, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}))
+    with pytest.raises(RsdError, match="not readable as safetensors"):
+        ActionTokenizer.load(tmp_path)
+
+
+def test_to_the_hub_and_back(chunks: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub in a folder in the place of the network."""
+    hub = tmp_path / "hub"
+
+    class Api:
+        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
+            assert private
+            assert exist_ok
+            (hub / repo_id).mkdir(parents=True)
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> None:
+            for path in Path(folder_path).iterdir():
+                (hub / repo_id / path.name).write_bytes(path.read_bytes())
+
+    def download(repo_id: str, allow_patterns: list[str]) -> str:
+        if not (hub / repo_id).exists():
+            raise OSError("no such repository")
+        assert {path.name for path in (hub / repo_id).iterdir()} <= set(allow_patterns)
+        return str(hub / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    tokenizer = ActionTokenizer.fit(chunks, CONFIGS["pca"])
+    tokenizer.push_to_hub("someone/code", private=True)
+    same(tokenizer, ActionTokenizer.from_pretrained("someone/code"), chunks)
+    same(tokenizer, ActionTokenizer.from_pretrained(hub / "someone" / "code"), chunks)
+    with pytest.raises(RsdError, match="the hub did not give it"):
+        ActionTokenizer.from_pretrained("someone/else")
+    for odd in ("no-such-folder", "./a/b", str(tmp_path / "nothing")):
+        with pytest.raises(RsdError, match="or a hub id like owner/name"):
+            ActionTokenizer.from_pretrained(odd)
