@@ -1,21 +1,31 @@
 #!/usr/bin/env bash
-# From nothing to the shipped checkpoint and its evaluation, with the settings that made it (on two GPUs). Every step
-# continues where it was interrupted. Usage: train_libero_spatial.sh [RUN_FOLDER]; GPUS, WORKERS, NUM_DEMOS and MINUTES
-# may be set; the batch is 320 chunks per GPU.
+# From nothing to a checkpoint like the shipped one and its evaluation, on one machine with a GPU. Two trainings: on the
+# expert's demonstrations, then on those and on states that the first policy led itself into (DAgger). Every step
+# continues where it was interrupted. Usage: train_libero_spatial.sh [RUN_FOLDER]; WORKERS, NUM_DEMOS, NUM_DAGGER,
+# FIRST_MINUTES and SECOND_MINUTES may be set.
 set -euo pipefail
 run=${1:-runs/libero_spatial}
-bin=${BIN:-.venv/bin}
-gpus=${GPUS:-$(nvidia-smi -L | wc -l)}
+rsd=${BIN:-.venv/bin}/rsd
 workers=${WORKERS:-$(nproc)}
 
-"$bin/rsd" demos collect --out "$run/states" --num-demos "${NUM_DEMOS:-118}" --states-only --num-workers "$workers"
-"$bin/rsd" demos render --source "$run/states" --out "$run/demos" --image-size 128 --num-workers "$workers"
-"$bin/rsd" tokenizer fit --data "$run/demos" --output "$run/tokenizer"
-"$bin/torchrun" --standalone --nproc-per-node "$gpus" -m rsd train policy --data "$run/demos" \
-    --tokenizer "$run/tokenizer" --output "$run/policy" \
-    --loop.batch-size 320 --loop.steps 100000 --loop.minutes "${MINUTES:-6.2}" --loop.save-every 500
-for decode in ar l1 rsd; do
-    "$bin/rsd" eval --policy "$run/policy/checkpoint" --decode "$decode" --num-trials 50 --num-workers "$workers" \
-        --output "$run/eval/$decode"
+render() { "$rsd" demos render --source "$run/$1_states" --out "$run/$1" --image-size 128 --every 4 --num-workers "$workers"; }
+train() { "$rsd" train policy --loop.batch-size 512 --loop.steps 100000 --loop.save-every 500 "$@"; }
+
+"$rsd" demos collect --out "$run/expert_states" --num-demos "${NUM_DEMOS:-180}" --states-only --num-workers "$workers"
+render expert
+"$rsd" tokenizer fit --data "$run/expert_states" --output "$run/tokenizer"
+train --data "$run/expert" --tokenizer "$run/tokenizer" --output "$run/first" --loop.minutes "${FIRST_MINUTES:-5}"
+
+"$rsd" demos collect --out "$run/dagger_states" --num-demos "${NUM_DAGGER:-55}" --states-only --num-workers "$workers" \
+    --policy "$run/first/checkpoint" --policy-share 0.85 --seed 101
+render dagger
+train --data "$run/expert" "$run/dagger" --init "$run/first/checkpoint" --output "$run/second" \
+    --loop.minutes "${SECOND_MINUTES:-7.2}" --loop.learning-rate 5e-4
+
+"$rsd" calibrate --policy "$run/second/checkpoint" --num-trials 20 --tried-mm 200 --epsilon-mm 100 --device cuda \
+    --num-workers "$workers" --output "$run/eval/calibration"
+for decode in ar l1 rsd-fused rsd-skip; do
+    "$rsd" eval --policy "$run/second/checkpoint" --decode "$decode" --num-trials 50 --device cuda \
+        --num-workers "$workers" --output "$run/eval/$decode"
 done
-"$bin/rsd" compare "$run"/eval/{ar,l1,rsd}
+"$rsd" compare "$run"/eval/{ar,l1,rsd-fused,rsd-skip}

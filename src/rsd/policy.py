@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration, fingertip_deviation
 from rsd.decoding.recorded import RecordedStrategy
-from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Scene, SkipRule, Stopwatch
+from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, SkipRule, Stopwatch
 from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy, in_prefill
 from rsd.json_files import read_versioned
 from rsd.models.draft import DraftConfig, DraftModel
@@ -98,8 +100,8 @@ class RsdPolicy:
         audit: bool = False,
         provenance: dict[str, Any] | None = None,
     ) -> None:
-        """skip: when `rsd-skip` leaves the main idle (never without one). audit: run the main beside every skipped
-        chunk, outside the latencies, to know how far the draft's chunk led away from it."""
+        """skip: when `rsd-skip` leaves the main idle (never without one). audit: know of every chunk how far the light
+        draft's led away from the main's; beside a skipped one the main is run for that, outside the latencies."""
         if decode not in STRATEGIES:
             raise RsdError(f"decode {decode!r}: expected one of {', '.join(STRATEGIES)}")
         if decode in LIGHT and model.light is None:
@@ -142,15 +144,25 @@ class RsdPolicy:
         The decoders with a light draft remember the chunks since `reset`; to the others every observation is new.
         """
         watch = Stopwatch(self.device)
-        with watch.stage("total"):
+        with self._forgetting_errors(), watch.stage("total"):
             with watch.stage("preprocess"):
                 scene = Scene(*self._preprocess([observation]), self._memory)
             decoded = self._strategy(self.decoder, scene, watch)
             self.decoder.check()
             actions = self._to_actions(decoded.value, decoded.gripper)
         stats = self._stats(decoded, watch)
-        stats.deviation_mm = self._deviation(scene, decoded, actions)
+        if self.audit and decoded.proposal is not None:
+            stats.deviation_mm, stats.gripper_differs = self._deviation(scene, decoded, decoded.proposal)
         return ActionChunk(actions[0], stats)
+
+    @contextmanager
+    def _forgetting_errors(self) -> Iterator[None]:
+        """What a failed prediction leaves in the memory must not reach the next one."""
+        try:
+            yield
+        except RsdError:
+            self.reset()
+            raise
 
     def _preprocess(self, observations: list[Observation]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """-> images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded instructions."""
@@ -189,22 +201,23 @@ class RsdPolicy:
             stats.accepted_levels = int(decoded.accepted_levels[0])
         return stats
 
-    def _deviation(self, scene: Scene, decoded: Decoded, actions: np.ndarray) -> float | None:
-        """How far the draft's chunk leads the fingertip away from the main's (mm), where the main's is known."""
-        proposal, main = decoded.proposal, decoded
-        if proposal is None or (decoded.prefills == 0 and not self.audit):
-            return None
-        if decoded.prefills == 0:
+    def _deviation(self, scene: Scene, decoded: Decoded, proposal: Proposal) -> tuple[float, bool]:
+        """How far the proposal leads the fingertip away from the main's chunk (mm), and whether the gripper differs.
+
+        The main's chunk is the one it gives after reading the proposal, as when it is asked.
+        """
+        main = decoded
+        if decoded.prefills == 0 or self.decode == "light":
             beside = replace(scene, memory=EpisodeMemory())
             main = in_prefill(self.decoder, beside, proposal, Stopwatch(self.device))
             self.decoder.check()
         drafted, mains = (self._to_actions(chunk.value, chunk.gripper) for chunk in (proposal, main))
-        return float(fingertip_deviation(drafted, mains)[0])
+        return float(fingertip_deviation(drafted, mains)[0]), not torch.equal(proposal.gripper, main.gripper)
 
     # checkpoint
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the checkpoint directory."""
+        """Write the checkpoint directory; a skip calibration is of one weights file, so make it anew there."""
         save_checkpoint(self.model, self.tokenizer, self.config, self.provenance, Path(directory))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> None:
@@ -245,6 +258,9 @@ class RsdPolicy:
         load_weights(model, directory / WEIGHTS_FILE)
         model.to(device)
         if decode == "rsd-skip" and skip is None:
+            if acceptance not in (None, config.acceptance) or fine not in (None, config.fine):
+                expected = f"the checkpoint's {config.acceptance} and {config.fine}"
+                raise RsdError(f"rsd-skip: calibrated with {expected}, found {acceptance} and {fine}; leave them out")
             calibration = load_calibration(directory)
             skip = SkipRule(calibration.threshold, calibration.max_skips)
         return cls(
@@ -311,7 +327,7 @@ def save_checkpoint(
         half = value.detach().half().cpu().contiguous()
         if not torch.isfinite(half).all():
             raise RsdError(f"{directory}: {name} is not finite as fp16; the training diverged, nothing was saved")
-        if name.startswith("light.") and half.ndim > 1:  # only proposes: what it gets wrong, the main corrects
+        if name.startswith("light.") and half.ndim > 1:  # a seventh of the parameters; see the README for what it moves
             weights[name], weights[name + SCALE] = quantise_rows(value.detach().float().cpu())
         else:
             weights[name] = half

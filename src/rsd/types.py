@@ -52,7 +52,8 @@ class ChunkStats:
     accepted_levels: length of the accepted prefix of levels (0 .. draft levels).
     The rest is None without a light draft. skipped: its chunk was executed and the main stayed idle. forced: the main
     had to run whatever the draft expected. expected_deviation_mm: how far its chunk would lead the fingertip away from
-    the main's, by its own estimate; deviation_mm: how far it does, known where the main ran or was run beside it.
+    the main's, by its own estimate. Known of audited chunks: deviation_mm, how far it does; gripper_differs, whether
+    any gripper symbol is another than the main's.
     latency_ms: wall time by stage (preprocess, vision, prefill, draft, verify, decode) and `total`.
     """
 
@@ -67,6 +68,7 @@ class ChunkStats:
     forced: bool | None = None
     expected_deviation_mm: float | None = None
     deviation_mm: float | None = None
+    gripper_differs: bool | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
 
 

@@ -90,6 +90,16 @@ def test_rendering_adds_images_once(config: CollectConfig, collected: list[Demon
     assert rendered.images.std() > 10.0
     np.testing.assert_array_equal(rendered.actions, collected[0].actions)
 
+    with pytest.raises(RsdError, match=r"32 px of every 1. step, asked for were 32 px of every 16. step"):
+        render(replace(job, every=16))
+    sparse = tmp_path / "sparse"
+    assert render(replace(job, out=sparse, every=16)) == {NAME: 1}
+    (few,) = load_demonstrations(sparse)
+    assert few.images is not None
+    np.testing.assert_array_equal(few.images, rendered.images[::16])
+    np.testing.assert_array_equal(few.labels, rendered.labels)
+    assert few.image_every == 16
+
 
 def test_rendered_images_are_those_of_a_live_recording_but_for_one_substep() -> None:
     env = LiberoEnv("libero_spatial", 0, image_size=64)

@@ -10,11 +10,11 @@ from scripted import SCRIPTED, episode
 
 from rsd.decoding.calibration import FILE_NAME, SkipCalibration
 from rsd.evaluation.backend import describe_checkpoint, rsd_policy
-from rsd.evaluation.calibrate import SCORE, CalibrateConfig, calibrate, chunk_stat
+from rsd.evaluation.calibrate import SCORE, CalibrateConfig, calibrate, chunk_stat, deviations, fit
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, read_episodes
-from rsd.policy import WEIGHTS_FILE, PolicyConfig, RsdModel, RsdPolicy, weights_hash
+from rsd.policy import PolicyConfig, RsdModel, RsdPolicy, weights_hash
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
 
@@ -45,6 +45,7 @@ def config(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Calibr
         alpha=0.3,
         delta=0.3,
         epsilon_mm=10_000.0,
+        tried_mm=10_000.0,
         max_skips=2,
         num_workers="2",
         output=tmp_path_factory.mktemp("rollouts"),
@@ -74,22 +75,50 @@ def test_a_calibration_is_written_used_and_checked(checkpoint: Path, config: Cal
         assert len(chunk_stat(result, "deviation_mm")) == result.chunks
     assert any(sum(chunk_stat(r, "skipped")) for r in read_episodes(tmp_path / EPISODES_FILE).values())
 
-    weights = checkpoint / WEIGHTS_FILE
     mine = calibration.weights_sha256
     replace(calibration, weights_sha256="0" * 64).save(checkpoint)
     with pytest.raises(RsdError, match="skip calibration: made for weights 000000000000, found"):
         RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")
     replace(calibration, weights_sha256=mine).save(checkpoint)
-    assert weights.is_file()
 
 
 def test_other_promises_need_no_new_rollouts(config: CalibrateConfig, checkpoint: Path) -> None:
-    rolled = calibrate(replace(config, tried_mm=10_000.0), BACKEND)
+    rolled = calibrate(config, BACKEND)
     lines = (config.output / EPISODES_FILE).read_text()
-    strict = calibrate(replace(config, tried_mm=10_000.0, epsilon_mm=1e-6), BACKEND)
+    strict = calibrate(replace(config, epsilon_mm=1e-6), BACKEND)
     assert (config.output / EPISODES_FILE).read_text() == lines
     assert strict.threshold == 0 < rolled.threshold
     rolled.save(checkpoint)
+
+
+def test_a_wrong_promise_is_refused_before_any_rollout(config: CalibrateConfig, tmp_path: Path) -> None:
+    for change in ({"alpha": 1.5}, {"max_skips": 0}, {"test": "t"}):
+        with pytest.raises(RsdError, match="skip calibration: expected"):
+            calibrate(replace(config, output=tmp_path / "none", **change), BACKEND)
+    with pytest.raises(RsdError, match="expected a checkpoint directory to write into, found 'some/body'"):
+        calibrate(replace(config, policy="some/body"), BACKEND)
+    assert not (tmp_path / "none").exists()
+
+
+def test_tasks_of_little_risk_do_not_vouch_for_the_others() -> None:
+    """Task after task, betting would promise what a random order does not (true mean risk 0.25, promised 0.1)."""
+    rollouts = [
+        episode(
+            task_id=task,
+            init_state=trial,
+            chunks=1,
+            chunk_stats={SCORE: [1.0], "deviation_mm": [100.0 if task >= 15 else 0.0], "forced": [0.0]},
+        )
+        for task in range(20)
+        for trial in range(10)
+    ]
+    calibration = fit(rollouts, CalibrateConfig(epsilon_mm=50.0), "0" * 64)
+    assert calibration.threshold == 0.0
+
+
+def test_another_gripper_symbol_is_a_deviation() -> None:
+    stats = {"deviation_mm": [1.0, 2.0], "gripper_differs": [0.0, 1.0]}
+    assert deviations(episode(chunks=2, chunk_stats=stats)).tolist() == [1.0, 1e6]
 
 
 def test_rollouts_without_the_statistics_are_refused() -> None:

@@ -147,7 +147,7 @@ def check_names(config: EvalConfig) -> None:
     import torch
 
     from rsd.decoding.acceptance import acceptance_rule
-    from rsd.decoding.strategies import STRATEGIES
+    from rsd.decoding.strategies import LIGHT, STRATEGIES
     from rsd.models.openvla_loading import is_openvla
     from rsd.openvla.engine import DECODERS
     from rsd.tokenizer.rfsq import RfsqConfig
@@ -157,8 +157,10 @@ def check_names(config: EvalConfig) -> None:
         check_choice("--decode", config.decode, DECODERS if local.is_dir() and is_openvla(local) else STRATEGIES)
     if config.acceptance != "default" and not config.decode.startswith("rsd"):
         raise UsageError(f"--acceptance {config.acceptance}: --decode {config.decode} accepts nothing, only rsd does")
-    if (config.audit or config.skip_threshold_mm >= 0) and config.decode != "rsd-skip":
-        raise UsageError(f"--audit and --skip-threshold-mm are of --decode rsd-skip, found --decode {config.decode}")
+    if config.skip_threshold_mm >= 0 and config.decode != "rsd-skip":
+        raise UsageError(f"--skip-threshold-mm is of --decode rsd-skip, found --decode {config.decode}")
+    if config.audit and config.decode not in LIGHT:
+        raise UsageError(f"--audit is of the light draft, of --decode {', '.join(LIGHT)}; found {config.decode}")
     try:
         if config.acceptance != "default":
             acceptance_rule(config.acceptance, RfsqConfig())

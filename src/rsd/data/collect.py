@@ -77,6 +77,8 @@ class CollectConfig:
     policy: str = ""
     """Checkpoint directory or hub id: this policy drives part of each episode and the expert labels every state
     (DAgger). Recorded images must have the policy's size."""
+    policy_decode: str = "rsd-fused"
+    """With `policy`: how it decodes; the states that `rsd-skip` leads into are its own."""
     policy_share: float = 0.8
     """With `policy`: mean share of the chunks it drives before the expert takes over for good; each episode draws its
     own share around it and the step of the handover."""
@@ -218,24 +220,24 @@ def collect(config: CollectConfig) -> dict[str, int]:
         return {names[task]: _merge(config, task) for task in tasks}
 
 
-_policy: tuple[str, Policy] | None = None
+_policy: tuple[tuple[str, str], Policy] | None = None
 
 
-def worker_policy(name: str) -> Policy:
+def worker_policy(name: str, decode: str) -> Policy:
     """The policy of this worker process, loaded once; one thread, as there is a worker per core."""
     global _policy
-    if _policy is None or _policy[0] != name:
+    if _policy is None or _policy[0] != (name, decode):
         import torch
 
         from rsd.policy import RsdPolicy
 
         torch.set_num_threads(1)
-        _policy = (name, RsdPolicy.from_pretrained(name))
+        _policy = ((name, decode), RsdPolicy.from_pretrained(name, decode=decode))
     return _policy[1]
 
 
 def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> int:
-    policy = worker_policy(config.policy) if config.policy else None
+    policy = worker_policy(config.policy, config.policy_decode) if config.policy else None
     size = policy.image_size if policy is not None else config.image_size
     env = worker_environment(config.suite, task_id, size, cameras=policy is not None or not config.states_only)
     folder = config.out / PARTS / env.task.name
@@ -287,20 +289,22 @@ def settings(config: CollectConfig) -> dict[str, Any]:
     if config.states_only:
         del everything["image_size"]
     if config.policy:  # its path may come to hold another one
-        from rsd.policy import checkpoint_hash
+        from rsd.policy import checkpoint_hash, load_calibration, locate_checkpoint
 
         everything["policy_sha256"] = checkpoint_hash(config.policy)
+        if config.policy_decode == "rsd-skip":
+            everything["skip_calibration"] = load_calibration(locate_checkpoint(config.policy)).to_json()
     return _that_matter(dict(json.loads(json.dumps(everything))))
 
 
 def _that_matter(everything: dict[str, Any]) -> dict[str, Any]:
     """Without a policy, how much it would have driven does not matter."""
-    unused = () if everything.get("policy") else ("policy", "policy_share")
+    unused = () if everything.get("policy") else ("policy", "policy_decode", "policy_share")
     return {key: value for key, value in everything.items() if key not in unused}
 
 
 def _check_policy(config: CollectConfig) -> None:
-    size = worker_policy(config.policy).image_size
+    size = worker_policy(config.policy, config.policy_decode).image_size
     if not config.states_only and config.image_size != size:
         raise RsdError(f"collect: the policy {config.policy} needs images of {size} px, found {config.image_size} px")
 

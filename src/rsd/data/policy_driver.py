@@ -46,6 +46,8 @@ class PolicyDriver:
         """Clean action [7] -> executed action [7]; `strength` scales the noise, not the policy."""
         if not self._queue:
             policy_drives = self.rng.random() < self.share and self.steps < self.handover
+            if not policy_drives:
+                self.policy.reset()  # what it remembers is of before the expert's chunk
             self._queue.extend(self._predict() if policy_drives else [None] * CHUNK_SIZE)
         driven = self._queue.popleft()
         self.steps += 1

@@ -84,7 +84,7 @@ class SkipCalibration:
                 raise RsdError(f"skip calibration: expected {field.name} as {field.type}, found {value!r}")
             if field.type != "str" and not 0 <= value < math.inf:
                 raise RsdError(f"skip calibration: expected a finite {field.name} >= 0, found {value}")
-        _check_settings(self.alpha, self.delta, self.epsilon_mm, self.max_skips, self.loss, self.test)
+        check_promise(self.alpha, self.delta, self.epsilon_mm, self.max_skips, self.loss, self.test)
         for name in ("p_value", "empirical_risk", "skip_share"):
             if getattr(self, name) > 1.0:
                 raise RsdError(f"skip calibration: expected {name} in [0, 1], found {getattr(self, name)}")
@@ -158,7 +158,7 @@ def fit_threshold(
     episodes to promise anything, even had none deviated, are an error that says how many it takes.
     """
     test = test or TESTS.get(loss, ("",))[0]
-    _check_settings(alpha, delta, epsilon_mm, max_skips, loss, test)
+    check_promise(alpha, delta, epsilon_mm, max_skips, loss, test)
     _check_episodes(scores, deviations, forced)
     n, needed = len(scores), episodes_needed(alpha, delta, test)
     if n < needed:
@@ -288,7 +288,7 @@ def _pad(rows: Sequence[NDArray[Any]], fill: float | bool) -> NDArray[Any]:
     return out
 
 
-def _check_settings(
+def check_promise(
     alpha: float, delta: float, epsilon_mm: float, max_skips: int, loss: str, test: str
 ) -> None:
     if not (0.0 < alpha < 1.0 and 0.0 < delta < 1.0 and 0.0 < epsilon_mm < math.inf):

@@ -87,7 +87,9 @@ class RecordedStrategy:
         self, key: str, decoder: Decoder, inputs: Sequence[Tensor], call: Callable[[Sequence[Tensor]], Any]
     ) -> Any:
         if key not in self._recordings:
+            pending, decoder.checks = decoder.checks, []  # of a call before this one: not part of the recording
             self._recordings[key] = Recording(lambda x: (call(x), sound(decoder)), inputs)
+            decoder.checks = pending
         result, finite = self._recordings[key](inputs)
         decoder.checks.append(finite)
         return result

@@ -29,7 +29,8 @@ def betting(losses: Floats, risk: float, delta: float) -> Floats:
     A gambler bets on losses below the risk, loss by loss in their given order; if the risk were true, his capital
     would be a supermartingale and its largest value c have P(c >= 1 / p) <= p (Ville). Bets follow the variance so
     far, which is where a test wins that Hoeffding and Bentkus, who see the mean alone, do not (Waudby-Smith and
-    Ramdas, arXiv 2010.09686, section 4). The order must not depend on the losses.
+    Ramdas, arXiv 2010.09686, section 4). The episodes have to come in an exchangeable
+    order, a random permutation: kind after kind, the kinds of little risk would vouch for the others.
     """
     n = losses.shape[-1]
     seen = np.arange(1, n + 1)

@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
-from rsd.decoding.calibration import SkipCalibration, fit_threshold
-from rsd.evaluation.backend import LIBERO, Backend
+from rsd.decoding.calibration import SkipCalibration, check_promise, fit_threshold
+from rsd.evaluation.backend import LIBERO, Backend, describe_checkpoint
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.failures import WatchedLibero
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
-from rsd.policy import locate_checkpoint, weights_hash
+from rsd.policy import weights_hash
 from rsd.types import RsdError
 
 SCORE = "expected_deviation_mm"
+FAR = 1e6  # mm
 FIRST_PLACEMENT = 1_000_000  # placement seeds of the calibration: one a trial
 
 
@@ -41,13 +43,14 @@ class CalibrateConfig:
     """Promised risk: mean share of an episode's executed draft chunks that deviate."""
     delta: float = 0.1
     """The promise holds with confidence 1 - delta over the draw of the rollouts."""
-    epsilon_mm: float = 60.0
+    epsilon_mm: float = 100.0
     """A draft chunk deviates if its commands lead the fingertip further than this away from the main's. The arm follows
     about a quarter of what is commanded."""
     max_skips: int = 4
     """Chunks in a row without the main, at most."""
-    tried_mm: float = -1.0
-    """Threshold of the rollouts; -1 takes epsilon_mm. Best near the one that comes out."""
+    tried_mm: float = 200.0
+    """Threshold of the rollouts. The promise is about episodes that skip as these do: run again, in another folder,
+    with the threshold that came out if it skips much more or less often."""
     test: str = "betting"
     """Test behind the promise: betting (arXiv 2010.09686) or hoeffding-bentkus."""
     device: str = "cpu"
@@ -76,19 +79,28 @@ def unlimited(suite: str, task_id: int) -> int:
     return 10**6
 
 
-PLACEMENTS: Backend = replace(LIBERO, make_env=placement_env, count_init_states=unlimited)
+def describe(config: EvalConfig) -> dict[str, Any]:
+    return {**describe_checkpoint(config), "initial_states": f"random placements from seed {FIRST_PLACEMENT}"}
+
+
+PLACEMENTS: Backend = replace(
+    LIBERO, make_env=placement_env, count_init_states=unlimited, describe_policy=describe
+)
 
 
 def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCalibration:
     """Rollouts, fit, table; writes the calibration into the checkpoint directory."""
-    directory, sha256 = locate_checkpoint(config.policy), weights_hash(config.policy)
-    tried = config.epsilon_mm if config.tried_mm < 0 else config.tried_mm
+    directory = Path(config.policy)
+    if not directory.is_dir():
+        raise RsdError(f"calibrate: expected a checkpoint directory to write into, found {config.policy!r}")
+    sha256 = weights_hash(directory)
+    check_promise(config.alpha, config.delta, config.epsilon_mm, config.max_skips, "share", config.test)
     rollouts = EvalConfig(
         task_suite=config.task_suite,
         num_trials=config.num_trials,
         policy=config.policy,
         decode="rsd-skip",
-        skip_threshold_mm=tried,
+        skip_threshold_mm=config.tried_mm,
         max_skips=config.max_skips,
         audit=True,
         seed=config.seed,
@@ -116,12 +128,13 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
 
 def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str) -> SkipCalibration:
     """Audited rollouts -> the calibration."""
-    ordered = sorted(episodes, key=lambda episode: episode.key)  # betting: an order that no loss decided
-    columns = {name: [np.array(chunk_stat(e, name)) for e in ordered] for name in (SCORE, "deviation_mm", "forced")}
+    ordered = sorted(episodes, key=lambda episode: episode.key)
+    # the betting test needs exchangeable episodes: task after task, tasks that are easy would vouch for the others
+    ordered = [ordered[i] for i in np.random.default_rng(config.seed).permutation(len(ordered))]
     return fit_threshold(
-        columns[SCORE],
-        columns["deviation_mm"],
-        forced=[flags.astype(bool) for flags in columns["forced"]],
+        [np.array(chunk_stat(episode, SCORE)) for episode in ordered],
+        [deviations(episode) for episode in ordered],
+        forced=[np.array(chunk_stat(episode, "forced")).astype(bool) for episode in ordered],
         alpha=config.alpha,
         delta=config.delta,
         epsilon_mm=config.epsilon_mm,
@@ -130,6 +143,14 @@ def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str)
         weights_sha256=sha256,
         test=config.test,
     )
+
+
+def deviations(episode: EpisodeResult) -> NDArray[np.float64]:
+    """mm by chunk; another gripper symbol than the main's is further than any epsilon."""
+    apart = np.array(chunk_stat(episode, "deviation_mm"))
+    if "gripper_differs" in episode.chunk_stats:  # not recorded by the first audits
+        apart = np.where(np.array(chunk_stat(episode, "gripper_differs")) > 0, FAR, apart)
+    return apart
 
 
 def chunk_stat(episode: EpisodeResult, name: str) -> list[float]:

@@ -50,7 +50,8 @@ class EvalConfig:
     max_skips: int = 4
     """For rsd-skip with a threshold of its own: chunks in a row without the main, at most."""
     audit: bool = False
-    """For rsd-skip: run the main beside every skipped chunk (not timed), to report the realised risk."""
+    """With a light draft: record how far its chunks lead away from the main's; for that the main is run beside every
+    skipped chunk (not timed), and the realised risk is known."""
     device: str = "cpu"
     """Where the policy runs: cpu, cuda, cuda:1."""
     num_workers: str = "auto"
@@ -80,6 +81,10 @@ class EvalConfig:
                 raise OptionError(f"{option(name)} {value}: expected at least {minimum}")
         if self.videos not in ("none", "failures", "all"):
             raise OptionError(f"--videos '{self.videos}': expected one of none, failures, all")
+        if not (self.skip_threshold_mm >= 0 or self.skip_threshold_mm == -1) or self.max_skips < 1:
+            raise OptionError("--skip-threshold-mm: expected a number >= 0, or -1; --max-skips: expected at least 1")
+        if self.skip_threshold_mm < 0 and self.max_skips != EvalConfig.max_skips:
+            raise OptionError("--max-skips: the calibration has its own; give a --skip-threshold-mm with it")
         if self.num_workers != "auto" and not (self.num_workers.isdecimal() and int(self.num_workers) > 0):
             raise OptionError(f"--num-workers '{self.num_workers}': expected auto or a number of at least 1")
         if self.launcher not in ("local", "ray"):

@@ -57,6 +57,10 @@ class LatencyConfig:
         for name in self.decode:
             if name not in STRATEGIES:
                 raise RsdError(f"--decode '{name}': expected some of {', '.join(STRATEGIES)}")
+        if "rsd-skip" in self.decode:
+            raise RsdError(
+                "--decode rsd-skip: when it skips depends on the episode; time it in one: rsd eval --num-workers 1"
+            )
         if len(set(self.decode)) < len(self.decode):
             raise RsdError(f"--decode {' '.join(self.decode)}: expected each decoder once")
         if min(self.rounds, self.num_tasks) < 1 or self.warmup < 0 or self.threads < 0 or not self.decode:

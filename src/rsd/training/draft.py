@@ -52,8 +52,11 @@ def train_draft(config: TrainDraftConfig) -> Path:
     training, held_out = split(load_folders(config.data), config.validation_every)
     dataset = FrameDataset(training, tokenizer.config.horizon, device)
     model = RsdModel(policy, tokenizer)
-    model.main.load_state_dict(source.model.main.state_dict())
-    model.to(device).main.requires_grad_(False)
+    fresh = {name: value for name, value in model.state_dict().items() if name.startswith("draft.")}
+    kept = {name: value for name, value in source.model.state_dict().items() if not name.startswith("draft.")}
+    model.load_state_dict({**fresh, **kept})
+    model.to(device).requires_grad_(False)
+    model.draft.requires_grad_(True)
     code = Rfsq(model.main.code)
 
     def losses() -> dict[str, Tensor]:
