@@ -79,7 +79,7 @@ def test_another_run_in_the_directory_is_kept_unless_overwritten(config: EvalCon
     small = replace(config, num_trials=1, tasks="0")
     run(small)
     other = replace(small, decode="ar")
-    with pytest.raises(RsdError, match=r"decode 'rsd' there, 'ar' here.*--output.*--overwrite"):
+    with pytest.raises(RsdError, match=r"decode 'rsd-fused' there, 'ar' here.*--output.*--overwrite"):
         run(other)
     bystander = config.output_dir / "notes.txt"
     bystander.write_text("keep me")

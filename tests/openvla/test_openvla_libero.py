@@ -50,7 +50,7 @@ def test_what_an_openvla_directory_cannot_do_is_refused(tmp_path: Path, capsys: 
     command = ["eval", "--policy", str(directory), "--num-trials", "1", "--tasks", "0", "--num-workers", "1"]
     output = ["--output", str(tmp_path / "run")]
     assert dispatch([*command, *output, "--use-speculative-decoding", "True"]) == 2
-    assert "--decode 'rsd': expected one of ar, l1, discrete" in capsys.readouterr().err
+    assert "--decode 'rsd-fused': expected one of ar, l1, discrete" in capsys.readouterr().err
     assert dispatch([*command, *output, "--task-suite", "libero_goal"]) == 1  # `ar`, as its files say
     assert "no statistics of 'libero_goal'" in capsys.readouterr().err
     assert dispatch([*command, *output, "--decode", "l1"]) == 1

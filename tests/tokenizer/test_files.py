@@ -16,7 +16,7 @@ from rsd.tokenizer.files import WEIGHTS_FILE
 from rsd.tokenizer.learned import LearnConfig
 from rsd.types import RsdError
 
-SHIPPED = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
+FORMAT_1 = Path(__file__).parents[1] / "fixtures" / "tokenizer"  # of the first checkpoint
 LEARN = LearnConfig(hidden=16, steps=3)
 CONFIGS = {
     "default": TokenizerConfig(),
@@ -64,10 +64,10 @@ def test_saving_leaves_no_weights_of_another_tokenizer(chunks: np.ndarray, tmp_p
     ActionTokenizer.load(tmp_path)
 
 
-def test_the_shipped_file_is_format_1_and_means_what_it_says(chunks: np.ndarray, tmp_path: Path) -> None:
-    content = json.loads((SHIPPED / FILE_NAME).read_text())
+def test_a_file_of_format_1_means_what_it_says(chunks: np.ndarray, tmp_path: Path) -> None:
+    content = json.loads((FORMAT_1 / FILE_NAME).read_text())
     assert content["format_version"] == 1
-    tokenizer = ActionTokenizer.load(SHIPPED)
+    tokenizer = ActionTokenizer.load(FORMAT_1)
     assert tokenizer.config == TokenizerConfig(**content["config"])
     assert tokenizer.low.tolist() == content["low"]
     assert tokenizer.high.tolist() == content["high"]

@@ -128,9 +128,12 @@ def disk(directory: Path) -> Check:
 
 def checkpoint_files(policy: str) -> Check:
     """Files are there and belong together (hashes), the configuration is readable."""
+    from rsd.openvla.policy import fingerprint, locate_openvla
     from rsd.policy import _read_config, checkpoint_hash, locate_checkpoint
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
+    if (openvla := locate_openvla(policy)) is not None:
+        return Check("checkpoint files", "ok", f"{openvla}, OpenVLA's format, fingerprint {fingerprint(openvla)[:12]}")
     directory = locate_checkpoint(policy)
     _read_config(directory)
     ActionTokenizer.load(directory)
@@ -168,8 +171,13 @@ def render_frame() -> Check:
 
 def load_and_predict(policy_name: str, device_name: str, keep: list[RsdPolicy]) -> Check:
     """Weights load strictly, a prediction is finite, and the policy looks at its images."""
+    from rsd.openvla.policy import OpenVlaPolicy, locate_openvla
+    from rsd.openvla.selftest import image_self_test
     from rsd.policy import RsdPolicy
 
+    if (openvla := locate_openvla(policy_name)) is not None:
+        test = image_self_test(OpenVlaPolicy.from_pretrained(openvla, device=device_name))
+        return Check("policy", "ok" if test.passed else "fail", str(test))
     policy = RsdPolicy.from_pretrained(policy_name, device=device_name)
     keep.append(policy)
     dark, light = (policy.predict(blank(policy.image_size, value)) for value in (0, 255))
