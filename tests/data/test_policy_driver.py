@@ -30,9 +30,10 @@ class ScriptedPolicy:
 
     def __init__(self) -> None:
         self.seen: list[Observation] = []
+        self.resets = 0
 
     def reset(self) -> None:
-        pass
+        self.resets += 1
 
     def predict(self, observation: Observation) -> ActionChunk:
         self.seen.append(observation)
@@ -69,3 +70,9 @@ def test_a_share_between_mixes_chunks() -> None:
     actions, _, policy = executed(share=0.5, handover=10_000, steps=800)
     assert 30 < len(policy.seen) < 70
     assert ((actions[:, 1] == -1.0).sum() == 800 - 8 * len(policy.seen)).all()
+
+
+def test_what_the_policy_remembers_ends_with_a_chunk_of_the_experts() -> None:
+    assert executed(share=1.0, handover=100, steps=32)[2].resets == 1  # at the start
+    _, _, policy = executed(share=0.5, handover=1000, steps=80)
+    assert policy.resets == 1 + 10 - len(policy.seen)  # and at every chunk that it did not drive
