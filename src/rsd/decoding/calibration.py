@@ -50,6 +50,11 @@ Bools = NDArray[np.bool_]
 Chunks = TypeVar("Chunks", torch.Tensor, NDArray[np.floating])
 
 
+def may_rest(score: float, threshold: float, skipped: int, max_skips: int, forced: bool) -> bool:
+    """The decision for one chunk, after `skipped` ones in a row without the main. A NaN score never may."""
+    return bool(score < threshold and skipped < max_skips and not forced)
+
+
 @dataclass(frozen=True)
 class SkipCalibration:
     """When the main may rest, and what was promised for it.
@@ -93,7 +98,7 @@ class SkipCalibration:
 
     def allows(self, score: float, skipped: int, forced: bool = False) -> bool:
         """May this chunk go without the main, after `skipped` ones in a row that did? NaN never may."""
-        return bool(score < self.threshold and skipped < self.max_skips and not forced)
+        return may_rest(score, self.threshold, skipped, self.max_skips, forced)
 
     def check_belongs(self, weights_sha256: str) -> None:
         """Raise unless calibrated for these weights: other weights have other scores."""

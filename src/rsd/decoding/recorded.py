@@ -72,7 +72,7 @@ class RecordedStrategy:
             decoded, memory = self._replay(
                 "main", decoder, [*seen(scene), proposal.motion, proposal.gripper], lambda x: fused(decoder, x)
             )
-        scene.memory.main, scene.memory.skipped, scene.memory.gripper = memory, 0, decoded.gripper[:, -1]
+        scene.memory.renew(memory, decoded.gripper)
         decoded.proposal = proposal
         return Decoded(proposal.value, proposal.gripper, proposal=proposal) if self.name == "light" else decoded
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rsd.decoding.acceptance import AcceptanceRule
+from rsd.decoding.calibration import may_rest
 from rsd.models.draft import DraftModel
 from rsd.models.light_draft import LightDraft, Memory
 from rsd.models.main import MainModel
@@ -49,6 +50,10 @@ class EpisodeMemory:
     main: Memory | None = None
     skipped: int = 0
     gripper: Tensor | None = None
+
+    def renew(self, main: Memory | None, gripper: Tensor) -> None:
+        """The main has run: its view, and the gripper symbols [B, H] of the chunk to be executed."""
+        self.main, self.skipped, self.gripper = main, 0, gripper[:, -1]
 
 
 @dataclass
@@ -108,9 +113,9 @@ class SkipRule:
     def may_skip(self, memory: EpisodeMemory, proposal: Proposal) -> bool:
         """Whether the proposal may be executed as it is (one observation); notes on it whether it was free to."""
         proposal.forced = self.must_look(memory, proposal)
-        free = not proposal.forced and memory.skipped < self.max_skips
-        # as double precision numbers: the calibration compares these very values
-        return free and float(proposal.expected_deviation_mm.max()) < self.threshold_mm
+        # as a double precision number: the calibration compares these very values
+        score = float(proposal.expected_deviation_mm.max())
+        return may_rest(score, self.threshold_mm, memory.skipped, self.max_skips, proposal.forced)
 
     def must_look(self, memory: EpisodeMemory, proposal: Proposal) -> bool:
         """At an episode's start, and where the gripper is to switch."""

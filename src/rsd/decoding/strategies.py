@@ -149,8 +149,7 @@ def in_prefill(decoder: Decoder, scene: Scene, proposal: Proposal, watch: Stopwa
         decoded.accepted_gripper, decoded.proposal = proposal.gripper == gripper, proposal
     if decoder.light is not None:
         with watch.stage("draft"):
-            scene.memory.main = decoder.light.remember(cache, prefix.shape[1] + main.horizon)
-            scene.memory.skipped, scene.memory.gripper = 0, gripper[:, -1]
+            scene.memory.renew(decoder.light.remember(cache, prefix.shape[1] + main.horizon), gripper)
     return decoded
 
 

@@ -159,19 +159,23 @@ class MainModel(nn.Module):
 
         prefixes: what n blocks are told, each [B, H*M] in first steps; gripper int [B, H], needed if n > 0.
         """
-        batch, length = prefix.shape[:2]
-        nothing = torch.zeros(batch, self.horizon * self.motion_dim, device=prefix.device)
-        queries = self.block(nothing.unsqueeze(1), None, 1)
-        if prefixes:
-            queries = torch.cat([queries, self.block(torch.stack(prefixes, dim=1), gripper, 2)], dim=1)
+        length, queries = prefix.shape[1], self._queries(prefix, prefixes, gripper)
+        total = length + queries.shape[1]
+        mask = torch.ones(total, total, dtype=torch.bool, device=prefix.device)
         # the prefix does not see the queries: its cache is the same for all decoders
-        sees_all = torch.zeros(length, queries.shape[1], dtype=torch.bool, device=prefix.device)
-        below = torch.ones(queries.shape[1], length, dtype=torch.bool, device=prefix.device)
-        right = torch.cat([sees_all, self._block_mask(1 + len(prefixes), prefix.device)])
-        left = torch.cat([torch.ones(length, length, dtype=torch.bool, device=prefix.device), below])
+        mask[:length, length:] = False
+        mask[length:, length:] = self._block_mask(1 + len(prefixes), prefix.device)
         cache = KVCache()
-        hidden = self.trunk(torch.cat([prefix, queries.to(prefix.dtype)], dim=1), cache, torch.cat([left, right], 1))
+        hidden = self.trunk(torch.cat([prefix, queries.to(prefix.dtype)], dim=1), cache, mask)
         return list(hidden[:, length:].split(self.horizon, dim=1)), cache
+
+    def _queries(self, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor | None) -> Tensor:
+        """Query positions of the blocks 1..n+1 [B, (n+1)*H, D]; the first is told nothing."""
+        nothing = torch.zeros(len(prefix), 1, self.horizon * self.motion_dim, device=prefix.device)
+        queries = self.block(nothing, None, 1)
+        if not prefixes:
+            return queries
+        return torch.cat([queries, self.block(torch.stack(prefixes, dim=1), gripper, 2)], dim=1)
 
     def _block_mask(self, blocks: int, device: torch.device) -> Tensor:
         """bool [n*H, n*H], True = may attend: causal across blocks, full within one."""

@@ -53,26 +53,14 @@ class OpenVlaMain(MainModel):
         given = None if self.openvla.proprio_projector is None else state
         return self.openvla.embed_prefix(self.openvla.embed_images(images), text[0], given)
 
-    def prefill(self, prefix: Tensor) -> tuple[Tensor, KVCache]:
-        """prefix [B, N, D] -> features of block 1 [B, H, D] and the cache, with room for all levels."""
-        (features,), cache = self.prefill_blocks(prefix, [], None)
-        return features, cache
-
     def prefill_blocks(
         self, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor | None
     ) -> tuple[list[Tensor], KVCache]:
-        """`prefill` and `extend` from level 2 on in ONE pass: features of the blocks 1..n+1, and the cache.
-
-        prefixes: what n blocks are told, each [B, H*M] in first steps; gripper int [B, H], needed if n > 0.
-        """
-        batch, length = prefix.shape[:2]
-        nothing = torch.zeros(batch, self.horizon * self.motion_dim, device=prefix.device)
-        queries = self.block(nothing.unsqueeze(1), None, 1)
+        """`MainModel.prefill_blocks`; the cache has room for all levels."""
+        (batch, length), queries = prefix.shape[:2], self._queries(prefix, prefixes, gripper)
         mask = None
         if prefixes:
-            queries = torch.cat([queries, self.block(torch.stack(prefixes, dim=1), gripper, 2)], dim=1)
-            blocks = torch.ones(1 + len(prefixes), 1 + len(prefixes), dtype=torch.bool, device=prefix.device).tril()
-            own = blocks.repeat_interleave(self.horizon, 0).repeat_interleave(self.horizon, 1)
+            own = self._block_mask(1 + len(prefixes), prefix.device)
             mask = torch.cat([own.new_ones(len(own), length), own], dim=1)
         llama = self.openvla.language_model
         cache = llama.new_cache(batch, length + self.horizon * self.code.levels)
