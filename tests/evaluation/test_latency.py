@@ -6,11 +6,13 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from rsd.evaluation import latency
+from rsd.evaluation import latency, scaling
 from rsd.evaluation.latency import LatencyConfig, LatencyRecord, latency_table, measure_latency
+from rsd.evaluation.scaling import RESTING, ScalingConfig, ScalingRecord, measure_scaling
 from rsd.policy import RsdPolicy
 from rsd.types import Observation, RsdError
 
@@ -35,14 +37,13 @@ def test_impossible_settings_are_refused(bad: dict[str, object]) -> None:
         LatencyConfig(**bad)  # type: ignore[arg-type]
 
 
+def one_observation(suite: str, tasks: int, policy: RsdPolicy) -> list[Observation]:
+    images = np.full((2, policy.image_size, policy.image_size, 3), 90, np.uint8)
+    state = np.array([-0.2, 0, 1.17, 3.14, 0, 0, 0.04, -0.04], np.float32)
+    return [Observation(images, state, "pick up the black bowl")]
+
+
 def test_every_decoder_is_timed_equally_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_observation(suite: str, tasks: int, policy: RsdPolicy) -> list[Observation]:
-        import numpy as np
-
-        images = np.full((2, policy.image_size, policy.image_size, 3), 90, np.uint8)
-        state = np.array([-0.2, 0, 1.17, 3.14, 0, 0, 0.04, -0.04], np.float32)
-        return [Observation(images, state, "pick up the black bowl")]
-
     monkeypatch.setattr(latency, "observations", one_observation)
     checkpoint = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
     output = tmp_path / "latency.json"
@@ -55,3 +56,25 @@ def test_every_decoder_is_timed_equally_often(tmp_path: Path, monkeypatch: pytes
     for by_stage in record.milliseconds.values():
         parts = [sum(values[i] for stage, values in by_stage.items() if stage != "total") for i in range(2)]
         assert all(0 < part <= total * 1.01 for part, total in zip(parts, by_stage["total"], strict=True))
+    # one pass and its light draft do more than one pass, and less than eight
+    assert record.work["l1"]["flops"] < record.work["rsd-fused"]["flops"] < record.work["ar"]["flops"]
+    assert record.work["l1"]["weight_bytes"] < record.work["rsd"]["weight_bytes"] < record.work["ar"]["weight_bytes"]
+    assert all(ideal > 0 for ideal in record.ideal_ms().values())
+
+
+def test_a_larger_main_takes_longer_and_its_draft_does_not_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "observations", one_observation)
+    checkpoint, output = Path(__file__).parents[2] / "checkpoints" / "libero_spatial", tmp_path / "scaling.json"
+    config = ScalingConfig(str(checkpoint), sizes=("10M", "32M"), rounds=3, warmup=1, output=output)
+    record = measure_scaling(config)
+    small, large = record.sizes.values()
+    assert 9e6 < small.parameters < 11e6 < 30e6 < large.parameters < 35e6
+    assert large.p50("ar") > small.p50("ar")
+    assert large.p50(RESTING) < large.p50("l1")
+    assert large.skipping(1.0) == large.p50(RESTING) < large.skipping(0.5) < large.skipping(0.0)
+    stored = ScalingRecord.from_json(json.loads(output.read_text()))
+    assert stored.sizes["32M"].milliseconds == large.milliseconds
+    with pytest.raises(RsdError, match="expected some of 10M"):
+        ScalingConfig(sizes=("7B",))

@@ -162,6 +162,18 @@ def test_training_from_a_checkpoint_starts_with_its_weights(
         train_policy(replace(still, policy=other, output=tmp_path / "other"))
 
 
+def test_what_matches_is_taken_over_from_a_checkpoint_of_another_size(
+    trained: Path, config: TrainPolicyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deeper = replace(config.policy, main=replace(config.policy.main, layers=config.policy.main.layers + 1))
+    again = replace(config, init=str(trained), init_matching=True, policy=deeper, output=tmp_path / "deeper")
+    grown = RsdPolicy.from_pretrained(train_policy(replace(again, loop=replace(LOOP, steps=0)))).model.state_dict()
+    source = RsdPolicy.from_pretrained(trained).model.state_dict()
+    assert all(torch.equal(grown[name], value) for name, value in source.items())
+    assert grown.keys() - source.keys()
+    assert "start afresh: main.trunk" in capsys.readouterr().out
+
+
 def test_images_of_another_size_are_refused(config: TrainPolicyConfig) -> None:
     larger = replace(config.policy, main=replace(config.policy.main, image_size=64))
     with pytest.raises(RsdError, match="images of 32 px, the model expects 64"):

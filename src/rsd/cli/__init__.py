@@ -53,6 +53,12 @@ COMMANDS = {
         "measure_latency",
         "LatencyConfig",
     ),
+    "bench scaling": Command(
+        "milliseconds per chunk against the size of the main model",
+        "rsd.evaluation.scaling",
+        "measure_scaling",
+        "ScalingConfig",
+    ),
     "bench openvla": Command(
         "milliseconds per decision of OpenVLA 7B on random weights, beside the published way to run it",
         "rsd.openvla.bench",

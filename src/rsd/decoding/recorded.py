@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, Stopwatch, scout
-from rsd.decoding.strategies import LIGHT, STRATEGIES, in_prefill, unverified
+from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, Stopwatch, complete, scout, sketch
+from rsd.decoding.strategies import LIGHT, STRATEGIES, check_in_prefill, in_prefill, unverified
 from rsd.models.light_draft import Memory
+
+T = TypeVar("T")
 
 
 class Silent(Stopwatch):
@@ -51,7 +53,8 @@ class Recording:
 class RecordedStrategy:
     """A strategy of `STRATEGIES` (with regressed fine levels, which need no decision of the host) replayed from graphs.
 
-    Stages: `draft` and `main`. One observation at a time, of one shape.
+    One observation at a time, of one shape. Stages: `main`, in which the light draft works beside the main's vision;
+    `draft` where the main waits for what the draft says.
     """
 
     def __init__(self, name: str) -> None:
@@ -63,25 +66,31 @@ class RecordedStrategy:
             strategy = STRATEGIES[self.name]
             with watch.stage("main"):
                 return self._replay("main", decoder, seen(scene), lambda x: strategy(decoder, scene_of(x), silent(x)))
+        if self.name == "rsd-skip" and not decoder.skip.is_due(scene.memory):
+            return self._ask_first(decoder, scene, watch)
+        blind = " blind" if scene.memory.main is None else ""
+        with watch.stage("main"):
+            decoded, memory = self._replay(
+                f"both{blind}", decoder, remembered(scene), lambda x: side_by_side(decoder, x)
+            )
+        proposal: Proposal = decoded.proposal
+        if self.name == "rsd-skip":
+            proposal.forced = decoder.skip.must_look(scene.memory, proposal)
+        scene.memory.renew(memory, decoded.gripper)
+        return Decoded(proposal.value, proposal.gripper, proposal=proposal) if self.name == "light" else decoded
+
+    def _ask_first(self, decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
         with watch.stage("draft"):
-            proposal = self._scout(decoder, scene)
-            if self.name == "rsd-skip" and decoder.skip.may_skip(scene.memory, proposal):
+            proposal = self._replay("scout", decoder, remembered(scene), lambda x: scout(decoder, scene_of(x)))
+            if decoder.skip.may_skip(scene.memory, proposal):
                 return unverified(proposal, scene.memory)
         with watch.stage("main"):
-            decoded: Decoded
             decoded, memory = self._replay(
                 "main", decoder, [*seen(scene), proposal.motion, proposal.gripper], lambda x: fused(decoder, x)
             )
         scene.memory.renew(memory, decoded.gripper)
         decoded.proposal = proposal
-        return Decoded(proposal.value, proposal.gripper, proposal=proposal) if self.name == "light" else decoded
-
-    def _scout(self, decoder: Decoder, scene: Scene) -> Proposal:
-        memory = scene.memory.main
-        if memory is None:
-            return self._replay("scout blind", decoder, seen(scene), lambda x: scout(decoder, scene_of(x)))
-        tensors = [*seen(scene), *memory.keys, *memory.values]
-        return self._replay("scout", decoder, tensors, lambda x: scout(decoder, scene_of(x)))
+        return decoded
 
     def _replay(
         self, key: str, decoder: Decoder, inputs: Sequence[Tensor], call: Callable[[Sequence[Tensor]], Any]
@@ -95,16 +104,49 @@ class RecordedStrategy:
         return result
 
 
+def fork(call: Callable[[], T]) -> Callable[[], T]:
+    """Start a call on a stream of its own; the result waits for it. What it reads must live until then."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        result = call()
+
+    def join() -> T:
+        torch.cuda.current_stream().wait_stream(aside)
+        return result
+
+    return join
+
+
 def seen(scene: Scene) -> list[Tensor]:
     return [scene.images, scene.state, *scene.text]
 
 
+def remembered(scene: Scene) -> list[Tensor]:
+    """`seen`, and the memory's keys and values if there is one."""
+    memory = scene.memory.main
+    return seen(scene) + ([*memory.keys, *memory.values] if memory is not None else [])
+
+
 def scene_of(tensors: Sequence[Tensor]) -> Scene:
-    """The inverse of `seen`, with what follows as the memory's keys and values."""
+    """The inverse of `seen` and of `remembered`."""
     images, state, tokens, condition, *rest = tensors
     half = len(rest) // 2
     memory = Memory(list(rest[:half]), list(rest[half:])) if rest else None
     return Scene(images, state, (tokens, condition), EpisodeMemory(memory))
+
+
+def side_by_side(decoder: Decoder, tensors: Sequence[Tensor]) -> tuple[Decoded, Memory | None]:
+    """`rsd_fused` on what is remembered -> the chunk and the new memory; the draft works while the main looks.
+
+    What only acting without the main needs of the draft is computed beside the main's pass."""
+    scene, watch, memory = scene_of(tensors), silent(tensors), EpisodeMemory()
+    prefix = fork(lambda: scene.prefix(decoder.main, watch))
+    drafted = sketch(decoder, scene)
+    proposal = fork(lambda: complete(decoder, drafted))
+    decoded = check_in_prefill(decoder, prefix(), drafted, memory, watch)
+    decoded.proposal = proposal()
+    return decoded, memory.main
 
 
 def fused(decoder: Decoder, tensors: Sequence[Tensor]) -> tuple[Decoded, Memory | None]:

@@ -89,6 +89,15 @@ class Decoded:
 
 
 @dataclass
+class Sketch:
+    """The light draft's coarse tokens [B, c, P], gripper int [B, H] and what it had in mind, features [B, H, d]."""
+
+    motion: Tensor
+    gripper: Tensor
+    features: Tensor
+
+
+@dataclass
 class Proposal:
     """What a draft with its own perception has to say: coarse tokens [B, c, P], gripper int [B, H], its whole chunk
     [B, P] in first steps, and how many mm it expects to lead the fingertip away from the main's chunk [B].
@@ -109,6 +118,10 @@ class SkipRule:
 
     threshold_mm: float = 0.0
     max_skips: int = 4
+
+    def is_due(self, memory: EpisodeMemory) -> bool:
+        """Whether the main has to run whatever the draft will say."""
+        return memory.main is None or memory.skipped >= self.max_skips
 
     def may_skip(self, memory: EpisodeMemory, proposal: Proposal) -> bool:
         """Whether the proposal may be executed as it is (one observation); notes on it whether it was free to."""
@@ -170,16 +183,30 @@ def propose(decoder: Decoder, features: Tensor) -> tuple[Tensor, Tensor]:
 
 def scout(decoder: Decoder, scene: Scene) -> Proposal:
     """The light draft's proposal, made before the main has seen anything."""
-    light = decoder.light
-    if light is None:
-        raise RsdError("this checkpoint has no light draft: decode with rsd, l1 or ar, or train one (`policy.light`)")
+    return complete(decoder, sketch(decoder, scene))
+
+
+def sketch(decoder: Decoder, scene: Scene) -> Sketch:
+    """What the main needs of the light draft: its coarse tokens."""
+    light = light_of(decoder)
     state = decoder.main.normalise(scene.state)
     features = light.perceive(scene.images, state, scene.text[1], scene.memory.main)
-    motion, gripper = draft_levels(decoder, light.levels, features)
-    coarse = decoder.code.dequantise(motion)
-    value = coarse + decoder.finite(light.remainder(features, coarse, gripper))
-    deviation = decoder.finite(light.log_deviation(features)).expm1().clamp(min=0)
-    return Proposal(motion, gripper, value, deviation)
+    return Sketch(*draft_levels(decoder, light.levels, features), features)
+
+
+def complete(decoder: Decoder, drafted: Sketch) -> Proposal:
+    """What acting without the main needs besides: the whole chunk, and how far it may lead astray."""
+    light, coarse = light_of(decoder), decoder.code.dequantise(drafted.motion)
+    value = coarse + decoder.finite(light.remainder(drafted.features, coarse, drafted.gripper))
+    deviation = decoder.finite(light.log_deviation(drafted.features)).expm1().clamp(min=0)
+    return Proposal(drafted.motion, drafted.gripper, value, deviation)
+
+
+def light_of(decoder: Decoder) -> LightDraft:
+    """The light draft, which a checkpoint may lack."""
+    if decoder.light is None:
+        raise RsdError("this checkpoint has no light draft: decode with rsd, l1 or ar, or train one (`policy.light`)")
+    return decoder.light
 
 
 def draft_levels(decoder: Decoder, model: DraftModel, features: Tensor) -> tuple[Tensor, Tensor]:

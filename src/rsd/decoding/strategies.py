@@ -14,6 +14,7 @@ from rsd.decoding.steps import (
     EpisodeMemory,
     Proposal,
     Scene,
+    Sketch,
     Stopwatch,
     extend_greedily,
     greedy,
@@ -133,8 +134,17 @@ LIGHT = ("rsd-fused", "rsd-skip", "light")  # need a light draft and remember fr
 
 
 def in_prefill(decoder: Decoder, scene: Scene, proposal: Proposal, watch: Stopwatch) -> Decoded:
-    """The main's prefill with the proposal's blocks in it; refreshes the episode's memory."""
-    main, drafted, prefix = decoder.main, proposal.motion, scene.prefix(decoder.main, watch)
+    """The main looks, with the proposal's blocks in its prefill; refreshes the episode's memory."""
+    decoded = check_in_prefill(decoder, scene.prefix(decoder.main, watch), proposal, scene.memory, watch)
+    decoded.proposal = proposal
+    return decoded
+
+
+def check_in_prefill(
+    decoder: Decoder, prefix: Tensor, proposal: Proposal | Sketch, memory: EpisodeMemory, watch: Stopwatch
+) -> Decoded:
+    """`in_prefill` from the main's prefix tokens [B, N, D] on."""
+    main, drafted = decoder.main, proposal.motion
     with watch.stage("prefill"):
         blocks, cache = main.prefill_blocks(prefix, prefixes_of(decoder, drafted), proposal.gripper)
         gripper = greedy_gripper(decoder, blocks[0])
@@ -146,10 +156,10 @@ def in_prefill(decoder: Decoder, scene: Scene, proposal: Proposal, watch: Stopwa
     with watch.stage("decode"):
         decoded = accept(decoder, drafted, blocks, gripper, cache)
         decoded.main_passes += int(again)
-        decoded.accepted_gripper, decoded.proposal = proposal.gripper == gripper, proposal
+        decoded.accepted_gripper = proposal.gripper == gripper
     if decoder.light is not None:
         with watch.stage("draft"):
-            scene.memory.renew(decoder.light.remember(cache, prefix.shape[1] + main.horizon), gripper)
+            memory.renew(decoder.light.remember(cache, prefix.shape[1] + main.horizon), gripper)
     return decoded
 
 

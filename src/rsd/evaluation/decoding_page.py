@@ -197,19 +197,23 @@ def latency_section(record: LatencyRecord, path: Path) -> str:
     where = machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['torch_threads']} threads"
     base = percentiles(record.milliseconds["ar"]["total"])[0]
     bar = percentiles(record.milliseconds["l1"]["total"])[0]
+    ideals = record.ideal_ms()
     rows = []
     for name, stages in record.milliseconds.items():
         p50, p95 = percentiles(stages["total"])
         parts = ", ".join(f"{s} {percentiles(v)[0]:.1f}" for s, v in stages.items() if s != "total")
-        rows.append([f"`{name}`", f"{p50:.1f} / {p95:.1f}", f"{base / p50:.2f}x", f"{p50 / bar:.2f}", parts])
+        share = f"{ideals[name]:.2f} ({ideals[name] / p50:.0%})" if name in ideals else ABSENT
+        rows.append([f"`{name}`", f"{p50:.1f} / {p95:.1f}", f"{base / p50:.2f}x", f"{p50 / bar:.2f}", share, parts])
     count = len(record.milliseconds["ar"]["total"])
     on_gpu = machine["device"] != "cpu" and record.config.get("cuda_graphs", False)
     graphs = ", every decoder replayed from CUDA graphs" if on_gpu else ""
     tasks = record.config.get("num_tasks", 10)
+    header = ["decoder", "p50 / p95 ms", "speed-up over `ar`", "time relative to `l1`"]
+    header += ["roofline ms (share reached)", "stages, p50 ms"]
     return (
         f"## Latency per chunk, {where}\n\n`{path}`: {count} predictions each on two observations of each of {tasks} "
         f"tasks, decoders taking turns{graphs}; torch {record.versions.get('torch', '?')}.\n\n"
-    ) + table(["decoder", "p50 / p95 ms", "speed-up over `ar`", "time relative to `l1`", "stages, p50 ms"], rows)
+    ) + table(header, rows)
 
 
 def columns(run: Run, name: str) -> list[NDArray[np.float64]]:

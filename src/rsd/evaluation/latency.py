@@ -7,7 +7,9 @@ of two columns means something even where the milliseconds themselves wander.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from rich.table import Table
 from rsd.decoding.strategies import STRATEGIES
 from rsd.evaluation.backend import available_cores, cpu_model
 from rsd.evaluation.results import encode_record, write_atomically
+from rsd.evaluation.roofline import Ceiling, Work, measure_ceiling, work_of
 from rsd.evaluation.statistics import percentiles
 from rsd.policy import RsdPolicy
 from rsd.sim.libero import LiberoEnv
@@ -70,13 +73,21 @@ class LatencyConfig:
 
 @dataclass(frozen=True)
 class LatencyRecord:
-    """milliseconds: decoder -> stage it has -> one number per prediction, in the order of time."""
+    """milliseconds: decoder -> stage it has -> one number per prediction, in the order of time.
+
+    ceiling: FLOP/s and bytes/s of this device; work: decoder -> FLOPs and bytes of weights read (see `roofline`)."""
 
     format: int
     config: dict[str, Any]
     versions: dict[str, str]
     machine: dict[str, str]
     milliseconds: dict[str, dict[str, list[float]]]
+    ceiling: dict[str, float] = field(default_factory=dict)
+    work: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def ideal_ms(self) -> dict[str, float]:
+        """The roofline's milliseconds by decoder; empty if it was not measured."""
+        return {name: Work(**work).ideal_ms(Ceiling(**self.ceiling)) for name, work in self.work.items()}
 
 
 def observations(suite: str, num_tasks: int, policy: RsdPolicy) -> list[Observation]:
@@ -103,17 +114,16 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     load = RsdPolicy.from_pretrained
     graphs = config.cuda_graphs
     policies = {n: load(config.policy, device=config.device, decode=n, cuda_graphs=graphs) for n in config.decode}
-    seen = observations(config.suite, config.num_tasks, next(iter(policies.values())))
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in policies}
-    order = list(policies)
+    first = next(iter(policies.values()))
+    seen = observations(config.suite, config.num_tasks, first)
+    ceiling = measure_ceiling(first.device)
+    work = {}
+    for name in policies:
+        plain = load(config.policy, device=config.device, decode=name, cuda_graphs=False)
+        plain.predict(seen[0])  # encodes the instruction, fills the memory
+        work[name] = work_of(partial(plain.predict, seen[0]), plain.model)
     start = time.perf_counter()
-    for turn in range(config.warmup + config.rounds):
-        for observation in seen:
-            for name in order[turn % len(order) :] + order[: turn % len(order)]:  # everyone comes first in turn
-                spent = policies[name].predict(observation).stats.latency_ms
-                if turn >= config.warmup:
-                    for stage, milliseconds in spent.items():
-                        times[name].setdefault(stage, []).append(round(milliseconds, 4))
+    times = take_turns(policies, seen, config.warmup, config.rounds)
     machine = {
         "cpu": cpu_model(),
         "cores": str(available_cores()),
@@ -122,11 +132,28 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
         "wall_s": f"{time.perf_counter() - start:.1f}",
     }
     settings = {**asdict(config), "output": str(config.output)}
-    record = LatencyRecord(FORMAT, settings, versions(), machine, times)
+    counted = {name: asdict(one) for name, one in work.items()}
+    record = LatencyRecord(FORMAT, settings, versions(), machine, times, asdict(ceiling), counted)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output, encode_record(record) + "\n")
     Console().print(latency_table(record))
     return record
+
+
+def take_turns(
+    policies: Mapping[str, RsdPolicy], seen: Sequence[Observation], warmup: int, rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds by policy and stage, one number per prediction; every policy comes first in turn."""
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in policies}
+    order = list(policies)
+    for turn in range(warmup + rounds):
+        for observation in seen:
+            for name in order[turn % len(order) :] + order[: turn % len(order)]:
+                spent = policies[name].predict(observation).stats.latency_ms
+                if turn >= warmup:
+                    for stage, milliseconds in spent.items():
+                        times[name].setdefault(stage, []).append(round(milliseconds, 4))
+    return times
 
 
 def latency_table(record: LatencyRecord) -> Table:
@@ -143,5 +170,9 @@ def latency_table(record: LatencyRecord) -> Table:
         if any(cells):
             table.add_row(stage, *cells)
     totals = [percentiles(by_stage["total"])[0] for by_stage in record.milliseconds.values()]
+    if ideals := record.ideal_ms():
+        table.add_row("roofline", *(f"{ideals[name]:.2f}" for name in record.milliseconds))
+        shares = (ideals[name] / total for name, total in zip(record.milliseconds, totals, strict=True))
+        table.add_row("share of it reached", *(f"{share:.0%}" for share in shares))
     table.add_row("speed-up of p50", "", *(f"{totals[0] / total:.2f}x" for total in totals[1:]))
     return table

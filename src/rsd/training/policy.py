@@ -37,6 +37,8 @@ class TrainPolicyConfig:
     """cuda, cpu or auto."""
     init: str = ""
     """Checkpoint directory or hub id whose weights to start from, with its tokenizer; empty = from scratch."""
+    init_matching: bool = False
+    """With `init`: take over what has the same name and shape there, and start the rest afresh (another size)."""
     validation_every: int = 40
     """Every n-th episode is kept out of training for the offline validation."""
     remembered_chunks: int = 4
@@ -66,12 +68,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     torch.manual_seed(config.loop.seed)
     model = RsdModel(config.policy, tokenizer).to(device)
     if start:
-        sizes = [(p.main, p.draft, p.light or config.policy.light) for p in (start.config, config.policy)]
-        if sizes[0] != sizes[1]:
-            raise RsdError(f"--init {config.init}: its sizes {start.config} differ from the run's {config.policy}")
-        # a checkpoint without a light draft gets a fresh one, everything else must be there
-        fresh = {} if start.config.light else {k: v for k, v in model.state_dict().items() if k.startswith("light.")}
-        model.load_state_dict({**fresh, **start.model.state_dict()})
+        take_over(model, start, config)
     else:
         model.main.state_mean.copy_(dataset.state.mean(0))
         model.main.state_std.copy_(dataset.state.std(0) + 1e-3)
@@ -99,6 +96,25 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     }
     save_checkpoint(ema, tokenizer, config.policy, provenance, directory)
     return directory
+
+
+def take_over(model: RsdModel, start: RsdPolicy, config: TrainPolicyConfig) -> None:
+    """Give the model the weights of the checkpoint that `init` names.
+
+    A checkpoint without a light draft leaves the model's own as it is; anything else that does not fit is an error,
+    unless `init_matching` asks for what does.
+    """
+    own, given = model.state_dict(), start.model.state_dict()
+    fitting = {name: tensor for name, tensor in given.items() if name in own and tensor.shape == own[name].shape}
+    fresh = sorted(own.keys() - fitting.keys())
+    if config.init_matching:
+        missing = sum(own[name].numel() for name in fresh) / sum(tensor.numel() for tensor in own.values())
+        parts = sorted({".".join(name.split(".")[:2]) for name in fresh})
+        print(f"--init-matching: {missing:.0%} of the weights start afresh: {', '.join(parts) or 'none'}")
+    elif any(start.config.light or not name.startswith("light.") for name in fresh) or len(fitting) < len(given):
+        found = f"its sizes {start.config} differ from the run's {config.policy}"
+        raise RsdError(f"--init {config.init}: {found}; --init-matching takes over what fits")
+    model.load_state_dict({**own, **fitting})
 
 
 def data_provenance(folders: Iterable[Path], dataset: FrameDataset) -> dict[str, object]:

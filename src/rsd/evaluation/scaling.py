@@ -1,0 +1,162 @@
+"""`rsd bench scaling`: milliseconds per chunk against the size of the main model. Where does speculation pay?
+
+The light draft stays the same, the main grows. Weights are random (time does not depend on them: `regress` never takes
+another pass), observations are the simulator's. The decoders of a size take turns on the same observation.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rsd.decoding.steps import EpisodeMemory, Proposal, SkipRule
+from rsd.evaluation.backend import available_cores, cpu_model
+from rsd.evaluation.latency import observations, take_turns
+from rsd.evaluation.results import encode_record, write_atomically
+from rsd.evaluation.statistics import percentiles
+from rsd.policy import RsdModel, RsdPolicy
+from rsd.types import RsdError
+from rsd.versions import versions
+
+FORMAT = 1
+RESTING = "draft alone"  # `rsd-skip` at a chunk without the main
+DECODERS = ("ar", "l1", "rsd", "rsd-fused")
+TRUNKS = {  # dim, layers, heads; cameras and words are those of the checkpoint
+    "10M": (192, 6, 3),
+    "18M": (320, 8, 5),
+    "32M": (448, 10, 7),
+    "104M": (576, 24, 9),
+    "312M": (1024, 24, 16),
+}
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """Time the decoders with mains of several sizes, random weights."""
+
+    policy: str = "checkpoints/libero_spatial"
+    """Checkpoint whose tokenizer, cameras and light draft are taken."""
+    sizes: tuple[str, ...] = tuple(TRUNKS)
+    """Sizes of the main, smallest first."""
+    num_tasks: int = 2
+    """Take two observations each from the first so many tasks of libero_spatial."""
+    rounds: int = 20
+    """Predictions per decoder and observation."""
+    warmup: int = 3
+    """Rounds thrown away first."""
+    device: str = "cpu"
+    """cpu or cuda (there every decoder is replayed from CUDA graphs)."""
+    output: Path = Path("results/scratch/scaling.json")
+    """Raw milliseconds and the environment, as JSON."""
+
+    def __post_init__(self) -> None:
+        for size in self.sizes:
+            if size not in TRUNKS:
+                raise RsdError(f"--sizes {size}: expected some of {', '.join(TRUNKS)}")
+        if min(self.rounds, self.num_tasks) < 1 or self.warmup < 1 or not self.sizes:
+            raise RsdError(f"scaling: expected rounds, num_tasks and warmup >= 1 and a size; found {self}")
+
+
+@dataclass(frozen=True)
+class SizeRecord:
+    """parameters: of the main; draft_parameters: of the light draft; milliseconds: by decoder, totals over time."""
+
+    parameters: int
+    draft_parameters: int
+    main: dict[str, Any]
+    milliseconds: dict[str, list[float]]
+
+    def p50(self, decoder: str) -> float:
+        return percentiles(self.milliseconds[decoder])[0]
+
+    def skipping(self, share: float) -> float:
+        """Mean milliseconds if that share of the chunks goes without the main, of the medians."""
+        return share * self.p50(RESTING) + (1 - share) * self.p50("rsd-fused")
+
+
+@dataclass(frozen=True)
+class ScalingRecord:
+    format: int
+    config: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, str]
+    sizes: dict[str, SizeRecord]
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> ScalingRecord:
+        return cls(**{**content, "sizes": {name: SizeRecord(**size) for name, size in content["sizes"].items()}})
+
+
+@dataclass(frozen=True)
+class AlwaysResting(SkipRule):
+    """The main looks once, then never again: the time of a chunk without it."""
+
+    threshold_mm: float = math.inf
+    max_skips: int = 2**62
+
+    def must_look(self, memory: EpisodeMemory, proposal: Proposal) -> bool:
+        return memory.main is None
+
+
+def measure_scaling(config: ScalingConfig) -> ScalingRecord:
+    """Run the measurement, print the table, write the JSON."""
+    torch.set_num_threads(available_cores())
+    shipped = RsdPolicy.from_pretrained(config.policy, decode="l1", device=config.device)
+    if shipped.model.light is None:
+        raise RsdError(f"{config.policy}: expected a checkpoint with a light draft; train one (`policy.light`)")
+    seen = observations("libero_spatial", config.num_tasks, shipped)
+    start, sizes = time.perf_counter(), {}
+    for name in config.sizes:
+        model = resized(shipped, name)
+        policies = {
+            decode: RsdPolicy(model, shipped.tokenizer, shipped.config, decode=decode) for decode in DECODERS
+        }
+        policies[RESTING] = RsdPolicy(
+            model, shipped.tokenizer, shipped.config, decode="rsd-skip", skip=AlwaysResting()
+        )
+        times = take_turns(policies, seen, config.warmup, config.rounds)
+        totals = {decode: by_stage["total"] for decode, by_stage in times.items()}
+        sizes[name] = SizeRecord(count(model.main), count(model.light), asdict(model.main.config), totals)
+    machine = {
+        "cpu": cpu_model(),
+        "cores": str(available_cores()),
+        "device": torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else "cpu",
+        "wall_s": f"{time.perf_counter() - start:.1f}",
+    }
+    settings = {**asdict(config), "output": str(config.output)}
+    record = ScalingRecord(FORMAT, settings, versions(), machine, sizes)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.output, encode_record(record) + "\n")
+    Console().print(scaling_table(record))
+    return record
+
+
+def resized(shipped: RsdPolicy, size: str) -> RsdModel:
+    """The checkpoint's architecture with another trunk and random weights, on its device."""
+    dim, layers, heads = TRUNKS[size]
+    torch.manual_seed(0)
+    main = replace(shipped.config.main, dim=dim, layers=layers, heads=heads)
+    return RsdModel(replace(shipped.config, main=main), shipped.tokenizer).to(shipped.device).eval()
+
+
+def count(module: torch.nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+
+
+def scaling_table(record: ScalingRecord) -> Table:
+    """p50 by size and decoder, and the two ratios."""
+    table = Table(title=f"milliseconds per chunk, p50, {record.machine['device']}", title_justify="left")
+    for column in ("main", *DECODERS, RESTING, "ar / rsd-fused", "rsd-fused / l1"):
+        table.add_column(column, justify="right")
+    for size in record.sizes.values():
+        milliseconds = [f"{size.p50(name):.2f}" for name in (*DECODERS, RESTING)]
+        ratios = size.p50("ar") / size.p50("rsd-fused"), size.p50("rsd-fused") / size.p50("l1")
+        table.add_row(f"{size.parameters / 1e6:.0f} M", *milliseconds, *(f"{ratio:.2f}" for ratio in ratios))
+    return table
