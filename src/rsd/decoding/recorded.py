@@ -104,8 +104,13 @@ class RecordedStrategy:
         return result
 
 
-def fork(call: Callable[[], T]) -> Callable[[], T]:
-    """Start a call on a stream of its own; the result waits for it. What it reads must live until then."""
+def fork(call: Callable[[], T], device: torch.device) -> Callable[[], T]:
+    """Start a call on a GPU stream of its own; the result waits for it. What it reads must live until then.
+
+    A CPU makes the call at once."""
+    if device.type != "cuda":
+        done = call()
+        return lambda: done
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -141,9 +146,9 @@ def side_by_side(decoder: Decoder, tensors: Sequence[Tensor]) -> tuple[Decoded, 
 
     What only acting without the main needs of the draft is computed beside the main's pass."""
     scene, watch, memory = scene_of(tensors), silent(tensors), EpisodeMemory()
-    prefix = fork(lambda: scene.prefix(decoder.main, watch))
+    prefix = fork(lambda: scene.prefix(decoder.main, watch), watch.device)
     drafted = sketch(decoder, scene)
-    proposal = fork(lambda: complete(decoder, drafted))
+    proposal = fork(lambda: complete(decoder, drafted), watch.device)
     decoded = check_in_prefill(decoder, prefix(), drafted, memory, watch)
     decoded.proposal = proposal()
     return decoded, memory.main

@@ -9,16 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from rsd.conventions import CHUNK_SIZE
+from rsd.decoding.acceptance import acceptance_rule
+from rsd.decoding.recorded import Silent, fork
+from rsd.decoding.steps import Decoder, EpisodeMemory, Sketch, complete, draft_levels
+from rsd.decoding.strategies import check_in_prefill
 from rsd.models.draft import DraftConfig, DraftModel
+from rsd.models.light_draft import LightDraft, LightDraftConfig, Memory
+from rsd.models.main import STATE_FEATURES, MainConfig
 from rsd.models.openvla import ACTION_TOKENS, OpenVlaConfig, OpenVlaModel
 from rsd.models.openvla_llama import LlamaConfig
 from rsd.models.openvla_rfsq import OpenVlaMain
 from rsd.models.openvla_vision import DINO, SIGLIP, TIMM_MODELS
 from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
-from rsd.types import ACTION_DIM, STATE_DIM, RsdError
+from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, RsdError
 
 MOTION_DIM = ACTION_DIM - 1
-CASES = ("vision", "l1", "prefill", "ar7", "rfsq-ar", "rsd", "rsd-fused")
+CASES = ("vision", "l1", "prefill", "ar7", "rfsq-ar", "rsd", "rsd-fused", "light")
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,8 @@ def openvla_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
 def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
     """The decoders of residual tokens on the same trunk, as `decoding.strategies` has them, without its statistics.
 
-    `rsd` is timed with every drafted level accepted. `rsd-fused` needs a draft that sees by itself; its own cost is
-    not in the number, its tokens are an input.
+    `rsd` is timed with every drafted level accepted. In `rsd-fused` the light draft works beside the vision towers
+    and reads what the main remembers of an earlier chunk; `light` is its own chunk: all that a chunk without the main is.
     """
     code = RfsqConfig()
     torch.manual_seed(0)
@@ -160,18 +166,40 @@ def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
             motion = torch.cat([motion, symbols.unsqueeze(1)], dim=1)
         return verified(motion, [features, *main.extend(prefixes(motion), gripper, 2, cache)])
 
-    def fused(pixels: Tensor, prompt: Tensor, state: Tensor, motion: Tensor, gripper: Tensor) -> tuple[Tensor, Tensor]:
-        blocks, _ = main.prefill_blocks(prefix(pixels, prompt, state), prefixes(motion), gripper)
-        return verified(motion, blocks)
+    def proposed(decoder: Decoder, *values: Tensor) -> Sketch:
+        images, features, condition, *memory = values
+        past = Memory(memory[: len(memory) // 2], memory[len(memory) // 2 :])
+        seen = light.perceive(images, features, condition, past)
+        return Sketch(*draft_levels(decoder, light.levels, seen), seen)
 
-    motion = torch.randint(0, code.symbols, (batch, coarse, h * MOTION_DIM), device=model.device)
-    gripper = torch.zeros(batch, h, dtype=torch.long, device=model.device)
+    def fused(pixels: Tensor, prompt: Tensor, state: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        decoder = Decoder(main, draft, rule, light=light)
+        looked = fork(lambda: prefix(pixels, prompt, state), model.device)
+        drafted = proposed(decoder, *values)
+        memory = EpisodeMemory()
+        decoded = check_in_prefill(decoder, looked(), drafted, memory, Silent(model.device))
+        assert memory.main is not None
+        return decoded.value, *memory.main.keys, *memory.main.values
+
+    def alone(*values: Tensor) -> tuple[Tensor, Tensor]:
+        decoder = Decoder(main, draft, rule, light=light)
+        proposal = complete(decoder, proposed(decoder, *values))
+        return proposal.value, proposal.expected_deviation_mm
+
+    own = LightDraftConfig()
+    seen_by = MainConfig(dim=model.config.llama.dim, heads=model.config.llama.heads)
+    light = LightDraft(own, code, CHUNK_SIZE, MOTION_DIM, seen_by).to(model.device, model.dtype).eval()
+    rule, side = acceptance_rule("margin", code), seen_by.image_size
+    shapes = [(len(CAMERAS), 3, side, side), (STATE_FEATURES,), (seen_by.text_dim,)]
+    shapes += [(own.heads, length + h, own.dim // own.heads)] * (2 * own.layers)
+    glance = [torch.randn(batch, *shape, device=model.device, dtype=model.dtype) for shape in shapes]
     first = Pass(length + h)
     levels = [Pass(h, length + h * level) for level in range(1, code.levels)]
     return [
         Case("rfsq-ar", ar, inputs.all(), [first, *levels], True),
         Case("rsd", rsd, inputs.all(), [first, Pass(coarse * h, length + h)], True),
-        Case("rsd-fused", fused, [*inputs.all(), motion, gripper], [Pass(length + (coarse + 1) * h)], True),
+        Case("rsd-fused", fused, [*inputs.all(), *glance], [Pass(length + (coarse + 1) * h)], True),
+        Case("light", alone, glance, [], False),
     ]
 
 
