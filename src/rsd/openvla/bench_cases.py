@@ -125,7 +125,7 @@ def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
     """The decoders of residual tokens on the same trunk, as `decoding.strategies` has them, without its statistics.
 
     `rsd` is timed with every drafted level accepted. In `rsd-fused` the light draft works beside the vision towers
-    and reads what the main remembers of an earlier chunk; `light` is its own chunk: all that a chunk without the main is.
+    and reads what the main remembers of an earlier chunk; `light` is its own chunk.
     """
     code = RfsqConfig()
     torch.manual_seed(0)
