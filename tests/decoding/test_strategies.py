@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rsd.decoding import strategies
 from rsd.decoding.acceptance import acceptance_rule
-from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch, requantise
+from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch, as_drafted, requantise
 from rsd.decoding.strategies import LIGHT, STRATEGIES
 from rsd.models.main import MainModel, state_features
 from rsd.models.text import word_ids
@@ -72,7 +72,7 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor, Tensor], None]:
     """Make the draft propose what it is told."""
 
     def force(motion: Tensor, gripper: Tensor) -> None:
-        monkeypatch.setattr(strategies, "propose", lambda decoder, features: (motion, gripper))
+        monkeypatch.setattr(strategies, "propose", lambda decoder, features: as_drafted(decoder, motion, gripper))
 
     return force
 
@@ -207,9 +207,9 @@ def test_regressed_margin_takes_each_scalar_from_the_block_after_its_own_accepte
     prefix = prefixes(40)
     with torch.no_grad():
         features, cache = model.main.prefill(prefix)
-        drafted, _ = strategies.propose(decoder, features)
-        gripper = strategies.greedy_gripper(decoder, features)
-        blocks = [features, *strategies.verify(decoder, drafted, gripper, cache)]
+        proposed = strategies.propose(decoder, features)
+        drafted, gripper = proposed.motion, strategies.greedy_gripper(decoder, features)
+        blocks = [features, *strategies.verify(decoder, proposed, gripper, cache)]
         own = torch.stack([model.main.logits(blocks[i], i + 1).argmax(-1) for i in range(C)], dim=1)
         missing = [model.main.residual(block, k + 1) for k, block in enumerate(blocks)]
     within = (drafted - own).abs() <= 2
@@ -236,8 +236,9 @@ def test_requantise_reaches_the_value_whatever_was_drafted(rho: float) -> None:
     value = (2 * torch.rand(200, P, generator=generator) - 1) * code.config.span()
     drafted = torch.randint(0, 7, (200, C, P), generator=generator)
     kept = torch.randint(0, C + 1, (200, P), generator=generator)
-    motion = requantise(code, value, drafted, kept)
+    motion, decoded = requantise(code, value, drafted, kept)
     code.check(motion)
+    assert torch.equal(decoded, code.dequantise(motion))
     last = code.config.weight(L)
     assert ((code.dequantise(motion) - value).abs() <= last / 2 + 1e-5).all()
 
@@ -252,7 +253,7 @@ def test_requantise_begins_with_drafted_digits_that_are_off_within_the_margin(ke
     move = torch.randint(-2, 3, drafted[:, 0].shape, generator=generator)
     wrong = (drafted[:, :1] + move.unsqueeze(1)).clamp(0, 6)
     drafted = torch.cat([wrong, code.continue_from(value, wrong)[:, : C - 1]], dim=1)
-    motion = requantise(code, value, drafted, torch.full((30, P), kept))
+    motion, _ = requantise(code, value, drafted, torch.full((30, P), kept))
     assert torch.equal(motion[:, :kept], drafted[:, :kept])
     assert ((code.dequantise(motion) - value).abs() <= LAST_STEP / 2 + 1e-5).all()
 
@@ -314,7 +315,8 @@ def test_a_batch_accepts_sample_by_sample_and_regresses_what_the_accepted_levels
     assert decoded.accepted_levels.tolist() == list(range(C + 1))
     with torch.no_grad():
         features, cache = model.main.prefill(prefix)
-        blocks = [features, *strategies.verify(decoder, drafted, expected.gripper, cache)]
+        given = as_drafted(decoder, drafted, expected.gripper)
+        blocks = [features, *strategies.verify(decoder, given, expected.gripper, cache)]
         missing = [model.main.residual(block, level) for level, block in enumerate(blocks, start=1)]
     for kept in range(C + 1):
         accepted = drafted[kept, :kept]
@@ -386,9 +388,9 @@ def test_riding_in_the_prefill_is_prefill_and_verification_in_one(model: RsdMode
         prefix = scene.prefix(model.main, Stopwatch(torch.device("cpu")))
         proposal = strategies.scout(decoder, scene)
         features, cache = model.main.prefill(prefix)
-        two = [features, *strategies.verify(decoder, proposal.motion, proposal.gripper, cache)]
-        told = strategies.prefixes_of(decoder, proposal.motion)
-        one, fused_cache = model.main.prefill_blocks(prefix, told, proposal.gripper)
+        given = as_drafted(decoder, proposal.motion, proposal.gripper)
+        two = [features, *strategies.verify(decoder, given, proposal.gripper, cache)]
+        one, fused_cache = model.main.prefill_blocks(prefix, given.prefixes, proposal.gripper)
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(one, two, strict=True))
     assert fused_cache.length == cache.length
     assert torch.allclose(fused_cache.values[-1], cache.values[-1], atol=1e-9)

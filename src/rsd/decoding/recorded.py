@@ -147,9 +147,9 @@ def side_by_side(decoder: Decoder, tensors: Sequence[Tensor]) -> tuple[Decoded, 
     What only acting without the main needs of the draft is computed beside the main's pass."""
     scene, watch, memory = scene_of(tensors), silent(tensors), EpisodeMemory()
     prefix = fork(lambda: scene.prefix(decoder.main, watch), watch.device)
-    drafted = sketch(decoder, scene)
-    proposal = fork(lambda: complete(decoder, drafted), watch.device)
-    decoded = check_in_prefill(decoder, prefix(), drafted, memory, watch)
+    sketched = sketch(decoder, scene)
+    proposal = fork(lambda: complete(decoder, sketched), watch.device)
+    decoded = check_in_prefill(decoder, prefix(), sketched.drafted, memory, watch)
     decoded.proposal = proposal()
     return decoded, memory.main
 
@@ -168,6 +168,6 @@ def silent(tensors: Sequence[Tensor]) -> Silent:
 
 
 def sound(decoder: Decoder) -> Tensor:
-    """Whether all outputs noted so far were finite; takes them off the decoder's list."""
+    """A number that is finite if all outputs noted so far were; takes them off the decoder's list."""
     checks, decoder.checks = decoder.checks, []
-    return torch.stack(checks).all()
+    return torch.stack(checks).sum()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,12 +89,18 @@ class Decoded:
     proposal: Proposal | None = None
 
 
-@dataclass
-class Sketch:
-    """The light draft's coarse tokens [B, c, P], gripper int [B, H] and what it had in mind, features [B, H, d]."""
+class Drafted(NamedTuple):
+    """Coarse tokens [B, c, P], gripper int [B, H], and what the levels 1..k decode to, k = 1..c, each [B, P]."""
 
     motion: Tensor
     gripper: Tensor
+    prefixes: list[Tensor]
+
+
+class Sketch(NamedTuple):
+    """What the light draft drafted, and what it had in mind, features [B, H, d]."""
+
+    drafted: Drafted
     features: Tensor
 
 
@@ -155,14 +162,16 @@ class Decoder:
         return Rfsq(self.main.code)
 
     def finite(self, output: Tensor) -> Tensor:
-        """The output as it is; `check` will look whether it was finite (looking at once would stop a GPU)."""
-        self.checks.append(torch.isfinite(output).all())
+        """The output as it is; `check` will look whether it was finite (looking at once would stop a GPU).
+
+        NaN and infinity survive a sum; a sum is one kernel, looking at every number takes five."""
+        self.checks.append(output.sum(dtype=torch.float32))
         return output
 
     def check(self) -> None:
         """Raise `RsdError` if any output since the last check was not finite."""
         checks, self.checks = self.checks, []
-        if checks and not torch.stack(checks).all():
+        if checks and not torch.stack(checks).isfinite().all():
             raise RsdError("the model gave non-finite output: damaged weights or an observation far out of range")
 
 
@@ -176,8 +185,8 @@ def greedy(decoder: Decoder, logits: Tensor) -> Tensor:
     return decoder.finite(logits).argmax(-1)
 
 
-def propose(decoder: Decoder, features: Tensor) -> tuple[Tensor, Tensor]:
-    """The draft's greedy symbols [B, c, P] and its gripper [B, H] from the main's block-1 features."""
+def propose(decoder: Decoder, features: Tensor) -> Drafted:
+    """What the draft makes of the main's block-1 features."""
     return draft_levels(decoder, decoder.draft, features)
 
 
@@ -191,15 +200,15 @@ def sketch(decoder: Decoder, scene: Scene) -> Sketch:
     light = light_of(decoder)
     state = decoder.main.normalise(scene.state)
     features = light.perceive(scene.images, state, scene.text[1], scene.memory.main)
-    return Sketch(*draft_levels(decoder, light.levels, features), features)
+    return Sketch(draft_levels(decoder, light.levels, features), features)
 
 
-def complete(decoder: Decoder, drafted: Sketch) -> Proposal:
+def complete(decoder: Decoder, sketched: Sketch) -> Proposal:
     """What acting without the main needs besides: the whole chunk, and how far it may lead astray."""
-    light, coarse = light_of(decoder), decoder.code.dequantise(drafted.motion)
-    value = coarse + decoder.finite(light.remainder(drafted.features, coarse, drafted.gripper))
-    deviation = decoder.finite(light.log_deviation(drafted.features)).expm1().clamp(min=0)
-    return Proposal(drafted.motion, drafted.gripper, value, deviation)
+    light, (motion, gripper, prefixes) = light_of(decoder), sketched.drafted
+    value = prefixes[-1] + decoder.finite(light.remainder(sketched.features, prefixes[-1], gripper))
+    deviation = decoder.finite(light.log_deviation(sketched.features)).expm1().clamp(min=0)
+    return Proposal(motion, gripper, value, deviation)
 
 
 def light_of(decoder: Decoder) -> LightDraft:
@@ -209,27 +218,32 @@ def light_of(decoder: Decoder) -> LightDraft:
     return decoder.light
 
 
-def draft_levels(decoder: Decoder, model: DraftModel, features: Tensor) -> tuple[Tensor, Tensor]:
-    """A draft's greedy symbols [B, c, P], level by level, and its gripper [B, H]."""
+def draft_levels(decoder: Decoder, model: DraftModel, features: Tensor) -> Drafted:
+    """A draft's greedy symbols, level by level, and its gripper."""
     code = decoder.code
     read, gripper_logits = model.read(features)
     gripper = (decoder.finite(gripper_logits) > 0).long()
-    scalars = decoder.main.horizon * decoder.main.motion_dim
-    motion = torch.empty(len(read), 0, scalars, dtype=torch.long, device=read.device)
+    value = torch.zeros(len(read), decoder.main.horizon * decoder.main.motion_dim, device=read.device)
+    motion, prefixes = [], []
     for level in range(1, model.config.levels + 1):
-        symbols = greedy(decoder, model.logits(read, code.dequantise(motion), gripper, level))
-        motion = torch.cat([motion, symbols.unsqueeze(1)], dim=1)
-    return motion, gripper
+        motion.append(greedy(decoder, model.logits(read, value, gripper, level)))
+        value = value + code.value(motion[-1], level)
+        prefixes.append(value)
+    return Drafted(torch.stack(motion, dim=1), gripper, prefixes)
 
 
-def prefixes_of(decoder: Decoder, drafted: Tensor) -> list[Tensor]:
-    """What the blocks 2..c+1 are told given the drafted levels 1..c, each [B, P]."""
-    return [decoder.code.dequantise(drafted[:, :level]) for level in range(1, drafted.shape[1] + 1)]
+def as_drafted(decoder: Decoder, motion: Tensor, gripper: Tensor) -> Drafted:
+    """`Drafted` from its tokens [B, c, P] and gripper [B, H]."""
+    value, prefixes = torch.zeros(motion.shape[::2], device=motion.device), []
+    for level in range(1, motion.shape[1] + 1):
+        value = value + decoder.code.value(motion[:, level - 1], level)
+        prefixes.append(value)
+    return Drafted(motion, gripper, prefixes)
 
 
-def verify(decoder: Decoder, drafted: Tensor, gripper: Tensor, cache: KVCache) -> list[Tensor]:
-    """One pass over the blocks 2..c+1 given the drafted levels 1..c -> their features."""
-    return decoder.main.extend(prefixes_of(decoder, drafted), gripper, 2, cache)
+def verify(decoder: Decoder, drafted: Drafted, gripper: Tensor, cache: KVCache) -> list[Tensor]:
+    """One pass over the blocks 2..c+1 given the drafted levels 1..c and the main's gripper -> their features."""
+    return decoder.main.extend(drafted.prefixes, gripper, 2, cache)
 
 
 def extend_greedily(decoder: Decoder, motion: Tensor, gripper: Tensor, cache: KVCache) -> tuple[Tensor, int]:
@@ -242,29 +256,25 @@ def extend_greedily(decoder: Decoder, motion: Tensor, gripper: Tensor, cache: KV
     return motion, passes
 
 
-def regress_fine(decoder: Decoder, drafted: Tensor, blocks: list[Tensor], kept: Tensor) -> Tensor:
+def regress_fine(decoder: Decoder, prefixes: list[Tensor], blocks: Tensor, kept: Tensor) -> Tensor:
     """A scalar's first kept[b, p] drafted levels plus what the block after them says they miss -> [B, P].
 
-    blocks[k] is the main's block that has seen the levels 1..k.
+    prefixes: what the levels 1..k decode to, k = 1..c; blocks [B, c+1, H, D]: block k+1 has seen the levels 1..k.
     """
-    estimates = torch.stack(
-        [
-            decoder.code.dequantise(drafted[:, :level]) + decoder.finite(decoder.main.residual(block, level + 1))
-            for level, block in enumerate(blocks)
-        ],
-        dim=1,
-    )  # [B, c+1, P]
-    return estimates.gather(1, kept.unsqueeze(1)).squeeze(1)
+    missing = decoder.finite(decoder.main.residuals(blocks))
+    prefix = torch.stack([torch.zeros_like(prefixes[0]), *prefixes], dim=1)  # [B, c+1, P]
+    return (prefix + missing).gather(1, kept.unsqueeze(1)).squeeze(1)
 
 
-def requantise(code: Rfsq, value: Tensor, drafted: Tensor, kept: Tensor) -> Tensor:
-    """Tokens [B, L, P] of `value` [B, P] that begin, scalar by scalar, with kept[b, p] of the drafted symbols.
+def requantise(code: Rfsq, value: Tensor, drafted: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B, L, P] of `value` [B, P] that begin, scalar by scalar, with kept[b, p] of the drafted symbols, and
+    what they decode to [B, P].
 
     A drafted digit after which the finer levels could no longer reach the value gives way to the value's own (the
     margins of a redundant code hold one level at a time, not all together), so inside the code's span the tokens
     are within half the last step of `value` whatever was drafted.
     """
-    config, residual, symbols = code.config, value, []
+    config, residual, decoded, symbols = code.config, value, torch.zeros_like(value, dtype=torch.float32), []
     stands = torch.ones_like(value, dtype=torch.bool)
     for level in range(1, config.levels + 1):
         digit = code.digit(residual, level)
@@ -274,9 +284,10 @@ def requantise(code: Rfsq, value: Tensor, drafted: Tensor, kept: Tensor) -> Tens
             left = residual - proposed * code.step(level)
             stands = stands & (kept >= level) & (left.abs() <= reach)
             digit = torch.where(stands, proposed, digit)
-        residual = residual - digit * code.step(level)
-        symbols.append(digit.long() + config.half)
-    return torch.stack(symbols, dim=1)
+        part = digit * code.step(level)
+        residual, decoded = residual - part, decoded + part
+        symbols.append(digit)
+    return torch.stack(symbols, dim=1).long() + config.half, decoded
 
 
 def single(kept: Tensor) -> int:

@@ -11,15 +11,15 @@ from rsd.decoding.acceptance import accepted_prefix
 from rsd.decoding.steps import (
     Decoded,
     Decoder,
+    Drafted,
     EpisodeMemory,
     Proposal,
     Scene,
-    Sketch,
     Stopwatch,
+    as_drafted,
     extend_greedily,
     greedy,
     greedy_gripper,
-    prefixes_of,
     propose,
     regress_fine,
     requantise,
@@ -68,8 +68,8 @@ def draft(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
     with watch.stage("prefill"):
         features, _ = decoder.main.prefill(prefix)
     with watch.stage("draft"):
-        motion, gripper = propose(decoder, features)
-        return Decoded(decoder.code.dequantise(motion), gripper, motion)
+        motion, gripper, prefixes = propose(decoder, features)
+        return Decoded(prefixes[-1], gripper, motion)
 
 
 def light(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
@@ -94,13 +94,13 @@ def rsd(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
         features, cache = decoder.main.prefill(prefix)
         gripper = greedy_gripper(decoder, features)  # zero tolerance: the main's own, free with the prefill
     with watch.stage("draft"):
-        drafted, drafted_gripper = propose(decoder, features)
+        drafted = propose(decoder, features)
     with watch.stage("verify"):
         blocks = [features, *verify(decoder, drafted, gripper, cache)]
     with watch.stage("decode"):
         decoded = accept(decoder, drafted, blocks, gripper, cache)
     decoded.main_passes += 1
-    decoded.accepted_gripper = drafted_gripper == gripper
+    decoded.accepted_gripper = drafted.gripper == gripper
     return decoded
 
 
@@ -135,20 +135,21 @@ LIGHT = ("rsd-fused", "rsd-skip", "light")  # need a light draft and remember fr
 
 def in_prefill(decoder: Decoder, scene: Scene, proposal: Proposal, watch: Stopwatch) -> Decoded:
     """The main looks, with the proposal's blocks in its prefill; refreshes the episode's memory."""
-    decoded = check_in_prefill(decoder, scene.prefix(decoder.main, watch), proposal, scene.memory, watch)
+    drafted = as_drafted(decoder, proposal.motion, proposal.gripper)
+    decoded = check_in_prefill(decoder, scene.prefix(decoder.main, watch), drafted, scene.memory, watch)
     decoded.proposal = proposal
     return decoded
 
 
 def check_in_prefill(
-    decoder: Decoder, prefix: Tensor, proposal: Proposal | Sketch, memory: EpisodeMemory, watch: Stopwatch
+    decoder: Decoder, prefix: Tensor, drafted: Drafted, memory: EpisodeMemory, watch: Stopwatch
 ) -> Decoded:
     """`in_prefill` from the main's prefix tokens [B, N, D] on."""
-    main, drafted = decoder.main, proposal.motion
+    main = decoder.main
     with watch.stage("prefill"):
-        blocks, cache = main.prefill_blocks(prefix, prefixes_of(decoder, drafted), proposal.gripper)
+        blocks, cache = main.prefill_blocks(prefix, drafted.prefixes, drafted.gripper)
         gripper = greedy_gripper(decoder, blocks[0])
-    again = decoder.fine == "sequential" and not torch.equal(gripper, proposal.gripper)
+    again = decoder.fine == "sequential" and not torch.equal(gripper, drafted.gripper)
     if again:  # every token is to be the main's own: the blocks have to know its gripper
         with watch.stage("verify"):
             cache.truncate(prefix.shape[1] + main.horizon)
@@ -156,7 +157,7 @@ def check_in_prefill(
     with watch.stage("decode"):
         decoded = accept(decoder, drafted, blocks, gripper, cache)
         decoded.main_passes += int(again)
-        decoded.accepted_gripper = proposal.gripper == gripper
+        decoded.accepted_gripper = drafted.gripper == gripper
     if decoder.light is not None:
         with watch.stage("draft"):
             memory.renew(decoder.light.remember(cache, prefix.shape[1] + main.horizon), gripper)
@@ -170,27 +171,29 @@ def unverified(proposal: Proposal, memory: EpisodeMemory | None = None) -> Decod
     return Decoded(proposal.value, proposal.gripper, prefills=0, proposal=proposal)
 
 
-def accept(decoder: Decoder, drafted: Tensor, blocks: list[Tensor], gripper: Tensor, cache: KVCache) -> Decoded:
-    """Drafted levels [B, c, P] and the main's features of the blocks 1..c+1 that were told them -> the chunk."""
-    main, code, passes = decoder.main, decoder.code, 0
-    logits = torch.stack(
-        [decoder.finite(main.logits(block, i + 1)) for i, block in enumerate(blocks[:-1])], dim=1
-    )  # [B, c, P, K]
-    accepted = decoder.rule.accept(drafted, logits)
+def accept(
+    decoder: Decoder, drafted: Drafted, blocks: list[Tensor], gripper: Tensor, cache: KVCache
+) -> Decoded:
+    """What was drafted and the main's features of the blocks 1..c+1 that were told it -> the chunk."""
+    main, code, motion, passes = decoder.main, decoder.code, drafted.motion, 0
+    features = torch.stack(blocks, dim=1)  # [B, c+1, H, D]
+    logits = decoder.finite(main.level_head.first_levels(features[:, :-1]))  # [B, c, P, K]
+    accepted = decoder.rule.accept(motion, logits)
     prefix_levels = accepted_prefix(accepted)
     if decoder.fine == "regress":
-        kept = prefix_levels[:, None].expand_as(drafted[:, 0])
+        kept = prefix_levels[:, None].expand_as(motion[:, 0])
         if decoder.rule.per_scalar:
             kept = accepted.long().cumprod(dim=1).sum(1)
-        value = regress_fine(decoder, drafted, blocks, kept)
-        motion = requantise(code, value, drafted, kept)
+        wanted = regress_fine(decoder, drafted.prefixes, features, kept)
+        tokens, value = requantise(code, wanted, motion, kept)
     else:
-        coarse = torch.where(accepted, drafted, logits.argmax(-1))
+        coarse = torch.where(accepted, motion, logits.argmax(-1))
         following = greedy(decoder, main.logits(blocks[-1], len(blocks))).unsqueeze(1)
-        motion = torch.cat([coarse, following], dim=1)[:, : single(prefix_levels) + 1]
-        cache.truncate(cache.length - (len(blocks) - motion.shape[1]) * main.horizon)
-        motion, passes = extend_greedily(decoder, motion, gripper, cache)
-    decoded = Decoded(code.dequantise(motion), gripper, motion, passes)
-    decoded.num_draft_tokens = [drafted.shape[2]] * drafted.shape[1]
+        tokens = torch.cat([coarse, following], dim=1)[:, : single(prefix_levels) + 1]
+        cache.truncate(cache.length - (len(blocks) - tokens.shape[1]) * main.horizon)
+        tokens, passes = extend_greedily(decoder, tokens, gripper, cache)
+        value = code.dequantise(tokens)
+    decoded = Decoded(value, gripper, tokens, passes)
+    decoded.num_draft_tokens = [motion.shape[2]] * motion.shape[1]
     decoded.accepted, decoded.accepted_levels = accepted, prefix_levels
     return decoded

@@ -87,9 +87,10 @@ class LevelHead(nn.Module):
         logits = features @ self.weight[level - 1] + self.bias[level - 1]
         return logits.unflatten(-1, (-1, self.symbols)).flatten(1, 2)
 
-    def every_level(self, features: Tensor) -> Tensor:
-        """Features [B, L, H, D] of all blocks -> logits [B, L, H*M, K]: `forward` of each level, in one product."""
-        logits = torch.einsum("blhd,ldk->blhk", features, self.weight) + self.bias[:, None]
+    def first_levels(self, features: Tensor) -> Tensor:
+        """Features [B, n, H, D] of the blocks 1..n -> logits [B, n, H*M, K]: `forward` of each, in one product."""
+        count = features.shape[1]
+        logits = torch.einsum("blhd,ldk->blhk", features, self.weight[:count]) + self.bias[:count, None]
         return logits.unflatten(-1, (-1, self.symbols)).flatten(2, 3)
 
 
@@ -217,8 +218,15 @@ class MainModel(nn.Module):
 
     def residual(self, features: Tensor, level: int) -> Tensor:
         """Features of block `level` -> estimate [B, H*M] of what its prefix still misses, in first steps."""
-        scale = 2.0 * self.code.weight(level)
-        return self.residual_head(features).flatten(1) * scale
+        return self.residual_head(features).flatten(1) * self._residual_scale(level)
+
+    def residuals(self, features: Tensor) -> Tensor:
+        """Features [B, n, H, D] of the blocks 1..n -> `residual` of each [B, n, H*M]."""
+        missing = self.residual_head(features).flatten(2).unbind(1)
+        return torch.stack([part * self._residual_scale(level) for level, part in enumerate(missing, start=1)], dim=1)
+
+    def _residual_scale(self, level: int) -> float:
+        return 2.0 * self.code.weight(level)
 
 
 def merge_2x2(tokens: Tensor) -> Tensor:

@@ -170,13 +170,12 @@ def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
         images, features, condition, *memory = values
         past = Memory(memory[: len(memory) // 2], memory[len(memory) // 2 :])
         seen = light.perceive(images, features, condition, past)
-        return Sketch(*draft_levels(decoder, light.levels, seen), seen)
+        return Sketch(draft_levels(decoder, light.levels, seen), seen)
 
     def fused(pixels: Tensor, prompt: Tensor, state: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         decoder = Decoder(main, draft, rule, light=light)
         looked = fork(lambda: prefix(pixels, prompt, state), model.device)
-        drafted = proposed(decoder, *values)
-        memory = EpisodeMemory()
+        drafted, memory = proposed(decoder, *values).drafted, EpisodeMemory()
         decoded = check_in_prefill(decoder, looked(), drafted, memory, Silent(model.device))
         assert memory.main is not None
         return decoded.value, *memory.main.keys, *memory.main.values

@@ -88,7 +88,7 @@ def policy_losses(
     levels = torch.arange(1, main.code.levels + 1, device=target.device)
     weights = config.level_decay ** (levels - c).clamp(min=0)
     weights = weights / weights.sum()
-    logits = main.level_head.every_level(torch.stack(blocks, dim=1))
+    logits = main.level_head.first_levels(torch.stack(blocks, dim=1))
     losses["levels"] = (level_errors(logits, torch.stack(digits, dim=1)) * weights).sum()
     losses["parallel"] = (level_errors(main.parallel_logits(features), code.quantise(target)[0]) * weights).sum()
     closing = main.gripper_logits(features).float()
