@@ -1,0 +1,115 @@
+"""`docs/results/scaling.md` from committed raw results: what speculation gains as the main model grows.
+
+    python -m rsd.evaluation.scaling_page
+
+Nothing on the page but its prose is typed in by hand; the prose names no number.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from rsd.evaluation.decoding_page import table
+from rsd.evaluation.report import load_run
+from rsd.evaluation.results import write_atomically
+from rsd.evaluation.scaling import DECODERS, RESTING, ScalingRecord, SizeRecord
+from rsd.evaluation.summary import summarize_decoding
+from rsd.types import RsdError
+
+PROSE = """\
+# Does it scale? Time per chunk against the size of the main model
+
+Made by `python -m rsd.evaluation.scaling_page` from the raw results named below; run it again after replacing them.
+
+The light draft stays as it is while the main's trunk grows; weights are random, which changes no time.
+`rsd-fused / l1` is what one corrected pass costs over one plain pass. The last columns are about `rsd-skip`: which share
+of the chunks has to go without the main before its mean is below `l1` at all, and how many times below it is at the
+share that the shipped policy reached in closed loop (its mean of medians; another main needs its own calibration).
+
+Speculation stops paying where a pass of the main costs little more than the draft: there `l1` is the better choice
+unless success speaks for the tokens. It pays where the trunk is deep and its weights are what a pass waits for.
+"""
+
+
+@dataclass(frozen=True)
+class ScalingPageConfig:
+    """Write the page about the size of the main."""
+
+    records: tuple[Path, ...] = (Path("results/scaling/h200.json"), Path("results/scaling/cpu.json"))
+    """Raw milliseconds of `rsd bench scaling`."""
+    openvla: Path = Path("results/openvla/h200.json")
+    """Raw milliseconds of `rsd bench openvla`, for the largest main."""
+    skipping: Path = Path("results/libero_spatial/h200/rsd-skip")
+    """Run of `rsd-skip` whose share of chunks without the main is taken."""
+    output: Path = Path("docs/results/scaling.md")
+    """The page."""
+
+
+def main(config: ScalingPageConfig) -> None:
+    share = 1 - summarize_decoding(load_run(config.skipping).episodes).prefills_per_chunk
+    parts = [PROSE]
+    for path in config.records:
+        record = ScalingRecord.from_json(json.loads(path.read_text()))
+        machine = record.machine
+        where = machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['cores']} cores"
+        graphs = "" if machine["device"] == "cpu" else ", every decoder replayed from CUDA graphs"
+        count = len(next(iter(next(iter(record.sizes.values())).milliseconds.values())))
+        parts.append(
+            f"## Compact mains, {where}\n\n`{path}`: p50 of {count} predictions each, decoders taking turns, torch "
+            f"{record.versions['torch']}{graphs}.\n\n" + size_table(list(record.sizes.values()), share)
+        )
+    content = json.loads(config.openvla.read_text())
+    sections = [name for name in ("graph", "compiled", "fp8") if any(row["section"] == name for row in content["rows"])]
+    rows = [(f"{name}, {cameras} camera{'s' * (cameras > 1)}", openvla_size(content, name, cameras))
+            for name in sections for cameras in (1, 2)]
+    known = [(name, size) for name, size in rows if size is not None]
+    parts.append(
+        f"## OpenVLA 7B, {content['device']}\n\n`{config.openvla}`: random weights in the published format, bfloat16, "
+        f"torch {content['torch']}; `l1` is OFT's chunk with its L1 head, `ar` is `rfsq-ar` (eight levels).\n\n"
+        + size_table([size for _, size in known], share, [name for name, _ in known])
+    )
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.output, "\n".join(parts))
+
+
+def size_table(sizes: list[SizeRecord], share: float, names: list[str] | None = None) -> str:
+    rows = []
+    for size, name in zip(sizes, names or [f"{size.parameters / 1e6:.0f} M" for size in sizes], strict=True):
+        l1, fused, alone = (size.p50(decoder) for decoder in ("l1", "rsd-fused", RESTING))
+        rows.append(
+            [
+                name,
+                *(f"{size.p50(decoder):.1f}" for decoder in (*DECODERS, RESTING)),
+                f"{size.p50('ar') / fused:.2f}x",
+                f"{fused / l1:.2f}",
+                f"{max(0.0, (fused - l1) / (fused - alone)):.0%}" if alone < l1 else "never",
+                f"{l1 / size.skipping(share):.2f}x",
+            ]
+        )
+    header = ["main", *(f"`{decoder}` ms" for decoder in DECODERS), "draft alone ms", "`ar` / `rsd-fused`"]
+    header += ["`rsd-fused` / `l1`", "`rsd-skip` breaks even at", f"`l1` / `rsd-skip` at {share:.0%}"]
+    return table(header, rows)
+
+
+def openvla_size(content: dict[str, object], section: str, cameras: int) -> SizeRecord | None:
+    """A section's medians at batch 1 as a size; None if a decoder is missing there."""
+    names = {"ar": "rfsq-ar", "l1": "l1", "rsd": "rsd", "rsd-fused": "rsd-fused", RESTING: "light"}
+    rows = content["rows"]
+    if not isinstance(rows, list):
+        raise RsdError(f"OpenVLA bench: expected rows, found {type(rows).__name__}")
+    times = {
+        row["case"]: row["p50_ms"]
+        for row in rows
+        if row["section"] == section and row["cameras"] == cameras and row["batch"] == 1 and row["p50_ms"]
+    }
+    if not set(names.values()) <= times.keys():
+        return None
+    return SizeRecord(7_500_000_000, 0, {}, {name: [times[case]] for name, case in names.items()})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ScalingPageConfig))
