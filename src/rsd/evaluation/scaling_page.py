@@ -26,9 +26,9 @@ PROSE = """\
 Made by `python -m rsd.evaluation.scaling_page` from the raw results named below; run it again after replacing them.
 
 The light draft stays as it is while the main's trunk grows; weights are random, which changes no time.
-`rsd-fused / l1` is what one corrected pass costs over one plain pass. The last columns: which share
-of the chunks has to go without the main before the mean of `rsd-skip` is below `l1` at all, and how many times below at the
-share that the shipped policy reached in closed loop (its mean of medians; another main needs its own calibration).
+`rsd-fused / l1` is what one corrected pass costs over one plain pass. The last columns: which share of the chunks has
+to go without the main before the mean of `rsd-skip` is below `l1` at all, and how many times below it is at the share
+that the shipped policy reached in closed loop (a mean of medians; another main needs its own calibration).
 
 Speculation stops paying where a pass of the main costs little more than the draft: there `l1` is the better choice
 unless success speaks for the tokens. It pays where the trunk is deep and its weights are what a pass waits for.
