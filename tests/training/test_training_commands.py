@@ -12,6 +12,7 @@ from torch import Tensor
 
 import rsd.training.policy as training_policy
 from rsd.data.demonstrations import load_demonstrations
+from rsd.evaluation.deviation import DeviationConfig, measure_deviation
 from rsd.models.draft import DraftConfig
 from rsd.models.main import MainModel
 from rsd.models.trunk import KVCache
@@ -172,6 +173,23 @@ def test_what_matches_is_taken_over_from_a_checkpoint_of_another_size(
     assert all(torch.equal(grown[name], value) for name, value in source.items())
     assert grown.keys() - source.keys()
     assert "start afresh: main.trunk" in capsys.readouterr().out
+
+
+def test_deviation_from_the_baseline_is_measured_on_held_out_frames(
+    trained: Path, demonstrations: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "deviation.json"
+    rows = measure_deviation(DeviationConfig((demonstrations,), str(trained), 6, validation_every=4, output=output))
+    by_name = {(row.decode, row.acceptance, row.fine): row for row in rows}
+    nothing = dict.fromkeys(("normalised", "mm", "degrees"), (0.0, 0.0, 0.0))
+    assert by_name["ar", "margin", "regress"].from_ar == nothing
+    assert by_name["rsd", "exact", "sequential"].from_ar == nothing  # the tokens are those of `ar`
+    assert by_name["rsd", "exact", "sequential"].gripper_differs_from_ar == 0.0
+    p50, p99, largest = by_name["l1", "margin", "regress"].from_ar["mm"]
+    assert 0 < p50 <= p99 <= largest
+    stored = json.loads(output.read_text())
+    assert stored["frames"] == 6
+    assert [row["decode"] for row in stored["rows"]] == [row.decode for row in rows]
 
 
 def test_images_of_another_size_are_refused(config: TrainPolicyConfig) -> None:

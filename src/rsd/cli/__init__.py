@@ -59,6 +59,12 @@ COMMANDS = {
         "measure_scaling",
         "ScalingConfig",
     ),
+    "bench deviation": Command(
+        "how far every decoder's chunks are from the baseline's, on held-out frames",
+        "rsd.evaluation.deviation",
+        "measure_deviation",
+        "DeviationConfig",
+    ),
     "bench openvla": Command(
         "milliseconds per decision of OpenVLA 7B on random weights, beside the published way to run it",
         "rsd.openvla.bench",

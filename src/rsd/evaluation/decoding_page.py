@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from rsd.decoding.calibration import RealisedRisk, realised_risk
 from rsd.evaluation.calibrate import SCORE, chunk_stat, deviations
+from rsd.evaluation.deviation import UNITS, DeviationRecord
 from rsd.evaluation.latency import LatencyRecord
 from rsd.evaluation.report import Run, difference_cell, level_cell, load_run, success_cell, task_labels
 from rsd.evaluation.results import write_atomically
@@ -66,6 +67,8 @@ class PageConfig:
         Path("results/libero_spatial/cpu/latency.json"),
     )
     """Raw latencies of `rsd bench latency`."""
+    deviation: Path = Path("results/libero_spatial/deviation.json")
+    """Raw deviations of `rsd bench deviation`."""
     epsilon_mm: float = 50.0
     """What counts as a deviation in runs with a threshold of their own, which promise nothing."""
     delta: float = 0.1
@@ -82,6 +85,7 @@ def main(config: PageConfig) -> None:
     parts = [PROSE, success_section(config.order, runs), task_section(config.order, runs)]
     parts += [success_section(config.cpu_order, cpu), CAVEAT]
     parts += [risk_section([*config.order, *(f"{name}, CPU" for name in config.cpu_order)], [*runs, *cpu], config)]
+    parts += [deviation_section(DeviationRecord.from_json(json.loads(config.deviation.read_text())), config.deviation)]
     parts += [timed_section(config.timed, timed)]
     parts += [latency_section(record, path) for record, path in zip(records, config.latencies, strict=True)]
     config.output.parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +193,27 @@ def risk_section(names: Sequence[str], runs: Sequence[Run], config: PageConfig) 
     return (
         "## Skipping: the promise and what became of it\n\nRisk: mean share of an episode's executed draft chunks that "
         "deviate by more than epsilon. The main ran beside every skipped chunk, untimed.\n\n"
+    ) + table(header, rows)
+
+
+def deviation_section(record: DeviationRecord, path: Path) -> str:
+    rows = [
+        [
+            f"`{row.decode}`",
+            row.acceptance if row.decode.startswith("rsd") else ABSENT,
+            row.fine if row.decode.startswith("rsd") else ABSENT,
+            *(" / ".join(f"{x:.2f}" for x in row.from_ar[unit]) for unit in UNITS),
+            f"{row.gripper_differs_from_ar:.1%}",
+            " / ".join(f"{x:.2f}" for x in row.from_expert["mm"]),
+        ]
+        for row in record.rows
+    ]
+    header = ["decoder", "acceptance", "fine", "from `ar`, normalised", "from `ar`, mm", "from `ar`, degrees"]
+    header += ["gripper differs from `ar`", "from the expert, mm"]
+    return (
+        f"## Deviation of a step's command, p50 / p99 / max\n\n`{path}`: {record.frames} frames of {record.episodes} "
+        "held-out episodes. Normalised: the largest of the six motion numbers. Decoders with a light draft remember the "
+        "main's run one chunk earlier.\n\n"
     ) + table(header, rows)
 
 
