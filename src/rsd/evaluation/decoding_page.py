@@ -212,7 +212,7 @@ def deviation_section(record: DeviationRecord, path: Path) -> str:
     header += ["gripper differs from `ar`", "from the expert, mm"]
     return (
         f"## Deviation of a step's command, p50 / p99 / max\n\n`{path}`: {record.frames} frames of {record.episodes} "
-        "held-out episodes. Normalised: the largest of the six motion numbers. Decoders with a light draft remember the "
+        "held-out episodes. Normalised: largest of the six motion numbers. Decoders with a light draft remember the "
         "main's run one chunk earlier.\n\n"
     ) + table(header, rows)
 
