@@ -11,6 +11,7 @@ from rsd.data.demonstrations import Demonstration, load_demonstrations
 from rsd.data.render import RenderConfig, render, render_frames
 from rsd.data.schema import FILE_SUFFIX
 from rsd.sim.expert import PickAndPlace
+from rsd.sim.goals import task_goal
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.scene import Scene
 from rsd.sim.suites import suite_task
@@ -106,7 +107,7 @@ def test_rendered_images_are_those_of_a_live_recording_but_for_one_substep() -> 
     env.reset(options={"placement_seed": 1})
     fixtures = env.fixture_poses()
     recorder = EpisodeRecorder(images=True)
-    law = PickAndPlace(Scene(env), "akita_black_bowl_1")
+    law = PickAndPlace(Scene(env), task_goal("libero_spatial", 0))
     for _ in range(12):
         action = law.action()
         recorder.record(env, action, action)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rsd.sim import expert
+from rsd.sim.goals import Goal
 from rsd.sim.grasps import (
     MAX_LEAN,
     POINTING_DOWN,
@@ -18,7 +19,8 @@ from rsd.sim.noise import ActionNoise, NoiseConfig
 from rsd.sim.scene import Scene
 from rsd.types import RsdError
 
-TARGET, DISTRACTOR = "akita_black_bowl_1", "akita_black_bowl_2"
+TARGET, DISTRACTOR, PLATE = "akita_black_bowl_1", "akita_black_bowl_2", "plate_1"
+GOAL, OTHER = Goal("on", TARGET, PLATE), Goal("on", DISTRACTOR, PLATE)
 BASE = np.array([-0.66, 0.0, 0.912])
 
 
@@ -96,7 +98,7 @@ def env() -> Iterator[LiberoEnv]:
 def test_expert_solves_a_placement_smoothly_with_the_canonical_grasp(env: LiberoEnv) -> None:
     env.reset(options={"placement_seed": 1})
     log = Log()
-    result = expert.run(env, TARGET, log)
+    result = expert.run(env, recorder=log)
     assert result.success
     assert result.attempts == 1
     assert result.steps < 110
@@ -115,9 +117,9 @@ def test_expert_moves_the_other_bowl_under_noise(env: LiberoEnv) -> None:
     env.reset(options={"placement_seed": 2})
     rng = np.random.default_rng(0)
     log = Log()
-    result = expert.run(env, DISTRACTOR, log, rng, ActionNoise(NoiseConfig(), 0.8, rng))
+    result = expert.run(env, OTHER, log, rng, ActionNoise(NoiseConfig(), 0.8, rng))
     assert result.success
-    assert env.object_on(DISTRACTOR, expert.PLATE)
+    assert env.holds("on", DISTRACTOR, PLATE)
     assert not env.success()  # the task's own bowl did not move
     executed, clean = np.array(log.executed), np.array(log.clean)
     assert np.abs(executed - clean)[:, :6].max() > 0.1
@@ -127,7 +129,7 @@ def test_expert_moves_the_other_bowl_under_noise(env: LiberoEnv) -> None:
 @pytest.mark.simulator
 def test_expert_picks_up_a_bowl_that_slipped_out_of_the_hand(env: LiberoEnv) -> None:
     env.reset(options={"placement_seed": 4})
-    law = expert.PickAndPlace(Scene(env), TARGET)
+    law = expert.PickAndPlace(Scene(env), GOAL)
     start = law.scene.position(TARGET)[2]
     while law.scene.position(TARGET)[2] < start + 0.02:
         env.advance(law.action())
@@ -146,7 +148,7 @@ def test_expert_picks_up_a_bowl_that_slipped_out_of_the_hand(env: LiberoEnv) -> 
 def test_two_sided_grasps_use_both_sides_where_the_canonical_one_uses_one(env: LiberoEnv) -> None:
     env.reset(options={"placement_seed": 1})
     scene = Scene(env)
-    plate = scene.position(expert.PLATE)
+    plate = scene.position(PLATE)
     rng = np.random.default_rng(0)
     canonical = {choose_rim_grasp(scene, TARGET, plate).angle for _ in range(3)}
     both = {choose_rim_grasp(scene, TARGET, plate, "two-sided", rng).angle for _ in range(12)}

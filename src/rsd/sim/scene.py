@@ -72,6 +72,18 @@ class Scene:
         """Body origin of an object or fixture [3]. Raises RsdError for an unknown name."""
         return self.data.xpos[self._body(name)].copy()
 
+    def site(self, name: str) -> Vector:
+        """Middle of a region that an object or a fixture carries [3]."""
+        self.owner(name)
+        return self.data.site(name).xpos.copy()
+
+    def owner(self, name: str) -> str:
+        """The object or fixture that carries a region. Raises RsdError for an unknown name."""
+        regions = self.env.simulation.object_sites_dict
+        if name not in regions:
+            raise RsdError(f"region: found the unknown name {name!r}, known are {', '.join(sorted(regions))}")
+        return str(regions[name].parent_name)
+
     def up_axis(self, name: str) -> Vector:
         """The object's own z axis in the world [3]."""
         return self.data.xmat[self._body(name)].reshape(3, 3)[:, 2].copy()
