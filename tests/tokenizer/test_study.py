@@ -11,8 +11,9 @@ import torch
 from rsd.cli import dispatch
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.tokenizer.bench.methods import METHODS, Effort
-from rsd.tokenizer.bench.report import READING, envelope, rmse_at, verdict, write_report
+from rsd.tokenizer.bench.report import READING, write_report
 from rsd.tokenizer.bench.study import BenchConfig, bench
+from rsd.tokenizer.bench.tables import envelope, rmse_at, verdict
 from rsd.tokenizer.bench.timing import TIMING
 from rsd.tokenizer.inspection import InspectConfig, entropy, inspect_tokenizer, level_statistics
 from rsd.tokenizer.learned import LearnConfig
@@ -57,7 +58,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def study(data: Path, tmp_path_factory: pytest.TempPathFactory) -> BenchConfig:
     folder = tmp_path_factory.mktemp("study")
-    config = BenchConfig(data, FAST_ONES, output=folder / "json", document=folder / "doc" / "codes.md", quick=True)
+    document = folder / "doc" / "codes.md"
+    config = BenchConfig((data,), methods=FAST_ONES, output=folder / "json", document=document, quick=True)
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
         bench(config)
@@ -135,13 +137,13 @@ def test_impossible_studies_are_refused(arguments: str, message: str, capsys: py
 
 def test_few_demonstrations_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(RsdError, match="at least 21 demonstrations, found 20"):
-        bench(BenchConfig(data, held_out_every=21, output=tmp_path, document=tmp_path / "doc.md"))
+        bench(BenchConfig((data,), held_out_every=21, output=tmp_path, document=tmp_path / "doc.md"))
 
 
 def test_every_method_and_the_timing_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
     methods = tuple(name for name in (*METHODS, TIMING) if name not in FAST_ONES)
-    config = BenchConfig(data, methods, output=tmp_path, document=tmp_path / "doc.md", quick=True)
+    config = BenchConfig((data,), methods=methods, output=tmp_path, document=tmp_path / "doc.md", quick=True)
     bench(config)
     text = config.document.read_text()
     assert "ours, chunk-autoencoder*" in text
@@ -210,7 +212,7 @@ def test_odd_inspections_are_refused(data: Path, chunks: np.ndarray, tmp_path: P
         InspectConfig(output=tmp_path / "picture.bmp")
     ActionTokenizer.fit(chunks).save(tmp_path)
     with pytest.raises(RsdError, match="--chunk 800: expected -1 or a number below 800"):
-        inspect_tokenizer(InspectConfig(str(tmp_path), data, 800))
-    ActionTokenizer.fit(chunks[..., :5], TokenizerConfig()).save(tmp_path)
+        inspect_tokenizer(InspectConfig(str(tmp_path), (data,), 800))
+    ActionTokenizer.fit(chunks[..., 2:]).save(tmp_path)
     with pytest.raises(RsdError, match="expected actions of 5 numbers, found 7"):
-        inspect_tokenizer(InspectConfig(str(tmp_path), data))
+        inspect_tokenizer(InspectConfig(str(tmp_path), (data,)))
