@@ -1,15 +1,18 @@
 from collections.abc import Iterator
+from dataclasses import astuple
 
 import numpy as np
 import pytest
 
 from rsd.sim import expert
-from rsd.sim.goals import Goal
+from rsd.sim.goals import Goal, destination, task_goal
 from rsd.sim.grasps import (
     MAX_LEAN,
     POINTING_DOWN,
+    WIDTH_STEP,
     RimGrasp,
     choose_rim_grasp,
+    choose_span_grasp,
     hand_rotation,
     lean_angle,
     rotation_vector,
@@ -157,6 +160,59 @@ def test_two_sided_grasps_use_both_sides_where_the_canonical_one_uses_one(env: L
     assert canonical < both
     with pytest.raises(RsdError, match="random generator"):
         choose_rim_grasp(scene, TARGET, plate, "two-sided")
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize(("suite", "task"), [("libero_object", 7), ("libero_goal", 9)])
+def test_expert_solves_the_other_suites_across_the_narrow_side(suite: str, task: int) -> None:
+    """A milk carton into the basket; a wine bottle onto the rack."""
+    other = LiberoEnv(suite, task, cameras=False)
+    other.reset(options={"placement_seed": 11})
+    log = Log()
+    result = expert.run(other, recorder=log)
+    assert result == expert.ExpertResult(True, result.steps, 1)
+    assert result.steps < 130
+    assert other.holds(*astuple(task_goal(suite, task)))
+    actions = np.array(log.clean)
+    assert np.abs(actions).max() <= 1.0
+    assert (np.diff(actions[:, 6]) != 0).sum() == 2  # closes once, opens once
+    other.close()
+
+
+@pytest.mark.simulator
+def test_a_span_goes_across_the_narrowest_side_with_the_least_turn(env: LiberoEnv) -> None:
+    env.reset(options={"placement_seed": 1})
+    scene = Scene(env)
+    box, plate = "cookies_1", scene.position(PLATE)
+    grasp = choose_span_grasp(scene, box, plate)
+    outline = scene.vertices(box)[:, :2]
+
+    def width(angle: float) -> float:
+        return float(np.ptp(outline @ [np.cos(angle), np.sin(angle)]))
+
+    narrowest = min(width(angle) for angle in np.linspace(0, np.pi, 180))
+    assert width(grasp.angle) < narrowest + WIDTH_STEP + 1e-3
+    point = grasp.point(scene, box)
+    assert outline.min(0) == pytest.approx(2 * point[:2] - outline.max(0), abs=0.01)  # over the middle
+    assert grasp.lost(scene, box)  # the hand is elsewhere
+    with pytest.raises(RsdError, match=r"plate_1: expected something at most 0\.07 m wide"):
+        choose_span_grasp(scene, PLATE, plate)
+
+
+@pytest.mark.simulator
+def test_a_destination_is_a_surface_or_a_place_within_the_rim(env: LiberoEnv) -> None:
+    env.reset(options={"placement_seed": 1})
+    scene = Scene(env)
+    centre, surface = destination(scene, GOAL)
+    assert centre == pytest.approx(scene.position(PLATE))
+    assert surface == pytest.approx(float(scene.heights(centre[None, :2])[0]), abs=0.003)
+    top, height = destination(scene, Goal("on", TARGET, "wooden_cabinet_1_top_side"))
+    assert top[:2] == pytest.approx(scene.site("wooden_cabinet_1_top_side")[:2])
+    assert height == pytest.approx(scene.vertices("wooden_cabinet_1")[:, 2].max(), abs=0.002)
+    _, within = destination(scene, Goal("on", "cookies_1", DISTRACTOR))
+    assert within == pytest.approx(scene.vertices(DISTRACTOR)[:, 2].max() - 0.015)
+    with pytest.raises(RsdError, match="wooden_cabinet_1_top_side"):
+        scene.site("no_such_region")
 
 
 @pytest.mark.simulator

@@ -63,7 +63,8 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 def write_report(folder: Path, document: Path) -> None:
     """folder of JSON files -> the Markdown document, and SVG plots in a folder of its name beside it."""
-    records = read_records(folder)
+    elsewhere = read_records(folder / OTHERS) if (folder / OTHERS).is_dir() else []
+    records = elsewhere if elsewhere and not any(folder.glob("*.json")) else read_records(folder)
     curves: Curves = {}
     for record in records:
         for point in record["points"]:
@@ -79,7 +80,6 @@ def write_report(folder: Path, document: Path) -> None:
         plot_curves(curves, coded, "rmse", plots / "coded.svg", "entropy-coded bits a chunk")
         plot_curves(curves, nominal, "rmse", plots / "nominal.svg", "nominal bits a chunk")
         plot_prefixes(curves, plots / "prefixes.svg")
-    elsewhere = read_records(folder / OTHERS) if (folder / OTHERS).is_dir() else []
     document.write_text("\n".join(document_lines(records, elsewhere, curves, plots.name, reading)) + "\n")
 
 
