@@ -40,12 +40,15 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 episodes of 40 steps, smooth random motion."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
+    return write_demonstrations(tmp_path_factory.mktemp("data"))
+
+
+def write_demonstrations(folder: Path, seed: int = 0, count: int = 20) -> Path:
+    """Episodes of 40 steps, smooth random motion."""
+    rng = np.random.default_rng(seed)
     with h5py.File(folder / "pick_up_the_bowl_demo.hdf5", "w") as file:
         group = file.create_group("data")
-        for episode in range(20):
+        for episode in range(count):
             time = np.linspace(0, 1, 40)[:, None]
             motion = np.sin(rng.normal(size=6) * 4 * time + rng.normal(size=6))
             demo = group.create_group(f"demo_{episode}")
@@ -95,6 +98,38 @@ def test_the_document_is_made_again_from_the_files_alone(study: BenchConfig, tmp
     assert study.document.read_text() == written  # what was written by hand is kept
     assert plot.read_bytes() == drawn
     study.document.write_text(before)
+
+
+def test_the_same_codes_are_measured_on_suites_they_were_not_fitted_on(
+    study: BenchConfig, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_small(monkeypatch)
+    (tmp_path / "wild").mkdir()
+    wild = write_demonstrations(tmp_path / "wild", seed=1, count=3)
+    (tmp_path / "json").mkdir()
+    for name in ("fast", "bins"):
+        (tmp_path / "json" / f"{name}.json").write_bytes((study.output / f"{name}.json").read_bytes())
+    document = tmp_path / "codes.md"
+    methods = ("ours-dct", "bins")
+    others = BenchConfig(
+        (data,), (wild,), methods, output=tmp_path / "json", document=document, train_chunks=200, quick=True
+    )
+    bench(others)
+    assert {path.name for path in (tmp_path / "json").iterdir()} == {"fast.json", "bins.json", "suites"}
+    assert {path.stem for path in (tmp_path / "json" / "suites").iterdir()} == set(methods)
+    record = json.loads((tmp_path / "json" / "suites" / "bins.json").read_text())
+    assert record["data"]["train_chunks"] == 214
+    assert record["data"]["others"]["wild"]["chunks"] == 30
+    assert 0 <= record["data"]["others"]["wild"]["chunks_beyond_train_range"] <= 1
+    own, there = record["points"], record["others"]["wild"]
+    assert [p["setting"] for p in own] == [p["setting"] for p in there]
+    assert all(p["rmse"] != q["rmse"] for p, q in zip(own, there, strict=True))
+    text = document.read_text()
+    assert "| FAST |" in text  # of the study beside it
+    assert "### wild: entropy-coded bits, order 1" in text
+    assert "Codes and entropy models fitted on 214 chunks" in text
+    with pytest.raises(RsdError, match="expected folders of different names"):
+        BenchConfig((data,), (wild, wild))
 
 
 def test_results_of_different_data_are_not_mixed(study: BenchConfig, tmp_path: Path) -> None:

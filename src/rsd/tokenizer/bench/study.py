@@ -56,7 +56,7 @@ class BenchConfig:
     held_out_stride: int = 4
     """Of the held-out chunks, which overlap, every n-th is measured."""
     train_chunks: int = 0
-    """Fit on this many training chunks, spread evenly, for a quicker study; 0: on all."""
+    """Fit on about this many training chunks, spread evenly, for a quicker study; 0: on all."""
     quick: bool = False
     """Learn next to nothing: to try the command out, not for a result."""
 
