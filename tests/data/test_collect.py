@@ -91,8 +91,8 @@ def test_a_floor_scene_is_collected_under_its_own_names(tmp_path: Path) -> None:
 
 def test_what_the_expert_cannot_do_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     out = tmp_path / "none"
-    with pytest.raises(RsdError, match=r"turnon flat_stove_1.* 8 .put the bowl on the plate."):
-        collect(CollectConfig(out, "libero_goal", tasks=(8, 7)))
+    with pytest.raises(RsdError, match=r"on plate_1 main_table.* 8 .put the bowl on the plate."):
+        collect(CollectConfig(out, "libero_goal", tasks=(8, 5)))
     with pytest.raises(RsdError, match="libero_spatial, libero_object, libero_goal, found the suite 'libero_10'"):
         collect(CollectConfig(out, "libero_10"))
     assert not out.exists()

@@ -1,10 +1,10 @@
 from collections.abc import Iterator
-from dataclasses import astuple
 
 import numpy as np
 import pytest
 
 from rsd.sim import expert
+from rsd.sim.articulated import inward_lean
 from rsd.sim.goals import Goal, destination, task_goal
 from rsd.sim.grasps import (
     MAX_LEAN,
@@ -172,11 +172,33 @@ def test_expert_solves_the_other_suites_across_the_narrow_side(suite: str, task:
     result = expert.run(other, recorder=log)
     assert result == expert.ExpertResult(True, result.steps, 1)
     assert result.steps < 130
-    assert other.holds(*astuple(task_goal(suite, task)))
+    assert other.holds(*task_goal(suite, task).words)
     actions = np.array(log.clean)
     assert np.abs(actions).max() <= 1.0
     assert (np.diff(actions[:, 6]) != 0).sum() == 2  # closes once, opens once
     other.close()
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("task", [0, 7])
+def test_expert_opens_a_drawer_and_turns_a_knob_under_noise(task: int) -> None:
+    other = LiberoEnv("libero_goal", task, cameras=False)
+    other.reset(options={"placement_seed": 11})
+    assert not other.success()
+    rng = np.random.default_rng(0)
+    result = expert.run(other, rng=rng, noise=ActionNoise(NoiseConfig(), 0.5, rng))
+    assert result.success
+    assert result.steps < 130
+    assert other.success()
+    other.close()
+
+
+def test_a_hand_leans_back_over_what_stands_close() -> None:
+    near, far = BASE + np.array([0.25, 0.1, 0.03]), BASE + np.array([0.5, 0.0, 0.03])
+    np.testing.assert_allclose(inward_lean(BASE, far), np.eye(3), atol=1e-12)
+    pointing = (inward_lean(BASE, near) @ POINTING_DOWN)[:, 2]
+    assert pointing[:2] @ (near - BASE)[:2] < -0.05  # towards the robot
+    assert pointing[2] < -np.cos(np.radians(41))
 
 
 @pytest.mark.simulator

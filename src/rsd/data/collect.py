@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 from concurrent.futures import as_completed
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class CollectConfig:
     suite: str = "libero_spatial"
     """libero_spatial, libero_object or libero_goal."""
     tasks: tuple[int, ...] = ()
-    """Task ids; empty = all that the expert can do (of libero_goal 6 of 10: those that put something somewhere)."""
+    """Task ids; empty = all that the expert can do (of libero_goal 8 of 10)."""
     num_demos: int = 50
     """Successful demonstrations per task. Raise it later and run again to add more."""
     swapped_fraction: float = 0.2
@@ -152,7 +152,7 @@ def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy
         placement_seed = int(rng.integers(2**31))
         level = 0.0 if rng.random() < config.clean_fraction else float(rng.random())
         _, info = env.reset(options={"placement_seed": placement_seed})
-        if any(env.holds(*astuple(each)) for each in alike):
+        if any(env.holds(*each.words) for each in alike):
             continue  # nothing to do, or a scene that the instruction does not describe
         body_pos, body_quat = env.fixture_poses()
         recorder = EpisodeRecorder(images=not config.states_only)

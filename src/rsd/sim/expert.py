@@ -10,12 +10,13 @@ lower it may go. The same law brings the object to its destination.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
+from rsd.sim.articulated import MovePart
 from rsd.sim.goals import Goal, destination, task_goal
 from rsd.sim.grasps import (
     MAX_LEAN,
@@ -27,14 +28,12 @@ from rsd.sim.grasps import (
     choose_span_grasp,
     hand_rotation,
     lean_limit,
-    rotation_vector,
 )
 from rsd.sim.libero import LiberoEnv
+from rsd.sim.motion import funnel, step_towards, turn_left
 from rsd.sim.noise import Disturbance
 from rsd.sim.scene import Scene, Vector
 
-SIDEWAYS_GAIN, HEIGHT_GAIN = 22.0, 40.0  # action per metre; more sideways overshoots, the arm is damped for 20
-ROTATION_GAIN = 3.0 / 0.5  # action per radian
 AT_GRASP, AT_GRASP_HEIGHT = 0.006, 0.006  # m
 AT_GRASP_ANGLE = 0.2  # rad
 SLOW, SLOW_STEPS = 0.0012, 8  # m per step; the hand presses against something and will not get closer
@@ -151,7 +150,7 @@ class PickAndPlace:
         misaligned = off + 0.1 * max(0.0, turn - 0.1)
         tight = self._walled or self.goal.grasp == "span"
         radius, slope = (TIGHT_RADIUS, TIGHT_SLOPE) if tight else (FUNNEL_RADIUS, FUNNEL_SLOPE)
-        height = _funnel(misaligned, goal[2], free, radius, slope)
+        height = funnel(misaligned, goal[2], free, radius, slope)
         return self._move(np.array([goal[0], goal[1], height]), rotation, GRIPPER_OPEN)
 
     def _close(self) -> Vector:
@@ -180,7 +179,7 @@ class PickAndPlace:
             return self._retreat()
         way = scene.corridor_top(held, there, ignore=(self.target,), half_width=0.06)
         over = max(way + CARRY_CLEARANCE, surface + 0.01)
-        height = _funnel(off, surface + RELEASE_GAP, over, PLACE_RADIUS, PLACE_SLOPE)
+        height = funnel(off, surface + RELEASE_GAP, over, PLACE_RADIUS, PLACE_SLOPE)
         goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom])
         rotation, _ = self._orientation(self._place_point())
         return self._move(goal, rotation, GRIPPER_CLOSE, CARRY_TURN)
@@ -275,21 +274,14 @@ class PickAndPlace:
         reaching = self._grasp is not None and not self.closed
         limit = lean_limit(scene.base, point, self._grasp.direction) if self._grasp and reaching else MAX_LEAN
         rotation = hand_rotation(scene.base, point, yaw, limit)
-        return rotation, float(np.linalg.norm(rotation_vector(rotation @ scene.eef_rotation.T)))
+        return rotation, turn_left(scene, rotation)
 
     def _move(self, goal: Vector, rotation: Vector, gripper: float, turn_limit: float = 1.0) -> Vector:
         """Proportional step towards a pose. Sideways waits while the hand is too low for it."""
         error = goal - self.scene.eef
         too_low = max(0.0, float(error[2]))
         error[:2] *= np.clip(1.0 - (too_low - 0.010) / 0.030, 0.0, 1.0)
-        action = np.empty(7)
-        # limited apart: a common factor would leave no height control while the hand is far away
-        action[:2] = _limit(error[:2] * SIDEWAYS_GAIN)
-        action[2] = np.clip(error[2] * HEIGHT_GAIN, -1.0, 1.0)
-        turn = rotation_vector(rotation @ self.scene.eef_rotation.T)
-        action[3:6] = turn_limit * _limit(turn * ROTATION_GAIN / turn_limit)
-        action[6] = gripper
-        return action
+        return step_towards(self.scene, error, rotation, gripper, turn_limit)
 
 
 def run(
@@ -309,7 +301,8 @@ def run(
     images. Raises RsdError for a task that the expert cannot do.
     """
     goal = goal or task_goal(env.suite, env.task.task_id)
-    law = PickAndPlace(Scene(env), goal, mode, rng)
+    scene = Scene(env)
+    law = PickAndPlace(scene, goal, mode, rng) if goal.destination else MovePart(scene, goal)
     success_at: int | None = None
     step = 0
     while step < env.max_steps + tail_steps:
@@ -325,18 +318,8 @@ def run(
             recorder.record(env, executed, clean)
         env.advance(executed, draw)
         step += 1
-        if success_at is None and env.holds(*astuple(goal)):
+        if success_at is None and env.holds(*goal.words):
             success_at = step
     if success_at is None:
         return ExpertResult(False, step, law.attempts)
     return ExpertResult(True, success_at, law.attempts)
-
-
-def _funnel(off: float, low: float, high: float, radius: float, slope: float) -> float:
-    """Height (m) wanted at a horizontal distance `off`: low within the radius, rising to high outside it."""
-    return float(low + np.clip((off - radius) * slope, 0.0, max(0.0, high - low)))
-
-
-def _limit(vector: Vector) -> Vector:
-    """Scales a vector so that no component exceeds 1; keeps its direction, so paths stay straight."""
-    return vector / max(1.0, float(np.abs(vector).max()))

@@ -1,7 +1,8 @@
 """What a task asks for, from the goal predicate of its scene file, and where that wants the object.
 
-The expert can pick up the kinds of objects in `GRASPS` and put them on or into something that stands open. A goal with
-several predicates, a drawer, a knob or a plate is beyond it, and `task_goal` says so by name.
+The expert can pick up the kinds of objects in `GRASPS` and put them on or into something that stands open, pull a drawer
+open and turn a knob (`MOVABLE_PARTS`). Goals of several predicates, what goes into a drawer and what is pushed are beyond
+it, and `task_goal` says so by name.
 """
 
 from __future__ import annotations
@@ -50,15 +51,22 @@ OPEN_PLACES = (
     "wine_rack_top_region",
     "wooden_cabinet_top_side",
 )
+# what it can move on its joint
+MOVABLE_PARTS = (("open", "wooden_cabinet_middle_region"), ("turnon", "flat_stove"))
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One predicate of LIBERO: `predicate` ("on" or "in") of an object and an object or region."""
+    """One predicate of LIBERO: "on" or "in" of an object and an object or region, "open" or "turnon" of one alone."""
 
     predicate: str
     target: str
-    destination: str
+    destination: str = ""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """As LIBERO has it."""
+        return (self.predicate, self.target, *([self.destination] if self.destination else []))
 
     @property
     def grasp(self) -> GraspKind:
@@ -80,9 +88,11 @@ def predicates(suite: str, task_id: int) -> list[tuple[str, ...]]:
 def solvable_goal(suite: str, task_id: int) -> Goal | None:
     """The goal of a task if the expert can reach such a one, else None."""
     parts = predicates(suite, task_id)
-    if len(parts) != 1 or len(parts[0]) != 3:
+    if len(parts) != 1:
         return None
     goal = Goal(*parts[0])
+    if not goal.destination:
+        return goal if (goal.predicate, kind(goal.target)) in MOVABLE_PARTS else None
     known = kind(goal.target) in GRASPS and kind(goal.destination) in OPEN_PLACES
     return goal if goal.predicate in ("on", "in") and known else None
 
@@ -100,7 +110,7 @@ def task_goal(suite: str, task_id: int) -> Goal:
         can = [f"{i} ({suite_task(suite, i).language})" for i in solvable_tasks(suite)]
         raise RsdError(
             f"scripted expert: found {suite} task {task_id} with the goal {wanted!r}; it puts an object on or into "
-            f"something open. Of this suite it does {', '.join(can) or 'none'}"
+            f"something open, pulls a drawer or turns a knob. Of this suite it does {', '.join(can) or 'none'}"
         )
     return goal
 

@@ -48,6 +48,11 @@ MAX_LEAN = np.radians(30)
 MAX_SIDEWAYS_LEAN = np.radians(8)
 
 
+def yaw_of(angle: float) -> float:
+    """Smallest rotation about z that brings the closing axis onto a direction (rad, within +-pi/2)."""
+    return float((angle - np.pi / 2 + np.pi / 2) % np.pi - np.pi / 2)
+
+
 @dataclass(frozen=True)
 class Grasp:
     """angle: direction of the closing axis in the world (rad)."""
@@ -62,7 +67,7 @@ class Grasp:
     @property
     def yaw(self) -> float:
         """Smallest rotation about z that brings the closing axis onto the direction (rad, within +-pi/2)."""
-        return float((self.angle - np.pi / 2 + np.pi / 2) % np.pi - np.pi / 2)
+        return yaw_of(self.angle)
 
     def point(self, scene: Scene, target: str, opening: float = FINGER_OPENING) -> Vector:
         """Grip site for this grasp, given where the object is now and how far the fingers are open (m) [3]."""
@@ -165,7 +170,7 @@ def hand_rotation(base: Vector, point: Vector, yaw: float, limit: float) -> NDAr
     """Orientation of the hand at `point` [3, 3]: down, turned by yaw, leaned outward as far as the reach asks."""
     outward = (point - base)[:2] / np.linalg.norm((point - base)[:2])
     axis = np.cross([0.0, 0.0, -1.0], [outward[0], outward[1], 0.0])
-    return _about(axis, lean_angle(base, point, limit)) @ _about(np.array([0.0, 0.0, 1.0]), yaw) @ POINTING_DOWN
+    return about(axis, lean_angle(base, point, limit)) @ about(np.array([0.0, 0.0, 1.0]), yaw) @ POINTING_DOWN
 
 
 def rotation_vector(rotation: NDArray[np.float64]) -> Vector:
@@ -306,7 +311,7 @@ def _overlap(scene: Scene, target: str, grasp: Grasp, destination: Vector) -> fl
     return float(np.maximum(sunk, 0.0).sum())
 
 
-def _about(axis: Vector, angle: float) -> NDArray[np.float64]:
+def about(axis: Vector, angle: float) -> NDArray[np.float64]:
     """Rotation by `angle` (rad) about a unit axis [3] (Rodrigues)."""
     k = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]], dtype=np.float64)
     return np.eye(3) + np.sin(angle) * k + (1 - np.cos(angle)) * (k @ k)
