@@ -1,8 +1,8 @@
 """What a task asks for, from the goal predicate of its scene file, and where that wants the object.
 
-The expert can pick up the kinds of objects in `GRASPS` and put them on or into something that stands open, pull a drawer
-open and turn a knob (`MOVABLE_PARTS`). Goals of several predicates, what goes into a drawer and what is pushed are beyond
-it, and `task_goal` says so by name.
+The expert can pick up the kinds of objects in `GRASPS` and put them on or into something that stands open, pull a
+drawer open and turn a knob (`MOVABLE_PARTS`). Goals of several predicates, what goes into a drawer and what is pushed
+are beyond it, and `task_goal` says so by name.
 """
 
 from __future__ import annotations
