@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.data import lerobot
-from rsd.data.demonstrations import load_demonstrations
+from rsd.data.demonstrations import folder_provenance, load_demonstrations
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,12 @@ class ActionEpisode:
 
     task: str
     actions: NDArray[np.float32]
+
+
+def recorded_by(folder: str | Path) -> str:
+    """Who made the demonstrations of a folder, as far as it says."""
+    folder = Path(folder)
+    return "a LeRobot data set" if lerobot.is_dataset(folder) else str(folder_provenance(folder)["recorded_by"])
 
 
 def action_episodes(folder: str | Path) -> Iterator[ActionEpisode]:

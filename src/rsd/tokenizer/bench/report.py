@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rsd.tokenizer.bench.tables import (
+    EXPERT,
     Curves,
     is_ours,
     layer_norm_lines,
@@ -110,7 +111,8 @@ def document_lines(
         "",
         "## What was measured",
         "",
-        f"Demonstrations of the scripted expert, {len(data['tasks'])} tasks ({suites(data['tasks'])}): "
+        f"Demonstrations of {' and '.join(data.get('recorded_by', [EXPERT]))}, "
+        f"{len(data['tasks'])} tasks ({suites(data['tasks'])}): "
         f"{data['train_episodes']} episodes ({data['train_chunks']:,} chunks of {data['horizon']} steps) calibrate or "
         f"train every code, {data['held_out_episodes']} other episodes ({data['held_out_chunks']:,} chunks) are "
         "measured. Only the motion (6 of 7 dimensions): the gripper is a bit a step for all, in none of the rates.",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from rsd.data.episodes import ActionEpisode, action_episodes
+from rsd.data.episodes import ActionEpisode, action_episodes, recorded_by
 from rsd.evaluation.backend import available_cores, cpu_model
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.tokenizer.bench.codecs import Scale
@@ -172,6 +172,7 @@ def load_chunks(config: BenchConfig) -> tuple[Chunks, dict[str, Any]]:
         scale,
     )
     described = {
+        "recorded_by": sorted({recorded_by(folder) for folder in config.data}),
         "tasks": sorted({episode.task for episode in episodes}),
         "train_episodes": len(parts[False]),
         "held_out_episodes": len(parts[True]),
@@ -193,6 +194,7 @@ def load_others(config: BenchConfig, chunks: Chunks, described: dict[str, Any]) 
         normalised = chunks.scale.normalise(motion)
         found[name(folder)] = replace(chunks, held_out=normalised)
         described.setdefault("others", {})[name(folder)] = {
+            "recorded_by": recorded_by(folder),
             "tasks": sorted({episode.task for episode in episodes}),
             "episodes": len(episodes),
             "chunks": len(motion),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 RATES = (40, 60, 80, 100, 150, 200, 250, 300, 350, 400, 450)  # bits a chunk
+EXPERT = "the scripted expert"  # of files that do not say who recorded their data
 Point = dict[str, Any]
 Curves = dict[str, list[Point]]
 
@@ -172,14 +173,15 @@ def other_suites_lines(records: list[dict[str, Any]]) -> list[str]:
         "## On suites that no code was fitted on",
         "",
         f"Codes and entropy models fitted on {data['train_chunks']:,} chunks of the suite above, spread evenly over "
-        f"its {data['train_episodes']} training episodes, and measured on whole episodes of the scripted expert in "
+        f"its {data['train_episodes']} training episodes, and measured on whole episodes of other suites: "
         + " and ".join(
-            f"{name} ({len(told['tasks'])} tasks, {told['episodes']} episodes, {told['chunks']:,} chunks, "
+            f"{name} (by {told.get('recorded_by', EXPERT)}: {len(told['tasks'])} tasks, {told['episodes']} episodes, "
+            f"{told['chunks']:,} chunks, "
             f"{100 * told['chunks_beyond_train_range']:.1f} % of them with a number beyond all that training had)"
             for name, told in data["others"].items()
         )
         + ". Normalised by the training data's range, as above. Fewer methods than above, and fewer training chunks: "
-        "compare within this section.",
+        "compare within this section (the shipped code is as it ships).",
         "",
     ]
     for name, points in sets.items():
