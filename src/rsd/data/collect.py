@@ -37,7 +37,7 @@ from rsd.sim.goals import solvable_tasks, swapped_goal, task_goal
 from rsd.sim.grasps import GraspMode
 from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
 from rsd.sim.noise import ActionNoise, Disturbance, NoiseConfig
-from rsd.sim.suites import bddl_file, suite_task, swapped_instruction
+from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
 from rsd.types import CAMERAS, Policy, RsdError
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal")  # where the expert has been measured
@@ -200,6 +200,9 @@ def collect(config: CollectConfig) -> dict[str, int]:
     tasks = config.tasks or solvable_tasks(config.suite)
     for task in tasks:
         task_goal(config.suite, task)
+    left_out = [task.language for task in suite_tasks(config.suite) if task.task_id not in tasks]
+    if left_out and not config.tasks:
+        print(f"{config.suite}: left out, the expert cannot do them: {', '.join(left_out)}", file=sys.stderr)
     names = {task: suite_task(config.suite, task).name for task in tasks}
     config.out.mkdir(parents=True, exist_ok=True)
     with exclusive(config.out):

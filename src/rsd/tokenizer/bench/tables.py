@@ -181,7 +181,7 @@ def other_suites_lines(records: list[dict[str, Any]]) -> list[str]:
             for name, told in data["others"].items()
         )
         + ". Normalised by the training data's range, as above. Fewer methods than above, and fewer training chunks: "
-        "compare within this section (the shipped code is as it ships).",
+        "compare within this section (the shipped code is as it ships). Made with `--others` and `--train-chunks`.",
         "",
     ]
     for name, points in sets.items():
