@@ -11,6 +11,7 @@ from rsd.data.demonstrations import Demonstration, load_demonstrations
 from rsd.data.render import RenderConfig, render, render_frames
 from rsd.data.schema import FILE_SUFFIX
 from rsd.sim.expert import PickAndPlace
+from rsd.sim.goals import task_goal
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.scene import Scene
 from rsd.sim.suites import suite_task
@@ -75,6 +76,28 @@ def test_other_settings_are_refused(config: CollectConfig, collected: list[Demon
         collect(replace(config, suite="libero_object"))
 
 
+def test_a_floor_scene_is_collected_under_its_own_names(tmp_path: Path) -> None:
+    job = CollectConfig(tmp_path, "libero_object", tasks=(6,), num_demos=1, num_workers=1, states_only=True)
+    name = suite_task("libero_object", 6).name
+    assert collect(job) == {name: 1}
+    (demo,) = load_demonstrations(tmp_path)
+    assert demo.target_object == "butter_1"
+    assert demo.instruction == "pick up the butter and place it in the basket"
+    with h5py.File(tmp_path / f"{name}{FILE_SUFFIX}") as file:
+        assert file["data"].attrs["env_name"] == "Libero_Floor_Manipulation"
+        assert json.loads(file["data"].attrs["problem_info"])["problem_name"] == "libero_floor_manipulation"
+        assert not file["data/demo_0"].attrs["swapped"]
+
+
+def test_what_the_expert_cannot_do_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "none"
+    with pytest.raises(RsdError, match=r"on plate_1 main_table.* 8 .put the bowl on the plate."):
+        collect(CollectConfig(out, "libero_goal", tasks=(8, 5)))
+    with pytest.raises(RsdError, match="libero_spatial, libero_object, libero_goal, found the suite 'libero_10'"):
+        collect(CollectConfig(out, "libero_10"))
+    assert not out.exists()
+
+
 def test_rendering_adds_images_once(config: CollectConfig, collected: list[Demonstration], tmp_path: Path) -> None:
     job = RenderConfig(config.out, tmp_path, image_size=32, num_workers=1, max_per_task=1)
     assert render(job) == {NAME: 1}
@@ -106,7 +129,7 @@ def test_rendered_images_are_those_of_a_live_recording_but_for_one_substep() -> 
     env.reset(options={"placement_seed": 1})
     fixtures = env.fixture_poses()
     recorder = EpisodeRecorder(images=True)
-    law = PickAndPlace(Scene(env), "akita_black_bowl_1")
+    law = PickAndPlace(Scene(env), task_goal("libero_spatial", 0))
     for _ in range(12):
         action = law.action()
         recorder.record(env, action, action)

@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 
 from rsd.sim import expert
+from rsd.sim.articulated import inward_lean
+from rsd.sim.goals import Goal, destination, task_goal
 from rsd.sim.grasps import (
     MAX_LEAN,
     POINTING_DOWN,
+    WIDTH_STEP,
     RimGrasp,
     choose_rim_grasp,
+    choose_span_grasp,
     hand_rotation,
     lean_angle,
     rotation_vector,
@@ -18,7 +22,8 @@ from rsd.sim.noise import ActionNoise, NoiseConfig
 from rsd.sim.scene import Scene
 from rsd.types import RsdError
 
-TARGET, DISTRACTOR = "akita_black_bowl_1", "akita_black_bowl_2"
+TARGET, DISTRACTOR, PLATE = "akita_black_bowl_1", "akita_black_bowl_2", "plate_1"
+GOAL, OTHER = Goal("on", TARGET, PLATE), Goal("on", DISTRACTOR, PLATE)
 BASE = np.array([-0.66, 0.0, 0.912])
 
 
@@ -96,7 +101,7 @@ def env() -> Iterator[LiberoEnv]:
 def test_expert_solves_a_placement_smoothly_with_the_canonical_grasp(env: LiberoEnv) -> None:
     env.reset(options={"placement_seed": 1})
     log = Log()
-    result = expert.run(env, TARGET, log)
+    result = expert.run(env, recorder=log)
     assert result.success
     assert result.attempts == 1
     assert result.steps < 110
@@ -115,9 +120,9 @@ def test_expert_moves_the_other_bowl_under_noise(env: LiberoEnv) -> None:
     env.reset(options={"placement_seed": 2})
     rng = np.random.default_rng(0)
     log = Log()
-    result = expert.run(env, DISTRACTOR, log, rng, ActionNoise(NoiseConfig(), 0.8, rng))
+    result = expert.run(env, OTHER, log, rng, ActionNoise(NoiseConfig(), 0.8, rng))
     assert result.success
-    assert env.object_on(DISTRACTOR, expert.PLATE)
+    assert env.holds("on", DISTRACTOR, PLATE)
     assert not env.success()  # the task's own bowl did not move
     executed, clean = np.array(log.executed), np.array(log.clean)
     assert np.abs(executed - clean)[:, :6].max() > 0.1
@@ -127,7 +132,7 @@ def test_expert_moves_the_other_bowl_under_noise(env: LiberoEnv) -> None:
 @pytest.mark.simulator
 def test_expert_picks_up_a_bowl_that_slipped_out_of_the_hand(env: LiberoEnv) -> None:
     env.reset(options={"placement_seed": 4})
-    law = expert.PickAndPlace(Scene(env), TARGET)
+    law = expert.PickAndPlace(Scene(env), GOAL)
     start = law.scene.position(TARGET)[2]
     while law.scene.position(TARGET)[2] < start + 0.02:
         env.advance(law.action())
@@ -146,7 +151,7 @@ def test_expert_picks_up_a_bowl_that_slipped_out_of_the_hand(env: LiberoEnv) -> 
 def test_two_sided_grasps_use_both_sides_where_the_canonical_one_uses_one(env: LiberoEnv) -> None:
     env.reset(options={"placement_seed": 1})
     scene = Scene(env)
-    plate = scene.position(expert.PLATE)
+    plate = scene.position(PLATE)
     rng = np.random.default_rng(0)
     canonical = {choose_rim_grasp(scene, TARGET, plate).angle for _ in range(3)}
     both = {choose_rim_grasp(scene, TARGET, plate, "two-sided", rng).angle for _ in range(12)}
@@ -155,6 +160,81 @@ def test_two_sided_grasps_use_both_sides_where_the_canonical_one_uses_one(env: L
     assert canonical < both
     with pytest.raises(RsdError, match="random generator"):
         choose_rim_grasp(scene, TARGET, plate, "two-sided")
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize(("suite", "task"), [("libero_object", 7), ("libero_goal", 9)])
+def test_expert_solves_the_other_suites_across_the_narrow_side(suite: str, task: int) -> None:
+    """A milk carton into the basket; a wine bottle onto the rack."""
+    other = LiberoEnv(suite, task, cameras=False)
+    other.reset(options={"placement_seed": 11})
+    log = Log()
+    result = expert.run(other, recorder=log)
+    assert result == expert.ExpertResult(True, result.steps, 1)
+    assert result.steps < 130
+    assert other.holds(*task_goal(suite, task).words)
+    actions = np.array(log.clean)
+    assert np.abs(actions).max() <= 1.0
+    assert (np.diff(actions[:, 6]) != 0).sum() == 2  # closes once, opens once
+    other.close()
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("task", [0, 7])
+def test_expert_opens_a_drawer_and_turns_a_knob_under_noise(task: int) -> None:
+    other = LiberoEnv("libero_goal", task, cameras=False)
+    other.reset(options={"placement_seed": 11})
+    assert not other.success()
+    rng = np.random.default_rng(0)
+    result = expert.run(other, rng=rng, noise=ActionNoise(NoiseConfig(), 0.5, rng))
+    assert result.success
+    assert result.steps < 130
+    assert other.success()
+    other.close()
+
+
+def test_a_hand_leans_back_over_what_stands_close() -> None:
+    near, far = BASE + np.array([0.25, 0.1, 0.03]), BASE + np.array([0.5, 0.0, 0.03])
+    np.testing.assert_allclose(inward_lean(BASE, far), np.eye(3), atol=1e-12)
+    pointing = (inward_lean(BASE, near) @ POINTING_DOWN)[:, 2]
+    assert pointing[:2] @ (near - BASE)[:2] < -0.05  # towards the robot
+    assert pointing[2] < -np.cos(np.radians(41))
+
+
+@pytest.mark.simulator
+def test_a_span_goes_across_the_narrowest_side_with_the_least_turn(env: LiberoEnv) -> None:
+    env.reset(options={"placement_seed": 1})
+    scene = Scene(env)
+    box, plate = "cookies_1", scene.position(PLATE)
+    grasp = choose_span_grasp(scene, box, plate)
+    outline = scene.vertices(box)[:, :2]
+
+    def width(angle: float) -> float:
+        return float(np.ptp(outline @ [np.cos(angle), np.sin(angle)]))
+
+    narrowest = min(width(angle) for angle in np.linspace(0, np.pi, 180))
+    assert width(grasp.angle) < narrowest + WIDTH_STEP + 1e-3
+    point = grasp.point(scene, box)
+    assert outline.min(0) == pytest.approx(2 * point[:2] - outline.max(0), abs=0.01)  # over the middle
+    assert grasp.lost(scene, box)  # the hand is elsewhere
+    with pytest.raises(RsdError, match=r"plate_1: expected something at most 0\.07 m wide"):
+        choose_span_grasp(scene, PLATE, plate)
+
+
+@pytest.mark.simulator
+def test_a_destination_is_a_surface_or_a_place_within_the_rim(env: LiberoEnv) -> None:
+    env.reset(options={"placement_seed": 1})
+    scene = Scene(env)
+    centre, surface = destination(scene, GOAL)
+    assert centre == pytest.approx(scene.position(PLATE))
+    assert surface == pytest.approx(float(scene.heights(centre[None, :2])[0]), abs=0.003)
+    top, height = destination(scene, Goal("on", TARGET, "wooden_cabinet_1_top_side"))
+    assert top[:2] == pytest.approx(scene.site("wooden_cabinet_1_top_side")[:2])
+    assert height == pytest.approx(scene.vertices("wooden_cabinet_1")[:, 2].max(), abs=0.002)
+    _, within = destination(scene, Goal("on", "cookies_1", DISTRACTOR))
+    assert within == pytest.approx(scene.vertices(DISTRACTOR)[:, 2].max() - 0.015)
+    with pytest.raises(RsdError, match="wooden_cabinet_1_top_side"):
+        scene.site("no_such_region")
 
 
 @pytest.mark.simulator

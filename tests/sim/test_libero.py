@@ -170,7 +170,7 @@ def test_without_cameras_there_are_no_images() -> None:
     with pytest.raises(RsdError, match="cameras=False"):
         env.draw()
     with pytest.raises(RsdError, match="plate_9"):
-        env.object_on("akita_black_bowl_1", "plate_9")
+        env.holds("on", "akita_black_bowl_1", "plate_9")
     env.close()
     with pytest.raises(RsdError, match="closed"):
         env.sim_state()

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -223,6 +224,33 @@ def test_other_horizons_dimensions_and_grippers(
     assert (actions - batch).abs().mean() < 0.01
 
 
+def test_a_gripper_has_the_two_values_of_the_data(chunks: np.ndarray) -> None:
+    closed = chunks[..., 6:] > 0
+    two = np.concatenate([np.where(closed, 0.75, 0.25), chunks[..., :6], np.where(closed, 0, 1)], 2).astype(np.float32)
+    config = TokenizerConfig(binary=(7, 0))
+    tokenizer = ActionTokenizer.fit(two, config)
+    assert tokenizer.config.binary_values == ((0.0, 1.0), (0.25, 0.75))
+    tokens, actions = tokenizer.forward(torch.from_numpy(two))
+    assert torch.equal(actions[..., [0, 7]], torch.from_numpy(two[..., [0, 7]]))
+    assert torch.equal(tokens.gripper[..., 0] == 1, torch.from_numpy(closed[..., 0]))
+    assert torch.equal(tokens.gripper[..., 1] == 0, torch.from_numpy(closed[..., 0]))  # the upper value of dimension 7
+    named = replace(config, binary_values=((0.0, 1.0), (0.25, 0.75)))
+    assert ActionTokenizer.fit(two, named).config == tokenizer.config
+    with pytest.raises(RsdError, match=r"dimension 0 to be binary and to hold 0 and 1, found 2 \(0\.25, 0\.75\)"):
+        ActionTokenizer.fit(two, replace(config, binary_values=((0.0, 1.0), (0.0, 1.0))))
+
+
+def test_actions_beyond_one_need_their_limit_said(chunks: np.ndarray) -> None:
+    radians = chunks * np.float32([3, 3, 3, 3, 3, 3, 1])
+    with pytest.raises(RsdError, match=r"within \+-1 \(--tokenizer.limit\), found 3"):
+        ActionTokenizer.fit(radians)
+    batch = torch.from_numpy(radians)
+    for limit in (0.0, 3.5):
+        actions = ActionTokenizer.fit(radians, TokenizerConfig(limit=limit)).forward(batch)[1]
+        assert (actions - batch).abs().max() < 0.2
+        assert actions.abs().max() > 2.5
+
+
 def test_what_is_beyond_the_reach_is_clipped_and_counted(tokenizer: ActionTokenizer) -> None:
     tokenizer.reset_statistics()
     inside = tokenizer.encode(torch.zeros(3, 8, 7))
@@ -340,6 +368,8 @@ def test_odd_chunks_are_refused(tokenizer: ActionTokenizer, chunk: Tensor, messa
         (lambda chunks: chunks[:, 0], "expected chunks"),
         (lambda chunks: np.where(chunks == chunks[0, 0, 0], np.nan, chunks), "NaN"),
         (lambda chunks: np.zeros_like(chunks), "no motion dimension ever moves"),
+        (lambda chunks: chunks[..., :6], r"dimension -1 to be binary and to hold two values, found \d+ \("),
+        (lambda chunks: np.where(np.arange(7) < 6, chunks, 0.0), r"two values, found 1 \(0\)"),
     ],
 )
 def test_fit_refuses(chunks: np.ndarray, damage: Callable[[np.ndarray], np.ndarray], message: str) -> None:
@@ -385,6 +415,10 @@ def test_odd_tokens_are_refused(
         ({"channels": 0}, "channels >= 1"),
         ({"bits": -1.0}, "bits >= 0"),
         ({"rho": 9.0}, "RFSQ: expected levels"),
+        ({"limit": -1.0}, "a limit >= 0"),
+        ({"binary_values": ((0.0, 1.0), (0.0, 1.0))}, "1 pairs of binary values, or none, found 2"),
+        ({"binary_values": ((1.0, 0.0),)}, "the lower binary value first"),
+        ({"binary_values": ((0.0, 100.0),)}, r"within the limit 1, found 100"),
         ({"transform": "step-autoencoder", "refine": True}, "refine with a linear transform"),
     ],
 )

@@ -27,6 +27,8 @@ CONFIGS = {
     "step": TokenizerConfig(levels=2, transform="step-autoencoder", learn=LEARN),
     "chunk": TokenizerConfig(levels=2, transform="chunk-autoencoder", channels=3, learn=LEARN),
     "gripper first": TokenizerConfig(binary=(0,)),
+    "gripper of 0 and 1": TokenizerConfig(),
+    "radians": TokenizerConfig(limit=0.0),
 }
 Edit = Callable[[dict[str, Any]], str]
 
@@ -40,8 +42,17 @@ def same(first: ActionTokenizer, second: ActionTokenizer, chunks: np.ndarray) ->
     assert torch.equal(first.decode(tokens, 1), second.decode(tokens, 1))
 
 
+def of_that_robot(name: str, chunks: np.ndarray) -> np.ndarray:
+    if name == "gripper first":
+        return np.roll(chunks, 1, axis=2)
+    if name == "gripper of 0 and 1":
+        return np.concatenate([chunks[..., :6], (chunks[..., 6:] + 1) / 2], axis=2)
+    return chunks * np.float32([3, 3, 3, 3, 3, 3, 1]) if name == "radians" else chunks
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_save_and_load_change_nothing(name: str, chunks: np.ndarray, tmp_path: Path) -> None:
+    chunks = of_that_robot(name, chunks)
     tokenizer = ActionTokenizer.fit(chunks, CONFIGS[name])
     tokenizer.save(tmp_path)
     loaded = ActionTokenizer.load(tmp_path)
@@ -55,6 +66,13 @@ def test_save_and_load_change_nothing(name: str, chunks: np.ndarray, tmp_path: P
     before = (tmp_path / FILE_NAME).read_bytes()
     loaded.save(tmp_path)
     assert (tmp_path / FILE_NAME).read_bytes() == before
+
+
+def test_fields_of_later_appear_only_where_they_say_something(chunks: np.ndarray, tmp_path: Path) -> None:
+    later = {"binary_values", "limit"}
+    for name, expected in (("default", set()), ("gripper of 0 and 1", {"binary_values"}), ("radians", {"limit"})):
+        ActionTokenizer.fit(of_that_robot(name, chunks), CONFIGS[name]).save(tmp_path)
+        assert json.loads((tmp_path / FILE_NAME).read_text())["config"].keys() & later == expected
 
 
 def test_saving_leaves_no_weights_of_another_tokenizer(chunks: np.ndarray, tmp_path: Path) -> None:

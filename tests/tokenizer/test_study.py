@@ -11,8 +11,9 @@ import torch
 from rsd.cli import dispatch
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.tokenizer.bench.methods import METHODS, Effort
-from rsd.tokenizer.bench.report import READING, envelope, rmse_at, verdict, write_report
+from rsd.tokenizer.bench.report import READING, write_report
 from rsd.tokenizer.bench.study import BenchConfig, bench
+from rsd.tokenizer.bench.tables import envelope, rmse_at, verdict
 from rsd.tokenizer.bench.timing import TIMING
 from rsd.tokenizer.inspection import InspectConfig, entropy, inspect_tokenizer, level_statistics
 from rsd.tokenizer.learned import LearnConfig
@@ -39,12 +40,15 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 episodes of 40 steps, smooth random motion."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
+    return write_demonstrations(tmp_path_factory.mktemp("data"))
+
+
+def write_demonstrations(folder: Path, seed: int = 0, count: int = 20) -> Path:
+    """Episodes of 40 steps, smooth random motion."""
+    rng = np.random.default_rng(seed)
     with h5py.File(folder / "pick_up_the_bowl_demo.hdf5", "w") as file:
         group = file.create_group("data")
-        for episode in range(20):
+        for episode in range(count):
             time = np.linspace(0, 1, 40)[:, None]
             motion = np.sin(rng.normal(size=6) * 4 * time + rng.normal(size=6))
             demo = group.create_group(f"demo_{episode}")
@@ -57,7 +61,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def study(data: Path, tmp_path_factory: pytest.TempPathFactory) -> BenchConfig:
     folder = tmp_path_factory.mktemp("study")
-    config = BenchConfig(data, FAST_ONES, output=folder / "json", document=folder / "doc" / "codes.md", quick=True)
+    document = folder / "doc" / "codes.md"
+    config = BenchConfig((data,), methods=FAST_ONES, output=folder / "json", document=document, quick=True)
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
         bench(config)
@@ -93,6 +98,38 @@ def test_the_document_is_made_again_from_the_files_alone(study: BenchConfig, tmp
     assert study.document.read_text() == written  # what was written by hand is kept
     assert plot.read_bytes() == drawn
     study.document.write_text(before)
+
+
+def test_the_same_codes_are_measured_on_suites_they_were_not_fitted_on(
+    study: BenchConfig, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_small(monkeypatch)
+    (tmp_path / "wild").mkdir()
+    wild = write_demonstrations(tmp_path / "wild", seed=1, count=3)
+    (tmp_path / "json").mkdir()
+    for name in ("fast", "bins"):
+        (tmp_path / "json" / f"{name}.json").write_bytes((study.output / f"{name}.json").read_bytes())
+    document = tmp_path / "codes.md"
+    methods = ("ours-dct", "bins")
+    others = BenchConfig(
+        (data,), (wild,), methods, output=tmp_path / "json", document=document, train_chunks=200, quick=True
+    )
+    bench(others)
+    assert {path.name for path in (tmp_path / "json").iterdir()} == {"fast.json", "bins.json", "suites"}
+    assert {path.stem for path in (tmp_path / "json" / "suites").iterdir()} == set(methods)
+    record = json.loads((tmp_path / "json" / "suites" / "bins.json").read_text())
+    assert record["data"]["train_chunks"] == 214
+    assert record["data"]["others"]["wild"]["chunks"] == 30
+    assert 0 <= record["data"]["others"]["wild"]["chunks_beyond_train_range"] <= 1
+    own, there = record["points"], record["others"]["wild"]
+    assert [p["setting"] for p in own] == [p["setting"] for p in there]
+    assert all(p["rmse"] != q["rmse"] for p, q in zip(own, there, strict=True))
+    text = document.read_text()
+    assert "| FAST |" in text  # of the study beside it
+    assert "### wild: entropy-coded bits, order 1" in text
+    assert "Codes and entropy models fitted on 214 chunks" in text
+    with pytest.raises(RsdError, match="expected folders of different names"):
+        BenchConfig((data,), (wild, wild))
 
 
 def test_results_of_different_data_are_not_mixed(study: BenchConfig, tmp_path: Path) -> None:
@@ -135,13 +172,13 @@ def test_impossible_studies_are_refused(arguments: str, message: str, capsys: py
 
 def test_few_demonstrations_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(RsdError, match="at least 21 demonstrations, found 20"):
-        bench(BenchConfig(data, held_out_every=21, output=tmp_path, document=tmp_path / "doc.md"))
+        bench(BenchConfig((data,), held_out_every=21, output=tmp_path, document=tmp_path / "doc.md"))
 
 
 def test_every_method_and_the_timing_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
     methods = tuple(name for name in (*METHODS, TIMING) if name not in FAST_ONES)
-    config = BenchConfig(data, methods, output=tmp_path, document=tmp_path / "doc.md", quick=True)
+    config = BenchConfig((data,), methods=methods, output=tmp_path, document=tmp_path / "doc.md", quick=True)
     bench(config)
     text = config.document.read_text()
     assert "ours, chunk-autoencoder*" in text
@@ -210,7 +247,7 @@ def test_odd_inspections_are_refused(data: Path, chunks: np.ndarray, tmp_path: P
         InspectConfig(output=tmp_path / "picture.bmp")
     ActionTokenizer.fit(chunks).save(tmp_path)
     with pytest.raises(RsdError, match="--chunk 800: expected -1 or a number below 800"):
-        inspect_tokenizer(InspectConfig(str(tmp_path), data, 800))
-    ActionTokenizer.fit(chunks[..., :5], TokenizerConfig()).save(tmp_path)
+        inspect_tokenizer(InspectConfig(str(tmp_path), (data,), 800))
+    ActionTokenizer.fit(chunks[..., 2:]).save(tmp_path)
     with pytest.raises(RsdError, match="expected actions of 5 numbers, found 7"):
-        inspect_tokenizer(InspectConfig(str(tmp_path), data))
+        inspect_tokenizer(InspectConfig(str(tmp_path), (data,)))

@@ -33,7 +33,7 @@ LOOP = LoopConfig(
 @pytest.fixture(scope="module")
 def tokenizer_folder(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(TrainTokenizerConfig(demonstrations, folder))
+    train_tokenizer(TrainTokenizerConfig((demonstrations,), folder))
     return folder
 
 
@@ -70,7 +70,7 @@ def test_train_tokenizer_fits_the_labels_and_saves(
     states_only: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = TokenizerConfig(levels=5, rho=3.0)
-    tokenizer = train_tokenizer(TrainTokenizerConfig(states_only, tmp_path / "new" / "folder", settings))
+    tokenizer = train_tokenizer(TrainTokenizerConfig((states_only,), tmp_path / "new" / "folder", settings))
     labels = [episode.labels for episode in load_demonstrations(states_only, images=False)]
     chunks = np.concatenate([chunk_targets(label, 8) for label in labels])
     expected = ActionTokenizer.fit(chunks, settings)

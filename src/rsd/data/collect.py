@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import sys
 from concurrent.futures import as_completed
@@ -32,14 +33,14 @@ from rsd.data.schema import (
 )
 from rsd.data.workers import exclusive, part_files, progress_bar, worker_environment, worker_pool
 from rsd.sim import expert
+from rsd.sim.goals import solvable_tasks, swapped_goal, task_goal
 from rsd.sim.grasps import GraspMode
 from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
 from rsd.sim.noise import ActionNoise, Disturbance, NoiseConfig
 from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
 from rsd.types import CAMERAS, Policy, RsdError
 
-TARGET, DISTRACTOR = "akita_black_bowl_1", "akita_black_bowl_2"
-SUITES = ("libero_spatial",)  # what the expert can do
+SUITES = ("libero_spatial", "libero_object", "libero_goal")  # where the expert has been measured
 PARTS = ".parts"
 BATCH = 5  # demonstrations a worker makes of one task before the next: balanced, few environments built
 MAX_TRIES = 30
@@ -53,13 +54,14 @@ class CollectConfig:
     out: Path
     """Folder for `<task>_demo.hdf5`."""
     suite: str = "libero_spatial"
-    """Suite the expert can solve."""
+    """libero_spatial, libero_object or libero_goal."""
     tasks: tuple[int, ...] = ()
-    """Task ids; empty = all."""
+    """Task ids; empty = all that the expert can do (of libero_goal 8 of 10)."""
     num_demos: int = 50
     """Successful demonstrations per task. Raise it later and run again to add more."""
     swapped_fraction: float = 0.2
-    """Share of demonstrations whose instruction asks for the other bowl of the scene, which the expert then moves."""
+    """Share of demonstrations whose instruction asks for the other bowl of the scene, which the expert then moves; no
+    effect where there is one only."""
     seed: int = 0
     """Seed of everything."""
     num_workers: int = 2
@@ -137,16 +139,20 @@ def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy
 
     Raises RsdError if MAX_TRIES placements in a row fail.
     """
-    other = swapped_instruction(config.suite, env.task.task_id, TARGET, DISTRACTOR)
-    swapped = other is not None and is_swapped(index, config.swapped_fraction)
-    target = DISTRACTOR if swapped else TARGET
-    instruction = other if swapped and other is not None else env.instruction
+    goal, instruction, swapped = task_goal(config.suite, env.task.task_id), env.instruction, False
+    alike = [goal]
+    other = swapped_goal(config.suite, env.task.task_id)
+    if other is not None:
+        alike.append(other)
+        asked = swapped_instruction(config.suite, env.task.task_id, goal.target, other.target)
+        if asked is not None and is_swapped(index, config.swapped_fraction):
+            goal, instruction, swapped = other, asked, True
     for failed in range(MAX_TRIES):
         rng = np.random.default_rng([config.seed, env.task.task_id, index, failed])
         placement_seed = int(rng.integers(2**31))
         level = 0.0 if rng.random() < config.clean_fraction else float(rng.random())
         _, info = env.reset(options={"placement_seed": placement_seed})
-        if any(env.object_on(bowl, expert.PLATE) for bowl in (TARGET, DISTRACTOR)):
+        if any(env.holds(*each.words) for each in alike):
             continue  # nothing to do, or a scene that the instruction does not describe
         body_pos, body_quat = env.fixture_poses()
         recorder = EpisodeRecorder(images=not config.states_only)
@@ -157,14 +163,14 @@ def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy
             share = float(rng.uniform(config.policy_share - spread, config.policy_share + spread))
             handover = int(rng.integers(*HANDOVER))
             disturbance = PolicyDriver(env, policy, instruction, share, handover, drift, rng)
-        result = expert.run(env, target, recorder, rng, disturbance, config.grasp_mode, draw=not config.states_only)
+        result = expert.run(env, goal, recorder, rng, disturbance, config.grasp_mode, draw=not config.states_only)
         if not result.success:
             continue
         attributes = {
             "placement_seed": placement_seed,
             "placement_rejections": info["placement_rejections"],
             "language_instruction": instruction,
-            "target_object": target,
+            "target_object": goal.target,
             "swapped": swapped,
             "noise_level": level * config.noise.max_level,
             "failed_tries": failed,
@@ -191,7 +197,12 @@ def collect(config: CollectConfig) -> dict[str, int]:
         raise RsdError(f"collect: the expert solves {', '.join(SUITES)}, found the suite {config.suite!r}")
     if config.policy:
         _check_policy(config)
-    tasks = config.tasks or tuple(task.task_id for task in suite_tasks(config.suite))
+    tasks = config.tasks or solvable_tasks(config.suite)
+    for task in tasks:
+        task_goal(config.suite, task)
+    left_out = [task.language for task in suite_tasks(config.suite) if task.task_id not in tasks]
+    if left_out and not config.tasks:
+        print(f"{config.suite}: left out, the expert cannot do them: {', '.join(left_out)}", file=sys.stderr)
     names = {task: suite_task(config.suite, task).name for task in tasks}
     config.out.mkdir(parents=True, exist_ok=True)
     with exclusive(config.out):
@@ -338,11 +349,16 @@ def libero_attributes(config: CollectConfig, task_id: int) -> dict[str, Any]:
     """The attributes of LIBERO's and robomimic's `data` group."""
     task = suite_task(config.suite, task_id)
     scene = bddl_file(config.suite, task_id)
+    content = scene.read_text(encoding="utf-8")
+    found = re.search(r"\(problem\s+(\w+)\)", content)
+    if found is None:
+        raise RsdError(f"{scene}: expected (problem ...), found none")
+    problem_name = found[1].lower()  # libero_tabletop_manipulation, libero_floor_manipulation
     relative = f"{config.suite}/{scene.name}"  # LIBERO stores a path of the machine it was collected on
     env_args = {
         "type": 1,
-        "env_name": "Libero_Tabletop_Manipulation",
-        "problem_name": "libero_tabletop_manipulation",
+        "env_name": problem_name.title(),
+        "problem_name": problem_name,
         "bddl_file": relative,
         "env_kwargs": {
             "robots": ["Panda"],
@@ -352,13 +368,13 @@ def libero_attributes(config: CollectConfig, task_id: int) -> dict[str, Any]:
             "control_freq": 20,
         },
     }
-    problem = {"problem_name": "libero_tabletop_manipulation", "language_instruction": task.language}
+    problem = {"problem_name": problem_name, "language_instruction": task.language}
     return {
         "tag": "libero-v1",
-        "env_name": "Libero_Tabletop_Manipulation",
+        "env_name": problem_name.title(),
         "env_args": json.dumps(env_args),
         "problem_info": json.dumps(problem),
         "macros_image_convention": "opengl",
         "bddl_file_name": relative,
-        "bddl_file_content": scene.read_text(encoding="utf-8"),
+        "bddl_file_content": content,
     }

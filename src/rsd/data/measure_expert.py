@@ -17,14 +17,14 @@ import numpy as np
 import tyro
 from scipy.stats import binomtest
 
-from rsd.conventions import MAX_STEPS
 from rsd.data.workers import progress_bar, worker_environment, worker_pool
 from rsd.sim import expert
+from rsd.sim.goals import solvable_tasks, swapped_goal, task_goal
 from rsd.sim.libero import simulator_versions
 from rsd.sim.noise import ActionNoise, NoiseConfig
-from rsd.sim.suites import suite_task, suite_tasks, swapped_instruction
+from rsd.sim.suites import step_limit, suite_task, suite_tasks, swapped_instruction
+from rsd.types import RsdError
 
-TARGET, DISTRACTOR = "akita_black_bowl_1", "akita_black_bowl_2"
 FIRST_SEED = 2**31  # demonstrations draw their placement seeds below
 BATCH = 10
 
@@ -38,7 +38,7 @@ class MeasureExpertConfig:
     suite: str = "libero_spatial"
     """Suite."""
     tasks: tuple[int, ...] = ()
-    """Task ids; empty = all."""
+    """Task ids; empty = all that the expert can do."""
     num_placements: int = 50
     """Random placements per task."""
     noisy: bool = False
@@ -52,14 +52,21 @@ class MeasureExpertConfig:
 def run_batch(config: MeasureExpertConfig, task_id: int, seeds: range) -> list[dict[str, Any]]:
     """One record per placement seed: seed, success, steps, attempts."""
     env = worker_environment(config.suite, task_id, 64, cameras=False)
+    goal = (swapped_goal if config.swapped else task_goal)(config.suite, task_id)
     records = []
     for seed in seeds:
         rng = np.random.default_rng(seed)
         env.reset(options={"placement_seed": seed})
         noise = ActionNoise(NoiseConfig(), float(rng.random()), rng) if config.noisy else None
-        result = expert.run(env, DISTRACTOR if config.swapped else TARGET, rng=rng, noise=noise, tail_steps=0)
+        result = expert.run(env, goal, rng=rng, noise=noise, tail_steps=0)
         records.append({"placement_seed": seed, **asdict(result)})
     return records
+
+
+def has_swapped_instruction(suite: str, task_id: int) -> bool:
+    other = swapped_goal(suite, task_id)
+    target = task_goal(suite, task_id).target
+    return other is not None and swapped_instruction(suite, task_id, target, other.target) is not None
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -79,9 +86,13 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def measure_expert(config: MeasureExpertConfig) -> dict[str, Any]:
     """Runs the expert and writes the result; returns it."""
-    tasks = config.tasks or tuple(task.task_id for task in suite_tasks(config.suite))
+    tasks = config.tasks or solvable_tasks(config.suite)
+    for task in tasks:
+        task_goal(config.suite, task)
     if config.swapped:
-        tasks = tuple(t for t in tasks if swapped_instruction(config.suite, t, TARGET, DISTRACTOR))
+        tasks = tuple(task for task in tasks if has_swapped_instruction(config.suite, task))
+    if not tasks:
+        raise RsdError(f"{config.suite}: found no task" + " with another object to ask for" * config.swapped)
     last = FIRST_SEED + config.num_placements
     starts = range(FIRST_SEED, last, BATCH)
     records: dict[int, list[dict[str, Any]]] = {task: [] for task in tasks}
@@ -102,7 +113,8 @@ def measure_expert(config: MeasureExpertConfig) -> dict[str, Any]:
         "what": "scripted expert on random placements, privileged state",
         "settings": {key: value for key, value in asdict(config).items() if key not in ("out", "num_workers")},
         "noise": asdict(NoiseConfig()) if config.noisy else None,
-        "max_steps": MAX_STEPS[config.suite],
+        "max_steps": step_limit(config.suite),
+        "left_out": [t.name for t in suite_tasks(config.suite) if t.task_id not in solvable_tasks(config.suite)],
         "total": summary([record for task in tasks for record in records[task]]),
         "tasks": {names[task]: {"task_id": task, **summary(records[task])} for task in tasks},
         "episodes": {names[task]: records[task] for task in tasks},

@@ -1,11 +1,11 @@
-"""A scripted expert that picks up a bowl and places it on the plate, from privileged state.
+"""A scripted expert that picks up an object and puts it where the task wants it, from privileged state.
 
-It is a feedback law, not a script of waypoints: every action follows from where the hand, the bowl and the plate are
-now, so it recovers from pushes by itself and its actions are what a policy should do at any visited state. The only
-memory is the chosen grasp, whether the fingers are commanded closed, and short counters.
+It is a feedback law, not a script of waypoints: every action follows from where the hand, the object and its
+destination are now, so it recovers from pushes by itself and its actions are what a policy should do at any visited
+state. The only memory is the chosen grasp, whether the fingers are commanded closed, and short counters.
 
 The path is a funnel: far from the grasp the hand travels at a free height, and the closer it is (horizontally), the
-lower it may go. The same law brings the bowl to the plate.
+lower it may go. The same law brings the object to its destination.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Protocol
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
+from rsd.sim.articulated import MovePart
+from rsd.sim.goals import Goal, destination, task_goal
 from rsd.sim.grasps import (
     MAX_LEAN,
-    RIM_RADIUS,
     TIP_BELOW_SITE,
+    Grasp,
     GraspMode,
     RimGrasp,
     choose_rim_grasp,
+    choose_span_grasp,
     hand_rotation,
     lean_limit,
-    rotation_vector,
 )
 from rsd.sim.libero import LiberoEnv
+from rsd.sim.motion import funnel, step_towards, turn_left
 from rsd.sim.noise import Disturbance
 from rsd.sim.scene import Scene, Vector
 
-PLATE = "plate_1"
-SIDEWAYS_GAIN, HEIGHT_GAIN = 22.0, 40.0  # action per metre; more sideways overshoots, the arm is damped for 20
-ROTATION_GAIN = 3.0 / 0.5  # action per radian
 AT_GRASP, AT_GRASP_HEIGHT = 0.006, 0.006  # m
 AT_GRASP_ANGLE = 0.2  # rad
 SLOW, SLOW_STEPS = 0.0012, 8  # m per step; the hand presses against something and will not get closer
@@ -43,16 +43,14 @@ GRASPED_STEPS = 3
 CLOSED_STEPS = 14  # the fingers have met by then
 CLOSED_WIDTH = 0.0015  # m, nothing between the fingers
 FUNNEL_SLOPE, FUNNEL_RADIUS = 2.0, 0.010  # height per horizontal distance outside the radius (m)
-DRAWER_SLOPE, DRAWER_RADIUS = 3.0, 0.005  # walls stand close
+TIGHT_SLOPE, TIGHT_RADIUS = 3.0, 0.005  # walls stand close, or the fingers go past both sides of the object
 PLACE_SLOPE, PLACE_RADIUS = 2.0, 0.010
 TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on the way
-PLATE_SURFACE = 0.004  # m over the plate's origin
 RELEASE_GAP = 0.006  # m of free fall
-RELEASE_RADIUS = 0.012  # m off the plate's centre; success allows 30 mm
+RELEASE_RADIUS = 0.012  # m off the destination's middle; the plate's predicate allows 30 mm
 CRAMPED_NOISE = 0.4  # strength of the noise in the drawer
-CARRY_TURN = 0.35  # turning a held bowl faster drags it over its support
-BOWL_HEIGHT = 0.05
-FALLEN_UP = 0.7  # z of the bowl's own up axis; lower, and no rim grasp works
+CARRY_TURN = 0.35  # turning a held object faster drags it over its support
+FALLEN_UP = 0.7  # z of a bowl's own up axis; lower, and no rim grasp works
 MAX_ATTEMPTS = 4
 TAIL_STEPS = 6  # steps recorded after success: opening the fingers and rising
 
@@ -80,18 +78,19 @@ class PickAndPlace:
     def __init__(
         self,
         scene: Scene,
-        target: str,
+        goal: Goal,
         mode: GraspMode = "canonical",
         rng: np.random.Generator | None = None,
     ) -> None:
         self.scene = scene
-        self.target = target
+        self.goal = goal
+        self.target = goal.target
         self.attempts = 0
         self.closed = False
         self._mode: GraspMode = mode
         self._rng = rng
         self._failed: list[float] = []
-        self._grasp: RimGrasp | None = None
+        self._grasp: Grasp | None = None
         self._walled = False
         self._grasped_steps = 0
         self._closed_steps = 0
@@ -105,8 +104,9 @@ class PickAndPlace:
 
     @property
     def gave_up(self) -> bool:
-        """The bowl has fallen over or was missed too often."""
-        return bool(self.scene.up_axis(self.target)[2] < FALLEN_UP) or self.attempts > MAX_ATTEMPTS
+        """A bowl has fallen over, or the object was missed too often."""
+        fallen = self.goal.grasp == "rim" and bool(self.scene.up_axis(self.target)[2] < FALLEN_UP)
+        return fallen or self.attempts > MAX_ATTEMPTS
 
     def action(self) -> Vector:
         """The clean action [7] at the present state."""
@@ -148,8 +148,9 @@ class PickAndPlace:
         way = scene.corridor_top(eef, goal, ignore=(self.target,), half_width=0.06)
         free = max(way + TIP_BELOW_SITE + TRAVEL_CLEARANCE, rim + TIP_BELOW_SITE + 0.03)
         misaligned = off + 0.1 * max(0.0, turn - 0.1)
-        radius, slope = (DRAWER_RADIUS, DRAWER_SLOPE) if self._walled else (FUNNEL_RADIUS, FUNNEL_SLOPE)
-        height = _funnel(misaligned, goal[2], free, radius, slope)
+        tight = self._walled or self.goal.grasp == "span"
+        radius, slope = (TIGHT_RADIUS, TIGHT_SLOPE) if tight else (FUNNEL_RADIUS, FUNNEL_SLOPE)
+        height = funnel(misaligned, goal[2], free, radius, slope)
         return self._move(np.array([goal[0], goal[1], height]), rotation, GRIPPER_OPEN)
 
     def _close(self) -> Vector:
@@ -168,55 +169,49 @@ class PickAndPlace:
         return self._move(goal, rotation, GRIPPER_CLOSE)
 
     def _carry(self) -> Vector:
-        """Bowl in hand: up, over, and down the funnel above the plate."""
+        """Object in hand: up, over, and down the funnel above its destination."""
         scene = self.scene
-        eef, bowl, plate = scene.eef, scene.position(self.target), scene.position(PLATE)
+        eef, held = scene.eef, scene.position(self.target)
+        there, surface = destination(scene, self.goal)
         bottom = float(scene.vertices(self.target)[:, 2].min())
-        surface = plate[2] + PLATE_SURFACE
-        off = float(np.linalg.norm((plate - bowl)[:2]))
+        off = float(np.linalg.norm((there - held)[:2]))
         if off < RELEASE_RADIUS and bottom - surface < RELEASE_GAP + 0.003:
-            return self._release()
-        way = scene.corridor_top(bowl, plate, ignore=(self.target,), half_width=0.06)
+            return self._retreat()
+        way = scene.corridor_top(held, there, ignore=(self.target,), half_width=0.06)
         over = max(way + CARRY_CLEARANCE, surface + 0.01)
-        height = _funnel(off, surface + RELEASE_GAP, over, PLACE_RADIUS, PLACE_SLOPE)
-        goal = np.array([*(plate + eef - bowl)[:2], height + eef[2] - bottom])
+        height = funnel(off, surface + RELEASE_GAP, over, PLACE_RADIUS, PLACE_SLOPE)
+        goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom])
         rotation, _ = self._orientation(self._place_point())
         return self._move(goal, rotation, GRIPPER_CLOSE, CARRY_TURN)
 
-    def _release(self) -> Vector:
-        self.closed = False
-        return self._retreat()
-
     def _retreat(self) -> Vector:
-        """Bowl on the plate: open, and rise as the fingers come free."""
+        """Object in place: open, and rise as the fingers come free."""
         self.closed = False
         eef = self.scene.eef
-        freed = np.clip((self.scene.grip_width - 0.03) / 0.04, 0.0, 1.0)
-        goal = eef + np.array([0.0, 0.0, 0.03 * float(freed)])
+        freed = (self._grasp or RimGrasp(np.pi / 2)).freed(self.scene.grip_width)
+        goal = eef + np.array([0.0, 0.0, 0.03 * freed])
         rotation, _ = self._orientation(self._place_point())
         return self._move(goal, rotation, GRIPPER_OPEN, CARRY_TURN)
 
     # -- decisions ------------------------------------------------------------------------------------------------
 
     def _placed(self) -> bool:
-        """The bowl stands on the plate (or is about to drop onto it from an opening hand)."""
+        """The object is where it shall be (or is about to drop there from an opening hand)."""
         scene = self.scene
-        bowl, plate = scene.position(self.target), scene.position(PLATE)
-        off = float(np.linalg.norm((bowl - plate)[:2]))
-        gap = float(scene.vertices(self.target)[:, 2].min()) - plate[2] - PLATE_SURFACE
+        there, surface = destination(scene, self.goal)
+        off = float(np.linalg.norm((scene.position(self.target) - there)[:2]))
+        gap = float(scene.vertices(self.target)[:, 2].min()) - surface
         if self.closed:
             return off < RELEASE_RADIUS and gap < 0.003
         return off < 0.025 and gap < RELEASE_GAP + 0.006
 
     def _holding(self) -> bool:
-        """Both fingers have touched the bowl for a moment, so the hand may lift it."""
+        """Both fingers have touched the object for a moment, so the hand may lift it."""
         if self.scene.grasped(self.target):
             self._grasped_steps += 1
         elif self._grasped_steps >= GRASPED_STEPS:
-            # contact flickers while carrying: only a bowl far from the hand was lost
             assert self._grasp is not None
-            away = float(np.linalg.norm(self.scene.eef - self._grasp.point(self.scene, self.target, 0.0)))
-            if away > 0.03 or self.scene.grip_width < CLOSED_WIDTH:
+            if self._grasp.lost(self.scene, self.target) or self.scene.grip_width < CLOSED_WIDTH:
                 self._miss()
                 self._grasped_steps = 0
         else:
@@ -226,11 +221,14 @@ class PickAndPlace:
     def _plan(self) -> None:
         scene = self.scene
         self.attempts += 1
-        plate = scene.position(PLATE)
-        destination = plate + np.array([0.0, 0.0, PLATE_SURFACE])
+        there, surface = destination(scene, self.goal)
+        spot = np.array([*there[:2], surface])
+        if self.goal.grasp == "span":
+            self._grasp = choose_span_grasp(scene, self.target, spot, self._mode, self._rng, self._hopeless())
+            return
         self._walled = self._in_drawer()
         self._grasp = choose_rim_grasp(
-            scene, self.target, destination, self._mode, self._rng, self._walled, self._hopeless()
+            scene, self.target, spot, self._mode, self._rng, self._walled, self._hopeless()
         )
 
     def _in_drawer(self) -> bool:
@@ -258,9 +256,9 @@ class PickAndPlace:
         self.closed = False
 
     def _place_point(self) -> Vector:
-        """Where the hand is when it lets go of the bowl [3]."""
-        grasp = self._grasp or RimGrasp(np.pi / 2)
-        return self.scene.position(PLATE) + np.array([*(RIM_RADIUS * grasp.direction), BOWL_HEIGHT - grasp.below])
+        """Where the hand is when it lets go [3]."""
+        grasp = self._grasp or RimGrasp(np.pi / 2)  # none yet: the object is in its place already
+        return grasp.release_point(destination(self.scene, self.goal)[0])
 
     # -- motion ---------------------------------------------------------------------------------------------------
 
@@ -272,30 +270,23 @@ class PickAndPlace:
         """
         scene = self.scene
         yaw = 0.0 if self._grasp is None else self._grasp.yaw
-        # with a bowl in hand the fingers' heights no longer matter, the reach over the plate does
+        # with an object in hand the fingers' heights no longer matter, the reach over its destination does
         reaching = self._grasp is not None and not self.closed
         limit = lean_limit(scene.base, point, self._grasp.direction) if self._grasp and reaching else MAX_LEAN
         rotation = hand_rotation(scene.base, point, yaw, limit)
-        return rotation, float(np.linalg.norm(rotation_vector(rotation @ scene.eef_rotation.T)))
+        return rotation, turn_left(scene, rotation)
 
     def _move(self, goal: Vector, rotation: Vector, gripper: float, turn_limit: float = 1.0) -> Vector:
         """Proportional step towards a pose. Sideways waits while the hand is too low for it."""
         error = goal - self.scene.eef
         too_low = max(0.0, float(error[2]))
         error[:2] *= np.clip(1.0 - (too_low - 0.010) / 0.030, 0.0, 1.0)
-        action = np.empty(7)
-        # limited apart: a common factor would leave no height control while the hand is far away
-        action[:2] = _limit(error[:2] * SIDEWAYS_GAIN)
-        action[2] = np.clip(error[2] * HEIGHT_GAIN, -1.0, 1.0)
-        turn = rotation_vector(rotation @ self.scene.eef_rotation.T)
-        action[3:6] = turn_limit * _limit(turn * ROTATION_GAIN / turn_limit)
-        action[6] = gripper
-        return action
+        return step_towards(self.scene, error, rotation, gripper, turn_limit)
 
 
 def run(
     env: LiberoEnv,
-    target: str = "akita_black_bowl_1",
+    goal: Goal | None = None,
     recorder: Recorder | None = None,
     rng: np.random.Generator | None = None,
     noise: Disturbance | None = None,
@@ -305,11 +296,13 @@ def run(
 ) -> ExpertResult:
     """Runs the expert from the present state of a freshly reset environment.
 
-    Success is `target` on the plate: the task's own goal for the first bowl, evaluated here for another. After it,
-    `tail_steps` more steps are executed and recorded (the fingers open and rise). `draw`: cameras draw
-    every step, for a recorder that keeps images.
+    goal: the task's own by default; success is LIBERO's predicate for it. After it, `tail_steps` more steps are
+    executed and recorded (the fingers open and rise). `draw`: cameras draw every step, for a recorder that keeps
+    images. Raises RsdError for a task that the expert cannot do.
     """
-    law = PickAndPlace(Scene(env), target, mode, rng)
+    goal = goal or task_goal(env.suite, env.task.task_id)
+    scene = Scene(env)
+    law = PickAndPlace(scene, goal, mode, rng) if goal.destination else MovePart(scene, goal)
     success_at: int | None = None
     step = 0
     while step < env.max_steps + tail_steps:
@@ -325,18 +318,8 @@ def run(
             recorder.record(env, executed, clean)
         env.advance(executed, draw)
         step += 1
-        if success_at is None and env.object_on(target, PLATE):
+        if success_at is None and env.holds(*goal.words):
             success_at = step
     if success_at is None:
         return ExpertResult(False, step, law.attempts)
     return ExpertResult(True, success_at, law.attempts)
-
-
-def _funnel(off: float, low: float, high: float, radius: float, slope: float) -> float:
-    """Height (m) wanted at a horizontal distance `off`: low within the radius, rising to high outside it."""
-    return float(low + np.clip((off - radius) * slope, 0.0, max(0.0, high - low)))
-
-
-def _limit(vector: Vector) -> Vector:
-    """Scales a vector so that no component exceeds 1; keeps its direction, so paths stay straight."""
-    return vector / max(1.0, float(np.abs(vector).max()))

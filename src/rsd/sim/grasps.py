@@ -1,4 +1,5 @@
-"""Where to take a bowl: one finger inside the rim, one outside, chosen so that the choice is predictable.
+"""Where to take an object, chosen so that the choice is predictable: a bowl with one finger inside the rim and one
+outside, anything else across its narrow side.
 
 A learner copies what it can predict from the cameras. The choice is therefore an ordered list (no wrist rotation
 first, left side before right) from which the first collision-free entry is taken, not the minimum of a score that
@@ -7,6 +8,7 @@ would jump about with a millimetre.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +22,7 @@ from rsd.types import RsdError
 GraspMode = Literal["canonical", "two-sided"]
 
 RIM_RADIUS = 0.047  # m, bowl centre to grip site
+BOWL_HEIGHT = 0.05
 BELOW_RIM, BELOW_RIM_IN_DRAWER = 0.016, 0.012  # m, grip site under the rim's top
 RADIUS_IN_DRAWER = 0.027
 TIP_BELOW_SITE = 0.010
@@ -28,6 +31,11 @@ PALM_HALF_LENGTH = 0.105
 PALM_HALF_WIDTH = 0.035
 FINGER_OPENING = 0.08
 FINGER_HALF_WIDTH = 0.012
+SPAN_BELOW_TOP, SPAN_ABOVE_FLOOR = 0.030, 0.013  # m, grip site; as deep as the palm allows, tips off the floor
+SPAN_DIRECTIONS = 72  # candidate angles on the half circle
+WIDTH_STEP = 0.004  # m; widths that differ by less are one to choose from
+WIDEST_SPAN = 0.07
+LOST = 0.03  # m between the grip site and what it held
 ALLOWED_OVERLAP = 0.004  # m summed over the checked points
 DIRECTIONS = 72  # candidate angles; open bowls try every third
 DRAWER_ANGLE = np.radians(137.5)  # the roomiest in the drawer: one finger towards a corner
@@ -40,33 +48,57 @@ MAX_LEAN = np.radians(30)
 MAX_SIDEWAYS_LEAN = np.radians(8)
 
 
-@dataclass(frozen=True)
-class RimGrasp:
-    """angle: direction from the bowl's centre to the gripped rim point (rad, world); below: grip site under it (m).
+def yaw_of(angle: float) -> float:
+    """Smallest rotation about z that brings the closing axis onto a direction (rad, within +-pi/2)."""
+    return float((angle - np.pi / 2 + np.pi / 2) % np.pi - np.pi / 2)
 
-    radius: bowl centre to grip site (m). Less than the rim's, the outer finger needs less room and pulls the bowl
-    inwards as it closes.
-    """
+
+@dataclass(frozen=True)
+class Grasp:
+    """angle: direction of the closing axis in the world (rad)."""
 
     angle: float
-    below: float = BELOW_RIM
-    radius: float = RIM_RADIUS
 
     @property
     def direction(self) -> Vector:
-        """Unit vector [2] from the bowl's centre to the gripped point, also the closing axis."""
+        """Unit vector [2] along the closing axis; for a rim, from the bowl's centre to the gripped point."""
         return np.array([np.cos(self.angle), np.sin(self.angle)])
 
     @property
     def yaw(self) -> float:
         """Smallest rotation about z that brings the closing axis onto the direction (rad, within +-pi/2)."""
-        return float((self.angle - np.pi / 2 + np.pi / 2) % np.pi - np.pi / 2)
+        return yaw_of(self.angle)
 
     def point(self, scene: Scene, target: str, opening: float = FINGER_OPENING) -> Vector:
-        """Grip site for this grasp, given where the bowl is now [3]. Follows a tilted rim.
+        """Grip site for this grasp, given where the object is now and how far the fingers are open (m) [3]."""
+        raise NotImplementedError
 
-        As the fingers close (opening, m), the point moves out to the rim.
-        """
+    def release_point(self, centre: Vector) -> Vector:
+        """Roughly where the hand is when it lets go over `centre` [3]: how far it has to reach there."""
+        raise NotImplementedError
+
+    def freed(self, width: float) -> float:
+        """0..1, how far opening fingers, `width` apart (m), have come free of the object."""
+        raise NotImplementedError
+
+    def lost(self, scene: Scene, target: str) -> bool:
+        """The object is not where a held one would be. Contact alone flickers while carrying."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RimGrasp(Grasp):
+    """One finger inside a bowl, one outside. below: grip site under the rim (m).
+
+    radius: bowl centre to grip site (m). Less than the rim's, the outer finger needs less room and pulls the bowl
+    inwards as it closes.
+    """
+
+    below: float = BELOW_RIM
+    radius: float = RIM_RADIUS
+
+    def point(self, scene: Scene, target: str, opening: float = FINGER_OPENING) -> Vector:
+        """Follows a tilted rim. As the fingers close, the point moves out to the rim."""
         centre = scene.position(target)
         closed = 1.0 - min(1.0, opening / FINGER_OPENING)
         spot = centre[:2] + (self.radius + (RIM_RADIUS - self.radius) * closed) * self.direction
@@ -74,6 +106,45 @@ class RimGrasp:
         near = vertices[np.linalg.norm(vertices[:, :2] - spot, axis=1) < 0.03]
         top = float((near if len(near) else vertices)[:, 2].max())
         return np.array([spot[0], spot[1], top - self.below])
+
+    def release_point(self, centre: Vector) -> Vector:
+        return centre + np.array([*(RIM_RADIUS * self.direction), BOWL_HEIGHT - self.below])
+
+    def freed(self, width: float) -> float:
+        return float(np.clip((width - 0.03) / 0.04, 0.0, 1.0))
+
+    def lost(self, scene: Scene, target: str) -> bool:
+        return float(np.linalg.norm(scene.eef - self.point(scene, target, 0.0))) > LOST
+
+
+@dataclass(frozen=True)
+class SpanGrasp(Grasp):
+    """The fingers on both sides of the whole object. above: grip site over its lowest point (m)."""
+
+    above: float = SPAN_ABOVE_FLOOR
+
+    def point(self, scene: Scene, target: str, opening: float = FINGER_OPENING) -> Vector:
+        """Over the middle of the object's outline, as deep as palm and floor allow."""
+        vertices = scene.vertices(target)
+        low, high = vertices.min(axis=0), vertices.max(axis=0)
+        across = np.array([-self.direction[1], self.direction[0]])
+        along = vertices[:, :2] @ np.stack([self.direction, across], axis=1)
+        middle = (along.min(axis=0) + along.max(axis=0)) / 2
+        height = max(high[2] - SPAN_BELOW_TOP, low[2] + SPAN_ABOVE_FLOOR)
+        return np.array([*(middle[0] * self.direction + middle[1] * across), height])
+
+    def release_point(self, centre: Vector) -> Vector:
+        return centre + np.array([0.0, 0.0, self.above])
+
+    def freed(self, width: float) -> float:
+        """Only open fingers: a carton that is still between them would be hooked and carried off."""
+        return float(np.clip((width - 0.07) / 0.006, 0.0, 1.0))
+
+    def lost(self, scene: Scene, target: str) -> bool:
+        """The grip site is away from the box around the object, which may hang askew."""
+        vertices, eef = scene.vertices(target), scene.eef
+        outside = np.maximum(vertices.min(axis=0) - eef, eef - vertices.max(axis=0))
+        return float(np.linalg.norm(np.maximum(outside, 0.0))) > LOST
 
 
 def lean_angle(base: Vector, point: Vector, limit: float) -> float:
@@ -99,7 +170,7 @@ def hand_rotation(base: Vector, point: Vector, yaw: float, limit: float) -> NDAr
     """Orientation of the hand at `point` [3, 3]: down, turned by yaw, leaned outward as far as the reach asks."""
     outward = (point - base)[:2] / np.linalg.norm((point - base)[:2])
     axis = np.cross([0.0, 0.0, -1.0], [outward[0], outward[1], 0.0])
-    return _about(axis, lean_angle(base, point, limit)) @ _about(np.array([0.0, 0.0, 1.0]), yaw) @ POINTING_DOWN
+    return about(axis, lean_angle(base, point, limit)) @ about(np.array([0.0, 0.0, 1.0]), yaw) @ POINTING_DOWN
 
 
 def rotation_vector(rotation: NDArray[np.float64]) -> Vector:
@@ -118,24 +189,69 @@ def choose_rim_grasp(
     rng: np.random.Generator | None = None,
     walled: bool = False,
     avoid: tuple[float, ...] = (),
-) -> RimGrasp:
-    """The first free grasp in the order of preference, or the least blocked one.
+) -> Grasp:
+    """The first free grasp of a bowl's rim in the order of preference, or the least blocked one.
 
     destination: where the bowl's lowest point goes [3]; the palm must be free there too.
     mode "two-sided" tosses a coin (rng) between the two sides of the rim where both are free.
     walled: the bowl is in the drawer; shallower, and angles near the roomiest come first.
     avoid: angles that failed before (rad); they and their neighbours come last.
     """
+    angles = [2 * np.pi * k / DIRECTIONS for k in range(0, DIRECTIONS, 1 if walled else 3)]
+    below, radius = (BELOW_RIM_IN_DRAWER, RADIUS_IN_DRAWER) if walled else (BELOW_RIM, RIM_RADIUS)
+    ordered = sorted(angles, key=lambda angle: _preference(angle, walled, avoid))
+    return _first_free(
+        scene, target, (RimGrasp(angle, below, radius) for angle in ordered), destination, mode, rng
+    )
+
+
+def choose_span_grasp(
+    scene: Scene,
+    target: str,
+    destination: Vector,
+    mode: GraspMode = "canonical",
+    rng: np.random.Generator | None = None,
+    avoid: tuple[float, ...] = (),
+) -> Grasp:
+    """The first free grasp across the object: across its narrowest side, and of those the least wrist rotation.
+
+    As `choose_rim_grasp`. "two-sided" has a choice only where turning the wrist left and right is equally far.
+    Raises RsdError for an object that is wider than the hand.
+    """
+    vertices = scene.vertices(target)
+    angles = np.pi * np.arange(SPAN_DIRECTIONS) / SPAN_DIRECTIONS
+    along = vertices[:, :2] @ np.stack([np.cos(angles), np.sin(angles)])
+    widths = np.ptp(along, axis=0)
+    if widths.min() > WIDEST_SPAN:
+        raise RsdError(f"{target}: expected something at most {WIDEST_SPAN} m wide, found {widths.min():.3f} m")
+
+    def preference(k: int) -> tuple[bool, int, float, float]:
+        failed = any(abs(np.cos(angles[k] - other)) > 0.99 for other in avoid)
+        grade = int((widths[k] - widths.min()) / WIDTH_STEP)
+        return failed, grade, round(abs(Grasp(float(angles[k])).yaw), 3), float(angles[k])
+
+    above = SpanGrasp(0.0).point(scene, target)[2] - float(vertices[:, 2].min())
+    ordered = sorted((k for k in range(SPAN_DIRECTIONS) if widths[k] <= WIDEST_SPAN), key=preference)
+    return _first_free(
+        scene, target, (SpanGrasp(float(angles[k]), above) for k in ordered), destination, mode, rng
+    )
+
+
+def _first_free(
+    scene: Scene,
+    target: str,
+    candidates: Iterable[Grasp],
+    destination: Vector,
+    mode: GraspMode,
+    rng: np.random.Generator | None,
+) -> Grasp:
     if mode not in ("canonical", "two-sided"):
         raise RsdError(f"grasp mode: expected canonical or two-sided, found {mode!r}")
     if mode == "two-sided" and rng is None:
         raise RsdError("grasp mode two-sided: expected a random generator, found none")
-    angles = [2 * np.pi * k / DIRECTIONS for k in range(0, DIRECTIONS, 1 if walled else 3)]
-    below, radius = (BELOW_RIM_IN_DRAWER, RADIUS_IN_DRAWER) if walled else (BELOW_RIM, RIM_RADIUS)
-    least: tuple[float, RimGrasp] | None = None
-    free: list[RimGrasp] = []
-    for angle in sorted(angles, key=lambda angle: _preference(angle, walled, avoid)):
-        grasp = RimGrasp(angle, below, radius)
+    least: tuple[float, Grasp] | None = None
+    free: list[Grasp] = []
+    for grasp in candidates:
         overlap = _overlap(scene, target, grasp, destination)
         if least is None or overlap < least[0]:
             least = (overlap, grasp)
@@ -159,7 +275,7 @@ def _preference(angle: float, walled: bool, avoid: tuple[float, ...]) -> tuple[f
     return (failed, round(abs(RimGrasp(angle).yaw), 3), -round(float(np.sin(angle)), 3))
 
 
-def _overlap(scene: Scene, target: str, grasp: RimGrasp, destination: Vector) -> float:
+def _overlap(scene: Scene, target: str, grasp: Grasp, destination: Vector) -> float:
     """How deep the open hand would sink into the scene at the grasp, and the palm at the destination (m, summed)."""
     centre = grasp.point(scene, target)
     along, across = grasp.direction, np.array([-grasp.direction[1], grasp.direction[0]])
@@ -195,7 +311,7 @@ def _overlap(scene: Scene, target: str, grasp: RimGrasp, destination: Vector) ->
     return float(np.maximum(sunk, 0.0).sum())
 
 
-def _about(axis: Vector, angle: float) -> NDArray[np.float64]:
+def about(axis: Vector, angle: float) -> NDArray[np.float64]:
     """Rotation by `angle` (rad) about a unit axis [3] (Rodrigues)."""
     k = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]], dtype=np.float64)
     return np.eye(3) + np.sin(angle) * k + (1 - np.cos(angle)) * (k @ k)

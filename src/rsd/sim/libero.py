@@ -193,13 +193,16 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         """The task's goal predicate."""
         return bool(self.simulation._check_success())
 
-    def object_on(self, upper: str, lower: str) -> bool:
-        """LIBERO's On predicate: above it, in contact, centres within 3 cm horizontally."""
+    def holds(self, predicate: str, *names: str) -> bool:
+        """LIBERO's own predicate of objects and regions.
+
+        "on" an object: above it, in contact, centres within 3 cm horizontally; "in" a region: origin within its box.
+        """
         states = self.simulation.object_states_dict
-        for name in (upper, lower):
+        for name in names:
             if name not in states:
                 raise RsdError(f"object: found the unknown name {name!r}, known are {', '.join(sorted(states))}")
-        return bool(states[lower].check_ontop(states[upper]))
+        return bool(self.simulation._eval_predicate([predicate, *names]))
 
     def sim_state(self) -> NDArray[np.float64]:
         """[1 + nq + nv]: time, joint positions, joint velocities. Fixtures are not in it: see fixture_poses."""

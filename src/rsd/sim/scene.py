@@ -5,6 +5,8 @@ Lengths are metres in the world frame (z up, x away from the robot, y to its lef
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,14 @@ ROBOT_PARTS = ("robot0", "gripper0", "mount0")
 COLLISION_GROUP = 0  # robosuite: group 0 collides, group 1 is drawn
 HIDDEN_GROUP = 5
 RAY_START = 2.0
+
+
+@dataclass(frozen=True)
+class MovingPart:
+    """body: of the model; axis: of its joint in the world, unit vector [3]."""
+
+    body: int
+    axis: Vector
 
 
 class Scene:
@@ -72,6 +82,40 @@ class Scene:
         """Body origin of an object or fixture [3]. Raises RsdError for an unknown name."""
         return self.data.xpos[self._body(name)].copy()
 
+    def site(self, name: str) -> Vector:
+        """Middle of a region that an object or a fixture carries [3]."""
+        self.owner(name)
+        return self.data.site(name).xpos.copy()
+
+    def owner(self, name: str) -> str:
+        """The object or fixture that carries a region. Raises RsdError for an unknown name."""
+        regions = self.env.simulation.object_sites_dict
+        if name not in regions:
+            raise RsdError(f"region: found the unknown name {name!r}, known are {', '.join(sorted(regions))}")
+        return str(regions[name].parent_name)
+
+    def moving_part(self, name: str) -> MovingPart:
+        """What moves on the joint of a drawer's region or of a stove."""
+        simulation = self.env.simulation
+        regions = simulation.object_sites_dict
+        joints = regions[name].joints if name in regions else simulation.get_object(name).joints
+        joint = self.model.joint(joints[0]).id
+        return MovingPart(int(self.model.jnt_bodyid[joint]), self.data.xaxis[joint].copy())
+
+    def part_vertices(self, part: MovingPart) -> Vector:
+        """World vertices of its collision shapes [n, 3]."""
+        return np.concatenate([self._world(*each) for each in self._local_vertices(self._geoms_of({part.body}))])
+
+    def part_rotation(self, part: MovingPart) -> Vector:
+        """[3, 3]"""
+        return self.data.xmat[part.body].reshape(3, 3).copy()
+
+    def outermost(self, part: MovingPart, direction: Vector) -> Vector:
+        """Middle of that shape of the part which stands out furthest along `direction` [3]."""
+        shapes = [self._world(*each) for each in self._local_vertices(self._geoms_of({part.body}))]
+        middles = [(shape.min(axis=0) + shape.max(axis=0)) / 2 for shape in shapes]
+        return max(middles, key=lambda middle: float(middle @ direction))
+
     def up_axis(self, name: str) -> Vector:
         """The object's own z axis in the world [3]."""
         return self.data.xmat[self._body(name)].reshape(3, 3)[:, 2].copy()
@@ -79,12 +123,7 @@ class Scene:
     def vertices(self, name: str) -> Vector:
         """World vertices of the object's collision shapes [n, 3]."""
         self._body(name)
-        return np.concatenate(
-            [
-                self.data.geom_xpos[geom] + local @ self.data.geom_xmat[geom].reshape(3, 3).T
-                for geom, local in self._vertices[name]
-            ]
-        )
+        return np.concatenate([self._world(*each) for each in self._vertices[name]])
 
     def height(self, x: float, y: float) -> float:
         """Top of the scene at (x, y), -1 where there is nothing. Use inside `without`."""
@@ -133,6 +172,9 @@ class Scene:
         if name not in self.bodies:
             raise RsdError(f"object: found the unknown name {name!r}, known are {', '.join(sorted(self.bodies))}")
         return self.bodies[name]
+
+    def _world(self, geom: int, local: Vector) -> Vector:
+        return self.data.geom_xpos[geom] + local @ self.data.geom_xmat[geom].reshape(3, 3).T
 
     def _subtree(self, root: int) -> set[int]:
         members = {root}

@@ -21,8 +21,8 @@ FILE_NAME = "tokenizer.json"
 
 
 class ChunkTokens(NamedTuple):
-    """motion: int64 [B, L, P] symbols 0..K-1, coarse level first; gripper: int64 [B, H], 1 = close, and [B, H, G]
-    where the number G of binary dimensions is not one."""
+    """motion: int64 [B, L, P] symbols 0..K-1, coarse level first; gripper: int64 [B, H], 1 = the upper value (LIBERO:
+    close), and [B, H, G] where the number G of binary dimensions is not one."""
 
     motion: Tensor
     gripper: Tensor
@@ -65,6 +65,11 @@ class ActionTokenizer:
         self.action_dim = len(self.low) + len(config.binary)
         binary = binary_dimensions(config, self.action_dim)
         motion = [d for d in range(self.action_dim) if d not in binary]
+        pairs = config.binary_values or ((-1.0, 1.0),) * len(binary)
+        by_dimension = sorted(zip((d % self.action_dim for d in config.binary), pairs, strict=True))
+        values = torch.tensor([pair for _, pair in by_dimension], dtype=torch.float32).reshape(-1, 2)
+        self.binary_low, self.binary_high = values[:, 0].contiguous(), values[:, 1].contiguous()
+        self.binary_middle = values.mean(1)
         self.binary_last = motion == list(range(len(motion)))
         # tensors, so that indexing a chunk on a GPU copies nothing there
         self.motion_index, self.binary_index = torch.tensor(motion), torch.tensor(binary, dtype=torch.long)
@@ -96,7 +101,8 @@ class ActionTokenizer:
     def to(self, device: torch.device | str) -> ActionTokenizer:
         """The same code with its constants on `device`; chunks and coefficients must be there too."""
         moved = copy.copy(self)
-        for name in ("low", "high", "scale", "centre", "matrix", "motion_index", "binary_index", "order"):
+        binary = ("binary_index", "binary_low", "binary_high", "binary_middle")
+        for name in ("low", "high", "scale", "centre", "matrix", "motion_index", *binary, "order"):
             setattr(moved, name, getattr(self, name).to(device))
         net, refiner, active = self.parts.autoencoder, self.parts.refiner, self.parts.active
         moved.parts = Parts(
@@ -112,7 +118,7 @@ class ActionTokenizer:
 
     @classmethod
     def fit(cls, chunks: np.ndarray, config: TokenizerConfig | None = None) -> ActionTokenizer:
-        """chunks float [N, H, A], binary dimensions -1 (open) or +1 (close) -> a calibrated tokenizer."""
+        """chunks float [N, H, A], binary dimensions of two values (LIBERO: -1 open, +1 close) -> a tokenizer."""
         from rsd.tokenizer.calibrate import calibrate
 
         return calibrate(chunks, config or TokenizerConfig())
@@ -156,18 +162,19 @@ class ActionTokenizer:
         return ordered_product(self.matrix.T, coefficients.unflatten(-1, shape))
 
     def to_actions(self, coefficients: Tensor, gripper: Tensor) -> Tensor:
-        """coefficients [B, P], gripper int [B, H] (1 = close) or [B, H, G] -> actions float32 [B, H, A] in [-1, 1]."""
+        """coefficients [B, P], gripper int [B, H] or [B, H, G] -> actions float32 [B, H, A] within the limit."""
         motion = self.to_normalised(coefficients) * self.scale + self.centre
-        binary = 2.0 * gripper.float() - 1.0
+        binary = torch.where(gripper > 0, self.binary_high, self.binary_low)
         actions = torch.cat([motion, binary.unsqueeze(-1) if gripper.ndim == 2 else binary], dim=-1)
         if not self.binary_last:
             actions = actions.index_select(-1, self.order)
-        return actions.clamp(-1.0, 1.0)
+        limit = self.config.limit
+        return actions.clamp(-limit, limit) if limit else actions
 
     def gripper_symbols(self, chunk: Tensor) -> Tensor:
-        """chunk [B, H, A] -> int64 [B, H] (or [B, H, G]), 1 where a gripper is told to close."""
+        """chunk [B, H, A] -> int64 [B, H] (or [B, H, G]), 1 where it is nearer to the upper of its two values."""
         binary = chunk[..., len(self.low) :] if self.binary_last else chunk.index_select(-1, self.binary_index)
-        symbols = (binary > 0).long()
+        symbols = (binary > self.binary_middle).long()
         return symbols.squeeze(-1) if symbols.shape[-1] == 1 else symbols
 
     # tokens
@@ -177,7 +184,7 @@ class ActionTokenizer:
         return self._quantise(chunk)[0]
 
     def decode(self, tokens: ChunkTokens, levels: int | None = None) -> Tensor:
-        """tokens (optionally only their first `levels`) -> actions float32 [B, H, A] in [-1, 1]."""
+        """tokens (optionally only their first `levels`) -> actions float32 [B, H, A] within the limit."""
         self._check_tokens(tokens, levels)
         motion = tokens.motion if levels is None else tokens.motion[:, :levels]
         value = self._refine(self.rfsq.dequantise(motion), motion.shape[1])

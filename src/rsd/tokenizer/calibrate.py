@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,13 +25,20 @@ ALLOCATION_CHUNKS = 20_000  # the search looks at no more
 
 
 def calibrate(chunks: np.ndarray, config: TokenizerConfig) -> ActionTokenizer:
-    """chunks float [N, H, A], binary dimensions -1 or +1 -> a tokenizer; RsdError where they cannot calibrate one."""
+    """chunks float [N, H, A] -> a tokenizer; RsdError where they cannot calibrate one."""
     needed = check_chunks(chunks, config)
     binary = binary_dimensions(config, chunks.shape[2])
     motion = np.delete(chunks, binary, axis=2).astype(np.float32)
     if len(chunks) < needed:
         raise RsdError(f"tokenizer fit: expected at least {needed} chunks, found {len(chunks)}")
+    largest = float(np.abs(motion).max())
+    if config.limit and largest > config.limit:
+        raise RsdError(
+            f"tokenizer fit: expected actions within +-{config.limit:g} (--tokenizer.limit), found {largest:g}; give "
+            "the robot's own limit, or 0 for none"
+        )
     low, high = dimension_range(motion, config)
+    config = with_binary_values(chunks, config)
     half_width = (high - low) / 2
     scale = torch.where(half_width > STILL / 2, half_width, torch.ones_like(half_width))
     normalised = (torch.from_numpy(motion) - (low + high) / 2) / scale
@@ -56,6 +65,29 @@ def check_chunks(chunks: np.ndarray, config: TokenizerConfig) -> int:
     learned = config.transform not in OVER_TIME or config.refine
     scalars = chunks.shape[1] * (chunks.shape[2] - len(config.binary))
     return max(MIN_CHUNKS, CHUNKS_PER_SCALAR * scalars if learned else 0)
+
+
+def with_binary_values(chunks: np.ndarray, config: TokenizerConfig) -> TokenizerConfig:
+    """The config with the two values of every binary dimension; none where all are -1 and 1, which is the default.
+
+    One that is always 1 or always -1 is taken for LIBERO's gripper at rest.
+    """
+    pairs = []
+    for place, dimension in enumerate(config.binary):
+        found = np.unique(chunks[..., dimension].astype(np.float32)).tolist()
+        wanted = list(config.binary_values[place]) if config.binary_values else found
+        if len(found) == 1 and found[0] in (-1.0, 1.0) and not config.binary_values:
+            wanted = [-1.0, 1.0]
+        if len(wanted) != 2 or not set(found) <= set(np.array(wanted, np.float32).tolist()):
+            expected = "two values" if not config.binary_values else f"{wanted[0]:g} and {wanted[1]:g}"
+            shown = ", ".join(f"{value:g}" for value in found[:3]) + (", ..." if len(found) > 3 else "")
+            raise RsdError(
+                f"tokenizer fit: expected dimension {dimension} to be binary and to hold {expected}, found "
+                f"{len(found)} ({shown}); name the binary dimensions with --tokenizer.binary (no number: there are "
+                "none), or their values with --tokenizer.binary-values"
+            )
+        pairs.append((float(wanted[0]), float(wanted[1])))
+    return replace(config, binary_values=tuple(pairs) if set(pairs) - {(-1.0, 1.0)} else ())
 
 
 def dimension_range(motion: np.ndarray, config: TokenizerConfig) -> tuple[Tensor, Tensor]:

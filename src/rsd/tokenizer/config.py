@@ -33,7 +33,12 @@ class TokenizerConfig:
     """What is 1 in a dimension: its largest coefficient but for 1 in 10,000 (reach), its 1 % and 99 % quantiles, its
     extremes, or its standard deviation."""
     binary: tuple[int, ...] = (-1,)
-    """Dimensions that are one exact binary symbol a step (grippers), e.g. 6 13 for two arms of 7."""
+    """Dimensions that are one exact binary symbol a step (grippers), e.g. 6 13 for two arms of 7; without a number:
+    none."""
+    binary_values: tuple[tuple[float, float], ...] = ()
+    """The lower and the upper value of each of them, e.g. 0 1; empty: the two that the data hold."""
+    limit: float = 1.0
+    """Size of the largest action that is sent: what is decoded is clipped to it; 0: no limit (joint angles)."""
     channels: int = 16
     """Latents per step of an autoencoder."""
     bits: float = 0.0
@@ -53,6 +58,12 @@ class TokenizerConfig:
         known = f"normalisation to be one of {', '.join(NORMALISATIONS)}"
         expect(self.normalisation in NORMALISATIONS, known, self.normalisation)
         expect(self.channels >= 1 and self.bits >= 0, "channels >= 1 and bits >= 0", (self.channels, self.bits))
+        pairs = self.binary_values
+        expect(len(pairs) in (0, len(self.binary)), f"{len(self.binary)} pairs of binary values, or none", len(pairs))
+        expect(all(low < high for low, high in pairs), "the lower binary value first", pairs)
+        expect(self.limit >= 0, "a limit >= 0", self.limit)
+        largest = max((abs(value) for pair in pairs for value in pair), default=0.0)
+        expect(not self.limit or largest <= self.limit, f"binary values within the limit {self.limit:g}", largest)
         learned = self.transform in AUTOENCODERS
         expect(not (self.refine and learned), "refine with a linear transform only", self.transform)
         _ = self.rfsq  # raises where levels, symbols or rho make no code

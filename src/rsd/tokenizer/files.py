@@ -32,15 +32,21 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 VERSION_1_FIELDS = {"horizon", "transform", "levels", "symbols", "rho"}
+# fields that format 2 did not have at first: left out at their defaults, so that its first readers read the file
+LATER_FIELDS: dict[str, Any] = {"binary_values": (), "limit": 1.0}
 WEIGHTS_FILE = "tokenizer.safetensors"
 REMEDY = "fit it again"
 
 
 def to_json(tokenizer: ActionTokenizer) -> dict[str, Any]:
     active = tokenizer.parts.active
+    config = {**asdict(tokenizer.config), "binary": list(tokenizer.config.binary)}
+    for name, default in LATER_FIELDS.items():
+        if config[name] == default:
+            del config[name]
     return {
         "format_version": FORMAT_VERSION,
-        "config": {**asdict(tokenizer.config), "binary": list(tokenizer.config.binary)},
+        "config": config,
         "low": tokenizer.low.tolist(),
         "high": tokenizer.high.tolist(),
         "first_step": tokenizer.first_step,
@@ -140,6 +146,8 @@ def config_from_json(content: dict[str, Any]) -> TokenizerConfig:
     changes: dict[str, Any] = {}
     if "binary" in content:
         changes["binary"] = tuple(int(d) for d in content["binary"])
+    if "binary_values" in content:
+        changes["binary_values"] = tuple((float(low), float(high)) for low, high in content["binary_values"])
     if "learn" in content:
         changes["learn"] = LearnConfig(**content["learn"])
     return TokenizerConfig(**{**content, **changes})

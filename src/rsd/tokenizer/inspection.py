@@ -27,8 +27,8 @@ class InspectConfig:
 
     tokenizer: str = "checkpoints/libero_spatial"
     """Directory with tokenizer.json (a checkpoint is one) or hub id."""
-    data: Path = Path("data/libero_spatial")
-    """Folder of demonstrations (HDF5; states suffice)."""
+    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
+    """Folders of demonstrations: HDF5 files (states suffice) or LeRobot data sets."""
     chunk: int = -1
     """Number of the chunk to draw; -1 draws the one that moves most within its steps."""
     output: Path = Path("runs/tokenizer/inspect.svg")
@@ -92,10 +92,11 @@ def inspect_tokenizer(config: InspectConfig) -> list[LevelStatistics]:
     tokenizer = ActionTokenizer.from_pretrained(config.tokenizer)
     chunks, _ = demonstration_chunks(config.data, tokenizer.config.horizon)
     if chunks.shape[2] != tokenizer.action_dim:
-        raise RsdError(f"{config.data}: expected actions of {tokenizer.action_dim} numbers, found {chunks.shape[2]}")
+        where = ", ".join(map(str, config.data))
+        raise RsdError(f"{where}: expected actions of {tokenizer.action_dim} numbers, found {chunks.shape[2]}")
     if not -1 <= config.chunk < len(chunks):
         raise RsdError(f"--chunk {config.chunk}: expected -1 or a number below {len(chunks)}")
-    number = config.chunk if config.chunk >= 0 else liveliest(chunks)
+    number = config.chunk if config.chunk >= 0 else liveliest(chunks[..., tokenizer.motion_index.numpy()])
     statistics = level_statistics(tokenizer, torch.from_numpy(chunks[:: max(1, len(chunks) // MOST_CHUNKS)]))
     seen = tokenizer.statistics
     console = Console()
@@ -110,9 +111,9 @@ def inspect_tokenizer(config: InspectConfig) -> list[LevelStatistics]:
     return statistics
 
 
-def liveliest(chunks: NDArray[np.float32]) -> int:
-    """The chunk [of N, H, A] whose motion varies most within its steps."""
-    return int(chunks[..., :-1].std(axis=1).sum(-1).argmax())
+def liveliest(motion: NDArray[np.float32]) -> int:
+    """The chunk [of N, H, M] whose motion varies most within its steps."""
+    return int(motion.std(axis=1).sum(-1).argmax())
 
 
 def statistics_table(statistics: list[LevelStatistics]) -> Table:

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from rsd.data.demonstrations import load_demonstrations
+from rsd.data.episodes import action_episodes
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.training.dataset import chunk_targets
 from rsd.types import RsdError
+
+MOST_CHUNKS = 200_000  # neighbours overlap in all but a step: more would say nothing new
 
 
 @dataclass(frozen=True)
 class TrainTokenizerConfig:
     """Calibrate the action tokenizer on demonstrations."""
 
-    data: Path = Path("data/libero_spatial")
-    """Folder of demonstrations (HDF5), this package's or LIBERO's own."""
+    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
+    """Folders of demonstrations: HDF5 files, this package's or LIBERO's own, or LeRobot data sets."""
     output: Path = Path("runs/tokenizer")
     """Where tokenizer.json goes (and tokenizer.safetensors, where something is learned)."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
 
-def demonstration_chunks(data: Path, horizon: int) -> tuple[np.ndarray, int]:
-    """Every chunk of the labels float32 [N, H, 7], and the number of demonstrations they are from."""
-    labels = [d.labels for d in load_demonstrations(data, images=False)]
+def demonstration_chunks(data: Sequence[Path], horizon: int) -> tuple[np.ndarray, int]:
+    """Chunks of the labels float32 [N, H, A], and the number of demonstrations they are from.
+
+    Every chunk, or every n-th where there would be more than MOST_CHUNKS.
+    """
+    labels = [episode.actions for folder in data for episode in action_episodes(folder)]
+    where = ", ".join(map(str, data))
     if not labels:
-        raise RsdError(f"{data}: found no demonstrations; collect some with `rsd demos collect`")
-    return np.concatenate([chunk_targets(label, horizon) for label in labels]), len(labels)
+        raise RsdError(f"{where or '--data'}: found no demonstrations; collect some with `rsd demos collect`")
+    widths = sorted({label.shape[1] for label in labels})
+    if len(widths) > 1:
+        raise RsdError(f"{where}: expected actions of one size, found {' and '.join(map(str, widths))} numbers")
+    every = -(-sum(map(len, labels)) // MOST_CHUNKS)
+    return np.concatenate([chunk_targets(label, horizon)[::every] for label in labels]), len(labels)
 
 
 def train_tokenizer(config: TrainTokenizerConfig) -> ActionTokenizer:
@@ -42,6 +53,10 @@ def train_tokenizer(config: TrainTokenizerConfig) -> ActionTokenizer:
     chunk = torch.from_numpy(chunks[:: max(1, len(chunks) // 20_000)])
     tokens = tokenizer.encode(chunk)
     print(f"{demonstrations} demonstrations, {len(chunks)} chunks; first step {tokenizer.first_step:.4f}")
+    for dimension, low, high in zip(
+        tokenizer.binary_index.tolist(), tokenizer.binary_low.tolist(), tokenizer.binary_high.tolist(), strict=True
+    ):
+        print(f"dimension {dimension} is binary: {low:g} (symbol 0) or {high:g} (symbol 1)")
     for levels in range(1, tokenizer.config.levels + 1):
         error = (tokenizer.decode(tokens, levels) - chunk).index_select(-1, tokenizer.motion_index).abs()
         mean, worst = float(error.mean()), float(error.max())

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from rsd.tokenizer.bench.tables import (
+    EXPERT,
+    Curves,
+    is_ours,
+    layer_norm_lines,
+    other_suites_lines,
+    point_table,
+    prefix_table,
+    rate_table,
+    time_table,
+    verdict,
+)
 from rsd.types import RsdError
 
 FORMAT = 1
-RATES = (40, 60, 80, 100, 150, 200, 250, 300, 350, 400, 450)  # bits a chunk
+OTHERS = "suites"  # folder of the records that were measured on other suites, too
 READING = ("<!-- reading: written by hand, kept when the rest is made anew -->", "<!-- end of reading -->")
 PLOT_SIZE = (7.2, 4.6)  # inches
-Point = dict[str, Any]
-Curves = dict[str, list[Point]]
 # curve -> colour and line of the plots; a curve that is not here is in the tables only
 STYLE = {
     "ours, dct": ("#1f77b4", "-"),
@@ -56,7 +64,8 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 def write_report(folder: Path, document: Path) -> None:
     """folder of JSON files -> the Markdown document, and SVG plots in a folder of its name beside it."""
-    records = read_records(folder)
+    elsewhere = read_records(folder / OTHERS) if (folder / OTHERS).is_dir() else []
+    records = elsewhere if elsewhere and not any(folder.glob("*.json")) else read_records(folder)
     curves: Curves = {}
     for record in records:
         for point in record["points"]:
@@ -72,7 +81,7 @@ def write_report(folder: Path, document: Path) -> None:
         plot_curves(curves, coded, "rmse", plots / "coded.svg", "entropy-coded bits a chunk")
         plot_curves(curves, nominal, "rmse", plots / "nominal.svg", "nominal bits a chunk")
         plot_prefixes(curves, plots / "prefixes.svg")
-    document.write_text("\n".join(document_lines(records, curves, plots.name, reading)) + "\n")
+    document.write_text("\n".join(document_lines(records, elsewhere, curves, plots.name, reading)) + "\n")
 
 
 def kept_reading(document: Path) -> str:
@@ -83,9 +92,11 @@ def kept_reading(document: Path) -> str:
     return f"{start}\n{end}"
 
 
-def document_lines(records: list[dict[str, Any]], curves: Curves, plots: str, reading: str) -> list[str]:
+def document_lines(
+    records: list[dict[str, Any]], elsewhere: list[dict[str, Any]], curves: Curves, plots: str, reading: str
+) -> list[str]:
     data, machine = records[0]["data"], records[0]["machine"]
-    quick = [record["method"] for record in records if record["quick"]]
+    quick = [record["method"] for record in (*records, *elsewhere) if record["quick"]]
     used = dict(sorted({**records[0]["versions"]}.items()))
     lines = [
         "# Action tokenizers at matched rates",
@@ -100,7 +111,8 @@ def document_lines(records: list[dict[str, Any]], curves: Curves, plots: str, re
         "",
         "## What was measured",
         "",
-        f"Demonstrations of the scripted expert, {len(data['tasks'])} tasks ({suites(data['tasks'])}): "
+        f"Demonstrations of {' and '.join(data.get('recorded_by', [EXPERT]))}, "
+        f"{len(data['tasks'])} tasks ({suites(data['tasks'])}): "
         f"{data['train_episodes']} episodes ({data['train_chunks']:,} chunks of {data['horizon']} steps) calibrate or "
         f"train every code, {data['held_out_episodes']} other episodes ({data['held_out_chunks']:,} chunks) are "
         "measured. Only the motion (6 of 7 dimensions): the gripper is a bit a step for all, in none of the rates.",
@@ -144,6 +156,7 @@ def document_lines(records: list[dict[str, Any]], curves: Curves, plots: str, re
             "",
             verdict(curves, "nominal_bits"),
             "",
+            *(other_suites_lines(elsewhere) if elsewhere else []),
             "## Error of each prefix of levels",
             "",
             f"![Error of each prefix]({plots}/prefixes.svg)",
@@ -174,153 +187,6 @@ def suites(tasks: Sequence[str]) -> str:
 
     holding = [suite for suite in MAX_STEPS if {task.name for task in suite_tasks(suite)} & set(tasks)]
     return ", ".join(holding) or "no suite of LIBERO"
-
-
-def envelope(points: Sequence[Point], rate: str) -> tuple[np.ndarray, np.ndarray]:
-    """bits, log2 rmse of the points that no cheaper point of the curve beats, by rising bits."""
-    bits, errors = list[float](), list[float]()
-    for point in sorted(points, key=lambda each: (each[rate], each["rmse"])):
-        if not errors or point["rmse"] < errors[-1]:
-            bits.append(point[rate])
-            errors.append(point["rmse"])
-    return np.array(bits), np.log2(np.maximum(errors, 1e-9))
-
-
-def rmse_at(points: Sequence[Point], rate: str, wanted: float) -> float | None:
-    """RMSE of a curve at `wanted` bits; None below its first point. Past its last it stays: bits may be left unused."""
-    bits, errors = envelope(points, rate)
-    if wanted < bits[0]:
-        return None
-    return float(2 ** np.interp(wanted, bits, errors))
-
-
-def is_ours(curve: str) -> bool:
-    return curve.startswith("ours")
-
-
-def decodes(curve: str) -> bool:
-    return curve != "LayerNorm RFSQ"  # its tokens do not decode, it has a paragraph of its own
-
-
-def rate_table(curves: Curves, rate: str) -> list[str]:
-    rows = {name: [rmse_at(points, rate, bits) for bits in RATES] for name, points in curves.items() if decodes(name)}
-    best = [min((row[i] for row in rows.values() if row[i] is not None), default=None) for i in range(len(RATES))]  # type: ignore[type-var]
-
-    def cell(value: float | None, lowest: float | None) -> str:
-        text = "" if value is None else f"{1000 * value:.1f}"
-        return f"**{text}**" if value is not None and value == lowest else text
-
-    lines = ["| bits | " + " | ".join(map(str, RATES)) + " |", "|---|" + "---:|" * len(RATES)]
-    for name in sorted(rows, key=lambda name: (not is_ours(name), name)):
-        if any(value is not None for value in rows[name]):
-            label = name + ("*" if "refiner" in name or "autoencoder" in name or "ResidualFSQ" in name else "")
-            cells = [cell(value, lowest) for value, lowest in zip(rows[name], best, strict=True)]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def verdict(curves: Curves, rate: str) -> str:
-    """At which rates the best of ours is below the best of the others, and who is below ours where it is not."""
-    better, worse, open_rates = list[str](), list[str](), list[str]()
-    for bits in RATES:
-        found = {name: rmse_at(points, rate, bits) for name, points in curves.items() if decodes(name)}
-        own = {name: value for name, value in found.items() if value is not None and is_ours(name)}
-        others = {name: value for name, value in found.items() if value is not None and not is_ours(name)}
-        if not own or not others:
-            open_rates.append(str(bits))
-            continue
-        ours, rival = min(own.values()), min(others, key=lambda name: others[name])
-        ratio = others[rival] / ours
-        if ratio > 1:
-            better.append(f"{bits} ({ratio:.2f}x)")
-        else:
-            worse.append(f"{bits} ({rival}: {1 / ratio:.2f}x)")
-    parts = []
-    if better:
-        parts.append(f"Ours is lowest at {', '.join(better)} bits (in brackets: the best other's error over ours).")
-    if worse:
-        parts.append(f"Ours is NOT lowest at {', '.join(worse)} bits (in brackets: our error over that code's).")
-    if open_rates:
-        parts.append(f"Only one side has a point at {', '.join(open_rates)} bits.")
-    return " ".join(parts)
-
-
-def prefix_table(curves: Curves) -> list[str]:
-    names = [name for name in curves if is_ours(name) and len({point["levels"] for point in curves[name]}) > 1]
-    count = max((point["levels"] for name in names for point in curves[name]), default=0)
-    header = " | ".join(map(str, range(1, count + 1)))
-    lines = [f"| RMSE x 1000 after level | {header} |", "|---|" + "---:|" * count]
-    for name in sorted(names):
-        by_level = {point["levels"]: point["rmse"] for point in curves[name]}
-        cells = [f"{1000 * by_level[level]:.1f}" if level in by_level else "" for level in range(1, count + 1)]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def point_table(curves: Curves) -> list[str]:
-    columns: list[tuple[str, Callable[[Point], str]]] = [
-        ("code", lambda p: p["curve"]),
-        ("setting", lambda p: p["setting"]),
-        ("levels", lambda p: str(p["levels"])),
-        ("tokens", lambda p: f"{p['tokens']:.1f}"),
-        ("nominal", lambda p: f"{p['nominal_bits']:.0f}"),
-        ("order 0", lambda p: f"{p['bits_order_0']:.1f}"),
-        ("order 1", lambda p: f"{p['bits_order_1']:.1f}"),
-        ("digits, order 0", digits),
-        ("RMSE", lambda p: f"{p['rmse']:.4f}"),
-        ("max", lambda p: f"{p['max_error']:.3f}"),
-        ("RMSE mm", lambda p: f"{p['rmse_mm']:.3f}"),
-        ("RMSE mrad", lambda p: f"{p['rmse_mrad']:.2f}"),
-        ("max mm", lambda p: f"{p['max_mm']:.2f}"),
-        ("max mrad", lambda p: f"{p['max_mrad']:.1f}"),
-        ("within 1 %", lambda p: f"{100 * p['within_1_percent']:.1f} %"),
-        ("utilisation", lambda p: f"{100 * p['utilisation']:.0f} %"),
-        ("undecodable after one wrong token", undecodable),
-    ]
-    lines = ["| " + " | ".join(name for name, _ in columns) + " |", "|---|---|" + "---:|" * (len(columns) - 2)]
-    for name in sorted(curves, key=lambda name: (not is_ours(name), name)):
-        lines += ["| " + " | ".join(show(point) for _, show in columns) + " |" for point in curves[name]]
-    return lines
-
-
-def digits(point: Point) -> str:
-    bits = point["extra"].get("digits_order_0")
-    return "" if bits is None else f"{bits:.1f}"
-
-
-def undecodable(point: Point) -> str:
-    share = point["extra"].get("undecodable_after_one_error")
-    return "" if share is None else f"{100 * share:.0f} %"
-
-
-def layer_norm_lines(curves: Curves) -> list[str]:
-    found = [point for point in curves.get("LayerNorm RFSQ", []) if point["extra"]]
-    if not found:
-        return []
-    extra = found[0]["extra"]
-    return [
-        "*Per-sample LayerNorm RFSQ* ("
-        + found[0]["setting"]
-        + f"): RMSE {extra['rmse_forward']:.4f} through its own forward pass, which knows each sample's mean and "
-        f"standard deviation at every level, and {extra['rmse_decode']:.4f} from the tokens alone, with the training "
-        "data's mean statistics in their place. Those statistics are not in the tokens: it is no code, and is in no "
-        "comparison above.",
-        "",
-    ]
-
-
-def time_table(times: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "Microseconds per chunk, p50 (p95) of rounds in which the codes take turns.",
-        "",
-        "| code | batch | encode | decode | encode + decode |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for each in times:
-        encode = f"{each['encode_p50']:.1f} ({each['encode_p95']:.1f})"
-        decode = f"{each['decode_p50']:.1f} ({each['decode_p95']:.1f})"
-        lines.append(f"| {each['name']} | {each['batch']} | {encode} | {decode} | {each['both_p50']:.1f} |")
-    return lines
 
 
 def plot_curves(curves: Curves, rate: str, error: str, path: Path, label: str) -> None:

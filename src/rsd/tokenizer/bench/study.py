@@ -1,13 +1,15 @@
 """`rsd tokenizer bench`: codes of action chunks at matched rates, on held-out demonstrations.
 
 Every method writes one JSON file; the document and its plots are made from all the files there are, so that one method
-can be measured again without the others.
+can be measured again without the others. With `--others` the codes, fitted as ever on `--data`, are measured on other
+suites as well; those files lie apart, in `OTHERS` of the output folder, and may be of fewer training chunks.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from rsd.data.demonstrations import load_demonstrations
+from rsd.data.episodes import ActionEpisode, action_episodes, recorded_by
 from rsd.evaluation.backend import available_cores, cpu_model
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.tokenizer.bench.codecs import Scale
 from rsd.tokenizer.bench.methods import FULL, METHODS, QUICK, Effort
 from rsd.tokenizer.bench.metrics import Chunks, RatePoint, rate_points
-from rsd.tokenizer.bench.report import write_report
+from rsd.tokenizer.bench.report import OTHERS, write_report
 from rsd.tokenizer.bench.timing import TIMING, Timing, measure_times
 from rsd.training.dataset import chunk_targets
 from rsd.types import ACTION_DIM, RsdError
@@ -35,8 +37,10 @@ ENTROPY_CHUNKS = 40_000
 class BenchConfig:
     """Compare codes of action chunks at matched bits: error, rate, utilisation, time."""
 
-    data: Path = Path("data/libero_spatial")
-    """Folder of demonstrations (HDF5; states suffice)."""
+    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
+    """Folders of demonstrations, HDF5 (states suffice) or LeRobot, with LIBERO's actions of 7 numbers."""
+    others: tuple[Path, ...] = ()
+    """Folders that no code is fitted on: every n-th of all their chunks is measured, beside the held-out ones."""
     methods: tuple[str, ...] = (*METHODS, TIMING)
     """What to measure; the others keep the files they have."""
     report_only: bool = False
@@ -51,6 +55,8 @@ class BenchConfig:
     """Every n-th episode is held out."""
     held_out_stride: int = 4
     """Of the held-out chunks, which overlap, every n-th is measured."""
+    train_chunks: int = 0
+    """Fit on about this many training chunks, spread evenly, for a quicker study; 0: on all."""
     quick: bool = False
     """Learn next to nothing: to try the command out, not for a result."""
 
@@ -59,13 +65,19 @@ class BenchConfig:
         if unknown or len(set(self.methods)) < len(self.methods):
             expected = f"some of {', '.join((*METHODS, TIMING))}, each once"
             raise RsdError(f"--methods {' '.join(self.methods)}: expected {expected}")
-        if self.horizon < 1 or self.held_out_every < 2 or self.held_out_stride < 1:
-            raise RsdError("bench: expected --horizon >= 1, --held-out-every >= 2 and --held-out-stride >= 1")
+        if self.horizon < 1 or self.held_out_every < 2 or self.held_out_stride < 1 or self.train_chunks < 0:
+            expected = "--horizon >= 1, --held-out-every >= 2, --held-out-stride >= 1 and --train-chunks >= 0"
+            raise RsdError(f"bench: expected {expected}")
+        if len({name(folder) for folder in self.others}) < len(self.others):
+            raise RsdError(f"--others {' '.join(map(str, self.others))}: expected folders of different names")
 
 
 @dataclass(frozen=True)
 class MethodRecord:
-    """One method's results. data: what they were measured on; points empty but for a method, times but for timing."""
+    """One method's results. data: what they were measured on; points empty but for a method, times but for timing.
+
+    others: folder name -> the same points, measured on the chunks of that folder.
+    """
 
     format: int
     method: str
@@ -76,6 +88,7 @@ class MethodRecord:
     seconds: float
     points: list[RatePoint]
     times: list[Timing]
+    others: dict[str, list[RatePoint]] = field(default_factory=dict)
 
 
 def bench(config: BenchConfig) -> None:
@@ -85,31 +98,43 @@ def bench(config: BenchConfig) -> None:
         torch.set_num_threads(1)
         chunks, described = load_chunks(config)
         console.print(f"{described['train_chunks']} training chunks, {described['held_out_chunks']} held out")
-        config.output.mkdir(parents=True, exist_ok=True)
-        for name in config.methods:
-            record = measure(name, chunks, described, QUICK if config.quick else FULL, config.quick, console)
-            write_atomically(config.output / f"{name}.json", encode_record(record) + "\n")
+        others = load_others(config, chunks, described)
+        output = config.output / OTHERS if others else config.output
+        output.mkdir(parents=True, exist_ok=True)
+        for method in config.methods:
+            effort = QUICK if config.quick else FULL
+            record = measure(method, chunks, others, described, effort, config.quick, console)
+            write_atomically(output / f"{method}.json", encode_record(record) + "\n")
     write_report(config.output, config.document)
     console.print(f"{config.document} written")
 
 
 def measure(
-    name: str, chunks: Chunks, described: dict[str, Any], effort: Effort, quick: bool, console: Console
+    method: str,
+    chunks: Chunks,
+    others: dict[str, Chunks],
+    described: dict[str, Any],
+    effort: Effort,
+    quick: bool,
+    console: Console,
 ) -> MethodRecord:
     start, points, times = time.perf_counter(), list[RatePoint](), list[Timing]()
-    if name == TIMING:
+    elsewhere: dict[str, list[RatePoint]] = {other: [] for other in others}
+    if method == TIMING:
         times = measure_times(chunks)
     else:
-        for entry in METHODS[name](chunks, effort):
+        for entry in METHODS[method](chunks, effort):
             for point in rate_points(entry.curve, entry.setting, entry.codec, chunks, entry.levels):
-                points.append(RatePoint(**{**asdict(point), "extra": {**point.extra, **entry.extra}}))
+                points.append(replace(point, extra={**point.extra, **entry.extra}))
                 bits = f"{point.nominal_bits:.0f} nominal, {point.bits_order_1:.0f} coded"
                 where = f"{point.curve} ({point.setting}), {point.levels} levels"
                 console.print(f"{where}: {bits} bits, rmse {point.rmse:.4f}", highlight=False)
+            for other, its_chunks in others.items():
+                elsewhere[other] += rate_points(entry.curve, entry.setting, entry.codec, its_chunks, entry.levels)
     machine = {"cpu": cpu_model(), "cores": str(available_cores()), "torch_threads": "1"}
     used = {**versions(), **extra_versions()}
     seconds = round(time.perf_counter() - start, 1)
-    return MethodRecord(FORMAT, name, described, used, machine, quick, seconds, points, times)
+    return MethodRecord(FORMAT, method, described, used, machine, quick, seconds, points, times, elsewhere)
 
 
 def extra_versions() -> dict[str, str]:
@@ -126,15 +151,18 @@ def extra_versions() -> dict[str, str]:
 
 def load_chunks(config: BenchConfig) -> tuple[Chunks, dict[str, Any]]:
     """The training and held-out chunks, and what to say of them in a result."""
-    demonstrations = list(load_demonstrations(config.data, images=False))
-    found, needed = len(demonstrations), config.held_out_every
+    episodes = [episode for folder in config.data for episode in libero_episodes(folder)]
+    found, needed = len(episodes), config.held_out_every
     if found < needed:
-        raise RsdError(f"{config.data}: expected at least {needed} demonstrations, found {found}")
+        where = ", ".join(map(str, config.data))
+        raise RsdError(f"{where}: expected at least {needed} demonstrations, found {found}")
     parts: dict[bool, list[np.ndarray]] = {True: [], False: []}
-    for number, demonstration in enumerate(demonstrations):
+    for number, episode in enumerate(episodes):
         held_out = number % config.held_out_every == config.held_out_every - 1
-        parts[held_out].append(chunk_targets(demonstration.labels, config.horizon)[..., : ACTION_DIM - 1])
+        parts[held_out].append(motion_chunks(episode, config.horizon))
     train, held_out_chunks = np.concatenate(parts[False]), np.concatenate(parts[True])[:: config.held_out_stride]
+    if config.train_chunks:
+        train = train[:: max(1, len(train) // config.train_chunks)]
     scale = Scale.of(train)
     normalised = scale.normalise(train)
     chunks = Chunks(
@@ -144,7 +172,8 @@ def load_chunks(config: BenchConfig) -> tuple[Chunks, dict[str, Any]]:
         scale,
     )
     described = {
-        "tasks": sorted({demonstration.task for demonstration in demonstrations}),
+        "recorded_by": sorted({recorded_by(folder) for folder in config.data}),
+        "tasks": sorted({episode.task for episode in episodes}),
         "train_episodes": len(parts[False]),
         "held_out_episodes": len(parts[True]),
         "train_chunks": len(train),
@@ -154,3 +183,47 @@ def load_chunks(config: BenchConfig) -> tuple[Chunks, dict[str, Any]]:
         "high": (scale.centre + scale.half_width).tolist(),
     }
     return chunks, described
+
+
+def load_others(config: BenchConfig, chunks: Chunks, described: dict[str, Any]) -> dict[str, Chunks]:
+    """`--others`: folder name -> its chunks in the place of the held-out ones; adds to `described` what they are."""
+    found = {}
+    for folder in config.others:
+        episodes = list(libero_episodes(folder))
+        motion = np.concatenate([motion_chunks(e, config.horizon) for e in episodes])[:: config.held_out_stride]
+        normalised = chunks.scale.normalise(motion)
+        found[name(folder)] = replace(chunks, held_out=normalised)
+        described.setdefault("others", {})[name(folder)] = {
+            "recorded_by": recorded_by(folder),
+            "tasks": sorted({episode.task for episode in episodes}),
+            "episodes": len(episodes),
+            "chunks": len(motion),
+            # how far the actions are beyond what the codes were fitted to
+            "chunks_beyond_train_range": beyond(chunks.train, normalised),
+        }
+    return found
+
+
+def beyond(train: np.ndarray, motion: np.ndarray) -> float:
+    """Share of the chunks [N, H, M] with a number outside what the training chunks have in its dimension."""
+    outside = (motion < train.min((0, 1))) | (motion > train.max((0, 1)))
+    return float(outside.any((1, 2)).mean())
+
+
+def libero_episodes(folder: Path) -> Iterator[ActionEpisode]:
+    for episode in action_episodes(folder):
+        if episode.actions.shape[1] != ACTION_DIM:
+            raise RsdError(
+                f"{folder}: expected LIBERO's actions of {ACTION_DIM} numbers (the study measures millimetres of its "
+                f"controller), found {episode.actions.shape[1]}"
+            )
+        yield episode
+
+
+def motion_chunks(episode: ActionEpisode, horizon: int) -> np.ndarray:
+    """[T, H, 6]: the gripper, the last number, left out."""
+    return chunk_targets(episode.actions, horizon)[..., : ACTION_DIM - 1]
+
+
+def name(folder: Path) -> str:
+    return folder.resolve().name

@@ -1,0 +1,131 @@
+"""Actions of LeRobot data sets, formats 2.0, 2.1 and 3.0, read with pyarrow (https://github.com/huggingface/lerobot).
+
+`meta/info.json` names the format (`codebase_version`), the features with their shapes and how many frames there are;
+`data/chunk-*/` holds the numbers: a parquet file per episode (`episode_000000.parquet`, format 2) or files of many
+episodes (`file-000.parquet`, format 3). Both have a row per frame with `episode_index` and `frame_index`, so one reader
+does. Videos and images are not touched.
+
+An action is kept as the data set stores it. Data sets of LIBERO differ in the gripper's sign and range (-1/1 or 0/1,
+1 = close or 1 = open), which no field of theirs tells: whoever sends decoded actions to a robot must know it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd.types import RsdError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+INFO = Path("meta/info.json")
+ACTION_KEYS = ("action", "actions")  # LeRobot's name; openpi's LIBERO conversion writes the plural
+FORMATS = ("v2.0", "v2.1", "v3.0")
+EPISODE, FRAME = "episode_index", "frame_index"
+
+
+def is_dataset(folder: Path) -> bool:
+    return (folder / INFO).is_file()
+
+
+def read_actions(folder: Path) -> list[NDArray[np.float32]]:
+    """Actions float32 [T, A] of every episode, in the order of the episodes.
+
+    Raises RsdError for another format, missing or damaged files, frames that are missing or twice there, and NaN.
+    """
+    info = read_info(folder)
+    key, width = action_feature(folder, info)
+    tables = [read_columns(path, [key, EPISODE, FRAME]) for path in data_files(folder)]
+    actions = np.concatenate([matrix(table[key], width, folder, key) for table in tables])
+    episode, frame = (np.concatenate([table[name].to_numpy() for table in tables]) for name in (EPISODE, FRAME))
+    expected = int(info.get("total_frames", len(actions)))
+    if len(actions) != expected:
+        raise RsdError(
+            f"LeRobot data set {folder}: expected {expected} frames as {INFO} says, found {len(actions)} in its files; "
+            "the download is incomplete, fetch the data folder again"
+        )
+    if not np.isfinite(actions).all():
+        raise RsdError(f"LeRobot data set {folder}: expected finite numbers in {key}, found NaN or infinity")
+    order = np.lexsort((frame, episode))
+    actions, episode, frame = actions[order], episode[order], frame[order]
+    starts = np.flatnonzero(np.r_[True, np.diff(episode) != 0])
+    for first, found in zip(starts, np.split(frame, starts[1:]), strict=True):
+        if not np.array_equal(found, np.arange(len(found))):
+            raise RsdError(
+                f"LeRobot data set {folder}: expected the frames 0..{len(found) - 1} of episode {episode[first]}, each "
+                f"once, found {found[0]}..{found[-1]}"
+            )
+    return np.split(actions, starts[1:])
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """`meta/info.json` of a format that can be read."""
+    path = folder / INFO
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RsdError(f"{path}: expected the description of a LeRobot data set, found {error}") from None
+    found = info.get("codebase_version") if isinstance(info, dict) else None
+    if found not in FORMATS:
+        raise RsdError(
+            f"{path}: expected a LeRobot data set of format {', '.join(FORMATS)}, found {found!r}; convert it with "
+            "LeRobot's own scripts"
+        )
+    return dict(info)
+
+
+def action_feature(folder: Path, info: dict[str, Any]) -> tuple[str, int]:
+    """The name of the action's feature and how many numbers an action has."""
+    features = info.get("features", {})
+    key = next((name for name in ACTION_KEYS if name in features), None)
+    if key is None:
+        found = ", ".join(sorted(features)) or "none"
+        raise RsdError(f"LeRobot data set {folder}: expected the feature {ACTION_KEYS[0]}, found {found}")
+    shape = features[key].get("shape")
+    if not isinstance(shape, list) or len(shape) != 1 or shape[0] < 1:
+        raise RsdError(f"LeRobot data set {folder}: expected {key} to be a vector, found the shape {shape}")
+    return key, int(shape[0])
+
+
+def data_files(folder: Path) -> list[Path]:
+    found = sorted((folder / "data").glob("*/*.parquet"))
+    if not found:
+        raise RsdError(f"LeRobot data set {folder}: expected data/chunk-*/*.parquet, found none; download the data too")
+    return found
+
+
+def read_columns(path: Path, columns: list[str]) -> pyarrow.Table:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise RsdError(
+            "LeRobot data sets need the package pyarrow, found none. Install it: pip install 'rsd-vla[lerobot]'"
+        ) from None
+    try:
+        return parquet.read_table(path, columns=columns, partitioning=None)
+    except (OSError, pyarrow.ArrowException) as error:
+        found = " ".join(str(error).split())
+        raise RsdError(
+            f"{path}: expected a parquet file with {', '.join(columns)}, found {found}. Download it again (with git, "
+            "`git lfs pull`)"
+        ) from None
+
+
+def matrix(column: pyarrow.ChunkedArray, width: int, folder: Path, key: str) -> NDArray[np.float32]:
+    """A column of lists (or of numbers, which is how LeRobot writes a vector of one) -> [rows, width]."""
+    parts = []
+    for part in column.chunks:
+        values = part.flatten() if hasattr(part, "flatten") else part
+        if len(values) != len(part) * width or part.null_count or values.null_count:
+            raise RsdError(
+                f"LeRobot data set {folder}: expected {width} numbers in every {key}, found {len(values)} in "
+                f"{len(part)} frames"
+            )
+        parts.append(values.to_numpy(zero_copy_only=False).reshape(len(part), width).astype(np.float32))
+    return np.concatenate(parts) if parts else np.empty((0, width), np.float32)

@@ -1,0 +1,139 @@
+"""What a task asks for, from the goal predicate of its scene file, and where that wants the object.
+
+The expert can pick up the kinds of objects in `GRASPS` and put them on or into something that stands open, pull a
+drawer open and turn a knob (`MOVABLE_PARTS`). Goals of several predicates, what goes into a drawer and what is pushed
+are beyond it, and `task_goal` says so by name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from rsd.sim.scene import Scene, Vector
+from rsd.sim.suites import bddl_file, start_regions, suite_task, suite_tasks
+from rsd.types import RsdError
+
+GraspKind = Literal["rim", "span"]
+# rim: one finger inside a thin wall, one outside; span: the fingers on both sides of the whole
+GRASPS: dict[str, GraspKind] = {
+    "akita_black_bowl": "rim",
+    **dict.fromkeys(
+        (
+            "alphabet_soup",
+            "bbq_sauce",
+            "butter",
+            "chocolate_pudding",
+            "cream_cheese",
+            "ketchup",
+            "milk",
+            "orange_juice",
+            "salad_dressing",
+            "tomato_sauce",
+            "wine_bottle",
+        ),
+        "span",
+    ),
+}
+HOLLOW = ("akita_black_bowl", "basket")  # things are let go inside their rim
+UNDER_RIM = 0.015  # m; deeper, the fingers would touch the wall
+PLATE_SURFACE = 0.004  # m over the plate's origin
+FOOT = 0.02  # m; what is put down touches the highest point within so much of the middle
+# what something can be put on or into from above; other regions are drawers, shelves, spots on the table
+OPEN_PLACES = (
+    "akita_black_bowl",
+    "basket_contain_region",
+    "flat_stove_cook_region",
+    "plate",
+    "wine_rack_top_region",
+    "wooden_cabinet_top_side",
+)
+# what it can move on its joint
+MOVABLE_PARTS = (("open", "wooden_cabinet_middle_region"), ("turnon", "flat_stove"))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One predicate of LIBERO: "on" or "in" of an object and an object or region, "open" or "turnon" of one alone."""
+
+    predicate: str
+    target: str
+    destination: str = ""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """As LIBERO has it."""
+        return (self.predicate, self.target, *([self.destination] if self.destination else []))
+
+    @property
+    def grasp(self) -> GraspKind:
+        return GRASPS[kind(self.target)]
+
+
+def kind(name: str) -> str:
+    """`wine_bottle_1` -> `wine_bottle`, `basket_1_contain_region` -> `basket_contain_region`."""
+    return re.sub(r"_\d+(?=_|$)", "", name)
+
+
+def predicates(suite: str, task_id: int) -> list[tuple[str, ...]]:
+    """The goal of a task, as its scene file has it: [("on", "akita_black_bowl_1", "plate_1")]."""
+    text = bddl_file(suite, task_id).read_text(encoding="utf-8")
+    found = re.findall(r"\(([A-Za-z]+(?:\s+\w+)+)\)", text[text.index("(:goal") :].replace("(And", ""))
+    return [(words[0].lower(), *words[1:]) for words in map(str.split, found)]
+
+
+def solvable_goal(suite: str, task_id: int) -> Goal | None:
+    """The goal of a task if the expert can reach such a one, else None."""
+    parts = predicates(suite, task_id)
+    if len(parts) != 1:
+        return None
+    goal = Goal(*parts[0])
+    if not goal.destination:
+        return goal if (goal.predicate, kind(goal.target)) in MOVABLE_PARTS else None
+    known = kind(goal.target) in GRASPS and kind(goal.destination) in OPEN_PLACES
+    return goal if goal.predicate in ("on", "in") and known else None
+
+
+def solvable_tasks(suite: str) -> tuple[int, ...]:
+    """Ids of the tasks that the expert can do."""
+    return tuple(task.task_id for task in suite_tasks(suite) if solvable_goal(suite, task.task_id) is not None)
+
+
+def task_goal(suite: str, task_id: int) -> Goal:
+    """The goal of a task. Raises RsdError, naming the tasks that it can do, for one that the expert cannot."""
+    goal = solvable_goal(suite, task_id)
+    if goal is None:
+        wanted = " and ".join(" ".join(words) for words in predicates(suite, task_id))
+        can = [f"{i} ({suite_task(suite, i).language})" for i in solvable_tasks(suite)]
+        raise RsdError(
+            f"scripted expert: found {suite} task {task_id} with the goal {wanted!r}; it puts an object on or into "
+            f"something open, pulls a drawer or turns a knob. Of this suite it does {', '.join(can) or 'none'}"
+        )
+    return goal
+
+
+def swapped_goal(suite: str, task_id: int) -> Goal | None:
+    """The same with the scene's other object of the target's kind (the other bowl), or None if there is one only."""
+    goal = task_goal(suite, task_id)
+    others = [name for name in sorted(start_regions(suite, task_id)) if kind(name) == kind(goal.target)]
+    return next((replace(goal, target=name) for name in others if name != goal.target), None)
+
+
+def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
+    """Where the target's origin shall come [3], of which z is the destination's own height, and the height at which
+    its lowest point is let go."""
+    name = goal.destination
+    if kind(name) == "plate":
+        centre = scene.position(name)
+        return centre, float(centre[2] + PLATE_SURFACE)
+    centre = scene.position(name) if name in scene.bodies else scene.site(name)
+    holder = name if name in scene.bodies else scene.owner(name)
+    if kind(holder) in HOLLOW:
+        surface = float(scene.vertices(holder)[:, 2].max()) - UNDER_RIM
+    else:
+        around = FOOT * np.array([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        surface = float(scene.heights(centre[:2] + around, ignore=(goal.target,)).max())
+    return np.array([centre[0], centre[1], surface]), surface
