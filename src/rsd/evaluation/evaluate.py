@@ -86,7 +86,7 @@ def sum_up(directory: Path, workers: int, wall_time_s: float) -> RunSummary:
 def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
     """All episodes of a run, trial by trial; raises OptionError for an unknown suite, task or state."""
     jobs: list[Job] = []
-    states = range(config.init_states, config.init_states + config.num_trials)
+    states = config.states
     video = "" if config.videos == "none" else config.videos
     for suite in config.suites:
         try:
@@ -96,13 +96,14 @@ def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
         tasks = {task_id: (name, instruction) for task_id, name, instruction in listed}
         for task_id in config.task_ids(suite, list(tasks)):
             available = backend.count_init_states(suite, task_id)
-            if states.stop > available:
+            if max(states) >= available:
+                trials = f"--num-trials {config.num_trials} from " if config.init_states.isdecimal() else ""
                 raise OptionError(
-                    f"--num-trials {config.num_trials} from --init-states {config.init_states}: "
-                    f"task {task_id} of {suite} has {available} initial states"
+                    f"{trials}--init-states {config.init_states}: task {task_id} of {suite} has {available} initial "
+                    f"states, 0 to {available - 1}"
                 )
             jobs.extend(Job(suite, task_id, *tasks[task_id], state, video) for state in states)
-    jobs.sort(key=lambda job: job.init_state)  # stable: trial by trial, the suites' own order within
+    jobs.sort(key=lambda job: states.index(job.init_state))  # stable: trial by trial, the suites' own order within
     part, parts = config.shard_of()
     return jobs[part::parts]
 
