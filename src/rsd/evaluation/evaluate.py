@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,12 @@ def evaluate(
     overwrite: bool = False,
     backend: Backend = LIBERO,
     console: Console | None = None,
+    time_limit_s: float = math.inf,
 ) -> RunSummary:
     """Run what is missing of `config` in `config.output_dir` and return (and write) the run's summary.
 
     Episodes already there are kept, so the same call continues an interrupted run; episodes that ended in an
-    error are run again. overwrite: start from nothing.
+    error are run again. overwrite: start from nothing. time_limit_s: after so long no episode is begun any more.
     Raises RsdError where the directory holds another run or damaged results, or the policy cannot be loaded.
     """
     console = console or Console(stderr=True)
@@ -70,7 +72,7 @@ def evaluate(
                 f"{directory}: {len(done)} of {len(plan)} episodes are done, {len(pending)} to go",
                 soft_wrap=True,
             )
-        run_missing(config, backend, pending, finished, workers, console)
+        run_missing(config, backend, JobQueue(pending, time.monotonic() + time_limit_s), finished, workers, console)
     return sum_up(directory, workers, time.perf_counter() - start)
 
 
@@ -149,7 +151,7 @@ def differences(old: dict[str, object], new: dict[str, object], fields: Collecti
 def run_missing(
     config: EvalConfig,
     backend: Backend,
-    pending: Sequence[Job],
+    queue: JobQueue,
     finished: dict[EpisodeKey, EpisodeResult],
     workers: int,
     console: Console,
@@ -160,9 +162,9 @@ def run_missing(
     videos = len(list((directory / VIDEOS_DIR).glob("*.mp4")))
     with (
         make_pool(config, backend, workers, directory / VIDEOS_DIR) as pool,
-        EpisodeProgress(config, finished.values(), len(pending), console) as progress,
+        EpisodeProgress(config, finished.values(), len(queue), console) as progress,
     ):
-        for message in pool.run(JobQueue(pending), videos_left=config.max_videos - videos):
+        for message in pool.run(queue, videos_left=config.max_videos - videos):
             if isinstance(message, Ready):
                 record_run(config, directory, message)
             elif isinstance(message, Retry):
