@@ -34,7 +34,7 @@ def compiled(xml: str) -> mujoco.MjModel:
 
 
 def forget_contexts() -> None:
-    """Frees the idle contexts; before the GL library ends with the process."""
+    """Frees the idle contexts."""
     for gl_context, context in _contexts.values():
         gl_context.make_current()
         context.free()
@@ -42,7 +42,12 @@ def forget_contexts() -> None:
     _contexts.clear()
 
 
-atexit.register(forget_contexts)
+def keep_context(xml: str, gl_context: Any, context: mujoco.MjrContext) -> None:
+    """For the next environment of this scene; or freed at the process's end, before EGL ends (it registered first)."""
+    forget_contexts()
+    _contexts[xml] = gl_context, context
+    atexit.unregister(forget_contexts)
+    atexit.register(forget_contexts)
 
 
 @contextlib.contextmanager
@@ -111,7 +116,6 @@ def _robosuite_classes() -> tuple[type, type]:
 
         def __del__(self) -> None:
             if getattr(self, "con", None) is not None:  # else it was never finished
-                forget_contexts()
-                _contexts[self._xml] = self.gl_ctx, self.con
+                keep_context(self._xml, self.gl_ctx, self.con)
 
     return KeptSim, KeptContext
