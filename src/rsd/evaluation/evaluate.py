@@ -99,11 +99,12 @@ def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
         for task_id in config.task_ids(suite, list(tasks)):
             available = backend.count_init_states(suite, task_id)
             if max(states) >= available:
-                row = config.init_states.isdecimal() and states[0] < available
+                row = config.init_states.isdecimal()
+                some = row and states[0] < available
                 raise OptionError(
                     f"{f'--num-trials {config.num_trials} from ' if row else ''}--init-states {config.init_states}: "
                     f"task {task_id} of {suite} has {available} initial states, 0 to {available - 1}"
-                    f"{f'; a list such as {config.init_states}-{available - 1} takes what there is' if row else ''}"
+                    f"{f'; a list such as {config.init_states}-{available - 1} takes what there is' if some else ''}"
                 )
             jobs.extend(Job(suite, task_id, *tasks[task_id], state, video) for state in states)
     jobs.sort(key=lambda job: states.index(job.init_state))  # stable: trial by trial, the suites' own order within
