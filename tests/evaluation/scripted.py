@@ -136,16 +136,25 @@ def versions(device: str) -> dict[str, str]:
 
 
 class ScriptedBatchPolicy:
-    """The scripted policy, one observation after another."""
+    """The scripted policy, one observation after another. A memory counts its episode's predictions."""
 
     image_size = 8
 
     def __init__(self, config: EvalConfig) -> None:
         self.config, self.policy = config, make_policy(config)
 
-    def predict_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
+    def new_memory(self) -> list[int]:
+        return []
+
+    def predict_batch(self, observations: Sequence[Observation], memories: Sequence[list[int]]) -> list[ActionChunk]:
         assert 0 < len(observations) <= self.config.batch
-        return [self.policy.predict(observation) for observation in observations]
+        chunks = []
+        for observation, memory in zip(observations, memories, strict=True):
+            memory.append(int(observation.state[2]))
+            chunk = self.policy.predict(observation)
+            chunk.stats.expected_deviation_mm = float(len(memory))
+            chunks.append(chunk)
+        return chunks
 
 
 def make_batch_policy(config: EvalConfig) -> ScriptedBatchPolicy:

@@ -1,21 +1,30 @@
 """What batching changes in a prediction, and what it refuses."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from rsd.evaluation.batching import BatchedRsdPolicy
+from rsd.decoding.steps import SkipRule
+from rsd.evaluation.batched_policy import BatchedRsdPolicy
 from rsd.policy import PolicyConfig, RsdModel, RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import Observation, RsdError
+from rsd.types import ActionChunk, Observation, RsdError
 
 
 @pytest.fixture
 def make_policy(
     make_model: Callable[[int], RsdModel], tokenizer: ActionTokenizer, tiny_config: PolicyConfig
 ) -> Callable[..., RsdPolicy]:
-    return lambda **options: RsdPolicy(make_model(0), tokenizer, tiny_config, **options)
+    def make(device: str = "cpu", **options: Any) -> RsdPolicy:
+        model = make_model(0)
+        for head in (model.main.gripper_head, model.light.levels.gripper_head):  # or every chunk would switch it
+            torch.nn.init.constant_(head.bias, -9.0)
+        return RsdPolicy(model.to(device), tokenizer, tiny_config, **options)
+
+    return make
 
 
 @pytest.mark.parametrize("decode", ["ar", "l1", "rsd", "parallel", "draft"])
@@ -25,10 +34,10 @@ def test_a_row_does_not_depend_on_its_batch(
     policy = make_policy(decode=decode)
     batched = BatchedRsdPolicy(policy, 4)
     seen = [make_observation(seed, instruction=f"task {seed}") for seed in range(4)]
-    together = batched.predict_batch(seen)
+    together = predict_new(batched, seen)
     for row, observation in enumerate(seen):
-        (alone,) = batched.predict_batch([observation])
-        others = batched.predict_batch([seen[row - 1], observation])[1]
+        (alone,) = predict_new(batched, [observation])
+        others = predict_new(batched, [seen[row - 1], observation])[1]
         assert np.abs(alone.actions - together[row].actions).max() < 1e-5
         assert np.abs(others.actions - together[row].actions).max() < 1e-5
         single = policy.predict(observation)
@@ -41,13 +50,64 @@ def test_a_row_does_not_depend_on_its_batch(
         )
 
 
+def predict_new(batched: BatchedRsdPolicy, observations: list[Observation]) -> list[ActionChunk]:
+    return batched.predict_batch(observations, [batched.new_memory() for _ in observations])
+
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+EPISODES = ([0, 2, 3, 4], [1, 2], [0, 1, 2, 4, 5])  # in which rounds each of three episodes asks
+
+
+def single_episode(policy: RsdPolicy, observations: list[Observation]) -> list[ActionChunk]:
+    policy.reset()
+    return [policy.predict(observation) for observation in observations]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("decode", ["rsd-fused", "rsd-skip", "light"])
+def test_episodes_that_remember_are_those_of_a_policy_of_their_own(
+    decode: str,
+    device: str,
+    make_policy: Callable[..., RsdPolicy],
+    make_observation: Callable[..., Observation],
+) -> None:
+    """They begin and ask at different times; in a batch some remember, some skip and some need the main."""
+    seen = [[make_observation(10 * e + i) for i in range(len(rounds))] for e, rounds in enumerate(EPISODES)]
+    scores = sorted(
+        chunk.stats.expected_deviation_mm or 0.0
+        for observations in seen
+        for chunk in single_episode(make_policy(decode="rsd-fused"), observations)
+    )
+    skip = SkipRule((scores[5] + scores[6]) / 2, 2)
+    policy = make_policy(decode=decode, skip=skip, device=device, audit=True)
+    expected = [single_episode(policy, observations) for observations in seen]
+    batched = BatchedRsdPolicy(policy, 3)
+    memories = [batched.new_memory() for _ in EPISODES]
+    found: list[list[ActionChunk]] = [[] for _ in EPISODES]
+    for turn in range(6):
+        asking = [e for e, rounds in enumerate(EPISODES) if turn in rounds]
+        if asking:
+            chunks = batched.predict_batch(
+                [seen[e][len(found[e])] for e in asking], [memories[e] for e in asking]
+            )
+            for e, chunk in zip(asking, chunks, strict=True):
+                found[e].append(chunk)
+    flat = [pair for alone, together in zip(expected, found, strict=True) for pair in zip(alone, together, strict=True)]
+    for one, other in flat:
+        assert np.abs(one.actions - other.actions).mean() < 1e-3
+        counts = [(s.prefills, s.skipped, s.forced, s.accepted_levels) for s in (one.stats, other.stats)]
+        assert counts[0] == counts[1]
+        assert other.stats.expected_deviation_mm == pytest.approx(one.stats.expected_deviation_mm, rel=1e-3)
+        assert other.stats.deviation_mm == pytest.approx(one.stats.deviation_mm, rel=1e-2, abs=1e-2)
+    if decode == "rsd-skip":
+        assert 0 < sum(bool(chunk.stats.skipped) for _, chunk in flat) < len(flat)
+
+
 def test_what_cannot_be_batched_is_refused(make_policy: Callable[..., RsdPolicy]) -> None:
     with pytest.raises(RsdError, match=r"--acceptance exact .* leave --batch out"):
         BatchedRsdPolicy(make_policy(decode="rsd", acceptance="exact"), 4)
-    policy = make_policy(decode="rsd")
-    policy.decode = "rsd-remembers"
-    with pytest.raises(RsdError, match="--decode rsd-remembers may keep state from chunk to chunk"):
-        BatchedRsdPolicy(policy, 4)
+    with pytest.raises(RsdError, match=r"--acceptance exact .* leave --batch out"):
+        BatchedRsdPolicy(make_policy(decode="rsd-fused", acceptance="exact"), 4)
 
 
 def test_a_batch_has_a_size(
@@ -55,5 +115,7 @@ def test_a_batch_has_a_size(
 ) -> None:
     batched = BatchedRsdPolicy(make_policy(), 2)
     for count in (0, 3):
-        with pytest.raises(RsdError, match=f"expected 1 to 2 observations, found {count}"):
-            batched.predict_batch([make_observation(i) for i in range(count)])
+        with pytest.raises(RsdError, match=f"expected 1 to 2 observations .* found {count} with"):
+            predict_new(batched, [make_observation(i) for i in range(count)])
+    with pytest.raises(RsdError, match="2 with 1 memories"):
+        batched.predict_batch([make_observation(0)] * 2, [batched.new_memory()])

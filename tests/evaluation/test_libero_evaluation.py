@@ -49,7 +49,7 @@ def timeless(result: EpisodeResult) -> EpisodeResult:
 
 @pytest.mark.simulator
 def test_both_ways_of_decoding_alone_in_a_worker_and_with_a_video(untrained: Path, tmp_path: Path) -> None:
-    config = EvalConfig(num_trials=1, tasks="3", init_states=4, policy=str(untrained), num_workers="1", videos="all")
+    config = EvalConfig(num_trials=1, tasks="3", init_states="4", policy=str(untrained), num_workers="1", videos="all")
     runs = [replace(config, decode=decode, output=str(tmp_path / decode)) for decode in ("ar", "rsd")]
     env = short_env(config.task_suite, 3, 64)
     alone = []

@@ -47,6 +47,7 @@ def test_the_table_holds_every_run_against_the_first(tmp_path: Path) -> None:
     assert rows["mean acceptance length"] == ["-", "2.0"]
     assert "episodes with an error" not in rows
     assert "episodes not run" not in rows
+    assert "episodes in common with the first" not in rows
 
 
 def test_an_interrupted_run_says_how_much_is_missing(tmp_path: Path) -> None:
@@ -56,6 +57,9 @@ def test_an_interrupted_run_says_how_much_is_missing(tmp_path: Path) -> None:
     assert dict(table_rows(load_runs([directory])))["episodes not run"] == ["13"]
     (directory / "config.json").write_text(encode_record(RunRecord({**plan, "shard": "0/3"}, "hash", {}, {})))
     assert "episodes not run" not in dict(table_rows(load_runs([directory])))  # a third of 20 are 7
+    listed = {**plan, "num_trials": 50, "init_states": "3,7-8"}
+    (directory / "config.json").write_text(encode_record(RunRecord(listed, "hash", {}, {})))
+    assert dict(table_rows(load_runs([directory])))["episodes not run"] == ["23"]
 
 
 def test_both_renderings_show_every_cell(tmp_path: Path) -> None:
@@ -77,6 +81,7 @@ def test_pairs_are_the_common_episodes(tmp_path: Path) -> None:
     rows = dict(table_rows(load_runs([first, write_run(tmp_path / "b", "rsd", set(), 40.0, range(3, 9))])))
     assert rows["paired difference"] == ["-", "+0.0 points (+0 -0)"]
     assert rows["McNemar p"] == ["-", "1 (n = 2)"]
+    assert rows["episodes in common with the first"] == ["-", "2"]
     apart = load_runs([first, write_run(tmp_path / "c", "rsd", set(), 40.0, range(6, 9))])
     with pytest.raises(RsdError, match="in common"):
         table_rows(apart)

@@ -64,7 +64,9 @@ def test_a_disarmed_camera_repeats_its_last_image() -> None:
             return np.full((2, 2, 3), self.drawn, np.uint8)
 
     sensor = Sensor()
-    camera = rendering.ArmedCamera(sensor)
+    camera = rendering.ArmedCamera(sensor, 2)
+    assert not camera({}).any()
+    camera.armed = True
     assert camera({})[0, 0, 0] == 1
     camera.armed = False
     assert camera({})[0, 0, 0] == 1

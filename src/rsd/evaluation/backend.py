@@ -14,7 +14,7 @@ from rsd.evaluation.config import EvalConfig
 from rsd.types import Policy, RsdError
 
 if TYPE_CHECKING:
-    from rsd.evaluation.batching import BatchPolicy
+    from rsd.evaluation.batched_policy import BatchPolicy
     from rsd.evaluation.rollout import Environment
 
 
@@ -80,7 +80,7 @@ def rsd_policy(config: EvalConfig) -> Policy:
 
 
 def batched_rsd_policy(config: EvalConfig) -> BatchPolicy:
-    from rsd.evaluation.batching import BatchedRsdPolicy
+    from rsd.evaluation.batched_policy import BatchedRsdPolicy
     from rsd.policy import RsdPolicy
 
     policy = rsd_policy(config)

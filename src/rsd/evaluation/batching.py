@@ -1,9 +1,7 @@
 """One process that owns the policy and predicts for many simulators at once.
 
-A batch goes as soon as it is full, as every simulator that is there waits, or as its deadline is over. It always has
-the same size: what is missing is filled up and thrown away. With one shape there is one way to multiply the matrices,
-so an episode does not depend on how full its batches happened to be; its place in them can still move the last bit
-(measured on a CPU: up to 7e-7 in the actions of `l1`, nothing in those of `ar` and `rsd`, which are tokens).
+A batch goes as soon as it is full, as every simulator that is there waits, or as its deadline is over. What an episode
+remembers from chunk to chunk lies here, with the simulator's connection.
 """
 
 from __future__ import annotations
@@ -14,79 +12,16 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Client, Connection, Listener
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rsd.types import ActionChunk, Observation, RsdError
 
 if TYPE_CHECKING:
-    from rsd.decoding.steps import Decoded
     from rsd.evaluation.backend import Backend
+    from rsd.evaluation.batched_policy import BatchPolicy
     from rsd.evaluation.config import EvalConfig
-    from rsd.policy import RsdPolicy
-
-# Decoders that keep nothing from one chunk to the next; a batch mixes episodes, so no other may be batched.
-STATELESS = ("ar", "parallel", "l1", "rsd", "draft")
-
-
-class BatchPolicy(Protocol):
-    @property
-    def image_size(self) -> int: ...
-
-    def predict_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]: ...
-
-
-class BatchedRsdPolicy:
-    """Predicts `size` observations in one go. Raises RsdError for a decoder that cannot be batched."""
-
-    def __init__(self, policy: RsdPolicy, size: int) -> None:
-        if policy.decode not in STATELESS:
-            raise RsdError(
-                f"--batch {size}: --decode {policy.decode} may keep state from chunk to chunk, which a batch of "
-                f"several episodes would mix up; leave --batch out, or decode by one of {', '.join(STATELESS)}"
-            )
-        if policy.decode == "rsd" and policy.decoder.fine == "sequential":
-            raise RsdError(
-                f"--batch {size}: --acceptance {policy.acceptance} decodes the fine levels one after another, each "
-                "observation at its own pace; leave --batch out"
-            )
-        self.policy, self.size = policy, size
-
-    @property
-    def image_size(self) -> int:
-        return self.policy.image_size
-
-    def predict_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
-        """At most `size` observations -> their chunks; latency_ms is that of the whole batch."""
-        import torch
-
-        from rsd.decoding.steps import Scene, Stopwatch
-
-        if not 0 < len(observations) <= self.size:
-            raise RsdError(f"batch: expected 1 to {self.size} observations, found {len(observations)}")
-        policy, watch = self.policy, Stopwatch(self.policy.device)
-        filled = [*observations, *[observations[-1]] * (self.size - len(observations))]
-        with torch.inference_mode(), watch.stage("total"):
-            with watch.stage("preprocess"):
-                scene = Scene(*policy._preprocess(filled))
-            decoded = policy._strategy(policy.decoder, scene, watch)
-            policy.decoder.check()
-            actions = policy._to_actions(decoded.value, decoded.gripper)
-        chunks = []
-        for row in range(len(observations)):
-            stats = policy._stats(one_row(decoded, row), watch)
-            chunks.append(ActionChunk(actions[row], replace(stats, latency_ms=dict(watch.ms))))
-        return chunks
-
-
-def one_row(decoded: Decoded, row: int) -> Decoded:
-    """The part of a batch's decoding that is about one observation."""
-    from torch import Tensor
-
-    found = {field.name: getattr(decoded, field.name) for field in fields(decoded)}
-    rows: dict[str, Any] = {name: value[row : row + 1] for name, value in found.items() if isinstance(value, Tensor)}
-    return replace(decoded, **rows)
 
 
 @dataclass(frozen=True)
@@ -100,8 +35,11 @@ class Welcome:
 
 @dataclass
 class Request:
+    """memory: what the policy remembers of this simulator's episode."""
+
     connection: Connection
     observation: Observation
+    memory: Any
     arrived: float
 
 
@@ -112,19 +50,21 @@ class RemotePolicy:
         self._connection = Client(address, authkey=bytes(multiprocessing.current_process().authkey))
         welcome: Welcome = self._connection.recv()
         self.versions, self.description = welcome.versions, welcome.description
-        self._image_size = welcome.image_size
+        self._image_size, self._first = welcome.image_size, True
 
     @property
     def image_size(self) -> int:
         return self._image_size
 
     def reset(self) -> None:
-        """Nothing to forget: a batched policy keeps no state."""
+        """Forget the episode so far, with the next observation."""
+        self._first = True
 
     def predict(self, observation: Observation) -> ActionChunk:
         """latency_ms: `queue` is the wait for the batch to fill and begin, `total` holds it, too."""
         start = time.perf_counter()
-        self._connection.send(observation)
+        self._connection.send((observation, self._first))
+        self._first = False
         answer = self._connection.recv()
         if isinstance(answer, str):
             raise RsdError(f"the policy's process could not predict: {answer}")
@@ -165,11 +105,14 @@ class BatchServer:
     def _read(self, connection: Connection) -> None:
         with self._lock:
             self._connected += 1
+        memory: Any = None
         try:
             connection.send(self.welcome)
             while True:
-                observation = connection.recv()
-                self._requests.put(Request(connection, observation, time.perf_counter()))
+                observation, first = connection.recv()
+                if first:
+                    memory = self.policy.new_memory()
+                self._requests.put(Request(connection, observation, memory, time.perf_counter()))
         except (EOFError, OSError):
             connection.close()
         finally:
@@ -190,7 +133,7 @@ class BatchServer:
     def _answer(self, batch: list[Request]) -> None:
         answers: Sequence[ActionChunk | str]
         try:
-            answers = self.policy.predict_batch([request.observation for request in batch])
+            answers = self.policy.predict_batch([r.observation for r in batch], [r.memory for r in batch])
         except Exception as error:
             answers = [f"{type(error).__name__}: {error}"] * len(batch)
             traceback.print_exc()

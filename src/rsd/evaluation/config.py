@@ -32,11 +32,12 @@ class EvalConfig:
     """LIBERO suite, or several with commas between: libero_spatial, libero_object, libero_goal, libero_10, libero_90,
     and LIBERO-PRO's variants of them, such as libero_spatial_swap."""
     num_trials: int = 50
-    """Episodes per task, one for each of the benchmark's fixed initial states; 3 gives a quick look."""
+    """Episodes per task at most, one for each of the benchmark's fixed initial states; 3 gives a quick look."""
     tasks: str = "all"
     """Task numbers of each suite, such as 0,3,5."""
-    init_states: int = 0
-    """Number of the first initial state; trial k of a task starts from state init_states + k."""
+    init_states: str = "0"
+    """Initial states: a list such as 0,3,10-19, of which the first num_trials are taken; a single number is the first
+    of num_trials in a row."""
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory or Hugging Face hub id."""
     decode: str = "rsd-fused"
@@ -75,7 +76,8 @@ class EvalConfig:
     """Results directory; default results/scratch/<suite>-<decode>-<hash of the options>."""
 
     def __post_init__(self) -> None:
-        for name, minimum in (("num_trials", 1), ("init_states", 0), ("max_videos", 0), ("seed", 0), ("batch", 0)):
+        object.__setattr__(self, "init_states", str(self.init_states))  # a number in results of before there were lists
+        for name, minimum in (("num_trials", 1), ("max_videos", 0), ("seed", 0), ("batch", 0)):
             value = getattr(self, name)
             if value < minimum:
                 raise OptionError(f"{option(name)} {value}: expected at least {minimum}")
@@ -96,6 +98,7 @@ class EvalConfig:
         if self.episode_timeout <= 0 or self.batch_wait_ms < 0:
             raise OptionError("--episode-timeout and --batch-wait-ms: expected a positive time")
         self.shard_of()
+        planned_states(self.init_states, self.num_trials)
         for task in [] if self.tasks == "all" else self.tasks.split(","):
             if not task.strip().isdecimal():
                 raise OptionError(f"--tasks '{self.tasks}': expected all or numbers such as 0,3,5")
@@ -113,7 +116,14 @@ class EvalConfig:
     def identity(self) -> dict[str, Any]:
         """The options that an episode's outcome depends on."""
         named = {name: value for name, value in asdict(self).items() if name not in UNHASHED_FIELDS}
+        if self.init_states.isdecimal():
+            named["init_states"] = int(self.init_states)  # as before there were lists: older runs keep their hash
         return {name: value for name, value in named.items() if name not in NEUTRAL or value != NEUTRAL[name]}
+
+    @property
+    def states(self) -> list[int]:
+        """The initial states of every task, in the order of the trials."""
+        return planned_states(self.init_states, self.num_trials)
 
     def shard_of(self) -> tuple[int, int]:
         """(part, number of parts); raises OptionError for anything but i/n with 0 <= i < n."""
@@ -138,6 +148,21 @@ class EvalConfig:
                 f"{min(available)} to {max(available)}"
             )
         return wanted
+
+
+def planned_states(init_states: str | int, num_trials: int) -> list[int]:
+    """`--init-states` and `--num-trials` -> numbers; raises OptionError for what is neither number nor list."""
+    text = str(init_states).strip()
+    if text.isdecimal():
+        return list(range(int(text), int(text) + num_trials))
+    states: dict[int, None] = {}
+    for part in text.split(","):
+        first, dash, last = (number.strip() for number in part.partition("-"))
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise OptionError(f"--init-states '{text}': expected numbers and ranges such as 0,3,10-19")
+        states.update(dict.fromkeys(range(int(first), int(last) + 1)))
+    return list(states)[:num_trials]
 
 
 def option(field_name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -51,16 +53,25 @@ class Outcome:
 
 
 class JobQueue:
-    """Jobs by task. A worker keeps its task while that has jobs left, because another scene costs seconds."""
+    """Jobs by task. A worker keeps its task while that has jobs left, because another scene costs seconds.
 
-    def __init__(self, jobs: Iterable[Job]) -> None:
+    until: from then on (time.monotonic) no worker gets another job; each gets one.
+    """
+
+    def __init__(self, jobs: Iterable[Job], until: float = math.inf) -> None:
+        self._until = until
         self._jobs: dict[tuple[str, int], deque[Job]] = {}
         for job in jobs:
             self._jobs.setdefault(job.task, deque()).append(job)
         self._workers: Counter[tuple[str, int]] = Counter()
 
+    def __len__(self) -> int:
+        return sum(map(len, self._jobs.values()))
+
     def take(self, current: tuple[str, int] | None) -> Job | None:
         """The next job for a worker that has the task `current` loaded, None when nothing is left."""
+        if current is not None and time.monotonic() >= self._until:
+            return None
         if current is not None and self._jobs.get(current):
             return self._jobs[current].popleft()
         if current is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,12 @@ def evaluate(
     overwrite: bool = False,
     backend: Backend = LIBERO,
     console: Console | None = None,
+    time_limit_s: float = math.inf,
 ) -> RunSummary:
     """Run what is missing of `config` in `config.output_dir` and return (and write) the run's summary.
 
     Episodes already there are kept, so the same call continues an interrupted run; episodes that ended in an
-    error are run again. overwrite: start from nothing.
+    error are run again. overwrite: start from nothing. time_limit_s: after so long no episode is begun any more.
     Raises RsdError where the directory holds another run or damaged results, or the policy cannot be loaded.
     """
     console = console or Console(stderr=True)
@@ -70,7 +72,7 @@ def evaluate(
                 f"{directory}: {len(done)} of {len(plan)} episodes are done, {len(pending)} to go",
                 soft_wrap=True,
             )
-        run_missing(config, backend, pending, finished, workers, console)
+        run_missing(config, backend, JobQueue(pending, time.monotonic() + time_limit_s), finished, workers, console)
     return sum_up(directory, workers, time.perf_counter() - start)
 
 
@@ -86,7 +88,7 @@ def sum_up(directory: Path, workers: int, wall_time_s: float) -> RunSummary:
 def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
     """All episodes of a run, trial by trial; raises OptionError for an unknown suite, task or state."""
     jobs: list[Job] = []
-    states = range(config.init_states, config.init_states + config.num_trials)
+    states = config.states
     video = "" if config.videos == "none" else config.videos
     for suite in config.suites:
         try:
@@ -96,13 +98,16 @@ def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
         tasks = {task_id: (name, instruction) for task_id, name, instruction in listed}
         for task_id in config.task_ids(suite, list(tasks)):
             available = backend.count_init_states(suite, task_id)
-            if states.stop > available:
+            if max(states) >= available:
+                row = config.init_states.isdecimal()
+                some = row and states[0] < available
                 raise OptionError(
-                    f"--num-trials {config.num_trials} from --init-states {config.init_states}: "
-                    f"task {task_id} of {suite} has {available} initial states"
+                    f"{f'--num-trials {config.num_trials} from ' if row else ''}--init-states {config.init_states}: "
+                    f"task {task_id} of {suite} has {available} initial states, 0 to {available - 1}"
+                    f"{f'; a list such as {config.init_states}-{available - 1} takes what there is' if some else ''}"
                 )
             jobs.extend(Job(suite, task_id, *tasks[task_id], state, video) for state in states)
-    jobs.sort(key=lambda job: job.init_state)  # stable: trial by trial, the suites' own order within
+    jobs.sort(key=lambda job: states.index(job.init_state))  # stable: trial by trial, the suites' own order within
     part, parts = config.shard_of()
     return jobs[part::parts]
 
@@ -148,7 +153,7 @@ def differences(old: dict[str, object], new: dict[str, object], fields: Collecti
 def run_missing(
     config: EvalConfig,
     backend: Backend,
-    pending: Sequence[Job],
+    queue: JobQueue,
     finished: dict[EpisodeKey, EpisodeResult],
     workers: int,
     console: Console,
@@ -159,9 +164,9 @@ def run_missing(
     videos = len(list((directory / VIDEOS_DIR).glob("*.mp4")))
     with (
         make_pool(config, backend, workers, directory / VIDEOS_DIR) as pool,
-        EpisodeProgress(config, finished.values(), len(pending), console) as progress,
+        EpisodeProgress(config, finished.values(), len(queue), console) as progress,
     ):
-        for message in pool.run(JobQueue(pending), videos_left=config.max_videos - videos):
+        for message in pool.run(queue, videos_left=config.max_videos - videos):
             if isinstance(message, Ready):
                 record_run(config, directory, message)
             elif isinstance(message, Retry):

@@ -159,9 +159,7 @@ def task_rows(runs: Sequence[Run], labels: dict[tuple[str, int], str]) -> list[d
         for index, (run, by_task) in enumerate(zip(runs, summaries, strict=True)):
             if task in by_task:
                 states = {e.init_state: e for e in run.episodes if (e.suite, e.task_id) == task}
-                first = run.record.config.get("init_states", 0)
-                planned = range(first, first + run.record.config["num_trials"])
-                episodes = [(state, states.get(state)) for state in sorted({*states, *planned})]
+                episodes = [(state, states.get(state)) for state in sorted({*states, *run.planned_states})]
                 cells.append({"run": run.name, "colour": index, "summary": by_task[task], "episodes": episodes})
         rows.append({"label": label, "cells": cells})
     return rows

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from rsd.evaluation.config import planned_states
 from rsd.evaluation.results import (
     EPISODES_FILE,
     EpisodeKey,
@@ -43,6 +44,11 @@ class Run:
         return {episode.key: episode.success for episode in self.episodes}
 
     @property
+    def planned_states(self) -> list[int]:
+        """Initial states of every task that the run was to do."""
+        return planned_states(self.record.config.get("init_states", 0), self.record.config["num_trials"])
+
+    @property
     def not_run(self) -> int:
         """Planned episodes that an interrupted run never finished; they may well be the long, failing ones."""
         config = self.record.config
@@ -50,7 +56,7 @@ class Run:
         tasks = len({(episode.suite, episode.task_id) for episode in self.episodes})
         count = tasks if config["tasks"] == "all" else suites * len(set(config["tasks"].split(",")))
         part, _, parts = (config.get("shard") or "0/1").partition("/")
-        planned = len(range(int(part), count * config["num_trials"], int(parts)))
+        planned = len(range(int(part), count * len(self.planned_states), int(parts)))
         return max(0, planned - len(self.episodes) - self.errors)
 
 
@@ -80,12 +86,14 @@ def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(quantity, one cell a run). Rows that are empty for every run are left out."""
     decodings = [summarize_decoding(run.episodes) for run in runs]
     pairs = [paired_difference(runs[0].successes, run.successes) for run in runs[1:]]
+    common = [common_cell(runs[0], run, pair) for run, pair in zip(runs[1:], pairs, strict=True)]
     rows = [
         ("success", [success_cell(success_rate(run.episodes)) for run in runs]),
         ("paired difference", [ABSENT, *map(difference_cell, pairs)]),
         ("bootstrap 95 % interval", [ABSENT, *map(interval_cell, pairs)]),
         ("McNemar p", [ABSENT, *(f"{pair.p_value:.2g} (n = {pair.pairs})" for pair in pairs)]),
         ("verdict on success", [ABSENT, *map(verdict, pairs)]),
+        ("episodes in common with the first", [ABSENT, *common]),
         ("latency per chunk, p50", [milliseconds(decoding, "p50") for decoding in decodings]),
         ("latency per chunk, p95", [milliseconds(decoding, "p95") for decoding in decodings]),
         ("speed-up of p50", [ABSENT, *(speedup(decodings[0], other) for other in decodings[1:])]),
@@ -142,6 +150,11 @@ def success_cell(rate: SuccessRate) -> str:
 
 def difference_cell(pair: PairedDifference) -> str:
     return f"{100 * pair.difference:+.1f} points (+{pair.only_second} -{pair.only_first})"
+
+
+def common_cell(first: Run, run: Run, pair: PairedDifference) -> str:
+    """Only where the runs are not of the same states, so that success rates of all of them compare different things."""
+    return str(pair.pairs) if pair.pairs < max(len(first.episodes), len(run.episodes)) else ABSENT
 
 
 def interval_cell(pair: PairedDifference) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from scipy.stats import binomtest
 
 from rsd.types import RsdError
 
@@ -43,6 +42,8 @@ def mcnemar_exact(b: int, c: int) -> float:
     """
     if b < 0 or c < 0:
         raise ValueError(f"expected two counts, found {b} and {c}")
+    from scipy.stats import binomtest  # half a second, which an evaluation need not pay
+
     return 1.0 if b + c == 0 else float(binomtest(b, b + c, 0.5).pvalue)
 
 

@@ -1,14 +1,18 @@
 """`rsd bench eval`: episodes per minute of `rsd eval`, and of a plain loop over the same episodes in the same run.
 
 The plain loop rebuilds the model at every reset and draws both cameras at every step, as the published evaluation
-scripts do. It gets what it can have without changing that: one process per core, scenes kept for all their episodes.
+scripts do. It gets what it can have without changing that: one process per core, scenes kept for all their episodes,
+the same decoder with the same CUDA graphs.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import resource
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +21,19 @@ from rich.console import Console
 from rich.table import Table
 
 from rsd.evaluation.backend import LIBERO, Backend
-from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.config import EvalConfig, OptionError
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes, write_atomically
 from rsd.evaluation.rollout import Environment
 from rsd.types import RsdError
 
-FORMAT = 1
+FORMAT = 2
+FAST, PLAIN_LOOP = "rsd eval", "plain loop"
 
 
 @dataclass(frozen=True)
 class ThroughputConfig:
-    """Run the same episodes by a plain loop and by `rsd eval`; compare time and outcome, episode by episode."""
+    """Run the same episodes by `rsd eval` and by a plain loop; compare time and outcome, episode by episode."""
 
     task_suite: str = "libero_spatial"
     """LIBERO suite."""
@@ -36,6 +41,8 @@ class ThroughputConfig:
     """Task numbers, or all."""
     num_trials: int = 1
     """Episodes per task."""
+    init_states: str = "0"
+    """As in `rsd eval`: the first initial state, or a list."""
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory or hub id."""
     decode: str = "rsd-fused"
@@ -45,29 +52,39 @@ class ThroughputConfig:
     num_workers: str = "auto"
     """Worker processes of both; auto takes one per core."""
     batch: int = 0
-    """As in `rsd eval`, for `rsd eval` alone."""
+    """As in `rsd eval`, for `rsd eval` alone: the plain loop has a policy in every process."""
+    batch_wait_ms: float = 4.0
+    """As in `rsd eval`."""
+    plain_limit_s: float = 0.0
+    """After so many seconds the plain loop begins no further episode; its time for them is extrapolated. 0: none."""
     output: Path = Path("results/scratch/throughput.json")
-    """The numbers, the machine and every episode's outcome, as JSON."""
+    """The numbers, the machine and every episode's outcome, as JSON; written after either side."""
+
+    def __post_init__(self) -> None:
+        if self.plain_limit_s < 0:
+            raise OptionError(f"--plain-limit-s {self.plain_limit_s:g}: expected seconds, or 0 for no limit")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """wall_s: from the command to the last result, processes and scenes included; episode_s: inside the episodes."""
+    """wall_s: from the command to the last result, processes and scenes included; episode_s: inside the episodes;
+    cpu_s: processor time of all processes, which other work on the machine moves least."""
 
     wall_s: float
     episode_s: float
+    cpu_s: float
     workers: int
     episodes: int
     steps: int
 
-    @property
-    def per_minute(self) -> float:
-        return 60 * self.episodes / self.wall_s
+    def wall_for(self, steps: int) -> float:
+        """Wall time had it gone on to so many steps in all, at the rate of the episodes it has done."""
+        return self.wall_s + (steps - self.steps) * self.episode_s / self.steps / self.workers
 
     @property
-    def steady_per_minute(self) -> float:
-        """Once everything is started: what a long evaluation approaches."""
-        return 60 * self.episodes * self.workers / self.episode_s
+    def steps_per_second(self) -> float:
+        """Control steps of all workers once everything is started: what a long evaluation approaches."""
+        return self.steps * self.workers / self.episode_s
 
 
 def plain_env(suite: str, task_id: int, image_size: int) -> Environment:
@@ -80,63 +97,96 @@ PLAIN = replace(LIBERO, make_env=plain_env)
 
 
 def measure_throughput(config: ThroughputConfig, fast: Backend = LIBERO, plain: Backend = PLAIN) -> dict[str, Any]:
-    """Run both, print the table, write the JSON. Raises RsdError where an episode ended in an error."""
-    shared = {k: v for k, v in asdict(config).items() if k not in ("output", "batch")}
+    """Run both, print the table, write the JSON. Raises RsdError where an episode ended in an error.
+
+    `rsd eval` goes first: what the operating system then has read already is in favour of the plain loop.
+    """
+    own = ("output", "batch", "batch_wait_ms", "plain_limit_s")
+    shared = {name: value for name, value in asdict(config).items() if name not in own}
+    run = EvalConfig(**shared, batch=config.batch, batch_wait_ms=config.batch_wait_ms)
     console = Console(stderr=True)
+    record: dict[str, Any] = {"format": FORMAT, "config": {**asdict(config), "output": str(config.output)}}
     measured: dict[str, Measured] = {}
     outcomes: dict[str, dict[EpisodeKey, EpisodeResult]] = {}
-    versions: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, backend, batch in (("plain loop", plain, 0), ("rsd eval", fast, config.batch)):
-            run = EvalConfig(**shared, batch=batch, output=str(Path(folder) / name))
-            start = time.perf_counter()
-            summary = evaluate(run, backend=backend, console=console)
-            wall = time.perf_counter() - start
+        sides = ((FAST, fast, run, math.inf), (PLAIN_LOOP, plain, replace(run, batch=0), config.plain_limit_s))
+        for name, backend, side, limit in sides:
+            console.print(f"{name}:", style="bold", highlight=False)
+            side = replace(side, output=str(Path(folder) / name))
+            start, cpu = time.perf_counter(), cpu_seconds()
+            summary = evaluate(side, backend=backend, console=console, time_limit_s=limit or math.inf)
+            wall, cpu = time.perf_counter() - start, cpu_seconds() - cpu
             if summary.errors:
                 raise RsdError(f"{name}: {summary.errors} of {summary.episodes} episodes ended in an error, see above")
-            outcomes[name] = read_episodes(run.output_dir / EPISODES_FILE)
-            steps = sum(episode.steps for episode in outcomes[name].values())
-            measured[name] = Measured(wall, summary.episode_time_s, summary.num_workers, summary.episodes, steps)
-            versions = summary.versions
-    pairs = [(episode, outcomes["rsd eval"][key]) for key, episode in outcomes["plain loop"].items()]
-    same = {
-        "episodes": len(pairs),
-        "success": sum(a.success == b.success for a, b in pairs),
-        "steps": sum(a.steps == b.steps for a, b in pairs),
-    }
-    record = {
-        "format": FORMAT,
-        "config": {**asdict(config), "output": str(config.output)},
-        "versions": versions,
-        "measured": {name: asdict(value) for name, value in measured.items()},
-        "same": same,
-        "episodes": {
-            name: [[*key, episode.success, episode.steps] for key, episode in found.items()]
-            for name, found in outcomes.items()
-        },
-    }
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.output, json.dumps(record, indent=1) + "\n")
-    Console().print(throughput_table(measured, same))
+            found = outcomes[name] = read_episodes(side.output_dir / EPISODES_FILE)
+            steps = sum(episode.steps for episode in found.values())
+            measured[name] = Measured(wall, summary.episode_time_s, cpu, summary.num_workers, len(found), steps)
+            record["versions"] = summary.versions
+            record["measured"] = {name: asdict(value) for name, value in measured.items()}
+            record["episodes"] = {
+                name: [[*key, episode.success, episode.steps] for key, episode in found.items()]
+                for name, found in outcomes.items()
+            }
+            save(config.output, record)
+    record["same"] = agreement(outcomes[FAST], outcomes[PLAIN_LOOP])
+    record["ratios"] = ratios(measured)
+    save(config.output, record)
+    Console().print(throughput_table(measured, record["ratios"], record["same"]), soft_wrap=True)
     return record
 
 
-def throughput_table(measured: dict[str, Measured], same: dict[str, int]) -> Table:
-    plain, fast = measured["plain loop"], measured["rsd eval"]
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def save(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+
+def agreement(
+    fast: Mapping[EpisodeKey, EpisodeResult], plain: Mapping[EpisodeKey, EpisodeResult]
+) -> dict[str, Any]:
+    """Over the episodes that both ran: how many ended alike, how many at the same step, and which did not."""
+    common = [key for key in fast if key in plain]
+    return {
+        "episodes": len(common),
+        "success": sum(fast[key].success == plain[key].success for key in common),
+        "steps": sum(fast[key].steps == plain[key].steps for key in common),
+        "different": [list(key) for key in common if fast[key].success != plain[key].success],
+    }
+
+
+def ratios(measured: Mapping[str, Measured]) -> dict[str, float]:
+    """How many times as fast `rsd eval` is. All but `wall` are per control step, whatever episodes were run."""
+    fast, plain = measured[FAST], measured[PLAIN_LOOP]
+    return {
+        "wall": plain.wall_for(fast.steps) / fast.wall_s,
+        "running": fast.steps_per_second / plain.steps_per_second,
+        "cpu": plain.cpu_s / plain.steps / (fast.cpu_s / fast.steps),
+    }
+
+
+def throughput_table(measured: Mapping[str, Measured], ratios: Mapping[str, float], same: Mapping[str, Any]) -> Table:
+    plain, fast = measured[PLAIN_LOOP], measured[FAST]
     table = Table(title=f"{fast.episodes} episodes, {plain.workers} and {fast.workers} workers", title_justify="left")
-    for column in ("", "plain loop", "rsd eval", "ratio"):
+    for column in ("", PLAIN_LOOP, FAST, "ratio"):
         table.add_column(column, justify="left" if not column else "right")
-    rows = [
-        ("episodes per minute, start-up included", plain.per_minute, fast.per_minute),
-        ("episodes per minute, running", plain.steady_per_minute, fast.steady_per_minute),
-        ("control steps per second, running", steps_per_second(plain), steps_per_second(fast)),
-    ]
-    for label, before, after in rows:
-        table.add_row(label, f"{before:.2f}", f"{after:.2f}", f"{after / before:.2f}x")
-    table.add_row("wall time", f"{plain.wall_s:.1f} s", f"{fast.wall_s:.1f} s", "")
+    walls = plain.wall_for(fast.steps), fast.wall_s
+    rates = [60 * fast.episodes / wall for wall in walls]
+    running = [60 * side.steps_per_second * fast.episodes / fast.steps for side in (plain, fast)]
+    processor = [side.cpu_s * fast.steps / side.steps / fast.episodes for side in (plain, fast)]
+    table.add_row("episodes per minute, start-up included", *(f"{r:.2f}" for r in rates), f"{ratios['wall']:.2f}x")
+    table.add_row("episodes per minute, running", *(f"{rate:.2f}" for rate in running), f"{ratios['running']:.2f}x")
+    table.add_row("processor seconds per episode", *(f"{value:.2f}" for value in processor), f"{ratios['cpu']:.2f}x")
+    table.add_row("wall time", *(f"{wall:.1f} s" for wall in walls), "")
+    if plain.episodes < fast.episodes:
+        done = f"{plain.episodes} in {plain.wall_s:.1f} s"
+        table.add_row("episodes run (the rest extrapolated)", done, f"{fast.episodes}", "")
     table.add_row("same success, same steps", "", f"{same['success']}, {same['steps']} of {same['episodes']}", "")
+    if same["different"]:
+        other = ", ".join(f"{task}.{state}" for _, task, state in same["different"])
+        table.add_row("task.state with another success", "", other, "")
     return table
-
-
-def steps_per_second(measured: Measured) -> float:
-    return measured.steps * measured.workers / measured.episode_s

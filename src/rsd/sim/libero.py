@@ -10,6 +10,7 @@ tests prove it.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -23,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 import rsd
 from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
 from rsd.sim.rendering import ArmedCamera, gl_backend
+from rsd.sim.scenes import kept_scenes, start_drawing
 from rsd.sim.suites import DISTRIBUTION, bddl_file, init_states, load_libero, quiet, step_limit, suite_task
 from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, Observation, RsdError
 
@@ -65,8 +67,9 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self._armed: dict[str, ArmedCamera] = {}
         self._latest: Mapping[str, Any] = {}
         self._control: Any = None
-        with quiet():
-            self._control = load_libero().env_wrapper.ControlEnv(
+        libero = load_libero()
+        with quiet(), kept_scenes() if fast else contextlib.nullcontext():
+            self._control = libero.env_wrapper.ControlEnv(
                 bddl_file_name=str(bddl_file(suite, task_id)),
                 use_camera_obs=cameras,
                 has_offscreen_renderer=cameras,
@@ -77,9 +80,10 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
                 hard_reset=not fast,
             )
         if fast and cameras:
+            start_drawing(self.simulation)
             for name, sim_name in SIM_CAMERAS.items():
                 observable = self.simulation._observables[f"{sim_name}_image"]
-                self._armed[name] = ArmedCamera(observable._sensor)
+                self._armed[name] = ArmedCamera(observable._sensor, image_size)
                 observable._sensor = self._armed[name]
         self._unplaced_fixtures = self._read_unplaced_fixtures()
 
@@ -375,7 +379,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         if self.cameras:
             for name, sim_name in SIM_CAMERAS.items():
                 armed = self._armed.get(name)
-                raw = latest[f"{sim_name}_image"] if armed is None or armed.image is None else armed.image
+                raw = latest[f"{sim_name}_image"] if armed is None else armed.image
                 found[name] = rotate_180(np.asarray(raw))
         return found
 

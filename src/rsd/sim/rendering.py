@@ -80,21 +80,21 @@ def _pin_egl_device() -> None:
 
 
 class ArmedCamera:
-    """A camera sensor that draws only while armed, and otherwise repeats its last image.
+    """A camera sensor that draws only while armed, and otherwise repeats its last image (black before the first).
 
     It replaces the sensor of a robosuite observable and leaves the observable's clock alone, so an armed step returns
     the image that the plain environment would return, bit for bit. Drawing after the step instead would be one
     physics substep late (about one grey level), and disabling the observable would restart its clock.
     """
 
-    def __init__(self, sensor: Callable[[Mapping[str, Any]], NDArray[np.uint8]]) -> None:
+    def __init__(self, sensor: Callable[[Mapping[str, Any]], NDArray[np.uint8]], size: int) -> None:
         self.sensor = sensor
         self.__modality__ = sensor.__modality__  # type: ignore[attr-defined]  # robosuite's observables read it
-        self.armed = True
-        self.image: NDArray[np.uint8] | None = None
+        self.armed = False
+        self.image: NDArray[np.uint8] = np.zeros((size, size, 3), np.uint8)
 
     def __call__(self, cache: Mapping[str, Any]) -> NDArray[np.uint8]:
-        if self.armed or self.image is None:
+        if self.armed:
             self.image = self.sensor(cache)
         return self.image
 

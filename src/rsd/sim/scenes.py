@@ -1,0 +1,121 @@
+"""Compiled scenes and drawing contexts that a process keeps for its next task.
+
+All tasks of libero_spatial, and all of libero_goal, are one scene, to the letter of its XML; only what is asked for and
+where things stand differs. Compiling it takes 2.2 s of CPU (1.0 s once the process has read its meshes), bringing its
+190 MB of textures to OSMesa 2.1 s (1.2 s); a copy of the compiled model takes 0.1 s. Kept is the last scene alone:
+260 MB for libero_spatial. Compiled scenes on disk would be as large, each, and take 0.4 s to read: not worth it.
+
+Physics and images of a kept scene are those of a new one, bit for bit: tests/sim/test_scenes.py.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import functools
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import mujoco
+import numpy as np
+
+_models: dict[str, mujoco.MjModel] = {}  # scene XML -> as compiled; at most one
+_contexts: dict[str, tuple[Any, mujoco.MjrContext]] = {}  # scene XML -> its GL and MuJoCo context, idle; at most one
+
+
+def compiled(xml: str) -> mujoco.MjModel:
+    """A model of its own, which the caller may change."""
+    if xml not in _models:
+        _models.clear()
+        _models[xml] = mujoco.MjModel.from_xml_string(xml)
+    return copy.copy(_models[xml])
+
+
+def forget_contexts() -> None:
+    """Frees the idle contexts."""
+    for gl_context, context in _contexts.values():
+        gl_context.make_current()
+        context.free()
+        gl_context.free()
+    _contexts.clear()
+
+
+def keep_context(xml: str, gl_context: Any, context: mujoco.MjrContext) -> None:
+    """For the next environment of this scene; or freed at the process's end, before EGL ends (it registered first)."""
+    forget_contexts()
+    _contexts[xml] = gl_context, context
+    atexit.unregister(forget_contexts)
+    atexit.register(forget_contexts)
+
+
+@contextlib.contextmanager
+def kept_scenes() -> Iterator[None]:
+    """robosuite environments built inside take a kept scene where there is one, and draw nothing.
+
+    robosuite draws six frames while it sets up an environment, of states that are no episode's; here they are black
+    (0.1 s each with OSMesa). `start_drawing` ends that.
+    """
+    base: Any = importlib.import_module("robosuite.environments.base")
+    simulation, context = _robosuite_classes()
+    before = base.MjSim, base.MjRenderContextOffscreen
+    base.MjSim, base.MjRenderContextOffscreen = simulation, context
+    try:
+        yield
+    finally:
+        base.MjSim, base.MjRenderContextOffscreen = before
+
+
+def start_drawing(simulation: Any) -> None:
+    """From here on the cameras of a robosuite environment that was built in `kept_scenes` draw."""
+    simulation.sim._render_context_offscreen.drawing = True
+
+
+@functools.cache
+def _robosuite_classes() -> tuple[type, type]:
+    """(simulation, render context); made when first needed, since robosuite's import chooses the GL library."""
+    binding: Any = importlib.import_module("robosuite.utils.binding_utils")
+
+    class KeptSim(binding.MjSim):
+        @classmethod
+        def from_xml_string(cls, xml: str) -> KeptSim:
+            made = cls(compiled(xml))
+            made.xml = xml
+            return made
+
+    class KeptContext(binding.MjRenderContext):
+        """robosuite's context, but what is dear in it comes from the last environment and goes to the next one."""
+
+        def __init__(self, sim: Any, device_id: int, max_width: int = 640, max_height: int = 480) -> None:
+            self._xml, self.drawing = sim.xml, False
+            self._taken = _contexts.pop(self._xml, None)
+            if self._taken is None:
+                forget_contexts()  # of another scene
+                super().__init__(sim, True, device_id, max_width, max_height)
+                return
+            self.sim, self.offscreen, self.device_id = sim, True, device_id
+            self.gl_ctx, self.con = self._taken
+            self.gl_ctx.make_current()
+            sim.forward()
+            sim.add_render_context(self)
+            self.model, self.data = sim.model, sim.data
+            self.scn = mujoco.MjvScene(sim.model._model, maxgeom=1000)
+            self.cam, self.vopt, self.pert = mujoco.MjvCamera(), mujoco.MjvOption(), mujoco.MjvPerturb()
+            self.cam.type, self.cam.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, 0
+            self.pert.active, self.pert.select, self.pert.skinselect = 0, 0, -1
+
+        def render(self, width: int, height: int, camera_id: int | None = None, segmentation: bool = False) -> None:
+            if self.drawing:
+                super().render(width, height, camera_id, segmentation)
+
+        def read_pixels(self, width: int, height: int, depth: bool = False, segmentation: bool = False) -> Any:
+            if self.drawing:
+                return super().read_pixels(width, height, depth, segmentation)
+            return np.zeros((height, width, 3), np.uint8)
+
+        def __del__(self) -> None:
+            if getattr(self, "con", None) is not None:  # else it was never finished
+                keep_context(self._xml, self.gl_ctx, self.con)
+
+    return KeptSim, KeptContext
