@@ -16,9 +16,6 @@ BACKBONES = {
 
 def run(arguments: Sequence[str], prog: str) -> int:
     backbone, rest = take_backbone(arguments)
-    if {"-h", "--help"} & set(rest):
-        choices = ",".join(BACKBONES)
-        print(f"{OPTION} {{{choices}}}: what the main model is made of, here {backbone}; each has its own options\n")
     module, function, config = BACKBONES[backbone]
     loaded = importlib.import_module(module)
     getattr(loaded, function)(parse(getattr(loaded, config), rest, f"{prog} {OPTION} {backbone}"))

@@ -25,7 +25,7 @@ from rsd.versions import versions
 
 @dataclass(frozen=True)
 class TrainPolicyConfig:
-    """Train main and draft on demonstrations."""
+    """Train main and drafts on demonstrations (--backbone openvla has other options: see its --help)."""
 
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of rendered demonstrations (HDF5)."""
