@@ -1,15 +1,19 @@
 """`rsd train policy --backbone openvla` on a small random checkpoint in the published format, and what it leaves."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
+from torch import Tensor, nn
 
 import rsd.training.openvla as openvla_training
 from openvla_checkpoint import SUITE, statistics, write_checkpoint, write_heads, write_json
@@ -215,3 +219,30 @@ def test_the_updates_are_merged_as_they_were_trained(
     with torch.no_grad():
         loaded = main.prefill(main.embed_prefix(*scene))[0]
     torch.testing.assert_close(loaded, kept[0], rtol=0, atol=2e-5)
+
+
+def work(rank: int, config: TrainOpenVlaConfig, port: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    train = openvla_training.train
+
+    def spy(model: nn.Module, *arguments: Any) -> nn.Module:
+        average = train(model, *arguments)
+        torch.save(model.state_dict(), config.output / f"{rank}.pt")
+        return average
+
+    openvla_training.train = spy
+    train_openvla(config)
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_one_policy(config: TrainOpenVlaConfig, tmp_path: Path) -> None:
+    config = replace(config, output=tmp_path, light=None, loop=replace(LOOP, steps=2, batch_size=2))
+    mp.spawn(work, args=(config, 29_000 + (os.getpid() + 1_000) % 2_000), nprocs=2)
+    mine, theirs = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    policy = RsdPolicy.from_pretrained(tmp_path / "checkpoint", decode="ar")
+    assert policy.provenance["processes"] == 2
+    alone = tensors(train_openvla(replace(config, output=tmp_path / "alone")))
+    assert any(not torch.equal(alone[name], value) for name, value in tensors(tmp_path / "checkpoint").items())
