@@ -8,19 +8,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from evaluation.scripted import SCRIPTED
 from openvla_checkpoint import block_image, write_checkpoint, write_heads, write_json, write_rsd_policy
 from rsd.cli import dispatch
-from rsd.decoding.steps import SkipRule
+from rsd.decoding.steps import Scene, SkipRule, Stopwatch
+from rsd.decoding.strategies import STRATEGIES
 from rsd.evaluation.backend import batched_rsd_policy, describe_checkpoint, rsd_policy
 from rsd.evaluation.calibrate import CalibrateConfig, calibrate
 from rsd.evaluation.config import EvalConfig
-from rsd.openvla.rsd_policy import OpenVlaRsdPolicy
+from rsd.models.draft import DraftConfig
+from rsd.models.light_draft import LightDraftConfig
+from rsd.models.lora import LoraConfig
+from rsd.models.openvla_loading import load_openvla
+from rsd.openvla.policy import read_normalisation
+from rsd.openvla.prompt import Prompt
+from rsd.openvla.rsd_policy import OpenVlaRsdConfig, OpenVlaRsdPolicy
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.training.dataset import Batch
+from rsd.training.losses import LossConfig, policy_losses
+from rsd.training.openvla import finish, prepare
 from rsd.types import Observation, RsdError
 
+SMALL_DRAFT = DraftConfig(levels=3, dim=32, layers=1, heads=2)
+SMALL_LIGHT = LightDraftConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=SMALL_DRAFT)
 SCRIPTED_SIMULATOR = replace(SCRIPTED, make_policy=rsd_policy, describe_policy=describe_checkpoint)
 
 
@@ -199,3 +212,34 @@ def test_inspect_and_doctor_know_it(directory: Path, capsys: pytest.CaptureFixtu
 def test_a_batch_is_refused(directory: Path) -> None:
     with pytest.raises(RsdError, match="on OpenVLA takes one observation at a time; leave --batch out"):
         batched_rsd_policy(EvalConfig(policy=str(directory), decode="l1", batch=2))
+
+
+def test_a_bfloat16_base_trains_in_float32_beside_it_and_decodes(base: Path, tokenizer: ActionTokenizer) -> None:
+    """What a GPU does, on the CPU: autocast, updates and heads in float32, the finished policy in bfloat16."""
+    torch.manual_seed(0)
+    config = OpenVlaRsdConfig(draft=SMALL_DRAFT, light=SMALL_LIGHT)
+    openvla = load_openvla(base, dtype=torch.bfloat16)
+    trainee = prepare(openvla, config, LoraConfig(rank=2), tokenizer, checkpointing=True)
+    words = torch.cat([torch.ones(2, 32, dtype=torch.long), torch.tensor([[1, 40, 41, 29871]] * 2)], dim=1)
+    chunk = torch.rand(2, 8, 7) * 2 - 1
+    chunk[..., -1] = chunk[..., -1].sign()
+    batch = Batch(torch.randn(2, 2, 6, 224, 224), torch.randn(2, 19), words, chunk, paired=True)
+    model = trainee.model
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        losses = policy_losses(model.main, model.draft, model.light, tokenizer, batch, LossConfig())
+    losses["total"].backward()
+    untouched = {name for name, p in trainee.trained.named_parameters() if p.grad is None or not p.grad.any()}
+    assert all(p.dtype == torch.float32 for p in trainee.trained.parameters())
+    assert not [name for name in untouched if name.startswith("updates") and name.endswith(".b")]
+    assert all(p.grad is None for p in openvla.parameters() if p.dtype == torch.bfloat16)
+
+    policy = OpenVlaRsdPolicy(
+        finish(trainee), tokenizer, config, Prompt(base), read_normalisation(base), decode="rsd-fused"
+    )
+    assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
+    scene = Scene(batch.images[:1], batch.state[:1], (words[:1, 32:], words[:1, :32]))
+    with torch.inference_mode():
+        for strategy in STRATEGIES.values():
+            decoded = strategy(policy.decoder, scene, Stopwatch(torch.device("cpu")))
+            policy.decoder.check()
+            assert decoded.value.shape == (1, 48)
