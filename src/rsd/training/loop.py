@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,7 @@ def train(
     trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     pairs = zip(ema.parameters(), model.parameters(), strict=True)
     averaged: list[Tensor] = [average for average, parameter in pairs if parameter.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(0.9, 0.95),
-        fused=device.type == "cuda",
-    )
+    optimiser = optimiser_of(trained, config, device)
     step, spent = _resume(run / STATE_FILE, model, ema, optimiser, resolved)
     # resumed, it must not draw the batches of its first steps again; each process draws its own
     torch.manual_seed(step_seed(config, step))
@@ -137,6 +131,17 @@ def train(
         buffer.copy_(value)
     writer.close()
     return ema
+
+
+def optimiser_of(trained: Sequence[Tensor], config: LoopConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW; only matrices decay."""
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        fused=device.type == "cuda",
+    )
 
 
 def step_seed(config: LoopConfig, step: int) -> int:
