@@ -30,10 +30,15 @@ class OpenVlaLight(LightDraft):
         self, images: Tensor, state: Tensor, condition: Tensor, memory: Memory | None, known: Tensor | None = None
     ) -> Tensor:
         """images [B, 2, 6, S, S] as the main reads them, normalised state features [B, 11], condition: word ids int
-        [B, 32] -> [B, H, d]."""
+        [B, 32], or what `encode` made of them -> [B, H, d]."""
         dtype = self.queries.dtype
         # SigLIP's three channels are the pixels in [-1, 1]
         small = F.adaptive_avg_pool2d(images[:, :, 3:].flatten(0, 1).float() / 2, IMAGE_SIZE)
         pixels = small.unflatten(0, images.shape[:2]).to(dtype)
-        _, words = self.text(condition)
+        words = condition if condition.is_floating_point() else self.encode(condition)
         return super().perceive(pixels, state.to(dtype), words, memory, known)
+
+    def encode(self, words: Tensor) -> Tensor:
+        """Word ids int [B, 32] -> the condition [B, Dt]; constant over an episode."""
+        _, condition = self.text(words)
+        return condition

@@ -53,6 +53,7 @@ from rsd.openvla.statistics import Bounds
 from rsd.policy import (
     BACKBONE,
     FORMAT_VERSION,
+    TEXT_CACHE,
     TOKENIZER_FILE,
     WEIGHTS_FILE,
     PolicyConfig,
@@ -166,6 +167,8 @@ class ByPromptLength:
 class OpenVlaRsdPolicy(RsdPolicy):
     """`RsdPolicy` on OpenVLA's trunk: what differs is how an observation becomes the models' input."""
 
+    model: OpenVlaRsdModel
+
     def __init__(
         self,
         model: OpenVlaRsdModel,
@@ -191,7 +194,7 @@ class OpenVlaRsdPolicy(RsdPolicy):
         return RENDER_SIZE
 
     def _preprocess(self, observations: list[Observation]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """-> pixels [B, views, 6, 224, 224], state [B, 19], prompt ids [B, T] and word ids [B, 32]."""
+        """-> pixels [B, views, 6, 224, 224], state [B, 19], prompt ids [B, T], the light draft's condition [B, Dt]."""
         if len({observation.instruction for observation in observations}) > 1:
             raise RsdError("OpenVLA: expected one instruction in a batch, prompts of several lengths do not fit one")
         if self._instruction != observations[0].instruction:
@@ -210,8 +213,13 @@ class OpenVlaRsdPolicy(RsdPolicy):
         return pixels.unflatten(0, (count, -1)), state, text
 
     def _encode_text(self, instruction: str) -> tuple[Tensor, Tensor]:
-        prompt = torch.tensor([self.prompt.ids(instruction)], device=self.device)
-        return prompt, word_ids([instruction]).to(self.device)
+        if instruction not in self._texts:
+            if len(self._texts) >= TEXT_CACHE:
+                self._texts.clear()
+            words = word_ids([instruction]).to(self.device)
+            prompt = torch.tensor([self.prompt.ids(instruction)], device=self.device)
+            self._texts[instruction] = prompt, words if self.model.light is None else self.model.light.encode(words)
+        return self._texts[instruction]
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Copy the directory that the policy was loaded from: its adapter is merged and cannot be taken out again."""
