@@ -184,7 +184,8 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
         "validation": report,
         "versions": versions(),
     }
-    added, named = ema["added"], config.source
+    named = str(base.resolve()) if Path(config.source).is_dir() else config.source
+    added = ema["added"]
     save_openvla_rsd(added, trainee.adapter, tokenizer, sizes, base, named, provenance, directory)
     return directory
 
