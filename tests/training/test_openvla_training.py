@@ -127,6 +127,11 @@ def test_an_interrupted_training_ends_as_a_whole_one(
         assert torch.equal(resumed[name], value), name
     with pytest.raises(RsdError, match="belongs to a run with other settings"):
         train_openvla(replace(config, lora=LoraConfig(rank=5)))
+    source = Path(shutil.copytree(config.source, tmp_path / "base"))
+    monkeypatch.setattr(openvla_training, "describe", lambda _: json.loads(state["config"]))  # all but the base alike
+    (source / "preprocessor_config.json").write_text((source / "preprocessor_config.json").read_text() + " ")
+    with pytest.raises(RsdError, match="belongs to a run with other settings"):
+        train_openvla(replace(config, source=str(source)))
 
 
 def test_only_what_was_added_is_trained_and_all_of_it(

@@ -24,10 +24,10 @@ from rsd.models.lora import Adapter, LoraConfig
 from rsd.models.main import state_features
 from rsd.models.openvla import OpenVlaModel
 from rsd.models.openvla_loading import component_file, load_openvla
-from rsd.openvla.policy import Settings, locate_openvla, locate_under, read_normalisation
+from rsd.openvla.policy import Settings, fingerprint, locate_openvla, locate_under, read_normalisation
 from rsd.openvla.prompt import Prompt
-from rsd.openvla.rsd_policy import OpenVlaRsdConfig, OpenVlaRsdModel, save_openvla_rsd
-from rsd.openvla.statistics import Bounds, Statistics
+from rsd.openvla.rsd_policy import BASE_FILES, OpenVlaRsdConfig, OpenVlaRsdModel, save_openvla_rsd
+from rsd.openvla.statistics import Statistics
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
 from rsd.training.dataset import Augmentation
@@ -162,7 +162,7 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
         batch = dataset.batch(*dataset.draw(config.loop.batch_size, remembered), augment=config.augment)
         return policy_losses(main, draft, light, tokenizer, batch, config.loss)
 
-    resolved = describe(config)
+    resolved = {**describe(config), "base_fingerprint": fingerprint(base, BASE_FILES)}  # a state belongs to its base
     ema = train(trainee.trained, losses, config.loop, config.output, device, resolved)
     assert isinstance(ema, nn.ModuleDict)
     directory = config.output / "checkpoint"
@@ -196,16 +196,17 @@ def observing(config: TrainOpenVlaConfig, base: Path, seen: Survey) -> OpenVlaRs
     cameras = config.cameras or stored.cameras or 2
     if projector is not None:
         statistics = Statistics.load(base)
-        bounds = statistics.state(statistics.key(config.unnorm_key or stored.unnorm_key))
+        found = statistics.state(statistics.key(config.unnorm_key or stored.unnorm_key))
+        # a number that is left as it is lies between -1 and 1
+        low, high = np.where(found.mask, found.low, -1.0), np.where(found.mask, found.high, 1.0)
     else:
         low, high = np.quantile(seen.states.astype(np.float64), (0.01, 0.99), axis=0)
-        bounds = Bounds(low, high, np.ones(len(low), dtype=bool))
     features = state_features(torch.from_numpy(seen.states))
     return OpenVlaRsdConfig(
         cameras=cameras,
         center_crop=stored.center_crop,
-        state_low=tuple(bounds.low.tolist()),
-        state_high=tuple(bounds.high.tolist()),
+        state_low=tuple(low.tolist()),
+        state_high=tuple(high.tolist()),
         state_mean=tuple(features.mean(0).tolist()),
         state_std=tuple((features.std(0) + 1e-3).tolist()),
         draft=config.draft,
