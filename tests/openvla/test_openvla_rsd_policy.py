@@ -243,3 +243,9 @@ def test_a_bfloat16_base_trains_in_float32_beside_it_and_decodes(base: Path, tok
             decoded = strategy(policy.decoder, scene, Stopwatch(torch.device("cpu")))
             policy.decoder.check()
             assert decoded.value.shape == (1, 48)
+        light = policy.model.light
+        assert light is not None
+        ids = scene.text[1]
+        state = policy.model.main.normalise(scene.state)
+        given = [light.perceive(scene.images, state, text, None) for text in (ids, light.encode(ids))]
+        assert torch.equal(*given)
