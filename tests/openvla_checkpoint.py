@@ -302,3 +302,31 @@ def write_adapter(directory: Path, base: str) -> Path:
     write_json(directory / "tokenizer.json", tokenizer())
     write_json(directory / "preprocessor_config.json", preprocessor())
     return directory
+
+
+def write_rsd_policy(directory: Path, base: Path, tokenizer: Any, *, light: bool = True, **scales: Any) -> Path:
+    """What `rsd train policy --backbone openvla` leaves, with random weights; scales: fields of `OpenVlaRsdConfig`."""
+    import torch
+
+    from rsd.models.draft import DraftConfig
+    from rsd.models.light_draft import LightDraftConfig
+    from rsd.models.lora import LoraConfig
+    from rsd.models.openvla_loading import load_openvla
+    from rsd.openvla.rsd_policy import OpenVlaRsdConfig, save_openvla_rsd
+    from rsd.training.openvla import prepare
+
+    torch.manual_seed(0)
+    draft = DraftConfig(levels=3, dim=32, layers=1, heads=2)
+    eyes = LightDraftConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=draft) if light else None
+    config = OpenVlaRsdConfig(draft=draft, light=eyes, **scales)
+    trainee = prepare(load_openvla(base), config, LoraConfig(rank=4), tokenizer, checkpointing=False)
+    with torch.no_grad():
+        for name, parameter in trainee.adapter.updates.named_parameters():
+            if name.endswith(".b"):
+                parameter.normal_(0.0, 0.05)
+        owners = [trainee.model.main] + ([trainee.model.light.levels] if trainee.model.light else [])
+        for owner in owners:
+            owner.gripper_head.bias.fill_(-100.0)  # open throughout: a switch would keep the main from resting
+    added, provenance = trainee.model.added(), {"data": "random weights"}
+    save_openvla_rsd(added, trainee.adapter, tokenizer, config, base, str(base), provenance, directory)
+    return directory

@@ -38,6 +38,7 @@ from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+BACKBONE = "backbone"  # in config.json: the compact main where it is absent, or "openvla"
 SCALE = ".scale"  # after the name of a weight that is stored as int8
 TEXT_CACHE = 64  # instructions whose encoding is kept
 
@@ -102,10 +103,7 @@ class RsdPolicy:
     ) -> None:
         """skip: when `rsd-skip` leaves the main idle (never without one). audit: know of every chunk how far the light
         draft's led away from the main's; beside a skipped one the main is run for that, outside the latencies."""
-        if decode not in STRATEGIES:
-            raise RsdError(f"decode {decode!r}: expected one of {', '.join(STRATEGIES)}")
-        if decode in LIGHT and model.light is None:
-            raise RsdError(f"decode {decode!r}: this checkpoint has no light draft; use rsd, l1 or ar, or train one")
+        check_decode(decode, model.light is not None)
         rule = acceptance_rule(acceptance or config.acceptance, tokenizer.config.rfsq)
         # `exact` promises the tokens of `ar`; regressed fine levels would break that promise
         fine = fine or ("sequential" if rule.name == "exact" else config.fine)
@@ -252,29 +250,47 @@ class RsdPolicy:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise RsdError(f"device {device}: no CUDA device is visible here; use cpu")
         directory = locate_checkpoint(path_or_hub_id)
-        config, provenance = _read_config(directory)
+        content = read_content(directory)
+        policy_class: type[RsdPolicy] = cls
+        if BACKBONE in content:
+            from rsd.openvla.rsd_policy import OpenVlaRsdPolicy
+
+            policy_class = OpenVlaRsdPolicy
+        options = {"decode": decode, "acceptance": acceptance, "fine": fine, "cuda_graphs": cuda_graphs, "audit": audit}
+        return policy_class.load(directory, content, device, skip, options)
+
+    @classmethod
+    def load(
+        cls, directory: Path, content: dict[str, Any], device: str, skip: SkipRule | None, options: dict[str, Any]
+    ) -> RsdPolicy:
+        """directory and its config.json, already checked; options: the constructor's."""
+        config = parse_config(directory, content)
         tokenizer = ActionTokenizer.load(directory)
         model = RsdModel(config, tokenizer)
         load_weights(model, directory / WEIGHTS_FILE)
         model.to(device)
-        if decode == "rsd-skip" and skip is None:
-            if acceptance not in (None, config.acceptance) or fine not in (None, config.fine):
-                expected = f"the checkpoint's {config.acceptance} and {config.fine}"
-                raise RsdError(f"rsd-skip: calibrated with {expected}, found {acceptance} and {fine}; leave them out")
-            calibration = load_calibration(directory)
-            skip = SkipRule(calibration.threshold, calibration.max_skips)
-        return cls(
-            model,
-            tokenizer,
-            config,
-            decode=decode,
-            acceptance=acceptance,
-            fine=fine,
-            skip=skip,
-            cuda_graphs=cuda_graphs,
-            audit=audit,
-            provenance=provenance,
-        )
+        skip = skip or stored_skip(directory, config, options)
+        return cls(model, tokenizer, config, skip=skip, provenance=content.get("provenance", {}), **options)
+
+
+def check_decode(decode: str, light: bool) -> None:
+    """Raise unless there is such a strategy and, where it needs one, a light draft."""
+    if decode not in STRATEGIES:
+        raise RsdError(f"decode {decode!r}: expected one of {', '.join(STRATEGIES)}")
+    if decode in LIGHT and not light:
+        raise RsdError(f"decode {decode!r}: this checkpoint has no light draft; use rsd, l1 or ar, or train one")
+
+
+def stored_skip(directory: Path, config: PolicyConfig, options: dict[str, Any]) -> SkipRule | None:
+    """The rule of the checkpoint's own calibration if `rsd-skip` is asked for; `RsdError` where it does not hold."""
+    acceptance, fine = options["acceptance"], options["fine"]
+    if options["decode"] != "rsd-skip":
+        return None
+    if acceptance not in (None, config.acceptance) or fine not in (None, config.fine):
+        expected = f"the checkpoint's {config.acceptance} and {config.fine}"
+        raise RsdError(f"rsd-skip: calibrated with {expected}, found {acceptance} and {fine}; leave them out")
+    calibration = load_calibration(directory)
+    return SkipRule(calibration.threshold, calibration.max_skips)
 
 
 def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
@@ -288,7 +304,8 @@ def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CALIBRATION_FILE]  # linear codes only, see `check_code`
+        # linear codes only, see `check_code`; an adapter where the main is OpenVLA
+        files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CALIBRATION_FILE, "lora_adapter/*"]
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub client raises many kinds: no such repo, no network, no access
         raise RsdError(f"policy {name!r}: no such directory, and the hub answered: {error}") from error
@@ -375,19 +392,28 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict({name: value.float() for name, value in weights.items()})
 
 
-def _read_config(directory: Path) -> tuple[PolicyConfig, dict[str, Any]]:
+def read_content(directory: Path) -> dict[str, Any]:
+    """config.json, of this format and with the files that belong to it."""
     path = directory / CONFIG_FILE
     content = read_versioned(path, "checkpoint", FORMAT_VERSION, "use the rsd-vla that wrote it, or train again")
     digests = content.get("sha256", {})
-    for file in (directory / WEIGHTS_FILE, directory / TOKENIZER_FILE):
+    for name in dict.fromkeys([WEIGHTS_FILE, TOKENIZER_FILE, *digests]):
+        file = directory / name
         if not file.is_file():
             raise RsdError(f"{file}: not found; the checkpoint is incomplete, copy it again")
-        if _sha256(file) != digests.get(file.name):
+        if _sha256(file) != digests.get(name):
             raise RsdError(f"{file}: does not belong to this {CONFIG_FILE} (sha256 differs); copy it again")
+    if content.get(BACKBONE, "openvla") != "openvla":
+        raise RsdError(f"{path}: expected no {BACKBONE} or openvla, found {content[BACKBONE]!r}; use a newer rsd-vla")
+    return content
+
+
+def parse_config(directory: Path, content: dict[str, Any]) -> PolicyConfig:
+    """The compact policy's configuration."""
     try:
-        return PolicyConfig.from_json(content["policy"]), content.get("provenance", {})
+        return PolicyConfig.from_json(content["policy"])
     except (KeyError, TypeError) as error:
-        raise RsdError(f"{path}: unknown or missing field ({error})") from None
+        raise RsdError(f"{directory / CONFIG_FILE}: unknown or missing field ({error})") from None
 
 
 def _sha256(path: Path) -> str:

@@ -1,15 +1,22 @@
 """`rsd bench openvla` on a tiny model: every decoder is timed, and what fails hides nothing else."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from rsd.cli import dispatch
+from rsd.models.lora import LoraConfig
 from rsd.openvla.bench import Bench, OpenVlaBenchConfig, Row, measure_openvla
 from rsd.openvla.bench_cases import CASES, Ceiling, Inputs, full_config, ideal_ms, openvla_cases, random_model
+from rsd.openvla.bench_train import training_step
 from rsd.openvla.precision import Fp8Linear, use_fp8
+from rsd.openvla.rsd_policy import OpenVlaRsdConfig
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.tokenizer.config import TokenizerConfig
+from rsd.training.openvla import prepare
 from rsd.types import RsdError
 
 
@@ -42,6 +49,37 @@ def test_every_case_is_timed_and_written(tmp_path: Path, capsys: pytest.CaptureF
     )
     assert not (tmp_path / "checkpoint").exists()
     assert "rsd-fused" in capsys.readouterr().out
+
+
+def test_a_training_step_is_timed(tmp_path: Path) -> None:
+    bench = measure_openvla(replace(tiny(tmp_path, "train"), train_batches=(2, 4)))
+    assert [(row.case, row.cameras, row.batch, row.error) for row in bench.rows] == [
+        ("lora-step", 2, 2, ""),
+        ("lora-step", 2, 4, ""),
+    ]
+    assert all(row.p50_ms and row.share and row.share < 1 for row in bench.rows)
+    note = json.loads((tmp_path / "bench.json").read_text())["notes"]["train"]
+    assert [step["batch"] for step in note["steps"]] == [2, 4]
+    assert note["lora_rank"] == 32
+    dim, mlp, layers, rank = 64, 128, 2, 32
+    updates = layers * rank * (dim + 3 * dim + 2 * dim + dim + 2 * mlp + mlp + dim)
+    assert note["trained_parameters"] > updates
+    with pytest.raises(RsdError, match="train-batches: expected even numbers of at least 2"):
+        replace(tiny(tmp_path, "train"), train_batches=(3,))
+
+
+def test_training_steps_learn_the_batch_they_are_timed_on() -> None:
+    """So what is timed is a whole step: gradients reach the updates, and the optimiser moves them."""
+    tokenizer = ActionTokenizer(TokenizerConfig(), -torch.ones(6), torch.ones(6), 1.0)
+    model = random_model(full_config("tiny"), "cpu", torch.float32)
+    trainee = prepare(model, OpenVlaRsdConfig(), LoraConfig(), tokenizer, checkpointing=True)
+    before = [parameter.detach().clone() for parameter in trainee.adapter.updates.parameters()]
+    frozen = model.language_model.embed_tokens.weight.clone()
+    step = training_step(trainee, tokenizer, 2, 10)
+    for _ in range(2):  # A has no gradient before B has moved
+        step()
+    assert all(not torch.equal(x, y) for x, y in zip(before, trainee.adapter.updates.parameters(), strict=True))
+    assert torch.equal(frozen, model.language_model.embed_tokens.weight)
 
 
 def test_a_row_that_fails_says_so_and_the_next_one_runs(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from openvla_checkpoint import write_checkpoint, write_heads
+from openvla_checkpoint import write_checkpoint, write_heads, write_rsd_policy
 from rsd.cli import dispatch
 from rsd.evaluation.backend import LIBERO, libero_env
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, STEP_LIMIT, read_episodes, read_run_record
 from rsd.evaluation.rollout import Environment
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
 STEPS = 10  # of the suite's 220
 
@@ -43,6 +44,30 @@ def test_oft_drives_a_closed_loop_and_its_run_can_be_continued(tmp_path: Path) -
     recorded = read_run_record(Path(config.output)).policy
     assert set(recorded) == {"policy", "checkpoint_fingerprint"}
     assert evaluate(config, backend=SHORT_LIBERO, console=console).episodes == 1  # nothing is run again
+
+
+@pytest.mark.simulator
+def test_residual_tokens_on_openvla_drive_a_closed_loop(tmp_path: Path, tokenizer: ActionTokenizer) -> None:
+    base = write_checkpoint(tmp_path / "openvla")
+    directory = write_rsd_policy(tmp_path / "policy", base, tokenizer)
+    config = EvalConfig(
+        num_trials=1,
+        tasks="0",
+        policy=str(directory),
+        decode="rsd-skip",
+        skip_threshold_mm=1e9,
+        audit=True,
+        num_workers="1",
+        output=str(tmp_path / "run"),
+    )
+    summary = evaluate(config, backend=SHORT_LIBERO, console=Console(file=io.StringIO()))
+    (episode,) = read_episodes(Path(config.output) / EPISODES_FILE).values()
+    assert (summary.errors, episode.failure, episode.chunks) == (0, STEP_LIMIT, 2)
+    assert (episode.prefills, episode.main_passes) == (1, 0)  # the first chunk as `rsd-fused`, the second without main
+    assert episode.chunk_stats["skipped"] == [0.0, 1.0]
+    recorded = read_run_record(Path(config.output)).policy
+    assert recorded["checkpoint_sha256"]
+    assert recorded["provenance"] == {"data": "random weights"}
 
 
 def test_what_an_openvla_directory_cannot_do_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,3 +45,12 @@ def states_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("states_only")
     write_demonstrations(folder / "task_demo.hdf5", INSTRUCTIONS[0], EPISODES, 0, 0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def openvla_demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As OpenVLA's pipeline wants them: 256 px."""
+    folder = tmp_path_factory.mktemp("openvla_demonstrations")
+    for index, instruction in enumerate(INSTRUCTIONS):
+        write_demonstrations(folder / f"task{index}_demo.hdf5", instruction, 2, 256, index)
+    return folder

@@ -1,8 +1,10 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -72,10 +74,33 @@ def test_an_interrupted_run_continues(tmp_path: Path) -> None:
     assert len(second) == 30
     assert torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] == 40
     assert float(model.seen) == 40
-    assert not set(first) & set(second)  # new batches
-    whole = Line()
-    train(whole, fit_line(whole), CONFIG, tmp_path / "whole", CPU, describe(CONFIG))
-    assert float(model.linear.weight) == pytest.approx(float(whole.linear.weight), abs=0.2)
+    assert second[:6] == first[10:]
+    whole, drawn = Line(), list[float]()
+    train(whole, fit_line(whole, drawn=drawn), CONFIG, tmp_path / "whole", CPU, describe(CONFIG))
+    assert first[:10] + second == drawn
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
+    batches = torch.randn(3, 2, 64, 1)
+    ends = []
+    for accumulate in (1, 2):
+        model, waiting = Line(), list(batches.flatten(1, 2) if accumulate == 1 else batches.flatten(0, 1))
+
+        def losses(model: Line = model, waiting: list[Tensor] = waiting) -> dict[str, Tensor]:
+            x = waiting.pop(0)
+            return {"total": (model.linear(x) - 3 * x - 1).square().mean()}
+
+        config = replace(CONFIG, steps=3, accumulate=accumulate)
+        train(model, losses, config, tmp_path / str(accumulate), CPU, describe(config))
+        ends.append(model.linear.weight.item())
+        assert not waiting
+    assert ends[0] == pytest.approx(ends[1], abs=1e-5)
+    totals = [logged(tmp_path / str(accumulate), "loss/total") for accumulate in (1, 2)]
+    np.testing.assert_allclose(totals[0], totals[1], rtol=1e-4)
+    with pytest.raises(RsdError, match="accumulate 0: expected at least 1"):
+        replace(CONFIG, accumulate=0)
 
 
 def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:

@@ -113,9 +113,7 @@ COMMANDS = {
         "train_tokenizer",
         "TrainTokenizerConfig",
     ),
-    "train policy": Command(
-        "train the main model and its draft", "rsd.training.policy", "train_policy", "TrainPolicyConfig"
-    ),
+    "train policy": Command("train the main model and its drafts, compact or on OpenVLA", "rsd.cli.train_policy"),
     "train draft": Command("train a draft alone", "rsd.training.draft", "train_draft", "TrainDraftConfig"),
     "import-legacy": Command(
         "read the original experiment's checkpoints", "rsd.openvla.legacy", "import_legacy", "ImportLegacyConfig"

@@ -84,8 +84,8 @@ def batched_rsd_policy(config: EvalConfig) -> BatchPolicy:
     from rsd.policy import RsdPolicy
 
     policy = rsd_policy(config)
-    if not isinstance(policy, RsdPolicy):
-        found = f"{config.policy} in OpenVLA's format takes one observation at a time"
+    if type(policy) is not RsdPolicy:
+        found = f"{config.policy} in OpenVLA's format or on OpenVLA takes one observation at a time"
         raise RsdError(f"--batch {config.batch}: {found}; leave --batch out")
     return BatchedRsdPolicy(policy, config.batch)
 

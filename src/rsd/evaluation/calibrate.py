@@ -21,7 +21,7 @@ from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.failures import WatchedLibero
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
-from rsd.policy import weights_hash
+from rsd.policy import read_content, weights_hash
 from rsd.types import RsdError
 
 SCORE = "expected_deviation_mm"
@@ -94,6 +94,8 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     directory = Path(config.policy)
     if not directory.is_dir():
         raise RsdError(f"calibrate: expected a checkpoint directory to write into, found {config.policy!r}")
+    if not read_content(directory)["policy"].get("light"):
+        raise RsdError(f"calibrate: {directory} has no light draft, whose chunks rsd-skip executes; train one with it")
     sha256 = weights_hash(directory)
     check_promise(config.alpha, config.delta, config.epsilon_mm, config.max_skips, "share", config.test)
     rollouts = EvalConfig(

@@ -129,13 +129,20 @@ def disk(directory: Path) -> Check:
 def checkpoint_files(policy: str) -> Check:
     """Files are there and belong together (hashes), the configuration is readable."""
     from rsd.openvla.policy import fingerprint, locate_openvla
-    from rsd.policy import _read_config, checkpoint_hash, locate_checkpoint
+    from rsd.policy import BACKBONE, checkpoint_hash, locate_checkpoint, parse_config, read_content
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
     if (openvla := locate_openvla(policy)) is not None:
         return Check("checkpoint files", "ok", f"{openvla}, OpenVLA's format, fingerprint {fingerprint(openvla)[:12]}")
     directory = locate_checkpoint(policy)
-    _read_config(directory)
+    content = read_content(directory)
+    if BACKBONE in content:
+        from rsd.openvla.rsd_policy import find_base, read_config
+
+        read_config(directory, content)
+        find_base(directory, content["base"])
+    else:
+        parse_config(directory, content)
     ActionTokenizer.load(directory)
     return Check("checkpoint files", "ok", f"{directory}, sha256 {checkpoint_hash(policy)[:12]}")
 

@@ -43,13 +43,12 @@ def print_rows(console: Console, heading: str, rows: Rows) -> None:
 
 def show_checkpoint(directory: Path, console: Console, keys: bool) -> None:
     """Sizes, tokenizer, weights, validation, provenance. The weights are read, so that damage is found."""
-    from rsd.policy import CONFIG_FILE, WEIGHTS_FILE, RsdModel, _read_config, checkpoint_hash, load_weights
+    from rsd.policy import BACKBONE, CONFIG_FILE, checkpoint_hash, read_content
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
-    config, provenance = _read_config(directory)
-    tokenizer = ActionTokenizer.load(directory)
-    model = RsdModel(config, tokenizer)
-    load_weights(model, directory / WEIGHTS_FILE)
+    content = read_content(directory)
+    tokenizer, provenance = ActionTokenizer.load(directory), content.get("provenance", {})
+    config, weights = (openvla_parts if BACKBONE in content else compact_parts)(directory, content, tokenizer)
     code = tokenizer.config.rfsq
     console.print(f"[bold]{directory}[/bold], sha256 of {CONFIG_FILE} {checkpoint_hash(directory)}")
     print_rows(console, "policy", [(name, str(value)) for name, value in vars(config).items()])
@@ -66,16 +65,39 @@ def show_checkpoint(directory: Path, console: Console, keys: bool) -> None:
         ],
     )
     sizes: Counter[str] = Counter()
-    for name, value in model.state_dict().items():
+    for name, value in weights.items():
         sizes[".".join(name.split(".")[:2])] += value.numel()
     rows = [(name, f"{count:,}") for name, count in sizes.items()]
     print_rows(console, "parameters", [*rows, ("total", f"{sum(sizes.values()):,}")])
     if keys:
-        shapes = [(name, str(list(value.shape))) for name, value in model.state_dict().items()]
+        shapes = [(name, str(list(value.shape))) for name, value in weights.items()]
         print_rows(console, f"{len(shapes)} keys", shapes)
     print_rows(console, "validation during training", validation_rows(provenance.get("validation", {})))
-    rest = {name: value for name, value in provenance.items() if name != "validation"}
+    base = {"base": content["base"]} if "base" in content else {}
+    rest = {**base, **{name: value for name, value in provenance.items() if name != "validation"}}
     print_rows(console, "provenance", list(flatten(rest)))
+
+
+def compact_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    """Configuration, and all weights by name."""
+    from rsd.policy import WEIGHTS_FILE, RsdModel, load_weights, parse_config
+
+    config = parse_config(directory, content)
+    model = RsdModel(config, tokenizer)
+    load_weights(model, directory / WEIGHTS_FILE)
+    return config, model.state_dict()
+
+
+def openvla_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    """Configuration, and the weights that were added to the base, which is not looked at."""
+    from rsd.models.openvla_loading import ADAPTER_DIR, ADAPTER_WEIGHTS, tensors
+    from rsd.openvla.rsd_policy import read_config
+    from rsd.policy import WEIGHTS_FILE
+
+    added = dict(tensors(directory / WEIGHTS_FILE, "cpu"))
+    adapter = dict(tensors(directory / ADAPTER_DIR / ADAPTER_WEIGHTS, "cpu"))
+    named = {f"{ADAPTER_DIR}.{name.removeprefix('base_model.model.')}": value for name, value in adapter.items()}
+    return read_config(directory, content), {**added, **named}
 
 
 def margins(code: Any) -> list[int]:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from rsd.models.trunk import KVCache
 from rsd.types import RsdError
 
 
@@ -129,6 +131,8 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
+        """In training, keep only every layer's input and compute its inside anew in the backward pass."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = [LlamaLayer(config) for _ in range(config.layers)]
         self.layers = nn.ModuleList(self.blocks)  # registers them; the list keeps their type
@@ -147,10 +151,12 @@ class Llama(nn.Module):
     def new_cache(self, batch: int, capacity: int) -> StaticCache:
         return StaticCache(self.config, batch, capacity, self.norm)
 
-    def forward(self, x: Tensor, attend: Attend, cache: StaticCache | None = None, keep: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attend: Attend, cache: StaticCache | KVCache | None = None, keep: int | None = None
+    ) -> Tensor:
         """x [B, n, D] behind what `cache` holds -> hidden [B, n, D], or of the last `keep` positions only.
 
-        The last layer's MLP runs on kept positions alone.
+        The last layer's MLP runs on kept positions alone. Where gradients are wanted the cache is a `KVCache`.
         """
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
@@ -158,6 +164,9 @@ class Llama(nn.Module):
             raise RsdError(f"sequence of {end} positions: the language model has {self.config.max_positions}")
         cos, sin = self.cos[start:end], self.sin[start:end]
         for index, layer in enumerate(self.blocks):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = self._checkpointed(index, x, cos, sin, attend, cache)
+                continue
             q, k, v = layer.before(x, cos, sin)
             if cache is not None:
                 k, v = cache.append(index, k, v)
@@ -165,10 +174,30 @@ class Llama(nn.Module):
                 # with a split, what is kept lies behind it
                 q, x = q[:, :, -keep:], x[:, -keep:]
             x = layer.after(x, attend(q, k, v))
-        if cache is not None:
+        if isinstance(cache, StaticCache):
             cache.length = end
         x = x if keep is None else x[:, -keep:]
         return F.rms_norm(x, x.shape[-1:], self.norm, self.config.norm_eps)
+
+    def _checkpointed(
+        self, index: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: StaticCache | KVCache | None
+    ) -> Tensor:
+        if isinstance(cache, StaticCache):
+            raise RsdError("training: a static cache is written in place, which no gradient survives; use a KVCache")
+        layer, past = self.blocks[index], list[Tensor]()
+        if cache is not None and len(cache.keys) > index:
+            past = [cache.keys[index], cache.values[index]]
+
+        def run(x: Tensor, *past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = layer.before(x, cos, sin)
+            keys, values = (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)) if past else (k, v)
+            return layer.after(x, attend(q, keys, values)), k, v
+
+        # nothing in a layer is random
+        x, key, value = checkpoint(run, x, *past, use_reentrant=False, preserve_rng_state=False)
+        if cache is not None:
+            cache.append(index, key, value)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> float32 [..., vocabulary]; compared in float32 as published."""

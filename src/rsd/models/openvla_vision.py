@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # see `Llama`
         self.patch_embed = PatchEmbed(config)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.patches, config.dim))
         if config.registers:
@@ -121,7 +123,10 @@ class VisionTransformer(nn.Module):
             extra = tokens.shape[1]
             x = torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
-            x = block(x)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
         return x[:, extra:]
 
 

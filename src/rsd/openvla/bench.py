@@ -35,7 +35,7 @@ from rsd.openvla.graphs import Captured
 from rsd.openvla.precision import compile_layers, use_fp8
 from rsd.types import RsdError
 
-SECTIONS = ("reference", "eager", "graph", "compiled", "fp8", "load")
+SECTIONS = ("reference", "eager", "graph", "compiled", "fp8", "load", "train")
 FORMAT = 1
 
 
@@ -46,13 +46,15 @@ class OpenVlaBenchConfig:
     sections: tuple[str, ...] = ("reference", "eager", "graph", "compiled", "fp8")
     """reference (transformers and timm, as the published code runs); on one native model, always in this order: eager,
     graph (CUDA graphs), compiled (and graphs), fp8 (compiled, graphs and FP8 matrices); load writes a 15 GB checkpoint
-    and loads it."""
+    and loads it; train times LoRA training steps with two cameras."""
     cases: tuple[str, ...] = CASES
     """Of vision, l1, prefill, ar7, rfsq-ar, rsd, rsd-fused, light (the draft's own chunk)."""
     cameras: tuple[int, ...] = (2, 1)
     """Cameras at batch 1 for reference, graph and fp8; the other sections and larger batches take the first."""
     batches: tuple[int, ...] = (1, 4, 16)
     """Batch sizes; those after the first are timed for prefill, l1 and rsd, graph and fp8 only."""
+    train_batches: tuple[int, ...] = (16,)
+    """Chunks in the batch of a training step, even numbers: half of them are earlier moments of the others."""
     prompt_tokens: int = 30
     repeats: int = 20
     warmup: int = 3
@@ -71,6 +73,8 @@ class OpenVlaBenchConfig:
                 raise RsdError(f"--{name} {' '.join(unknown)}: expected some of {', '.join(allowed)}")
         if self.repeats < 1 or self.warmup < 1 or not self.cameras or not self.batches or min(self.batches) < 1:
             raise RsdError(f"bench: expected repeats, warmup and batches of at least 1, found {self}")
+        if not self.train_batches or any(size < 2 or size % 2 for size in self.train_batches):
+            raise RsdError(f"--train-batches: expected even numbers of at least 2, found {self.train_batches}")
 
 
 @dataclass
@@ -105,10 +109,17 @@ class Bench:
         if self.config.device.startswith("cuda"):
             torch.cuda.synchronize(self.config.device)
 
-    def run_row(self, row: Row, prepare: Callable[[], Callable[[], Any]], ideal: Callable[[], float] | None) -> None:
+    def run_row(
+        self,
+        row: Row,
+        prepare: Callable[[], Callable[[], Any]],
+        ideal: Callable[[], float] | None,
+        repeats: int | None = None,
+    ) -> None:
         """Time what prepare() returns; anything that goes wrong becomes the row's error.
 
         ideal: the roofline's milliseconds; None takes those of the same case in another section (`share_ideals`).
+        repeats: where not the configured number.
         """
         self.rows.append(row)
         if time.perf_counter() - self.start > self.config.max_seconds:
@@ -125,7 +136,7 @@ class Bench:
                 call()
             self.sync()
             row.prepare_s = round(time.perf_counter() - begin, 2)
-            for _ in range(self.config.repeats):
+            for _ in range(repeats or self.config.repeats):
                 self.sync()
                 begin = time.perf_counter()
                 call()
@@ -265,11 +276,16 @@ def measure_openvla(config: OpenVlaBenchConfig) -> Bench:
                 from rsd.openvla.bench_load import run_load
 
                 run_load(bench, dtype)
+            elif section == "train":
+                from rsd.openvla.bench_train import run_train
+
+                run_train(bench, dtype)
             elif section == native[0]:  # one model for all of them
                 run_native_sections(bench, native, dtype)
             bench.share_ideals()
             write(bench)
-    Console().print(table(bench))
+    if any(row.case in CASES for row in bench.rows):
+        Console().print(table(bench))
     for note in notes(bench):
         Console().print(note, soft_wrap=True, highlight=False, markup=False)
     return bench

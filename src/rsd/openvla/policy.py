@@ -8,6 +8,7 @@ dataset_statistics.json, and for OFT action_head--* and proprio_projector--*. Wh
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ class OpenVlaPolicy:
         statistics, prompt = Statistics.load(directory), Prompt(directory)  # before the 15 GB
         statistics.key(settings.unnorm_key)
         normalisation = read_normalisation(directory)
-        under = _locate_base(directory, base)
+        under = locate_under(directory, base)
         model = load_openvla(directory, base=under, device=device, dtype=dtype)
         if fp8:
             use_fp8(model)
@@ -255,7 +256,8 @@ def locate_openvla(path_or_hub_id: str | Path) -> Path | None:
         raise RsdError(f"policy {path_or_hub_id}: the hub answered: {error}") from error
 
 
-def _locate_base(directory: Path, base: str | Path | None) -> Path | None:
+def locate_under(directory: Path, base: str | Path | None = None) -> Path | None:
+    """The model under the adapter of a directory without merged weights; None where there are some."""
     if list(directory.glob("model*.safetensors")):
         if base is not None:
             raise RsdError(f"{directory}: holds merged weights; its adapter must not be added again, leave base out")
@@ -270,13 +272,13 @@ def _locate_base(directory: Path, base: str | Path | None) -> Path | None:
     return located
 
 
-def fingerprint(directory: Path) -> str:
+def fingerprint(directory: Path, patterns: Sequence[str] = (*HUB_FILES, SETTINGS_FILE)) -> str:
     """SHA-256 over names, sizes, small files, and the first, middle and last MiB of the large ones.
 
     Whole hashes of 15 GB take minutes in every worker; two trainings differ in every tensor.
     """
     digest, block = hashlib.sha256(), 1 << 20
-    paths = [p for pattern in (*HUB_FILES, SETTINGS_FILE) for p in directory.glob(pattern) if p.is_file()]
+    paths = [p for pattern in patterns for p in directory.glob(pattern) if p.is_file()]
     for path in sorted(set(paths)):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(directory)} {size}\n".encode())

@@ -94,12 +94,20 @@ class FrameDataset:
         first half's (or at their episode's start): what a draft may remember. -> frames int [count], paired.
         """
         if most_chunks == 0:
-            return torch.randint(0, len(self), (count,), device=self.first.device), False
+            return self._random(count), False
         if count % 2:
             raise RsdError(f"pairs of frames: expected an even batch size, found {count}")
-        now = torch.randint(0, len(self), (count // 2,), device=self.first.device)
+        now = self._random(count // 2)
         chunks = torch.randint(1, most_chunks + 1, now.shape, device=now.device)
         return torch.cat([now, self.earlier(now, chunks)]), True
+
+    def _random(self, count: int) -> Tensor:
+        return torch.randint(0, len(self), (count,), device=self.first.device)
+
+    def spread(self, most: int, size: int) -> list[Tensor]:
+        """At most `most` frames, evenly over all, in batches of at most `size`: what a validation looks at."""
+        count = min(most, len(self))
+        return list(torch.linspace(0, len(self) - 1, count, device=self.first.device).long().split(size))
 
     def earlier(self, frames: Tensor, chunks: Tensor | int) -> Tensor:
         """The frames so many chunks before, or the first of their episodes."""

@@ -48,6 +48,8 @@ def train_draft(config: TrainDraftConfig) -> Path:
         raise RsdError("train draft: runs in one process; drop torchrun")
     device = resolve_device(config.device)
     source = RsdPolicy.from_pretrained(config.policy)
+    if type(source) is not RsdPolicy:
+        raise RsdError(f"train draft: {config.policy} has OpenVLA as its main; its drafts are trained with it")
     tokenizer, policy = source.tokenizer.to(device), replace(source.config, draft=config.draft)
     training, held_out = split(load_folders(config.data), config.validation_every)
     dataset = FrameDataset(training, tokenizer.config.horizon, device)

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ CLOCK_STEPS = 20  # how often the share of the run that is done is read off the 
 @dataclass(frozen=True)
 class LoopConfig:
     """steps: optimiser steps; minutes: end earlier, with the schedule brought to its end (0 = no limit);
-    batch_size: per process; save_every: steps between resumable states (0 = only at the end); log_every: the
-    same for TensorBoard; cuda_graph: record forward and backward once and replay them, which spares a GPU the
-    launches of thousands of small kernels (the losses must not look at a tensor's content)."""
+    batch_size: per process; accumulate: batches whose gradients make one step; save_every: steps between resumable
+    states (0 = only at the end); log_every: the same for TensorBoard; cuda_graph: record forward and backward once
+    and replay them, which spares a GPU the launches of thousands of small kernels (the losses must not look at a
+    tensor's content)."""
 
     steps: int = 20_000
     minutes: float = 0.0
     batch_size: int = 512
+    accumulate: int = 1
     learning_rate: float = 6e-4
     weight_decay: float = 0.05
     warmup: int = 300
@@ -40,6 +42,10 @@ class LoopConfig:
     log_every: int = 50
     cuda_graph: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise RsdError(f"--loop.accumulate {self.accumulate}: expected at least 1")
 
 
 def train(
@@ -52,9 +58,9 @@ def train(
 ) -> nn.Module:
     """Minimise `losses()["total"]` over the parameters of `model` that need a gradient; returns the EMA copy.
 
-    `losses` draws its own batch. Interrupted, the same call continues from `run/training_state.pt`; a state
-    of another configuration is refused. bf16 autocast on CUDA, float32 on the CPU. Started by `torchrun`, the
-    processes average their gradients and the first one writes.
+    `losses` draws its own batch. Interrupted, the same call continues from `run/training_state.pt`, with the batches
+    that were to come unless a CUDA graph draws them; a state of another configuration is refused. bf16 autocast on
+    CUDA, float32 on the CPU. Started by `torchrun`, the processes average their gradients and the first one writes.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -67,25 +73,24 @@ def train(
     trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     pairs = zip(ema.parameters(), model.parameters(), strict=True)
     averaged: list[Tensor] = [average for average, parameter in pairs if parameter.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(0.9, 0.95),
-        fused=device.type == "cuda",
-    )
+    optimiser = optimiser_of(trained, config, device)
     step, spent = _resume(run / STATE_FILE, model, ema, optimiser, resolved)
     # resumed, it must not draw the batches of its first steps again; each process draws its own
-    torch.manual_seed(config.seed + step + 1_000_003 * parallel.rank())
+    torch.manual_seed(step_seed(config, step))
     writer = SummaryWriter(str(run / "tensorboard"))
     model.train()
 
     def forward_backward() -> dict[str, Tensor]:
-        # no cache of cast weights: one made for a detached use would cut the gradient of a later one
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
-            values = losses()
-        values["total"].backward()
-        return values
+        sums: dict[str, Tensor] = {}
+        for _ in range(config.accumulate):
+            # no cache of cast weights: one made for a detached use would cut the gradient of a later one
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+                values = losses()
+            (values["total"] / config.accumulate).backward()
+            for name, value in values.items():
+                part = value.detach() / config.accumulate
+                sums[name] = sums[name] + part if name in sums else part
+        return sums
 
     graphed = config.cuda_graph and device.type == "cuda"
     compute = record(forward_backward, trained) if graphed else forward_backward
@@ -102,6 +107,8 @@ def train(
                 break
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(config, step, done)
+            if not graphed:  # a step's batches do not depend on where the run was interrupted
+                torch.manual_seed(step_seed(config, step))
             values = compute()
             parallel.average_gradients(trained)
             norm = nn.utils.clip_grad_norm_(trained, 1.0)
@@ -124,6 +131,22 @@ def train(
         buffer.copy_(value)
     writer.close()
     return ema
+
+
+def optimiser_of(trained: Sequence[Tensor], config: LoopConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW; only matrices decay."""
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        fused=device.type == "cuda",
+    )
+
+
+def step_seed(config: LoopConfig, step: int) -> int:
+    """Seed of a step's batches and noise in this process."""
+    return config.seed + step + 1_000_003 * parallel.rank()
 
 
 def record(forward_backward: Callable[[], dict[str, Tensor]], trained: list[Tensor]) -> Callable[[], dict[str, Tensor]]:

@@ -25,7 +25,7 @@ from rsd.versions import versions
 
 @dataclass(frozen=True)
 class TrainPolicyConfig:
-    """Train main and draft on demonstrations."""
+    """Train main and drafts on demonstrations (--backbone openvla has other options: see its --help)."""
 
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of rendered demonstrations (HDF5)."""
@@ -56,6 +56,8 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     start = RsdPolicy.from_pretrained(config.init) if config.init else None
+    if start and type(start) is not RsdPolicy:
+        raise RsdError(f"--init {config.init}: expected a compact policy, found one on OpenVLA")
     tokenizer = (start.tokenizer if start else ActionTokenizer.load(config.tokenizer)).to(device)
     training, held_out = split(load_folders(config.data), config.validation_every)
     dataset = FrameDataset(training, tokenizer.config.horizon, device)

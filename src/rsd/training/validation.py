@@ -19,20 +19,24 @@ MAX_FRAMES, BATCH = 2048, 128
 
 
 @torch.no_grad()
-def validate(model: RsdModel, tokenizer: ActionTokenizer, dataset: FrameDataset) -> dict[str, object]:
-    """-> mean absolute error (normalised units) and gripper accuracy by decoder; acceptance by level."""
+def validate(
+    model: RsdModel, tokenizer: ActionTokenizer, dataset: FrameDataset, frames: int = MAX_FRAMES, batch: int = BATCH
+) -> dict[str, object]:
+    """-> mean absolute error (normalised units) and gripper accuracy by decoder; acceptance by level.
+
+    frames: at most so many, spread over the episodes; batch: of them at once.
+    """
     model.eval()
-    count = min(MAX_FRAMES, len(dataset))
-    frames = torch.linspace(0, len(dataset) - 1, count, device=dataset.state.device).long()
+    batches = dataset.spread(frames, batch)
     runs = [(name, name, "exact") for name in STRATEGIES if name != "rsd" and name not in LIGHT]
     runs += [(f"rsd {rule}", "rsd", rule) for rule in ("margin", "agreement", "exact")]
     if model.light is not None:
         runs += [("light", "light", "margin"), ("rsd-fused margin", "rsd-fused", "margin")]
-    report: dict[str, object] = {"frames": count, "episodes": dataset.episodes}
+    report: dict[str, object] = {"frames": sum(map(len, batches)), "episodes": dataset.episodes}
     for title, name, rule_name in runs:
         rule = acceptance_rule(rule_name, tokenizer.config.rfsq)
         decoder = Decoder(model.main, model.draft, rule, light=model.light)
-        parts = [_decode(decoder, STRATEGIES[name], tokenizer, dataset, part) for part in frames.split(BATCH)]
+        parts = [_decode(decoder, STRATEGIES[name], tokenizer, dataset, part) for part in batches]
         row: dict[str, object] = {
             "l1_error": round(float(torch.cat([error for error, _, _ in parts]).mean()), 4),
             "gripper_accuracy": round(float(torch.cat([grip for _, grip, _ in parts]).float().mean()), 4),

@@ -1,0 +1,310 @@
+"""A policy of residual tokens on an OpenVLA checkpoint: what training added, and a reference to what it was added to.
+
+The directory: `config.json` (sizes, the base and its fingerprint, hashes, provenance), `model.safetensors` (heads,
+proprioception, drafts), `lora_adapter/` (PEFT's format, merged on load), `tokenizer.json` (the action code) and, for
+`rsd-skip`, `skip_calibration.json`. The base's 15 GB stay where they are; a directory or link `base` inside the
+policy's own says where that is on another machine.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rsd.decoding.recorded import RecordedStrategy
+from rsd.decoding.steps import Decoded, Decoder, Scene, SkipRule, Stopwatch
+from rsd.models.draft import DraftConfig, DraftModel
+from rsd.models.light_draft import LightDraftConfig
+from rsd.models.lora import Adapter
+from rsd.models.main import STATE_FEATURES, state_features
+from rsd.models.openvla import OpenVlaModel, ProprioProjector
+from rsd.models.openvla_light import OpenVlaLight
+from rsd.models.openvla_loading import (
+    ADAPTER_CONFIG,
+    ADAPTER_DIR,
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    load_openvla,
+    merge_adapter,
+)
+from rsd.models.openvla_rfsq import OpenVlaMain
+from rsd.models.text import word_ids
+from rsd.openvla.engine import PROMPT_LENGTHS
+from rsd.openvla.images import prepare_images
+from rsd.openvla.policy import (
+    PREPROCESSOR_FILE,
+    RENDER_SIZE,
+    fingerprint,
+    locate_openvla,
+    locate_under,
+    read_normalisation,
+)
+from rsd.openvla.prompt import TOKENIZER_FILE as PROMPT_FILE
+from rsd.openvla.prompt import Prompt
+from rsd.openvla.statistics import Bounds
+from rsd.policy import (
+    BACKBONE,
+    FORMAT_VERSION,
+    TEXT_CACHE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    PolicyConfig,
+    RsdModel,
+    RsdPolicy,
+    _sha256,
+    check_code,
+    check_decode,
+    load_weights,
+    stored_skip,
+)
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import STATE_DIM, Observation, RsdError
+
+OPENVLA = "openvla"  # config.json's word for this kind of checkpoint
+BASE_LINK = "base"
+BASE_FILES = (
+    *(CONFIG_FILE, "model*.safetensors", "model.safetensors.index.json", PROMPT_FILE, PREPROCESSOR_FILE),
+    f"{ADAPTER_DIR}/*",
+)
+"""What of the base a prediction depends on: other files may come and go."""
+
+
+@dataclass(frozen=True)
+class OpenVlaRsdConfig:
+    """Sizes and decoding defaults, as `PolicyConfig`, and how observations are scaled.
+
+    state_low, state_high: what becomes -1 and 1 in the 8 numbers of the state for the main; state_mean, state_std: of
+    the 11 state features for the light draft.
+    """
+
+    cameras: int = 2
+    center_crop: bool = True
+    state_low: tuple[float, ...] = (-1.0,) * STATE_DIM
+    state_high: tuple[float, ...] = (1.0,) * STATE_DIM
+    state_mean: tuple[float, ...] = (0.0,) * STATE_FEATURES
+    state_std: tuple[float, ...] = (1.0,) * STATE_FEATURES
+    draft: DraftConfig = field(default_factory=lambda: DraftConfig(dim=256))
+    light: LightDraftConfig | None = field(default_factory=LightDraftConfig)
+    acceptance: str = "margin"
+    fine: str = "regress"
+
+    @property
+    def bounds(self) -> Bounds:
+        low, high = np.array(self.state_low), np.array(self.state_high)
+        return Bounds(low, high, np.ones(len(low), dtype=bool))
+
+    @property
+    def views(self) -> int:
+        """Cameras that any reader needs: the light draft always has both."""
+        return 2 if self.light else self.cameras
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> OpenVlaRsdConfig:
+        light = LightDraftConfig.from_json(content["light"]) if content["light"] else None
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        return cls(**{**values, "draft": DraftConfig(**content["draft"]), "light": light})
+
+
+class OpenVlaRsdModel(RsdModel):
+    """Main on OpenVLA's trunk, and drafts, in the base's precision and on its device.
+
+    The base loses its own action head and, where it has none, gets a fresh proprioception projector.
+    """
+
+    main: OpenVlaMain
+    light: OpenVlaLight | None
+
+    def __init__(self, openvla: OpenVlaModel, config: OpenVlaRsdConfig, tokenizer: ActionTokenizer) -> None:
+        nn.Module.__init__(self)
+        check_code(tokenizer)
+        code, horizon, motion = tokenizer.config.rfsq, tokenizer.config.horizon, tokenizer.motion_dim
+        dim = openvla.config.llama.dim
+        openvla.action_head = None
+        openvla.proprio_projector = openvla.proprio_projector or ProprioProjector(dim)
+        self.main = OpenVlaMain(openvla, code, horizon, motion, config.cameras)
+        self.draft = DraftModel(config.draft, code, horizon, motion, dim)
+        self.light = OpenVlaLight(config.light, code, horizon, motion, dim) if config.light else None
+        self.to(openvla.device)
+        for part in (openvla.proprio_projector, self.draft, self.light):
+            if part is not None:
+                part.to(openvla.dtype)
+        self.main.state_mean.copy_(torch.tensor(config.state_mean))
+        self.main.state_std.copy_(torch.tensor(config.state_std))
+
+    def added(self) -> nn.ModuleDict:
+        """Everything that the base does not have, and its proprioception: what `model.safetensors` holds."""
+        names = ("block", "level_head", "parallel_head", "gripper_head", "residual_head")
+        parts: dict[str, nn.Module] = {name: getattr(self.main, name) for name in names}
+        assert self.main.openvla.proprio_projector is not None
+        parts |= {"proprio": self.main.openvla.proprio_projector, "draft": self.draft}
+        return nn.ModuleDict({**parts, "light": self.light} if self.light is not None else parts)
+
+
+class ByPromptLength:
+    """A strategy replayed from CUDA graphs, recorded once for every prompt length; the oldest gives way."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._strategies: dict[int, RecordedStrategy] = {}
+
+    def __call__(self, decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
+        length = scene.text[0].shape[1]
+        if length not in self._strategies:
+            if len(self._strategies) >= PROMPT_LENGTHS:
+                self._strategies.pop(next(iter(self._strategies)))
+            self._strategies[length] = RecordedStrategy(self.name)
+        return self._strategies[length](decoder, scene, watch)
+
+
+class OpenVlaRsdPolicy(RsdPolicy):
+    """`RsdPolicy` on OpenVLA's trunk: what differs is how an observation becomes the models' input."""
+
+    model: OpenVlaRsdModel
+
+    def __init__(
+        self,
+        model: OpenVlaRsdModel,
+        tokenizer: ActionTokenizer,
+        config: OpenVlaRsdConfig,
+        prompt: Prompt,
+        normalisation: tuple[Tensor, Tensor],
+        *,
+        directory: Path | None = None,
+        **options: Any,
+    ) -> None:
+        """normalisation: see `OpenVlaPolicy`; directory: where the policy was loaded from; options: `RsdPolicy`'s."""
+        # the same to its users: acceptance and fine
+        super().__init__(model, tokenizer, cast(PolicyConfig, config), **options)
+        self.observing, self.prompt, self.directory = config, prompt, directory
+        self._mean, self._std = (value.to(self.device) for value in normalisation)
+        self._instruction = ""
+        if isinstance(self._strategy, RecordedStrategy):
+            self._strategy = ByPromptLength(self.decode)
+
+    @property
+    def image_size(self) -> int:
+        return RENDER_SIZE
+
+    def _preprocess(self, observations: list[Observation]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """-> pixels [B, views, 6, 224, 224], state [B, 19], prompt ids [B, T], the light draft's condition [B, Dt]."""
+        if len({observation.instruction for observation in observations}) > 1:
+            raise RsdError("OpenVLA: expected one instruction in a batch, prompts of several lengths do not fit one")
+        if self._instruction != observations[0].instruction:
+            self.reset()  # what the light draft remembers was read under another prompt
+            self._instruction = observations[0].instruction
+        config = self.observing
+        images = np.concatenate([observation.images[: config.views] for observation in observations])
+        prepared = prepare_images(images, self.device, center_crop=config.center_crop) / 255.0
+        pixels = (prepared.repeat(1, 2, 1, 1) - self._mean) / self._std
+        raw = np.stack([observation.state for observation in observations])
+        given = torch.from_numpy(config.bounds.normalise(raw)).float()
+        state = torch.cat([given, state_features(torch.from_numpy(raw))], dim=1).to(self.device)
+        prompt, words = self._encode_text(self._instruction)
+        count = len(observations)
+        text = prompt.expand(count, -1), words.expand(count, -1)
+        return pixels.unflatten(0, (count, -1)), state, text
+
+    def _encode_text(self, instruction: str) -> tuple[Tensor, Tensor]:
+        if instruction not in self._texts:
+            if len(self._texts) >= TEXT_CACHE:
+                self._texts.clear()
+            words = word_ids([instruction]).to(self.device)
+            prompt = torch.tensor([self.prompt.ids(instruction)], device=self.device)
+            self._texts[instruction] = prompt, words if self.model.light is None else self.model.light.encode(words)
+        return self._texts[instruction]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Copy the directory that the policy was loaded from: its adapter is merged and cannot be taken out again."""
+        if self.directory is None:
+            raise RsdError("OpenVLA: this policy was not loaded from a directory; `save_openvla_rsd` writes one")
+        ignored = shutil.ignore_patterns(BASE_LINK)
+        shutil.copytree(self.directory, directory, ignore=ignored, dirs_exist_ok=True)
+
+    @classmethod
+    def load(
+        cls, directory: Path, content: dict[str, Any], device: str, skip: SkipRule | None, options: dict[str, Any]
+    ) -> OpenVlaRsdPolicy:
+        """What `RsdPolicy.from_pretrained` calls for such a directory."""
+        config = read_config(directory, content)
+        check_decode(options["decode"], config.light is not None)  # before the 15 GB
+        skip = skip or stored_skip(directory, cast(PolicyConfig, config), options)
+        tokenizer = ActionTokenizer.load(directory)
+        base = find_base(directory, content["base"])
+        prompt, normalisation = Prompt(base), read_normalisation(base)
+        openvla = load_openvla(base, base=locate_under(base), device=device)
+        merge_adapter(openvla, directory / ADAPTER_DIR)
+        model = OpenVlaRsdModel(openvla, config, tokenizer)
+        load_weights(model.added(), directory / WEIGHTS_FILE)
+        provenance = {**content.get("provenance", {}), "base": content["base"]}
+        options = {**options, "skip": skip, "provenance": provenance, "directory": directory}
+        return cls(model, tokenizer, config, prompt, normalisation, **options)
+
+
+def read_config(directory: Path, content: dict[str, Any]) -> OpenVlaRsdConfig:
+    try:
+        return OpenVlaRsdConfig.from_json(content["policy"])
+    except (KeyError, TypeError) as error:
+        raise RsdError(f"{directory / CONFIG_FILE}: unknown or missing field ({error})") from None
+
+
+def find_base(directory: Path, reference: dict[str, str]) -> Path:
+    """The model that a policy was trained on: `base` in its directory, else the path or hub id of its config.json.
+
+    `RsdError` if it is not there, or is another one.
+    """
+    link, named = directory / BASE_LINK, reference["path"]
+    source = str(link) if link.is_dir() else named
+    remedy = f"link or copy the directory that it was trained on to {link}"
+    try:
+        base = locate_openvla(source)
+    except RsdError as error:
+        raise RsdError(f"{directory}: its base model is not here ({error}); {remedy}") from None
+    if base is None:
+        raise RsdError(f"{directory}: its base model {source} is not in OpenVLA's format; {remedy}")
+    found = fingerprint(base, BASE_FILES)
+    if found != reference["fingerprint"]:
+        raise RsdError(
+            f"{directory}: was trained on another base model: expected the fingerprint {reference['fingerprint'][:12]} "
+            f"({named}), found {found[:12]} ({base}); {remedy}"
+        )
+    return base
+
+
+def save_openvla_rsd(
+    added: nn.Module,
+    adapter: Adapter,
+    tokenizer: ActionTokenizer,
+    config: OpenVlaRsdConfig,
+    base: Path,
+    named: str,
+    provenance: dict[str, Any],
+    directory: Path,
+) -> None:
+    """Write the directory. added: `OpenVlaRsdModel.added`; base: the base's directory; named: its path or hub id."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().float().cpu().contiguous() for name, value in added.state_dict().items()}
+    updates = {f"{ADAPTER_DIR} {name}": value for name, value in adapter.updates.state_dict().items()}
+    for name, value in {**weights, **updates}.items():
+        if not torch.isfinite(value).all():
+            raise RsdError(f"{directory}: {name} is not finite; the training diverged, nothing was saved")
+    save_file(weights, directory / WEIGHTS_FILE)
+    adapter.save(directory / ADAPTER_DIR, named)
+    tokenizer.save(directory)
+    files = (WEIGHTS_FILE, TOKENIZER_FILE, f"{ADAPTER_DIR}/{ADAPTER_CONFIG}", f"{ADAPTER_DIR}/{ADAPTER_WEIGHTS}")
+    content = {
+        "format_version": FORMAT_VERSION,
+        BACKBONE: OPENVLA,
+        "policy": asdict(config),
+        "base": {"path": named, "fingerprint": fingerprint(base, BASE_FILES)},
+        "sha256": {name: _sha256(directory / name) for name in files},
+        "provenance": provenance,
+    }
+    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
