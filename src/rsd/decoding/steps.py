@@ -54,7 +54,8 @@ class EpisodeMemory:
 
     def renew(self, main: Memory | None, gripper: Tensor) -> None:
         """The main has run: its view, and the gripper symbols [B, H] of the chunk to be executed."""
-        self.main, self.skipped, self.gripper = main, 0, gripper[:, -1]
+        # a copy: a CUDA graph writes its next chunk where this one stands
+        self.main, self.skipped, self.gripper = main, 0, gripper[:, -1].clone()
 
 
 @dataclass
