@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import imageio.v2 as imageio
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -36,6 +37,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("untrained")
     torch.manual_seed(0)
     chunks = torch.rand(200, 8, 7).numpy() * 2 - 1
+    chunks[..., -1] = np.sign(chunks[..., -1])
     tokenizer = ActionTokenizer.fit(chunks, TokenizerConfig())
     main = MainConfig(image_size=64, channels=(16, 16, 32, 32), dim=64, layers=2, heads=2)
     config = PolicyConfig(main=main)

@@ -38,6 +38,13 @@ where the draft expects to stay close to it.
 """
 
 
+SHIPPED = """\
+## `rsd-skip` as it ships, all initial states
+
+On the CPU, beside the runs on the GPU of the same initial states: another renderer and the rounded draft, so that the
+pairs differ by more than the decoder.
+
+"""
 CAVEAT = """\
 The runs on the GPU are of the weights before the light draft's matrices were rounded to int8, the runs on the CPU of
 the shipped ones; main and first draft are the same bits. The calibration of the runs on the GPU tested its rollouts
@@ -60,6 +67,8 @@ class PageConfig:
     """The same for a machine without a GPU."""
     cpu_order: tuple[str, ...] = ("l1", "rsd-fused", "rsd-skip", "rsd-skip-max4")
     """Directories in it."""
+    shipped_skip: str = "rsd-skip-500"
+    """Directory in it of `rsd-skip` as it ships, on the initial states of the runs on the GPU."""
     timed: tuple[str, ...] = ("timed-l1", "timed-rsd-fused", "timed-rsd-skip")
     """Directories in it of runs of one worker, for times in closed loop."""
     latencies: tuple[Path, ...] = (
@@ -84,7 +93,12 @@ def main(config: PageConfig) -> None:
     timed = [load_run(config.cpu_runs / name) for name in config.timed]
     parts = [PROSE, success_section(config.order, runs), task_section(config.order, runs)]
     parts += [success_section(config.cpu_order, cpu), CAVEAT]
-    parts += [risk_section([*config.order, *(f"{name}, CPU" for name in config.cpu_order)], [*runs, *cpu], config)]
+    shipped = load_run(config.cpu_runs / config.shipped_skip)
+    beside = {"l1": runs[config.order.index("l1")], "rsd-fused": runs[config.order.index("rsd-fused")]}
+    rows = {**{f"{name}, GPU": run for name, run in beside.items()}, "rsd-skip, CPU": shipped}
+    parts += [SHIPPED + success_table(list(rows), list(rows.values())), task_table(list(rows), list(rows.values()))]
+    named = [*config.order, *(f"{name}, CPU" for name in (*config.cpu_order, config.shipped_skip))]
+    parts += [risk_section(named, [*runs, *cpu, shipped], config)]
     parts += [deviation_section(DeviationRecord.from_json(json.loads(config.deviation.read_text())), config.deviation)]
     parts += [timed_section(config.timed, timed)]
     parts += [latency_section(record, path) for record, path in zip(records, config.latencies, strict=True)]
@@ -98,6 +112,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def success_section(names: Sequence[str], runs: Sequence[Run]) -> str:
+    versions = runs[0].record.versions
+    made = ", ".join(f"{name} {versions[name]}" for name in ("mujoco", "robosuite", "libero", "gl_backend", "torch"))
+    device, count = versions.get("device", "?"), len(runs[0].episodes)
+    return (
+        f"## Success, policy on {device}\n\n{count} episodes each on the benchmark's fixed initial states, the "
+        f"same for all (exact McNemar test). {made}. Deviation: commanded "
+        f"fingertip displacement over a chunk, p50 / p99 (the arm follows about a quarter of it).\n\n"
+    ) + success_table(names, runs)
+
+
+def success_table(names: Sequence[str], runs: Sequence[Run]) -> str:
+    """Success, against the first two, passes, acceptance, deviation."""
     rows = []
     for name, run in zip(names, runs, strict=True):
         decoding, deviations = summarize_decoding(run.episodes), deviation_of(run)
@@ -115,16 +141,9 @@ def success_section(names: Sequence[str], runs: Sequence[Run]) -> str:
                 ABSENT if deviations is None else "{:.0f} / {:.0f}".format(*percentiles(deviations, (50, 99))),
             ]
         )
-    versions = runs[0].record.versions
-    made = ", ".join(f"{name} {versions[name]}" for name in ("mujoco", "robosuite", "libero", "gl_backend", "torch"))
     header = ["decoder", "success [Wilson 95 %]", f"against `{names[0]}`", f"against `{names[1]}`"]
     header += ["main prefills + later passes per chunk", "accepted per level", "draft's deviation from the main, mm"]
-    device, count = versions.get("device", "?"), len(runs[0].episodes)
-    return (
-        f"## Success, policy on {device}\n\n{count} episodes each on the benchmark's fixed initial states, the "
-        f"same for all (exact McNemar test). {made}. Deviation: commanded "
-        f"fingertip displacement over a chunk, p50 / p99 (the arm follows about a quarter of it).\n\n"
-    ) + table(header, rows)
+    return table(header, rows)
 
 
 def against_cell(pair: PairedDifference) -> str:
@@ -132,6 +151,10 @@ def against_cell(pair: PairedDifference) -> str:
 
 
 def task_section(names: Sequence[str], runs: Sequence[Run]) -> str:
+    return "## By task\n\n" + task_table(names, runs)
+
+
+def task_table(names: Sequence[str], runs: Sequence[Run]) -> str:
     labels = task_labels(runs)
     rows = []
     for key, label in sorted(labels.items()):
@@ -140,7 +163,7 @@ def task_section(names: Sequence[str], runs: Sequence[Run]) -> str:
             mine = [episode.success for episode in run.episodes if (episode.suite, episode.task_id) == key]
             cells.append(f"{sum(mine)}/{len(mine)}")
         rows.append([label, *cells])
-    return "## By task\n\n" + table(["task", *(f"`{name}`" for name in names)], rows)
+    return table(["task", *(f"`{name}`" for name in names)], rows)
 
 
 def timed_section(names: Sequence[str], runs: Sequence[Run]) -> str:

@@ -43,7 +43,7 @@ class ScalingPageConfig:
     """Raw milliseconds of `rsd bench scaling`."""
     openvla: Path = Path("results/openvla/h200.json")
     """Raw milliseconds of `rsd bench openvla`, for the largest main."""
-    skipping: Path = Path("results/libero_spatial/h200/rsd-skip")
+    skipping: Path = Path("results/libero_spatial/cpu/rsd-skip-500")
     """Run of `rsd-skip` whose share of chunks without the main is taken."""
     output: Path = Path("docs/results/scaling.md")
     """The page."""

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from rsd.evaluation.roofline import Ceiling, measure_ceiling
 from rsd.models.openvla import OpenVlaModel
 from rsd.openvla.bench_cases import (
     CASES,
     Case,
-    Ceiling,
     Inputs,
     full_config,
     ideal_ms,
@@ -168,25 +168,9 @@ class Bench:
             torch.cuda.empty_cache()
 
     def measure_ceiling(self) -> None:
-        """A product and a copy large enough to be bound by the device."""
-        device, cuda = self.config.device, self.config.device.startswith("cuda")
-        size = 8192 if cuda else 256
-        dtype = torch.bfloat16 if cuda else torch.float32
-        a = torch.randn(size, size, device=device, dtype=dtype)
-        copy = torch.empty(2**30 if cuda else 2**22, device=device, dtype=torch.uint8)
-        other = torch.empty_like(copy)
-        best = {}
-        for name, work in (("product", lambda: a @ a), ("copy", lambda: other.copy_(copy))):
-            times = []
-            for _ in range(12):
-                self.sync()
-                begin = time.perf_counter()
-                for _ in range(5):
-                    work()
-                self.sync()
-                times.append((time.perf_counter() - begin) / 5)
-            best[name] = min(times)
-        self.ceiling = Ceiling(2.0 * size**3 / best["product"], 2.0 * copy.numel() / best["copy"])
+        """What the device reaches, in the precision of the benchmark."""
+        device = torch.device(self.config.device)
+        self.ceiling = measure_ceiling(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         self.notes["ceiling"] = {k: f"{v:.4g}" for k, v in asdict(self.ceiling).items()}
 
     # sections

@@ -13,6 +13,7 @@ from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.recorded import Silent, fork
 from rsd.decoding.steps import Decoder, EpisodeMemory, Sketch, complete, draft_levels
 from rsd.decoding.strategies import check_in_prefill
+from rsd.evaluation.roofline import Ceiling
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.light_draft import LightDraft, LightDraftConfig, Memory
 from rsd.models.main import STATE_FEATURES, MainConfig
@@ -200,14 +201,6 @@ def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
         Case("rsd-fused", fused, [*inputs.all(), *glance], [Pass(length + (coarse + 1) * h)], True),
         Case("light", alone, glance, [], False),
     ]
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """What this device reaches on a large bfloat16 product and a large copy: FLOP/s and bytes/s (read or write)."""
-
-    flops: float
-    bandwidth: float
 
 
 def ideal_ms(model: OpenVlaModel, case: Case, ceiling: Ceiling, batch: int, cameras: int) -> float:
