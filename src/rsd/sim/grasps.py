@@ -8,6 +8,7 @@ would jump about with a millimetre.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -54,7 +55,7 @@ def yaw_of(angle: float) -> float:
 
 
 @dataclass(frozen=True)
-class Grasp:
+class Grasp(ABC):
     """angle: direction of the closing axis in the world (rad)."""
 
     angle: float
@@ -69,21 +70,21 @@ class Grasp:
         """Smallest rotation about z that brings the closing axis onto the direction (rad, within +-pi/2)."""
         return yaw_of(self.angle)
 
+    @abstractmethod
     def point(self, scene: Scene, target: str, opening: float = FINGER_OPENING) -> Vector:
         """Grip site for this grasp, given where the object is now and how far the fingers are open (m) [3]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def release_point(self, centre: Vector) -> Vector:
         """Roughly where the hand is when it lets go over `centre` [3]: how far it has to reach there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def freed(self, width: float) -> float:
         """0..1, how far opening fingers, `width` apart (m), have come free of the object."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lost(self, scene: Scene, target: str) -> bool:
         """The object is not where a held one would be. Contact alone flickers while carrying."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def choose_span_grasp(
     def preference(k: int) -> tuple[bool, int, float, float]:
         failed = any(abs(np.cos(angles[k] - other)) > 0.99 for other in avoid)
         grade = int((widths[k] - widths.min()) / WIDTH_STEP)
-        return failed, grade, round(abs(Grasp(float(angles[k])).yaw), 3), float(angles[k])
+        return failed, grade, round(abs(yaw_of(float(angles[k]))), 3), float(angles[k])
 
     above = SpanGrasp(0.0).point(scene, target)[2] - float(vertices[:, 2].min())
     ordered = sorted((k for k in range(SPAN_DIRECTIONS) if widths[k] <= WIDEST_SPAN), key=preference)
