@@ -33,9 +33,9 @@ did it is not known."""
 GRASPS = """\
 Demonstrations of tasks 2, 6 and 8 whose expert takes the bowl from either side, by a coin (`rsd demos collect
 --grasp-mode two-sided`): 94 mm apart, a mean of both lands in the middle of the bowl. Trained from the shipped weights.
-The expectation that regression averages and tokens commit is NOT borne out: `l1` does not suffer. A chunk is 8 steps;
-which side it will be shows in the arm's own position soon after the start, and the median that an L1 loss asks for is
-itself one of the sides where one is a little likelier than the other."""
+The expectation that regression averages and tokens commit is NOT borne out: `l1` does not suffer. Not looked into; a
+likely reason is that a chunk is 8 steps and the side shows in the arm's own position soon after the start, and that the
+median which an L1 loss asks for is itself one of the sides where one is a little likelier than the other."""
 LARGE = """\
 The same architecture with a trunk of 24 layers of 576; cameras and words start from the shipped policy's weights
 (`--init-matching`), the trunk from nothing. Its speed is in [scaling.md](scaling.md)."""
