@@ -81,6 +81,23 @@ def test_every_strategy_decodes(directory: Path, seen: list[Observation]) -> Non
     assert len(set(distinct)) == len(distinct)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+@pytest.mark.parametrize("decode", STRATEGIES)
+def test_a_recorded_strategy_acts_as_the_plain_one(directory: Path, seen: list[Observation], decode: str) -> None:
+    plain, recorded = (
+        RsdPolicy.from_pretrained(directory, device="cuda", decode=decode, skip=SkipRule(1e9, 2), cuda_graphs=graphs)
+        for graphs in (False, True)
+    )
+    for one in seen:  # two instructions of different lengths
+        for policy in (plain, recorded):
+            policy.reset()
+        for shift in range(4):
+            moment = replace(one, state=one.state + 0.01 * shift)
+            expected, found = plain.predict(moment), recorded.predict(moment)
+            assert np.allclose(found.actions, expected.actions, atol=1e-4)
+            assert found.stats.prefills == expected.stats.prefills
+
+
 def test_both_cameras_the_state_and_the_words_matter_to_main_and_light_draft(
     directory: Path, seen: list[Observation]
 ) -> None:
