@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from torch import Tensor
 from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, Stopwatch, complete, scout, sketch
 from rsd.decoding.strategies import LIGHT, STRATEGIES, check_in_prefill, in_prefill, unverified
 from rsd.models.light_draft import Memory
-
-T = TypeVar("T")
+from rsd.models.streams import fork
 
 
 class Silent(Stopwatch):
@@ -53,13 +52,13 @@ class Recording:
 class RecordedStrategy:
     """A strategy of `STRATEGIES` (with regressed fine levels, which need no decision of the host) replayed from graphs.
 
-    One observation at a time, of one shape. Stages: `main`, in which the light draft works beside the main's vision;
-    `draft` where the main waits for what the draft says.
+    Recorded once for every number of observations; their other sizes must not change. Stages: `main`, in which the
+    light draft works beside the main's vision; `draft` where the main waits for what the draft says.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._recordings: dict[str, Recording] = {}
+        self._recordings: dict[tuple[str, int], Recording] = {}
 
     def __call__(self, decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
         if self.name not in LIGHT:
@@ -95,32 +94,14 @@ class RecordedStrategy:
     def _replay(
         self, key: str, decoder: Decoder, inputs: Sequence[Tensor], call: Callable[[Sequence[Tensor]], Any]
     ) -> Any:
-        if key not in self._recordings:
+        part = key, len(inputs[0])
+        if part not in self._recordings:
             pending, decoder.checks = decoder.checks, []  # of a call before this one: not part of the recording
-            self._recordings[key] = Recording(lambda x: (call(x), sound(decoder)), inputs)
+            self._recordings[part] = Recording(lambda x: (call(x), sound(decoder)), inputs)
             decoder.checks = pending
-        result, finite = self._recordings[key](inputs)
+        result, finite = self._recordings[part](inputs)
         decoder.checks.append(finite)
         return result
-
-
-def fork(call: Callable[[], T], device: torch.device) -> Callable[[], T]:
-    """Start a call on a GPU stream of its own; the result waits for it. What it reads must live until then.
-
-    A CPU makes the call at once."""
-    if device.type != "cuda":
-        done = call()
-        return lambda: done
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        result = call()
-
-    def join() -> T:
-        torch.cuda.current_stream().wait_stream(aside)
-        return result
-
-    return join
 
 
 def seen(scene: Scene) -> list[Tensor]:

@@ -7,6 +7,7 @@ positions of things it has from the main's key/value cache of an earlier chunk: 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.main import STATE_FEATURES, MainConfig
+from rsd.models.streams import together
 from rsd.models.trunk import KVCache, Trunk
 from rsd.models.vision import CameraEncoder
 from rsd.tokenizer.rfsq import RfsqConfig
@@ -89,7 +91,8 @@ class LightDraft(nn.Module):
         known bool [B]: where False, the memory is out of sight (an episode's first chunk has none).
         """
         small = F.avg_pool2d(images.flatten(0, 1), self.config.shrink).unflatten(0, images.shape[:2])
-        tokens = torch.cat([camera(small[:, i], condition) for i, camera in enumerate(self.cameras)], dim=1)
+        cameras = [partial(camera, small[:, i], condition) for i, camera in enumerate(self.cameras)]
+        tokens = torch.cat(together(cameras, images.device), dim=1)
         single = torch.stack([self.state_in(state), self.text_in(condition)], dim=1)
         queries = self.queries.expand(len(images), -1, -1)
         x = torch.cat([self.image_in(tokens) + self.image_position, single, queries.to(single.dtype)], dim=1)

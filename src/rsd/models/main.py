@@ -10,10 +10,12 @@ Next-scale prediction as in VAR (arXiv 2404.02905), here over action residuals.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from rsd.models.streams import together
 from rsd.models.text import TextEncoder
 from rsd.models.trunk import KVCache, Trunk
 from rsd.models.vision import CameraEncoder
@@ -139,14 +141,16 @@ class MainModel(nn.Module):
     def embed_prefix(self, images: Tensor, state: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded text -> prefix [B, N, D]."""
         tokens, condition = text
-        parts = []
-        for index, camera in enumerate(self.cameras):
-            features = camera(images[:, index], condition)
-            if index == 1:
-                features = merge_2x2(features)
-            parts.append(self.image_in[index](features) + self.image_position[index])
-        parts += [self.text_in(tokens), self.state_in(self.normalise(state))[:, None]]
-        return torch.cat(parts, dim=1)
+        cameras = [partial(self._embed_image, index, images[:, index], condition) for index in range(len(self.cameras))]
+        parts = [*together(cameras, images.device), self.text_in(tokens)]
+        return torch.cat([*parts, self.state_in(self.normalise(state))[:, None]], dim=1)
+
+    def _embed_image(self, index: int, image: Tensor, condition: Tensor) -> Tensor:
+        """One camera's tokens [B, n, D]."""
+        features = self.cameras[index](image, condition)
+        if index == 1:
+            features = merge_2x2(features)
+        return self.image_in[index](features) + self.image_position[index]
 
     def prefill(self, prefix: Tensor) -> tuple[Tensor, KVCache]:
         """prefix [B, N, D] -> features of block 1 [B, H, D] and the cache of N + H positions."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rsd.conventions import CHUNK_SIZE
 from rsd.decoding.acceptance import acceptance_rule
-from rsd.decoding.recorded import Silent, fork
+from rsd.decoding.recorded import Silent
 from rsd.decoding.steps import Decoder, EpisodeMemory, Sketch, complete, draft_levels
 from rsd.decoding.strategies import check_in_prefill
 from rsd.evaluation.roofline import Ceiling
@@ -21,6 +21,7 @@ from rsd.models.openvla import ACTION_TOKENS, OpenVlaConfig, OpenVlaModel
 from rsd.models.openvla_llama import LlamaConfig
 from rsd.models.openvla_rfsq import OpenVlaMain
 from rsd.models.openvla_vision import DINO, SIGLIP, TIMM_MODELS
+from rsd.models.streams import fork
 from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
 from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, RsdError
 

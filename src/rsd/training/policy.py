@@ -22,6 +22,8 @@ from rsd.training.validation import validate
 from rsd.types import RsdError
 from rsd.versions import versions
 
+DEFAULT_TOKENIZER = Path("runs/tokenizer")
+
 
 @dataclass(frozen=True)
 class TrainPolicyConfig:
@@ -29,8 +31,8 @@ class TrainPolicyConfig:
 
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of rendered demonstrations (HDF5)."""
-    tokenizer: Path = Path("runs/tokenizer")
-    """Folder with tokenizer.json, from `rsd train tokenizer`."""
+    tokenizer: Path | None = None
+    """Folder with tokenizer.json, from `rsd tokenizer fit`; left out: runs/tokenizer, or with `init` the one there."""
     output: Path = Path("runs/policy")
     """Run folder: resumable state, TensorBoard and, at the end, `checkpoint/`."""
     device: str = "auto"
@@ -39,6 +41,8 @@ class TrainPolicyConfig:
     """Checkpoint directory or hub id whose weights to start from, with its tokenizer; empty = from scratch."""
     init_matching: bool = False
     """With `init`: take over what has the same name and shape there, and start the rest afresh (another size)."""
+    init_fresh: tuple[str, ...] = ()
+    """With `init_matching`: parts that start afresh all the same, e.g. draft main.level_head (another tokenizer)."""
     validation_every: int = 40
     """Every n-th episode is kept out of training for the offline validation."""
     remembered_chunks: int = 4
@@ -58,7 +62,9 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     start = RsdPolicy.from_pretrained(config.init) if config.init else None
     if start and type(start) is not RsdPolicy:
         raise RsdError(f"--init {config.init}: expected a compact policy, found one on OpenVLA")
-    tokenizer = (start.tokenizer if start else ActionTokenizer.load(config.tokenizer)).to(device)
+    if config.init_fresh and not (start and config.init_matching):
+        raise RsdError(f"--init-fresh {' '.join(config.init_fresh)}: expected --init and --init-matching beside it")
+    tokenizer = choose_tokenizer(config, start).to(device)
     training, held_out = split(load_folders(config.data), config.validation_every)
     dataset = FrameDataset(training, tokenizer.config.horizon, device)
     validation = FrameDataset(held_out, tokenizer.config.horizon, device)
@@ -100,6 +106,19 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     return directory
 
 
+def choose_tokenizer(config: TrainPolicyConfig, start: RsdPolicy | None) -> ActionTokenizer:
+    """The one named, else the starting checkpoint's, else `DEFAULT_TOKENIZER`."""
+    if start is None:
+        return ActionTokenizer.load(config.tokenizer or DEFAULT_TOKENIZER)
+    if config.tokenizer is None:
+        return start.tokenizer
+    tokenizer = ActionTokenizer.load(config.tokenizer)
+    if not config.init_matching and tokenizer.to_json() != start.tokenizer.to_json():
+        found = f"another tokenizer than {config.init} has"
+        raise RsdError(f"--tokenizer {config.tokenizer}: {found}; leave it out, or start heads afresh: --init-matching")
+    return tokenizer
+
+
 def take_over(model: RsdModel, start: RsdPolicy, config: TrainPolicyConfig) -> None:
     """Give the model the weights of the checkpoint that `init` names.
 
@@ -107,7 +126,12 @@ def take_over(model: RsdModel, start: RsdPolicy, config: TrainPolicyConfig) -> N
     unless `init_matching` asks for what does.
     """
     own, given = model.state_dict(), start.model.state_dict()
-    fitting = {name: tensor for name, tensor in given.items() if name in own and tensor.shape == own[name].shape}
+    for part in config.init_fresh:
+        if not any(name.startswith(f"{part}.") for name in own):
+            raise RsdError(f"--init-fresh {part}: expected the beginning of a weight's name, such as main.level_head")
+    afresh = tuple(f"{part}." for part in config.init_fresh)
+    kept = {name: tensor for name, tensor in given.items() if not name.startswith(afresh)}
+    fitting = {name: tensor for name, tensor in kept.items() if name in own and tensor.shape == own[name].shape}
     fresh = sorted(own.keys() - fitting.keys())
     if config.init_matching:
         missing = sum(own[name].numel() for name in fresh) / sum(tensor.numel() for tensor in own.values())
