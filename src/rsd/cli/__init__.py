@@ -41,6 +41,7 @@ class Command:
 
 COMMANDS = {
     "eval": Command("run a policy in LIBERO and measure success, latency and acceptance", "rsd.cli.eval"),
+    "serve": Command("put a policy behind a network port, in openpi's protocol", "rsd.cli.serve"),
     "compare": Command("one table from several results directories", "rsd.cli.compare"),
     "report": Command("one HTML page about runs: success, latency, acceptance, failures", "rsd.cli.report"),
     "merge": Command("bring shards of one run together", "rsd.cli.merge"),
@@ -70,6 +71,9 @@ COMMANDS = {
         "rsd.openvla.bench",
         "measure_openvla",
         "OpenVlaBenchConfig",
+    ),
+    "bench serving": Command(
+        "milliseconds that a network port adds to a chunk", "rsd.serving.bench", "measure_serving", "ServingBenchConfig"
     ),
     "calibrate": Command(
         "fit when rsd-skip may leave the main model idle",
