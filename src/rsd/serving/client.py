@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ class RemotePolicy:
         """address: ws://HOST:PORT; timeout_s: how long to wait for any answer."""
         self.address, self.timeout_s = address, timeout_s
         self._connection: ClientConnection | None = None
+        self._open = ExitStack()
         self.welcome = self._connect()
         self._first = True
 
@@ -68,13 +70,13 @@ class RemotePolicy:
         return ActionChunk(actions, replace(stats, latency_ms=latency))
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._connection = None
+        self._open.close()
 
     def _connect(self) -> Welcome:
         try:
-            self._connection = connect(self.address, compression=None, max_size=None, open_timeout=self.timeout_s)
+            opening = connect(self.address, compression=None, max_size=None, open_timeout=self.timeout_s)
+            self._connection = self._open.enter_context(opening)
             return read_welcome(self.address, self._receive())
         except (OSError, InvalidURI, InvalidHandshake) as error:
             expected = "expected an `rsd serve` at ws://HOST:PORT"

@@ -64,7 +64,8 @@ def read_request(content: Any, image_size: int, cameras: int) -> Request:
 def read_state(value: Any) -> NDArray[np.float32]:
     """Numbers of any kind -> float32; `Observation` checks how many."""
     try:
-        return np.asarray(value, dtype=np.float64).astype(np.float32)
+        with np.errstate(over="ignore"):  # infinity is found out there, too
+            return np.asarray(value, dtype=np.float64).astype(np.float32)
     except (TypeError, ValueError):
         raise RsdError(f"{STATE}: expected an array of numbers, found {value!r:.80}") from None
 

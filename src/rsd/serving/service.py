@@ -18,9 +18,9 @@ from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.rollout import checked_chunk
 from rsd.openvla.policy import OpenVlaPolicy
 from rsd.policy import RsdPolicy
-from rsd.serving.request import read_request
+from rsd.serving.request import IMAGES, PROMPT, STATE, read_request
 from rsd.serving.wire import pack, unpack
-from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Observation, Policy, RsdError
+from rsd.types import STATE_DIM, ActionChunk, Observation, Policy, RsdError
 from rsd.versions import versions
 
 WARMUP_PREDICTIONS = 3  # a decoder that remembers takes another way from the second chunk on
@@ -72,13 +72,17 @@ class PolicyService:
         self._at_work = Session()  # whose memory is in the policy
 
     def warm_up(self) -> list[int]:
-        """Pay for lazy initialisation and CUDA graphs before anyone waits -> the shape of an action chunk."""
-        size = self.policy.image_size
-        images = np.zeros((len(CAMERAS), size, size, 3), dtype=np.uint8)
-        observation = Observation(images, np.zeros(STATE_DIM, dtype=np.float32), "pick up the black bowl")
+        """Take the whole path before anyone waits: lazy initialisation, CUDA graphs -> shape of an action chunk."""
+        side = self.policy.image_size + 2  # to be resized
+        content = {key: np.zeros((side, side, 3), dtype=np.uint8) for key in IMAGES}
+        message = pack({**content, STATE: np.zeros(STATE_DIM), PROMPT: "pick up the black bowl"})
+        session = Session()
         for _ in range(WARMUP_PREDICTIONS):
-            chunk = self._predict(self._at_work, observation)
-        return list(chunk.actions.shape)
+            answer = self.answer(session, message, time.perf_counter())
+            if isinstance(answer, str):
+                raise RsdError(f"warming up: {answer}")
+            shape = list(unpack(answer)["actions"].shape)
+        return shape
 
     def answer(self, session: Session, message: bytes | str, arrived: float) -> bytes | str:
         """The answer to one message; a text says what was wrong, as in openpi's protocol, and the session lives on.
