@@ -5,9 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +31,7 @@ from rsd.policy import RsdPolicy
 from rsd.serving.client import RemotePolicy
 from rsd.serving.server import PolicyServer, serving
 from rsd.serving.wire import pack, unpack
-from rsd.types import Observation, RsdError
+from rsd.types import ActionChunk, Observation, RsdError
 
 
 def server_of(policy: RsdPolicy, name: str = "tiny", port: int = 0) -> PolicyServer:
@@ -50,6 +52,30 @@ def test_health_is_told_over_http_and_a_web_page_is_kept_out(address: str) -> No
         urllib.request.urlopen(url, timeout=10)
     with pytest.raises(InvalidStatus, match="403"):
         websocket.connect(address, origin="http://example.org")  # type: ignore[arg-type]
+
+
+def test_health_is_told_and_another_client_connects_while_a_chunk_is_decided(
+    make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, begun, go_on = make_policy(), threading.Event(), threading.Event()
+    predict = policy.predict
+
+    def slow(observation: Observation) -> ActionChunk:
+        begun.set()
+        assert go_on.wait(20)
+        return predict(observation)
+
+    with serving(server_of(policy)) as address, closing(RemotePolicy(address)) as remote:
+        monkeypatch.setattr(policy, "predict", slow)
+        with ThreadPoolExecutor(1) as thread:
+            asked = thread.submit(remote.predict, make_observation())
+            assert begun.wait(20)
+            with urllib.request.urlopen(f"{address.replace('ws', 'http')}/healthz", timeout=10) as response:
+                assert response.read() == b"OK\n"
+            RemotePolicy(address).close()
+            assert not asked.done()
+            go_on.set()
+            assert asked.result(20).actions.shape == (8, 7)
 
 
 def test_a_client_of_openpi_is_told_what_is_served_and_keeps_its_connection_through_errors(
@@ -143,6 +169,7 @@ def checkpoint(make_policy: Callable[..., RsdPolicy], tmp_path: Path) -> Path:
 def command(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`rsd serve` as its users start it, and its address."""
     words = [sys.executable, "-m", "rsd", "serve", "--policy", str(checkpoint), "--decode", "l1", "--port", "0"]
+    words += ["--threads", "1"]  # as many as here
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "300"})
     assert process.stderr is not None
     line = process.stderr.readline()
@@ -178,7 +205,7 @@ def test_an_evaluation_of_a_served_policy_has_the_episodes_of_a_local_one_and_ct
     assert {k: timeless(r) for k, r in read_episodes(tmp_path / "run" / EPISODES_FILE).items()} == alone
     assert summary.policy["checkpoint_sha256"] == describe_checkpoint(local)["checkpoint_sha256"]
     assert summary.policy["policy"] == address
-    assert summary.policy["server"]["torch"]
+    assert summary.policy["server"]["torch_threads"] == "1"
 
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=20)
@@ -202,6 +229,7 @@ def test_options_that_belong_to_the_server_are_refused(address: str, tmp_path: P
     [
         (["--policy", "ws://127.0.0.1:1"], "is served already; expected a checkpoint directory or hub id"),
         (["--port", "70000"], "--port 70000: expected 0 to 65535"),
+        (["--threads", "-1"], "--threads -1: expected at least 0"),
         (["--decode", "rsd-fast"], "--decode 'rsd-fast': expected one of"),
         (["--decode", "l1", "--acceptance", "exact"], "--decode l1 accepts nothing, only rsd does"),
         (["--device", "tpu"], "torch cannot use it here"),

@@ -41,13 +41,13 @@ class Command:
 
 COMMANDS = {
     "eval": Command("run a policy in LIBERO and measure success, latency and acceptance", "rsd.cli.eval"),
-    "serve": Command("put a policy behind a network port, in openpi's protocol", "rsd.cli.serve"),
     "compare": Command("one table from several results directories", "rsd.cli.compare"),
     "report": Command("one HTML page about runs: success, latency, acceptance, failures", "rsd.cli.report"),
     "merge": Command("bring shards of one run together", "rsd.cli.merge"),
     "submit": Command("run an evaluation as SLURM jobs, a shard each", "rsd.cli.submit"),
     "inspect": Command("what a checkpoint or a results directory holds", "rsd.cli.inspect"),
     "doctor": Command("check this machine and a checkpoint before an evaluation", "rsd.cli.doctor"),
+    "serve": Command("put a policy behind a network port, in openpi's protocol", "rsd.cli.serve"),
     "bench latency": Command(
         "milliseconds per chunk of every decoder, in one run",
         "rsd.evaluation.latency",

@@ -35,6 +35,8 @@ class ServeArguments:
     """Data set whose statistics scale a published OpenVLA checkpoint's actions, where its own files do not say."""
     device: str = EvalConfig.device
     """Where the policy runs: cpu, cuda, cuda:1."""
+    threads: int = 0
+    """Torch's threads on a CPU; 0 takes its own default, about one per core."""
     host: str = "127.0.0.1"
     """Address to listen at: 127.0.0.1 is this machine only, 0.0.0.0 every machine that can reach it."""
     port: int = 8000
@@ -43,6 +45,8 @@ class ServeArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:
             raise UsageError(f"--port {self.port}: expected 0 to {(1 << 16) - 1}")
+        if self.threads < 0:
+            raise UsageError(f"--threads {self.threads}: expected at least 0")
 
     @property
     def evaluated(self) -> EvalConfig:
@@ -66,10 +70,14 @@ def run(arguments: Sequence[str], prog: str) -> int:
     config = options.evaluated
     check_names(config)
 
+    import torch
+
     from rsd.evaluation.backend import describe_checkpoint
     from rsd.serving.server import PolicyServer, serve_until_signal
     from rsd.serving.service import load_policy, versions_on
 
+    if options.threads:
+        torch.set_num_threads(options.threads)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     server = PolicyServer(
         load_policy(config), describe_checkpoint(config), versions_on(config.device), options.host, options.port

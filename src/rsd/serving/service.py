@@ -61,7 +61,10 @@ def load_policy(config: EvalConfig) -> Servable:
 
 
 def versions_on(device: str) -> dict[str, str]:
-    return {**versions(), "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_model()}
+    """Of everything that computes, the device and, on a CPU, the threads: sums round otherwise with another number."""
+    if device.startswith("cuda"):
+        return {**versions(), "device": torch.cuda.get_device_name(device)}
+    return {**versions(), "device": cpu_model(), "torch_threads": str(torch.get_num_threads())}
 
 
 class PolicyService:
