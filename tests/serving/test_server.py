@@ -29,13 +29,14 @@ from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
 from rsd.evaluation.rollout import Environment, run_episode
 from rsd.policy import RsdPolicy
 from rsd.serving.client import RemotePolicy
-from rsd.serving.server import PolicyServer, serving
+from rsd.serving.server import PolicyServer, reserve, serving
 from rsd.serving.wire import pack, unpack
 from rsd.types import ActionChunk, Observation, RsdError
 
 
 def server_of(policy: RsdPolicy, name: str = "tiny", port: int = 0) -> PolicyServer:
-    return PolicyServer(policy, {"policy": name, "checkpoint_sha256": "0"}, {"torch": "any"}, "127.0.0.1", port)
+    description = {"policy": name, "checkpoint_sha256": "0"}
+    return PolicyServer(policy, description, {"torch": "any"}, reserve("127.0.0.1", port))
 
 
 @pytest.fixture
@@ -147,13 +148,16 @@ def test_a_lost_connection_is_an_error_and_the_next_episode_connects_anew_to_the
             remote.reset()
 
 
-def test_what_cannot_be_reached_or_listened_at_is_an_error(make_policy: Callable[..., RsdPolicy]) -> None:
+def test_what_cannot_be_reached_or_listened_at_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(RsdError, match=f"cannot listen at 127.0.0.1, port {port}"), serving(
-            server_of(make_policy(), port=port)
-        ):
-            pass
+        with pytest.raises(SystemExit):
+            main(["serve", "--policy", "not read before the port is there", "--port", str(port)])
+        assert f"error: cannot listen at 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
+    with pytest.raises(RsdError, match=r"cannot listen at no\.such\.host\.invalid, port 80"):
+        reserve("no.such.host.invalid", 80)
+    with reserve("127.0.0.1", 0) as door, pytest.raises(RsdError, match="found none that answers"):
+        RemotePolicy(f"ws://127.0.0.1:{door.getsockname()[1]}")  # not open yet
     for wrong in (f"ws://127.0.0.1:{port}", "ws://", "ws://no.such.host.invalid:1"):
         with pytest.raises(RsdError, match="expected an `rsd serve` at ws://HOST:PORT"):
             RemotePolicy(wrong)

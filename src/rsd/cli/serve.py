@@ -73,15 +73,14 @@ def run(arguments: Sequence[str], prog: str) -> int:
     import torch
 
     from rsd.evaluation.backend import describe_checkpoint
-    from rsd.serving.server import PolicyServer, serve_until_signal
+    from rsd.serving.server import PolicyServer, reserve, serve_until_signal
     from rsd.serving.service import load_policy, versions_on
 
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    server = PolicyServer(
-        load_policy(config), describe_checkpoint(config), versions_on(config.device), options.host, options.port
-    )
+    door = reserve(options.host, options.port)
+    server = PolicyServer(load_policy(config), describe_checkpoint(config), versions_on(config.device), door)
 
     def listening(address: str) -> None:
         console.print(f"{config.policy} decoding with {config.decode} on {config.device} at {address}; Ctrl-C stops")

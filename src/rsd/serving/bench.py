@@ -24,7 +24,7 @@ from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
 from rsd.serving.client import RemotePolicy
-from rsd.serving.server import PolicyServer, serve_until_signal
+from rsd.serving.server import PolicyServer, reserve, serve_until_signal
 from rsd.serving.service import load_policy, versions_on
 from rsd.types import CAMERAS, STATE_DIM, Observation, RsdError
 
@@ -124,5 +124,6 @@ def server_process(config: EvalConfig, threads: int) -> Iterator[str]:
 
 def server_main(connection: Connection, config: EvalConfig, threads: int) -> None:
     torch.set_num_threads(threads)
-    server = PolicyServer(load_policy(config), describe_checkpoint(config), versions_on(config.device), "127.0.0.1", 0)
+    door = reserve("127.0.0.1", 0)
+    server = PolicyServer(load_policy(config), describe_checkpoint(config), versions_on(config.device), door)
     serve_until_signal(server, connection.send)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,10 +53,10 @@ class PolicyServer:
     """A policy at a port. It predicts in a thread of its own: pings and health checks are answered meanwhile."""
 
     def __init__(
-        self, policy: Servable, description: dict[str, Any], versions: dict[str, str], host: str, port: int
+        self, policy: Servable, description: dict[str, Any], versions: dict[str, str], door: socket.socket
     ) -> None:
-        """description, versions: as in `Welcome`; port 0 takes a free one."""
-        self.host, self.port = host, port
+        """description, versions: `policy` and `versions` of `Welcome`; door: see `reserve`."""
+        self._door = door
         self._service = PolicyService(policy)
         self._description, self._versions = description, versions
         self._thread = ThreadPoolExecutor(1, "policy")
@@ -77,26 +78,21 @@ class PolicyServer:
                     await connection.send(hello)
                     await self._converse(connection)
 
-            try:
-                # No compression: pixels do not shrink. No origins: a web page must not reach a robot through a browser.
-                server = await serve(
-                    handle,
-                    self.host,
-                    self.port,
-                    compression=None,
-                    max_size=MAX_MESSAGE,
-                    origins=[None],
-                    process_request=check_health,
-                )
-            except OSError as error:
-                remedy = "choose another --host or --port"
-                raise RsdError(f"cannot listen at {self.host}, port {self.port}: {error.strerror}; {remedy}") from error
-            async with server:
-                host, port = next(iter(server.sockets)).getsockname()[:2]
+            host, port = self._door.getsockname()[:2]
+            # No compression: pixels do not shrink. No origins: a web page must not reach a robot through a browser.
+            async with serve(
+                handle,
+                sock=self._door,
+                compression=None,
+                max_size=MAX_MESSAGE,
+                origins=[None],
+                process_request=check_health,
+            ):
                 listening(f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}")
                 await stop.wait()
         finally:
             self._thread.shutdown(cancel_futures=True)
+            self._door.close()
 
     async def _converse(self, connection: ServerConnection) -> None:
         loop, session = asyncio.get_running_loop(), Session()
@@ -105,6 +101,25 @@ class PolicyServer:
             answer = await loop.run_in_executor(self._thread, self._service.answer, session, message, arrived)
             await connection.send(answer)
             session.previous_ms = 1e3 * (time.perf_counter() - arrived)
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """A port that nobody else gets, closed until a server listens; 0 takes a free one. `RsdError` if it is taken.
+
+    Before 15 GB are loaded, not after.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        door = socket.socket(family, kind, protocol)
+        with contextlib.ExitStack() as undo:
+            undo.callback(door.close)
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that ended just now is no hindrance
+            door.bind(address)
+            undo.pop_all()
+        return door
+    except OSError as error:
+        remedy = "choose another --host or --port"
+        raise RsdError(f"cannot listen at {host}, port {port}: {error.strerror}; {remedy}") from error
 
 
 def check_health(connection: ServerConnection, request: Request) -> Response | None:
@@ -126,7 +141,7 @@ def serve_until_signal(server: PolicyServer, listening: Callable[[str], None]) -
 
 @contextlib.contextmanager
 def serving(server: PolicyServer) -> Iterator[str]:
-    """Serve in a thread of this process while the context lasts; gives the address. `RsdError` if it cannot listen."""
+    """Serve in a thread of this process while the context lasts; gives the address."""
     news: queue.Queue[str | BaseException] = queue.Queue()
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
 
