@@ -29,7 +29,7 @@ from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene,
 from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy, in_prefill
 from rsd.json_files import read_versioned
 from rsd.models.draft import DraftConfig, DraftModel
-from rsd.models.light_draft import LightDraft, LightDraftConfig
+from rsd.models.light_draft import LightDraft, LightDraftConfig, Memory
 from rsd.models.main import MainConfig, MainModel, state_features
 from rsd.models.text import word_ids
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -126,6 +126,11 @@ class RsdPolicy:
         return self.config.main.image_size
 
     @property
+    def cameras(self) -> int:
+        """How many of an observation's cameras are looked at, the first ones."""
+        return 2
+
+    @property
     def device(self) -> torch.device:
         return self.model.main.state_mean.device
 
@@ -134,6 +139,14 @@ class RsdPolicy:
     def reset(self) -> None:
         """Forget the episode so far; call it before an episode's first observation."""
         self._memory = EpisodeMemory()
+
+    def swap_memory(self, memory: Any = None) -> Any:
+        """Turn to another episode: what an earlier call returned of it, or None at its start -> this episode's."""
+        mine, self._memory = self._memory, memory or EpisodeMemory()
+        if mine.main is not None:
+            # copies: a CUDA graph's next run, of the other episode, writes where these stand
+            mine.main = Memory(*([tensor.clone() for tensor in tensors] for tensors in mine.main))
+        return mine
 
     @torch.inference_mode()
     def predict(self, observation: Observation) -> ActionChunk:

@@ -47,6 +47,7 @@ COMMANDS = {
     "submit": Command("run an evaluation as SLURM jobs, a shard each", "rsd.cli.submit"),
     "inspect": Command("what a checkpoint or a results directory holds", "rsd.cli.inspect"),
     "doctor": Command("check this machine and a checkpoint before an evaluation", "rsd.cli.doctor"),
+    "serve": Command("put a policy behind a network port, in openpi's protocol", "rsd.cli.serve"),
     "bench latency": Command(
         "milliseconds per chunk of every decoder, in one run",
         "rsd.evaluation.latency",
@@ -70,6 +71,9 @@ COMMANDS = {
         "rsd.openvla.bench",
         "measure_openvla",
         "OpenVlaBenchConfig",
+    ),
+    "bench serving": Command(
+        "milliseconds that a network port adds to a chunk", "rsd.serving.bench", "measure_serving", "ServingBenchConfig"
     ),
     "calibrate": Command(
         "fit when rsd-skip may leave the main model idle",

@@ -131,7 +131,13 @@ def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
 
 
 def fitting_decoder(config: EvalConfig) -> EvalConfig:
-    """Without a wish, a directory in OpenVLA's format decodes as its own files say."""
+    """Without a wish, a directory in OpenVLA's format decodes as its own files say, a served policy as it is served."""
+    if config.served:
+        from rsd.serving.client import RemotePolicy
+
+        remote = RemotePolicy(config.policy)
+        remote.close()
+        return replace(config, decode=remote.decode)
     from rsd.models.openvla_loading import is_openvla
 
     local = Path(config.policy)

@@ -58,7 +58,11 @@ def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
 
 
 def rsd_policy(config: EvalConfig) -> Policy:
-    """A checkpoint of this package, or one in OpenVLA's format."""
+    """A checkpoint of this package, one in OpenVLA's format, or either of them behind a port."""
+    if config.served:
+        from rsd.serving.client import policy_for
+
+        return policy_for(config)
     from rsd.decoding.steps import SkipRule
     from rsd.openvla.policy import OpenVlaPolicy, locate_openvla
     from rsd.policy import RsdPolicy
@@ -126,6 +130,10 @@ def available_cores() -> int:
 
 def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     """The checkpoint's hash and its own provenance."""
+    if config.served:
+        from rsd.serving.client import describe
+
+        return describe(config)
     from rsd.openvla.policy import fingerprint, locate_openvla
     from rsd.policy import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
 

@@ -39,7 +39,7 @@ class EvalConfig:
     """Initial states: a list such as 0,3,10-19, of which the first num_trials are taken; a single number is the first
     of num_trials in a row."""
     policy: str = "checkpoints/libero_spatial"
-    """Checkpoint directory or Hugging Face hub id."""
+    """Checkpoint directory, Hugging Face hub id, or ws://HOST:PORT of `rsd serve`."""
     decode: str = "rsd-fused"
     """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, draft, light."""
     acceptance: str = "default"
@@ -106,6 +106,11 @@ class EvalConfig:
     @property
     def suites(self) -> list[str]:
         return list(dict.fromkeys(name.strip() for name in self.task_suite.split(",") if name.strip()))
+
+    @property
+    def served(self) -> bool:
+        """Whether the policy is that of an `rsd serve`."""
+        return self.policy.startswith(("ws://", "wss://"))
 
     @property
     def output_dir(self) -> Path:

@@ -227,7 +227,8 @@ def cheap_checks(policy: str, device_name: str, output: Path) -> list[Check]:
 
 def preflight(config: EvalConfig) -> None:
     """The cheap checks before an evaluation; raises RsdError naming every red one and what to do."""
-    bad = [c for c in cheap_checks(config.policy, config.device, config.output_dir) if c.status == "fail"]
+    checks = cheap_checks(config.policy, config.device, config.output_dir)
+    bad = [c for c in checks if c.status == "fail" and not (config.served and c.name == "checkpoint files")]
     if bad:
         lines = "; ".join(f"{check.name}: {check.found}{f' ({check.remedy})' if check.remedy else ''}" for check in bad)
         raise RsdError(f"{lines}; `rsd doctor` checks everything")

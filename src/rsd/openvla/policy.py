@@ -37,7 +37,7 @@ from rsd.openvla.precision import compile_layers, use_fp8
 from rsd.openvla.prompt import Prompt
 from rsd.openvla.statistics import Statistics
 from rsd.policy import locate_checkpoint
-from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import CAMERAS, ActionChunk, ChunkStats, Observation, RsdError
 
 SETTINGS_FILE, PREPROCESSOR_FILE = "rsd_openvla.json", "preprocessor_config.json"
 RENDER_SIZE = 256  # pixels a side, what the published evaluation renders and then resizes to 224
@@ -112,8 +112,16 @@ class OpenVlaPolicy:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def cameras(self) -> int:
+        """How many of an observation's cameras are looked at, the first ones."""
+        return self.settings.cameras or len(CAMERAS)
+
     def reset(self) -> None:
         """A new episode begins; nothing is remembered from one prediction to the next."""
+
+    def swap_memory(self, memory: None = None) -> None:
+        """Turn to another episode: as `RsdPolicy`, with nothing to remember."""
 
     def predict(self, observation: Observation, *, unnorm_key: str | None = None) -> ActionChunk:
         """Observation -> chunk float32 [H, 7], environment-ready: H = 8 with OFT, 1 with `ar`.

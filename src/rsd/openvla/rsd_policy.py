@@ -193,6 +193,15 @@ class OpenVlaRsdPolicy(RsdPolicy):
     def image_size(self) -> int:
         return RENDER_SIZE
 
+    @property
+    def cameras(self) -> int:
+        return self.observing.views
+
+    def swap_memory(self, memory: Any = None) -> Any:
+        instruction, remembered = memory or ("", None)
+        mine, self._instruction = self._instruction, instruction
+        return mine, super().swap_memory(remembered)
+
     def _preprocess(self, observations: list[Observation]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """-> pixels [B, views, 6, 224, 224], state [B, 19], prompt ids [B, T], the light draft's condition [B, Dt]."""
         if len({observation.instruction for observation in observations}) > 1:

@@ -1,0 +1,92 @@
+"""`rsd serve`: a policy behind a network port."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from rsd.cli.eval import check_names, fitting_decoder
+from rsd.cli.parsing import UsageError, parse
+from rsd.evaluation.config import EvalConfig
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class ServeArguments:
+    """Serve a policy over a WebSocket in openpi's protocol: its published client works unchanged.
+
+    There is no authentication: who reaches the port drives the robot. Ctrl-C stops.
+    """
+
+    policy: str = EvalConfig.policy
+    """Checkpoint directory or Hugging Face hub id: everything that `rsd eval --policy` takes."""
+    decode: str = ""
+    """Decoding strategy, as of `rsd eval`; without it rsd-fused, or what a directory in OpenVLA's format says."""
+    acceptance: str = EvalConfig.acceptance
+    """Rule for drafted levels, as of `rsd eval`; default: the checkpoint's."""
+    skip_threshold_mm: float = EvalConfig.skip_threshold_mm
+    """For rsd-skip: leave the main idle where the draft expects to deviate less; -1 takes the calibration."""
+    max_skips: int = EvalConfig.max_skips
+    """For rsd-skip with a threshold of its own: chunks in a row without the main, at most."""
+    statistics: str = EvalConfig.task_suite
+    """Data set whose statistics scale a published OpenVLA checkpoint's actions, where its own files do not say."""
+    device: str = EvalConfig.device
+    """Where the policy runs: cpu, cuda, cuda:1."""
+    threads: int = 0
+    """Torch's threads on a CPU; 0 takes its own default, about one per core."""
+    host: str = "127.0.0.1"
+    """Address to listen at: 127.0.0.1 is this machine only, 0.0.0.0 every machine that can reach it."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 1 << 16:
+            raise UsageError(f"--port {self.port}: expected 0 to {(1 << 16) - 1}")
+        if self.threads < 0:
+            raise UsageError(f"--threads {self.threads}: expected at least 0")
+
+    @property
+    def evaluated(self) -> EvalConfig:
+        """The evaluation whose policy this is."""
+        config = EvalConfig(
+            policy=self.policy,
+            decode=self.decode or EvalConfig.decode,
+            acceptance=self.acceptance,
+            skip_threshold_mm=self.skip_threshold_mm,
+            max_skips=self.max_skips,
+            task_suite=self.statistics,
+            device=self.device,
+        )
+        if config.served:
+            raise UsageError(f"--policy {self.policy}: is served already; expected a checkpoint directory or hub id")
+        return config if self.decode else fitting_decoder(config)
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    options = parse(ServeArguments, arguments, prog)
+    config = options.evaluated
+    check_names(config)
+
+    import torch
+
+    from rsd.evaluation.backend import describe_checkpoint
+    from rsd.serving.server import PolicyServer, reserve, serve_until_signal
+    from rsd.serving.service import load_policy, versions_on
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    door = reserve(options.host, options.port)
+    server = PolicyServer(load_policy(config), describe_checkpoint(config), versions_on(config.device), door)
+
+    def listening(address: str) -> None:
+        console.print(f"{config.policy} decoding with {config.decode} on {config.device} at {address}; Ctrl-C stops")
+        if options.host not in LOCAL:
+            console.print("no authentication: who reaches this port drives the robot", style="yellow")
+
+    serve_until_signal(server, listening)
+    console.print("stopped")
+    return 0

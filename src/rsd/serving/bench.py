@@ -1,0 +1,129 @@
+"""`rsd bench serving`: what a network port adds to a chunk, on this machine, without a simulator.
+
+Every observation is decided twice in a row, here and by an `rsd serve` in a process of its own, and the actions have to
+be the same.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rsd.evaluation.backend import available_cores, describe_checkpoint
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.results import encode_record, write_atomically
+from rsd.evaluation.statistics import percentiles
+from rsd.serving.client import RemotePolicy
+from rsd.serving.server import PolicyServer, reserve, serve_until_signal
+from rsd.serving.service import load_policy, versions_on
+from rsd.types import CAMERAS, STATE_DIM, Observation, RsdError
+
+FORMAT = 1
+LOCAL, ROUND_TRIP, NETWORK = "predict here", "round trip", "of it on the way"
+START_PATIENCE = 600.0  # seconds until the server listens: it may load 15 GB
+
+
+@dataclass(frozen=True)
+class ServingBenchConfig:
+    """Time chunks decided here and behind a port of this machine."""
+
+    policy: str = EvalConfig.policy
+    """Checkpoint directory or hub id."""
+    decode: tuple[str, ...] = ("l1", "rsd-fused")
+    """Decoders, in the order of the columns."""
+    rounds: int = 200
+    """Chunks per decoder."""
+    warmup: int = 20
+    """Chunks thrown away first."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    threads: int = 0
+    """Torch's threads here and in the server; 0 = one per core."""
+    output: Path = Path("results/scratch/serving.json")
+    """Raw milliseconds and the environment, as JSON."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.warmup < 0 or self.threads < 0 or not self.decode:
+            raise RsdError(f"serving: expected rounds >= 1, warmup >= 0, threads >= 0, a decoder; found {self}")
+
+
+@dataclass(frozen=True)
+class ServingRecord:
+    """milliseconds: decoder -> what -> one number per chunk, in the order of time."""
+
+    format: int
+    config: dict[str, Any]
+    versions: dict[str, str]
+    milliseconds: dict[str, dict[str, list[float]]]
+
+
+def measure_serving(config: ServingBenchConfig) -> ServingRecord:
+    """Run the measurement, print the table, write the JSON."""
+    threads = config.threads or available_cores()
+    torch.set_num_threads(threads)
+    times = {decode: measure(config, decode, threads) for decode in config.decode}
+    settings = {**asdict(config), "output": str(config.output), "threads": threads}
+    record = ServingRecord(FORMAT, settings, versions_on(config.device), times)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.output, encode_record(record) + "\n")
+    table = Table("milliseconds, p50 / p95", *(config.decode), title=config.policy, title_justify="left")
+    for name in (LOCAL, ROUND_TRIP, NETWORK):
+        table.add_row(name, *("{:.2f} / {:.2f}".format(*percentiles(times[d][name])) for d in config.decode))
+    Console().print(table)
+    return record
+
+
+def measure(config: ServingBenchConfig, decode: str, threads: int) -> dict[str, list[float]]:
+    evaluated = EvalConfig(policy=config.policy, decode=decode, device=config.device)
+    policy, rng = load_policy(evaluated), np.random.default_rng(0)
+    times: dict[str, list[float]] = {LOCAL: [], ROUND_TRIP: [], NETWORK: []}
+    with server_process(evaluated, threads) as address, closing(RemotePolicy(address)) as remote:
+        for turn in range(config.warmup + config.rounds):
+            images = rng.integers(0, 256, (len(CAMERAS), policy.image_size, policy.image_size, 3), dtype=np.uint8)
+            state = rng.normal(0.0, 0.3, STATE_DIM).astype(np.float32)
+            observation = Observation(images, state, "pick up the black bowl")
+            here, there = policy.predict(observation), remote.predict(observation)
+            if not np.array_equal(here.actions, there.actions):
+                raise RsdError(f"{decode}: chunk {turn} is another behind the port than here")
+            if turn >= config.warmup:
+                times[LOCAL].append(here.stats.latency_ms["total"])
+                times[ROUND_TRIP].append(there.stats.latency_ms["total"])
+                times[NETWORK].append(there.stats.latency_ms["network"])
+    return times
+
+
+@contextmanager
+def server_process(config: EvalConfig, threads: int) -> Iterator[str]:
+    """A served policy in a process of its own while the context lasts; gives its address."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=server_main, args=(theirs, config, threads), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(START_PATIENCE):
+            raise RsdError(f"the server's process did not listen within {START_PATIENCE:g} s")
+        yield ours.recv()
+    except EOFError:
+        raise RsdError("the server's process ended before it listened; its messages are above") from None
+    finally:
+        process.terminate()
+        process.join()
+        ours.close()
+
+
+def server_main(connection: Connection, config: EvalConfig, threads: int) -> None:
+    torch.set_num_threads(threads)
+    door = reserve("127.0.0.1", 0)
+    server = PolicyServer(load_policy(config), describe_checkpoint(config), versions_on(config.device), door)
+    serve_until_signal(server, connection.send)

@@ -1,0 +1,165 @@
+"""A policy behind a WebSocket, in openpi's protocol: its published client works unchanged.
+
+On connecting the client gets a map that describes the server. Then every binary message is an observation, answered by
+a map with `actions`, or by a text where something was wrong. `GET /healthz` says OK. There is no authentication.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from http import HTTPStatus
+from typing import Any
+
+from rsd.serving.request import IMAGES
+from rsd.serving.service import PolicyService, Servable, Session
+from rsd.serving.wire import pack
+from rsd.types import RsdError
+
+try:
+    from websockets.asyncio.server import ServerConnection, serve
+    from websockets.exceptions import ConnectionClosed
+    from websockets.http11 import Request, Response
+except ImportError as error:
+    raise RsdError("serving needs websockets, found none: pip install 'rsd-vla[serve]'") from error
+
+MAX_MESSAGE = 64 << 20  # bytes; two images of 2048 px are 25 MB
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """What a client gets to know on connecting. images: the keys it must send; chunk: shape of an answer's actions.
+
+    policy: what names the weights beyond doubt; versions: of what computes, and the device.
+    """
+
+    decode: str
+    image_size: int
+    images: tuple[str, ...]
+    chunk: tuple[int, ...]
+    policy: dict[str, Any]
+    versions: dict[str, str]
+
+
+class PolicyServer:
+    """A policy at a port. It predicts in a thread of its own: pings and health checks are answered meanwhile."""
+
+    def __init__(
+        self, policy: Servable, description: dict[str, Any], versions: dict[str, str], door: socket.socket
+    ) -> None:
+        """description, versions: `policy` and `versions` of `Welcome`; door: see `reserve`."""
+        self._door = door
+        self._service = PolicyService(policy)
+        self._description, self._versions = description, versions
+        self._thread = ThreadPoolExecutor(1, "policy")
+
+    async def run(self, stop: asyncio.Event, listening: Callable[[str], None]) -> None:
+        """Serve until `stop`; calls `listening` with the address as soon as clients may connect."""
+        loop = asyncio.get_running_loop()
+        policy = self._service.policy
+        try:
+            chunk = await loop.run_in_executor(self._thread, self._service.warm_up)
+            images = IMAGES[: policy.cameras]
+            welcome = Welcome(
+                policy.decode, policy.image_size, images, tuple(chunk), self._description, self._versions
+            )
+            hello = pack(asdict(welcome))
+
+            async def handle(connection: ServerConnection) -> None:
+                with contextlib.suppress(ConnectionClosed):
+                    await connection.send(hello)
+                    await self._converse(connection)
+
+            host, port = self._door.getsockname()[:2]
+            # No compression: pixels do not shrink. No origins: a web page must not reach a robot through a browser.
+            async with serve(
+                handle,
+                sock=self._door,
+                compression=None,
+                max_size=MAX_MESSAGE,
+                origins=[None],
+                process_request=check_health,
+            ):
+                listening(f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}")
+                await stop.wait()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            self._door.close()
+
+    async def _converse(self, connection: ServerConnection) -> None:
+        loop, session = asyncio.get_running_loop(), Session()
+        async for message in connection:
+            arrived = time.perf_counter()
+            answer = await loop.run_in_executor(self._thread, self._service.answer, session, message, arrived)
+            await connection.send(answer)
+            session.previous_ms = 1e3 * (time.perf_counter() - arrived)
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """A port that nobody else gets, closed until a server listens; 0 takes a free one. `RsdError` if it is taken.
+
+    Before 15 GB are loaded, not after.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        door = socket.socket(family, kind, protocol)
+        with contextlib.ExitStack() as undo:
+            undo.callback(door.close)
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that ended just now is no hindrance
+            door.bind(address)
+            undo.pop_all()
+        return door
+    except OSError as error:
+        remedy = "choose another --host or --port"
+        raise RsdError(f"cannot listen at {host}, port {port}: {error.strerror}; {remedy}") from error
+
+
+def check_health(connection: ServerConnection, request: Request) -> Response | None:
+    """OK for GET /healthz; everything else goes on to the WebSocket handshake."""
+    return connection.respond(HTTPStatus.OK, "OK\n") if request.path == "/healthz" else None
+
+
+def serve_until_signal(server: PolicyServer, listening: Callable[[str], None]) -> None:
+    """Serve in the main thread until Ctrl-C or SIGTERM."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await server.run(stop, listening)
+
+    asyncio.run(main())
+
+
+@contextlib.contextmanager
+def serving(server: PolicyServer) -> Iterator[str]:
+    """Serve in a thread of this process while the context lasts; gives the address."""
+    news: queue.Queue[str | BaseException] = queue.Queue()
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
+
+    def run() -> None:
+        try:
+            loop.run_until_complete(server.run(stop, news.put))
+        except BaseException as error:
+            news.put(error)
+        finally:
+            loop.close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    address = news.get()
+    if isinstance(address, BaseException):
+        raise address
+    try:
+        yield address
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
