@@ -221,7 +221,7 @@ def test_an_adapter_finds_its_base_and_merged_weights_refuse_one(ar_directory: P
 
 
 def test_a_temperature_is_refused(ar_directory: Path) -> None:
-    with pytest.raises(RsdError, match="--temperature 0.5: .* in OpenVLA's format .* leave --temperature out"):
+    with pytest.raises(RsdError, match=r"--temperature 0.5: .* in OpenVLA's format .* leave --temperature out"):
         rsd_policy(EvalConfig(policy=str(ar_directory), decode="ar", temperature=0.5))
 
 
