@@ -25,8 +25,9 @@ from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration, fingertip_deviation
 from rsd.decoding.recorded import RecordedStrategy
+from rsd.decoding.sampling import Sampler
 from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, SkipRule, Stopwatch
-from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy, in_prefill
+from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy, check_sampling, in_prefill
 from rsd.json_files import read_versioned
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.light_draft import LightDraft, LightDraftConfig, Memory
@@ -96,15 +97,19 @@ class RsdPolicy:
         decode: str = "rsd",
         acceptance: str | None = None,
         fine: str | None = None,
+        temperature: float = 0.0,
         skip: SkipRule | None = None,
         cuda_graphs: bool = True,
         audit: bool = False,
         provenance: dict[str, Any] | None = None,
     ) -> None:
-        """skip: when `rsd-skip` leaves the main idle (never without one). audit: know of every chunk how far the light
+        """temperature: draw the motion tokens from softmax(logits / temperature), see `reset`; 0 takes the likeliest.
+        skip: when `rsd-skip` leaves the main idle (never without one). audit: know of every chunk how far the light
         draft's led away from the main's; beside a skipped one the main is run for that, outside the latencies."""
         check_decode(decode, model.light is not None)
-        rule = acceptance_rule(acceptance or config.acceptance, tokenizer.config.rfsq)
+        check_sampling(temperature, decode, acceptance, fine)
+        # drawn tokens have no greedy choice to be near to: only the rule that keeps a distribution can judge them
+        rule = acceptance_rule(acceptance or ("exact" if temperature else config.acceptance), tokenizer.config.rfsq)
         # `exact` promises the tokens of `ar`; regressed fine levels would break that promise
         fine = fine or ("sequential" if rule.name == "exact" else config.fine)
         if fine not in ("regress", "sequential"):
@@ -112,11 +117,13 @@ class RsdPolicy:
         self.model, self.config = model.eval(), config
         self.tokenizer = tokenizer.to(self.device)
         self.provenance = provenance or {}
-        self.decode, self.audit = decode, audit
+        self.decode, self.temperature, self.audit = decode, temperature, audit
         self.acceptance = rule.name if decode.startswith("rsd") else ""
-        self.decoder = Decoder(model.main, model.draft, rule, fine, model.light, skip or SkipRule())
+        sampler = Sampler(temperature, torch.Generator(self.device).manual_seed(0)) if temperature else None
+        self.decoder = Decoder(model.main, model.draft, rule, fine, model.light, skip or SkipRule(), sampler)
         self._strategy: Strategy = STRATEGIES[decode]
-        if cuda_graphs and self.device.type == "cuda" and fine == "regress":
+        # drawn tokens are not recorded: a graph would have to know of the generator, and `rsd` decides on the host
+        if cuda_graphs and self.device.type == "cuda" and fine == "regress" and sampler is None:
             self._strategy = RecordedStrategy(decode)
         self._memory = EpisodeMemory()
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -136,9 +143,15 @@ class RsdPolicy:
 
     # observation -> chunk
 
-    def reset(self) -> None:
-        """Forget the episode so far; call it before an episode's first observation."""
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the episode so far; call it before an episode's first observation.
+
+        seed: of what is drawn from now on at a temperature; without one the random numbers go on where they were
+        (in a new policy: as from seed 0).
+        """
         self._memory = EpisodeMemory()
+        if seed is not None and self.decoder.sampler is not None:
+            self.decoder.sampler.generator.manual_seed(seed)
 
     def swap_memory(self, memory: Any = None) -> Any:
         """Turn to another episode: what an earlier call returned of it, or None at its start -> this episode's."""
@@ -252,13 +265,15 @@ class RsdPolicy:
         decode: str = "rsd",
         acceptance: str | None = None,
         fine: str | None = None,
+        temperature: float = 0.0,
         skip: SkipRule | None = None,
         cuda_graphs: bool = True,
         audit: bool = False,
     ) -> RsdPolicy:
         """Load a checkpoint directory, or a hub repository of one; `RsdError` on anything missing or odd.
 
-        skip: for `rsd-skip`; None takes the checkpoint's own calibration.
+        acceptance, fine: None takes the checkpoint's own, or with a temperature `exact` and `sequential`. skip: for
+        `rsd-skip`; None takes the checkpoint's own calibration.
         """
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise RsdError(f"device {device}: no CUDA device is visible here; use cpu")
@@ -269,7 +284,9 @@ class RsdPolicy:
             from rsd.openvla.rsd_policy import OpenVlaRsdPolicy
 
             policy_class = OpenVlaRsdPolicy
-        options = {"decode": decode, "acceptance": acceptance, "fine": fine, "cuda_graphs": cuda_graphs, "audit": audit}
+        check_sampling(temperature, decode, acceptance, fine)  # before the weights
+        options = {"decode": decode, "acceptance": acceptance, "fine": fine, "temperature": temperature}
+        options |= {"cuda_graphs": cuda_graphs, "audit": audit}
         return policy_class.load(directory, content, device, skip, options)
 
     @classmethod

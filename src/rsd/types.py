@@ -48,7 +48,8 @@ class ChunkStats:
     """How one action chunk was decoded. Counts per level use vLLM's words (levels = positions).
 
     main_passes: passes of the main model AFTER its prefill (the prefill is counted in `prefills`).
-    num_draft_tokens / num_accepted_tokens: per level, drafted and accepted scalars; empty without a draft.
+    num_draft_tokens / num_accepted_tokens: per level, drafted and accepted scalars; empty without a draft. Of tokens
+        drawn at a temperature, those before the first that was corrected are accepted.
     accepted_levels: length of the accepted prefix of levels (0 .. draft levels).
     The rest is None without a light draft. skipped: its chunk was executed and the main stayed idle. forced: the main
     had to run whatever the draft expected. expected_deviation_mm: how far its chunk would lead the fingertip away from
@@ -88,8 +89,8 @@ class Policy(Protocol):
         """Side of the square camera images in pixels."""
         ...
 
-    def reset(self) -> None:
-        """Forget the episode so far."""
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the episode so far. seed: of whatever is drawn in the next one."""
         ...
 
     def predict(self, observation: Observation) -> ActionChunk: ...

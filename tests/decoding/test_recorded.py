@@ -34,6 +34,23 @@ def test_a_recorded_strategy_acts_as_the_plain_one(
         assert found.stats.prefills == expected.stats.prefills
 
 
+@pytest.mark.parametrize("decode", ["ar", "rsd"])
+def test_drawn_tokens_are_drawn_anew_on_a_gpu_and_repeat_with_the_seed(
+    make_model: Callable[[int], RsdModel],
+    tokenizer: ActionTokenizer,
+    tiny_config: PolicyConfig,
+    make_observation: Callable[..., Observation],
+    decode: str,
+) -> None:
+    policy = RsdPolicy(make_model(0).cuda(), tokenizer, tiny_config, decode=decode, temperature=1.0)
+    drawn = []
+    for _ in range(2):
+        policy.reset(5)
+        drawn.append([policy.predict(make_observation()).actions for _ in range(3)])
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0][0], drawn[0][1])
+
+
 def test_a_recorded_strategy_notices_what_is_not_finite(
     make_model: Callable[[int], RsdModel],
     tokenizer: ActionTokenizer,

@@ -129,6 +129,17 @@ def test_one_camera_is_read_where_one_was_trained(
         calibrate(CalibrateConfig(policy=str(directory), output=tmp_path / "rollouts"))
 
 
+@pytest.mark.parametrize("decode", ["ar", "rsd", "rsd-fused"])
+def test_drawn_tokens_repeat_with_the_seed_alone(directory: Path, seen: list[Observation], decode: str) -> None:
+    policy = RsdPolicy.from_pretrained(directory, decode=decode, temperature=1.0)
+    drawn = []
+    for seed in (5, 5, 6):
+        policy.reset(seed)
+        drawn.append([policy.predict(observation).actions for observation in seen])
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+
+
 def test_the_main_rests_under_rsd_skip_until_the_instruction_changes(directory: Path, seen: list[Observation]) -> None:
     policy = RsdPolicy.from_pretrained(directory, decode="rsd-skip", skip=SkipRule(1e9, 4), audit=True)
     first, second = (policy.predict(seen[0]).stats for _ in range(2))

@@ -68,6 +68,9 @@ def rsd_policy(config: EvalConfig) -> Policy:
     from rsd.policy import RsdPolicy
 
     if (openvla := locate_openvla(config.policy)) is not None:
+        if config.temperature:
+            found = f"--temperature {config.temperature:g}: {config.policy} in OpenVLA's format"
+            raise RsdError(f"{found} takes the likeliest tokens, as published; leave --temperature out")
         return OpenVlaPolicy.from_pretrained(
             openvla, device=config.device, decode=config.decode, suite=config.task_suite
         )
@@ -78,6 +81,7 @@ def rsd_policy(config: EvalConfig) -> Policy:
         device=config.device,
         decode=config.decode,
         acceptance=acceptance,
+        temperature=config.temperature,
         skip=skip,
         audit=config.audit,
     )

@@ -117,8 +117,8 @@ class OpenVlaPolicy:
         """How many of an observation's cameras are looked at, the first ones."""
         return self.settings.cameras or len(CAMERAS)
 
-    def reset(self) -> None:
-        """A new episode begins; nothing is remembered from one prediction to the next."""
+    def reset(self, seed: int | None = None) -> None:
+        """A new episode begins; nothing is drawn, nor remembered from one prediction to the next."""
 
     def swap_memory(self, memory: None = None) -> None:
         """Turn to another episode: as `RsdPolicy`, with nothing to remember."""

@@ -44,8 +44,8 @@ class RemotePolicy:
     def decode(self) -> str:
         return self.welcome.decode
 
-    def reset(self) -> None:
-        """Forget the episode so far, with the next observation."""
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the episode so far, with the next observation. Nothing that is served is drawn: no seed counts."""
         self._first = True
         if self._connection is None and (found := self._connect()) != self.welcome:
             self.close()
@@ -115,7 +115,10 @@ def read_welcome(address: str, message: bytes | str) -> Welcome:
 
 def policy_for(config: EvalConfig) -> RemotePolicy:
     """The policy served at `config.policy`; `RsdError` where the options ask for another one."""
-    mine = {"acceptance": "default", "skip_threshold_mm": -1.0, "audit": False, "device": "cpu", "batch": 0}
+    mine = {
+        **{"acceptance": "default", "temperature": 0.0, "skip_threshold_mm": -1.0, "audit": False},
+        **{"device": "cpu", "batch": 0},
+    }
     if given := [f"--{name.replace('_', '-')}" for name, value in mine.items() if getattr(config, name) != value]:
         raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here; give it to `rsd serve`")
     remote = RemotePolicy(config.policy)
