@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.steps import SkipRule
 from rsd.decoding.strategies import STRATEGIES
 from rsd.models.main import MainModel
@@ -440,8 +441,62 @@ def test_a_checkpoint_without_light_draft_decodes_the_other_ways(
     config = replace(tiny_config, light=None)
     RsdPolicy(RsdModel(config, tokenizer), tokenizer, config).save_pretrained(tmp_path)
     RsdPolicy.from_pretrained(tmp_path, decode="rsd").predict(make_observation())
+    assert RsdPolicy.from_pretrained(tmp_path).decode == "rsd"
     with pytest.raises(RsdError, match=r"decode 'rsd-fused': this checkpoint has no light draft; use rsd"):
         RsdPolicy.from_pretrained(tmp_path, decode="rsd-fused")
+
+
+# the best decoder
+
+
+def calibration(weights: Path, **changes: Any) -> SkipCalibration:
+    values = {"threshold": 20.0, "max_skips": 2, "score": "mm", "epsilon_mm": 50.0, "alpha": 0.1, "delta": 0.1}
+    values |= {"loss": "share", "test": "betting", "p_value": 0.05, "empirical_risk": 0.05, "skip_share": 0.5}
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return SkipCalibration(**{**values, "episodes": 9, "chunks": 90, "weights_sha256": sha256, **changes})
+
+
+def test_the_default_is_the_best_that_the_checkpoint_supports(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def chosen(**options: Any) -> str:
+        caplog.clear()
+        loaded = RsdPolicy.from_pretrained(checkpoint, **options).decode
+        assert f"{checkpoint}: decodes by {loaded}: the best" in caplog.text
+        return loaded
+
+    assert chosen() == "rsd-fused"  # freshly trained
+    assert "needs a skip_calibration.json, found none; make it with `rsd calibrate`" in caplog.text
+    assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
+    calibration(checkpoint / WEIGHTS_FILE).save(checkpoint)
+    assert chosen() == chosen(acceptance="margin", fine="regress") == "rsd-skip"
+    assert chosen(acceptance="exact") == chosen(fine="sequential") == "rsd-fused"
+    assert "calibrated with the checkpoint's margin and regress, found None and sequential" in caplog.text
+    for change, why in (({"threshold": 0.0}, "found no threshold"), ({"weights_sha256": "0" * 64}, "made for weights")):
+        calibration(checkpoint / WEIGHTS_FILE, **change).save(checkpoint)
+        assert chosen() == "rsd-fused"
+        assert why in caplog.text
+    with pytest.raises(RsdError, match="made for weights"):  # what is asked for by name is never replaced
+        RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")
+
+
+def test_the_default_of_a_model_at_hand(policy: RsdPolicy, tokenizer: ActionTokenizer) -> None:
+    parts = policy.model, tokenizer, policy.config
+    assert RsdPolicy(*parts).decode == "rsd-fused"
+    assert RsdPolicy(*parts, skip=SkipRule(10.0)).decode == "rsd-skip"
+    config = replace(policy.config, light=None)
+    assert RsdPolicy(RsdModel(config, tokenizer), tokenizer, config, skip=SkipRule(10.0)).decode == "rsd"
+
+
+def test_a_configuration_without_its_policy_is_refused(checkpoint: Path) -> None:
+    content = json.loads((checkpoint / CONFIG_FILE).read_text())
+    for damaged in ({}, {"policy": None}):
+        kept = {name: value for name, value in content.items() if name != "policy"}
+        (checkpoint / CONFIG_FILE).write_text(json.dumps({**kept, **damaged}))
+        with pytest.raises(RsdError, match=r"config.json: unknown or missing field \('policy'\)"):
+            RsdPolicy.from_pretrained(checkpoint)
 
 
 def test_the_light_drafts_matrices_are_int8_within_half_a_step(policy: RsdPolicy, checkpoint: Path) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,13 +35,14 @@ from rsd.models.main import MainConfig, MainModel, state_features
 from rsd.models.text import word_ids
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import BEST, ActionChunk, ChunkStats, Observation, RsdError
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 BACKBONE = "backbone"  # in config.json: the compact main where it is absent, or "openvla"
 SCALE = ".scale"  # after the name of a weight that is stored as int8
 TEXT_CACHE = 64  # instructions whose encoding is kept
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class RsdPolicy:
         tokenizer: ActionTokenizer,
         config: PolicyConfig,
         *,
-        decode: str = "rsd",
+        decode: str = BEST,
         acceptance: str | None = None,
         fine: str | None = None,
         skip: SkipRule | None = None,
@@ -103,6 +105,8 @@ class RsdPolicy:
     ) -> None:
         """skip: when `rsd-skip` leaves the main idle (never without one). audit: know of every chunk how far the light
         draft's led away from the main's; beside a skipped one the main is run for that, outside the latencies."""
+        if decode == BEST:
+            decode = best_decode(model.light is not None, "" if skip else "no skip rule").decode
         check_decode(decode, model.light is not None)
         rule = acceptance_rule(acceptance or config.acceptance, tokenizer.config.rfsq)
         # `exact` promises the tokens of `ar`; regressed fine levels would break that promise
@@ -236,7 +240,7 @@ class RsdPolicy:
         path_or_hub_id: str | Path,
         *,
         device: str = "cpu",
-        decode: str = "rsd",
+        decode: str = BEST,
         acceptance: str | None = None,
         fine: str | None = None,
         skip: SkipRule | None = None,
@@ -245,7 +249,8 @@ class RsdPolicy:
     ) -> RsdPolicy:
         """Load a checkpoint directory, or a hub repository of one; `RsdError` on anything missing or odd.
 
-        skip: for `rsd-skip`; None takes the checkpoint's own calibration.
+        decode: `best` takes the best proven decoder that the checkpoint supports (see `choose_decode`), logs why, and
+        the policy's `decode` names it. skip: for `rsd-skip`; None takes the checkpoint's own calibration.
         """
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise RsdError(f"device {device}: no CUDA device is visible here; use cpu")
@@ -257,6 +262,10 @@ class RsdPolicy:
 
             policy_class = OpenVlaRsdPolicy
         options = {"decode": decode, "acceptance": acceptance, "fine": fine, "cuda_graphs": cuda_graphs, "audit": audit}
+        if decode == BEST:
+            choice = choose_decode(directory, content, acceptance=acceptance, fine=fine, skip=skip)
+            LOG.log(logging.INFO if choice.decode == "rsd-skip" else logging.WARNING, "%s: %s", directory, choice)
+            options["decode"] = choice.decode
         return policy_class.load(directory, content, device, skip, options)
 
     @classmethod
@@ -269,7 +278,7 @@ class RsdPolicy:
         model = RsdModel(config, tokenizer)
         load_weights(model, directory / WEIGHTS_FILE)
         model.to(device)
-        skip = skip or stored_skip(directory, config, options)
+        skip = skip or stored_skip(directory, content, options)
         return cls(model, tokenizer, config, skip=skip, provenance=content.get("provenance", {}), **options)
 
 
@@ -281,13 +290,47 @@ def check_decode(decode: str, light: bool) -> None:
         raise RsdError(f"decode {decode!r}: this checkpoint has no light draft; use rsd, l1 or ar, or train one")
 
 
-def stored_skip(directory: Path, config: PolicyConfig, options: dict[str, Any]) -> SkipRule | None:
+class Choice(NamedTuple):
+    """The decoder that `best` stands for, and why."""
+
+    decode: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"decodes by {self.decode}: {self.why}"
+
+
+def best_decode(light: bool, obstacle: str) -> Choice:
+    """The order of what is proven in closed loop. obstacle: why the main may never rest, "" where it may."""
+    if not light:
+        return Choice("rsd", "the best without a light draft")
+    if obstacle:
+        return Choice("rsd-fused", f"the best that is possible ({obstacle})")
+    return Choice("rsd-skip", "the best, calibrated for these weights")
+
+
+def choose_decode(
+    directory: Path, content: dict[str, Any], *, acceptance: str | None, fine: str | None, skip: SkipRule | None
+) -> Choice:
+    """What `best` is for a checkpoint, compact or on OpenVLA (content: its config.json), and the options given."""
+    obstacle, wanted = "", {"decode": "rsd-skip", "acceptance": acceptance, "fine": fine}
+    try:
+        rule = skip or stored_skip(directory, content, wanted)
+        if rule is not None and rule.threshold_mm == 0:
+            obstacle = "the skip calibration found no threshold that keeps its promise"
+    except RsdError as error:
+        obstacle = str(error)
+    return best_decode(bool(content["policy"].get("light")), obstacle)
+
+
+def stored_skip(directory: Path, content: dict[str, Any], options: dict[str, Any]) -> SkipRule | None:
     """The rule of the checkpoint's own calibration if `rsd-skip` is asked for; `RsdError` where it does not hold."""
-    acceptance, fine = options["acceptance"], options["fine"]
     if options["decode"] != "rsd-skip":
         return None
-    if acceptance not in (None, config.acceptance) or fine not in (None, config.fine):
-        expected = f"the checkpoint's {config.acceptance} and {config.fine}"
+    acceptance, fine = options["acceptance"], options["fine"]
+    own = {"acceptance": PolicyConfig.acceptance, "fine": PolicyConfig.fine, **content["policy"]}
+    if acceptance not in (None, own["acceptance"]) or fine not in (None, own["fine"]):
+        expected = f"the checkpoint's {own['acceptance']} and {own['fine']}"
         raise RsdError(f"rsd-skip: calibrated with {expected}, found {acceptance} and {fine}; leave them out")
     calibration = load_calibration(directory)
     return SkipRule(calibration.threshold, calibration.max_skips)
@@ -396,6 +439,8 @@ def read_content(directory: Path) -> dict[str, Any]:
     """config.json, of this format and with the files that belong to it."""
     path = directory / CONFIG_FILE
     content = read_versioned(path, "checkpoint", FORMAT_VERSION, "use the rsd-vla that wrote it, or train again")
+    if not isinstance(content.get("policy"), dict):
+        raise RsdError(f"{path}: unknown or missing field ('policy'); copy the checkpoint again")
     digests = content.get("sha256", {})
     for name in dict.fromkeys([WEIGHTS_FILE, TOKENIZER_FILE, *digests]):
         file = directory / name

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 ACTION_DIM = 7  # end-effector position 3, rotation 3, gripper 1
 STATE_DIM = 8  # end-effector position 3, axis-angle 3, gripper joint positions 2
 CAMERAS = ("agentview", "wrist")
+BEST = "best"  # in the place of a decoder's name: the best proven one that the checkpoint supports
 
 
 class RsdError(Exception):

@@ -6,16 +6,17 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsd.evaluation.config import EvalConfig
-from rsd.types import Policy, RsdError
+from rsd.types import BEST, Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.batched_policy import BatchPolicy
     from rsd.evaluation.rollout import Environment
+    from rsd.policy import Choice
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Backend:
     """What names the weights beyond doubt: a run is never continued with others."""
     versions: Callable[[str], dict[str, str]]
     """device -> versions of everything a result may depend on."""
+    choose_decode: Callable[[EvalConfig], Choice]
+    """What --decode best is for this policy and these options."""
     make_batch_policy: Callable[[EvalConfig], BatchPolicy] | None = None
     """A policy for `--batch`; None where there is none."""
     preflight: Callable[[EvalConfig], None] | None = None
@@ -59,7 +62,6 @@ def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
 
 def rsd_policy(config: EvalConfig) -> Policy:
     """A checkpoint of this package, or one in OpenVLA's format."""
-    from rsd.decoding.steps import SkipRule
     from rsd.openvla.policy import OpenVlaPolicy, locate_openvla
     from rsd.policy import RsdPolicy
 
@@ -67,16 +69,29 @@ def rsd_policy(config: EvalConfig) -> Policy:
         return OpenVlaPolicy.from_pretrained(
             openvla, device=config.device, decode=config.decode, suite=config.task_suite
         )
-    acceptance = None if config.acceptance == "default" else config.acceptance
-    skip = SkipRule(config.skip_threshold_mm, config.max_skips) if config.skip_threshold_mm >= 0 else None
     return RsdPolicy.from_pretrained(
-        config.policy,
-        device=config.device,
-        decode=config.decode,
-        acceptance=acceptance,
-        skip=skip,
-        audit=config.audit,
+        config.policy, device=config.device, decode=config.decode, audit=config.audit, **decoding_options(config)
     )
+
+
+def decoding_options(config: EvalConfig) -> dict[str, Any]:
+    """The options that a calibration has a say in, as `RsdPolicy` takes them."""
+    from rsd.decoding.steps import SkipRule
+
+    skip = SkipRule(config.skip_threshold_mm, config.max_skips) if config.skip_threshold_mm >= 0 else None
+    return {"acceptance": None if config.acceptance == "default" else config.acceptance, "skip": skip}
+
+
+def best_of_checkpoint(config: EvalConfig) -> Choice:
+    """A directory in OpenVLA's format has one decoder, its own; of the others see `rsd.policy.choose_decode`."""
+    from rsd.openvla.policy import Settings, locate_openvla
+    from rsd.policy import Choice, choose_decode, locate_checkpoint, read_content
+
+    if (openvla := locate_openvla(config.policy)) is not None:
+        settings = Settings.load(openvla).resolve(openvla)
+        return Choice(str(settings.decode), "what this OpenVLA checkpoint was trained for")
+    directory = locate_checkpoint(config.policy)
+    return choose_decode(directory, read_content(directory), fine=None, **decoding_options(config))
 
 
 def batched_rsd_policy(config: EvalConfig) -> BatchPolicy:
@@ -150,6 +165,15 @@ LIBERO = Backend(
     make_policy=rsd_policy,
     describe_policy=describe_checkpoint,
     versions=libero_versions,
+    choose_decode=best_of_checkpoint,
     make_batch_policy=batched_rsd_policy,
     preflight=check_machine,
 )
+
+
+def settle(config: EvalConfig, backend: Backend = LIBERO) -> tuple[EvalConfig, str]:
+    """The run with `--decode best` made a decoder, and a line on which and why; "" where one was asked for by name."""
+    if config.decode != BEST:
+        return config, ""
+    choice = backend.choose_decode(config)
+    return replace(config, decode=choice.decode), f"{config.policy} {choice}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rsd.types import CAMERAS, STATE_DIM, Observation, RsdError
+from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Observation, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.config import EvalConfig
@@ -187,12 +187,19 @@ def load_and_predict(policy_name: str, device_name: str, keep: list[RsdPolicy]) 
         return Check("policy", "ok" if test.passed else "fail", str(test))
     policy = RsdPolicy.from_pretrained(policy_name, device=device_name)
     keep.append(policy)
-    dark, light = (policy.predict(blank(policy.image_size, value)) for value in (0, 255))
+    dark, light = (alone(policy, blank(policy.image_size, value)) for value in (0, 255))
     if np.array_equal(dark.actions, light.actions):
         return Check("policy", "fail", "a black and a white image give the same actions: it does not see")
     count = sum(parameter.numel() for parameter in policy.model.parameters())
     spent = light.stats.latency_ms["total"]
-    return Check("policy", "ok", f"{count / 1e6:.1f} M parameters, chunk {list(light.actions.shape)} in {spent:.0f} ms")
+    chunk = f"chunk {list(light.actions.shape)} in {spent:.0f} ms by {policy.decode}"
+    return Check("policy", "ok", f"{count / 1e6:.1f} M parameters, {chunk}")
+
+
+def alone(policy: RsdPolicy, observation: Observation) -> ActionChunk:
+    """The chunk at the beginning of an episode, where every decoder looks."""
+    policy.reset()
+    return policy.predict(observation)
 
 
 def accuracy(policy: RsdPolicy) -> Check:
@@ -289,7 +296,7 @@ def flow(policy: RsdPolicy) -> list[tuple[str, str]]:
             rows.append((f"decoded.{name}", f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"))
         elif value is not None and value != []:
             rows.append((f"decoded.{name}", str(value)))
-    chunk = policy.predict(observation)
+    chunk = alone(policy, observation)
     rows.append(("actions", f"{chunk.actions.dtype} {list(chunk.actions.shape)}"))
     rows += [(f"stats.{name}", statistic(value)) for name, value in vars(chunk.stats).items()]
     return rows

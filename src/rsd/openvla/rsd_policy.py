@@ -235,7 +235,7 @@ class OpenVlaRsdPolicy(RsdPolicy):
         """What `RsdPolicy.from_pretrained` calls for such a directory."""
         config = read_config(directory, content)
         check_decode(options["decode"], config.light is not None)  # before the 15 GB
-        skip = skip or stored_skip(directory, cast(PolicyConfig, config), options)
+        skip = skip or stored_skip(directory, content, options)
         tokenizer = ActionTokenizer.load(directory)
         base = find_base(directory, content["base"])
         prompt, normalisation = Prompt(base), read_normalisation(base)
