@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # half of the time that `rsd --help` would take
+    import numpy as np
+    from numpy.typing import NDArray
 
 ACTION_DIM = 7  # end-effector position 3, rotation 3, gripper 1
 STATE_DIM = 8  # end-effector position 3, axis-angle 3, gripper joint positions 2
@@ -32,6 +33,8 @@ class Observation:
     instruction: str
 
     def __post_init__(self) -> None:
+        import numpy as np
+
         shape = self.images.shape
         if self.images.dtype != np.uint8 or len(shape) != 4 or shape[0] != len(CAMERAS) or shape[3] != 3:
             raise RsdError(

@@ -140,8 +140,8 @@ def check_names(config: EvalConfig) -> None:
 
     from rsd.decoding.acceptance import acceptance_rule
     from rsd.decoding.strategies import LIGHT, STRATEGIES
-    from rsd.models.openvla_loading import is_openvla
-    from rsd.openvla.engine import DECODERS
+    from rsd.models.openvla_files import is_openvla
+    from rsd.openvla.published import DECODERS
     from rsd.tokenizer.rfsq import RfsqConfig
 
     local = Path(config.policy)

@@ -62,10 +62,12 @@ def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
 
 def rsd_policy(config: EvalConfig) -> Policy:
     """A checkpoint of this package, or one in OpenVLA's format."""
-    from rsd.openvla.policy import OpenVlaPolicy, locate_openvla
+    from rsd.openvla.published import locate_openvla
     from rsd.policy import RsdPolicy
 
     if (openvla := locate_openvla(config.policy)) is not None:
+        from rsd.openvla.policy import OpenVlaPolicy
+
         return OpenVlaPolicy.from_pretrained(
             openvla, device=config.device, decode=config.decode, suite=config.task_suite
         )
@@ -84,7 +86,7 @@ def decoding_options(config: EvalConfig) -> dict[str, Any]:
 
 def best_of_checkpoint(config: EvalConfig) -> Choice:
     """A directory in OpenVLA's format has one decoder, its own; of the others see `rsd.policy.choose_decode`."""
-    from rsd.openvla.policy import Settings, locate_openvla
+    from rsd.openvla.published import Settings, locate_openvla
     from rsd.policy import Choice, choose_decode, locate_checkpoint, read_content
 
     if (openvla := locate_openvla(config.policy)) is not None:
@@ -141,7 +143,7 @@ def available_cores() -> int:
 
 def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     """The checkpoint's hash and its own provenance."""
-    from rsd.openvla.policy import fingerprint, locate_openvla
+    from rsd.openvla.published import fingerprint, locate_openvla
     from rsd.policy import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
 
     if (openvla := locate_openvla(config.policy)) is not None:

@@ -128,7 +128,7 @@ def disk(directory: Path) -> Check:
 
 def checkpoint_files(policy: str) -> Check:
     """Files are there and belong together (hashes), the configuration is readable."""
-    from rsd.openvla.policy import fingerprint, locate_openvla
+    from rsd.openvla.published import fingerprint, locate_openvla
     from rsd.policy import BACKBONE, checkpoint_hash, locate_checkpoint, parse_config, read_content
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
@@ -178,11 +178,13 @@ def render_frame() -> Check:
 
 def load_and_predict(policy_name: str, device_name: str, keep: list[RsdPolicy]) -> Check:
     """Weights load strictly, a prediction is finite, and the policy looks at its images."""
-    from rsd.openvla.policy import OpenVlaPolicy, locate_openvla
-    from rsd.openvla.selftest import image_self_test
+    from rsd.openvla.published import locate_openvla
     from rsd.policy import RsdPolicy
 
     if (openvla := locate_openvla(policy_name)) is not None:
+        from rsd.openvla.policy import OpenVlaPolicy
+        from rsd.openvla.selftest import image_self_test
+
         test = image_self_test(OpenVlaPolicy.from_pretrained(openvla, device=device_name))
         return Check("policy", "ok" if test.passed else "fail", str(test))
     policy = RsdPolicy.from_pretrained(policy_name, device=device_name)

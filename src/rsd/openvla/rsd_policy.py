@@ -26,29 +26,17 @@ from rsd.models.light_draft import LightDraftConfig
 from rsd.models.lora import Adapter
 from rsd.models.main import STATE_FEATURES, state_features
 from rsd.models.openvla import OpenVlaModel, ProprioProjector
+from rsd.models.openvla_files import ADAPTER_CONFIG, ADAPTER_DIR, ADAPTER_WEIGHTS, CONFIG_FILE
 from rsd.models.openvla_light import OpenVlaLight
-from rsd.models.openvla_loading import (
-    ADAPTER_CONFIG,
-    ADAPTER_DIR,
-    ADAPTER_WEIGHTS,
-    CONFIG_FILE,
-    load_openvla,
-    merge_adapter,
-)
+from rsd.models.openvla_loading import load_openvla, merge_adapter
 from rsd.models.openvla_rfsq import OpenVlaMain
 from rsd.models.text import word_ids
 from rsd.openvla.engine import PROMPT_LENGTHS
 from rsd.openvla.images import prepare_images
-from rsd.openvla.policy import (
-    PREPROCESSOR_FILE,
-    RENDER_SIZE,
-    fingerprint,
-    locate_openvla,
-    locate_under,
-    read_normalisation,
-)
+from rsd.openvla.policy import PREPROCESSOR_FILE, RENDER_SIZE, read_normalisation
 from rsd.openvla.prompt import TOKENIZER_FILE as PROMPT_FILE
 from rsd.openvla.prompt import Prompt
+from rsd.openvla.published import fingerprint, locate_openvla, locate_under
 from rsd.openvla.statistics import Bounds
 from rsd.policy import (
     BACKBONE,
