@@ -118,6 +118,13 @@ def test_half_precision_on_disk_costs_little(
     assert np.abs(before - after).max() < 5e-3
 
 
+def test_weights_that_are_not_finite_are_not_saved(policy: RsdPolicy, tmp_path: Path) -> None:
+    policy.model.main.level_head.weight.data[0, 0, 0] = 1e6  # beyond fp16
+    with pytest.raises(RsdError, match=r"main.level_head.weight is not finite as float16; .* nothing was saved"):
+        policy.save_pretrained(tmp_path / "new")
+    assert not list((tmp_path / "new").glob("*"))
+
+
 def test_defaults_come_with_the_checkpoint(policy: RsdPolicy, tmp_path: Path) -> None:
     config = replace(policy.config, acceptance="agreement(0.5)", fine="sequential")
     RsdPolicy(policy.model, policy.tokenizer, config).save_pretrained(tmp_path)

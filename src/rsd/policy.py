@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -382,11 +382,11 @@ def save_checkpoint(
 ) -> None:
     """Write `config.json`, `model.safetensors` and `tokenizer.json` into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
+    halves = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
+    require_finite(halves, directory)
     weights: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        half = value.detach().half().cpu().contiguous()
-        if not torch.isfinite(half).all():
-            raise RsdError(f"{directory}: {name} is not finite as fp16; the training diverged, nothing was saved")
+        half = halves[name]
         if name.startswith("light.") and half.ndim > 1:  # a seventh of the parameters; see the README for what it moves
             weights[name], weights[name + SCALE] = quantise_rows(value.detach().float().cpu())
         else:
@@ -400,6 +400,14 @@ def save_checkpoint(
         "provenance": provenance,
     }
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def require_finite(weights: Mapping[str, Tensor], directory: Path) -> None:
+    """Raise unless all are finite in the precision that they are given in: call it before anything is written."""
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            found = f"{name} is not finite as {str(value.dtype).removeprefix('torch.')}"
+            raise RsdError(f"{directory}: {found}; the training diverged, nothing was saved")
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

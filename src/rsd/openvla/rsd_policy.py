@@ -51,6 +51,7 @@ from rsd.policy import (
     check_code,
     check_decode,
     load_weights,
+    require_finite,
     stored_skip,
 )
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -280,9 +281,7 @@ def save_openvla_rsd(
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().float().cpu().contiguous() for name, value in added.state_dict().items()}
     updates = {f"{ADAPTER_DIR} {name}": value for name, value in adapter.updates.state_dict().items()}
-    for name, value in {**weights, **updates}.items():
-        if not torch.isfinite(value).all():
-            raise RsdError(f"{directory}: {name} is not finite; the training diverged, nothing was saved")
+    require_finite({**weights, **updates}, directory)
     save_file(weights, directory / WEIGHTS_FILE)
     adapter.save(directory / ADAPTER_DIR, named)
     tokenizer.save(directory)
