@@ -74,9 +74,25 @@ def test_statistics_of_a_chunk(policy: RsdPolicy, make_observation: MakeObservat
     full = [n == 48 for n in stats.num_accepted_tokens]
     assert stats.accepted_levels == (full.index(False) if False in full else 3)
     assert {"preprocess", "vision", "prefill", "draft", "verify", "decode", "total"} == set(stats.latency_ms)
+    assert stats.gripper_acceptance in {n / 8 for n in range(9)}
     plain = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="ar")
     stats = plain.predict(make_observation()).stats
     assert (stats.acceptance, stats.main_passes, stats.num_draft_tokens) == ("", 7, [])
+    assert stats.gripper_acceptance is None
+
+
+@pytest.mark.parametrize("decode", ["rsd", "rsd-fused", "rsd-skip"])
+@pytest.mark.parametrize(("bias", "accepted"), [(-100.0, 0.0), (100.0, 1.0)])
+def test_the_grippers_acceptance_is_that_of_the_draft_by_the_main(
+    policy: RsdPolicy, make_observation: MakeObservation, decode: str, bias: float, accepted: float
+) -> None:
+    policy.model.main.gripper_head.bias.data.fill_(100.0)
+    for draft in (policy.model.draft, policy.model.light.levels):
+        draft.gripper_head.bias.data.fill_(bias)
+    policy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode)
+    chunk = policy.predict(make_observation())
+    assert chunk.stats.gripper_acceptance == accepted
+    assert (chunk.actions[:, -1] == 1).all()  # the main has the last word
 
 
 def test_every_instruction_is_answered_by_its_own_encoding(

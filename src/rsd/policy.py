@@ -201,6 +201,8 @@ class RsdPolicy:
             stats.num_draft_tokens = decoded.num_draft_tokens
             stats.num_accepted_tokens = decoded.accepted[0].sum(-1).tolist()
             stats.accepted_levels = int(decoded.accepted_levels[0])
+        if decoded.accepted_gripper is not None:
+            stats.gripper_acceptance = float(decoded.accepted_gripper[0].float().mean())
         return stats
 
     def _deviation(self, scene: Scene, decoded: Decoded, proposal: Proposal) -> tuple[float, bool]:

@@ -54,6 +54,7 @@ class ChunkStats:
     main_passes: passes of the main model AFTER its prefill (the prefill is counted in `prefills`).
     num_draft_tokens / num_accepted_tokens: per level, drafted and accepted scalars; empty without a draft.
     accepted_levels: length of the accepted prefix of levels (0 .. draft levels).
+    gripper_acceptance: share of the drafted gripper symbols that are the main's own; None where it verified no draft.
     The rest is None without a light draft. skipped: its chunk was executed and the main stayed idle. forced: the main
     had to run whatever the draft expected. expected_deviation_mm: how far its chunk would lead the fingertip away from
     the main's, by its own estimate. Known of audited chunks: deviation_mm, how far it does; gripper_differs, whether
@@ -68,6 +69,7 @@ class ChunkStats:
     num_draft_tokens: list[int] = field(default_factory=list)
     num_accepted_tokens: list[int] = field(default_factory=list)
     accepted_levels: int = 0
+    gripper_acceptance: float | None = None
     skipped: bool | None = None
     forced: bool | None = None
     expected_deviation_mm: float | None = None
