@@ -381,6 +381,70 @@ def test_non_finite_model_output_raises(
         policy.predict(make_observation())
 
 
+# drawn tokens
+
+
+DRAWN = ("ar", "parallel", "rsd", "rsd-fused")
+
+
+@pytest.mark.parametrize("decode", DRAWN)
+def test_an_episodes_seed_decides_what_is_drawn(
+    policy: RsdPolicy, make_observation: MakeObservation, decode: str
+) -> None:
+    first, second = (
+        RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode, temperature=1.0) for _ in range(2)
+    )
+
+    def episode(drawing: RsdPolicy, seed: int | None) -> list[np.ndarray]:
+        drawing.reset(seed)
+        return [drawing.predict(make_observation(i)).actions for i in range(2)]
+
+    new = episode(first, None)
+    assert np.array_equal(new, episode(second, None))  # a new policy's draws repeat
+    on = episode(first, None)
+    assert not np.array_equal(on, new)  # and go on
+    once = episode(first, 5)
+    assert np.array_equal(once, episode(second, 5))
+    assert np.array_equal(once, episode(first, 5))
+    assert not np.array_equal(once, episode(first, 6))
+    greedy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode)
+    assert np.array_equal(episode(greedy, 5), episode(greedy, 6))
+    stats = first.predict(make_observation()).stats
+    assert stats.acceptance == ("exact" if decode.startswith("rsd") else "")
+    # the gripper is never drawn
+    assert all(np.array_equal(a[:, -1], b[:, -1]) for a, b in zip(once, on, strict=True))
+
+
+@pytest.mark.parametrize("head", ["main.level_head", "draft.level_head"])
+def test_no_symbol_is_drawn_from_what_is_not_finite(
+    policy: RsdPolicy, make_observation: MakeObservation, head: str
+) -> None:
+    drawing = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="rsd", temperature=1.0)
+    with torch.no_grad():
+        last_linear(policy.model, head)[..., -1] = float("nan")
+    with pytest.raises(RsdError, match="non-finite"):
+        drawing.predict(make_observation())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.5}, "temperature -0.5: expected a finite number >= 0"),
+        ({"temperature": float("inf")}, "temperature inf: expected a finite number >= 0"),
+        *(
+            ({"decode": decode}, f"expected decode ar, parallel, rsd, rsd-fused, found '{decode}'.*temperature 0")
+            for decode in STRATEGIES
+            if decode not in DRAWN
+        ),
+        ({"acceptance": "margin"}, "expected acceptance 'exact' .* found acceptance 'margin'.* leave it out"),
+        ({"decode": "rsd-fused", "fine": "regress"}, "expected acceptance 'exact' .* found fine 'regress'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(checkpoint: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RsdError, match=message):
+        RsdPolicy.from_pretrained(checkpoint, **{"temperature": 1.0, **options})
+
+
 # options
 
 

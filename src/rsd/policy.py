@@ -26,8 +26,9 @@ from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration, fingertip_deviation
 from rsd.decoding.recorded import RecordedStrategy
+from rsd.decoding.sampling import Sampler
 from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, SkipRule, Stopwatch
-from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy, in_prefill
+from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy, check_sampling, in_prefill
 from rsd.json_files import read_versioned
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.light_draft import LightDraft, LightDraftConfig
@@ -43,6 +44,7 @@ BACKBONE = "backbone"  # in config.json: the compact main where it is absent, or
 SCALE = ".scale"  # after the name of a weight that is stored as int8
 TEXT_CACHE = 64  # instructions whose encoding is kept
 LOG = logging.getLogger(__name__)
+TOO_WARM = "rsd-skip is calibrated for the likeliest tokens, not for drawn ones"
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,22 @@ class RsdPolicy:
         decode: str = BEST,
         acceptance: str | None = None,
         fine: str | None = None,
+        temperature: float = 0.0,
         skip: SkipRule | None = None,
         cuda_graphs: bool = True,
         audit: bool = False,
         provenance: dict[str, Any] | None = None,
     ) -> None:
-        """skip: when `rsd-skip` leaves the main idle (never without one). audit: know of every chunk how far the light
+        """temperature: draw the motion tokens from softmax(logits / temperature), see `reset`; 0 takes the likeliest.
+        skip: when `rsd-skip` leaves the main idle (never without one). audit: know of every chunk how far the light
         draft's led away from the main's; beside a skipped one the main is run for that, outside the latencies."""
         if decode == BEST:
-            decode = best_decode(model.light is not None, "" if skip else "no skip rule").decode
+            obstacle = TOO_WARM if temperature else "" if skip else "no skip rule"
+            decode = best_decode(model.light is not None, obstacle).decode
         check_decode(decode, model.light is not None)
-        rule = acceptance_rule(acceptance or config.acceptance, tokenizer.config.rfsq)
+        check_sampling(temperature, decode, acceptance, fine)
+        # drawn tokens have no greedy choice to be near to: only the rule that keeps a distribution can judge them
+        rule = acceptance_rule(acceptance or ("exact" if temperature else config.acceptance), tokenizer.config.rfsq)
         # `exact` promises the tokens of `ar`; regressed fine levels would break that promise
         fine = fine or ("sequential" if rule.name == "exact" else config.fine)
         if fine not in ("regress", "sequential"):
@@ -116,11 +123,13 @@ class RsdPolicy:
         self.model, self.config = model.eval(), config
         self.tokenizer = tokenizer.to(self.device)
         self.provenance = provenance or {}
-        self.decode, self.audit = decode, audit
+        self.decode, self.temperature, self.audit = decode, temperature, audit
         self.acceptance = rule.name if decode.startswith("rsd") else ""
-        self.decoder = Decoder(model.main, model.draft, rule, fine, model.light, skip or SkipRule())
+        sampler = Sampler(temperature, torch.Generator(self.device).manual_seed(0)) if temperature else None
+        self.decoder = Decoder(model.main, model.draft, rule, fine, model.light, skip or SkipRule(), sampler)
         self._strategy: Strategy = STRATEGIES[decode]
-        if cuda_graphs and self.device.type == "cuda" and fine == "regress":
+        # drawn tokens are not recorded: a graph would have to know of the generator, and `rsd` decides on the host
+        if cuda_graphs and self.device.type == "cuda" and fine == "regress" and sampler is None:
             self._strategy = RecordedStrategy(decode)
         self._memory = EpisodeMemory()
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -135,9 +144,15 @@ class RsdPolicy:
 
     # observation -> chunk
 
-    def reset(self) -> None:
-        """Forget the episode so far; call it before an episode's first observation."""
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the episode so far; call it before an episode's first observation.
+
+        seed: of what is drawn from now on at a temperature; without one the random numbers go on where they were
+        (in a new policy: as from seed 0).
+        """
         self._memory = EpisodeMemory()
+        if seed is not None and self.decoder.sampler is not None:
+            self.decoder.sampler.generator.manual_seed(seed)
 
     @torch.inference_mode()
     def predict(self, observation: Observation) -> ActionChunk:
@@ -245,6 +260,7 @@ class RsdPolicy:
         decode: str = BEST,
         acceptance: str | None = None,
         fine: str | None = None,
+        temperature: float = 0.0,
         skip: SkipRule | None = None,
         cuda_graphs: bool = True,
         audit: bool = False,
@@ -252,7 +268,8 @@ class RsdPolicy:
         """Load a checkpoint directory, or a hub repository of one; `RsdError` on anything missing or odd.
 
         decode: `best` takes the best proven decoder that the checkpoint supports (see `choose_decode`), logs why, and
-        the policy's `decode` names it. skip: for `rsd-skip`; None takes the checkpoint's own calibration.
+        the policy's `decode` names it. acceptance, fine: None takes the checkpoint's own, or with a temperature `exact`
+        and `sequential`. skip: for `rsd-skip`; None takes the checkpoint's own calibration.
         """
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise RsdError(f"device {device}: no CUDA device is visible here; use cpu")
@@ -263,11 +280,14 @@ class RsdPolicy:
             from rsd.openvla.rsd_policy import OpenVlaRsdPolicy
 
             policy_class = OpenVlaRsdPolicy
-        options = {"decode": decode, "acceptance": acceptance, "fine": fine, "cuda_graphs": cuda_graphs, "audit": audit}
         if decode == BEST:
-            choice = choose_decode(directory, content, acceptance=acceptance, fine=fine, skip=skip)
+            given: dict[str, Any] = {"acceptance": acceptance, "fine": fine, "temperature": temperature}
+            choice = choose_decode(directory, content, **given, skip=skip)
             LOG.log(logging.INFO if choice.decode == "rsd-skip" else logging.WARNING, "%s: %s", directory, choice)
-            options["decode"] = choice.decode
+            decode = choice.decode
+        check_sampling(temperature, decode, acceptance, fine)  # before the weights
+        options = {"decode": decode, "acceptance": acceptance, "fine": fine, "temperature": temperature}
+        options |= {"cuda_graphs": cuda_graphs, "audit": audit}
         return policy_class.load(directory, content, device, skip, options)
 
     @classmethod
@@ -312,7 +332,13 @@ def best_decode(light: bool, obstacle: str) -> Choice:
 
 
 def choose_decode(
-    directory: Path, content: dict[str, Any], *, acceptance: str | None, fine: str | None, skip: SkipRule | None
+    directory: Path,
+    content: dict[str, Any],
+    *,
+    acceptance: str | None,
+    fine: str | None,
+    temperature: float,
+    skip: SkipRule | None,
 ) -> Choice:
     """What `best` is for a checkpoint, compact or on OpenVLA (content: its config.json), and the options given."""
     obstacle, wanted = "", {"decode": "rsd-skip", "acceptance": acceptance, "fine": fine}
@@ -322,6 +348,7 @@ def choose_decode(
             obstacle = "the skip calibration found no threshold that keeps its promise"
     except RsdError as error:
         obstacle = str(error)
+    obstacle = TOO_WARM if temperature else obstacle
     return best_decode(bool(content["policy"].get("light")), obstacle)
 
 

@@ -94,8 +94,8 @@ class Policy(Protocol):
         """Side of the square camera images in pixels."""
         ...
 
-    def reset(self) -> None:
-        """Forget the episode so far."""
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the episode so far. seed: of whatever is drawn in the next one."""
         ...
 
     def predict(self, observation: Observation) -> ActionChunk: ...

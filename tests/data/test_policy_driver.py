@@ -32,7 +32,7 @@ class ScriptedPolicy:
         self.seen: list[Observation] = []
         self.resets = 0
 
-    def reset(self) -> None:
+    def reset(self, seed: int | None = None) -> None:
         self.resets += 1
 
     def predict(self, observation: Observation) -> ActionChunk:

@@ -1,4 +1,4 @@
-"""Both verifications against enumeration on a small vocabulary; what a wrong one looks like."""
+"""Verification against enumeration on a small vocabulary; what a wrong one looks like."""
 
 from collections.abc import Callable
 from itertools import product
@@ -9,7 +9,8 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from rsd.decoding import sampling
-from rsd.decoding.sampling import STALE, Verified, residual, sample, verify_block, verify_tokens
+from rsd.decoding.acceptance import accepted_prefix
+from rsd.decoding.sampling import STALE, Verified, residual, sample, verify_block
 from rsd.types import RsdError
 
 K, P, RUNS = 3, 2, 200_000  # symbols, tokens of a level
@@ -17,7 +18,6 @@ LEVELS = list(product(range(K), repeat=P))  # the 9 values of a level
 LINES = torch.tensor(LEVELS)
 SURE_WRONG = 1e-9  # p-value; the right implementations are above 1e-3 with this seed
 Verify = Callable[[Tensor, Tensor, Tensor, torch.Generator], Verified]
-both = pytest.mark.parametrize("verify", [verify_tokens, verify_block])
 
 
 class Model:
@@ -50,6 +50,15 @@ class Model:
 
 
 MAIN, DRAFT = Model(0), Model(1)
+
+
+def verify_tokens(drafted: Tensor, draft_probs: Tensor, main_probs: Tensor, generator: torch.Generator) -> Verified:
+    """The yardstick: token by token (Leviathan et al., arXiv 2211.17192), each of a level corrected on its own."""
+    x = drafted.unsqueeze(-1)
+    q, p = draft_probs.gather(-1, x).squeeze(-1), main_probs.gather(-1, x).squeeze(-1)
+    accepted = torch.rand(drafted.shape, generator=generator) * q < p
+    corrected = sample(residual(main_probs, draft_probs), generator)
+    return sampling._verified(torch.where(accepted, drafted, corrected), accepted, accepted_prefix(accepted))
 
 
 def draw(model: Model, levels: int, generator: torch.Generator) -> Tensor:
@@ -91,7 +100,7 @@ def test_enumeration_agrees_with_sampling_the_main_and_tells_the_draft_apart() -
         assert p_value(draw(DRAFT, levels, generator)) < SURE_WRONG
 
 
-@both
+@pytest.mark.parametrize("verify", [verify_block, verify_tokens])
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_the_outcome_has_the_mains_distribution(verify: Verify, levels: int) -> None:
     tokens, verified = speculate(verify, levels)
@@ -100,54 +109,47 @@ def test_the_outcome_has_the_mains_distribution(verify: Verify, levels: int) -> 
     assert p_value(tokens) > 1e-3
 
 
-@both
-def test_the_outcome_has_the_mains_distribution_after_a_greedy_draft(verify: Verify) -> None:
+def test_the_outcome_has_the_mains_distribution_after_a_greedy_draft() -> None:
     draft = Model(1, sharpness=1e4)
     assert draft.tables.max(-1).values.min() > 0.999
-    assert p_value(speculate(verify, 2, draft=draft)[0]) > 1e-3
+    assert p_value(speculate(verify_block, 2, draft=draft)[0]) > 1e-3
 
 
-@both
-def test_a_draft_that_is_the_main_always_stands(verify: Verify) -> None:
-    tokens, verified = speculate(verify, 3, draft=MAIN)
+def test_a_draft_that_is_the_main_always_stands() -> None:
+    tokens, verified = speculate(verify_block, 3, draft=MAIN)
     assert (verified.levels == 3).all()
     assert verified.accepted.all()
     assert p_value(tokens) > 1e-3
 
 
-@both
 @pytest.mark.parametrize("levels", [1, 2])
-def test_a_correction_from_the_main_itself_is_caught(
-    verify: Verify, levels: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_correction_from_the_main_itself_is_caught(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "residual", lambda main, draft, otherwise=None: main)
-    assert p_value(speculate(verify, levels)[0]) < SURE_WRONG
+    assert p_value(speculate(verify_block, levels)[0]) < SURE_WRONG
 
 
 def test_accepting_too_gladly_is_caught() -> None:
     def greedy(drafted: Tensor, draft: Tensor, main: Tensor, generator: torch.Generator) -> Verified:
-        return verify_tokens(drafted, draft, (main + 0.1 * draft) / 1.1, generator)
+        return verify_block(drafted, draft, (main + 0.1 * draft) / 1.1, generator)
 
     assert p_value(speculate(greedy, 1)[0]) < SURE_WRONG
 
 
-@both
-def test_keeping_levels_below_a_correction_is_caught(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeping_levels_below_a_correction_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Level 2 was drafted and judged given the drafted level 1, not the corrected one."""
 
     def kept(tokens: Tensor, accepted: Tensor, levels: Tensor) -> Verified:
         return Verified(tokens, accepted, torch.full_like(levels, tokens.shape[1]))
 
     monkeypatch.setattr(sampling, "_verified", kept)
-    assert p_value(speculate(verify, 2)[0]) < SURE_WRONG
-    assert p_value(speculate(verify, 1)[0]) > 1e-3  # a single level has nothing below it
+    assert p_value(speculate(verify_block, 2)[0]) < SURE_WRONG
+    assert p_value(speculate(verify_block, 1)[0]) > 1e-3  # a single level has nothing below it
 
 
-@both
-def test_what_stands_is_the_drafts_and_what_does_not_is_no_token(verify: Verify) -> None:
+def test_what_stands_is_the_drafts_and_what_does_not_is_no_token() -> None:
     generator = torch.Generator().manual_seed(3)
     drafted = draw(DRAFT, 3, generator)
-    tokens, accepted, levels = verify(drafted, DRAFT.path(drafted), MAIN.path(drafted), generator)
+    tokens, accepted, levels = verify_block(drafted, DRAFT.path(drafted), MAIN.path(drafted), generator)
     number = torch.arange(3).expand(RUNS, 3)
     assert torch.equal(tokens[accepted], drafted[accepted])
     assert torch.equal(accepted.all(-1), number < levels.unsqueeze(1))
@@ -181,7 +183,6 @@ def test_residual_where_nothing_is_left_is_the_mains_own() -> None:
     assert residual(main, torch.tensor([[0.5, 0.5], [0.3, 0.7]])).tolist() == [[0.5, 0.5], [0.5, 0.0]]
 
 
-@both
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -194,7 +195,7 @@ def test_residual_where_nothing_is_left_is_the_mains_own() -> None:
         (lambda x, q, p: (x, torch.eye(3)[1].expand_as(q), p), "probability 0 under the draft"),
     ],
 )
-def test_bad_input_is_refused(verify: Verify, spoil: Callable[..., tuple[Tensor, ...]], message: str) -> None:
+def test_bad_input_is_refused(spoil: Callable[..., tuple[Tensor, ...]], message: str) -> None:
     drafted, probs = torch.zeros(2, 2, P, dtype=torch.long), torch.full((2, 2, P, K), 1 / K)
     with pytest.raises(RsdError, match=message):
-        verify(*spoil(drafted, probs, probs), torch.Generator())
+        verify_block(*spoil(drafted, probs, probs), torch.Generator())

@@ -1,7 +1,7 @@
 """A tiny simulator and a scripted policy behind the evaluation's backend, for tests without a simulator.
 
 Task t from initial state k succeeds after 5 + 3 t + k steps; the step limit is 20. `EvalConfig.policy` names
-the policy's behaviour: `good`, or `dies:2.1` and the like for one task and initial state; `once:FILE:dies:2.1`
+the policy's behaviour: `good`, `draws`, or `dies:2.1` and the like for one task and initial state; `once:FILE:dies:2.1`
 misbehaves only while FILE does not exist, and makes it.
 """
 
@@ -58,15 +58,19 @@ class CountingEnv:
 
 
 class ScriptedPolicy:
-    """Chunks of 4; drafts 3 levels of 10 tokens of which 10, 8, 5 are accepted, unless it decodes by `ar`."""
+    """Chunks of 4; drafts 3 levels of 10 tokens of which 10, 8, 5 are accepted, unless it decodes by `ar`.
+
+    A policy that `draws` reports one number a chunk that hangs on the episode's seed.
+    """
 
     image_size = 8
 
     def __init__(self, decode: str = "rsd", behaviour: str = "good") -> None:
         self.decode, self.behaviour, self.predictions = decode, behaviour, 0
+        self.rng = np.random.default_rng(0)
 
-    def reset(self) -> None:
-        pass
+    def reset(self, seed: int | None = None) -> None:
+        self.rng = np.random.default_rng(seed)
 
     def predict(self, observation: Observation) -> ActionChunk:
         self.predictions += 1
@@ -86,6 +90,7 @@ class ScriptedPolicy:
             num_draft_tokens=[10, 10, 10],
             num_accepted_tokens=[10, 8, 5],
             accepted_levels=int(observation.state[2]) // 4 % 4,
+            expected_deviation_mm=self.rng.random() if self.behaviour == "draws" else None,
             latency_ms=latency,
         )
         return ActionChunk(actions, stats)

@@ -108,6 +108,8 @@ def test_what_cannot_be_batched_is_refused(make_policy: Callable[..., RsdPolicy]
         BatchedRsdPolicy(make_policy(decode="rsd", acceptance="exact"), 4)
     with pytest.raises(RsdError, match=r"--acceptance exact .* leave --batch out"):
         BatchedRsdPolicy(make_policy(decode="rsd-fused", acceptance="exact"), 4)
+    with pytest.raises(RsdError, match=r"--batch 4: --temperature 0.5 .* leave --batch out"):
+        BatchedRsdPolicy(make_policy(decode="ar", temperature=0.5), 4)
 
 
 def test_a_batch_has_a_size(

@@ -16,6 +16,7 @@ from scripted import SCRIPTED
 from rsd.evaluation.config import EvalConfig, OptionError
 from rsd.evaluation.episodes import Job, JobQueue
 from rsd.evaluation.evaluate import evaluate, plan_episodes
+from rsd.evaluation.report import load_run
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes, read_run_record
 from rsd.evaluation.summary import RunSummary
 from rsd.evaluation.workers import worker_count
@@ -56,6 +57,30 @@ def test_a_run_is_whole_summed_up_and_the_same_with_any_number_of_workers(config
     two = replace(config, num_workers="2", output=str(tmp_path / "two"))
     run(two)
     assert outcomes(two) == outcomes(config)
+
+
+def test_what_a_policy_draws_hangs_on_seed_and_episode_alone(config: EvalConfig, tmp_path: Path) -> None:
+    one = replace(config, policy="draws")
+    two = replace(one, num_workers="2", output=str(tmp_path / "two"))
+    other = replace(one, seed=8, output=str(tmp_path / "other"))
+    for each in (one, two, other):
+        run(each)
+    drawn = {key: result.chunk_stats["expected_deviation_mm"] for key, result in outcomes(one).items()}
+    assert outcomes(two) == outcomes(one)
+    firsts = {values[0] for values in drawn.values()}
+    firsts |= {result.chunk_stats["expected_deviation_mm"][0] for result in outcomes(other).values()}
+    assert len(firsts) == 2 * len(drawn)
+
+
+def test_another_temperature_is_another_run(config: EvalConfig) -> None:
+    small = replace(config, num_trials=1, tasks="0", decode="rsd", temperature=0.5)
+    assert small.hash != replace(small, temperature=1.0).hash != replace(small, temperature=0.0).hash
+    run(small)
+    assert json.loads((small.output_dir / "summary.json").read_text())["config"]["temperature"] == 0.5
+    assert load_run(small.output_dir).name == "rsd (margin, temperature 0.5)"  # the scripted policy says margin
+    for other in (0.0, 1.0):
+        with pytest.raises(RsdError, match=rf"another run \(temperature 0.5 there, {other} here\)"):
+            run(replace(small, temperature=other))
 
 
 def test_a_killed_run_continues_where_it_was_cut_off(config: EvalConfig) -> None:

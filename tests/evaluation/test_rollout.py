@@ -2,7 +2,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scripted import STEP_LIMIT, CountingEnv, ScriptedPolicy
 
 from rsd.evaluation.rollout import Rollout, checked_chunk, episode_seed, run_episode
@@ -76,12 +75,9 @@ def test_chunks_that_are_no_actions_are_refused(actions: np.ndarray) -> None:
 
 
 class SamplingPolicy(ScriptedPolicy):
-    def reset(self) -> None:
-        pass
-
     def predict(self, observation: Observation) -> ActionChunk:
         chunk = super().predict(observation)
-        return ActionChunk(torch.rand(4, 7).numpy(), chunk.stats)
+        return ActionChunk(self.rng.random((4, 7)), chunk.stats)
 
 
 def test_an_episode_does_not_depend_on_what_ran_before_it() -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from openvla_checkpoint import block_image, statistics, write_adapter, write_checkpoint, write_heads, write_json
+from rsd.evaluation.backend import rsd_policy
+from rsd.evaluation.config import EvalConfig
 from rsd.models.openvla_files import is_openvla
 from rsd.openvla.policy import OpenVlaPolicy
 from rsd.openvla.prompt import Prompt
@@ -217,6 +219,11 @@ def test_an_adapter_finds_its_base_and_merged_weights_refuse_one(ar_directory: P
     assert not np.allclose(adapted.features(seen()), OpenVlaPolicy.from_pretrained(ar_directory).features(seen()))
     with pytest.raises(RsdError, match="leave base out"):
         OpenVlaPolicy.from_pretrained(ar_directory, base=ar_directory)
+
+
+def test_a_temperature_is_refused(ar_directory: Path) -> None:
+    with pytest.raises(RsdError, match="--temperature 0.5: .* in OpenVLA's format .* leave --temperature out"):
+        rsd_policy(EvalConfig(policy=str(ar_directory), decode="ar", temperature=0.5))
 
 
 def test_other_checkpoints_are_not_taken_for_openvla() -> None:

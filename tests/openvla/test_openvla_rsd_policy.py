@@ -82,6 +82,17 @@ def test_every_strategy_decodes(directory: Path, seen: list[Observation]) -> Non
     assert len(set(distinct)) == len(distinct)
 
 
+@pytest.mark.parametrize("decode", ["ar", "rsd", "rsd-fused"])
+def test_drawn_tokens_repeat_with_the_seed_alone(directory: Path, seen: list[Observation], decode: str) -> None:
+    policy = RsdPolicy.from_pretrained(directory, decode=decode, temperature=1.0)
+    drawn = []
+    for seed in (5, 5, 6):
+        policy.reset(seed)
+        drawn.append([policy.predict(observation).actions for observation in seen])
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+
+
 def test_both_cameras_the_state_and_the_words_matter_to_main_and_light_draft(
     directory: Path, seen: list[Observation]
 ) -> None:

@@ -139,7 +139,7 @@ def check_names(config: EvalConfig) -> None:
     import torch
 
     from rsd.decoding.acceptance import acceptance_rule
-    from rsd.decoding.strategies import LIGHT, STRATEGIES
+    from rsd.decoding.strategies import LIGHT, STRATEGIES, check_sampling
     from rsd.models.openvla_files import is_openvla
     from rsd.openvla.published import DECODERS
     from rsd.tokenizer.rfsq import RfsqConfig
@@ -154,8 +154,10 @@ def check_names(config: EvalConfig) -> None:
     if config.audit and config.decode not in LIGHT:
         raise UsageError(f"--audit is of the light draft, of --decode {', '.join(LIGHT)}; found {config.decode}")
     try:
-        if config.acceptance != "default":
-            acceptance_rule(config.acceptance, RfsqConfig())
+        acceptance = None if config.acceptance == "default" else config.acceptance
+        if acceptance is not None:
+            acceptance_rule(acceptance, RfsqConfig())
+        check_sampling(config.temperature, config.decode, acceptance, None)
     except RsdError as error:
         raise UsageError(f"--{error}") from error
     try:

@@ -1,7 +1,8 @@
 """What decoding strategies are made of: the models at hand, what is seen, what comes out, and the steps between.
 
-Values of motion scalars are in units of the tokenizer's first step D_1. All greedy. A model output that is not finite
-is noted and raises `RsdError` before anything leaves the policy: a NaN would win an argmax as an ordinary token.
+Values of motion scalars are in units of the tokenizer's first step D_1. Symbols are the likeliest ones unless the
+`Decoder` has a sampler. A model output that is not finite is noted and raises `RsdError` before anything leaves the
+policy: a NaN would win an argmax as an ordinary token.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from rsd.decoding.acceptance import AcceptanceRule
 from rsd.decoding.calibration import may_rest
+from rsd.decoding.sampling import Sampler
 from rsd.models.draft import DraftModel
 from rsd.models.light_draft import LightDraft, Memory
 from rsd.models.main import MainModel
@@ -91,11 +93,13 @@ class Decoded:
 
 
 class Drafted(NamedTuple):
-    """Coarse tokens [B, c, P], gripper int [B, H], and what the levels 1..k decode to, k = 1..c, each [B, P]."""
+    """Coarse tokens [B, c, P], gripper int [B, H], what the levels 1..k decode to, k = 1..c, each [B, P], and the
+    probabilities [B, c, P, K] that the tokens were drawn with, None if they are the likeliest ones."""
 
     motion: Tensor
     gripper: Tensor
     prefixes: list[Tensor]
+    probs: Tensor | None = None
 
 
 class Sketch(NamedTuple):
@@ -110,13 +114,14 @@ class Proposal:
     """What a draft with its own perception has to say: coarse tokens [B, c, P], gripper int [B, H], its whole chunk
     [B, P] in first steps, and how many mm it expects to lead the fingertip away from the main's chunk [B].
 
-    forced: whether the main had to run whatever was expected, where a strategy asked."""
+    forced: whether the main had to run whatever was expected, where a strategy asked. probs: see `Drafted`."""
 
     motion: Tensor
     gripper: Tensor
     value: Tensor
     expected_deviation_mm: Tensor
     forced: bool | None = None
+    probs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,8 @@ class SkipRule:
 
 @dataclass
 class Decoder:
-    """What a strategy works with. fine: how `rsd` gets the fine levels, `regress` or `sequential`."""
+    """What a strategy works with. fine: how `rsd` gets the fine levels, `regress` or `sequential`. sampler: draws the
+    motion tokens, drafted ones too, which it then judges in the place of `rule`; without one they are the likeliest."""
 
     main: MainModel
     draft: DraftModel
@@ -155,6 +161,7 @@ class Decoder:
     fine: str = "regress"
     light: LightDraft | None = None
     skip: SkipRule = field(default_factory=SkipRule)
+    sampler: Sampler | None = None
     checks: list[Tensor] = field(default_factory=list)
 
     @property
@@ -177,13 +184,17 @@ class Decoder:
 
 
 def greedy_gripper(decoder: Decoder, features: Tensor) -> Tensor:
-    """Block-1 features -> int64 [B, H], 1 = close."""
+    """Block-1 features -> int64 [B, H], 1 = close.
+
+    The likeliest also where motion is drawn: the next chunk takes back a digit, but not a bowl let go. (At 99 %
+    certainty a step, one chunk of eight steps in thirteen would draw such a step.)"""
     return (decoder.finite(decoder.main.gripper_logits(features)) > 0).long()
 
 
-def greedy(decoder: Decoder, logits: Tensor) -> Tensor:
-    """Logits [..., K] -> symbols int64 [...]."""
-    return decoder.finite(logits).argmax(-1)
+def choose(decoder: Decoder, logits: Tensor) -> Tensor:
+    """Logits [..., K] -> symbols int64 [...]: the likeliest, or drawn where the decoder has a sampler."""
+    decoder.finite(logits)
+    return logits.argmax(-1) if decoder.sampler is None else decoder.sampler.draw(logits)
 
 
 def propose(decoder: Decoder, features: Tensor) -> Drafted:
@@ -206,10 +217,10 @@ def sketch(decoder: Decoder, scene: Scene) -> Sketch:
 
 def complete(decoder: Decoder, sketched: Sketch) -> Proposal:
     """What acting without the main needs besides: the whole chunk, and how far it may lead astray."""
-    light, (motion, gripper, prefixes) = light_of(decoder), sketched.drafted
+    light, (motion, gripper, prefixes, probs) = light_of(decoder), sketched.drafted
     value = prefixes[-1] + decoder.finite(light.remainder(sketched.features, prefixes[-1], gripper))
     deviation = decoder.finite(light.log_deviation(sketched.features)).expm1().clamp(min=0)
-    return Proposal(motion, gripper, value, deviation)
+    return Proposal(motion, gripper, value, deviation, probs=probs)
 
 
 def light_of(decoder: Decoder) -> LightDraft:
@@ -220,26 +231,28 @@ def light_of(decoder: Decoder) -> LightDraft:
 
 
 def draft_levels(decoder: Decoder, model: DraftModel, features: Tensor) -> Drafted:
-    """A draft's greedy symbols, level by level, and its gripper."""
+    """A draft's symbols, level by level, and its gripper."""
     code = decoder.code
     read, gripper_logits = model.read(features)
     gripper = (decoder.finite(gripper_logits) > 0).long()
     value = torch.zeros(len(read), decoder.main.horizon * decoder.main.motion_dim, device=read.device)
-    motion, prefixes = [], []
+    motion, prefixes, logits = [], [], []
     for level in range(1, model.config.levels + 1):
-        motion.append(greedy(decoder, model.logits(read, value, gripper, level)))
+        logits.append(model.logits(read, value, gripper, level))
+        motion.append(choose(decoder, logits[-1]))
         value = value + code.value(motion[-1], level)
         prefixes.append(value)
-    return Drafted(torch.stack(motion, dim=1), gripper, prefixes)
+    probs = None if decoder.sampler is None else decoder.sampler.probs(torch.stack(logits, dim=1))
+    return Drafted(torch.stack(motion, dim=1), gripper, prefixes, probs)
 
 
-def as_drafted(decoder: Decoder, motion: Tensor, gripper: Tensor) -> Drafted:
-    """`Drafted` from its tokens [B, c, P] and gripper [B, H]."""
+def as_drafted(decoder: Decoder, motion: Tensor, gripper: Tensor, probs: Tensor | None = None) -> Drafted:
+    """`Drafted` from its tokens [B, c, P], gripper [B, H] and, if drawn, probabilities [B, c, P, K]."""
     value, prefixes = torch.zeros(motion.shape[::2], device=motion.device), []
     for level in range(1, motion.shape[1] + 1):
         value = value + decoder.code.value(motion[:, level - 1], level)
         prefixes.append(value)
-    return Drafted(motion, gripper, prefixes)
+    return Drafted(motion, gripper, prefixes, probs)
 
 
 def verify(decoder: Decoder, drafted: Drafted, gripper: Tensor, cache: KVCache) -> list[Tensor]:
@@ -247,12 +260,12 @@ def verify(decoder: Decoder, drafted: Drafted, gripper: Tensor, cache: KVCache) 
     return decoder.main.extend(drafted.prefixes, gripper, 2, cache)
 
 
-def extend_greedily(decoder: Decoder, motion: Tensor, gripper: Tensor, cache: KVCache) -> tuple[Tensor, int]:
+def extend(decoder: Decoder, motion: Tensor, gripper: Tensor, cache: KVCache) -> tuple[Tensor, int]:
     """Decode the levels that `motion` [B, k, P] lacks, one pass each -> all levels [B, L, P], passes."""
     main, code, passes = decoder.main, decoder.code, 0
     for level in range(motion.shape[1] + 1, main.code.levels + 1):
         (features,) = main.extend([code.dequantise(motion)], gripper, level, cache)
-        motion = torch.cat([motion, greedy(decoder, main.logits(features, level)).unsqueeze(1)], dim=1)
+        motion = torch.cat([motion, choose(decoder, main.logits(features, level)).unsqueeze(1)], dim=1)
         passes += 1
     return motion, passes
 

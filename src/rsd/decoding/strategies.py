@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from rsd.decoding.acceptance import accepted_prefix
+from rsd.decoding.sampling import Verified, verify_block
 from rsd.decoding.steps import (
     Decoded,
     Decoder,
@@ -17,8 +19,8 @@ from rsd.decoding.steps import (
     Scene,
     Stopwatch,
     as_drafted,
-    extend_greedily,
-    greedy,
+    choose,
+    extend,
     greedy_gripper,
     propose,
     regress_fine,
@@ -28,6 +30,7 @@ from rsd.decoding.steps import (
     verify,
 )
 from rsd.models.trunk import KVCache
+from rsd.types import RsdError
 
 
 def ar(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
@@ -37,8 +40,8 @@ def ar(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
         features, cache = main.prefill(prefix)
     with watch.stage("decode"):
         gripper = greedy_gripper(decoder, features)
-        motion = greedy(decoder, main.logits(features, 1)).unsqueeze(1)
-        motion, passes = extend_greedily(decoder, motion, gripper, cache)
+        motion = choose(decoder, main.logits(features, 1)).unsqueeze(1)
+        motion, passes = extend(decoder, motion, gripper, cache)
         return Decoded(code.dequantise(motion), gripper, motion, passes)
 
 
@@ -48,7 +51,7 @@ def parallel(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
     with watch.stage("prefill"):
         features, _ = decoder.main.prefill(prefix)
     with watch.stage("decode"):
-        motion = greedy(decoder, decoder.main.parallel_logits(features))
+        motion = choose(decoder, decoder.main.parallel_logits(features))
         return Decoded(decoder.code.dequantise(motion), greedy_gripper(decoder, features), motion)
 
 
@@ -68,8 +71,8 @@ def draft(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
     with watch.stage("prefill"):
         features, _ = decoder.main.prefill(prefix)
     with watch.stage("draft"):
-        motion, gripper, prefixes = propose(decoder, features)
-        return Decoded(prefixes[-1], gripper, motion)
+        drafted = propose(decoder, features)
+        return Decoded(drafted.prefixes[-1], drafted.gripper, drafted.motion)
 
 
 def light(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
@@ -87,7 +90,8 @@ def rsd(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
     hand however many are accepted: never more than one pass. k counts a scalar's own accepted levels under a
     rule that judges single tokens, the accepted levels of the chunk under the others.
     `fine="sequential"`: the main corrects the first level that does not stand (if all do, it adds the next),
-    the rest takes one pass a level; with the rule `exact` the tokens are those of `ar`.
+    the rest takes one pass a level; with the rule `exact` the tokens are those of `ar`, and distributed as those of
+    `ar` where they are drawn.
     """
     prefix = scene.prefix(decoder.main, watch)
     with watch.stage("prefill"):
@@ -131,11 +135,29 @@ STRATEGIES: dict[str, Strategy] = {
     "light": light,
 }
 LIGHT = ("rsd-fused", "rsd-skip", "light")  # need a light draft and remember from chunk to chunk
+SAMPLING = ("ar", "parallel", "rsd", "rsd-fused")  # execute motion tokens of the main, which can be drawn
+
+
+def check_sampling(temperature: float, decode: str, acceptance: str | None, fine: str | None) -> None:
+    """Raise unless tokens can be drawn that way; acceptance, fine: None where the default is taken."""
+    if not 0.0 <= temperature < math.inf:
+        raise RsdError(f"temperature {temperature}: expected a finite number >= 0, 0 takes the likeliest tokens")
+    if temperature == 0.0:
+        return
+    if decode not in SAMPLING:
+        found = f"temperature {temperature:g}: expected decode {', '.join(SAMPLING)}, found {decode!r}"
+        raise RsdError(f"{found}, which executes no tokens that the main chose; take one of them, or temperature 0")
+    if decode.startswith("rsd") and (acceptance not in (None, "exact") or fine not in (None, "sequential")):
+        found = " and ".join(x for x in (acceptance and f"acceptance {acceptance!r}", fine and f"fine {fine!r}") if x)
+        raise RsdError(
+            f"temperature {temperature:g}: expected acceptance 'exact' and fine 'sequential' (the defaults), "
+            f"found {found}, which does not keep the distribution of ar; leave it out, or take temperature 0"
+        )
 
 
 def in_prefill(decoder: Decoder, scene: Scene, proposal: Proposal, watch: Stopwatch) -> Decoded:
     """The main looks, with the proposal's blocks in its prefill; refreshes the episode's memory."""
-    drafted = as_drafted(decoder, proposal.motion, proposal.gripper)
+    drafted = as_drafted(decoder, proposal.motion, proposal.gripper, proposal.probs)
     decoded = check_in_prefill(decoder, scene.prefix(decoder.main, watch), drafted, scene.memory, watch)
     decoded.proposal = proposal
     return decoded
@@ -178,8 +200,8 @@ def accept(
     main, code, motion, passes = decoder.main, decoder.code, drafted.motion, 0
     features = torch.stack(blocks, dim=1)  # [B, c+1, H, D]
     logits = decoder.finite(main.level_head.first_levels(features[:, :-1]))  # [B, c, P, K]
-    accepted = decoder.rule.accept(motion, logits)
-    prefix_levels = accepted_prefix(accepted)
+    verified = judge(decoder, drafted, logits)
+    accepted, prefix_levels = verified.accepted, verified.levels
     if decoder.fine == "regress":
         kept = prefix_levels[:, None].expand_as(motion[:, 0])
         if decoder.rule.per_scalar:
@@ -187,13 +209,25 @@ def accept(
         wanted = regress_fine(decoder, drafted.prefixes, features, kept)
         tokens, value = requantise(code, wanted, motion, kept)
     else:
-        coarse = torch.where(accepted, motion, logits.argmax(-1))
-        following = greedy(decoder, main.logits(blocks[-1], len(blocks))).unsqueeze(1)
-        tokens = torch.cat([coarse, following], dim=1)[:, : single(prefix_levels) + 1]
+        following = choose(decoder, main.logits(blocks[-1], len(blocks))).unsqueeze(1)
+        tokens = torch.cat([verified.tokens, following], dim=1)[:, : single(prefix_levels) + 1]
         cache.truncate(cache.length - (len(blocks) - tokens.shape[1]) * main.horizon)
-        tokens, passes = extend_greedily(decoder, tokens, gripper, cache)
+        tokens, passes = extend(decoder, tokens, gripper, cache)
         value = code.dequantise(tokens)
     decoded = Decoded(value, gripper, tokens, passes)
     decoded.num_draft_tokens = [motion.shape[2]] * motion.shape[1]
     decoded.accepted, decoded.accepted_levels = accepted, prefix_levels
     return decoded
+
+
+def judge(decoder: Decoder, drafted: Drafted, logits: Tensor) -> Verified:
+    """The main's logits [B, c, P, K] given what was drafted -> what stands, and the level after that corrected.
+
+    Tokens are compared by the rule, drawn ones kept so often that the main's distribution comes out."""
+    sampler = decoder.sampler
+    if sampler is not None:
+        assert drafted.probs is not None
+        decoder.check()  # now: a NaN makes no probabilities
+        return verify_block(drafted.motion, drafted.probs, sampler.probs(logits), sampler.generator)
+    accepted = decoder.rule.accept(drafted.motion, logits)
+    return Verified(torch.where(accepted, drafted.motion, logits.argmax(-1)), accepted, accepted_prefix(accepted))

@@ -66,6 +66,9 @@ def rsd_policy(config: EvalConfig) -> Policy:
     from rsd.policy import RsdPolicy
 
     if (openvla := locate_openvla(config.policy)) is not None:
+        if config.temperature:
+            found = f"--temperature {config.temperature:g}: {config.policy} in OpenVLA's format"
+            raise RsdError(f"{found} takes the likeliest tokens, as published; leave --temperature out")
         from rsd.openvla.policy import OpenVlaPolicy
 
         return OpenVlaPolicy.from_pretrained(
@@ -81,7 +84,8 @@ def decoding_options(config: EvalConfig) -> dict[str, Any]:
     from rsd.decoding.steps import SkipRule
 
     skip = SkipRule(config.skip_threshold_mm, config.max_skips) if config.skip_threshold_mm >= 0 else None
-    return {"acceptance": None if config.acceptance == "default" else config.acceptance, "skip": skip}
+    acceptance = None if config.acceptance == "default" else config.acceptance
+    return {"acceptance": acceptance, "temperature": config.temperature, "skip": skip}
 
 
 def best_of_checkpoint(config: EvalConfig) -> Choice:

@@ -44,6 +44,11 @@ class BatchedRsdPolicy:
     """Predicts up to `size` observations in one go. Raises RsdError for a decoder that cannot be batched."""
 
     def __init__(self, policy: RsdPolicy, size: int) -> None:
+        if policy.temperature:
+            raise RsdError(
+                f"--batch {size}: --temperature {policy.temperature:g} draws each episode from its own seed, one "
+                "observation at a time; leave --batch out"
+            )
         if policy.decoder.fine == "sequential" and policy.decode.startswith("rsd"):
             raise RsdError(
                 f"--batch {size}: --acceptance {policy.acceptance} decodes the fine levels one after another, each "

@@ -56,8 +56,8 @@ class RemotePolicy:
     def image_size(self) -> int:
         return self._image_size
 
-    def reset(self) -> None:
-        """Forget the episode so far, with the next observation."""
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the episode so far, with the next observation; what draws is not batched."""
         self._first = True
 
     def predict(self, observation: Observation) -> ActionChunk:

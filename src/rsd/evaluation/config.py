@@ -17,7 +17,7 @@ UNHASHED_FIELDS = (
     *("launcher", "shard"),
 )
 # Left out of the hash where they are what they were before they existed, so that older runs keep theirs.
-NEUTRAL = {"batch": 0}
+NEUTRAL = {"batch": 0, "temperature": 0.0}
 
 
 class OptionError(RsdError):
@@ -44,9 +44,13 @@ class EvalConfig:
     """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, draft, light; best: rsd-skip where
     the checkpoint is calibrated for it, else rsd-fused, without a light draft rsd."""
     acceptance: str = "default"
-    """Rule for drafted levels: exact, margin, distance(1), typical(0.09), agreement(0.7); default: the checkpoint's."""
+    """Rule for drafted levels: exact, margin, distance(1), typical(0.09), agreement(0.7); default: the checkpoint's, or
+    exact with a --temperature."""
+    temperature: float = 0.0
+    """Above 0, ar, parallel, rsd and rsd-fused draw motion tokens from softmax(logits / temperature); 0 takes the
+    likeliest."""
     seed: int = 7
-    """Seed of a policy that samples; the simulator is always seeded by 0, as the published protocol does."""
+    """Seed of what is drawn at a temperature; the simulator is always seeded by 0, as the published protocol does."""
     skip_threshold_mm: float = -1.0
     """For rsd-skip: leave the main idle where the draft expects to deviate less; -1 takes the calibration."""
     max_skips: int = 4

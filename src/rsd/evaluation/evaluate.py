@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from rsd.evaluation.backend import LIBERO, Backend, settle
-from rsd.evaluation.config import EvalConfig, OptionError
+from rsd.evaluation.config import NEUTRAL, EvalConfig, OptionError
 from rsd.evaluation.episodes import Job, JobQueue, Outcome
 from rsd.evaluation.launchers import make_pool
 from rsd.evaluation.lerobot import EVAL_INFO_FILE, write_eval_info
@@ -130,8 +130,9 @@ def open_run(config: EvalConfig, directory: Path, overwrite: bool, console: Cons
         return {}
     record = read_run_record(directory)
     if record.config_hash != config.hash:
+        compared = {**NEUTRAL, **config.identity}
         raise RsdError(
-            f"{directory} holds another run ({differences(record.config, asdict(config), config.identity)}); "
+            f"{directory} holds another run ({differences({**NEUTRAL, **record.config}, asdict(config), compared)}); "
             "choose another --output, or --overwrite to delete it"
         )
     with warnings.catch_warnings(record=True) as caught:

@@ -67,9 +67,11 @@ def load_run(directory: Path) -> Run:
     episodes = scored(results)
     if not episodes:
         raise RsdError(f"{directory}: no finished episode; run the `rsd eval` command that made it again")
-    decode, rule = episodes[0].decode, episodes[0].acceptance
+    temperature = record.config.get("temperature", 0.0)
+    how = ", ".join(filter(None, [episodes[0].acceptance, f"temperature {temperature:g}" if temperature else ""]))
+    decode = episodes[0].decode
     broken = [result for result in results if result.is_error]
-    return Run(f"{decode} ({rule})" if rule else decode, directory, record, episodes, broken)
+    return Run(f"{decode} ({how})" if how else decode, directory, record, episodes, broken)
 
 
 def load_runs(directories: Sequence[Path]) -> list[Run]:

@@ -10,7 +10,6 @@ from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from rsd.evaluation.results import ERROR_PREFIX, STEP_LIMIT, EpisodeResult
@@ -79,8 +78,7 @@ def run_episode(
         env.reset(options={"init_state": init_state})
         for _ in range(warmup):
             policy.predict(env.observation())
-        policy.reset()
-        torch.manual_seed(episode_seed(seed, task_id, init_state))
+        policy.reset(episode_seed(seed, task_id, init_state))
         done = False
         while not done:
             chunk = checked_chunk(policy.predict(env.observation()))

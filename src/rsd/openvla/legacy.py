@@ -120,8 +120,8 @@ class LegacyPolicy:
     def image_size(self) -> int:
         return self.openvla.image_size
 
-    def reset(self) -> None:
-        """A new episode begins; nothing is remembered from one prediction to the next."""
+    def reset(self, seed: int | None = None) -> None:
+        """A new episode begins; nothing is drawn, nor remembered from one prediction to the next."""
 
     def predict(self, observation: Observation) -> ActionChunk:
         """The autoencoder's actions are the environment's own (gripper -1 = open), as it was trained on them."""

@@ -60,8 +60,8 @@ class OpenVlaPolicy:
     def device(self) -> torch.device:
         return self.model.device
 
-    def reset(self) -> None:
-        """A new episode begins; nothing is remembered from one prediction to the next."""
+    def reset(self, seed: int | None = None) -> None:
+        """A new episode begins; nothing is drawn, nor remembered from one prediction to the next."""
 
     def predict(self, observation: Observation, *, unnorm_key: str | None = None) -> ActionChunk:
         """Observation -> chunk float32 [H, 7], environment-ready: H = 8 with OFT, 1 with `ar`.
