@@ -3,7 +3,7 @@
     pip install modal && modal setup
     modal run deploy/modal_app.py --task-suite libero_spatial --num-trials 50 --use-speculative-decoding True
     modal run deploy/modal_app.py --num-trials 3                      # a quick look
-    modal volume get rsd-results libero_spatial-rsd-fused results/    # results, videos and report to here
+    modal volume get rsd-results libero_spatial-best results/         # results, videos and report to here
 
 An interrupted run continues with the same command. The bodies below only call what the package tests.
 """

@@ -24,6 +24,7 @@ from pathlib import Path
 import tyro
 
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, read_episodes
+from rsd.evaluation.workers import running_workers
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,6 @@ def command(config: KillTest, output: Path) -> list[str]:
         "--output": str(output),
     }
     return [sys.executable, "-m", "rsd", "eval", *(text for pair in options.items() for text in pair)]
-
-
-def workers(pid: int) -> list[int]:
-    """The evaluation's simulator processes, by /proc."""
-    found = []
-    for entry in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, entry.read_text().split()):
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(child)
-    return found
 
 
 def run(config: KillTest) -> int:
@@ -110,7 +101,7 @@ def disturb(process: subprocess.Popen[bytes], config: KillTest, killed: dict[str
             if process.poll() is not None:
                 return
             time.sleep(0.1)
-        alive = workers(process.pid)
+        alive = running_workers(process.pid)
         if alive and choose.random() < 0.5:
             os.kill(choose.choice(alive), signal.SIGKILL)
             killed["worker"] += 1

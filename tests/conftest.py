@@ -65,7 +65,8 @@ def make_model(tiny_config: PolicyConfig, tokenizer: ActionTokenizer) -> Callabl
 
 @pytest.fixture
 def policy(make_model: Callable[[int], RsdModel], tokenizer: ActionTokenizer, tiny_config: PolicyConfig) -> RsdPolicy:
-    return RsdPolicy(make_model(0), tokenizer, tiny_config, provenance={"data": "random weights"})
+    provenance = {"data": "random weights"}
+    return RsdPolicy(make_model(0), tokenizer, tiny_config, decode="rsd", provenance=provenance)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.steps import SkipRule
 from rsd.decoding.strategies import STRATEGIES
 from rsd.models.main import MainModel
@@ -73,9 +74,25 @@ def test_statistics_of_a_chunk(policy: RsdPolicy, make_observation: MakeObservat
     full = [n == 48 for n in stats.num_accepted_tokens]
     assert stats.accepted_levels == (full.index(False) if False in full else 3)
     assert {"preprocess", "vision", "prefill", "draft", "verify", "decode", "total"} == set(stats.latency_ms)
+    assert stats.gripper_acceptance in {n / 8 for n in range(9)}
     plain = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="ar")
     stats = plain.predict(make_observation()).stats
     assert (stats.acceptance, stats.main_passes, stats.num_draft_tokens) == ("", 7, [])
+    assert stats.gripper_acceptance is None
+
+
+@pytest.mark.parametrize("decode", ["rsd", "rsd-fused", "rsd-skip"])
+@pytest.mark.parametrize(("bias", "accepted"), [(-100.0, 0.0), (100.0, 1.0)])
+def test_the_grippers_acceptance_is_that_of_the_draft_by_the_main(
+    policy: RsdPolicy, make_observation: MakeObservation, decode: str, bias: float, accepted: float
+) -> None:
+    policy.model.main.gripper_head.bias.data.fill_(100.0)
+    for draft in (policy.model.draft, policy.model.light.levels):
+        draft.gripper_head.bias.data.fill_(bias)
+    policy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode)
+    chunk = policy.predict(make_observation())
+    assert chunk.stats.gripper_acceptance == accepted
+    assert (chunk.actions[:, -1] == 1).all()  # the main has the last word
 
 
 def test_every_instruction_is_answered_by_its_own_encoding(
@@ -115,6 +132,13 @@ def test_half_precision_on_disk_costs_little(
     loaded = RsdPolicy.from_pretrained(checkpoint, decode="l1")
     before, after = (p.predict(make_observation()).actions for p in (original, loaded))
     assert np.abs(before - after).max() < 5e-3
+
+
+def test_weights_that_are_not_finite_are_not_saved(policy: RsdPolicy, tmp_path: Path) -> None:
+    policy.model.main.level_head.weight.data[0, 0, 0] = 1e6  # beyond fp16
+    with pytest.raises(RsdError, match=r"main.level_head.weight is not finite as float16; .* nothing was saved"):
+        policy.save_pretrained(tmp_path / "new")
+    assert not list((tmp_path / "new").glob("*"))
 
 
 def test_defaults_come_with_the_checkpoint(policy: RsdPolicy, tmp_path: Path) -> None:
@@ -504,8 +528,62 @@ def test_a_checkpoint_without_light_draft_decodes_the_other_ways(
     config = replace(tiny_config, light=None)
     RsdPolicy(RsdModel(config, tokenizer), tokenizer, config).save_pretrained(tmp_path)
     RsdPolicy.from_pretrained(tmp_path, decode="rsd").predict(make_observation())
+    assert RsdPolicy.from_pretrained(tmp_path).decode == "rsd"
     with pytest.raises(RsdError, match=r"decode 'rsd-fused': this checkpoint has no light draft; use rsd"):
         RsdPolicy.from_pretrained(tmp_path, decode="rsd-fused")
+
+
+# the best decoder
+
+
+def calibration(weights: Path, **changes: Any) -> SkipCalibration:
+    values = {"threshold": 20.0, "max_skips": 2, "score": "mm", "epsilon_mm": 50.0, "alpha": 0.1, "delta": 0.1}
+    values |= {"loss": "share", "test": "betting", "p_value": 0.05, "empirical_risk": 0.05, "skip_share": 0.5}
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return SkipCalibration(**{**values, "episodes": 9, "chunks": 90, "weights_sha256": sha256, **changes})
+
+
+def test_the_default_is_the_best_that_the_checkpoint_supports(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def chosen(**options: Any) -> str:
+        caplog.clear()
+        loaded = RsdPolicy.from_pretrained(checkpoint, **options).decode
+        assert f"{checkpoint}: decodes by {loaded}: the best" in caplog.text
+        return loaded
+
+    assert chosen() == "rsd-fused"  # freshly trained
+    assert "needs a skip_calibration.json, found none; make it with `rsd calibrate`" in caplog.text
+    assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
+    calibration(checkpoint / WEIGHTS_FILE).save(checkpoint)
+    assert chosen() == chosen(acceptance="margin", fine="regress") == "rsd-skip"
+    assert chosen(acceptance="exact") == chosen(fine="sequential") == "rsd-fused"
+    assert "calibrated with the checkpoint's margin and regress, found None and sequential" in caplog.text
+    for change, why in (({"threshold": 0.0}, "found no threshold"), ({"weights_sha256": "0" * 64}, "made for weights")):
+        calibration(checkpoint / WEIGHTS_FILE, **change).save(checkpoint)
+        assert chosen() == "rsd-fused"
+        assert why in caplog.text
+    with pytest.raises(RsdError, match="made for weights"):  # what is asked for by name is never replaced
+        RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")
+
+
+def test_the_default_of_a_model_at_hand(policy: RsdPolicy, tokenizer: ActionTokenizer) -> None:
+    parts = policy.model, tokenizer, policy.config
+    assert RsdPolicy(*parts).decode == "rsd-fused"
+    assert RsdPolicy(*parts, skip=SkipRule(10.0)).decode == "rsd-skip"
+    config = replace(policy.config, light=None)
+    assert RsdPolicy(RsdModel(config, tokenizer), tokenizer, config, skip=SkipRule(10.0)).decode == "rsd"
+
+
+def test_a_configuration_without_its_policy_is_refused(checkpoint: Path) -> None:
+    content = json.loads((checkpoint / CONFIG_FILE).read_text())
+    for damaged in ({}, {"policy": None}):
+        kept = {name: value for name, value in content.items() if name != "policy"}
+        (checkpoint / CONFIG_FILE).write_text(json.dumps({**kept, **damaged}))
+        with pytest.raises(RsdError, match=r"config.json: unknown or missing field \('policy'\)"):
+            RsdPolicy.from_pretrained(checkpoint)
 
 
 def test_the_light_drafts_matrices_are_int8_within_half_a_step(policy: RsdPolicy, checkpoint: Path) -> None:

@@ -49,6 +49,7 @@ def test_the_words_decide_which_bowl_is_taken() -> None:
         distance = {}
         for place in places:
             env.reset(options={"init_state": 0})
+            policy.reset()
             for _ in range(4):
                 seen = env.observation()
                 asked = f"pick up the black bowl {place} and place it on the plate"
@@ -82,20 +83,24 @@ def test_exact_acceptance_gives_the_tokens_of_ar_along_an_episode() -> None:
 
 
 @pytest.mark.simulator
-def test_rsd_solves_a_task_with_one_pass_a_chunk() -> None:
+def test_the_default_solves_a_task_with_less_than_a_pass_a_chunk() -> None:
     """The easiest task (50 of 50 where it was measured); one of two states, since renderers differ in the last bits."""
     env, policy = LiberoEnv("libero_spatial", task_number("between the plate"), image_size=128), load()
-    solved = []
+    assert policy.decode == "rsd-skip"
+    solved, prefills = list[bool](), list[int]()
     try:
         for state in range(2):
             env.reset(options={"init_state": state})
+            policy.reset()
             done = success = False
             while not done:
                 chunk = policy.predict(env.observation())
-                assert (chunk.stats.prefills, chunk.stats.main_passes) == (1, 1)
+                assert chunk.stats.main_passes == 0
+                prefills.append(chunk.stats.prefills)
                 _, _, success, truncated, _ = env.step_chunk(chunk.actions)
                 done = success or truncated
             solved.append(success)
     finally:
         env.close()
     assert any(solved)
+    assert sum(prefills) < 0.7 * len(prefills)  # 0.48 over all tasks

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,13 +36,15 @@ from rsd.models.main import MainConfig, MainModel, state_features
 from rsd.models.text import word_ids
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import BEST, ActionChunk, ChunkStats, Observation, RsdError
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 BACKBONE = "backbone"  # in config.json: the compact main where it is absent, or "openvla"
 SCALE = ".scale"  # after the name of a weight that is stored as int8
 TEXT_CACHE = 64  # instructions whose encoding is kept
+LOG = logging.getLogger(__name__)
+TOO_WARM = "rsd-skip is calibrated for the likeliest tokens, not for drawn ones"
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class RsdPolicy:
         tokenizer: ActionTokenizer,
         config: PolicyConfig,
         *,
-        decode: str = "rsd",
+        decode: str = BEST,
         acceptance: str | None = None,
         fine: str | None = None,
         temperature: float = 0.0,
@@ -106,6 +109,9 @@ class RsdPolicy:
         """temperature: draw the motion tokens from softmax(logits / temperature), see `reset`; 0 takes the likeliest.
         skip: when `rsd-skip` leaves the main idle (never without one). audit: know of every chunk how far the light
         draft's led away from the main's; beside a skipped one the main is run for that, outside the latencies."""
+        if decode == BEST:
+            obstacle = TOO_WARM if temperature else "" if skip else "no skip rule"
+            decode = best_decode(model.light is not None, obstacle).decode
         check_decode(decode, model.light is not None)
         check_sampling(temperature, decode, acceptance, fine)
         # drawn tokens have no greedy choice to be near to: only the rule that keeps a distribution can judge them
@@ -223,6 +229,8 @@ class RsdPolicy:
             stats.num_draft_tokens = decoded.num_draft_tokens
             stats.num_accepted_tokens = decoded.accepted[0].sum(-1).tolist()
             stats.accepted_levels = int(decoded.accepted_levels[0])
+        if decoded.accepted_gripper is not None:
+            stats.gripper_acceptance = float(decoded.accepted_gripper[0].float().mean())
         return stats
 
     def _deviation(self, scene: Scene, decoded: Decoded, proposal: Proposal) -> tuple[float, bool]:
@@ -262,7 +270,7 @@ class RsdPolicy:
         path_or_hub_id: str | Path,
         *,
         device: str = "cpu",
-        decode: str = "rsd",
+        decode: str = BEST,
         acceptance: str | None = None,
         fine: str | None = None,
         temperature: float = 0.0,
@@ -272,8 +280,9 @@ class RsdPolicy:
     ) -> RsdPolicy:
         """Load a checkpoint directory, or a hub repository of one; `RsdError` on anything missing or odd.
 
-        acceptance, fine: None takes the checkpoint's own, or with a temperature `exact` and `sequential`. skip: for
-        `rsd-skip`; None takes the checkpoint's own calibration.
+        decode: `best` takes the best proven decoder that the checkpoint supports (see `choose_decode`), logs why, and
+        the policy's `decode` names it. acceptance, fine: None takes the checkpoint's own, or with a temperature `exact`
+        and `sequential`. skip: for `rsd-skip`; None takes the checkpoint's own calibration.
         """
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise RsdError(f"device {device}: no CUDA device is visible here; use cpu")
@@ -284,6 +293,11 @@ class RsdPolicy:
             from rsd.openvla.rsd_policy import OpenVlaRsdPolicy
 
             policy_class = OpenVlaRsdPolicy
+        if decode == BEST:
+            given: dict[str, Any] = {"acceptance": acceptance, "fine": fine, "temperature": temperature}
+            choice = choose_decode(directory, content, **given, skip=skip)
+            LOG.log(logging.INFO if choice.decode == "rsd-skip" else logging.WARNING, "%s: %s", directory, choice)
+            decode = choice.decode
         check_sampling(temperature, decode, acceptance, fine)  # before the weights
         options = {"decode": decode, "acceptance": acceptance, "fine": fine, "temperature": temperature}
         options |= {"cuda_graphs": cuda_graphs, "audit": audit}
@@ -299,7 +313,7 @@ class RsdPolicy:
         model = RsdModel(config, tokenizer)
         load_weights(model, directory / WEIGHTS_FILE)
         model.to(device)
-        skip = skip or stored_skip(directory, config, options)
+        skip = skip or stored_skip(directory, content, options)
         return cls(model, tokenizer, config, skip=skip, provenance=content.get("provenance", {}), **options)
 
 
@@ -311,13 +325,54 @@ def check_decode(decode: str, light: bool) -> None:
         raise RsdError(f"decode {decode!r}: this checkpoint has no light draft; use rsd, l1 or ar, or train one")
 
 
-def stored_skip(directory: Path, config: PolicyConfig, options: dict[str, Any]) -> SkipRule | None:
+class Choice(NamedTuple):
+    """The decoder that `best` stands for, and why."""
+
+    decode: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"decodes by {self.decode}: {self.why}"
+
+
+def best_decode(light: bool, obstacle: str) -> Choice:
+    """The order of what is proven in closed loop. obstacle: why the main may never rest, "" where it may."""
+    if not light:
+        return Choice("rsd", "the best without a light draft")
+    if obstacle:
+        return Choice("rsd-fused", f"the best that is possible ({obstacle})")
+    return Choice("rsd-skip", "the best, calibrated for these weights")
+
+
+def choose_decode(
+    directory: Path,
+    content: dict[str, Any],
+    *,
+    acceptance: str | None,
+    fine: str | None,
+    temperature: float,
+    skip: SkipRule | None,
+) -> Choice:
+    """What `best` is for a checkpoint, compact or on OpenVLA (content: its config.json), and the options given."""
+    obstacle, wanted = "", {"decode": "rsd-skip", "acceptance": acceptance, "fine": fine}
+    try:
+        rule = skip or stored_skip(directory, content, wanted)
+        if rule is not None and rule.threshold_mm == 0:
+            obstacle = "the skip calibration found no threshold that keeps its promise"
+    except RsdError as error:
+        obstacle = str(error)
+    obstacle = TOO_WARM if temperature else obstacle
+    return best_decode(bool(content["policy"].get("light")), obstacle)
+
+
+def stored_skip(directory: Path, content: dict[str, Any], options: dict[str, Any]) -> SkipRule | None:
     """The rule of the checkpoint's own calibration if `rsd-skip` is asked for; `RsdError` where it does not hold."""
-    acceptance, fine = options["acceptance"], options["fine"]
     if options["decode"] != "rsd-skip":
         return None
-    if acceptance not in (None, config.acceptance) or fine not in (None, config.fine):
-        expected = f"the checkpoint's {config.acceptance} and {config.fine}"
+    acceptance, fine = options["acceptance"], options["fine"]
+    own = {"acceptance": PolicyConfig.acceptance, "fine": PolicyConfig.fine, **content["policy"]}
+    if acceptance not in (None, own["acceptance"]) or fine not in (None, own["fine"]):
+        expected = f"the checkpoint's {own['acceptance']} and {own['fine']}"
         raise RsdError(f"rsd-skip: calibrated with {expected}, found {acceptance} and {fine}; leave them out")
     calibration = load_calibration(directory)
     return SkipRule(calibration.threshold, calibration.max_skips)
@@ -369,11 +424,11 @@ def save_checkpoint(
 ) -> None:
     """Write `config.json`, `model.safetensors` and `tokenizer.json` into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
+    halves = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
+    require_finite(halves, directory)
     weights: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        half = value.detach().half().cpu().contiguous()
-        if not torch.isfinite(half).all():
-            raise RsdError(f"{directory}: {name} is not finite as fp16; the training diverged, nothing was saved")
+        half = halves[name]
         if name.startswith("light.") and half.ndim > 1:  # a seventh of the parameters; see the README for what it moves
             weights[name], weights[name + SCALE] = quantise_rows(value.detach().float().cpu())
         else:
@@ -387,6 +442,14 @@ def save_checkpoint(
         "provenance": provenance,
     }
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def require_finite(weights: Mapping[str, Tensor], directory: Path) -> None:
+    """Raise unless all are finite in the precision that they are given in: call it before anything is written."""
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            found = f"{name} is not finite as {str(value.dtype).removeprefix('torch.')}"
+            raise RsdError(f"{directory}: {found}; the training diverged, nothing was saved")
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -426,6 +489,8 @@ def read_content(directory: Path) -> dict[str, Any]:
     """config.json, of this format and with the files that belong to it."""
     path = directory / CONFIG_FILE
     content = read_versioned(path, "checkpoint", FORMAT_VERSION, "use the rsd-vla that wrote it, or train again")
+    if not isinstance(content.get("policy"), dict):
+        raise RsdError(f"{path}: unknown or missing field ('policy'); copy the checkpoint again")
     digests = content.get("sha256", {})
     for name in dict.fromkeys([WEIGHTS_FILE, TOKENIZER_FILE, *digests]):
         file = directory / name

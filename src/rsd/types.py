@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # half of the time that `rsd --help` would take
+    import numpy as np
+    from numpy.typing import NDArray
 
 ACTION_DIM = 7  # end-effector position 3, rotation 3, gripper 1
 STATE_DIM = 8  # end-effector position 3, axis-angle 3, gripper joint positions 2
 CAMERAS = ("agentview", "wrist")
+BEST = "best"  # in the place of a decoder's name: the best proven one that the checkpoint supports
 
 
 class RsdError(Exception):
@@ -31,6 +33,8 @@ class Observation:
     instruction: str
 
     def __post_init__(self) -> None:
+        import numpy as np
+
         shape = self.images.shape
         if self.images.dtype != np.uint8 or len(shape) != 4 or shape[0] != len(CAMERAS) or shape[3] != 3:
             raise RsdError(
@@ -51,6 +55,7 @@ class ChunkStats:
     num_draft_tokens / num_accepted_tokens: per level, drafted and accepted scalars; empty without a draft. Of tokens
         drawn at a temperature, those before the first that was corrected are accepted.
     accepted_levels: length of the accepted prefix of levels (0 .. draft levels).
+    gripper_acceptance: share of the drafted gripper symbols that are the main's own; None where it verified no draft.
     The rest is None without a light draft. skipped: its chunk was executed and the main stayed idle. forced: the main
     had to run whatever the draft expected. expected_deviation_mm: how far its chunk would lead the fingertip away from
     the main's, by its own estimate. Known of audited chunks: deviation_mm, how far it does; gripper_differs, whether
@@ -65,6 +70,7 @@ class ChunkStats:
     num_draft_tokens: list[int] = field(default_factory=list)
     num_accepted_tokens: list[int] = field(default_factory=list)
     accepted_levels: int = 0
+    gripper_acceptance: float | None = None
     skipped: bool | None = None
     forced: bool | None = None
     expected_deviation_mm: float | None = None

@@ -14,7 +14,7 @@ from rsd.evaluation.config import EvalConfig
 def test_help_is_quick_and_loads_no_torch() -> None:
     code = (
         "import sys; from rsd.cli import dispatch; dispatch(['--help']); "
-        "sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'scipy')))"
     )
     start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -45,7 +45,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
             ["eval", "--trials", "3"],
             "rsd eval: error: Unrecognized options: --trials, 3; did you mean --num-trials?",
         ),
-        (["eval", "--compare", "--decode", "ar"], "rsd eval: error: --compare runs ar, l1 and rsd-fused"),
+        (["eval", "--compare", "--decode", "ar"], "rsd eval: error: --compare runs ar, l1 and the checkpoint's best"),
         (["eval", "--decode", "rds"], "rsd eval: error: --decode 'rds': expected one of ar, "),
         (["eval", "--acceptance", "most"], "rsd eval: error: --acceptance 'most': expected exact, margin, "),
         (["eval", "--temperature", "-1"], "rsd eval: error: --temperature -1.0: expected a finite number >= 0"),
@@ -101,28 +101,44 @@ def arguments(config: EvalConfig | None = None, **options: bool) -> EvalArgument
     return EvalArguments(config or EvalConfig(), **options)
 
 
-def test_speculative_decoding_names_the_strategy_unless_decode_does() -> None:
-    assert plan_runs(arguments(use_speculative_decoding=False), decode_given=False)[0].decode == "ar"
-    assert plan_runs(arguments(use_speculative_decoding=True), decode_given=False)[0].decode == "rsd-fused"
-    l1 = EvalConfig(decode="l1")
-    assert plan_runs(arguments(l1, use_speculative_decoding=False), decode_given=True)[0].decode == "l1"
+def decoder(config: EvalConfig | None = None, **options: bool) -> str:
+    ((run, _),) = plan_runs(arguments(config, **options))
+    return run.decode
+
+
+def test_speculative_decoding_is_the_best_mode_of_the_checkpoint_unless_decode_names_another() -> None:
+    assert decoder(use_speculative_decoding=False) == "ar"
+    assert decoder(use_speculative_decoding=True) == decoder() == "rsd-skip"
+    assert decoder(EvalConfig(decode="rsd"), use_speculative_decoding=True) == "rsd"
+    assert decoder(EvalConfig(decode="l1"), use_speculative_decoding=False) == "l1"
     with pytest.raises(UsageError, match="True contradicts --decode l1"):
-        plan_runs(arguments(l1, use_speculative_decoding=True), decode_given=True)
+        decoder(EvalConfig(decode="l1"), use_speculative_decoding=True)
     with pytest.raises(UsageError, match="False contradicts --decode rsd"):
-        plan_runs(arguments(EvalConfig(decode="rsd"), use_speculative_decoding=False), decode_given=True)
+        decoder(EvalConfig(decode="rsd"), use_speculative_decoding=False)
 
 
-def test_compare_runs_both_on_the_same_initial_states() -> None:
-    config = EvalConfig(num_trials=3, tasks="1,2", seed=5, acceptance="exact", output="there")
-    baseline, bar, speculative = plan_runs(arguments(config, compare=True), decode_given=False)
-    assert (baseline.decode, bar.decode, speculative.decode) == ("ar", "l1", "rsd-fused")
-    assert bar.acceptance == baseline.acceptance == "default"
-    assert (str(baseline.output_dir), str(speculative.output_dir)) == ("there/ar", "there/rsd-fused")
-    assert speculative.acceptance == "exact"
-    differing = {name for name in baseline.identity if baseline.identity[name] != speculative.identity[name]}
-    assert differing == {"decode", "acceptance"}
-    scratch = plan_runs(arguments(compare=True), decode_given=False)
-    assert scratch[0].output_dir != scratch[1].output_dir
+def test_a_calibration_holds_for_what_it_was_made_with() -> None:
+    ((run, note),) = plan_runs(arguments(EvalConfig(acceptance="exact")))
+    assert run.decode == "rsd-fused"
+    assert note.endswith("calibrated with the checkpoint's margin and regress, found exact and None; leave them out)")
+    assert decoder(EvalConfig(skip_threshold_mm=50.0)) == "rsd-skip"
+
+
+def test_compare_runs_all_on_the_same_initial_states() -> None:
+    config = EvalConfig(num_trials=3, tasks="1,2", seed=5, audit=True, output="there")
+    runs = plan_runs(arguments(config, compare=True))
+    baseline, bar, best = (run for run, _ in runs)
+    assert (baseline.decode, bar.decode, best.decode) == ("ar", "l1", "rsd-skip")
+    assert [note for _, note in runs][:2] == ["", ""]
+    assert "decodes by rsd-skip" in runs[2][1]
+    assert (str(baseline.output_dir), str(best.output_dir)) == ("there/ar", "there/rsd-skip")
+    assert best.audit
+    differing = {name for name in baseline.identity if baseline.identity[name] != best.identity[name]}
+    assert differing == {"decode", "audit"}  # what says nothing about a decoder without a draft is left out of its run
+    for run, _ in runs:
+        check_names(run)
+    scratch = plan_runs(arguments(compare=True))
+    assert scratch[0][0].output_dir != scratch[1][0].output_dir
 
 
 def test_an_acceptance_rule_without_a_draft_is_refused() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from rsd.evaluation.backend import Backend
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.results import EpisodeResult
+from rsd.policy import Choice
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 STEP_LIMIT = 20
@@ -140,6 +141,10 @@ def versions(device: str) -> dict[str, str]:
     return {"simulator": "scripted 1", "cpu": "any"}
 
 
+def choose_decode(config: EvalConfig) -> Choice:
+    return Choice("rsd-fused", "as scripted")
+
+
 class ScriptedBatchPolicy:
     """The scripted policy, one observation after another. A memory counts its episode's predictions."""
 
@@ -167,7 +172,7 @@ def make_batch_policy(config: EvalConfig) -> ScriptedBatchPolicy:
 
 
 SCRIPTED = Backend(
-    list_tasks, count_init_states, make_env, make_policy, describe_policy, versions, make_batch_policy
+    list_tasks, count_init_states, make_env, make_policy, describe_policy, versions, choose_decode, make_batch_policy
 )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from scripted import SCRIPTED
 
+import rsd.evaluation.backend as backend
 import rsd.evaluation.evaluate as evaluation
 from rsd.cli import dispatch
 
@@ -14,6 +15,7 @@ from rsd.cli import dispatch
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     scripted = functools.partial(evaluation.evaluate, backend=SCRIPTED)
     monkeypatch.setattr(evaluation, "evaluate", scripted)
+    monkeypatch.setattr(backend, "settle", functools.partial(backend.settle, backend=SCRIPTED))
     return tmp_path / "run"
 
 
@@ -38,6 +40,7 @@ def test_compare_ends_with_the_paired_table(output: Path, capsys: pytest.Capture
     assert "McNemar p" in printed.out
     assert "2/2 = 100.0 %" in printed.out
     assert str(output / "rsd-fused") in printed.err
+    assert "good decodes by rsd-fused: as scripted\n" in printed.err
     assert "| speed-up of p50 | - | " in (output / "comparison.md").read_text()
 
     assert dispatch(["compare", *(str(output / name) for name in ("ar", "l1", "rsd-fused")), "--markdown"]) == 0

@@ -190,7 +190,7 @@ def test_several_suites_make_one_run(config: EvalConfig) -> None:
     both = replace(config, task_suite="libero_spatial, libero_goal", tasks="0", num_trials=2)
     summary, _ = run(both)
     assert [(task.suite, task.success.n) for task in summary.tasks] == [("libero_goal", 2), ("libero_spatial", 2)]
-    (directory,) = {replace(both, output="").output_dir.name.split("-rsd-")[0]}
+    (directory,) = {replace(both, decode="ar", output="").output_dir.name.split("-ar-")[0]}
     assert directory == "libero_spatial+libero_goal"
 
 

@@ -16,6 +16,7 @@ from scripted import SCRIPTED
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
+from rsd.evaluation.workers import running_workers
 
 
 def run(config: EvalConfig) -> None:
@@ -26,16 +27,6 @@ def timeless(result: EpisodeResult) -> EpisodeResult:
     return replace(result, wall_s=0.0, latency_ms={}, attempts=0)
 
 
-def children(pid: int) -> list[int]:
-    """Worker processes of `pid`, by /proc; multiprocessing's own resource tracker is left alone."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(child)
-    return found
-
-
 def test_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
     config = EvalConfig(num_trials=4, policy="slow", num_workers="2", output=str(tmp_path / "killed"))
     undisturbed = replace(config, output=str(tmp_path / "undisturbed"))
@@ -43,6 +34,7 @@ def test_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
     choose = random.Random(3)
     context = multiprocessing.get_context("spawn")
     episodes_file = config.output_dir / EPISODES_FILE
+    seen = 0
     for victim in ("worker", "evaluation"):
         process = context.Process(target=functools.partial(run, config))
         process.start()
@@ -53,7 +45,8 @@ def test_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
             if lines >= before + choose.randint(1, 4):
                 break
             time.sleep(0.01)
-        workers = children(process.pid or 0) if process.is_alive() else []
+        workers = running_workers(process.pid or 0) if process.is_alive() else []
+        seen += len(workers)
         if victim == "evaluation":
             process.kill()
         elif workers:
@@ -62,6 +55,7 @@ def test_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
             process.kill()
         process.join()
         assert gone(workers), "workers outlived the evaluation"
+    assert seen > 0
     run(config)
     expected = {key: timeless(result) for key, result in read_episodes(undisturbed.output_dir / EPISODES_FILE).items()}
     assert {key: timeless(result) for key, result in read_episodes(episodes_file).items()} == expected

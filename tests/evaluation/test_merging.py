@@ -44,7 +44,7 @@ def read(directory: Path) -> dict[EpisodeKey, EpisodeResult]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> EvalConfig:
-    return EvalConfig(num_trials=2, tasks="0,1,2", output=str(tmp_path / "whole"))
+    return EvalConfig(num_trials=2, tasks="0,1,2", decode="rsd", output=str(tmp_path / "whole"))
 
 
 @pytest.fixture

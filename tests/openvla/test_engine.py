@@ -5,7 +5,8 @@ import torch
 
 from rsd.decoding.steps import Stopwatch
 from rsd.openvla.bench_cases import Inputs, full_config, random_model
-from rsd.openvla.engine import DECODERS, PROMPT_LENGTHS, Engine
+from rsd.openvla.engine import PROMPT_LENGTHS, Engine
+from rsd.openvla.published import DECODERS
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -75,8 +75,14 @@ def test_what_an_openvla_directory_cannot_do_is_refused(tmp_path: Path, capsys: 
     command = ["eval", "--policy", str(directory), "--num-trials", "1", "--tasks", "0", "--num-workers", "1"]
     output = ["--output", str(tmp_path / "run")]
     assert dispatch([*command, *output, "--use-speculative-decoding", "True"]) == 2
+    assert "True: " + str(directory) + " is in OpenVLA's format and has no draft" in capsys.readouterr().err
+    assert dispatch([*command, *output, "--compare"]) == 2
+    assert "it decodes by ar; rsd train policy --backbone openvla trains one" in capsys.readouterr().err
+    assert dispatch([*command, *output, "--decode", "rsd-fused"]) == 2
     assert "--decode 'rsd-fused': expected one of ar, l1, discrete" in capsys.readouterr().err
     assert dispatch([*command, *output, "--task-suite", "libero_goal"]) == 1  # `ar`, as its files say
-    assert "no statistics of 'libero_goal'" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "decodes by ar: what this OpenVLA checkpoint was trained for" in printed
+    assert "no statistics of 'libero_goal'" in printed
     assert dispatch([*command, *output, "--decode", "l1"]) == 1
     assert "has no action_head--*_checkpoint.pt; it decodes with ar" in capsys.readouterr().err

@@ -13,9 +13,10 @@ import torch
 from openvla_checkpoint import block_image, statistics, write_adapter, write_checkpoint, write_heads, write_json
 from rsd.evaluation.backend import rsd_policy
 from rsd.evaluation.config import EvalConfig
-from rsd.models.openvla_loading import is_openvla
-from rsd.openvla.policy import OpenVlaPolicy, fingerprint, locate_openvla
+from rsd.models.openvla_files import is_openvla
+from rsd.openvla.policy import OpenVlaPolicy
 from rsd.openvla.prompt import Prompt
+from rsd.openvla.published import fingerprint, locate_openvla
 from rsd.openvla.selftest import image_self_test
 from rsd.policy import RsdPolicy
 from rsd.types import Observation, RsdError

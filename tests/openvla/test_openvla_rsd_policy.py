@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from rsd.models.lora import LoraConfig
 from rsd.models.openvla_loading import load_openvla
 from rsd.openvla.policy import read_normalisation
 from rsd.openvla.prompt import Prompt
-from rsd.openvla.rsd_policy import OpenVlaRsdConfig, OpenVlaRsdPolicy
+from rsd.openvla.rsd_policy import OpenVlaRsdConfig, OpenVlaRsdPolicy, save_openvla_rsd
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.dataset import Batch
@@ -277,3 +278,13 @@ def test_a_bfloat16_base_trains_in_float32_beside_it_and_decodes(base: Path, tok
         state = policy.model.main.normalise(scene.state)
         given = [light.perceive(scene.images, state, text, None) for text in (ids, light.encode(ids))]
         assert torch.equal(*given)
+
+
+def test_updates_that_are_not_finite_are_not_saved(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
+    updates = torch.nn.Linear(1, 1)
+    updates.weight.data.fill_(float("nan"))
+    adapter = SimpleNamespace(updates=updates)
+    new = tmp_path / "new"
+    with pytest.raises(RsdError, match=r"lora_adapter weight is not finite as float32; .* nothing was saved"):
+        save_openvla_rsd(torch.nn.Linear(1, 1), adapter, tokenizer, OpenVlaRsdConfig(), tmp_path, "base", {}, new)
+    assert not list(new.glob("*"))

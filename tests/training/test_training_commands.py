@@ -229,7 +229,7 @@ def test_train_draft_keeps_everything_else(
         )
     )
     assert modes == {False}  # no dropout in what the draft reads
-    before, after = RsdPolicy.from_pretrained(trained), RsdPolicy.from_pretrained(directory)
+    before, after = (RsdPolicy.from_pretrained(path, decode="rsd") for path in (trained, directory))
     assert after.config == replace(before.config, draft=draft)
     for name, value in before.model.state_dict().items():
         if not name.startswith("draft."):

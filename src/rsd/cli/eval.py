@@ -12,9 +12,9 @@ from rich.console import Console
 
 from rsd.cli.parsing import UsageError, check_choice, parse
 from rsd.evaluation.config import EvalConfig
-from rsd.types import RsdError
+from rsd.types import BEST, RsdError
 
-BASELINE, ONE_PASS, SPECULATIVE = "ar", "l1", "rsd-fused"  # what --compare runs, in this order
+BASELINE, ONE_PASS = "ar", "l1"  # what --compare runs, and then the checkpoint's best
 COMPARISON_FILE = "comparison.md"
 
 
@@ -27,11 +27,11 @@ class EvalArguments:
 
     config: Annotated[EvalConfig, tyro.conf.arg(name="")]
     use_speculative_decoding: Annotated[bool | None, tyro.conf.FlagConversionOff] = None
-    """True is --decode rsd-fused, False is --decode ar."""
+    """True is --decode best, False is --decode ar."""
     resume: Path | None = None
     """Continue the run in this directory, with the options it was begun with."""
     compare: bool = False
-    """Run --decode ar, l1 and rsd-fused on the same initial states; print the table of the three."""
+    """Run --decode ar, l1 and best on the same initial states; print the table of the three."""
     report: bool = False
     """Also write the HTML report, as `rsd report` does."""
     overwrite: bool = False
@@ -40,14 +40,8 @@ class EvalArguments:
 
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(EvalArguments, arguments, prog)
-    given = any(argument == "--decode" or argument.startswith("--decode=") for argument in arguments)
-    if options.resume is not None:
-        configs = [resumed(options.resume, arguments)]
-    else:
-        configs = plan_runs(options, decode_given=given)
-    if options.resume is None and not given and not options.compare and options.use_speculative_decoding is None:
-        configs = [fitting_decoder(config) for config in configs]
-    for config in configs:
+    planned = [(resumed(options.resume, arguments), "")] if options.resume is not None else plan_runs(options)
+    for config, _ in planned:
         check_names(config)
 
     from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
@@ -56,9 +50,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
     console = Console(stderr=True)
     summaries = []
-    for config in configs:
+    for config, note in planned:
         try:
-            summary = evaluate(config, overwrite=options.overwrite, console=console)
+            summary = evaluate(config, overwrite=options.overwrite, console=console, note=note)
         except KeyboardInterrupt:
             console.print(
                 f"interrupted: finished episodes are kept in {config.output_dir}; "
@@ -74,7 +68,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
                 style="red",
                 soft_wrap=True,
             )
-    directories = [config.output_dir for config in configs]
+    directories = [config.output_dir for config, _ in planned]
     if all(summary.success.n for summary in summaries):
         runs = load_runs(directories)
         Console().print(rich_table(runs))
@@ -88,26 +82,36 @@ def run(arguments: Sequence[str], prog: str) -> int:
     return 1 if any(summary.errors for summary in summaries) else 0
 
 
-def plan_runs(options: EvalArguments, decode_given: bool) -> list[EvalConfig]:
-    """The runs that a command line asks for: one, or with --compare the baseline, the bar and the speculative."""
-    config = options.config
-    if options.compare:
-        if decode_given or options.use_speculative_decoding is not None:
-            raise UsageError("--compare runs ar, l1 and rsd-fused: leave --decode and --use-... out")
-        root = config.output_dir if config.output else None
-        runs = [replace(config, decode=decode) for decode in (BASELINE, ONE_PASS, SPECULATIVE)]
-        # nothing is accepted without a draft
-        runs[:2] = [replace(run, acceptance="default") for run in runs[:2]]
-        return [replace(run, output=str(root / run.decode)) if root else run for run in runs]
-    if options.use_speculative_decoding is not None:
-        wanted = SPECULATIVE if options.use_speculative_decoding else BASELINE
-        if decode_given and config.decode.startswith("rsd") != options.use_speculative_decoding:
-            raise UsageError(
-                f"--use-speculative-decoding {options.use_speculative_decoding} contradicts --decode {config.decode}; "
-                "leave one out"
-            )
-        config = config if decode_given else replace(config, decode=wanted)
-    return [config]
+def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
+    """The runs that a command line asks for, each with a note on how its decoder was chosen ("" if by name): one, or
+    with --compare the baseline, the bar and the best."""
+    from rsd.evaluation.backend import settle
+
+    config, speculative = options.config, options.use_speculative_decoding
+    if options.compare and (config.decode != BEST or speculative is not None):
+        raise UsageError("--compare runs ar, l1 and the checkpoint's best: leave --decode and --use-... out")
+    if speculative is not None and config.decode != BEST and config.decode.startswith("rsd") != speculative:
+        raise UsageError(
+            f"--use-speculative-decoding {speculative} contradicts --decode {config.decode}; leave one out"
+        )
+    if speculative is False and config.decode == BEST:
+        config = replace(config, decode=BASELINE)
+    best, note = settle(config)
+    if (options.compare or speculative) and not best.decode.startswith("rsd"):
+        wanted = "--compare" if options.compare else "--use-speculative-decoding True"
+        raise UsageError(
+            f"{wanted}: {config.policy} decodes by {best.decode} alone, without a draft; "
+            "a published OpenVLA checkpoint gets one by rsd train policy --backbone openvla"
+        )
+    if not options.compare:
+        return [(best, note)]
+    # nothing is accepted, skipped or audited without a draft
+    of_drafts = {name: getattr(EvalConfig, name) for name in ("acceptance", "skip_threshold_mm", "max_skips", "audit")}
+    others = [replace(config, decode=decode, **of_drafts) for decode in (BASELINE, ONE_PASS)]
+    runs = [*((run, "") for run in others), (best, note)]
+    if not config.output:
+        return runs
+    return [(replace(run, output=str(config.output_dir / run.decode)), note) for run, note in runs]
 
 
 def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
@@ -130,32 +134,14 @@ def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
     return replace(config, output=str(directory.parent if config.shard else directory))
 
 
-def fitting_decoder(config: EvalConfig) -> EvalConfig:
-    """Without a wish, a directory in OpenVLA's format decodes as its own files say, a served policy as it is served."""
-    if config.served:
-        from rsd.serving.client import RemotePolicy
-
-        remote = RemotePolicy(config.policy)
-        remote.close()
-        return replace(config, decode=remote.decode)
-    from rsd.models.openvla_loading import is_openvla
-
-    local = Path(config.policy)
-    if not (local.is_dir() and is_openvla(local)):
-        return config
-    from rsd.openvla.policy import Settings
-
-    return replace(config, decode=str(Settings.load(local).resolve(local).decode))
-
-
 def check_names(config: EvalConfig) -> None:
     """Raises UsageError for a strategy, rule or device that is not there, before anything is started."""
     import torch
 
     from rsd.decoding.acceptance import acceptance_rule
     from rsd.decoding.strategies import LIGHT, STRATEGIES, check_sampling
-    from rsd.models.openvla_loading import is_openvla
-    from rsd.openvla.engine import DECODERS
+    from rsd.models.openvla_files import is_openvla
+    from rsd.openvla.published import DECODERS
     from rsd.tokenizer.rfsq import RfsqConfig
 
     local = Path(config.policy)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from rsd.cli.eval import check_names, fitting_decoder
+from rsd.cli.eval import check_names
 from rsd.cli.parsing import UsageError, parse
 from rsd.evaluation.config import EvalConfig
 
@@ -23,8 +23,8 @@ class ServeArguments:
 
     policy: str = EvalConfig.policy
     """Checkpoint directory or Hugging Face hub id: everything that `rsd eval --policy` takes."""
-    decode: str = ""
-    """Decoding strategy, as of `rsd eval`; without it rsd-fused, or what a directory in OpenVLA's format says."""
+    decode: str = EvalConfig.decode
+    """Decoding strategy, as of `rsd eval`."""
     acceptance: str = EvalConfig.acceptance
     """Rule for drafted levels, as of `rsd eval`; default: the checkpoint's."""
     skip_threshold_mm: float = EvalConfig.skip_threshold_mm
@@ -53,7 +53,7 @@ class ServeArguments:
         """The evaluation whose policy this is."""
         config = EvalConfig(
             policy=self.policy,
-            decode=self.decode or EvalConfig.decode,
+            decode=self.decode,
             acceptance=self.acceptance,
             skip_threshold_mm=self.skip_threshold_mm,
             max_skips=self.max_skips,
@@ -62,23 +62,26 @@ class ServeArguments:
         )
         if config.served:
             raise UsageError(f"--policy {self.policy}: is served already; expected a checkpoint directory or hub id")
-        return config if self.decode else fitting_decoder(config)
+        return config
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(ServeArguments, arguments, prog)
-    config = options.evaluated
-    check_names(config)
+    from rsd.evaluation.backend import describe_checkpoint, settle
+
+    check_names(options.evaluated)
+    config, note = settle(options.evaluated)
 
     import torch
 
-    from rsd.evaluation.backend import describe_checkpoint
     from rsd.serving.server import PolicyServer, reserve, serve_until_signal
     from rsd.serving.service import load_policy, versions_on
 
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if note:
+        console.print(note)
     door = reserve(options.host, options.port)
     server = PolicyServer(load_policy(config), describe_checkpoint(config), versions_on(config.device), door)
 

@@ -40,8 +40,11 @@ def run(arguments: Sequence[str], prog: str) -> int:
     config = options.config
     if config.shard:
         raise UsageError("--shard is what the jobs get; ask for a number of --shards")
-    check_names(config)
+    from rsd.evaluation.backend import settle
     from rsd.evaluation.launchers import submit_shards
+
+    config, chosen = settle(config)
+    check_names(config)
 
     parameters: dict[str, object] = {
         "timeout_min": options.minutes,
@@ -52,6 +55,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
         parameters["slurm_partition"] = options.partition
     jobs = submit_shards(config, options.shards, options.cluster, parameters)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if chosen:
+        console.print(chosen)
     console.print(f"jobs {', '.join(str(job.job_id) for job in jobs)}; logs in {config.output_dir / 'jobs'}")
     if not options.wait:
         console.print(f"when they are done: rsd merge {config.output_dir}")

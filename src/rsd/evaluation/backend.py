@@ -6,16 +6,17 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsd.evaluation.config import EvalConfig
-from rsd.types import Policy, RsdError
+from rsd.types import BEST, Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.batched_policy import BatchPolicy
     from rsd.evaluation.rollout import Environment
+    from rsd.policy import Choice
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Backend:
     """What names the weights beyond doubt: a run is never continued with others."""
     versions: Callable[[str], dict[str, str]]
     """device -> versions of everything a result may depend on."""
+    choose_decode: Callable[[EvalConfig], Choice]
+    """What --decode best is for this policy and these options."""
     make_batch_policy: Callable[[EvalConfig], BatchPolicy] | None = None
     """A policy for `--batch`; None where there is none."""
     preflight: Callable[[EvalConfig], None] | None = None
@@ -63,28 +66,49 @@ def rsd_policy(config: EvalConfig) -> Policy:
         from rsd.serving.client import policy_for
 
         return policy_for(config)
-    from rsd.decoding.steps import SkipRule
-    from rsd.openvla.policy import OpenVlaPolicy, locate_openvla
+    from rsd.openvla.published import locate_openvla
     from rsd.policy import RsdPolicy
 
     if (openvla := locate_openvla(config.policy)) is not None:
         if config.temperature:
             found = f"--temperature {config.temperature:g}: {config.policy} in OpenVLA's format"
             raise RsdError(f"{found} takes the likeliest tokens, as published; leave --temperature out")
+        from rsd.openvla.policy import OpenVlaPolicy
+
         return OpenVlaPolicy.from_pretrained(
             openvla, device=config.device, decode=config.decode, suite=config.task_suite
         )
-    acceptance = None if config.acceptance == "default" else config.acceptance
-    skip = SkipRule(config.skip_threshold_mm, config.max_skips) if config.skip_threshold_mm >= 0 else None
     return RsdPolicy.from_pretrained(
-        config.policy,
-        device=config.device,
-        decode=config.decode,
-        acceptance=acceptance,
-        temperature=config.temperature,
-        skip=skip,
-        audit=config.audit,
+        config.policy, device=config.device, decode=config.decode, audit=config.audit, **decoding_options(config)
     )
+
+
+def decoding_options(config: EvalConfig) -> dict[str, Any]:
+    """The options that a calibration has a say in, as `RsdPolicy` takes them."""
+    from rsd.decoding.steps import SkipRule
+
+    skip = SkipRule(config.skip_threshold_mm, config.max_skips) if config.skip_threshold_mm >= 0 else None
+    acceptance = None if config.acceptance == "default" else config.acceptance
+    return {"acceptance": acceptance, "temperature": config.temperature, "skip": skip}
+
+
+def best_of_checkpoint(config: EvalConfig) -> Choice:
+    """A directory in OpenVLA's format has one decoder, its own, and so has a served policy; of the others see
+    `rsd.policy.choose_decode`."""
+    from rsd.openvla.published import Settings, locate_openvla
+    from rsd.policy import Choice, choose_decode, locate_checkpoint, read_content
+
+    if config.served:
+        from rsd.serving.client import RemotePolicy
+
+        remote = RemotePolicy(config.policy)
+        remote.close()
+        return Choice(remote.decode, "what it is served with")
+    if (openvla := locate_openvla(config.policy)) is not None:
+        settings = Settings.load(openvla).resolve(openvla)
+        return Choice(str(settings.decode), "what this OpenVLA checkpoint was trained for")
+    directory = locate_checkpoint(config.policy)
+    return choose_decode(directory, read_content(directory), fine=None, **decoding_options(config))
 
 
 def batched_rsd_policy(config: EvalConfig) -> BatchPolicy:
@@ -138,7 +162,7 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         from rsd.serving.client import describe
 
         return describe(config)
-    from rsd.openvla.policy import fingerprint, locate_openvla
+    from rsd.openvla.published import fingerprint, locate_openvla
     from rsd.policy import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
 
     if (openvla := locate_openvla(config.policy)) is not None:
@@ -162,6 +186,15 @@ LIBERO = Backend(
     make_policy=rsd_policy,
     describe_policy=describe_checkpoint,
     versions=libero_versions,
+    choose_decode=best_of_checkpoint,
     make_batch_policy=batched_rsd_policy,
     preflight=check_machine,
 )
+
+
+def settle(config: EvalConfig, backend: Backend = LIBERO) -> tuple[EvalConfig, str]:
+    """The run with `--decode best` made a decoder, and a line on which and why; "" where one was asked for by name."""
+    if config.decode != BEST:
+        return config, ""
+    choice = backend.choose_decode(config)
+    return replace(config, decode=choice.decode), f"{config.policy} {choice}"

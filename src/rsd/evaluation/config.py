@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rsd.types import RsdError
+from rsd.types import BEST, RsdError
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
 # (`batch` is not among them: a batch rounds otherwise than a single observation.)
@@ -40,8 +40,9 @@ class EvalConfig:
     of num_trials in a row."""
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory, Hugging Face hub id, or ws://HOST:PORT of `rsd serve`."""
-    decode: str = "rsd-fused"
-    """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, draft, light."""
+    decode: str = BEST
+    """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, draft, light; best: rsd-skip where
+    the checkpoint is calibrated for it, else rsd-fused, without a light draft rsd."""
     acceptance: str = "default"
     """Rule for drafted levels: exact, margin, distance(1), typical(0.09), agreement(0.7); default: the checkpoint's, or
     exact with a --temperature."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rsd.types import CAMERAS, STATE_DIM, Observation, RsdError
+from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Observation, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.config import EvalConfig
@@ -128,7 +128,7 @@ def disk(directory: Path) -> Check:
 
 def checkpoint_files(policy: str) -> Check:
     """Files are there and belong together (hashes), the configuration is readable."""
-    from rsd.openvla.policy import fingerprint, locate_openvla
+    from rsd.openvla.published import fingerprint, locate_openvla
     from rsd.policy import BACKBONE, checkpoint_hash, locate_checkpoint, parse_config, read_content
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
@@ -178,21 +178,30 @@ def render_frame() -> Check:
 
 def load_and_predict(policy_name: str, device_name: str, keep: list[RsdPolicy]) -> Check:
     """Weights load strictly, a prediction is finite, and the policy looks at its images."""
-    from rsd.openvla.policy import OpenVlaPolicy, locate_openvla
-    from rsd.openvla.selftest import image_self_test
+    from rsd.openvla.published import locate_openvla
     from rsd.policy import RsdPolicy
 
     if (openvla := locate_openvla(policy_name)) is not None:
+        from rsd.openvla.policy import OpenVlaPolicy
+        from rsd.openvla.selftest import image_self_test
+
         test = image_self_test(OpenVlaPolicy.from_pretrained(openvla, device=device_name))
         return Check("policy", "ok" if test.passed else "fail", str(test))
     policy = RsdPolicy.from_pretrained(policy_name, device=device_name)
     keep.append(policy)
-    dark, light = (policy.predict(blank(policy.image_size, value)) for value in (0, 255))
+    dark, light = (alone(policy, blank(policy.image_size, value)) for value in (0, 255))
     if np.array_equal(dark.actions, light.actions):
         return Check("policy", "fail", "a black and a white image give the same actions: it does not see")
     count = sum(parameter.numel() for parameter in policy.model.parameters())
     spent = light.stats.latency_ms["total"]
-    return Check("policy", "ok", f"{count / 1e6:.1f} M parameters, chunk {list(light.actions.shape)} in {spent:.0f} ms")
+    chunk = f"chunk {list(light.actions.shape)} in {spent:.0f} ms by {policy.decode}"
+    return Check("policy", "ok", f"{count / 1e6:.1f} M parameters, {chunk}")
+
+
+def alone(policy: RsdPolicy, observation: Observation) -> ActionChunk:
+    """The chunk at the beginning of an episode, where every decoder looks."""
+    policy.reset()
+    return policy.predict(observation)
 
 
 def accuracy(policy: RsdPolicy) -> Check:
@@ -290,7 +299,7 @@ def flow(policy: RsdPolicy) -> list[tuple[str, str]]:
             rows.append((f"decoded.{name}", f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"))
         elif value is not None and value != []:
             rows.append((f"decoded.{name}", str(value)))
-    chunk = policy.predict(observation)
+    chunk = alone(policy, observation)
     rows.append(("actions", f"{chunk.actions.dtype} {list(chunk.actions.shape)}"))
     rows += [(f"stats.{name}", statistic(value)) for name, value in vars(chunk.stats).items()]
     return rows

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rsd.evaluation.backend import LIBERO, Backend
+from rsd.evaluation.backend import LIBERO, Backend, settle
 from rsd.evaluation.config import NEUTRAL, EvalConfig, OptionError
 from rsd.evaluation.episodes import Job, JobQueue, Outcome
 from rsd.evaluation.launchers import make_pool
@@ -49,16 +49,21 @@ def evaluate(
     backend: Backend = LIBERO,
     console: Console | None = None,
     time_limit_s: float = math.inf,
+    note: str = "",
 ) -> RunSummary:
     """Run what is missing of `config` in `config.output_dir` and return (and write) the run's summary.
 
     Episodes already there are kept, so the same call continues an interrupted run; episodes that ended in an
     error are run again. overwrite: start from nothing. time_limit_s: after so long no episode is begun any more.
+    note: printed first.
     Raises RsdError where the directory holds another run or damaged results, or the policy cannot be loaded.
     """
     console = console or Console(stderr=True)
     start = time.perf_counter()
+    config, chosen = settle(config, backend)
     plan = plan_episodes(config, backend)
+    if note or chosen:
+        console.print(note or chosen, soft_wrap=True, highlight=False)
     directory = config.output_dir
     finished = open_run(config, directory, overwrite, console)
     done = {key for key, result in finished.items() if not result.is_error}

@@ -90,7 +90,8 @@ def compact_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> t
 
 def openvla_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     """Configuration, and the weights that were added to the base, which is not looked at."""
-    from rsd.models.openvla_loading import ADAPTER_DIR, ADAPTER_WEIGHTS, tensors
+    from rsd.models.openvla_files import ADAPTER_DIR, ADAPTER_WEIGHTS
+    from rsd.models.openvla_loading import tensors
     from rsd.openvla.rsd_policy import read_config
     from rsd.policy import WEIGHTS_FILE
 

@@ -12,7 +12,7 @@ from rsd.evaluation.backend import LIBERO, Backend
 from rsd.evaluation.config import EvalConfig, OptionError
 from rsd.evaluation.episodes import EpisodeRunner, Job, JobQueue, Outcome, broken_off
 from rsd.evaluation.workers import MAX_FAILED_STARTS, Ready, Retry, WorkerPool
-from rsd.types import RsdError
+from rsd.types import BEST, RsdError
 
 
 def make_pool(config: EvalConfig, backend: Backend, workers: int, videos: Path) -> WorkerPool | RayPool:
@@ -167,7 +167,7 @@ def cloud_config(
     task_suite: str, num_trials: int, use_speculative_decoding: str, policy: str, videos: str, root: Path
 ) -> EvalConfig:
     """The run that `deploy/modal_app.py` is asked for. Raises OptionError for what cannot be run."""
-    decodes = {"true": "rsd-fused", "false": "ar"}
+    decodes = {"true": BEST, "false": "ar"}  # which one is best is seen where the checkpoint is
     decode = decodes.get(use_speculative_decoding.lower())
     if decode is None:
         raise OptionError(f"--use-speculative-decoding '{use_speculative_decoding}': expected True or False")

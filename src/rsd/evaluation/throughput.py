@@ -20,12 +20,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rsd.evaluation.backend import LIBERO, Backend
+from rsd.evaluation.backend import LIBERO, Backend, settle
 from rsd.evaluation.config import EvalConfig, OptionError
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes, write_atomically
 from rsd.evaluation.rollout import Environment
-from rsd.types import RsdError
+from rsd.types import BEST, RsdError
 
 FORMAT = 2
 FAST, PLAIN_LOOP = "rsd eval", "plain loop"
@@ -45,8 +45,8 @@ class ThroughputConfig:
     """As in `rsd eval`: the first initial state, or a list."""
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory or hub id."""
-    decode: str = "rsd-fused"
-    """Decoding strategy."""
+    decode: str = BEST
+    """Decoding strategy, as in `rsd eval`."""
     device: str = "cpu"
     """Where the policy runs."""
     num_workers: str = "auto"
@@ -103,8 +103,11 @@ def measure_throughput(config: ThroughputConfig, fast: Backend = LIBERO, plain: 
     """
     own = ("output", "batch", "batch_wait_ms", "plain_limit_s")
     shared = {name: value for name, value in asdict(config).items() if name not in own}
-    run = EvalConfig(**shared, batch=config.batch, batch_wait_ms=config.batch_wait_ms)
+    run, chosen = settle(EvalConfig(**shared, batch=config.batch, batch_wait_ms=config.batch_wait_ms), fast)
+    config = replace(config, decode=run.decode)
     console = Console(stderr=True)
+    if chosen:
+        console.print(chosen, soft_wrap=True, highlight=False)
     record: dict[str, Any] = {"format": FORMAT, "config": {**asdict(config), "output": str(config.output)}}
     measured: dict[str, Measured] = {}
     outcomes: dict[str, dict[EpisodeKey, EpisodeResult]] = {}

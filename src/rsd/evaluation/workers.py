@@ -288,3 +288,17 @@ class WorkerPool:
         self._failed_starts += 1
         if self._failed_starts > MAX_FAILED_STARTS:
             raise RsdError(f"{who} keep ending before they run an episode ({reason}); their messages are above")
+
+
+def running_workers(pid: int) -> list[int]:
+    """The workers of the evaluation that runs as process `pid`, by Linux's /proc: its spawned children.
+
+    multiprocessing's own resource tracker, which is a child, too, is none of them.
+    """
+    found = []
+    for entry in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, entry.read_text().split()):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(child)
+    return found

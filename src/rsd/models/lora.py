@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rsd.models.openvla import OpenVlaModel
-from rsd.models.openvla_loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Slot, slots
+from rsd.models.openvla_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rsd.models.openvla_loading import Slot, slots
 from rsd.types import RsdError
 
 

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from rsd.models.openvla import OpenVlaConfig, OpenVlaModel
-from rsd.models.openvla_loading import CONFIG_FILE, load_openvla, slots
+from rsd.models.openvla_files import CONFIG_FILE
+from rsd.models.openvla_loading import load_openvla, slots
 from rsd.openvla.bench_cases import full_config, random_model
 
 if TYPE_CHECKING:

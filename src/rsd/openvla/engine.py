@@ -13,7 +13,6 @@ from rsd.models.openvla_llama import StaticCache
 from rsd.openvla.graphs import Captured
 from rsd.types import ACTION_DIM
 
-DECODERS = ("ar", "l1", "discrete")
 PROMPT_LENGTHS = 16  # captured lengths kept; a suite of ten tasks has fewer
 
 
@@ -38,7 +37,7 @@ class Length:
 
 
 class Engine:
-    """decode: one of `DECODERS`: `ar` (OpenVLA's 7 tokens), `l1` or `discrete` (OFT).
+    """decode: one of `published.DECODERS`: `ar` (OpenVLA's 7 tokens), `l1` or `discrete` (OFT).
 
     graphs: capture in CUDA graphs; without effect on a CPU.
     """

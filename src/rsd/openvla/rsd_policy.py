@@ -26,29 +26,17 @@ from rsd.models.light_draft import LightDraftConfig
 from rsd.models.lora import Adapter
 from rsd.models.main import STATE_FEATURES, state_features
 from rsd.models.openvla import OpenVlaModel, ProprioProjector
+from rsd.models.openvla_files import ADAPTER_CONFIG, ADAPTER_DIR, ADAPTER_WEIGHTS, CONFIG_FILE
 from rsd.models.openvla_light import OpenVlaLight
-from rsd.models.openvla_loading import (
-    ADAPTER_CONFIG,
-    ADAPTER_DIR,
-    ADAPTER_WEIGHTS,
-    CONFIG_FILE,
-    load_openvla,
-    merge_adapter,
-)
+from rsd.models.openvla_loading import load_openvla, merge_adapter
 from rsd.models.openvla_rfsq import OpenVlaMain
 from rsd.models.text import word_ids
 from rsd.openvla.engine import PROMPT_LENGTHS
 from rsd.openvla.images import prepare_images
-from rsd.openvla.policy import (
-    PREPROCESSOR_FILE,
-    RENDER_SIZE,
-    fingerprint,
-    locate_openvla,
-    locate_under,
-    read_normalisation,
-)
+from rsd.openvla.policy import PREPROCESSOR_FILE, RENDER_SIZE, read_normalisation
 from rsd.openvla.prompt import TOKENIZER_FILE as PROMPT_FILE
 from rsd.openvla.prompt import Prompt
+from rsd.openvla.published import fingerprint, locate_openvla, locate_under
 from rsd.openvla.statistics import Bounds
 from rsd.policy import (
     BACKBONE,
@@ -63,6 +51,7 @@ from rsd.policy import (
     check_code,
     check_decode,
     load_weights,
+    require_finite,
     stored_skip,
 )
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -244,7 +233,7 @@ class OpenVlaRsdPolicy(RsdPolicy):
         """What `RsdPolicy.from_pretrained` calls for such a directory."""
         config = read_config(directory, content)
         check_decode(options["decode"], config.light is not None)  # before the 15 GB
-        skip = skip or stored_skip(directory, cast(PolicyConfig, config), options)
+        skip = skip or stored_skip(directory, content, options)
         tokenizer = ActionTokenizer.load(directory)
         base = find_base(directory, content["base"])
         prompt, normalisation = Prompt(base), read_normalisation(base)
@@ -301,9 +290,7 @@ def save_openvla_rsd(
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().float().cpu().contiguous() for name, value in added.state_dict().items()}
     updates = {f"{ADAPTER_DIR} {name}": value for name, value in adapter.updates.state_dict().items()}
-    for name, value in {**weights, **updates}.items():
-        if not torch.isfinite(value).all():
-            raise RsdError(f"{directory}: {name} is not finite; the training diverged, nothing was saved")
+    require_finite({**weights, **updates}, directory)
     save_file(weights, directory / WEIGHTS_FILE)
     adapter.save(directory / ADAPTER_DIR, named)
     tokenizer.save(directory)

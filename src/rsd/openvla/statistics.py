@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.models.openvla_loading import CONFIG_FILE, STATISTICS_FILE, read_json
+from rsd.models.openvla_files import CONFIG_FILE, STATISTICS_FILE, read_json
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 
 NO_NOOPS = "_no_noops"  # LIBERO's data without idle steps, which the published fine-tunes saw

@@ -47,7 +47,7 @@ def train_draft(config: TrainDraftConfig) -> Path:
     if parallel.launched():
         raise RsdError("train draft: runs in one process; drop torchrun")
     device = resolve_device(config.device)
-    source = RsdPolicy.from_pretrained(config.policy)
+    source = RsdPolicy.from_pretrained(config.policy, decode="ar")
     if type(source) is not RsdPolicy:
         raise RsdError(f"train draft: {config.policy} has OpenVLA as its main; its drafts are trained with it")
     tokenizer, policy = source.tokenizer.to(device), replace(source.config, draft=config.draft)

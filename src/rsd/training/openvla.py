@@ -23,9 +23,11 @@ from rsd.models.light_draft import LightDraftConfig
 from rsd.models.lora import Adapter, LoraConfig
 from rsd.models.main import state_features
 from rsd.models.openvla import OpenVlaModel
-from rsd.models.openvla_loading import component_file, load_openvla
-from rsd.openvla.policy import Settings, fingerprint, locate_openvla, locate_under, read_normalisation
+from rsd.models.openvla_files import component_file
+from rsd.models.openvla_loading import load_openvla
+from rsd.openvla.policy import read_normalisation
 from rsd.openvla.prompt import Prompt
+from rsd.openvla.published import Settings, fingerprint, locate_openvla, locate_under
 from rsd.openvla.rsd_policy import BASE_FILES, OpenVlaRsdConfig, OpenVlaRsdModel, save_openvla_rsd
 from rsd.openvla.statistics import Statistics
 from rsd.tokenizer.action_tokenizer import ActionTokenizer

@@ -59,7 +59,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     device = resolve_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    start = RsdPolicy.from_pretrained(config.init) if config.init else None
+    start = RsdPolicy.from_pretrained(config.init, decode="ar") if config.init else None
     if start and type(start) is not RsdPolicy:
         raise RsdError(f"--init {config.init}: expected a compact policy, found one on OpenVLA")
     if config.init_fresh and not (start and config.init_matching):

@@ -1,0 +1,146 @@
+"""The numbers that are typed by hand, in README.md and docs/openvla.md, are what the committed raw results say.
+
+New results: change the paths below. Columns of a table are found by their header, rows by their first cell; "-" stands
+where there is no raw number.
+"""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rsd.evaluation.report import Run, load_run
+from rsd.evaluation.statistics import paired_difference, percentiles
+from rsd.evaluation.summary import success_rate, summarize_decoding
+
+ROOT = Path(__file__).parents[2]
+LIBERO = ROOT / "results" / "libero_spatial"
+README, OPENVLA = ROOT / "README.md", ROOT / "docs" / "openvla.md"
+
+DECODERS = ("ar", "l1", "rsd-fused", "rsd-skip")  # header of the README's table
+RUNS = {
+    **{decode: LIBERO / "h200" / decode for decode in ("ar", "l1", "rsd-fused")},
+    "rsd-skip": LIBERO / "cpu" / "rsd-skip-500",
+}
+LATENCIES = {  # row -> file of `rsd bench latency`
+    "H200, CUDA graphs, ms p50 / p95": LIBERO / "h200" / "latency.json",
+    "2 CPU cores, ms p50 / p95": LIBERO / "cpu" / "latency.json",
+}
+CLOSED_LOOP = "2 CPU cores, closed loop, mean ms"
+TIMED = {decode: LIBERO / "cpu" / f"timed-{decode}" for decode in ("l1", "rsd-fused", "rsd-skip")}
+
+OPENVLA_BENCH = ROOT / "results" / "openvla" / "h200.json"
+OPENVLA_ROWS = {  # row -> case of `rsd bench openvla`
+    "OFT chunk with the L1 head": "l1",
+    "OpenVLA, seven tokens": "ar7",
+    "residual tokens, ar, 8 levels": "rfsq-ar",
+    "rsd, everything accepted": "rsd",
+    "rsd-fused, its light draft included": "rsd-fused",
+    "light: a chunk without the main": "light",
+}
+OPENVLA_SECTIONS = {  # column -> section
+    "published way, eager": "reference",
+    "eager": "eager",
+    "CUDA graph": "graph",
+    "compiled, graph": "compiled",
+    "FP8, compiled, graph": "fp8",
+}
+WITH_SHARE = ("reference", "eager", "graph", "compiled")  # FP8 is not held against the bfloat16 roofline
+
+Table = dict[str, dict[str, str]]
+
+
+def cells(line: str) -> list[str]:
+    return [re.sub(r"[*`]", "", cell).strip() for cell in line.strip().strip("|").split("|")]
+
+
+def table(file: Path, columns: tuple[str, ...]) -> Table:
+    """The one table of a page with these columns: row -> column -> cell, without bold and code marks."""
+    lines = file.read_text().splitlines()
+    (head,) = (i for i, line in enumerate(lines) if line.startswith("|") and cells(line) == ["", *columns])
+    found: Table = {}
+    for line in lines[head + 2 :]:
+        if not line.startswith("|"):
+            break
+        name, *values = cells(line)
+        found[name] = dict(zip(columns, values, strict=True))
+    return found
+
+
+@cache
+def run(directory: Path) -> Run:
+    return load_run(directory)
+
+
+def success(decode: str) -> str:
+    rate = success_rate(run(RUNS[decode]).episodes)
+    assert rate.n == 500
+    return f"{100 * rate.successes / rate.n:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+def against_l1(decode: str, with_p: bool) -> str:
+    if decode == "l1":
+        return "-"
+    pair = paired_difference(run(RUNS["l1"]).successes, run(RUNS[decode]).successes)
+    assert pair.pairs == 500
+    said = f"{100 * pair.difference:+.1f} points (+{pair.only_second} -{pair.only_first})"
+    return said + (f", p {pair.p_value:.3f}" if with_p else "")
+
+
+def passes(decode: str) -> str:
+    decoding = summarize_decoding(run(RUNS[decode]).episodes)
+    return f"{decoding.prefills_per_chunk + decoding.main_passes_per_chunk:.2g}"
+
+
+def latency(file: Path, decode: str) -> str:
+    times = json.loads(file.read_text())["milliseconds"].get(decode)
+    return " / ".join(f"{value:.1f}" for value in percentiles(times["total"])) if times else "-"
+
+
+def mean_ms(directory: Path) -> float:
+    return float(np.mean([ms for episode in run(directory).episodes for ms in episode.latency_ms["total"]]))
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+def test_the_readmes_table(decode: str) -> None:
+    found = {row: columns[decode] for row, columns in table(README, DECODERS).items()}
+    assert found == {
+        "success [Wilson 95 %]": success(decode),
+        "against l1, paired": against_l1(decode, with_p=", p " in found["against l1, paired"]),
+        "main passes per chunk": passes(decode),
+        **{row: latency(file, decode) for row, file in LATENCIES.items()},
+        CLOSED_LOOP: f"{mean_ms(TIMED[decode]):.1f}" if decode in TIMED else "-",
+    }
+
+
+def test_the_readmes_speed_up_in_closed_loop() -> None:
+    (said,) = re.findall(r"\*\*([\d.]+) times\*\* less than `l1` in the mean", README.read_text())
+    assert said == f"{mean_ms(TIMED['l1']) / mean_ms(TIMED['rsd-skip']):.2f}"
+
+
+def openvla_rows() -> dict[tuple[str, str], dict[str, float]]:
+    """(section, case) -> two cameras, batch 1."""
+    rows = json.loads(OPENVLA_BENCH.read_text())["rows"]
+    return {(row["section"], row["case"]): row for row in rows if (row["cameras"], row["batch"]) == (2, 1)}
+
+
+def test_openvlas_table() -> None:
+    raw, expected = openvla_rows(), dict[str, dict[str, str]]()
+    for name, case in OPENVLA_ROWS.items():
+        expected[name] = {}
+        for column, section in OPENVLA_SECTIONS.items():
+            row = raw.get((section, case))
+            text = f"{row['p50_ms']:.1f}" if row else ""
+            if row and row["share"] is not None and section in WITH_SHARE:
+                text += f" ({100 * row['share']:.0f} %)"
+            expected[name][column] = text
+    assert table(OPENVLA, tuple(OPENVLA_SECTIONS)) == expected
+
+
+def test_openvlas_ratios() -> None:
+    ms = {case: row["p50_ms"] for (section, case), row in openvla_rows().items() if section == "graph"}
+    (said,) = re.findall(r"costs ([\d.]+) times the OFT chunk and is ([\d.]+) times faster", OPENVLA.read_text())
+    assert said == (f"{ms['rsd-fused'] / ms['l1']:.2f}", f"{ms['rfsq-ar'] / ms['rsd-fused']:.1f}")
