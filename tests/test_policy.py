@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rsd.decoding.calibration import SkipCalibration
-from rsd.decoding.steps import SkipRule
+from rsd.decoding.steps import Scene, SkipRule, Stopwatch
 from rsd.decoding.strategies import STRATEGIES
 from rsd.models.main import MainModel
 from rsd.policy import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, PolicyConfig, RsdModel, RsdPolicy, load_weights
@@ -45,6 +45,7 @@ def test_actions_are_environment_ready(
         assert np.isfinite(chunk.actions).all()
         assert np.abs(chunk.actions).max() <= 1.0
         grippers |= set(chunk.actions[:, -1].tolist())
+        policy.follow_up()
         assert chunk.stats.decode == decode
         assert chunk.stats.prefills == 1
         assert chunk.stats.latency_ms["total"] >= max(chunk.stats.latency_ms.values())
@@ -359,7 +360,7 @@ USED_HEADS = {
     ),
     ("rsd-skip", "regress"): (*LIGHT_HEADS, "main.level_head", "main.gripper_head", "main.residual_head"),
     ("rsd-fused", "regress"): (*LIGHT_HEADS, "main.level_head", "main.gripper_head", "main.residual_head"),
-    ("light", "regress"): LIGHT_HEADS,
+    ("rsd-ahead", "regress"): (*LIGHT_HEADS, "main.level_head", "main.gripper_head", "main.residual_head"),
 }
 
 
@@ -451,7 +452,7 @@ def test_what_cannot_be_drawn_is_refused(checkpoint: Path, options: dict[str, An
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decode": "fast"}, "decode 'fast': expected one of ar, parallel, l1, rsd, rsd-fused, rsd-skip, draft, light"),
+        ({"decode": "fast"}, "decode 'fast': expected one of ar, parallel, l1, rsd, rsd-fused, rsd-skip, rsd-ahead,"),
         ({"acceptance": "always"}, "acceptance 'always'"),
         ({"fine": "coarse"}, "fine 'coarse': expected regress or sequential"),
     ],
@@ -533,6 +534,82 @@ def test_a_checkpoint_without_light_draft_decodes_the_other_ways(
         RsdPolicy.from_pretrained(tmp_path, decode="rsd-fused")
 
 
+# acting before the main has looked
+
+
+def acting_ahead(policy: RsdPolicy, **options: Any) -> RsdPolicy:
+    return RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="rsd-ahead", **options)
+
+
+def test_ahead_of_the_main_the_drafts_own_chunk_is_executed(
+    policy: RsdPolicy, make_observation: MakeObservation
+) -> None:
+    """Beside `rsd-fused`, which drafts with the same memory of the main."""
+    fused = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="rsd-fused")
+    told, left_alone = acting_ahead(policy), acting_ahead(policy)
+    for i in range(4):
+        observation = make_observation(i)
+        scene = Scene(*fused._preprocess([observation]), fused._memory)
+        with torch.inference_mode():
+            proposal = fused._strategy(fused.decoder, scene, Stopwatch(fused.device)).proposal
+        assert proposal is not None
+        expected = fused._to_actions(proposal.value, proposal.gripper)[0]
+        for other in (told, left_alone):
+            assert np.allclose(other.predict(observation).actions, expected, atol=1e-6)
+        told.follow_up()
+
+
+def test_the_follow_up_judges_the_chunk(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+    ahead = acting_ahead(policy, audit=True)
+    stats = ahead.predict(make_observation(0)).stats
+    assert (stats.prefills, stats.skipped, stats.num_draft_tokens, stats.deviation_mm) == (0, False, [], None)
+    assert set(stats.latency_ms) == {"preprocess", "draft", "total"}
+    total = stats.latency_ms["total"]
+    ahead.follow_up()
+    assert (stats.prefills, stats.main_passes, stats.skipped) == (1, 0, False)
+    assert stats.num_draft_tokens == [48] * 3
+    assert 0 < sum(stats.num_accepted_tokens) <= 144
+    assert stats.deviation_mm is not None
+    assert stats.deviation_mm > 0
+    assert stats.latency_ms["follow-up"] > 0
+    assert stats.latency_ms["total"] == total
+    judged = replace(stats)
+    ahead.follow_up()  # nothing is left
+    assert stats == judged
+    unaware = acting_ahead(policy)
+    first = unaware.predict(make_observation(0)).stats
+    unaware.predict(make_observation(1))  # begins with it
+    assert (first.prefills, first.num_accepted_tokens) == (1, stats.num_accepted_tokens)
+
+
+def test_what_is_left_to_do_ends_with_its_episode(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+    ahead = acting_ahead(policy)
+    fresh = ahead.predict(make_observation(0)).actions
+    ahead.reset()
+    assert np.array_equal(ahead.predict(make_observation(0)).actions, fresh)
+    remembering = ahead.predict(make_observation(0)).actions
+    assert not np.array_equal(remembering, fresh)
+    mine = ahead.swap_memory()
+    assert np.array_equal(ahead.predict(make_observation(0)).actions, fresh)
+    ahead.swap_memory(mine)
+    alone = acting_ahead(policy)
+    expected = [alone.predict(make_observation(0)).actions for _ in range(3)]
+    assert np.array_equal(ahead.predict(make_observation(0)).actions, expected[2])
+
+
+def test_a_failing_follow_up_forgets_the_episode(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+    ahead = acting_ahead(policy)
+    fresh = ahead.predict(make_observation(0)).actions
+    kept = policy.model.main.level_head.bias.clone()
+    with torch.no_grad():
+        policy.model.main.level_head.bias.fill_(float("nan"))
+    with pytest.raises(RsdError, match="non-finite"):
+        ahead.follow_up()
+    with torch.no_grad():
+        policy.model.main.level_head.bias.copy_(kept)
+    assert np.array_equal(ahead.predict(make_observation(0)).actions, fresh)
+
+
 # the best decoder
 
 
@@ -551,27 +628,23 @@ def test_the_default_is_the_best_that_the_checkpoint_supports(
     def chosen(**options: Any) -> str:
         caplog.clear()
         loaded = RsdPolicy.from_pretrained(checkpoint, **options).decode
-        assert f"{checkpoint}: decodes by {loaded}: the best" in caplog.text
+        assert f"{checkpoint}: decodes by {loaded}: " in caplog.text
         return loaded
 
-    assert chosen() == "rsd-fused"  # freshly trained
-    assert "needs a skip_calibration.json, found none; make it with `rsd calibrate`" in caplog.text
+    assert chosen() == chosen(acceptance="exact") == chosen(fine="sequential") == "rsd-ahead"
     assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
-    calibration(checkpoint / WEIGHTS_FILE).save(checkpoint)
-    assert chosen() == chosen(acceptance="margin", fine="regress") == "rsd-skip"
-    assert chosen(acceptance="exact") == chosen(fine="sequential") == "rsd-fused"
-    assert "calibrated with the checkpoint's margin and regress, found None and sequential" in caplog.text
-    for change, why in (({"threshold": 0.0}, "found no threshold"), ({"weights_sha256": "0" * 64}, "made for weights")):
-        calibration(checkpoint / WEIGHTS_FILE, **change).save(checkpoint)
-        assert chosen() == "rsd-fused"
-        assert why in caplog.text
-    with pytest.raises(RsdError, match="made for weights"):  # what is asked for by name is never replaced
+    assert chosen(temperature=1.0) == "rsd-fused"
+    with pytest.raises(RsdError, match="found none; make it with `rsd calibrate`"):  # by name: never replaced
+        RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")
+    calibration(checkpoint / WEIGHTS_FILE, weights_sha256="0" * 64).save(checkpoint)
+    with pytest.raises(RsdError, match="made for weights"):
         RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")
 
 
 def test_the_default_of_a_model_at_hand(policy: RsdPolicy, tokenizer: ActionTokenizer) -> None:
     parts = policy.model, tokenizer, policy.config
-    assert RsdPolicy(*parts).decode == "rsd-fused"
+    assert RsdPolicy(*parts).decode == "rsd-ahead"
+    assert RsdPolicy(*parts, temperature=1.0).decode == "rsd-fused"
     assert RsdPolicy(*parts, skip=SkipRule(10.0)).decode == "rsd-skip"
     config = replace(policy.config, light=None)
     assert RsdPolicy(RsdModel(config, tokenizer), tokenizer, config, skip=SkipRule(10.0)).decode == "rsd"

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,11 @@ BACKBONE = "backbone"  # in config.json: the compact main where it is absent, or
 SCALE = ".scale"  # after the name of a weight that is stored as int8
 TEXT_CACHE = 64  # instructions whose encoding is kept
 LOG = logging.getLogger(__name__)
-TOO_WARM = "rsd-skip is calibrated for the likeliest tokens, not for drawn ones"
+FOLLOW_UP = "follow-up"  # the stage of what is done while the chunk is executed
+JUDGED = (  # statistics of a chunk that its follow-up knows
+    *("prefills", "main_passes", "num_draft_tokens", "num_accepted_tokens", "accepted_levels"),
+    *("gripper_acceptance", "skipped"),
+)
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,7 @@ class RsdPolicy:
         skip: when `rsd-skip` leaves the main idle (never without one). audit: know of every chunk how far the light
         draft's led away from the main's; beside a skipped one the main is run for that, outside the latencies."""
         if decode == BEST:
-            obstacle = TOO_WARM if temperature else "" if skip else "no skip rule"
-            decode = best_decode(model.light is not None, obstacle).decode
+            decode = choose_decode(model.light is not None, temperature, skip).decode
         check_decode(decode, model.light is not None)
         check_sampling(temperature, decode, acceptance, fine)
         # drawn tokens have no greedy choice to be near to: only the rule that keeps a distribution can judge them
@@ -132,6 +136,7 @@ class RsdPolicy:
         if cuda_graphs and self.device.type == "cuda" and fine == "regress" and sampler is None:
             self._strategy = RecordedStrategy(decode)
         self._memory = EpisodeMemory()
+        self._to_do: Callable[[], None] | None = None
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -155,12 +160,13 @@ class RsdPolicy:
         seed: of what is drawn from now on at a temperature; without one the random numbers go on where they were
         (in a new policy: as from seed 0).
         """
-        self._memory = EpisodeMemory()
+        self._memory, self._to_do = EpisodeMemory(), None
         if seed is not None and self.decoder.sampler is not None:
             self.decoder.sampler.generator.manual_seed(seed)
 
     def swap_memory(self, memory: Any = None) -> Any:
         """Turn to another episode: what an earlier call returned of it, or None at its start -> this episode's."""
+        self.follow_up()
         mine, self._memory = self._memory, memory or EpisodeMemory()
         if mine.main is not None:
             # copies: a CUDA graph's next run, of the other episode, writes where these stand
@@ -172,18 +178,45 @@ class RsdPolicy:
         """Observation -> chunk float32 [H, 7], environment-ready; non-finite output raises `RsdError`.
 
         The decoders with a light draft remember the chunks since `reset`; to the others every observation is new.
+        What `rsd-ahead` has left to do is done first, unless `follow_up` has been called since.
         """
         watch = Stopwatch(self.device)
         with self._forgetting_errors(), watch.stage("total"):
+            self.follow_up()
             with watch.stage("preprocess"):
                 scene = Scene(*self._preprocess([observation]), self._memory)
             decoded = self._strategy(self.decoder, scene, watch)
             self.decoder.check()
             actions = self._to_actions(decoded.value, decoded.gripper)
         stats = self._stats(decoded, watch)
-        if self.audit and decoded.proposal is not None:
+        if decoded.follow_up:
+            self._to_do = partial(self._follow_up, decoded.follow_up, stats)
+        elif self.audit and decoded.proposal is not None:
             stats.deviation_mm, stats.gripper_differs = self._deviation(scene, decoded, decoded.proposal)
         return ActionChunk(actions[0], stats)
+
+    def follow_up(self) -> None:
+        """With `rsd-ahead`: the main's pass for the last chunk, whose statistics get what it finds.
+
+        Call it while that chunk is executed; otherwise the next prediction begins with it. The other decoders leave
+        nothing to do.
+        """
+        to_do, self._to_do = self._to_do, None
+        if to_do is not None:
+            with torch.inference_mode(), self._forgetting_errors():
+                to_do()
+
+    def _follow_up(self, look: Callable[[Stopwatch], Decoded], stats: ChunkStats) -> None:
+        watch = Stopwatch(self.device)
+        with watch.stage(FOLLOW_UP):
+            decoded = look(Stopwatch(self.device))
+            self.decoder.check()
+        found = self._stats(decoded, watch)
+        for name in JUDGED:
+            setattr(stats, name, getattr(found, name))
+        stats.latency_ms[FOLLOW_UP] = watch.ms[FOLLOW_UP]
+        if self.audit and decoded.proposal is not None:
+            stats.deviation_mm, stats.gripper_differs = self._deviation(None, decoded, decoded.proposal)
 
     @contextmanager
     def _forgetting_errors(self) -> Iterator[None]:
@@ -223,7 +256,8 @@ class RsdPolicy:
     def _stats(self, decoded: Decoded, watch: Stopwatch) -> ChunkStats:
         stats = ChunkStats(self.decode, self.acceptance, decoded.prefills, decoded.main_passes, latency_ms=watch.ms)
         if decoded.proposal is not None:
-            stats.skipped, stats.forced = decoded.prefills == 0, decoded.proposal.forced
+            stats.skipped = decoded.prefills == 0 and decoded.follow_up is None
+            stats.forced = decoded.proposal.forced
             stats.expected_deviation_mm = float(decoded.proposal.expected_deviation_mm[0])
         if decoded.accepted is not None and decoded.accepted_levels is not None:
             stats.num_draft_tokens = decoded.num_draft_tokens
@@ -233,13 +267,14 @@ class RsdPolicy:
             stats.gripper_acceptance = float(decoded.accepted_gripper[0].float().mean())
         return stats
 
-    def _deviation(self, scene: Scene, decoded: Decoded, proposal: Proposal) -> tuple[float, bool]:
+    def _deviation(self, scene: Scene | None, decoded: Decoded, proposal: Proposal) -> tuple[float, bool]:
         """How far the proposal leads the fingertip away from the main's chunk (mm), and whether the gripper differs.
 
-        The main's chunk is the one it gives after reading the proposal, as when it is asked.
+        The main's chunk is the one it gives after reading the proposal, as when it is asked; where `decoded` is not
+        the main's own, it looks at the scene for it.
         """
         main = decoded
-        if decoded.prefills == 0 or self.decode == "light":
+        if decoded.prefills == 0 and scene is not None:
             beside = replace(scene, memory=EpisodeMemory())
             main = in_prefill(self.decoder, beside, proposal, Stopwatch(self.device))
             self.decoder.check()
@@ -294,9 +329,8 @@ class RsdPolicy:
 
             policy_class = OpenVlaRsdPolicy
         if decode == BEST:
-            given: dict[str, Any] = {"acceptance": acceptance, "fine": fine, "temperature": temperature}
-            choice = choose_decode(directory, content, **given, skip=skip)
-            LOG.log(logging.INFO if choice.decode == "rsd-skip" else logging.WARNING, "%s: %s", directory, choice)
+            choice = choose_decode(bool(content["policy"].get("light")), temperature, skip)
+            LOG.log(logging.INFO if choice.decode == "rsd-ahead" else logging.WARNING, "%s: %s", directory, choice)
             decode = choice.decode
         check_sampling(temperature, decode, acceptance, fine)  # before the weights
         options = {"decode": decode, "acceptance": acceptance, "fine": fine, "temperature": temperature}
@@ -335,34 +369,15 @@ class Choice(NamedTuple):
         return f"decodes by {self.decode}: {self.why}"
 
 
-def best_decode(light: bool, obstacle: str) -> Choice:
-    """The order of what is proven in closed loop. obstacle: why the main may never rest, "" where it may."""
+def choose_decode(light: bool, temperature: float = 0.0, skip: SkipRule | None = None) -> Choice:
+    """What `best` is, by what is proven in closed loop, for a checkpoint with or without a light draft."""
     if not light:
         return Choice("rsd", "the best without a light draft")
-    if obstacle:
-        return Choice("rsd-fused", f"the best that is possible ({obstacle})")
-    return Choice("rsd-skip", "the best, calibrated for these weights")
-
-
-def choose_decode(
-    directory: Path,
-    content: dict[str, Any],
-    *,
-    acceptance: str | None,
-    fine: str | None,
-    temperature: float,
-    skip: SkipRule | None,
-) -> Choice:
-    """What `best` is for a checkpoint, compact or on OpenVLA (content: its config.json), and the options given."""
-    obstacle, wanted = "", {"decode": "rsd-skip", "acceptance": acceptance, "fine": fine}
-    try:
-        rule = skip or stored_skip(directory, content, wanted)
-        if rule is not None and rule.threshold_mm == 0:
-            obstacle = "the skip calibration found no threshold that keeps its promise"
-    except RsdError as error:
-        obstacle = str(error)
-    obstacle = TOO_WARM if temperature else obstacle
-    return best_decode(bool(content["policy"].get("light")), obstacle)
+    if temperature:
+        return Choice("rsd-fused", "the best that draws its tokens")
+    if skip:
+        return Choice("rsd-skip", "a skip threshold is given")
+    return Choice("rsd-ahead", "the best")
 
 
 def stored_skip(directory: Path, content: dict[str, Any], options: dict[str, Any]) -> SkipRule | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # half of the time that `rsd --help` would take
     import numpy as np
@@ -100,3 +100,10 @@ class Policy(Protocol):
         ...
 
     def predict(self, observation: Observation) -> ActionChunk: ...
+
+
+@runtime_checkable
+class FollowsUp(Protocol):
+    """A policy that has something left to do while its chunk is executed."""
+
+    def follow_up(self) -> None: ...

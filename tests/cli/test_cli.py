@@ -108,7 +108,7 @@ def decoder(config: EvalConfig | None = None, **options: bool) -> str:
 
 def test_speculative_decoding_is_the_best_mode_of_the_checkpoint_unless_decode_names_another() -> None:
     assert decoder(use_speculative_decoding=False) == "ar"
-    assert decoder(use_speculative_decoding=True) == decoder() == "rsd-skip"
+    assert decoder(use_speculative_decoding=True) == decoder() == "rsd-ahead"
     assert decoder(EvalConfig(decode="rsd"), use_speculative_decoding=True) == "rsd"
     assert decoder(EvalConfig(decode="l1"), use_speculative_decoding=False) == "l1"
     with pytest.raises(UsageError, match="True contradicts --decode l1"):
@@ -117,21 +117,22 @@ def test_speculative_decoding_is_the_best_mode_of_the_checkpoint_unless_decode_n
         decoder(EvalConfig(decode="rsd"), use_speculative_decoding=False)
 
 
-def test_a_calibration_holds_for_what_it_was_made_with() -> None:
+def test_the_best_mode_follows_from_the_options_given() -> None:
     ((run, note),) = plan_runs(arguments(EvalConfig(acceptance="exact")))
-    assert run.decode == "rsd-fused"
-    assert note.endswith("calibrated with the checkpoint's margin and regress, found exact and None; leave them out)")
+    assert run.decode == "rsd-ahead"
+    assert note == "checkpoints/libero_spatial decodes by rsd-ahead: the best"
     assert decoder(EvalConfig(skip_threshold_mm=50.0)) == "rsd-skip"
+    assert decoder(EvalConfig(temperature=0.5)) == "rsd-fused"
 
 
 def test_compare_runs_all_on_the_same_initial_states() -> None:
     config = EvalConfig(num_trials=3, tasks="1,2", seed=5, audit=True, output="there")
     runs = plan_runs(arguments(config, compare=True))
     baseline, bar, best = (run for run, _ in runs)
-    assert (baseline.decode, bar.decode, best.decode) == ("ar", "l1", "rsd-skip")
+    assert (baseline.decode, bar.decode, best.decode) == ("ar", "l1", "rsd-ahead")
     assert [note for _, note in runs][:2] == ["", ""]
-    assert "decodes by rsd-skip" in runs[2][1]
-    assert (str(baseline.output_dir), str(best.output_dir)) == ("there/ar", "there/rsd-skip")
+    assert "decodes by rsd-ahead" in runs[2][1]
+    assert (str(baseline.output_dir), str(best.output_dir)) == ("there/ar", "there/rsd-ahead")
     assert best.audit
     differing = {name for name in baseline.identity if baseline.identity[name] != best.identity[name]}
     assert differing == {"decode", "audit"}  # what says nothing about a decoder without a draft is left out of its run

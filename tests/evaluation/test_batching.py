@@ -60,11 +60,15 @@ EPISODES = ([0, 2, 3, 4], [1, 2], [0, 1, 2, 4, 5])  # in which rounds each of th
 
 def single_episode(policy: RsdPolicy, observations: list[Observation]) -> list[ActionChunk]:
     policy.reset()
-    return [policy.predict(observation) for observation in observations]
+    chunks = []
+    for observation in observations:
+        chunks.append(policy.predict(observation))
+        policy.follow_up()
+    return chunks
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
-@pytest.mark.parametrize("decode", ["rsd-fused", "rsd-skip", "light"])
+@pytest.mark.parametrize("decode", ["rsd-fused", "rsd-skip", "rsd-ahead"])
 def test_episodes_that_remember_are_those_of_a_policy_of_their_own(
     decode: str,
     device: str,

@@ -63,7 +63,7 @@ def seen() -> list[Observation]:
 
 def test_every_strategy_decodes(directory: Path, seen: list[Observation]) -> None:
     rules = {"exact": "rsd", "fused exact": "rsd-fused"}
-    names = ("ar", "parallel", "l1", "rsd", "rsd-fused", "light", "draft", *rules)
+    names = ("ar", "parallel", "l1", "rsd", "rsd-fused", "rsd-ahead", "draft", *rules)
     found, passes = {}, {}
     for name in names:
         acceptance = "exact" if name in rules else None
@@ -77,8 +77,8 @@ def test_every_strategy_decodes(directory: Path, seen: list[Observation]) -> Non
     assert np.array_equal(found["fused exact"], found["ar"])
     assert passes["ar"] == {7}
     assert passes["rsd"] == {1}
-    assert all(passes[name] == {0} for name in ("parallel", "l1", "rsd-fused", "light", "draft"))
-    distinct = [found[name].tobytes() for name in ("ar", "parallel", "l1", "rsd", "rsd-fused", "light", "draft")]
+    assert all(passes[name] == {0} for name in ("parallel", "l1", "rsd-fused", "rsd-ahead", "draft"))
+    distinct = [found[name].tobytes() for name in ("ar", "parallel", "l1", "rsd", "rsd-fused", "rsd-ahead", "draft")]
     assert len(set(distinct)) == len(distinct)
 
 
@@ -106,7 +106,7 @@ def test_both_cameras_the_state_and_the_words_matter_to_main_and_light_draft(
     images = one.images.copy()
     images[1] = 255 - images[1]
     others = [replace(one, images=images), replace(one, state=one.state + 0.1), replace(one, instruction="pick up it")]
-    for decode in ("l1", "light"):
+    for decode in ("l1", "rsd-ahead"):
         policy = RsdPolicy.from_pretrained(directory, decode=decode)
         expected = policy.predict(one).actions
         for other in others:

@@ -69,8 +69,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(ServeArguments, arguments, prog)
     from rsd.evaluation.backend import describe_checkpoint, settle
 
-    check_names(options.evaluated)
     config, note = settle(options.evaluated)
+    check_names(config)
 
     import torch
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ class RecordedStrategy:
             strategy = STRATEGIES[self.name]
             with watch.stage("main"):
                 return self._replay("main", decoder, seen(scene), lambda x: strategy(decoder, scene_of(x), silent(x)))
+        if self.name == "rsd-ahead":
+            return self._act_first(decoder, scene, watch)
         if self.name == "rsd-skip" and not decoder.skip.is_due(scene.memory):
             return self._ask_first(decoder, scene, watch)
         blind = " blind" if scene.memory.main is None else ""
@@ -76,13 +79,27 @@ class RecordedStrategy:
         if self.name == "rsd-skip":
             proposal.forced = decoder.skip.must_look(scene.memory, proposal)
         scene.memory.renew(memory, decoded.gripper)
-        return Decoded(proposal.value, proposal.gripper, proposal=proposal) if self.name == "light" else decoded
+        return decoded
+
+    def _act_first(self, decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
+        blind = " blind" if scene.memory.main is None else ""
+        with watch.stage("draft"):
+            key = f"scout{blind}"
+            proposal = self._replay(key, decoder, remembered(scene), lambda x: scout(decoder, scene_of(x)))
+        decoded = unverified(proposal)
+        decoded.follow_up = partial(self._look, decoder, scene, proposal)
+        return decoded
 
     def _ask_first(self, decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
         with watch.stage("draft"):
             proposal = self._replay("scout", decoder, remembered(scene), lambda x: scout(decoder, scene_of(x)))
             if decoder.skip.may_skip(scene.memory, proposal):
                 return unverified(proposal, scene.memory)
+        return self._look(decoder, scene, proposal, watch)
+
+    def _look(self, decoder: Decoder, scene: Scene, proposal: Proposal, watch: Stopwatch) -> Decoded:
+        """The main's pass after the draft's, with its tokens; renews the memory."""
+        decoded: Decoded
         with watch.stage("main"):
             decoded, memory = self._replay(
                 "main", decoder, [*seen(scene), proposal.motion, proposal.gripper], lambda x: fused(decoder, x)

@@ -8,7 +8,7 @@ policy: a NaN would win an argmax as an ordinary token.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -90,6 +90,8 @@ class Decoded:
     accepted_gripper: Tensor | None = None  # bool [B, H]
     accepted_levels: Tensor | None = None  # int [B]
     proposal: Proposal | None = None
+    # what is left to do once the chunk is under way: the main's own decoding of the same observation
+    follow_up: Callable[[Stopwatch], Decoded] | None = None
 
 
 class Drafted(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,14 +76,6 @@ def draft(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
         return Decoded(drafted.prefixes[-1], drafted.gripper, drafted.motion)
 
 
-def light(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
-    """The light draft's own chunk, whatever the main says, which only refreshes the memory (an ablation)."""
-    decoded = rsd_fused(decoder, scene, watch)
-    proposal = decoded.proposal
-    assert proposal is not None
-    return Decoded(proposal.value, proposal.gripper, proposal=proposal)
-
-
 def rsd(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
     """The draft proposes the coarse levels 1..c; ONE pass verifies them and yields the fine ones.
 
@@ -123,6 +116,16 @@ def rsd_skip(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
     return unverified(proposal, scene.memory) if skip else in_prefill(decoder, scene, proposal, watch)
 
 
+def rsd_ahead(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
+    """The light draft acts at once. The main looks at the same observation while the chunk is executed: it judges the
+    drafted tokens, and what it has seen is what the draft remembers at the next chunk."""
+    with watch.stage("draft"):
+        proposal = scout(decoder, scene)
+    decoded = unverified(proposal)
+    decoded.follow_up = partial(in_prefill, decoder, scene, proposal)
+    return decoded
+
+
 Strategy = Callable[[Decoder, Scene, Stopwatch], Decoded]
 STRATEGIES: dict[str, Strategy] = {
     "ar": ar,
@@ -131,10 +134,10 @@ STRATEGIES: dict[str, Strategy] = {
     "rsd": rsd,
     "rsd-fused": rsd_fused,
     "rsd-skip": rsd_skip,
+    "rsd-ahead": rsd_ahead,
     "draft": draft,
-    "light": light,
 }
-LIGHT = ("rsd-fused", "rsd-skip", "light")  # need a light draft and remember from chunk to chunk
+LIGHT = ("rsd-fused", "rsd-skip", "rsd-ahead")  # need a light draft and remember from chunk to chunk
 SAMPLING = ("ar", "parallel", "rsd", "rsd-fused")  # execute motion tokens of the main, which can be drawn
 
 

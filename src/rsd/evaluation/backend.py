@@ -84,7 +84,7 @@ def rsd_policy(config: EvalConfig) -> Policy:
 
 
 def decoding_options(config: EvalConfig) -> dict[str, Any]:
-    """The options that a calibration has a say in, as `RsdPolicy` takes them."""
+    """How to decode, as `RsdPolicy` takes it."""
     from rsd.decoding.steps import SkipRule
 
     skip = SkipRule(config.skip_threshold_mm, config.max_skips) if config.skip_threshold_mm >= 0 else None
@@ -108,7 +108,8 @@ def best_of_checkpoint(config: EvalConfig) -> Choice:
         settings = Settings.load(openvla).resolve(openvla)
         return Choice(str(settings.decode), "what this OpenVLA checkpoint was trained for")
     directory = locate_checkpoint(config.policy)
-    return choose_decode(directory, read_content(directory), fine=None, **decoding_options(config))
+    options = decoding_options(config)
+    return choose_decode(bool(read_content(directory)["policy"].get("light")), options["temperature"], options["skip"])
 
 
 def batched_rsd_policy(config: EvalConfig) -> BatchPolicy:

@@ -88,7 +88,9 @@ class BatchedRsdPolicy:
         for i, row in enumerate(rows):
             stats = replace(policy._stats(row, watch), latency_ms=dict(watch.ms))
             if policy.audit and row.proposal is not None:
-                stats.deviation_mm, stats.gripper_differs = policy._deviation(alone(scene, i), row, row.proposal)
+                # with `rsd-ahead` the row is not the main's chunk
+                own = replace(row, prefills=0) if policy.decode == "rsd-ahead" else row
+                stats.deviation_mm, stats.gripper_differs = policy._deviation(alone(scene, i), own, row.proposal)
             chunks.append(ActionChunk(actions[i], stats))
         return chunks
 
@@ -116,8 +118,9 @@ class BatchedRsdPolicy:
                     remembered = Memory(*([t[place : place + 1].clone() for t in tensors] for tensors in memory))
                     memories[row].renew(remembered, whole.gripper[place : place + 1].clone())
                     decoded[row] = replace(row_of(whole, place), proposal=proposals[row])
-        if decode == "light":  # the main has only refreshed the memory
-            return [Decoded(p.value, p.gripper, proposal=p) for p in (proposals[i] for i in range(count))]
+        if decode == "rsd-ahead":  # the main has judged and remembered, and its chunk is not executed
+            executed = [(proposals[i].value, proposals[i].gripper) for i in range(count)]
+            return [replace(decoded[i], value=value, gripper=grip) for i, (value, grip) in enumerate(executed)]
         return [decoded[i] for i in range(count)]
 
     def _scout(self, scene: Scene, memories: Sequence[Memory | None]) -> Proposal:

@@ -154,7 +154,7 @@ def policy_main(
     try:
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(config.threads)
         if backend.make_batch_policy is None:
             raise RsdError(f"--batch {config.batch}: this policy cannot predict in batches")
         policy = backend.make_batch_policy(config)

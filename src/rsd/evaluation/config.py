@@ -17,7 +17,7 @@ UNHASHED_FIELDS = (
     *("launcher", "shard"),
 )
 # Left out of the hash where they are what they were before they existed, so that older runs keep theirs.
-NEUTRAL = {"batch": 0, "temperature": 0.0}
+NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1}
 
 
 class OptionError(RsdError):
@@ -62,6 +62,9 @@ class EvalConfig:
     """Where the policy runs: cpu, cuda, cuda:1."""
     num_workers: str = "auto"
     """Worker processes, each with a simulator of its own; auto takes one per CPU core."""
+    threads: int = 1
+    """Torch's threads for a policy on a CPU. Sums round otherwise with another number, whatever the number of workers;
+    for times with nothing else running, give it the cores (and one worker)."""
     batch: int = 0
     """One process owns the policy and predicts for up to so many simulators at once (good on a GPU); 0 gives every
     worker a policy of its own."""
@@ -82,7 +85,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "init_states", str(self.init_states))  # a number in results of before there were lists
-        for name, minimum in (("num_trials", 1), ("max_videos", 0), ("seed", 0), ("batch", 0)):
+        for name, minimum in (("num_trials", 1), ("max_videos", 0), ("seed", 0), ("threads", 1), ("batch", 0)):
             value = getattr(self, name)
             if value < minimum:
                 raise OptionError(f"{option(name)} {value}: expected at least {minimum}")

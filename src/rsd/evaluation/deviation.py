@@ -35,7 +35,7 @@ VARIANTS = (  # decoder, acceptance, fine levels
     ("rsd", "margin", "regress"),
     ("rsd-fused", "margin", "regress"),
     ("draft", "margin", "regress"),
-    ("light", "margin", "regress"),
+    ("rsd-ahead", "margin", "regress"),
     ("l1", "margin", "regress"),
     ("parallel", "margin", "regress"),
 )
@@ -134,7 +134,10 @@ def decoded_at(policy: RsdPolicy, dataset: FrameDataset, frame: Tensor, memory: 
     batch = dataset.batch(frame)
     text = policy.model.main.encode_text(batch.words)
     scene = Scene(batch.images, batch.state, text, memory)
-    return STRATEGIES[policy.decode](policy.decoder, scene, Stopwatch(policy.device))
+    decoded = STRATEGIES[policy.decode](policy.decoder, scene, Stopwatch(policy.device))
+    if decoded.follow_up:
+        decoded.follow_up(Stopwatch(policy.device))
+    return decoded
 
 
 def spread(own: NDArray[np.float32], other: NDArray[np.float32]) -> dict[str, tuple[float, float, float]]:

@@ -63,7 +63,7 @@ class LatencyConfig:
                 raise RsdError(f"--decode '{name}': expected some of {', '.join(STRATEGIES)}")
         if "rsd-skip" in self.decode:
             raise RsdError(
-                "--decode rsd-skip: when it skips depends on the episode; time it in one: rsd eval --num-workers 1"
+                "--decode rsd-skip: when it skips depends on the episode; time it in one: rsd eval --num-workers 1 --threads N"
             )
         if len(set(self.decode)) < len(self.decode):
             raise RsdError(f"--decode {' '.join(self.decode)}: expected each decoder once")
@@ -159,6 +159,7 @@ def take_turns(
         for observation in seen:
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
                 spent = policies[name].predict(observation).stats.latency_ms
+                policies[name].follow_up()
                 if turn >= warmup:
                     for stage, milliseconds in spent.items():
                         times[name].setdefault(stage, []).append(round(milliseconds, 4))

@@ -27,7 +27,7 @@ class Simulator:
     def __init__(self, config: EvalConfig, backend: Backend, videos: Path) -> None:
         import torch
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(config.threads)
         policy = backend.make_policy(config)
         self._ready = Ready(backend.versions(config.device), backend.describe_policy(config))
         self._runner = EpisodeRunner(config, backend, policy, videos)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.evaluation.results import ERROR_PREFIX, STEP_LIMIT, EpisodeResult
-from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, Policy, RsdError
+from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, FollowsUp, Observation, Policy, RsdError
 
 WARMUP_PREDICTIONS = 2  # first predictions pay for lazy initialisation, allocation and compilation
 
@@ -83,6 +83,8 @@ def run_episode(
         while not done:
             chunk = checked_chunk(policy.predict(env.observation()))
             stats.append(chunk.stats)
+            if isinstance(policy, FollowsUp):  # while the chunk is executed; the simulator rests meanwhile
+                policy.follow_up()
             _, _, terminated, truncated, info = env.step_chunk(chunk.actions)
             executed.append(chunk.actions[: info["steps"]].copy())
             success, done = bool(terminated), bool(terminated or truncated)

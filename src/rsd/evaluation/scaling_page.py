@@ -25,7 +25,9 @@ PROSE = """\
 
 Made by `python -m rsd.evaluation.scaling_page` from the raw results named below; run it again after replacing them.
 
-The light draft stays as it is while the main's trunk grows; weights are random, which changes no time.
+The light draft stays as it is while the main's trunk grows; weights are random, which changes no time. `rsd-ahead` is
+its time to the action: the draft alone, the main's pass follows while the chunk is executed (in OpenVLA's table without
+preparing the images, as in that of the others).
 `rsd-fused / l1` is what one corrected pass costs over one plain pass. The last columns: which share of the chunks has
 to go without the main before the mean of `rsd-skip` is below `l1` at all, and how many times below it is at the share
 that the shipped policy reached in closed loop (a mean of medians; another main needs its own calibration).
@@ -86,12 +88,13 @@ def size_table(sizes: list[SizeRecord], share: float, names: list[str] | None = 
                 *(f"{size.p50(decoder):.1f}" for decoder in (*DECODERS, RESTING)),
                 f"{size.p50('ar') / fused:.2f}x",
                 f"{fused / l1:.2f}",
+                f"{l1 / alone:.1f}x",
                 f"{max(0.0, (fused - l1) / (fused - alone)):.0%}" if alone < l1 else "never",
                 f"{l1 / size.skipping(share):.2f}x",
             ]
         )
-    header = ["main", *(f"`{decoder}` ms" for decoder in DECODERS), "draft alone ms", "`ar` / `rsd-fused`"]
-    header += ["`rsd-fused` / `l1`", "`rsd-skip` breaks even at", f"`l1` / `rsd-skip` at {share:.0%}"]
+    header = ["main", *(f"`{decoder}` ms" for decoder in DECODERS), "`rsd-ahead` ms", "`ar` / `rsd-fused`"]
+    header += ["`rsd-fused` / `l1`", "`l1` / `rsd-ahead`", "`rsd-skip` breaks even at", f"`l1` / `rsd-skip` at {share:.0%}"]
     return table(header, rows)
 
 

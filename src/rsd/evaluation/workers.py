@@ -92,7 +92,7 @@ def worker_main(
     try:
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(config.threads)
         if server is None:
             policy = backend.make_policy(config)
             ready = Ready(backend.versions(config.device), backend.describe_policy(config))

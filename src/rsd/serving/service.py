@@ -20,7 +20,7 @@ from rsd.openvla.policy import OpenVlaPolicy
 from rsd.policy import RsdPolicy
 from rsd.serving.request import IMAGES, PROMPT, STATE, read_request
 from rsd.serving.wire import pack, unpack
-from rsd.types import STATE_DIM, ActionChunk, Observation, Policy, RsdError
+from rsd.types import STATE_DIM, ActionChunk, FollowsUp, Observation, Policy, RsdError
 from rsd.versions import versions
 
 WARMUP_PREDICTIONS = 3  # a decoder that remembers takes another way from the second chunk on
@@ -112,6 +112,16 @@ class PolicyService:
         if session.previous_ms is not None:
             timing["prev_total_ms"] = session.previous_ms
         return pack({"actions": chunk.actions, "server_timing": timing, "stats": asdict(chunk.stats)})
+
+    def follow_up(self) -> None:
+        """What the policy has left to do once an answer is under way. A failure ends the episode, not the server."""
+        if not isinstance(self.policy, FollowsUp):
+            return
+        try:
+            self.policy.follow_up()
+        except Exception:
+            traceback.print_exc()
+            self._at_work.instruction = ""
 
     def _predict(self, session: Session, observation: Observation) -> ActionChunk:
         if session is not self._at_work:

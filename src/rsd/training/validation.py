@@ -31,7 +31,7 @@ def validate(
     runs = [(name, name, "exact") for name in STRATEGIES if name != "rsd" and name not in LIGHT]
     runs += [(f"rsd {rule}", "rsd", rule) for rule in ("margin", "agreement", "exact")]
     if model.light is not None:
-        runs += [("light", "light", "margin"), ("rsd-fused margin", "rsd-fused", "margin")]
+        runs += [("light", "rsd-ahead", "margin"), ("rsd-fused margin", "rsd-fused", "margin")]
     report: dict[str, object] = {"frames": sum(map(len, batches)), "episodes": dataset.episodes}
     for title, name, rule_name in runs:
         rule = acceptance_rule(rule_name, tokenizer.config.rfsq)
@@ -56,7 +56,9 @@ def _decode(
 ) -> tuple[Tensor, Tensor, Decoded]:
     watch, memory = Stopwatch(frames.device), EpisodeMemory()
     if strategy in (STRATEGIES[name] for name in LIGHT):  # remembers the main's run one chunk ago
-        strategy(decoder, _scene(decoder, dataset, dataset.earlier(frames, 1), memory)[0], watch)
+        earlier = strategy(decoder, _scene(decoder, dataset, dataset.earlier(frames, 1), memory)[0], watch)
+        if earlier.follow_up:
+            earlier.follow_up(watch)
     scene, batch = _scene(decoder, dataset, frames, memory)
     decoded = strategy(decoder, scene, watch)
     decoder.check()
