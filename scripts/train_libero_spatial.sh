@@ -24,8 +24,8 @@ train --data "$run/expert" "$run/dagger" --init "$run/first/checkpoint" --output
 
 "$rsd" calibrate --policy "$run/second/checkpoint" --num-trials 20 --tried-mm 200 --epsilon-mm 100 --max-skips 2 --device cuda \
     --num-workers "$workers" --output "$run/eval/calibration"
-for decode in ar l1 rsd-fused rsd-skip; do
+for decode in ar l1 rsd-fused rsd-skip rsd-ahead; do
     "$rsd" eval --policy "$run/second/checkpoint" --decode "$decode" --num-trials 50 --device cuda \
         --num-workers "$workers" --output "$run/eval/$decode"
 done
-"$rsd" compare "$run"/eval/{ar,l1,rsd-fused,rsd-skip}
+"$rsd" compare "$run"/eval/{ar,l1,rsd-fused,rsd-skip,rsd-ahead}

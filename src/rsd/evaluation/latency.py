@@ -63,7 +63,7 @@ class LatencyConfig:
                 raise RsdError(f"--decode '{name}': expected some of {', '.join(STRATEGIES)}")
         if "rsd-skip" in self.decode:
             raise RsdError(
-                "--decode rsd-skip: when it skips depends on the episode; time it in one: rsd eval --num-workers 1 --threads N"
+                "--decode rsd-skip: when it skips depends on the episode; time it in one: rsd eval --num-workers 1"
             )
         if len(set(self.decode)) < len(self.decode):
             raise RsdError(f"--decode {' '.join(self.decode)}: expected each decoder once")
