@@ -47,7 +47,7 @@ def test_actions_are_environment_ready(
         grippers |= set(chunk.actions[:, -1].tolist())
         policy.follow_up()
         assert chunk.stats.decode == decode
-        assert chunk.stats.prefills == 1
+        assert chunk.stats.prefills == (decode != "light-alone")
         assert chunk.stats.latency_ms["total"] >= max(chunk.stats.latency_ms.values())
     assert grippers <= {-1.0, 1.0}
 
@@ -360,6 +360,7 @@ USED_HEADS = {
     ),
     ("rsd-skip", "regress"): (*LIGHT_HEADS, "main.level_head", "main.gripper_head", "main.residual_head"),
     ("rsd-fused", "regress"): (*LIGHT_HEADS, "main.level_head", "main.gripper_head", "main.residual_head"),
+    ("light-alone", "regress"): LIGHT_HEADS,
     ("rsd-ahead", "regress"): (*LIGHT_HEADS, "main.level_head", "main.gripper_head", "main.residual_head"),
 }
 
@@ -557,6 +558,17 @@ def test_ahead_of_the_main_the_drafts_own_chunk_is_executed(
         for other in (told, left_alone):
             assert np.allclose(other.predict(observation).actions, expected, atol=1e-6)
         told.follow_up()
+
+
+def test_alone_the_light_draft_always_acts_as_at_an_episodes_start(
+    policy: RsdPolicy, make_observation: MakeObservation
+) -> None:
+    alone = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="light-alone")
+    for i in range(3):
+        chunk = alone.predict(make_observation(i))
+        assert np.array_equal(chunk.actions, acting_ahead(policy).predict(make_observation(i)).actions)
+        assert (chunk.stats.prefills, chunk.stats.main_passes, chunk.stats.skipped) == (0, 0, True)
+        assert set(chunk.stats.latency_ms) == {"preprocess", "draft", "total"}
 
 
 def test_the_follow_up_judges_the_chunk(policy: RsdPolicy, make_observation: MakeObservation) -> None:

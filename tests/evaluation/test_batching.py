@@ -68,7 +68,7 @@ def single_episode(policy: RsdPolicy, observations: list[Observation]) -> list[A
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
-@pytest.mark.parametrize("decode", ["rsd-fused", "rsd-skip", "rsd-ahead"])
+@pytest.mark.parametrize("decode", ["rsd-fused", "rsd-skip", "rsd-ahead", "light-alone"])
 def test_episodes_that_remember_are_those_of_a_policy_of_their_own(
     decode: str,
     device: str,

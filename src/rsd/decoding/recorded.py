@@ -66,6 +66,9 @@ class RecordedStrategy:
             strategy = STRATEGIES[self.name]
             with watch.stage("main"):
                 return self._replay("main", decoder, seen(scene), lambda x: strategy(decoder, scene_of(x), silent(x)))
+        if self.name == "light-alone":
+            with watch.stage("draft"):
+                return unverified(self._replay("alone", decoder, seen(scene), lambda x: scout(decoder, scene_of(x))))
         if self.name == "rsd-ahead":
             return self._act_first(decoder, scene, watch)
         if self.name == "rsd-skip" and not decoder.skip.is_due(scene.memory):

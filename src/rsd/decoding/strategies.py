@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -126,6 +127,12 @@ def rsd_ahead(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
     return decoded
 
 
+def light_alone(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
+    """The light draft as a policy of its own: the main never runs, nothing is remembered (an ablation)."""
+    with watch.stage("draft"):
+        return unverified(scout(decoder, replace(scene, memory=EpisodeMemory())))
+
+
 Strategy = Callable[[Decoder, Scene, Stopwatch], Decoded]
 STRATEGIES: dict[str, Strategy] = {
     "ar": ar,
@@ -136,8 +143,9 @@ STRATEGIES: dict[str, Strategy] = {
     "rsd-skip": rsd_skip,
     "rsd-ahead": rsd_ahead,
     "draft": draft,
+    "light-alone": light_alone,
 }
-LIGHT = ("rsd-fused", "rsd-skip", "rsd-ahead")  # need a light draft and remember from chunk to chunk
+LIGHT = ("rsd-fused", "rsd-skip", "rsd-ahead", "light-alone")  # need a light draft; all but the last remember
 SAMPLING = ("ar", "parallel", "rsd", "rsd-fused")  # execute motion tokens of the main, which can be drawn
 
 

@@ -41,8 +41,8 @@ class EvalConfig:
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory, Hugging Face hub id, or ws://HOST:PORT of `rsd serve`."""
     decode: str = BEST
-    """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, rsd-ahead, draft; best: rsd-ahead,
-    without a light draft rsd, at a temperature rsd-fused."""
+    """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, rsd-ahead, draft, light-alone;
+    best: rsd-ahead, without a light draft rsd, at a temperature rsd-fused."""
     acceptance: str = "default"
     """Rule for drafted levels: exact, margin, distance(1), typical(0.09), agreement(0.7); default: the checkpoint's, or
     exact with a --temperature."""
