@@ -9,6 +9,7 @@ its `set_goal` are called, not repeated. Left out are the histories that robosui
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import mujoco
@@ -17,102 +18,99 @@ from numpy.typing import NDArray
 
 from rsd.types import RsdError
 
-GRIPPER_SIGNS = np.array([-1.0, 1.0])  # of the two fingers, for a closing action
+FINGER_SIGNS = np.array([-1.0, 1.0])  # of the two fingers, for a closing action
 
 
 class ArmControl:
     """Controls of the arm and the gripper of one LIBERO simulation, for one episode: make a new one after a reset.
 
-    Reads and writes MuJoCo's own arrays (nq, nv and nu as in the model; 7 arm joints, 2 fingers). Raises RsdError where
+    Works on MuJoCo's own arrays (nq, nv and nu as in the model; 7 arm joints, 2 fingers). Raises RsdError where
     robosuite would do something else than the control it repeats.
     """
 
     def __init__(self, simulation: Any) -> None:
         _require_supported(simulation)
+        self.maths = importlib.import_module("robosuite.utils.control_utils")
         self.simulation, robot = simulation, simulation.robots[0]
         self.controller, self.gripper = robot.controller, robot.gripper
-        self.maths = importlib.import_module("robosuite.utils.control_utils")
         self.model, self.data = simulation.sim.model._model, simulation.sim.data._data
         model, data, controller = self.model, self.data, self.controller
+        self.kp, self.kd, self.rest = controller.kp, controller.kd, controller.initial_joint  # [6], [6], [7] rad
 
         # views of MuJoCo's arrays, which stay where they are as long as `data` lives
         self.site: int = model.site(controller.eef_name).id
         self.position = data.site_xpos[self.site]  # [3] m
         self.rotation = data.site_xmat[self.site].reshape(3, 3)
-        self.velocities = data.qvel  # [nv]
-        first, last = controller.qvel_index[0], controller.qvel_index[-1] + 1
-        self.joint_velocities, self.bias = data.qvel[first:last], data.qfrc_bias[first:last]  # [7] rad/s, N m
-        self.joint_positions = data.qpos[controller.qpos_index[0] : controller.qpos_index[-1] + 1]  # [7] rad
+        arm = _span(controller.qvel_index)
+        self.velocities, self.joint_velocities = data.qvel, data.qvel[arm]  # [nv], [7] rad/s
+        self.joint_positions = data.qpos[_span(controller.qpos_index)]  # [7] rad
+        self.bias = data.qfrc_bias[arm]  # [7] N m
 
-        # robosuite picks columns with index lists, and numpy returns those in Fortran order: BLAS takes another way
-        # through such matrices, to other last bits
-        self.jacobian = np.zeros((6, model.nv))
-        self.arm_jacobian = np.zeros((6, last - first), order="F")
-        self.arm_jacobian_position = np.zeros((3, last - first), order="F")
-        self.arm_jacobian_rotation = np.zeros((3, last - first), order="F")
-        self.inertia = np.zeros((model.nv, model.nv))  # kg m^2, all joints
-        self.arm_inertia = np.zeros((last - first, last - first), order="F")
-        self.columns = slice(first, last)
+        # robosuite picks columns with lists of indices, and numpy returns such in Fortran order: BLAS takes another
+        # way through those, to other last bits
+        jacobian, joints = np.zeros((6, model.nv)), len(self.rest)
+        self.jacobian_position, self.jacobian_rotation = jacobian[:3], jacobian[3:]
+        self.inertia = np.zeros((model.nv, model.nv))  # kg m^2
+        parts = (self.inertia[arm, arm], jacobian[:, arm], jacobian[:3, arm], jacobian[3:, arm])
+        self.arm_parts = [(np.zeros((len(part), joints), order="F"), part) for part in parts]
+        self.error, self.motion, self.wrench = np.zeros(6), np.zeros(6), np.zeros(6)
 
-        self.arm_actuators = np.array(robot._ref_joint_actuator_indexes)
         self.low, self.high = robot.torque_limits  # [7] N m
-        self.finger_actuators = np.array([model.actuator(name).id for name in self.gripper.actuators])
-        span = model.actuator_ctrlrange[self.finger_actuators]
-        self.finger_middle = 0.5 * (span[:, 1] + span[:, 0])  # [2] m
-        self.finger_reach = 0.5 * (span[:, 1] - span[:, 0])  # [2] m
+        self.arm_controls = data.ctrl[_span(robot._ref_joint_actuator_indexes)]  # [7]
+        fingers = _span([model.actuator(name).id for name in self.gripper.actuators])
+        self.finger_controls = data.ctrl[fingers]  # [2]
+        low, high = model.actuator_ctrlrange[fingers].T  # m
+        self.finger_middle, self.finger_reach = 0.5 * (high + low), 0.5 * (high - low)
 
     def apply(self, action: NDArray[np.float64], first: bool) -> None:
         """Every substep, after `mj_forward`: writes the torques of the arm and the targets of the fingers.
 
-        action [7] in [-1, 1]; `first` of a control step sets the goal from it.
+        action [7] in [-1, 1]; in the `first` substep of a control step it sets the goal.
         """
-        controller, gripper, data = self.controller, self.gripper, self.data
+        controller, gripper = self.controller, self.gripper
         if first:
-            self.finger_step = GRIPPER_SIGNS * gripper.speed * np.sign(action[6:])  # [2], share of the reach
+            self.finger_step = FINGER_SIGNS * gripper.speed * np.sign(action[6:])  # [2], share of the reach
         if not controller.new_update:
             # the first substep after a reset: robosuite's controller still acts on the pose that it saw then, although
             # the initial state has been set since, and does not run `forward`
             self.simulation._pre_action(action, first)
             return
-        mujoco.mj_fwdConstraint(self.model, data)  # what its `forward` changes: one more run of the solver
+        mujoco.mj_fwdConstraint(self.model, self.data)  # all that its `forward` changes: one more run of the solver
         if first:
             controller.ee_pos, controller.ee_ori_mat = self.position, self.rotation
             controller.new_update = False  # the pose is the present one
             controller.set_goal(action[:6])
             controller.new_update = True
-        data.ctrl[self.arm_actuators] = self.torques().clip(self.low, self.high)
+        np.minimum(np.maximum(self.torques(), self.low), self.high, out=self.arm_controls)
         # robosuite ramps the gripper's command: 200 substeps from open to closed
-        gripper.current_action = (gripper.current_action + self.finger_step).clip(-1.0, 1.0)
-        data.ctrl[self.finger_actuators] = self.finger_middle + self.finger_reach * gripper.current_action
+        gripper.current_action = np.minimum(np.maximum(gripper.current_action + self.finger_step, -1.0), 1.0)
+        self.finger_controls[:] = self.finger_middle + self.finger_reach * gripper.current_action
 
     def torques(self) -> NDArray[np.float64]:
         """[7] N m, not yet clipped: towards the goal pose, decoupled in position and rotation, with gravity taken out
         and the arm drawn to its initial pose in the null space."""
-        controller, maths, columns = self.controller, self.maths, self.columns
-        jacobian = self.jacobian
-        mujoco.mj_jacSite(self.model, self.data, jacobian[:3], jacobian[3:], self.site)
-        self.arm_jacobian[:] = jacobian[:, columns]
-        self.arm_jacobian_position[:] = jacobian[:3, columns]
-        self.arm_jacobian_rotation[:] = jacobian[3:, columns]
+        maths, error, motion, wrench = self.maths, self.error, self.motion, self.wrench
+        mujoco.mj_jacSite(self.model, self.data, self.jacobian_position, self.jacobian_rotation, self.site)
         mujoco.mj_fullM(self.model, self.inertia, self.data.qM)
-        self.arm_inertia[:] = self.inertia[columns, columns]
+        for copy, part in self.arm_parts:
+            copy[:] = part
+        inertia, jacobian, jacobian_position, jacobian_rotation = (copy for copy, _ in self.arm_parts)
 
-        kp, kd = controller.kp, controller.kd
-        # not one product with [6, nv]: BLAS would sum in another order
-        velocity = np.dot(jacobian[:3], self.velocities)
-        spin = np.dot(jacobian[3:], self.velocities)
-        rotation_error = maths.orientation_error(controller.goal_ori, self.rotation)
-        force = (controller.goal_pos - self.position) * kp[:3] - velocity * kd[:3]
-        torque = rotation_error * kp[3:] - spin * kd[3:]
-        _, inertia_position, inertia_rotation, null_space = maths.opspace_matrices(
-            self.arm_inertia, self.arm_jacobian, self.arm_jacobian_position, self.arm_jacobian_rotation
-        )
-        wrench = np.concatenate([np.dot(inertia_position, force), np.dot(inertia_rotation, torque)])
-        torques = np.dot(self.arm_jacobian.T, wrench) + self.bias
-        torques += maths.nullspace_torques(
-            self.arm_inertia, null_space, controller.initial_joint, self.joint_positions, self.joint_velocities
-        )
-        return torques
+        np.subtract(self.controller.goal_pos, self.position, out=error[:3])
+        error[3:] = maths.orientation_error(self.controller.goal_ori, self.rotation)
+        np.dot(self.jacobian_position, self.velocities, out=motion[:3])  # one product of [6, nv] has other last bits
+        np.dot(self.jacobian_rotation, self.velocities, out=motion[3:])
+        acceleration = error * self.kp - motion * self.kd  # [6]
+        _, mass, moment, null_space = maths.opspace_matrices(inertia, jacobian, jacobian_position, jacobian_rotation)
+        np.dot(mass, acceleration[:3], out=wrench[:3])
+        np.dot(moment, acceleration[3:], out=wrench[3:])
+        to_rest = maths.nullspace_torques(inertia, null_space, self.rest, self.joint_positions, self.joint_velocities)
+        return np.dot(jacobian.T, wrench) + self.bias + to_rest
+
+
+def _span(indices: Sequence[int]) -> slice:
+    """Of consecutive indices, which `_require_supported` has checked for the arm."""
+    return slice(int(indices[0]), int(indices[-1]) + 1)
 
 
 def _require_supported(simulation: Any) -> None:
