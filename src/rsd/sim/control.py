@@ -57,7 +57,7 @@ class ArmControl:
 
         self.low, self.high = robot.torque_limits  # [7] N m
         self.arm_controls = data.ctrl[_span(robot._ref_joint_actuator_indexes)]  # [7]
-        fingers = _span([model.actuator(name).id for name in self.gripper.actuators])
+        fingers = _span(robot._ref_joint_gripper_actuator_indexes)
         self.finger_controls = data.ctrl[fingers]  # [2]
         low, high = model.actuator_ctrlrange[fingers].T  # m
         self.finger_middle, self.finger_reach = 0.5 * (high + low), 0.5 * (high - low)
@@ -109,41 +109,34 @@ class ArmControl:
 
 
 def _span(indices: Sequence[int]) -> slice:
-    """Of consecutive indices, which `_require_supported` has checked for the arm."""
+    """Of consecutive indices: `_require_supported` has looked."""
     return slice(int(indices[0]), int(indices[-1]) + 1)
 
 
 def _require_supported(simulation: Any) -> None:
     """Raises RsdError unless robosuite would run just the control of `ArmControl`."""
-    robots = simulation.robots
-    controller, gripper = robots[0].controller, getattr(robots[0], "gripper", None)
-    found = {
-        "robots": len(robots),
-        "robot": type(robots[0]).__name__,
-        "gripper": type(gripper).__name__,
-        "controller": controller.name,
-        "impedance": getattr(controller, "impedance_mode", None),
-        "uncoupled": getattr(controller, "uncoupling", None),
-        "interpolated": any(
-            getattr(controller, f"interpolator_{part}", None) is not None for part in ("pos", "ori")
-        ),
-        "joints consecutive": all(
-            (np.diff(index) == 1).all() for index in (controller.qpos_index, controller.qvel_index)
-        ),
-    }
-    expected = {
-        "robots": 1,
-        "robot": "SingleArm",
-        "gripper": "PandaGripper",
-        "controller": "OSC_POSE",
-        "impedance": "fixed",
-        "uncoupled": True,
-        "interpolated": False,
-        "joints consecutive": True,
-    }
-    for name, value in expected.items():
-        if found[name] != value:
-            raise RsdError(
-                f"control of {type(simulation).__name__}: expected {name} {value!r}, found {found[name]!r}; "
-                "make the environment with fast=False"
-            )
+    robot = simulation.robots[0]
+    controller = robot.controller
+    kinds = type(robot).__name__, type(robot.gripper).__name__, getattr(controller, "name", None)
+    _require(simulation, "robot, gripper, controller", ("SingleArm", "PandaGripper", "OSC_POSE"), kinds)
+    _require(simulation, "number of robots", 1, len(simulation.robots))
+    _require(simulation, "impedance mode", "fixed", controller.impedance_mode)
+    _require(simulation, "position and rotation decoupled", True, bool(controller.uncoupling))
+    interpolators = controller.interpolator_pos, controller.interpolator_ori
+    _require(simulation, "interpolators of the goal", (None, None), interpolators)
+    for what, indices in (
+        ("arm's positions", controller.qpos_index),
+        ("arm's velocities", controller.qvel_index),
+        ("arm's actuators", robot._ref_joint_actuator_indexes),
+        ("gripper's actuators", robot._ref_joint_gripper_actuator_indexes),
+    ):
+        found = [int(index) for index in indices]
+        _require(simulation, f"indices of the {what}", list(range(found[0], found[0] + len(found))), found)
+
+
+def _require(simulation: Any, what: str, expected: object, found: object) -> None:
+    if found != expected:
+        raise RsdError(
+            f"{what} of {type(simulation).__name__}: expected {expected}, found {found}, which the fast path does not "
+            "repeat; make the environment with fast=False"
+        )

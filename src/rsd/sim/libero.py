@@ -3,9 +3,9 @@
 Protocol: `seed(0)` right before every reset (it draws the fixtures' poses, which a state does not hold), the fixed
 initial state k, 10 wait steps, then at most MAX_STEPS[suite] steps; both cameras rotated by 180 degrees.
 
-The fast path (default) resets without rebuilding the model, draws cameras only when armed, and computes positions and
-velocities once per physics substep instead of three times. States and images are bit-identical to the plain path; the
-tests prove it.
+The fast path (default) resets without rebuilding the model, draws cameras only when armed, computes positions and
+velocities once per physics substep instead of three times, and has its own loop of robosuite's control. States and
+images are bit-identical to the plain path; the tests prove it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self._armed: dict[str, ArmedCamera] = {}
         self._latest: Mapping[str, Any] = {}
         self._control: Any = None
-        self._arm_control: ArmControl
+        self._arm_control: ArmControl | None = None
         libero = load_libero()
         with quiet(), kept_scenes() if fast else contextlib.nullcontext():
             self._control = libero.env_wrapper.ControlEnv(
@@ -165,7 +165,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         if self._control is not None:
             self._make_current()
             self._control.close()
-            self._control = None
+            self._control = self._arm_control = None
 
     def observation(self) -> Observation:
         """The present observation as a policy takes it. Raises RsdError without cameras or before reset."""
@@ -347,18 +347,20 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             self.simulation.sim._render_context_offscreen.gl_ctx.make_current()
 
     def _fast_step(self, action: NDArray[np.float64]) -> Mapping[str, Any]:
-        """robosuite's `step` without its repeated work: once a substep are positions, velocities and controls computed.
+        """robosuite's `step` without its repeated work.
 
         Per substep robosuite runs `forward`, the controller (which runs `forward` again) and `mj_step`: three full
-        evaluations of one state. The second and third need only what depends on the controls; the solver still runs
-        three times, since each run warm-starts the next and so reaches the result's last bits.
+        evaluations of one state. The second (in `ArmControl`) and the third need only what depends on the controls;
+        the solver still runs three times, since each run warm-starts the next and so reaches the result's last bits.
         """
         simulation, control = self.simulation, self._arm_control
+        if control is None:
+            raise RsdError("step: expected a reset before the first step")
         model, data = self.model, self.data
         simulation.timestep += 1
         substeps = int(simulation.control_timestep / simulation.model_timestep)
         for substep in range(substeps):
-            # sensors are of no effect on the physics; the last substep leaves them as robosuite does
+            # sensors do not act on the physics: the last substep's are enough
             mujoco.mj_forwardSkip(model, data, mujoco.mjtStage.mjSTAGE_NONE, int(substep < substeps - 1))
             control.apply(action, first=substep == 0)
             mujoco.mj_checkPos(model, data)
