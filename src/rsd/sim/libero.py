@@ -3,9 +3,9 @@
 Protocol: `seed(0)` right before every reset (it draws the fixtures' poses, which a state does not hold), the fixed
 initial state k, 10 wait steps, then at most MAX_STEPS[suite] steps; both cameras rotated by 180 degrees.
 
-The fast path (default) resets without rebuilding the model, draws cameras only when armed, and computes positions and
-velocities once per physics substep instead of three times. States and images are bit-identical to the plain path; the
-tests prove it.
+The fast path (default) resets without rebuilding the model, draws cameras only when armed, computes positions and
+velocities once per physics substep instead of three times, and has its own loop of robosuite's control. States and
+images are bit-identical to the plain path; the tests prove it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 import rsd
 from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
+from rsd.sim.control import ArmControl
 from rsd.sim.rendering import ArmedCamera, gl_backend
 from rsd.sim.scenes import kept_scenes, start_drawing
 from rsd.sim.suites import DISTRIBUTION, bddl_file, init_states, load_libero, quiet, step_limit, suite_task
@@ -67,6 +68,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self._armed: dict[str, ArmedCamera] = {}
         self._latest: Mapping[str, Any] = {}
         self._control: Any = None
+        self._arm_control: ArmControl | None = None
         libero = load_libero()
         with quiet(), kept_scenes() if fast else contextlib.nullcontext():
             self._control = libero.env_wrapper.ControlEnv(
@@ -163,7 +165,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         if self._control is not None:
             self._make_current()
             self._control.close()
-            self._control = None
+            self._control = self._arm_control = None
 
     def observation(self) -> Observation:
         """The present observation as a policy takes it. Raises RsdError without cameras or before reset."""
@@ -304,6 +306,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             simulation.reset()
         # a soft reset keeps the gripper's ramped command, a rebuilt model starts it at zero
         simulation.robots[0].gripper.current_action = np.zeros(simulation.robots[0].gripper.dof)
+        if self.fast:
+            self._arm_control = ArmControl(simulation)
 
     def _read_unplaced_fixtures(self) -> dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """Poses of the fixtures in the scene file: body id -> position [3], quaternion [4] (w, x, y, z)."""
@@ -343,30 +347,26 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             self.simulation.sim._render_context_offscreen.gl_ctx.make_current()
 
     def _fast_step(self, action: NDArray[np.float64]) -> Mapping[str, Any]:
-        """robosuite's `step` without its repeated position and velocity stages.
+        """robosuite's `step` without its repeated work.
 
         Per substep robosuite runs `forward`, the controller (which runs `forward` again) and `mj_step`: three full
-        evaluations of one state. The second and third need only the stages that depend on the controls; the solver
-        still runs three times, since each run warm-starts the next and so reaches the result's last bits.
+        evaluations of one state. The second (in `ArmControl`) and the third need only what depends on the controls;
+        the solver still runs three times, since each run warm-starts the next and so reaches the result's last bits.
         """
-        simulation = self.simulation
-        model, data, sim = self.model, self.data, simulation.sim
+        simulation, control = self.simulation, self._arm_control
+        if control is None:
+            raise RsdError("step: expected a reset before the first step")
+        model, data = self.model, self.data
         simulation.timestep += 1
-
-        def forward_again() -> None:
-            mujoco.mj_forwardSkip(model, data, mujoco.mjtStage.mjSTAGE_VEL, 0)
-
-        sim.forward = forward_again
-        try:
-            for substep in range(int(simulation.control_timestep / simulation.model_timestep)):
-                mujoco.mj_forward(model, data)
-                simulation._pre_action(action, substep == 0)
-                mujoco.mj_checkPos(model, data)
-                mujoco.mj_checkVel(model, data)
-                mujoco.mj_step2(model, data)
-                simulation._update_observables()
-        finally:
-            del sim.forward
+        substeps = int(simulation.control_timestep / simulation.model_timestep)
+        for substep in range(substeps):
+            # sensors do not act on the physics: the last substep's are enough
+            mujoco.mj_forwardSkip(model, data, mujoco.mjtStage.mjSTAGE_NONE, int(substep < substeps - 1))
+            control.apply(action, first=substep == 0)
+            mujoco.mj_checkPos(model, data)
+            mujoco.mj_checkVel(model, data)
+            mujoco.mj_step2(model, data)
+            simulation._update_observables()
         simulation.cur_time += simulation.control_timestep
         simulation._post_action(action)
         return dict(simulation._get_observations())

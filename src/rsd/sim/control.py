@@ -1,0 +1,142 @@
+"""robosuite's operational space control of one arm, with all that is constant in an episode looked up once.
+
+Arithmetic of robosuite 1.4.0 (`controllers/osc.py`, `robots/single_arm.py`, `robots/manipulator.py`; the control law
+is Khatib, 1987), in its order, data types and array layouts: torques are equal to the last bit. Its numba functions and
+its `set_goal` are called, not repeated. Left out are the histories that robosuite keeps of torques, poses and forces
+(`robots[0].recent_*`), which nothing in LIBERO reads.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd.types import RsdError
+
+FINGER_SIGNS = np.array([-1.0, 1.0])  # of the two fingers, for a closing action
+
+
+class ArmControl:
+    """Controls of the arm and the gripper of one LIBERO simulation, for one episode: make a new one after a reset.
+
+    Works on MuJoCo's own arrays (nq, nv and nu as in the model; 7 arm joints, 2 fingers). Raises RsdError where
+    robosuite would do something else than the control it repeats.
+    """
+
+    def __init__(self, simulation: Any) -> None:
+        _require_supported(simulation)
+        self.maths = importlib.import_module("robosuite.utils.control_utils")
+        self.simulation, robot = simulation, simulation.robots[0]
+        self.controller, self.gripper = robot.controller, robot.gripper
+        self.model, self.data = simulation.sim.model._model, simulation.sim.data._data
+        model, data, controller = self.model, self.data, self.controller
+        self.kp, self.kd, self.rest = controller.kp, controller.kd, controller.initial_joint  # [6], [6], [7] rad
+
+        # views of MuJoCo's arrays, which stay where they are as long as `data` lives
+        self.site: int = model.site(controller.eef_name).id
+        self.position = data.site_xpos[self.site]  # [3] m
+        self.rotation = data.site_xmat[self.site].reshape(3, 3)
+        arm = _span(controller.qvel_index)
+        self.velocities, self.joint_velocities = data.qvel, data.qvel[arm]  # [nv], [7] rad/s
+        self.joint_positions = data.qpos[_span(controller.qpos_index)]  # [7] rad
+        self.bias = data.qfrc_bias[arm]  # [7] N m
+
+        # robosuite picks columns with lists of indices, and numpy returns such in Fortran order: BLAS takes another
+        # way through those, to other last bits
+        jacobian, joints = np.zeros((6, model.nv)), len(self.rest)
+        self.jacobian_position, self.jacobian_rotation = jacobian[:3], jacobian[3:]
+        self.inertia = np.zeros((model.nv, model.nv))  # kg m^2
+        parts = (self.inertia[arm, arm], jacobian[:, arm], jacobian[:3, arm], jacobian[3:, arm])
+        self.arm_parts = [(np.zeros((len(part), joints), order="F"), part) for part in parts]
+        self.error, self.motion, self.wrench = np.zeros(6), np.zeros(6), np.zeros(6)
+
+        self.low, self.high = robot.torque_limits  # [7] N m
+        self.arm_controls = data.ctrl[_span(robot._ref_joint_actuator_indexes)]  # [7]
+        fingers = _span(robot._ref_joint_gripper_actuator_indexes)
+        self.finger_controls = data.ctrl[fingers]  # [2]
+        low, high = model.actuator_ctrlrange[fingers].T  # m
+        self.finger_middle, self.finger_reach = 0.5 * (high + low), 0.5 * (high - low)
+
+    def apply(self, action: NDArray[np.float64], first: bool) -> None:
+        """Every substep, after `mj_forward`: writes the torques of the arm and the targets of the fingers.
+
+        action [7] in [-1, 1]; in the `first` substep of a control step it sets the goal.
+        """
+        controller, gripper = self.controller, self.gripper
+        if first:
+            self.finger_step = FINGER_SIGNS * gripper.speed * np.sign(action[6:])  # [2], share of the reach
+        if not controller.new_update:
+            # the first substep after a reset: robosuite's controller still acts on the pose that it saw then, although
+            # the initial state has been set since, and does not run `forward`
+            self.simulation._pre_action(action, first)
+            return
+        mujoco.mj_fwdConstraint(self.model, self.data)  # all that its `forward` changes: one more run of the solver
+        if first:
+            controller.ee_pos, controller.ee_ori_mat = self.position, self.rotation
+            controller.new_update = False  # the pose is the present one
+            controller.set_goal(action[:6])
+            controller.new_update = True
+        np.minimum(np.maximum(self.torques(), self.low), self.high, out=self.arm_controls)
+        # robosuite ramps the gripper's command: 200 substeps from open to closed
+        gripper.current_action = np.minimum(np.maximum(gripper.current_action + self.finger_step, -1.0), 1.0)
+        self.finger_controls[:] = self.finger_middle + self.finger_reach * gripper.current_action
+
+    def torques(self) -> NDArray[np.float64]:
+        """[7] N m, not yet clipped: towards the goal pose, decoupled in position and rotation, with gravity taken out
+        and the arm drawn to its initial pose in the null space."""
+        maths, error, motion, wrench = self.maths, self.error, self.motion, self.wrench
+        mujoco.mj_jacSite(self.model, self.data, self.jacobian_position, self.jacobian_rotation, self.site)
+        mujoco.mj_fullM(self.model, self.inertia, self.data.qM)
+        for copy, part in self.arm_parts:
+            copy[:] = part
+        inertia, jacobian, jacobian_position, jacobian_rotation = (copy for copy, _ in self.arm_parts)
+
+        np.subtract(self.controller.goal_pos, self.position, out=error[:3])
+        error[3:] = maths.orientation_error(self.controller.goal_ori, self.rotation)
+        np.dot(self.jacobian_position, self.velocities, out=motion[:3])  # one product of [6, nv] has other last bits
+        np.dot(self.jacobian_rotation, self.velocities, out=motion[3:])
+        acceleration = error * self.kp - motion * self.kd  # [6]
+        _, mass, moment, null_space = maths.opspace_matrices(inertia, jacobian, jacobian_position, jacobian_rotation)
+        np.dot(mass, acceleration[:3], out=wrench[:3])
+        np.dot(moment, acceleration[3:], out=wrench[3:])
+        to_rest = maths.nullspace_torques(inertia, null_space, self.rest, self.joint_positions, self.joint_velocities)
+        return np.dot(jacobian.T, wrench) + self.bias + to_rest
+
+
+def _span(indices: Sequence[int]) -> slice:
+    """Of consecutive indices: `_require_supported` has looked."""
+    return slice(int(indices[0]), int(indices[-1]) + 1)
+
+
+def _require_supported(simulation: Any) -> None:
+    """Raises RsdError unless robosuite would run just the control of `ArmControl`."""
+    robot = simulation.robots[0]
+    controller = robot.controller
+    kinds = type(robot).__name__, type(robot.gripper).__name__, getattr(controller, "name", None)
+    _require(simulation, "robot, gripper, controller", ("SingleArm", "PandaGripper", "OSC_POSE"), kinds)
+    _require(simulation, "number of robots", 1, len(simulation.robots))
+    _require(simulation, "impedance mode", "fixed", controller.impedance_mode)
+    _require(simulation, "position and rotation decoupled", True, bool(controller.uncoupling))
+    interpolators = controller.interpolator_pos, controller.interpolator_ori
+    _require(simulation, "interpolators of the goal", (None, None), interpolators)
+    for what, indices in (
+        ("arm's positions", controller.qpos_index),
+        ("arm's velocities", controller.qvel_index),
+        ("arm's actuators", robot._ref_joint_actuator_indexes),
+        ("gripper's actuators", robot._ref_joint_gripper_actuator_indexes),
+    ):
+        found = [int(index) for index in indices]
+        _require(simulation, f"indices of the {what}", list(range(found[0], found[0] + len(found))), found)
+
+
+def _require(simulation: Any, what: str, expected: object, found: object) -> None:
+    if found != expected:
+        raise RsdError(
+            f"{what} of {type(simulation).__name__}: expected {expected}, found {found}, which the fast path does not "
+            "repeat; make the environment with fast=False"
+        )
