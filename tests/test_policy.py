@@ -48,7 +48,8 @@ def test_actions_are_environment_ready(
         policy.follow_up()
         assert chunk.stats.decode == decode
         assert chunk.stats.prefills == (decode != "light-alone")
-        assert chunk.stats.latency_ms["total"] >= max(chunk.stats.latency_ms.values())
+        before = [ms for stage, ms in chunk.stats.latency_ms.items() if stage != "follow-up"]
+        assert chunk.stats.latency_ms["total"] >= max(before)
     assert grippers <= {-1.0, 1.0}
 
 

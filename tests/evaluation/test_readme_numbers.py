@@ -21,16 +21,16 @@ ROOT = Path(__file__).parents[2]
 LIBERO = ROOT / "results" / "libero_spatial"
 README, OPENVLA = ROOT / "README.md", ROOT / "docs" / "openvla.md"
 
-DECODERS = ("ar", "l1", "rsd-fused", "rsd-skip", "rsd-ahead")  # header of the README's table
+DECODERS = ("ar", "l1", "rsd-fused", "rsd-skip", "rsd-ahead", "light-alone")  # header of the README's table
 RUNS = {
     **{decode: LIBERO / "h200" / decode for decode in ("ar", "l1", "rsd-fused", "rsd-skip")},
-    "rsd-ahead": LIBERO / "cpu" / "rsd-ahead-500",
+    **{decode: LIBERO / "cpu" / f"{decode}-500" for decode in ("rsd-ahead", "light-alone")},
 }
 LATENCIES = {"2 CPU cores, ms p50 / p95": LIBERO / "cpu" / "latency.json"}  # row -> file of `rsd bench latency`
 GRAPHS, SCALING = "H200, CUDA graphs, ms p50", ROOT / "results" / "scaling" / "h200.json"
 SIZED = {"rsd-ahead": RESTING, **{decode: decode for decode in ("ar", "l1", "rsd-fused")}}  # its names
 CLOSED_LOOP = "2 CPU cores, closed loop, mean ms to the chunk"
-TIMED = {decode: LIBERO / "cpu" / f"timed-{decode}" for decode in DECODERS[1:]}
+TIMED = {decode: LIBERO / "cpu" / f"timed-{decode}" for decode in DECODERS[1:5]}
 
 OPENVLA_BENCH = ROOT / "results" / "openvla" / "h200.json"
 OPENVLA_ROWS = {  # row -> case of `rsd bench openvla`
@@ -151,3 +151,12 @@ def test_openvlas_ratios() -> None:
     ms = {case: row["p50_ms"] for (section, case), row in openvla_rows().items() if section == "graph"}
     (said,) = re.findall(r"costs ([\d.]+) times the OFT chunk and is ([\d.]+) times faster", OPENVLA.read_text())
     assert said == (f"{ms['rsd-fused'] / ms['l1']:.2f}", f"{ms['rfsq-ar'] / ms['rsd-fused']:.1f}")
+
+
+def test_what_the_mains_memory_earns() -> None:
+    pair = paired_difference(run(RUNS["light-alone"]).successes, run(RUNS["rsd-ahead"]).successes)
+    words = r"earns ([\d.]+) points: .*?same machine, \+(\d+) -(\d+), p = ([\d.]+)\."
+    (said,) = re.findall(words, README.read_text(), re.DOTALL)
+    assert said == (
+        f"{100 * pair.difference:.1f}", str(pair.only_second), str(pair.only_first), f"{pair.p_value:.2g}"
+    )

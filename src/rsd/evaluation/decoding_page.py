@@ -37,6 +37,7 @@ bar. `rsd-fused` lets a light draft propose the coarse levels before the main mo
 prefill, which corrects them and adds the fine levels: one pass. `rsd-skip` executes the draft's chunk without the main
 where the draft expects to stay close to it. `rsd-ahead` executes the draft's chunk always, at once; the main looks at
 the same observation while the robot moves, judges the draft's tokens and leaves what it saw to the draft's next chunk.
+`light-alone` is the light draft as a policy of its own, without the main and without a memory.
 """
 
 
@@ -85,7 +86,7 @@ class PageConfig:
     """The same for a machine without a GPU."""
     cpu_order: tuple[str, ...] = ("l1", "rsd-fused", "rsd-skip", "rsd-skip-max4")
     """Directories in it."""
-    cpu_shipped: tuple[str, ...] = ("rsd-skip-500", "rsd-ahead-500")
+    cpu_shipped: tuple[str, ...] = ("rsd-skip-500", "rsd-ahead-500", "light-alone-500")
     """Directories in it of runs on the initial states of the runs on the GPU."""
     timed: tuple[str, ...] = ("timed-l1", "timed-rsd-fused", "timed-rsd-skip", "timed-rsd-ahead")
     """Directories in it of runs of one worker, for times in closed loop."""
