@@ -2,6 +2,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice, permutations
 from pathlib import Path
@@ -689,3 +690,12 @@ def test_an_int8_weight_without_its_scale_is_refused(policy: RsdPolicy, checkpoi
     save_file({k: v for k, v in weights.items() if k != f"{name}.scale"}, checkpoint / WEIGHTS_FILE)
     with pytest.raises(RsdError, match="is int8 and lacks its scale per row"):
         load_weights(policy.model, checkpoint / WEIGHTS_FILE)
+
+
+def test_a_follow_up_may_come_from_another_thread(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+    ahead, alone = acting_ahead(policy), acting_ahead(policy)
+    with ThreadPoolExecutor(1) as aside:
+        for i in range(6):
+            chunk = ahead.predict(make_observation(i))
+            aside.submit(ahead.follow_up)  # not waited for: the next prediction does it, or waits for it
+            assert np.array_equal(chunk.actions, alone.predict(make_observation(i)).actions)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -137,6 +138,7 @@ class RsdPolicy:
             self._strategy = RecordedStrategy(decode)
         self._memory = EpisodeMemory()
         self._to_do: Callable[[], None] | None = None
+        self._turn = threading.RLock()  # `follow_up` may come from another thread
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -160,14 +162,16 @@ class RsdPolicy:
         seed: of what is drawn from now on at a temperature; without one the random numbers go on where they were
         (in a new policy: as from seed 0).
         """
-        self._memory, self._to_do = EpisodeMemory(), None
+        with self._turn:
+            self._memory, self._to_do = EpisodeMemory(), None
         if seed is not None and self.decoder.sampler is not None:
             self.decoder.sampler.generator.manual_seed(seed)
 
     def swap_memory(self, memory: Any = None) -> Any:
         """Turn to another episode: what an earlier call returned of it, or None at its start -> this episode's."""
-        self.follow_up()
-        mine, self._memory = self._memory, memory or EpisodeMemory()
+        with self._turn:
+            self.follow_up()
+            mine, self._memory = self._memory, memory or EpisodeMemory()
         if mine.main is not None:
             # copies: a CUDA graph's next run, of the other episode, writes where these stand
             mine.main = Memory(*([tensor.clone() for tensor in tensors] for tensors in mine.main))
@@ -181,7 +185,7 @@ class RsdPolicy:
         What `rsd-ahead` has left to do is done first, unless `follow_up` has been called since.
         """
         watch = Stopwatch(self.device)
-        with self._forgetting_errors(), watch.stage("total"):
+        with self._turn, self._forgetting_errors(), watch.stage("total"):
             self.follow_up()
             with watch.stage("preprocess"):
                 scene = Scene(*self._preprocess([observation]), self._memory)
@@ -198,12 +202,12 @@ class RsdPolicy:
     def follow_up(self) -> None:
         """With `rsd-ahead`: the main's pass for the last chunk, whose statistics get what it finds.
 
-        Call it while that chunk is executed; otherwise the next prediction begins with it. The other decoders leave
-        nothing to do.
+        Call it while that chunk is executed, from any thread; otherwise the next prediction begins with it. The other
+        decoders leave nothing to do.
         """
-        to_do, self._to_do = self._to_do, None
-        if to_do is not None:
-            with torch.inference_mode(), self._forgetting_errors():
+        with self._turn, self._forgetting_errors(), torch.inference_mode():
+            to_do, self._to_do = self._to_do, None
+            if to_do is not None:
                 to_do()
 
     def _follow_up(self, look: Callable[[Stopwatch], Decoded], stats: ChunkStats) -> None:

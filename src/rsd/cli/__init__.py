@@ -126,8 +126,8 @@ COMMANDS = {
 EXAMPLES = """\
   rsd eval --task-suite libero_spatial --num-trials 3 --use-speculative-decoding True
   rsd eval --compare --num-trials 50 --output results/spatial
-  rsd compare results/spatial/ar results/spatial/rsd-skip --markdown
-  rsd report results/spatial/ar results/spatial/rsd-skip"""
+  rsd compare results/spatial/ar results/spatial/rsd-ahead --markdown
+  rsd report results/spatial/ar results/spatial/rsd-ahead"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,6 +17,7 @@ import tyro
 from numpy.typing import NDArray
 
 from rsd.decoding.calibration import RealisedRisk, realised_risk
+from rsd.decoding.strategies import STRATEGIES
 from rsd.evaluation.calibrate import SCORE, chunk_stat, deviations
 from rsd.evaluation.deviation import UNITS, DeviationRecord
 from rsd.evaluation.latency import LatencyRecord
@@ -68,6 +69,9 @@ CAVEAT = """\
 `rsd-skip-max4` allows 4 chunks in a row without the main. The shipped calibration allows 2, chosen after 4 had lost
 the drawer task, on its states 0 to 19; `rsd-skip-drawer` in the same folder is its states 20 to 49.
 """
+
+
+FORMER = {"light": "rsd-ahead"}  # names in older raw results of decoders with the same chunks
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,7 @@ def risk_section(names: Sequence[str], runs: Sequence[Run], config: PageConfig) 
 def deviation_section(record: DeviationRecord, path: Path) -> str:
     rows = [
         [
-            f"`{row.decode}`",
+            f"`{FORMER.get(row.decode, row.decode)}`",
             row.acceptance if row.decode.startswith("rsd") else ABSENT,
             row.fine if row.decode.startswith("rsd") else ABSENT,
             *(" / ".join(f"{x:.2f}" for x in row.from_ar[unit]) for unit in UNITS),
@@ -276,7 +280,10 @@ def latency_section(record: LatencyRecord, path: Path) -> str:
     for name, stages in record.milliseconds.items():
         p50, p95 = percentiles(stages["total"])
         parts = ", ".join(f"{s} {percentiles(v)[0]:.1f}" for s, v in stages.items() if s != "total")
-        share = f"{ideals[name]:.2f} ({ideals[name] / p50:.0%})" if name in ideals else ABSENT
+        if name not in STRATEGIES:
+            continue  # of a decoder that is no more
+        whole = name in ideals and FOLLOW_UP not in stages  # the work counted is that of both
+        share = f"{ideals[name]:.2f} ({ideals[name] / p50:.0%})" if whole else ABSENT
         rows.append([f"`{name}`", f"{p50:.1f} / {p95:.1f}", f"{base / p50:.2f}x", f"{p50 / bar:.2f}", share, parts])
     count = len(record.milliseconds["ar"]["total"])
     on_gpu = machine["device"] != "cpu" and record.config.get("cuda_graphs", False)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from rsd.evaluation.decoding_page import ABSENT, success_section, table, task_section
+from rsd.evaluation.decoding_page import ABSENT, FORMER, success_section, table, task_section
 from rsd.evaluation.deviation import DeviationRecord
 from rsd.evaluation.report import level_cell, load_run
 from rsd.evaluation.results import write_atomically
@@ -169,7 +169,8 @@ def deviations_table(records: Sequence[tuple[str, Path]]) -> str:
     loaded = [DeviationRecord.from_json(json.loads(path.read_text())) for _, path in records]
     for own in zip(*(record.rows for record in loaded), strict=True):
         speculates = own[0].decode.startswith("rsd")
-        kind = [f"`{own[0].decode}`", *([own[0].acceptance, own[0].fine] if speculates else [ABSENT, ABSENT])]
+        name = FORMER.get(own[0].decode, own[0].decode)
+        kind = [f"`{name}`", *([own[0].acceptance, own[0].fine] if speculates else [ABSENT, ABSENT])]
         rows.append([*kind, *(" / ".join(f"{x:.2f}" for x in row.from_ar["mm"]) for row in own)])
     return (
         "### Deviation of a step's command from `ar` of the same code, p50 / p99 / max\n\n"

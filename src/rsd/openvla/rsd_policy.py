@@ -187,6 +187,7 @@ class OpenVlaRsdPolicy(RsdPolicy):
         return self.observing.views
 
     def swap_memory(self, memory: Any = None) -> Any:
+        self.follow_up()  # of the instruction that is given up here
         instruction, remembered = memory or ("", None)
         mine, self._instruction = self._instruction, instruction
         return mine, super().swap_memory(remembered)

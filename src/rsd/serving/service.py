@@ -125,6 +125,7 @@ class PolicyService:
 
     def _predict(self, session: Session, observation: Observation) -> ActionChunk:
         if session is not self._at_work:
+            self.follow_up()  # a failure is of that episode, not of this request
             self._at_work.memory = self.policy.swap_memory(session.memory)
             self._at_work, session.memory = session, None
         if session.instruction != observation.instruction:
