@@ -14,8 +14,8 @@ import rsd.evaluation.evaluate
 
 config, note = settle(EvalConfig())
 check_names(config)
-assert config.decode == "rsd-skip", note
-assert rsd_policy(config).decode == "rsd-skip"
+assert config.decode == "rsd-ahead", note
+assert rsd_policy(config).decode == "rsd-ahead"
 describe_checkpoint(config)
 checks = checkpoint_files(config.policy), load_and_predict(config.policy, "cpu", [])
 assert all(check.status == "ok" for check in checks), checks

@@ -75,9 +75,9 @@ def test_what_an_openvla_directory_cannot_do_is_refused(tmp_path: Path, capsys: 
     command = ["eval", "--policy", str(directory), "--num-trials", "1", "--tasks", "0", "--num-workers", "1"]
     output = ["--output", str(tmp_path / "run")]
     assert dispatch([*command, *output, "--use-speculative-decoding", "True"]) == 2
-    assert "True: " + str(directory) + " is in OpenVLA's format and has no draft" in capsys.readouterr().err
+    assert "True: " + str(directory) + " decodes by ar alone, without a draft" in capsys.readouterr().err
     assert dispatch([*command, *output, "--compare"]) == 2
-    assert "it decodes by ar; rsd train policy --backbone openvla trains one" in capsys.readouterr().err
+    assert "a published OpenVLA checkpoint gets one by rsd train policy --backbone openvla" in capsys.readouterr().err
     assert dispatch([*command, *output, "--decode", "rsd-fused"]) == 2
     assert "--decode 'rsd-fused': expected one of ar, l1, discrete" in capsys.readouterr().err
     assert dispatch([*command, *output, "--task-suite", "libero_goal"]) == 1  # `ar`, as its files say

@@ -67,22 +67,22 @@ class ServeArguments:
 
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(ServeArguments, arguments, prog)
-    from rsd.evaluation.backend import describe_checkpoint, settle
-
-    config, note = settle(options.evaluated)
-    check_names(config)
+    asked = options.evaluated
 
     import torch
 
+    from rsd.evaluation.backend import describe_checkpoint, settle
     from rsd.serving.server import PolicyServer, reserve, serve_until_signal
     from rsd.serving.service import load_policy, versions_on
 
+    door = reserve(options.host, options.port)
+    config, note = settle(asked)
+    check_names(config)
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if note:
         console.print(note)
-    door = reserve(options.host, options.port)
     server = PolicyServer(load_policy(config), describe_checkpoint(config), versions_on(config.device), door)
 
     def listening(address: str) -> None:

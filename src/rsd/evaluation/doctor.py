@@ -293,13 +293,15 @@ def flow(policy: RsdPolicy) -> list[tuple[str, str]]:
         ("prefix (vision, language, state)", f"{list(prefix.shape)}"),
         ("hidden states of the first block", f"{list(hidden.shape)}"),
     ]
-    parts = {**vars(decoded), **(vars(decoded.proposal) if decoded.proposal else {}), "proposal": None}
+    parts = {**vars(decoded), **(vars(decoded.proposal) if decoded.proposal else {})}
+    parts |= {"proposal": None, "follow_up": None}
     for name, value in parts.items():
         if isinstance(value, torch.Tensor):
             rows.append((f"decoded.{name}", f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"))
         elif value is not None and value != []:
             rows.append((f"decoded.{name}", str(value)))
     chunk = alone(policy, observation)
+    policy.follow_up()
     rows.append(("actions", f"{chunk.actions.dtype} {list(chunk.actions.shape)}"))
     rows += [(f"stats.{name}", statistic(value)) for name, value in vars(chunk.stats).items()]
     return rows
