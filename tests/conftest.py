@@ -64,6 +64,20 @@ def make_model(tiny_config: PolicyConfig, tokenizer: ActionTokenizer) -> Callabl
 
 
 @pytest.fixture
+def make_steady_model(make_model: Callable[[int], RsdModel]) -> Callable[[], RsdModel]:
+    """Models that never switch the gripper: the draft may act alone."""
+
+    def make() -> RsdModel:
+        model = make_model(0)
+        assert model.light is not None
+        for head in (model.main.gripper_head, model.light.levels.gripper_head):
+            torch.nn.init.constant_(head.bias, -9.0)
+        return model
+
+    return make
+
+
+@pytest.fixture
 def policy(make_model: Callable[[int], RsdModel], tokenizer: ActionTokenizer, tiny_config: PolicyConfig) -> RsdPolicy:
     provenance = {"data": "random weights"}
     return RsdPolicy(make_model(0), tokenizer, tiny_config, decode="rsd", provenance=provenance)

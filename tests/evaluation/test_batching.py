@@ -16,13 +16,10 @@ from rsd.types import ActionChunk, Observation, RsdError
 
 @pytest.fixture
 def make_policy(
-    make_model: Callable[[int], RsdModel], tokenizer: ActionTokenizer, tiny_config: PolicyConfig
+    make_steady_model: Callable[[], RsdModel], tokenizer: ActionTokenizer, tiny_config: PolicyConfig
 ) -> Callable[..., RsdPolicy]:
     def make(device: str = "cpu", **options: Any) -> RsdPolicy:
-        model = make_model(0)
-        for head in (model.main.gripper_head, model.light.levels.gripper_head):  # or every chunk would switch it
-            torch.nn.init.constant_(head.bias, -9.0)
-        return RsdPolicy(model.to(device), tokenizer, tiny_config, **options)
+        return RsdPolicy(make_steady_model().to(device), tokenizer, tiny_config, **options)
 
     return make
 

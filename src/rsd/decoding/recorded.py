@@ -68,16 +68,13 @@ class RecordedStrategy:
                 return self._replay("main", decoder, seen(scene), lambda x: strategy(decoder, scene_of(x), silent(x)))
         if self.name == "light-alone":
             with watch.stage("draft"):
-                return unverified(self._replay("alone", decoder, seen(scene), lambda x: scout(decoder, scene_of(x))))
+                return unverified(self._scout(decoder, scene_of(seen(scene))))
         if self.name == "rsd-ahead":
             return self._act_first(decoder, scene, watch)
         if self.name == "rsd-skip" and not decoder.skip.is_due(scene.memory):
             return self._ask_first(decoder, scene, watch)
-        blind = " blind" if scene.memory.main is None else ""
         with watch.stage("main"):
-            decoded, memory = self._replay(
-                f"both{blind}", decoder, remembered(scene), lambda x: side_by_side(decoder, x)
-            )
+            decoded, memory = self._remembering("both", decoder, scene, lambda x: side_by_side(decoder, x))
         proposal: Proposal = decoded.proposal
         if self.name == "rsd-skip":
             proposal.forced = decoder.skip.must_look(scene.memory, proposal)
@@ -85,17 +82,15 @@ class RecordedStrategy:
         return decoded
 
     def _act_first(self, decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
-        blind = " blind" if scene.memory.main is None else ""
         with watch.stage("draft"):
-            key = f"scout{blind}"
-            proposal = self._replay(key, decoder, remembered(scene), lambda x: scout(decoder, scene_of(x)))
+            proposal = self._scout(decoder, scene)
         decoded = unverified(proposal)
         decoded.follow_up = partial(self._look, decoder, scene, proposal)
         return decoded
 
     def _ask_first(self, decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
         with watch.stage("draft"):
-            proposal = self._replay("scout", decoder, remembered(scene), lambda x: scout(decoder, scene_of(x)))
+            proposal = self._scout(decoder, scene)
             if decoder.skip.may_skip(scene.memory, proposal):
                 return unverified(proposal, scene.memory)
         return self._look(decoder, scene, proposal, watch)
@@ -110,6 +105,17 @@ class RecordedStrategy:
         scene.memory.renew(memory, decoded.gripper)
         decoded.proposal = proposal
         return decoded
+
+    def _scout(self, decoder: Decoder, scene: Scene) -> Proposal:
+        proposal: Proposal = self._remembering("scout", decoder, scene, lambda x: scout(decoder, scene_of(x)))
+        return proposal
+
+    def _remembering(
+        self, key: str, decoder: Decoder, scene: Scene, call: Callable[[Sequence[Tensor]], Any]
+    ) -> Any:
+        """`call` on what is remembered; without a memory it is another graph, of fewer inputs."""
+        blind = " blind" if scene.memory.main is None else ""
+        return self._replay(f"{key}{blind}", decoder, remembered(scene), call)
 
     def _replay(
         self, key: str, decoder: Decoder, inputs: Sequence[Tensor], call: Callable[[Sequence[Tensor]], Any]
