@@ -21,6 +21,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.training.dataset import FrameDataset, chunk_targets
 from rsd.training.draft import TrainDraftConfig, train_draft
 from rsd.training.loop import STATE_FILE, LoopConfig
+from rsd.training.losses import LossConfig
 from rsd.training.policy import TrainPolicyConfig, resolve_device, split, train_policy
 from rsd.training.tokenizer import TrainTokenizerConfig, train_tokenizer
 from rsd.types import Observation, RsdError
@@ -242,6 +243,54 @@ def test_train_draft_keeps_everything_else(
     values = [event.value for event in events.Scalars("loss/draft")]
     assert np.mean(values[-3:]) < np.mean(values[:3])
     assert json.loads((directory / "config.json").read_text())["policy"]["draft"]["levels"] == 2
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_train_light_draft_keeps_everything_else(
+    trained: Path, demonstrations: Path, tmp_path: Path, resume: bool
+) -> None:
+    before = RsdPolicy.from_pretrained(trained)
+    assert before.config.light is not None
+    light = replace(before.config.light, layers=1)
+    config = TrainDraftConfig(
+        policy=str(trained),
+        data=(demonstrations,),
+        output=tmp_path,
+        device="cpu",
+        validation_every=4,
+        kind="light",
+        resume_weights=resume,
+        light=light,
+        loss=LossConfig(blind=1.0),
+        loop=replace(LOOP, learning_rate=1e-5 if resume else 3e-3),
+    )
+    directory = train_draft(config)
+    after = RsdPolicy.from_pretrained(directory)
+    assert after.config == (before.config if resume else replace(before.config, light=light))
+    assert after.model.light is not None
+    assert before.model.light is not None
+    new, old = after.model.state_dict(), before.model.state_dict()
+    assert all(torch.allclose(new[n], old[n], atol=1e-6) for n in old if not n.startswith("light."))
+    cameras = [after.model.light.cameras.state_dict(), before.model.light.cameras.state_dict()]
+    moved = max(float((a - b).abs().max()) for a, b in zip(*(part.values() for part in cameras), strict=True))
+    assert 0 < moved < 0.01 if resume else moved > 0.01  # it started from the weights there, or afresh
+    assert after.provenance["light"]["training"]["loss"]["blind"] == 1.0
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    if not resume:
+        values = [event.value for event in events.Scalars("loss/light_regress")]
+        assert np.mean(values[-3:]) < np.mean(values[:3])
+
+
+def test_weights_that_are_not_there_are_not_resumed(
+    config: TrainPolicyConfig, demonstrations: Path, tmp_path: Path
+) -> None:
+    without = replace(config, policy=replace(config.policy, light=None), loop=replace(LOOP, steps=1), output=tmp_path)
+    directory = train_policy(without)
+    with pytest.raises(RsdError, match="has no light draft"):
+        train_draft(
+            TrainDraftConfig(str(directory), (demonstrations,), tmp_path / "d", "cpu", 4, "light", resume_weights=True)
+        )
 
 
 # what the commands share

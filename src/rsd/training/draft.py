@@ -1,20 +1,23 @@
-"""`rsd train draft`: a new draft for a main model that stays as it is."""
+"""`rsd train draft`: another draft for a main model that stays as it is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rsd.models.draft import DraftConfig
-from rsd.policy import RsdModel, RsdPolicy, save_checkpoint
+from rsd.models.light_draft import LightDraftConfig
+from rsd.policy import PolicyConfig, RsdModel, RsdPolicy, save_checkpoint
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training import parallel
-from rsd.training.dataset import Augmentation, FrameDataset
+from rsd.training.dataset import Augmentation, Batch, FrameDataset
 from rsd.training.loop import LoopConfig, describe, train
-from rsd.training.losses import draft_losses
+from rsd.training.losses import LossConfig, MainRun, draft_losses, light_draft_losses, light_total
 from rsd.training.policy import load_folders, resolve_device, split
 from rsd.training.validation import validate
 from rsd.types import RsdError
@@ -23,7 +26,7 @@ from rsd.versions import versions
 
 @dataclass(frozen=True)
 class TrainDraftConfig:
-    """Train a new draft for a finished main model."""
+    """Train another draft for a finished main model."""
 
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory or hub id whose main model is kept."""
@@ -35,9 +38,18 @@ class TrainDraftConfig:
     """cuda, cpu or auto."""
     validation_every: int = 40
     """Every n-th episode is kept out of training for the offline validation."""
+    kind: Literal["draft", "light"] = "draft"
+    """draft: the one that reads the main's prefill; light: the one with its own perception."""
+    resume_weights: bool = False
+    """Start from the checkpoint's own draft (and its sizes) instead of afresh."""
     draft: DraftConfig = field(default_factory=DraftConfig)
+    light: LightDraftConfig = field(default_factory=LightDraftConfig)
     own_prefix: float = 0.5
-    """Share of the batch on which the draft continues its own digits."""
+    """Share of the batch on which a draft that reads the prefill continues its own digits."""
+    remembered_chunks: int = 4
+    """The light draft is trained to remember the main's run of 1 to this many chunks before."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """For the light draft: `blind` (1: it never has a memory), `regress` and `deviation`."""
     augment: Augmentation = field(default_factory=Augmentation)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5_000))
 
@@ -50,29 +62,23 @@ def train_draft(config: TrainDraftConfig) -> Path:
     source = RsdPolicy.from_pretrained(config.policy, decode="ar")
     if type(source) is not RsdPolicy:
         raise RsdError(f"train draft: {config.policy} has OpenVLA as its main; its drafts are trained with it")
-    tokenizer, policy = source.tokenizer.to(device), replace(source.config, draft=config.draft)
+    tokenizer = source.tokenizer.to(device)
     training, held_out = split(load_folders(config.data), config.validation_every)
     dataset = FrameDataset(training, tokenizer.config.horizon, device)
-    model = RsdModel(policy, tokenizer)
-    fresh = {name: value for name, value in model.state_dict().items() if name.startswith("draft.")}
-    kept = {name: value for name, value in source.model.state_dict().items() if not name.startswith("draft.")}
-    model.load_state_dict({**fresh, **kept})
+    model, policy = with_draft(source, config)
     model.to(device).requires_grad_(False)
-    model.draft.requires_grad_(True)
-    code = Rfsq(model.main.code)
+    part = model.light if config.kind == "light" else model.draft
+    assert part is not None
+    part.requires_grad_(True)
+    paired = config.remembered_chunks if config.kind == "light" else 0
 
     def losses() -> dict[str, Tensor]:
-        frames = torch.randint(0, len(dataset), (config.loop.batch_size,), device=device)
-        batch = dataset.batch(frames, augment=config.augment)
+        batch = dataset.batch(*dataset.draw(config.loop.batch_size, paired), augment=config.augment)
         model.main.eval()  # `train` puts the whole model in training mode
         with torch.no_grad():
-            prefix = model.main.embed_prefix(batch.images, batch.state, model.main.encode_text(batch.words))
-            features, _ = model.main.prefill(prefix)
-        target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
-        own = torch.rand(len(target), 1, device=device) < config.own_prefix
-        gripper = tokenizer.gripper_symbols(batch.chunk)
-        values = draft_losses(model.draft, features, target, gripper, own, code)[1]
-        return {**values, "total": values["draft"]}
+            text = model.main.encode_text(batch.words)
+            features, cache = model.main.prefill(model.main.embed_prefix(batch.images, batch.state, text))
+        return losses_of(model, tokenizer, batch, MainRun(cache.length, cache, features, text[1]), config)
 
     resolved = describe(config)
     ema = train(model, losses, config.loop, config.output, device, resolved)
@@ -80,5 +86,37 @@ def train_draft(config: TrainDraftConfig) -> Path:
     report = validate(ema, tokenizer, FrameDataset(held_out, tokenizer.config.horizon, device))
     made = {"training": resolved, "validation": report, "versions": versions()}
     directory = config.output / "checkpoint"
-    save_checkpoint(ema, tokenizer, policy, {**source.provenance, "draft": made}, directory)
+    save_checkpoint(ema, tokenizer, policy, {**source.provenance, config.kind: made}, directory)
     return directory
+
+
+def with_draft(source: RsdPolicy, config: TrainDraftConfig) -> tuple[RsdModel, PolicyConfig]:
+    """The policy's model with the draft that is to be trained, and its sizes."""
+    if config.resume_weights:
+        if config.kind == "light" and source.config.light is None:
+            raise RsdError(f"--resume-weights: {config.policy} has no light draft; leave it out to start one afresh")
+        policy = source.config
+    else:
+        policy = replace(source.config, **{config.kind: getattr(config, config.kind)})
+    model = RsdModel(policy, source.tokenizer)
+    kept = source.model.state_dict()
+    if not config.resume_weights:
+        fresh = {name: value for name, value in model.state_dict().items() if name.startswith(f"{config.kind}.")}
+        kept = {name: value for name, value in kept.items() if not name.startswith(f"{config.kind}.")} | fresh
+    model.load_state_dict(kept)
+    return model, policy
+
+
+def losses_of(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, run: MainRun, config: TrainDraftConfig
+) -> dict[str, Tensor]:
+    """Losses of the one draft that is trained, beside a main that has run; `total` is what to minimise."""
+    target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
+    gripper = tokenizer.gripper_symbols(batch.chunk)
+    if config.kind == "light":
+        assert model.light is not None
+        _, values = light_draft_losses(model.light, model.main, run, batch, target, gripper, tokenizer, config.loss)
+        return {**values, "total": light_total(values, config.loss)}
+    own = torch.rand(len(target), 1, device=target.device) < config.own_prefix
+    values = draft_losses(model.draft, run.features, target, gripper, own, Rfsq(model.main.code))[1]
+    return {**values, "total": values["draft"]}

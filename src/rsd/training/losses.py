@@ -107,8 +107,7 @@ def policy_losses(
         + losses["draft"]
     )
     if light is not None:
-        regress = config.regress * losses["light_regress"]
-        losses["total"] = losses["total"] + losses["light"] + regress + config.deviation * losses["deviation"]
+        losses["total"] = losses["total"] + light_total(losses, config)
     return losses
 
 
@@ -160,6 +159,11 @@ def light_draft_losses(
         "light_regress": (found - wanted).abs().mean(),
         "deviation": F.smooth_l1_loss(foreseen, torch.log1p(apart)),
     }
+
+
+def light_total(losses: dict[str, Tensor], config: LossConfig) -> Tensor:
+    """What the light draft minimises, of the losses of `light_draft_losses`."""
+    return losses["light"] + config.regress * losses["light_regress"] + config.deviation * losses["deviation"]
 
 
 def draft_losses(
