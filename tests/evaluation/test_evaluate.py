@@ -238,6 +238,18 @@ def test_plans_name_what_does_not_exist(config: EvalConfig) -> None:
         plan_episodes(replace(config, init_states="8"), SCRIPTED)
 
 
+def test_tasks_may_be_named_suite_by_suite(config: EvalConfig) -> None:
+    three = replace(config, task_suite="libero_spatial,libero_goal,libero_10", num_trials=1)
+    plan = plan_episodes(replace(three, tasks="libero_goal: 1,4;libero_10:5"), SCRIPTED)
+    found = {suite: [job.task_id for job in plan if job.suite == suite] for suite in three.suites}
+    assert found == {"libero_spatial": [0, 1, 2, 3, 4, 5], "libero_goal": [1, 4], "libero_10": [5]}
+    with pytest.raises(OptionError, match="libero_90 is not in --task-suite"):
+        replace(three, tasks="libero_90:1")
+    for odd in ("1;2", "libero_goal:1;libero_goal:2", "libero_goal:", "libero_goal:x", "0,", ""):
+        with pytest.raises(OptionError, match="expected all or numbers such as 0,3,5, or suite by suite"):
+            replace(three, tasks=odd)
+
+
 def test_initial_states_are_a_first_one_or_a_list(config: EvalConfig) -> None:
     plan = plan_episodes(replace(config, tasks="0,1", init_states="7, 2-4,2", num_trials=50), SCRIPTED)
     assert [(job.task_id, job.init_state) for job in plan] == [(t, s) for s in (7, 2, 3, 4) for t in (0, 1)]

@@ -36,7 +36,9 @@ class CalibrateConfig:
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory; the calibration is written into it."""
     task_suite: str = "libero_spatial"
-    """Suite of the rollouts."""
+    """Suite of the rollouts, or several with commas between."""
+    tasks: str = "all"
+    """As in `rsd eval`."""
     num_trials: int = 20
     """Rollouts per task, each from a random placement of its own."""
     alpha: float = 0.1
@@ -100,6 +102,7 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     check_promise(config.alpha, config.delta, config.epsilon_mm, config.max_skips, "share", config.test)
     rollouts = EvalConfig(
         task_suite=config.task_suite,
+        tasks=config.tasks,
         num_trials=config.num_trials,
         policy=config.policy,
         decode="rsd-skip",

@@ -34,7 +34,7 @@ class EvalConfig:
     num_trials: int = 50
     """Episodes per task at most, one for each of the benchmark's fixed initial states; 3 gives a quick look."""
     tasks: str = "all"
-    """Task numbers of each suite, such as 0,3,5."""
+    """Task numbers of each suite, such as 0,3,5; or suite by suite, libero_goal:1,2;libero_10:0 (of others all)."""
     init_states: str = "0"
     """Initial states: a list such as 0,3,10-19, of which the first num_trials are taken; a single number is the first
     of num_trials in a row."""
@@ -107,9 +107,9 @@ class EvalConfig:
             raise OptionError("--episode-timeout and --batch-wait-ms: expected a positive time")
         self.shard_of()
         planned_states(self.init_states, self.num_trials)
-        for task in [] if self.tasks == "all" else self.tasks.split(","):
-            if not task.strip().isdecimal():
-                raise OptionError(f"--tasks '{self.tasks}': expected all or numbers such as 0,3,5")
+        unknown = planned_tasks(self.tasks).keys() - {*self.suites, ""}
+        if unknown:
+            raise OptionError(f"--tasks '{self.tasks}': {', '.join(sorted(unknown))} is not in --task-suite")
 
     @property
     def suites(self) -> list[str]:
@@ -151,9 +151,8 @@ class EvalConfig:
 
     def task_ids(self, suite: str, available: list[int]) -> list[int]:
         """Resolve `tasks` against a suite's task numbers; raises OptionError for one that it does not have."""
-        if self.tasks == "all":
-            return list(available)
-        wanted = list(dict.fromkeys(int(task) for task in self.tasks.split(",")))
+        planned = planned_tasks(self.tasks)
+        wanted = planned.get(suite, planned.get("", available))
         missing = [task for task in wanted if task not in available]
         if missing:
             raise OptionError(
@@ -161,6 +160,21 @@ class EvalConfig:
                 f"{min(available)} to {max(available)}"
             )
         return wanted
+
+
+def planned_tasks(tasks: str) -> dict[str, list[int]]:
+    """`--tasks` -> numbers by suite, "" for every suite, none for a suite of which all are planned.
+
+    Raises OptionError for anything else than all, numbers, or numbers suite by suite."""
+    planned: dict[str, list[int]] = {}
+    for part in [] if tasks == "all" else tasks.split(";"):
+        suite, _, numbers = part.rpartition(":")
+        listed = [number.strip() for number in numbers.split(",")]
+        if not all(map(str.isdecimal, listed)) or (";" in tasks and not suite) or suite.strip() in planned:
+            by_suite = "suite by suite libero_goal:1,2;libero_10:0"
+            raise OptionError(f"--tasks '{tasks}': expected all or numbers such as 0,3,5, or {by_suite}")
+        planned[suite.strip()] = list(dict.fromkeys(map(int, listed)))
+    return planned
 
 
 def planned_states(init_states: str | int, num_trials: int) -> list[int]:

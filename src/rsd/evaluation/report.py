@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from rsd.evaluation.config import planned_states
+from rsd.evaluation.config import planned_states, planned_tasks
 from rsd.evaluation.results import (
     EPISODES_FILE,
     EpisodeKey,
@@ -52,9 +52,11 @@ class Run:
     def not_run(self) -> int:
         """Planned episodes that an interrupted run never finished; they may well be the long, failing ones."""
         config = self.record.config
-        suites = len(set(config.get("task_suite", "").split(",")))
-        tasks = len({(episode.suite, episode.task_id) for episode in self.episodes})
-        count = tasks if config["tasks"] == "all" else suites * len(set(config["tasks"].split(",")))
+        tasks, count = planned_tasks(config["tasks"]), 0
+        named = {suite.strip() for suite in config.get("task_suite", "").split(",")}
+        for suite in {episode.suite for episode in self.episodes} | named - {""}:
+            seen = {episode.task_id for episode in self.episodes if episode.suite == suite}
+            count += len(tasks.get(suite, tasks.get("", seen)))
         part, _, parts = (config.get("shard") or "0/1").partition("/")
         planned = len(range(int(part), count * len(self.planned_states), int(parts)))
         return max(0, planned - len(self.episodes) - self.errors)

@@ -137,7 +137,8 @@ class StudiesPageConfig:
 def main(config: StudiesPageConfig) -> None:
     parts = [TITLE]
     for study in STUDIES:
-        parts.append(f"## {study.title}\n\n{study.prose}\n\n{training_of(config.results, study.checkpoint)}\n")
+        record = config.results / "studies" / f"{study.checkpoint}-checkpoint.json"
+        parts.append(f"## {study.title}\n\n{study.prose}\n\n{training_of(record)}\n")
         if study.runs:
             names = [name for name, _ in study.runs]
             runs = [load_run(config.results / directory) for _, directory in study.runs]
@@ -151,9 +152,8 @@ def main(config: StudiesPageConfig) -> None:
     write_atomically(config.output, "\n".join(parts))
 
 
-def training_of(results: Path, checkpoint: str) -> str:
-    """What the checkpoint's own record says of its training."""
-    path = results / "studies" / f"{checkpoint}-checkpoint.json"
+def training_of(path: Path) -> str:
+    """What a checkpoint's own record, its config.json, says of its training."""
     provenance = json.loads(path.read_text())["provenance"]
     data, loop = provenance["data"], provenance["training"]["loop"]
     length = f"{loop['minutes']:g} minutes" if loop["minutes"] else f"{loop['steps']} steps"
