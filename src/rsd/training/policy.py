@@ -18,11 +18,10 @@ from rsd.training import parallel
 from rsd.training.dataset import Augmentation, FrameDataset
 from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import LossConfig, policy_losses
+from rsd.training.tokenizer import DEFAULT_TOKENIZER
 from rsd.training.validation import validate
 from rsd.types import RsdError
 from rsd.versions import versions
-
-DEFAULT_TOKENIZER = Path("runs/tokenizer")
 
 
 @dataclass(frozen=True)
