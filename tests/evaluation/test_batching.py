@@ -11,7 +11,8 @@ from torch import Tensor
 from rsd.decoding.steps import SkipRule
 from rsd.evaluation.batched_policy import BatchedRsdPolicy
 from rsd.models.main import MainModel
-from rsd.policy import PolicyConfig, RsdModel, RsdPolicy
+from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import ActionChunk, Observation, RsdError
 

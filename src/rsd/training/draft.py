@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rsd.checkpoint import save_checkpoint
 from rsd.models.draft import DraftConfig
-from rsd.policy import RsdModel, RsdPolicy, save_checkpoint
+from rsd.models.rsd_model import RsdModel
+from rsd.policy import RsdPolicy
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training import parallel
 from rsd.training.dataset import Augmentation, FrameDataset
