@@ -1,7 +1,9 @@
 """Tiny models and data that the tests share; random weights, so nothing here needs a download."""
 
 from collections.abc import Callable
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from hypothesis import settings
 from rsd.models.draft import DraftConfig
 from rsd.models.light_draft import LightDraftConfig
 from rsd.models.main import MainConfig
-from rsd.policy import PolicyConfig, RsdModel, RsdPolicy
+from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.types import Observation
 
@@ -81,6 +84,38 @@ def make_steady_model(make_model: Callable[[int], RsdModel]) -> Callable[[], Rsd
 def policy(make_model: Callable[[int], RsdModel], tokenizer: ActionTokenizer, tiny_config: PolicyConfig) -> RsdPolicy:
     provenance = {"data": "random weights"}
     return RsdPolicy(make_model(0), tokenizer, tiny_config, decode="rsd", provenance=provenance)
+
+
+@pytest.fixture
+def checkpoint(policy: RsdPolicy, tmp_path: Path) -> Path:
+    policy.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub in this folder in the place of the network; it takes private repositories."""
+    hub = tmp_path / "hub"
+
+    class Api:
+        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
+            assert private
+            assert exist_ok
+            (hub / repo_id).mkdir(parents=True)
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> None:
+            for path in Path(folder_path).iterdir():
+                (hub / repo_id / path.name).write_bytes(path.read_bytes())
+
+    def download(repo_id: str, allow_patterns: list[str]) -> str:
+        if not (hub / repo_id).exists():
+            raise OSError("no such repository")
+        assert {path.name for path in (hub / repo_id).iterdir()} <= set(allow_patterns)
+        return str(hub / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return hub
 
 
 @pytest.fixture

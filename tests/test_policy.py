@@ -1,6 +1,4 @@
 import hashlib
-import json
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,29 +6,23 @@ from itertools import islice, permutations
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rsd.checkpoint import WEIGHTS_FILE
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.steps import Scene, SkipRule, Stopwatch
 from rsd.decoding.strategies import STRATEGIES
 from rsd.models.main import MainModel
-from rsd.policy import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, PolicyConfig, RsdModel, RsdPolicy, load_weights
+from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import Observation, RsdError
 
 WAYS = [(name, "regress") for name in STRATEGIES] + [("rsd", "sequential")]
 MakeObservation = Callable[..., Observation]
-
-
-@pytest.fixture
-def checkpoint(policy: RsdPolicy, tmp_path: Path) -> Path:
-    policy.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
 
 
 @pytest.mark.parametrize(("decode", "fine"), WAYS)
@@ -126,170 +118,6 @@ def test_a_saved_policy_acts_the_same(
     for seed in range(3):
         observation = make_observation(seed)
         assert np.array_equal(first.predict(observation).actions, second.predict(observation).actions)
-
-
-def test_half_precision_on_disk_costs_little(
-    policy: RsdPolicy, checkpoint: Path, make_observation: MakeObservation
-) -> None:
-    original = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="l1")
-    loaded = RsdPolicy.from_pretrained(checkpoint, decode="l1")
-    before, after = (p.predict(make_observation()).actions for p in (original, loaded))
-    assert np.abs(before - after).max() < 5e-3
-
-
-def test_weights_that_are_not_finite_are_not_saved(policy: RsdPolicy, tmp_path: Path) -> None:
-    policy.model.main.level_head.weight.data[0, 0, 0] = 1e6  # beyond fp16
-    with pytest.raises(RsdError, match=r"main.level_head.weight is not finite as float16; .* nothing was saved"):
-        policy.save_pretrained(tmp_path / "new")
-    assert not list((tmp_path / "new").glob("*"))
-
-
-def test_defaults_come_with_the_checkpoint(policy: RsdPolicy, tmp_path: Path) -> None:
-    config = replace(policy.config, acceptance="agreement(0.5)", fine="sequential")
-    RsdPolicy(policy.model, policy.tokenizer, config).save_pretrained(tmp_path)
-    loaded = RsdPolicy.from_pretrained(tmp_path)
-    assert (loaded.acceptance, loaded.decoder.fine) == ("agreement(0.5)", "sequential")
-    loaded = RsdPolicy.from_pretrained(tmp_path, acceptance="exact", fine="regress")
-    assert (loaded.acceptance, loaded.decoder.fine) == ("exact", "regress")
-
-
-def sign(checkpoint: Path) -> None:
-    """Make config.json's digests those of the files as they are now."""
-    content = json.loads((checkpoint / CONFIG_FILE).read_text())
-    for name in (WEIGHTS_FILE, TOKENIZER_FILE):
-        content["sha256"][name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
-    (checkpoint / CONFIG_FILE).write_text(json.dumps(content))
-
-
-def cut(checkpoint: Path, name: str) -> None:
-    content = (checkpoint / name).read_bytes()
-    (checkpoint / name).write_bytes(content[: len(content) // 2])
-
-
-def edit_weights(checkpoint: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    weights = load_file(checkpoint / WEIGHTS_FILE)
-    change(weights)
-    save_file(weights, checkpoint / WEIGHTS_FILE)
-
-
-def edit_config(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads((checkpoint / CONFIG_FILE).read_text())
-    change(content)
-    (checkpoint / CONFIG_FILE).write_text(json.dumps(content))
-
-
-HEAD = "main.gripper_head.weight"
-WEIGHT_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (lambda c: cut(c, WEIGHTS_FILE), "not readable as safetensors"),
-    "missing": (lambda c: edit_weights(c, lambda w: w.pop(HEAD)), rf"missing \['{HEAD}'\]"),
-    "unknown": (
-        lambda c: edit_weights(c, lambda w: w.update(surprise=torch.zeros(1))),
-        r"unknown \['surprise'\]",
-    ),
-    "wrong shape": (
-        lambda c: edit_weights(c, lambda w: w.update({HEAD: torch.zeros(2, 64)})),
-        rf"{HEAD} expected \[1, 64\], found \[2, 64\]",
-    ),
-    "NaN": (lambda c: edit_weights(c, lambda w: w[HEAD].fill_(float("nan"))), f"{HEAD} holds NaN"),
-    "infinity": (lambda c: edit_weights(c, lambda w: w[HEAD].fill_(float("inf"))), f"{HEAD} holds NaN or infinity"),
-    "absent": (lambda c: (c / WEIGHTS_FILE).unlink(), "not found"),
-}
-
-
-@pytest.mark.parametrize("damage", WEIGHT_DAMAGE)
-def test_damaged_weights_are_refused(checkpoint: Path, policy: RsdPolicy, damage: str) -> None:
-    change, message = WEIGHT_DAMAGE[damage]
-    change(checkpoint)
-    with pytest.raises(RsdError, match=message):
-        load_weights(policy.model, checkpoint / WEIGHTS_FILE)
-    # a checkpoint says so first by its digest, and by the weights where the digest was made to fit
-    with pytest.raises(RsdError, match="not found" if damage == "absent" else "sha256 differs"):
-        RsdPolicy.from_pretrained(checkpoint)
-    if damage != "absent":
-        sign(checkpoint)
-        with pytest.raises(RsdError, match=message):
-            RsdPolicy.from_pretrained(checkpoint)
-
-
-def other_step(checkpoint: Path) -> None:
-    content = json.loads((checkpoint / TOKENIZER_FILE).read_text())
-    content["first_step"] *= 2
-    (checkpoint / TOKENIZER_FILE).write_text(json.dumps(content))
-
-
-CHECKPOINT_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "tampered tokenizer": (other_step, "tokenizer.json: does not belong to this config.json"),
-    "no tokenizer": (lambda c: (c / TOKENIZER_FILE).unlink(), "tokenizer.json: not found"),
-    "no config": (lambda c: (c / CONFIG_FILE).unlink(), "config.json: not found"),
-    "cut config": (lambda c: cut(c, CONFIG_FILE), "not valid JSON"),
-    "binary config": (lambda c: (c / CONFIG_FILE).write_bytes(b"\xff\x00\xfe"), "not valid JSON"),
-    "other JSON": (lambda c: (c / CONFIG_FILE).write_text("[]"), "expected checkpoint format 1, found None"),
-    "other version": (
-        lambda c: edit_config(c, lambda content: content.update(format_version=2)),
-        "expected checkpoint format 1, found 2",
-    ),
-    "no digests": (lambda c: edit_config(c, lambda content: content.pop("sha256")), "sha256 differs"),
-    "no sizes": (lambda c: edit_config(c, lambda content: content.pop("policy")), "unknown or missing field"),
-    "unknown field": (
-        lambda c: edit_config(c, lambda content: content["policy"]["main"].update(width=3)),
-        "unknown or missing field",
-    ),
-    "other sizes": (
-        lambda c: edit_config(c, lambda content: content["policy"]["main"].update(layers=3)),
-        "does not fit config.json; missing",
-    ),
-    "impossible sizes": (
-        lambda c: edit_config(c, lambda content: content["policy"]["main"].update(image_size=33)),
-        "image_size",
-    ),
-    "deep draft": (
-        lambda c: edit_config(c, lambda content: content["policy"]["draft"].update(levels=8)),
-        "draft: expected 1 to 7 levels",
-    ),
-    "unknown acceptance": (
-        lambda c: edit_config(c, lambda content: content["policy"].update(acceptance="always")),
-        "acceptance 'always'",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", CHECKPOINT_DAMAGE)
-def test_damaged_checkpoints_are_refused(checkpoint: Path, damage: str) -> None:
-    RsdPolicy.from_pretrained(checkpoint)
-    change, message = CHECKPOINT_DAMAGE[damage]
-    change(checkpoint)
-    with pytest.raises(RsdError, match=message):
-        RsdPolicy.from_pretrained(checkpoint)
-
-
-def test_no_such_checkpoint(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for path in (tmp_path / "nowhere", "./nowhere", "nowhere", checkpoint / CONFIG_FILE):
-        with pytest.raises(RsdError, match="expected a checkpoint directory or a hub id"):
-            RsdPolicy.from_pretrained(path)
-
-    def unreachable(*args: object, **options: object) -> str:
-        raise OSError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(RsdError, match="no such directory, and the hub answered: no network"):
-        RsdPolicy.from_pretrained("somebody/something")
-
-
-def test_from_the_hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[str] = []
-
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append(name)
-        target = tmp_path / "cache"
-        target.mkdir()
-        for pattern in allow_patterns:
-            if (checkpoint / pattern).exists():  # a calibration is optional
-                shutil.copy(checkpoint / pattern, target)
-        return str(target)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert RsdPolicy.from_pretrained("somebody/something").provenance == {"data": "random weights"}
-    assert asked == ["somebody/something"]
 
 
 # what must never become an action
@@ -463,13 +291,6 @@ def test_what_cannot_be_drawn_is_refused(checkpoint: Path, options: dict[str, An
 def test_unknown_options_are_refused(checkpoint: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(RsdError, match=message):
         RsdPolicy.from_pretrained(checkpoint, **options)
-
-
-def test_config_survives_json(tiny_config: PolicyConfig, tokenizer: ActionTokenizer, tmp_path: Path) -> None:
-    policy = RsdPolicy(RsdModel(tiny_config, tokenizer), tokenizer, tiny_config)
-    policy.save_pretrained(tmp_path)
-    content = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert PolicyConfig.from_json(content["policy"]) == tiny_config
 
 
 # memory of the episode
@@ -662,34 +483,6 @@ def test_the_default_of_a_model_at_hand(policy: RsdPolicy, tokenizer: ActionToke
     assert RsdPolicy(*parts, skip=SkipRule(10.0)).decode == "rsd-skip"
     config = replace(policy.config, light=None)
     assert RsdPolicy(RsdModel(config, tokenizer), tokenizer, config, skip=SkipRule(10.0)).decode == "rsd"
-
-
-def test_a_configuration_without_its_policy_is_refused(checkpoint: Path) -> None:
-    content = json.loads((checkpoint / CONFIG_FILE).read_text())
-    for damaged in ({}, {"policy": None}):
-        kept = {name: value for name, value in content.items() if name != "policy"}
-        (checkpoint / CONFIG_FILE).write_text(json.dumps({**kept, **damaged}))
-        with pytest.raises(RsdError, match=r"config.json: unknown or missing field \('policy'\)"):
-            RsdPolicy.from_pretrained(checkpoint)
-
-
-def test_the_light_drafts_matrices_are_int8_within_half_a_step(policy: RsdPolicy, checkpoint: Path) -> None:
-    loaded = RsdPolicy.from_pretrained(checkpoint, decode="l1").model.state_dict()
-    eight = [name for name, value in load_file(checkpoint / WEIGHTS_FILE).items() if value.dtype == torch.int8]
-    assert eight
-    assert all(name.startswith("light.") for name in eight)
-    for name in eight:
-        weight = policy.model.state_dict()[name]
-        step = weight.flatten(1).abs().amax(1) / 127
-        assert ((loaded[name] - weight).abs().flatten(1).amax(1) <= 0.5 * step + 1e-7).all(), name
-
-
-def test_an_int8_weight_without_its_scale_is_refused(policy: RsdPolicy, checkpoint: Path) -> None:
-    weights = load_file(checkpoint / WEIGHTS_FILE)
-    name = next(name for name, value in weights.items() if value.dtype == torch.int8)
-    save_file({k: v for k, v in weights.items() if k != f"{name}.scale"}, checkpoint / WEIGHTS_FILE)
-    with pytest.raises(RsdError, match="is int8 and lacks its scale per row"):
-        load_weights(policy.model, checkpoint / WEIGHTS_FILE)
 
 
 def test_a_follow_up_may_come_from_another_thread(policy: RsdPolicy, make_observation: MakeObservation) -> None:

@@ -1,49 +1,35 @@
-"""The policy: observation in, action chunk out; and its checkpoint directory.
-
-A checkpoint holds `config.json` (sizes, decoding defaults, provenance), `model.safetensors` (fp16, the light draft's
-matrices int8), `tokenizer.json` and, for `rsd-skip`, `skip_calibration.json`. Loading is strict: weights that are
-missing, misshapen or not finite are an error.
-"""
+"""The policy: observation in, action chunk out. Its files are in `checkpoint`, its models in `models.rsd_model`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from rsd import hub
+from rsd.checkpoint import BACKBONE, load_model, locate_checkpoint, read_content, save_checkpoint, stored_skip
 from rsd.decoding.acceptance import acceptance_rule
-from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
-from rsd.decoding.calibration import SkipCalibration, fingertip_deviation
+from rsd.decoding.calibration import fingertip_deviation
 from rsd.decoding.recorded import RecordedStrategy
 from rsd.decoding.sampling import Sampler
 from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, SkipRule, Stopwatch
 from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy, check_sampling, in_prefill
-from rsd.json_files import read_versioned
-from rsd.models.draft import DraftConfig, DraftModel
-from rsd.models.light_draft import LightDraft, LightDraftConfig, Memory
-from rsd.models.main import MainConfig, MainModel, state_features
+from rsd.models.light_draft import Memory
+from rsd.models.main import state_features
+from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.models.text import word_ids
-from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import BEST, ActionChunk, ChunkStats, Observation, RsdError
 
-FORMAT_VERSION = 1
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-BACKBONE = "backbone"  # in config.json: the compact main where it is absent, or "openvla"
-SCALE = ".scale"  # after the name of a weight that is stored as int8
 TEXT_CACHE = 64  # instructions whose encoding is kept
 LOG = logging.getLogger(__name__)
 FOLLOW_UP = "follow-up"  # the stage of what is done while the chunk is executed
@@ -51,47 +37,6 @@ JUDGED = (  # statistics of a chunk that its follow-up knows
     *("prefills", "main_passes", "num_draft_tokens", "num_accepted_tokens", "accepted_levels"),
     *("gripper_acceptance", "skipped"),
 )
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.strategies.rsd`); without a light
-    draft the decoders that need one are refused."""
-
-    main: MainConfig = field(default_factory=MainConfig)
-    draft: DraftConfig = field(default_factory=DraftConfig)
-    light: LightDraftConfig | None = field(default_factory=LightDraftConfig)
-    acceptance: str = "margin"
-    fine: str = "regress"
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> PolicyConfig:
-        main = dict(content["main"], channels=tuple(content["main"]["channels"]))
-        found = content.get("light")  # absent in checkpoints of before there was one
-        light = LightDraftConfig.from_json(found) if found else None
-        rest = {k: v for k, v in content.items() if k not in ("main", "draft", "light")}
-        return cls(MainConfig(**main), DraftConfig(**content["draft"]), light, **rest)
-
-
-class RsdModel(nn.Module):
-    """Main and drafts under one roof, so that one file holds their weights."""
-
-    def __init__(self, config: PolicyConfig, tokenizer: ActionTokenizer) -> None:
-        super().__init__()
-        check_code(tokenizer)
-        code, horizon, motion = tokenizer.config.rfsq, tokenizer.config.horizon, tokenizer.motion_dim
-        self.main = MainModel(config.main, code, horizon, motion)
-        self.draft = DraftModel(config.draft, code, horizon, motion, config.main.dim)
-        self.light = LightDraft(config.light, code, horizon, motion, config.main) if config.light else None
-
-
-def check_code(tokenizer: ActionTokenizer) -> None:
-    """Raise unless the models can learn the code: linear, every digit of every level in use, one gripper."""
-    parts, config = tokenizer.parts, tokenizer.config
-    odd = [name for name in ("autoencoder", "refiner", "active") if getattr(parts, name) is not None]
-    if odd or len(config.binary) != 1:
-        found = ", ".join(odd) or f"{len(config.binary)} binary dimensions"
-        raise RsdError(f"policy: expected a linear tokenizer without a bit budget and with one gripper, found {found}")
 
 
 class RsdPolicy:
@@ -293,15 +238,7 @@ class RsdPolicy:
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> None:
         """Upload the checkpoint to the Hugging Face hub (needs a login)."""
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            api = HfApi()
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        hub.upload(self.save_pretrained, repo_id, private)
 
     @classmethod
     def from_pretrained(
@@ -346,10 +283,8 @@ class RsdPolicy:
         cls, directory: Path, content: dict[str, Any], device: str, skip: SkipRule | None, options: dict[str, Any]
     ) -> RsdPolicy:
         """directory and its config.json, already checked; options: the constructor's."""
-        config = parse_config(directory, content)
         tokenizer = ActionTokenizer.load(directory)
-        model = RsdModel(config, tokenizer)
-        load_weights(model, directory / WEIGHTS_FILE)
+        model, config = load_model(directory, content, tokenizer)
         model.to(device)
         skip = skip or stored_skip(directory, content, options)
         return cls(model, tokenizer, config, skip=skip, provenance=content.get("provenance", {}), **options)
@@ -382,153 +317,3 @@ def choose_decode(light: bool, temperature: float = 0.0, skip: SkipRule | None =
     if skip:
         return Choice("rsd-skip", "a skip threshold is given")
     return Choice("rsd-ahead", "the best")
-
-
-def stored_skip(directory: Path, content: dict[str, Any], options: dict[str, Any]) -> SkipRule | None:
-    """The rule of the checkpoint's own calibration if `rsd-skip` is asked for; `RsdError` where it does not hold."""
-    if options["decode"] != "rsd-skip":
-        return None
-    acceptance, fine = options["acceptance"], options["fine"]
-    own = {"acceptance": PolicyConfig.acceptance, "fine": PolicyConfig.fine, **content["policy"]}
-    if acceptance not in (None, own["acceptance"]) or fine not in (None, own["fine"]):
-        expected = f"the checkpoint's {own['acceptance']} and {own['fine']}"
-        raise RsdError(f"rsd-skip: calibrated with {expected}, found {acceptance} and {fine}; leave them out")
-    calibration = load_calibration(directory)
-    return SkipRule(calibration.threshold, calibration.max_skips)
-
-
-def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
-    """A local directory as it is; otherwise `owner/name` on the Hugging Face hub, downloaded to its cache."""
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path
-    name = str(path_or_hub_id)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/")):
-        raise RsdError(f"policy {name!r}: expected a checkpoint directory or a hub id like owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        # linear codes only, see `check_code`; an adapter where the main is OpenVLA
-        files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CALIBRATION_FILE, "lora_adapter/*"]
-        return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the hub client raises many kinds: no such repo, no network, no access
-        raise RsdError(f"policy {name!r}: no such directory, and the hub answered: {error}") from error
-
-
-def checkpoint_hash(path_or_hub_id: str | Path) -> str:
-    """SHA-256 of a checkpoint's config.json, which holds the hashes of its other files."""
-    return _sha256(locate_checkpoint(path_or_hub_id) / CONFIG_FILE)
-
-
-def load_calibration(directory: Path) -> SkipCalibration:
-    """The skip calibration of a checkpoint directory; `RsdError` without one, or if it is of other weights."""
-    if not (directory / CALIBRATION_FILE).is_file():
-        raise RsdError(f"{directory}: rsd-skip needs a {CALIBRATION_FILE}, found none; make it with `rsd calibrate`")
-    calibration = SkipCalibration.load(directory)
-    calibration.check_belongs(_sha256(directory / WEIGHTS_FILE))
-    return calibration
-
-
-def weights_hash(path_or_hub_id: str | Path) -> str:
-    """SHA-256 of a checkpoint's weights file."""
-    return _sha256(locate_checkpoint(path_or_hub_id) / WEIGHTS_FILE)
-
-
-def save_checkpoint(
-    model: RsdModel,
-    tokenizer: ActionTokenizer,
-    config: PolicyConfig,
-    provenance: dict[str, Any],
-    directory: Path,
-) -> None:
-    """Write `config.json`, `model.safetensors` and `tokenizer.json` into `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    halves = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
-    require_finite(halves, directory)
-    weights: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        half = halves[name]
-        if name.startswith("light.") and half.ndim > 1:  # a seventh of the parameters; see the README for what it moves
-            weights[name], weights[name + SCALE] = quantise_rows(value.detach().float().cpu())
-        else:
-            weights[name] = half
-    save_file(weights, directory / WEIGHTS_FILE)
-    tokenizer.save(directory)
-    content = {
-        "format_version": FORMAT_VERSION,
-        "policy": asdict(config),
-        "sha256": {name: _sha256(directory / name) for name in (WEIGHTS_FILE, TOKENIZER_FILE)},
-        "provenance": provenance,
-    }
-    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def require_finite(weights: Mapping[str, Tensor], directory: Path) -> None:
-    """Raise unless all are finite in the precision that they are given in: call it before anything is written."""
-    for name, value in weights.items():
-        if not torch.isfinite(value).all():
-            found = f"{name} is not finite as {str(value.dtype).removeprefix('torch.')}"
-            raise RsdError(f"{directory}: {found}; the training diverged, nothing was saved")
-
-
-def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float [n, ...] -> int8 [n, ...] and a float32 scale per row [n]: weight = int8 * scale, within half a scale."""
-    scale = weight.flatten(1).abs().amax(1).clamp_min(1e-12) / 127
-    shape = (-1, *[1] * (weight.ndim - 1))
-    return torch.round(weight / scale.view(shape)).to(torch.int8).contiguous(), scale
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Strict: names and shapes must be the model's own, values finite. fp16 or int8 on disk, float32 in memory."""
-    try:
-        weights = load_file(path)
-    except FileNotFoundError:
-        raise RsdError(f"{path}: not found") from None
-    except SafetensorError as error:
-        raise RsdError(f"{path}: not readable as safetensors ({error}); it is cut off or damaged") from None
-    for name in [name for name, value in weights.items() if value.dtype == torch.int8]:
-        scale = weights.pop(name + SCALE, None)
-        if scale is None or list(scale.shape) != list(weights[name].shape[:1]):
-            raise RsdError(f"{path}: {name} is int8 and lacks its scale per row; copy the checkpoint again")
-        weights[name] = weights[name].float() * scale.view(-1, *[1] * (weights[name].ndim - 1))
-    expected = model.state_dict()
-    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or unknown:
-        raise RsdError(f"{path}: does not fit config.json; missing {missing[:5]}, unknown {unknown[:5]}")
-    for name, value in weights.items():
-        shape = list(expected[name].shape)
-        if list(value.shape) != shape:
-            raise RsdError(f"{path}: {name} expected {shape}, found {list(value.shape)}")
-        if not torch.isfinite(value).all():
-            raise RsdError(f"{path}: {name} holds NaN or infinity")
-    model.load_state_dict({name: value.float() for name, value in weights.items()})
-
-
-def read_content(directory: Path) -> dict[str, Any]:
-    """config.json, of this format and with the files that belong to it."""
-    path = directory / CONFIG_FILE
-    content = read_versioned(path, "checkpoint", FORMAT_VERSION, "use the rsd-vla that wrote it, or train again")
-    if not isinstance(content.get("policy"), dict):
-        raise RsdError(f"{path}: unknown or missing field ('policy'); copy the checkpoint again")
-    digests = content.get("sha256", {})
-    for name in dict.fromkeys([WEIGHTS_FILE, TOKENIZER_FILE, *digests]):
-        file = directory / name
-        if not file.is_file():
-            raise RsdError(f"{file}: not found; the checkpoint is incomplete, copy it again")
-        if _sha256(file) != digests.get(name):
-            raise RsdError(f"{file}: does not belong to this {CONFIG_FILE} (sha256 differs); copy it again")
-    if content.get(BACKBONE, "openvla") != "openvla":
-        raise RsdError(f"{path}: expected no {BACKBONE} or openvla, found {content[BACKBONE]!r}; use a newer rsd-vla")
-    return content
-
-
-def parse_config(directory: Path, content: dict[str, Any]) -> PolicyConfig:
-    """The compact policy's configuration."""
-    try:
-        return PolicyConfig.from_json(content["policy"])
-    except (KeyError, TypeError) as error:
-        raise RsdError(f"{directory / CONFIG_FILE}: unknown or missing field ({error})") from None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,7 +8,8 @@ import torch
 
 from rsd.decoding.steps import SkipRule
 from rsd.decoding.strategies import STRATEGIES
-from rsd.policy import PolicyConfig, RsdModel, RsdPolicy
+from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import Observation, RsdError
 

@@ -18,7 +18,7 @@ from rsd.decoding.strategies import STRATEGIES
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.light_draft import LightDraft, LightDraftConfig
 from rsd.models.main import MainConfig, MainModel
-from rsd.policy import RsdModel
+from rsd.models.rsd_model import RsdModel
 from rsd.tokenizer.rfsq import RfsqConfig
 
 K, DIM, TEMPERATURE = 3, 16, 1.5  # not 1: a forgotten temperature has to show

@@ -13,8 +13,8 @@ from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch, as_drafted, requantise
 from rsd.decoding.strategies import LIGHT, STRATEGIES
 from rsd.models.main import MainModel, state_features
+from rsd.models.rsd_model import RsdModel
 from rsd.models.text import word_ids
-from rsd.policy import RsdModel
 from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
 from rsd.types import Observation, RsdError
 

@@ -6,10 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from rsd.decoding.steps import SkipRule
 from rsd.evaluation.batched_policy import BatchedRsdPolicy
-from rsd.policy import PolicyConfig, RsdModel, RsdPolicy
+from rsd.models.main import MainModel
+from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import ActionChunk, Observation, RsdError
 
@@ -102,6 +105,30 @@ def test_episodes_that_remember_are_those_of_a_policy_of_their_own(
         assert other.stats.deviation_mm == pytest.approx(one.stats.deviation_mm, rel=1e-2, abs=1e-2)
     if decode == "rsd-skip":
         assert 0 < sum(bool(chunk.stats.skipped) for _, chunk in flat) < len(flat)
+
+
+def test_an_audit_takes_what_the_main_made_of_the_batch(
+    make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, look = [], MainModel.prefill_blocks  # observations in each pass of the main
+
+    def counted(main: MainModel, prefix: Tensor, *drafted: Any) -> Any:
+        passes.append(len(prefix))
+        return look(main, prefix, *drafted)
+
+    monkeypatch.setattr(MainModel, "prefill_blocks", counted)
+    policy = make_policy(decode="rsd-ahead", audit=True)
+    batched = BatchedRsdPolicy(policy, 4)
+    seen = [[make_observation(10 * e + turn) for turn in range(2)] for e in range(3)]
+    memories = [batched.new_memory() for _ in seen]
+    rounds = [batched.predict_batch(observations, memories) for observations in zip(*seen, strict=True)]
+    assert passes == [4, 4]
+    for observations, together in zip(seen, zip(*rounds, strict=True), strict=True):
+        for one, other in zip(single_episode(policy, observations), together, strict=True):
+            assert other.stats.deviation_mm == pytest.approx(one.stats.deviation_mm, rel=1e-2, abs=1e-2)
+            assert other.stats.deviation_mm > 0.1  # of the executed chunk from the main's, not from itself
+            assert other.stats.gripper_differs == one.stats.gripper_differs
+    assert passes == [4, 4, *[1] * 6]
 
 
 def test_what_cannot_be_batched_is_refused(make_policy: Callable[..., RsdPolicy]) -> None:

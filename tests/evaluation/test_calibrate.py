@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from scripted import SCRIPTED, episode
 
+from rsd.checkpoint import weights_hash
 from rsd.decoding.calibration import FILE_NAME, SkipCalibration
 from rsd.evaluation.backend import describe_checkpoint, rsd_policy
 from rsd.evaluation.calibrate import SCORE, CalibrateConfig, calibrate, chunk_stat, deviations, fit
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, read_episodes
-from rsd.policy import PolicyConfig, RsdModel, RsdPolicy, weights_hash
+from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from rsd.checkpoint import save_checkpoint
 from rsd.evaluation.backend import LIBERO, libero_env
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
@@ -17,7 +18,7 @@ from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
 from rsd.evaluation.rollout import Environment, run_episode
 from rsd.evaluation.video import FRAME_STEPS
 from rsd.models.main import MainConfig
-from rsd.policy import PolicyConfig, RsdModel, save_checkpoint
+from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 
 STEPS = 12  # of the suite's 220

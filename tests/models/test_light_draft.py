@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rsd.models.light_draft import LightDraft, LightDraftConfig
 from rsd.models.main import MainConfig
-from rsd.policy import RsdModel
+from rsd.models.rsd_model import RsdModel
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
 

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.main import MainConfig, MainModel, merge_2x2, state_features
+from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.models.trunk import KVCache
 from rsd.models.vision import Subsample
-from rsd.policy import PolicyConfig, RsdModel
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError

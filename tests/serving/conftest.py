@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from rsd.decoding.steps import SkipRule
-from rsd.policy import PolicyConfig, RsdModel, RsdPolicy
+from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
 

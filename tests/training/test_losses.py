@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rsd.data.demonstrations import load_demonstrations
+from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.models.trunk import KVCache
-from rsd.policy import PolicyConfig, RsdModel
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training.dataset import Batch, FrameDataset

@@ -15,8 +15,9 @@ from rsd.data.demonstrations import load_demonstrations
 from rsd.evaluation.deviation import DeviationConfig, measure_deviation
 from rsd.models.draft import DraftConfig
 from rsd.models.main import MainModel
+from rsd.models.rsd_model import PolicyConfig
 from rsd.models.trunk import KVCache
-from rsd.policy import PolicyConfig, RsdPolicy
+from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.training.dataset import FrameDataset, chunk_targets
 from rsd.training.draft import TrainDraftConfig, train_draft

@@ -300,7 +300,7 @@ def settings(config: CollectConfig) -> dict[str, Any]:
     if config.states_only:
         del everything["image_size"]
     if config.policy:  # its path may come to hold another one
-        from rsd.policy import checkpoint_hash, load_calibration, locate_checkpoint
+        from rsd.checkpoint import checkpoint_hash, load_calibration, locate_checkpoint
 
         everything["policy_sha256"] = checkpoint_hash(config.policy)
         if config.policy_decode == "rsd-skip":

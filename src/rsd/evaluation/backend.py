@@ -95,8 +95,9 @@ def decoding_options(config: EvalConfig) -> dict[str, Any]:
 def best_of_checkpoint(config: EvalConfig) -> Choice:
     """A directory in OpenVLA's format has one decoder, its own, and so has a served policy; of the others see
     `rsd.policy.choose_decode`."""
+    from rsd.checkpoint import locate_checkpoint, read_content
     from rsd.openvla.published import Settings, locate_openvla
-    from rsd.policy import Choice, choose_decode, locate_checkpoint, read_content
+    from rsd.policy import Choice, choose_decode
 
     if config.served:
         from rsd.serving.client import RemotePolicy
@@ -163,8 +164,8 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         from rsd.serving.client import describe
 
         return describe(config)
+    from rsd.checkpoint import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
     from rsd.openvla.published import fingerprint, locate_openvla
-    from rsd.policy import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
 
     if (openvla := locate_openvla(config.policy)) is not None:
         return {"policy": config.policy, "checkpoint_fingerprint": fingerprint(openvla)}

@@ -81,21 +81,19 @@ class BatchedRsdPolicy:
                 whole = policy._strategy(policy.decoder, self._take(scene, range(len(observations))), watch)
                 rows = [row_of(whole, row) for row in range(len(observations))]
             policy.decoder.check()
-            filled = self._filled(range(len(rows)))
-            values, grippers = (torch.cat([getattr(rows[i], name) for i in filled]) for name in ("value", "gripper"))
+            chosen = [executed(policy.decode, rows[i]) for i in self._filled(range(len(rows)))]
+            values, grippers = (torch.cat([getattr(row, name) for row in chosen]) for name in ("value", "gripper"))
             actions = policy._to_actions(values, grippers)
         chunks = []
         for i, row in enumerate(rows):
             stats = replace(policy._stats(row, watch), latency_ms=dict(watch.ms))
             if policy.audit and row.proposal is not None:
-                # with `rsd-ahead` the row is not the main's chunk
-                own = replace(row, prefills=0) if policy.decode == "rsd-ahead" else row
-                stats.deviation_mm, stats.gripper_differs = policy._deviation(alone(scene, i), own, row.proposal)
+                stats.deviation_mm, stats.gripper_differs = policy._deviation(alone(scene, i), row, row.proposal)
             chunks.append(ActionChunk(actions[i], stats))
         return chunks
 
     def _with_light_draft(self, scene: Scene, memories: Sequence[EpisodeMemory], watch: Stopwatch) -> list[Decoded]:
-        """The decoders of `LIGHT`, row by row; renews the memories."""
+        """What the decoders of `LIGHT` make of each row, with `rsd-ahead` the main's own; renews the memories."""
         decode, decoder, count = self.policy.decode, self.policy.decoder, len(memories)
         proposals: dict[int, Proposal] = {}
         with watch.stage("draft"):
@@ -120,9 +118,6 @@ class BatchedRsdPolicy:
                     remembered = Memory(*([t[place : place + 1].clone() for t in tensors] for tensors in memory))
                     memories[row].renew(remembered, whole.gripper[place : place + 1].clone())
                     decoded[row] = replace(row_of(whole, place), proposal=proposals[row])
-        if decode == "rsd-ahead":  # the main has judged and remembered, and its chunk is not executed
-            executed = [(proposals[i].value, proposals[i].gripper) for i in range(count)]
-            return [replace(decoded[i], value=value, gripper=grip) for i, (value, grip) in enumerate(executed)]
         return [decoded[i] for i in range(count)]
 
     def _scout(self, scene: Scene, memories: Sequence[Memory | None]) -> Proposal:
@@ -158,6 +153,14 @@ class BatchedRsdPolicy:
 
 def alone(scene: Scene, row: int) -> Scene:
     return scene_of([tensor[row : row + 1] for tensor in seen(scene)])
+
+
+def executed(decode: str, row: Decoded) -> Decoded | Proposal:
+    """What becomes the chunk: with `rsd-ahead` the proposal, which the main has judged meanwhile."""
+    if decode != "rsd-ahead":
+        return row
+    assert row.proposal is not None
+    return row.proposal
 
 
 def row_of(batch: Rows, row: int) -> Rows:

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from rsd.checkpoint import read_content, weights_hash
 from rsd.decoding.calibration import SkipCalibration, check_promise, fit_threshold
 from rsd.evaluation.backend import LIBERO, Backend, describe_checkpoint
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.failures import WatchedLibero
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
-from rsd.policy import read_content, weights_hash
 from rsd.types import RsdError
 
 SCORE = "expected_deviation_mm"

@@ -128,8 +128,9 @@ def disk(directory: Path) -> Check:
 
 def checkpoint_files(policy: str) -> Check:
     """Files are there and belong together (hashes), the configuration is readable."""
+    from rsd.checkpoint import BACKBONE, checkpoint_hash, locate_checkpoint, parse_config, read_content
+    from rsd.models.rsd_model import PolicyConfig
     from rsd.openvla.published import fingerprint, locate_openvla
-    from rsd.policy import BACKBONE, checkpoint_hash, locate_checkpoint, parse_config, read_content
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
     if (openvla := locate_openvla(policy)) is not None:
@@ -137,12 +138,12 @@ def checkpoint_files(policy: str) -> Check:
     directory = locate_checkpoint(policy)
     content = read_content(directory)
     if BACKBONE in content:
-        from rsd.openvla.rsd_policy import find_base, read_config
+        from rsd.openvla.rsd_policy import OpenVlaRsdConfig, find_base
 
-        read_config(directory, content)
+        parse_config(directory, content, OpenVlaRsdConfig.from_json)
         find_base(directory, content["base"])
     else:
-        parse_config(directory, content)
+        parse_config(directory, content, PolicyConfig.from_json)
     ActionTokenizer.load(directory)
     return Check("checkpoint files", "ok", f"{directory}, sha256 {checkpoint_hash(policy)[:12]}")
 
@@ -260,8 +261,8 @@ def diagnose(config: DoctorConfig) -> tuple[list[Check], RsdPolicy | None]:
 
 def calibrated(name: str) -> Check:
     """Whether `rsd-skip` can be used: its threshold has to be of these very weights."""
+    from rsd.checkpoint import load_calibration, locate_checkpoint
     from rsd.decoding.calibration import FILE_NAME
-    from rsd.policy import load_calibration, locate_checkpoint
 
     directory = locate_checkpoint(name)
     if not (directory / FILE_NAME).is_file():

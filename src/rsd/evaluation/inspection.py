@@ -22,7 +22,7 @@ def inspect(path: str, console: Console, keys: bool = False) -> None:
     if (Path(path) / RUN_CONFIG).is_file() and (Path(path) / EPISODES_FILE).is_file():
         show_run(Path(path), console)
         return
-    from rsd.policy import WEIGHTS_FILE, locate_checkpoint
+    from rsd.checkpoint import WEIGHTS_FILE, locate_checkpoint
 
     directory = locate_checkpoint(path)
     if not (directory / WEIGHTS_FILE).is_file():
@@ -43,7 +43,7 @@ def print_rows(console: Console, heading: str, rows: Rows) -> None:
 
 def show_checkpoint(directory: Path, console: Console, keys: bool) -> None:
     """Sizes, tokenizer, weights, validation, provenance. The weights are read, so that damage is found."""
-    from rsd.policy import BACKBONE, CONFIG_FILE, checkpoint_hash, read_content
+    from rsd.checkpoint import BACKBONE, CONFIG_FILE, checkpoint_hash, read_content
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
     content = read_content(directory)
@@ -80,25 +80,23 @@ def show_checkpoint(directory: Path, console: Console, keys: bool) -> None:
 
 def compact_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     """Configuration, and all weights by name."""
-    from rsd.policy import WEIGHTS_FILE, RsdModel, load_weights, parse_config
+    from rsd.checkpoint import load_model
 
-    config = parse_config(directory, content)
-    model = RsdModel(config, tokenizer)
-    load_weights(model, directory / WEIGHTS_FILE)
+    model, config = load_model(directory, content, tokenizer)
     return config, model.state_dict()
 
 
 def openvla_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     """Configuration, and the weights that were added to the base, which is not looked at."""
+    from rsd.checkpoint import WEIGHTS_FILE, parse_config
     from rsd.models.openvla_files import ADAPTER_DIR, ADAPTER_WEIGHTS
     from rsd.models.openvla_loading import tensors
-    from rsd.openvla.rsd_policy import read_config
-    from rsd.policy import WEIGHTS_FILE
+    from rsd.openvla.rsd_policy import OpenVlaRsdConfig
 
     added = dict(tensors(directory / WEIGHTS_FILE, "cpu"))
     adapter = dict(tensors(directory / ADAPTER_DIR / ADAPTER_WEIGHTS, "cpu"))
     named = {f"{ADAPTER_DIR}.{name.removeprefix('base_model.model.')}": value for name, value in adapter.items()}
-    return read_config(directory, content), {**added, **named}
+    return parse_config(directory, content, OpenVlaRsdConfig.from_json), {**added, **named}
 
 
 def margins(code: Any) -> list[int]:

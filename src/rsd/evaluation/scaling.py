@@ -21,7 +21,8 @@ from rsd.evaluation.backend import available_cores, cpu_model
 from rsd.evaluation.latency import observations, take_turns
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
-from rsd.policy import RsdModel, RsdPolicy
+from rsd.models.rsd_model import RsdModel
+from rsd.policy import RsdPolicy
 from rsd.types import RsdError
 from rsd.versions import versions
 

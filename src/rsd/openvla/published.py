@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from rsd import hub
+from rsd.checkpoint import locate_checkpoint
 from rsd.models.openvla_files import ADAPTER_CONFIG, ADAPTER_DIR, HUB_FILES, component_file, is_openvla, read_json
-from rsd.policy import locate_checkpoint
 from rsd.types import RsdError
 
 DECODERS = ("ar", "l1", "discrete")
@@ -68,12 +69,7 @@ def locate_openvla(path_or_hub_id: str | Path) -> Path | None:
         return None
     if Path(path_or_hub_id).is_dir():
         return directory
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub client raises many kinds
-        raise RsdError(f"policy {path_or_hub_id}: the hub answered: {error}") from error
+    return hub.download(str(path_or_hub_id), "policy", HUB_FILES)
 
 
 def locate_under(directory: Path, base: str | Path | None = None) -> Path | None:

@@ -8,7 +8,6 @@ policy's own says where that is on another machine.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rsd.checkpoint import (
+    BACKBONE,
+    OPENVLA,
+    WEIGHTS_FILE,
+    load_weights,
+    parse_config,
+    require_finite,
+    stored_skip,
+    write_content,
+)
 from rsd.decoding.recorded import RecordedStrategy
 from rsd.decoding.steps import Decoded, Decoder, Scene, SkipRule, Stopwatch
 from rsd.models.draft import DraftConfig, DraftModel
@@ -30,6 +39,7 @@ from rsd.models.openvla_files import ADAPTER_CONFIG, ADAPTER_DIR, ADAPTER_WEIGHT
 from rsd.models.openvla_light import OpenVlaLight
 from rsd.models.openvla_loading import load_openvla, merge_adapter
 from rsd.models.openvla_rfsq import OpenVlaMain
+from rsd.models.rsd_model import PolicyConfig, RsdModel, check_code
 from rsd.models.text import word_ids
 from rsd.openvla.engine import PROMPT_LENGTHS
 from rsd.openvla.images import prepare_images
@@ -38,26 +48,11 @@ from rsd.openvla.prompt import TOKENIZER_FILE as PROMPT_FILE
 from rsd.openvla.prompt import Prompt
 from rsd.openvla.published import fingerprint, locate_openvla, locate_under
 from rsd.openvla.statistics import Bounds
-from rsd.policy import (
-    BACKBONE,
-    FORMAT_VERSION,
-    TEXT_CACHE,
-    TOKENIZER_FILE,
-    WEIGHTS_FILE,
-    PolicyConfig,
-    RsdModel,
-    RsdPolicy,
-    _sha256,
-    check_code,
-    check_decode,
-    load_weights,
-    require_finite,
-    stored_skip,
-)
+from rsd.policy import TEXT_CACHE, RsdPolicy, check_decode
+from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import STATE_DIM, Observation, RsdError
 
-OPENVLA = "openvla"  # config.json's word for this kind of checkpoint
 BASE_LINK = "base"
 BASE_FILES = (
     *(CONFIG_FILE, "model*.safetensors", "model.safetensors.index.json", PROMPT_FILE, PREPROCESSOR_FILE),
@@ -232,7 +227,7 @@ class OpenVlaRsdPolicy(RsdPolicy):
         cls, directory: Path, content: dict[str, Any], device: str, skip: SkipRule | None, options: dict[str, Any]
     ) -> OpenVlaRsdPolicy:
         """What `RsdPolicy.from_pretrained` calls for such a directory."""
-        config = read_config(directory, content)
+        config = parse_config(directory, content, OpenVlaRsdConfig.from_json)
         check_decode(options["decode"], config.light is not None)  # before the 15 GB
         skip = skip or stored_skip(directory, content, options)
         tokenizer = ActionTokenizer.load(directory)
@@ -245,13 +240,6 @@ class OpenVlaRsdPolicy(RsdPolicy):
         provenance = {**content.get("provenance", {}), "base": content["base"]}
         options = {**options, "skip": skip, "provenance": provenance, "directory": directory}
         return cls(model, tokenizer, config, prompt, normalisation, **options)
-
-
-def read_config(directory: Path, content: dict[str, Any]) -> OpenVlaRsdConfig:
-    try:
-        return OpenVlaRsdConfig.from_json(content["policy"])
-    except (KeyError, TypeError) as error:
-        raise RsdError(f"{directory / CONFIG_FILE}: unknown or missing field ({error})") from None
 
 
 def find_base(directory: Path, reference: dict[str, str]) -> Path:
@@ -296,12 +284,6 @@ def save_openvla_rsd(
     adapter.save(directory / ADAPTER_DIR, named)
     tokenizer.save(directory)
     files = (WEIGHTS_FILE, TOKENIZER_FILE, f"{ADAPTER_DIR}/{ADAPTER_CONFIG}", f"{ADAPTER_DIR}/{ADAPTER_WEIGHTS}")
-    content = {
-        "format_version": FORMAT_VERSION,
-        BACKBONE: OPENVLA,
-        "policy": asdict(config),
-        "base": {"path": named, "fingerprint": fingerprint(base, BASE_FILES)},
-        "sha256": {name: _sha256(directory / name) for name in files},
-        "provenance": provenance,
-    }
-    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    reference = {"path": named, "fingerprint": fingerprint(base, BASE_FILES)}
+    fields = {BACKBONE: OPENVLA, "policy": asdict(config), "base": reference}
+    write_content(directory, fields, files, provenance)

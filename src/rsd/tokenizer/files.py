@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rsd import hub
 from rsd.json_files import read_versioned
 from rsd.tokenizer.config import EncodeStatistics, TokenizerConfig
 from rsd.tokenizer.learned import Autoencoder, LearnConfig, Refiner
@@ -191,28 +191,11 @@ def fill(net: torch.nn.Module, prefix: str, tensors: dict[str, Tensor], path: Pa
 
 
 def push_to_hub(tokenizer: ActionTokenizer, repo_id: str, *, private: bool = False) -> None:
-    from huggingface_hub import HfApi
-
-    with tempfile.TemporaryDirectory() as folder:
-        save(tokenizer, Path(folder))
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder)
+    hub.upload(lambda directory: save(tokenizer, directory), repo_id, private)
 
 
 def from_pretrained(path_or_hub_id: str | Path) -> ActionTokenizer:
     from rsd.tokenizer.action_tokenizer import FILE_NAME
 
-    path, name = Path(path_or_hub_id), str(path_or_hub_id)
-    if path.is_dir():
-        return load(path)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/")):
-        raise RsdError(f"tokenizer {name!r}: expected a directory with {FILE_NAME} or a hub id like owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return load(Path(snapshot_download(name, allow_patterns=[FILE_NAME, WEIGHTS_FILE])))
-    except RsdError:
-        raise
-    except Exception as error:  # the hub client raises many kinds: no such repo, no network, no access
-        raise RsdError(f"tokenizer {name!r}: no such directory, and the hub did not give it ({error})") from None
+    expected = f"a directory with {FILE_NAME}"
+    return load(hub.locate(path_or_hub_id, "tokenizer", expected, [FILE_NAME, WEIGHTS_FILE]))

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.training.tokenizer import demonstration_chunks
+from rsd.training.tokenizer import DEFAULT_TOKENIZER, demonstration_chunks
 from rsd.types import RsdError
 
 SUFFIXES = (".svg", ".png", ".pdf")
@@ -31,7 +31,7 @@ class InspectConfig:
     """Folders of demonstrations: HDF5 files (states suffice) or LeRobot data sets."""
     chunk: int = -1
     """Number of the chunk to draw; -1 draws the one that moves most within its steps."""
-    output: Path = Path("runs/tokenizer/inspect.svg")
+    output: Path = DEFAULT_TOKENIZER / "inspect.svg"
     """The picture: .svg, .png or .pdf."""
 
     def __post_init__(self) -> None:

@@ -9,9 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rsd.checkpoint import save_checkpoint
 from rsd.models.draft import DraftConfig
 from rsd.models.light_draft import LightDraftConfig
-from rsd.policy import PolicyConfig, RsdModel, RsdPolicy, save_checkpoint
+from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training import parallel

@@ -37,6 +37,7 @@ from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import LossConfig, policy_losses
 from rsd.training.openvla_frames import OpenVlaFrames, Survey, episode_numbers, pick, survey
 from rsd.training.policy import resolve_device
+from rsd.training.tokenizer import DEFAULT_TOKENIZER
 from rsd.training.validation import validate
 from rsd.types import RsdError
 from rsd.versions import versions
@@ -52,7 +53,7 @@ class TrainOpenVlaConfig:
     """Directory or hub id in OpenVLA's published format."""
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of demonstrations (HDF5) with images of 256 px."""
-    tokenizer: Path = Path("runs/tokenizer")
+    tokenizer: Path = DEFAULT_TOKENIZER
     """Folder with tokenizer.json, from `rsd train tokenizer`."""
     output: Path = Path("runs/openvla")
     """Run folder: resumable state, TensorBoard and, at the end, `checkpoint/`. The same command continues a run."""

@@ -11,18 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rsd.checkpoint import save_checkpoint
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
-from rsd.policy import PolicyConfig, RsdModel, RsdPolicy, save_checkpoint
+from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
 from rsd.training.dataset import Augmentation, FrameDataset
 from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import LossConfig, policy_losses
+from rsd.training.tokenizer import DEFAULT_TOKENIZER
 from rsd.training.validation import validate
 from rsd.types import RsdError
 from rsd.versions import versions
-
-DEFAULT_TOKENIZER = Path("runs/tokenizer")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.training.dataset import chunk_targets
 from rsd.types import RsdError
 
+DEFAULT_TOKENIZER = Path("runs/tokenizer")  # where `fit` writes and the trainings read
 MOST_CHUNKS = 200_000  # neighbours overlap in all but a step: more would say nothing new
 
 
@@ -23,7 +24,7 @@ class TrainTokenizerConfig:
 
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of demonstrations: HDF5 files, this package's or LIBERO's own, or LeRobot data sets."""
-    output: Path = Path("runs/tokenizer")
+    output: Path = DEFAULT_TOKENIZER
     """Where tokenizer.json goes (and tokenizer.safetensors, where something is learned)."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 

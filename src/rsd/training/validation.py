@@ -11,7 +11,7 @@ from torch import Tensor
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Scene, Stopwatch
 from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy
-from rsd.policy import RsdModel
+from rsd.models.rsd_model import RsdModel
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.dataset import Batch, FrameDataset
 

@@ -1,0 +1,55 @@
+"""The models of a compact policy together, and their configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from rsd.models.draft import DraftConfig, DraftModel
+from rsd.models.light_draft import LightDraft, LightDraftConfig
+from rsd.models.main import MainConfig, MainModel
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import RsdError
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.strategies.rsd`); without a light
+    draft the decoders that need one are refused."""
+
+    main: MainConfig = field(default_factory=MainConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    light: LightDraftConfig | None = field(default_factory=LightDraftConfig)
+    acceptance: str = "margin"
+    fine: str = "regress"
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> PolicyConfig:
+        main = dict(content["main"], channels=tuple(content["main"]["channels"]))
+        found = content.get("light")  # absent in checkpoints of before there was one
+        light = LightDraftConfig.from_json(found) if found else None
+        rest = {k: v for k, v in content.items() if k not in ("main", "draft", "light")}
+        return cls(MainConfig(**main), DraftConfig(**content["draft"]), light, **rest)
+
+
+class RsdModel(nn.Module):
+    """Main and drafts under one roof, so that one file holds their weights."""
+
+    def __init__(self, config: PolicyConfig, tokenizer: ActionTokenizer) -> None:
+        super().__init__()
+        check_code(tokenizer)
+        code, horizon, motion = tokenizer.config.rfsq, tokenizer.config.horizon, tokenizer.motion_dim
+        self.main = MainModel(config.main, code, horizon, motion)
+        self.draft = DraftModel(config.draft, code, horizon, motion, config.main.dim)
+        self.light = LightDraft(config.light, code, horizon, motion, config.main) if config.light else None
+
+
+def check_code(tokenizer: ActionTokenizer) -> None:
+    """Raise unless the models can learn the code: linear, every digit of every level in use, one gripper."""
+    parts, config = tokenizer.parts, tokenizer.config
+    odd = [name for name in ("autoencoder", "refiner", "active") if getattr(parts, name) is not None]
+    if odd or len(config.binary) != 1:
+        found = ", ".join(odd) or f"{len(config.binary)} binary dimensions"
+        raise RsdError(f"policy: expected a linear tokenizer without a bit budget and with one gripper, found {found}")
