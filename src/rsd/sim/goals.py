@@ -1,8 +1,8 @@
-"""What a task asks for, from the goal predicate of its scene file, and where that wants the object.
+"""What a task asks for, from the goal predicates of its scene file, and where they want the objects.
 
 The expert can pick up the kinds of objects in `GRASPS` and put them on or into something that stands open, pull a
-drawer open and turn a knob (`MOVABLE_PARTS`). Goals of several predicates, what goes into a drawer and what is pushed
-are beyond it, and `task_goal` says so by name.
+drawer open and turn a knob (`MOVABLE_PARTS`), and several of these one after the other. What goes into a drawer and
+what is pushed are beyond it, and `task_goals` says so by name.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ class Goal:
         return GRASPS[kind(self.target)]
 
 
+Goals = tuple[Goal, ...]  # of one task, in the order of doing
+
+
 def kind(name: str) -> str:
     """`wine_bottle_1` -> `wine_bottle`, `basket_1_contain_region` -> `basket_contain_region`."""
     return re.sub(r"_\d+(?=_|$)", "", name)
@@ -85,41 +88,45 @@ def predicates(suite: str, task_id: int) -> list[tuple[str, ...]]:
     return [(words[0].lower(), *words[1:]) for words in map(str.split, found)]
 
 
-def solvable_goal(suite: str, task_id: int) -> Goal | None:
-    """The goal of a task if the expert can reach such a one, else None."""
-    parts = predicates(suite, task_id)
-    if len(parts) != 1:
-        return None
-    goal = Goal(*parts[0])
+def solvable_goals(suite: str, task_id: int) -> Goals | None:
+    """The goals of a task in the order of doing if the expert can reach them all, else None."""
+    goals = tuple(Goal(*words) for words in predicates(suite, task_id))
+    return goals if goals and all(_solvable(goal) for goal in goals) else None
+
+
+def _solvable(goal: Goal) -> bool:
     if not goal.destination:
-        return goal if (goal.predicate, kind(goal.target)) in MOVABLE_PARTS else None
-    known = kind(goal.target) in GRASPS and kind(goal.destination) in OPEN_PLACES
-    return goal if goal.predicate in ("on", "in") and known else None
+        return (goal.predicate, kind(goal.target)) in MOVABLE_PARTS
+    return goal.predicate in ("on", "in") and kind(goal.target) in GRASPS and kind(goal.destination) in OPEN_PLACES
 
 
 def solvable_tasks(suite: str) -> tuple[int, ...]:
     """Ids of the tasks that the expert can do."""
-    return tuple(task.task_id for task in suite_tasks(suite) if solvable_goal(suite, task.task_id) is not None)
+    return tuple(task.task_id for task in suite_tasks(suite) if solvable_goals(suite, task.task_id) is not None)
 
 
-def task_goal(suite: str, task_id: int) -> Goal:
-    """The goal of a task. Raises RsdError, naming the tasks that it can do, for one that the expert cannot."""
-    goal = solvable_goal(suite, task_id)
-    if goal is None:
+def task_goals(suite: str, task_id: int) -> Goals:
+    """The goals of a task. Raises RsdError, naming the tasks that it can do, for one that the expert cannot."""
+    goals = solvable_goals(suite, task_id)
+    if goals is None:
         wanted = " and ".join(" ".join(words) for words in predicates(suite, task_id))
         can = [f"{i} ({suite_task(suite, i).language})" for i in solvable_tasks(suite)]
         raise RsdError(
-            f"scripted expert: found {suite} task {task_id} with the goal {wanted!r}; it puts an object on or into "
+            f"scripted expert: found {suite} task {task_id} with the goal {wanted!r}; it puts objects on or into "
             f"something open, pulls a drawer or turns a knob. Of this suite it does {', '.join(can) or 'none'}"
         )
-    return goal
+    return goals
 
 
-def swapped_goal(suite: str, task_id: int) -> Goal | None:
-    """The same with the scene's other object of the target's kind (the other bowl), or None if there is one only."""
-    goal = task_goal(suite, task_id)
+def swapped_goals(suite: str, task_id: int) -> Goals | None:
+    """The same with the scene's other object of the target's kind (the other bowl), or None if there is one only or
+    the task has several goals."""
+    goals = task_goals(suite, task_id)
+    if len(goals) > 1:
+        return None
+    goal = goals[0]
     others = [name for name in sorted(start_regions(suite, task_id)) if kind(name) == kind(goal.target)]
-    return next((replace(goal, target=name) for name in others if name != goal.target), None)
+    return next(((replace(goal, target=name),) for name in others if name != goal.target), None)
 
 
 def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
