@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
+from rsd.sim.grasps import BOWL, Rim
 from rsd.sim.scene import Scene, Vector
 from rsd.sim.suites import bddl_file, start_regions, suite_task, suite_tasks
 from rsd.types import RsdError
 
-GraspKind = Literal["rim", "span"]
-# rim: one finger inside a thin wall, one outside; span: the fingers on both sides of the whole
-GRASPS: dict[str, GraspKind] = {
-    "akita_black_bowl": "rim",
+# None: taken across the whole
+GRASPS: dict[str, Rim | None] = {
+    "akita_black_bowl": BOWL,
+    "porcelain_mug": Rim(0.041, 0.106, 0.012),
+    "white_yellow_mug": Rim(0.046, 0.103, -0.015),
     **dict.fromkeys(
         (
             "alphabet_soup",
@@ -34,8 +35,7 @@ GRASPS: dict[str, GraspKind] = {
             "salad_dressing",
             "tomato_sauce",
             "wine_bottle",
-        ),
-        "span",
+        )
     ),
 }
 HOLLOW = ("akita_black_bowl", "basket")  # things are let go inside their rim
@@ -47,6 +47,7 @@ OPEN_PLACES = (
     "akita_black_bowl",
     "basket_contain_region",
     "flat_stove_cook_region",
+    "living_room_table_plate_right_region",
     "plate",
     "wine_rack_top_region",
     "wooden_cabinet_top_side",
@@ -69,7 +70,8 @@ class Goal:
         return (self.predicate, self.target, *([self.destination] if self.destination else []))
 
     @property
-    def grasp(self) -> GraspKind:
+    def rim(self) -> Rim | None:
+        """By which the target is taken, None if across the whole."""
         return GRASPS[kind(self.target)]
 
 
@@ -138,7 +140,7 @@ def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
         return centre, float(centre[2] + PLATE_SURFACE)
     centre = scene.position(name) if name in scene.bodies else scene.site(name)
     holder = name if name in scene.bodies else scene.owner(name)
-    if kind(holder) in HOLLOW:
+    if holder is not None and kind(holder) in HOLLOW:
         surface = float(scene.vertices(holder)[:, 2].max()) - UNDER_RIM
     else:
         around = FOOT * np.array([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])

@@ -22,10 +22,8 @@ from rsd.types import RsdError
 
 GraspMode = Literal["canonical", "two-sided"]
 
-RIM_RADIUS = 0.047  # m, bowl centre to grip site
-BOWL_HEIGHT = 0.05
 BELOW_RIM, BELOW_RIM_IN_DRAWER = 0.016, 0.012  # m, grip site under the rim's top
-RADIUS_IN_DRAWER = 0.027
+INWARD_IN_DRAWER = 0.02
 TIP_BELOW_SITE = 0.010
 PALM_ABOVE_SITE = 0.030
 PALM_HALF_LENGTH = 0.105
@@ -88,28 +86,45 @@ class Grasp(ABC):
 
 
 @dataclass(frozen=True)
-class RimGrasp(Grasp):
-    """One finger inside a bowl, one outside. below: grip site under the rim (m).
+class Rim:
+    """Lengths of a bowl or mug (m). radius: of the rim, to the grip site; height: of the rim over the foot; ahead: of
+    the rim's centre before the object's origin, along its own x axis (a mug's origin is off towards the handle)."""
 
-    radius: bowl centre to grip site (m). Less than the rim's, the outer finger needs less room and pulls the bowl
-    inwards as it closes.
+    radius: float
+    height: float
+    ahead: float = 0.0
+
+    def centre(self, scene: Scene, target: str) -> Vector:
+        """[2]"""
+        return scene.position(target)[:2] + self.ahead * scene.rotation(target)[:2, 0]
+
+
+BOWL = Rim(0.047, 0.05)
+
+
+@dataclass(frozen=True)
+class RimGrasp(Grasp):
+    """One finger inside a bowl or mug, one outside. below: grip site under the rim (m).
+
+    inward: how much nearer to the centre than the rim the open hand comes (m). The outer finger then needs less room
+    and pulls the bowl inwards as it closes.
     """
 
+    rim: Rim = BOWL
     below: float = BELOW_RIM
-    radius: float = RIM_RADIUS
+    inward: float = 0.0
 
     def point(self, scene: Scene, target: str, opening: float = FINGER_OPENING) -> Vector:
         """Follows a tilted rim. As the fingers close, the point moves out to the rim."""
-        centre = scene.position(target)
-        closed = 1.0 - min(1.0, opening / FINGER_OPENING)
-        spot = centre[:2] + (self.radius + (RIM_RADIUS - self.radius) * closed) * self.direction
+        out = self.rim.radius - self.inward * min(1.0, opening / FINGER_OPENING)
+        spot = self.rim.centre(scene, target) + out * self.direction
         vertices = scene.vertices(target)
         near = vertices[np.linalg.norm(vertices[:, :2] - spot, axis=1) < 0.03]
         top = float((near if len(near) else vertices)[:, 2].max())
         return np.array([spot[0], spot[1], top - self.below])
 
     def release_point(self, centre: Vector) -> Vector:
-        return centre + np.array([*(RIM_RADIUS * self.direction), BOWL_HEIGHT - self.below])
+        return centre + np.array([*(self.rim.radius * self.direction), self.rim.height - self.below])
 
     def freed(self, width: float) -> float:
         return float(np.clip((width - 0.03) / 0.04, 0.0, 1.0))
@@ -190,8 +205,9 @@ def choose_rim_grasp(
     rng: np.random.Generator | None = None,
     walled: bool = False,
     avoid: tuple[float, ...] = (),
+    rim: Rim = BOWL,
 ) -> Grasp:
-    """The first free grasp of a bowl's rim in the order of preference, or the least blocked one.
+    """The first free grasp of a bowl's or mug's rim in the order of preference, or the least blocked one.
 
     destination: where the bowl's lowest point goes [3]; the palm must be free there too.
     mode "two-sided" tosses a coin (rng) between the two sides of the rim where both are free.
@@ -199,10 +215,10 @@ def choose_rim_grasp(
     avoid: angles that failed before (rad); they and their neighbours come last.
     """
     angles = [2 * np.pi * k / DIRECTIONS for k in range(0, DIRECTIONS, 1 if walled else 3)]
-    below, radius = (BELOW_RIM_IN_DRAWER, RADIUS_IN_DRAWER) if walled else (BELOW_RIM, RIM_RADIUS)
+    below, inward = (BELOW_RIM_IN_DRAWER, INWARD_IN_DRAWER) if walled else (BELOW_RIM, 0.0)
     ordered = sorted(angles, key=lambda angle: _preference(angle, walled, avoid))
     return _first_free(
-        scene, target, (RimGrasp(angle, below, radius) for angle in ordered), destination, mode, rng
+        scene, target, (RimGrasp(angle, rim, below, inward) for angle in ordered), destination, mode, rng
     )
 
 

@@ -43,7 +43,7 @@ TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on t
 RELEASE_GAP = 0.006  # m of free fall
 RELEASE_RADIUS = 0.012  # m off the destination's middle; the plate's predicate allows 30 mm
 CARRY_TURN = 0.35  # turning a held object faster drags it over its support
-FALLEN_UP = 0.7  # z of a bowl's own up axis; lower, and no rim grasp works
+FALLEN_UP = 0.7  # z of a bowl's own z axis; lower, and no rim grasp works
 MAX_ATTEMPTS = 4
 
 
@@ -80,7 +80,7 @@ class PickAndPlace:
     @property
     def gave_up(self) -> bool:
         """A bowl has fallen over, or the object was missed too often."""
-        fallen = self.goal.grasp == "rim" and bool(self.scene.up_axis(self.target)[2] < FALLEN_UP)
+        fallen = self.goal.rim is not None and bool(self.scene.rotation(self.target)[2, 2] < FALLEN_UP)
         return fallen or self.attempts > MAX_ATTEMPTS
 
     def action(self) -> Vector:
@@ -132,7 +132,7 @@ class PickAndPlace:
         way = scene.corridor_top(eef, goal, ignore=(self.target,), half_width=0.06)
         free = max(way + TIP_BELOW_SITE + TRAVEL_CLEARANCE, rim + TIP_BELOW_SITE + 0.03)
         misaligned = off + 0.1 * max(0.0, turn - 0.1)
-        tight = self._walled or self.goal.grasp == "span"
+        tight = self._walled or self.goal.rim is None
         radius, slope = (TIGHT_RADIUS, TIGHT_SLOPE) if tight else (FUNNEL_RADIUS, FUNNEL_SLOPE)
         height = funnel(misaligned, goal[2], free, radius, slope)
         return self._move(np.array([goal[0], goal[1], height]), rotation, GRIPPER_OPEN)
@@ -198,12 +198,12 @@ class PickAndPlace:
         self.attempts += 1
         there, surface = destination(scene, self.goal)
         spot = np.array([*there[:2], surface])
-        if self.goal.grasp == "span":
+        if self.goal.rim is None:
             self._grasp = choose_span_grasp(scene, self.target, spot, self._mode, self._rng, self._hopeless())
             return
         self._walled = self._in_drawer()
         self._grasp = choose_rim_grasp(
-            scene, self.target, spot, self._mode, self._rng, self._walled, self._hopeless()
+            scene, self.target, spot, self._mode, self._rng, self._walled, self._hopeless(), self.goal.rim
         )
 
     def _in_drawer(self) -> bool:
