@@ -31,6 +31,7 @@ GRASPS: dict[str, Rim | None] = {
             "cream_cheese",
             "ketchup",
             "milk",
+            "moka_pot",
             "orange_juice",
             "salad_dressing",
             "tomato_sauce",
@@ -42,12 +43,13 @@ HOLLOW = ("akita_black_bowl", "basket")  # things are let go inside their rim
 UNDER_RIM = 0.015  # m; deeper, the fingers would touch the wall
 PLATE_SURFACE = 0.004  # m over the plate's origin
 FOOT = 0.02  # m; what is put down touches the highest point within so much of the middle
+TABLE_REGIONS = ("living_room_table_plate_right_region",)
 # what something can be put on or into from above; other regions are drawers, shelves, spots on the table
 OPEN_PLACES = (
     "akita_black_bowl",
     "basket_contain_region",
     "flat_stove_cook_region",
-    "living_room_table_plate_right_region",
+    *TABLE_REGIONS,
     "plate",
     "wine_rack_top_region",
     "wooden_cabinet_top_side",
@@ -92,8 +94,14 @@ def predicates(suite: str, task_id: int) -> list[tuple[str, ...]]:
 
 def solvable_goals(suite: str, task_id: int) -> Goals | None:
     """The goals of a task in the order of doing if the expert can reach them all, else None."""
-    goals = tuple(Goal(*words) for words in predicates(suite, task_id))
+    goals = tuple(sorted((Goal(*words) for words in predicates(suite, task_id)), key=_turn))
     return goals if goals and all(_solvable(goal) for goal in goals) else None
+
+
+def _turn(goal: Goal) -> bool:
+    """Goals keep the order of the scene file, but what goes onto the table comes first: a mug on the plate beside would
+    be in the palm's way."""
+    return kind(goal.destination) not in TABLE_REGIONS
 
 
 def _solvable(goal: Goal) -> bool:
