@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rsd.sim.grasps import BOWL, Rim
+from rsd.sim.grasps import BOWL, WHOLE, Rim, Span
 from rsd.sim.scene import Scene, Vector
 from rsd.sim.suites import bddl_file, start_regions, suite_task, suite_tasks
 from rsd.types import RsdError
 
-# None: taken across the whole
-GRASPS: dict[str, Rim | None] = {
+GRASPS: dict[str, Rim | Span] = {
     "akita_black_bowl": BOWL,
     "porcelain_mug": Rim(0.041, 0.106, 0.012),
     "white_yellow_mug": Rim(0.046, 0.103, -0.015),
@@ -31,13 +30,14 @@ GRASPS: dict[str, Rim | None] = {
             "cream_cheese",
             "ketchup",
             "milk",
-            "moka_pot",
             "orange_juice",
             "salad_dressing",
             "tomato_sauce",
             "wine_bottle",
-        )
+        ),
+        WHOLE,
     ),
+    "moka_pot": Span(0.006, 0.010),  # by the knob on its lid
 }
 HOLLOW = ("akita_black_bowl", "basket")  # things are let go inside their rim
 UNDER_RIM = 0.015  # m; deeper, the fingers would touch the wall
@@ -72,8 +72,8 @@ class Goal:
         return (self.predicate, self.target, *([self.destination] if self.destination else []))
 
     @property
-    def rim(self) -> Rim | None:
-        """By which the target is taken, None if across the whole."""
+    def hold(self) -> Rim | Span:
+        """By which the target is taken."""
         return GRASPS[kind(self.target)]
 
 

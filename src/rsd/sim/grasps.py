@@ -30,10 +30,10 @@ PALM_HALF_LENGTH = 0.105
 PALM_HALF_WIDTH = 0.035
 FINGER_OPENING = 0.08
 FINGER_HALF_WIDTH = 0.012
-SPAN_BELOW_TOP, SPAN_ABOVE_FLOOR = 0.030, 0.013  # m, grip site; as deep as the palm allows, tips off the floor
+SPAN_ABOVE_FLOOR = 0.013  # m, grip site; tips off the floor
 SPAN_DIRECTIONS = 72  # candidate angles on the half circle
 WIDTH_STEP = 0.004  # m; widths that differ by less are one to choose from
-WIDEST_SPAN = 0.078
+WIDEST_SPAN = 0.07
 LOST = 0.03  # m between the grip site and what it held
 ALLOWED_OVERLAP = 0.004  # m summed over the checked points
 DIRECTIONS = 72  # candidate angles; open bowls try every third
@@ -134,19 +134,37 @@ class RimGrasp(Grasp):
 
 
 @dataclass(frozen=True)
+class Span:
+    """What of an object goes between the fingers (m). below: grip site under the top, as deep as the palm allows by
+    default; crown: how much under the top counts, all by default (of a lid with a knob only the knob)."""
+
+    below: float = 0.030
+    crown: float = np.inf
+
+    def vertices(self, scene: Scene, target: str) -> Vector:
+        """World vertices of that part [n, 3]."""
+        vertices = scene.vertices(target)
+        return vertices[vertices[:, 2] >= vertices[:, 2].max() - self.crown]
+
+
+WHOLE = Span()
+
+
+@dataclass(frozen=True)
 class SpanGrasp(Grasp):
-    """The fingers on both sides of the whole object. above: grip site over its lowest point (m)."""
+    """The fingers on both sides of an object. above: grip site over its lowest point (m)."""
 
     above: float = SPAN_ABOVE_FLOOR
+    span: Span = WHOLE
 
     def point(self, scene: Scene, target: str, opening: float = FINGER_OPENING) -> Vector:
-        """Over the middle of the object's outline, as deep as palm and floor allow."""
-        vertices = scene.vertices(target)
-        low, high = vertices.min(axis=0), vertices.max(axis=0)
+        """Over the middle of the outline, as deep as palm and floor allow."""
+        vertices = self.span.vertices(scene, target)
+        low, high = scene.vertices(target).min(axis=0), vertices.max(axis=0)
         across = np.array([-self.direction[1], self.direction[0]])
         along = vertices[:, :2] @ np.stack([self.direction, across], axis=1)
         middle = (along.min(axis=0) + along.max(axis=0)) / 2
-        height = max(high[2] - SPAN_BELOW_TOP, low[2] + SPAN_ABOVE_FLOOR)
+        height = max(high[2] - self.span.below, low[2] + SPAN_ABOVE_FLOOR)
         return np.array([*(middle[0] * self.direction + middle[1] * across), height])
 
     def release_point(self, centre: Vector) -> Vector:
@@ -229,13 +247,14 @@ def choose_span_grasp(
     mode: GraspMode = "canonical",
     rng: np.random.Generator | None = None,
     avoid: tuple[float, ...] = (),
+    span: Span = WHOLE,
 ) -> Grasp:
     """The first free grasp across the object: across its narrowest side, and of those the least wrist rotation.
 
     As `choose_rim_grasp`. "two-sided" has a choice only where turning the wrist left and right is equally far.
     Raises RsdError for an object that is wider than the hand.
     """
-    vertices = scene.vertices(target)
+    vertices = span.vertices(scene, target)
     angles = np.pi * np.arange(SPAN_DIRECTIONS) / SPAN_DIRECTIONS
     along = vertices[:, :2] @ np.stack([np.cos(angles), np.sin(angles)])
     widths = np.ptp(along, axis=0)
@@ -247,10 +266,10 @@ def choose_span_grasp(
         grade = int((widths[k] - widths.min()) / WIDTH_STEP)
         return failed, grade, round(abs(yaw_of(float(angles[k]))), 3), float(angles[k])
 
-    above = SpanGrasp(0.0).point(scene, target)[2] - float(vertices[:, 2].min())
+    above = SpanGrasp(0.0, span=span).point(scene, target)[2] - float(scene.vertices(target)[:, 2].min())
     ordered = sorted((k for k in range(SPAN_DIRECTIONS) if widths[k] <= WIDEST_SPAN), key=preference)
     return _first_free(
-        scene, target, (SpanGrasp(float(angles[k]), above) for k in ordered), destination, mode, rng
+        scene, target, (SpanGrasp(float(angles[k]), above, span) for k in ordered), destination, mode, rng
     )
 
 

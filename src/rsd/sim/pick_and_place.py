@@ -19,7 +19,9 @@ from rsd.sim.grasps import (
     TIP_BELOW_SITE,
     Grasp,
     GraspMode,
+    Rim,
     RimGrasp,
+    Span,
     choose_rim_grasp,
     choose_span_grasp,
     hand_rotation,
@@ -80,7 +82,7 @@ class PickAndPlace:
     @property
     def gave_up(self) -> bool:
         """A bowl has fallen over, or the object was missed too often."""
-        fallen = self.goal.rim is not None and bool(self.scene.rotation(self.target)[2, 2] < FALLEN_UP)
+        fallen = isinstance(self.goal.hold, Rim) and bool(self.scene.rotation(self.target)[2, 2] < FALLEN_UP)
         return fallen or self.attempts > MAX_ATTEMPTS
 
     def action(self) -> Vector:
@@ -132,7 +134,7 @@ class PickAndPlace:
         way = scene.corridor_top(eef, goal, ignore=(self.target,), half_width=0.06)
         free = max(way + TIP_BELOW_SITE + TRAVEL_CLEARANCE, rim + TIP_BELOW_SITE + 0.03)
         misaligned = off + 0.1 * max(0.0, turn - 0.1)
-        tight = self._walled or self.goal.rim is None
+        tight = self._walled or isinstance(self.goal.hold, Span)
         radius, slope = (TIGHT_RADIUS, TIGHT_SLOPE) if tight else (FUNNEL_RADIUS, FUNNEL_SLOPE)
         height = funnel(misaligned, goal[2], free, radius, slope)
         return self._move(np.array([goal[0], goal[1], height]), rotation, GRIPPER_OPEN)
@@ -198,12 +200,15 @@ class PickAndPlace:
         self.attempts += 1
         there, surface = destination(scene, self.goal)
         spot = np.array([*there[:2], surface])
-        if self.goal.rim is None:
-            self._grasp = choose_span_grasp(scene, self.target, spot, self._mode, self._rng, self._hopeless())
+        hold = self.goal.hold
+        if isinstance(hold, Span):
+            self._grasp = choose_span_grasp(
+                scene, self.target, spot, self._mode, self._rng, self._hopeless(), hold
+            )
             return
         self._walled = self._in_drawer()
         self._grasp = choose_rim_grasp(
-            scene, self.target, spot, self._mode, self._rng, self._walled, self._hopeless(), self.goal.rim
+            scene, self.target, spot, self._mode, self._rng, self._walled, self._hopeless(), hold
         )
 
     def _in_drawer(self) -> bool:
