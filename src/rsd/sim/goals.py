@@ -42,6 +42,7 @@ GRASPS: dict[str, Rim | Span] = {
 HOLLOW = ("akita_black_bowl", "basket")  # things are let go inside their rim
 UNDER_RIM = 0.015  # m; deeper, the fingers would touch the wall
 PLATE_SURFACE = 0.004  # m over the plate's origin
+ON_STOVE = (0.05, -0.045)  # m before the middle of its region, which is 0.15 long; a moka pot is 0.08 wide
 FOOT = 0.02  # m; what is put down touches the highest point within so much of the middle
 TABLE_REGIONS = ("living_room_table_plate_right_region",)
 # what something can be put on or into from above; other regions are drawers, shelves, spots on the table
@@ -65,6 +66,7 @@ class Goal:
     predicate: str
     target: str
     destination: str = ""
+    ahead: float = 0.0  # m, of the place along x before the destination's middle, which another object shares
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -95,7 +97,15 @@ def predicates(suite: str, task_id: int) -> list[tuple[str, ...]]:
 def solvable_goals(suite: str, task_id: int) -> Goals | None:
     """The goals of a task in the order of doing if the expert can reach them all, else None."""
     goals = tuple(sorted((Goal(*words) for words in predicates(suite, task_id)), key=_turn))
-    return goals if goals and all(_solvable(goal) for goal in goals) else None
+    return _spread(goals) if goals and all(_solvable(goal) for goal in goals) else None
+
+
+def _spread(goals: Goals) -> Goals:
+    """Two objects for the stove stand one behind the other, the far one first."""
+    shared = [goal for goal in goals if kind(goal.destination) == "flat_stove_cook_region"]
+    if len(shared) != len(ON_STOVE):
+        return goals
+    return tuple(replace(g, ahead=ON_STOVE[shared.index(g)]) if g in shared else g for g in goals)
 
 
 def _turn(goal: Goal) -> bool:
@@ -147,6 +157,7 @@ def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
         centre = scene.position(name)
         return centre, float(centre[2] + PLATE_SURFACE)
     centre = scene.position(name) if name in scene.bodies else scene.site(name)
+    centre[0] += goal.ahead
     holder = name if name in scene.bodies else scene.owner(name)
     if holder is not None and kind(holder) in HOLLOW:
         surface = float(scene.vertices(holder)[:, 2].max()) - UNDER_RIM
