@@ -225,6 +225,20 @@ def test_goals_are_done_one_after_the_other_and_again_if_undone() -> None:
     other.close()
 
 
+@pytest.mark.simulator
+@pytest.mark.parametrize("task", [4, 8])
+def test_expert_takes_mugs_by_the_rim_and_moka_pots_by_the_knob(task: int) -> None:
+    other = LiberoEnv("libero_10", task, cameras=False)
+    other.reset(options={"placement_seed": 11})
+    log = Log()
+    result = expert.run(other, recorder=log)
+    assert result == expert.ExpertResult(True, result.steps, 2)
+    assert result.steps < 260
+    assert other.success()
+    assert (np.diff(np.array(log.clean)[:, 6]) != 0).sum() == 4  # closes and opens for each of two
+    other.close()
+
+
 def test_a_hand_leans_back_over_what_stands_close() -> None:
     near, far = BASE + np.array([0.25, 0.1, 0.03]), BASE + np.array([0.5, 0.0, 0.03])
     np.testing.assert_allclose(inward_lean(BASE, far), np.eye(3), atol=1e-12)

@@ -56,7 +56,7 @@ class CollectConfig:
     suite: str = "libero_spatial"
     """libero_spatial, libero_object, libero_goal or libero_10."""
     tasks: tuple[int, ...] = ()
-    """Task ids; empty = all that the expert can do (of libero_goal 8 of 10, of libero_10 the three into a basket)."""
+    """Task ids; empty = all that the expert can do (of libero_goal 8 of 10, of libero_10 7 of 10)."""
     num_demos: int = 50
     """Successful demonstrations per task. Raise it later and run again to add more."""
     swapped_fraction: float = 0.2

@@ -1,14 +1,14 @@
 """What a task asks for, from the goal predicates of its scene file, and where they want the objects.
 
 The expert can pick up the kinds of objects in `GRASPS` and put them on or into something that stands open, pull a
-drawer open and turn a knob (`MOVABLE_PARTS`), and several of these one after the other. What goes into a drawer and
-what is pushed are beyond it, and `task_goals` says so by name.
+drawer open and turn a knob (`MOVABLE_PARTS`), and several of these one after the other. What goes into a drawer or
+a narrow slot and what is pushed are beyond it, and `task_goals` says so by name.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 
@@ -66,6 +66,7 @@ class Goal:
     predicate: str
     target: str
     destination: str = ""
+    _: KW_ONLY
     ahead: float = 0.0  # m, of the place along x before the destination's middle, which another object shares
 
     @property

@@ -17,9 +17,9 @@ from rsd.sim.goals import Goal, destination
 from rsd.sim.grasps import (
     MAX_LEAN,
     TIP_BELOW_SITE,
+    WHOLE,
     Grasp,
     GraspMode,
-    Rim,
     RimGrasp,
     Span,
     choose_rim_grasp,
@@ -45,7 +45,7 @@ TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on t
 RELEASE_GAP = 0.006  # m of free fall
 RELEASE_RADIUS = 0.012  # m off the destination's middle; the plate's predicate allows 30 mm
 CARRY_TURN = 0.35  # turning a held object faster drags it over its support
-FALLEN_UP = 0.7  # z of a bowl's own z axis; lower, and no rim grasp works
+FALLEN_UP = 0.7  # z of the own z axis; lower, and neither a rim nor a knob can be taken
 MAX_ATTEMPTS = 4
 
 
@@ -81,8 +81,8 @@ class PickAndPlace:
 
     @property
     def gave_up(self) -> bool:
-        """A bowl has fallen over, or the object was missed too often."""
-        fallen = isinstance(self.goal.hold, Rim) and bool(self.scene.rotation(self.target)[2, 2] < FALLEN_UP)
+        """What is only taken upright has fallen over, or the object was missed too often."""
+        fallen = self.goal.hold is not WHOLE and bool(self.scene.rotation(self.target)[2, 2] < FALLEN_UP)
         return fallen or self.attempts > MAX_ATTEMPTS
 
     def action(self) -> Vector:
