@@ -161,7 +161,8 @@ def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy
         if policy is not None:
             spread = min(config.policy_share, 1 - config.policy_share)
             share = float(rng.uniform(config.policy_share - spread, config.policy_share + spread))
-            handover = int(rng.integers(HANDOVER[0], HANDOVER[1] * len(goals)))
+            to_do = sum(not env.holds(*goal.words) for goal in goals)
+            handover = int(rng.integers(HANDOVER[0], HANDOVER[1] * to_do))
             disturbance = PolicyDriver(env, policy, instruction, share, handover, drift, rng)
         result = expert.run(env, goals, recorder, rng, disturbance, config.grasp_mode, draw=not config.states_only)
         if not result.success:
