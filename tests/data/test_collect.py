@@ -10,9 +10,9 @@ from rsd.data.collect import CollectConfig, EpisodeRecorder, collect, make_demon
 from rsd.data.demonstrations import Demonstration, load_demonstrations
 from rsd.data.render import RenderConfig, render, render_frames
 from rsd.data.schema import FILE_SUFFIX
-from rsd.sim.expert import PickAndPlace
-from rsd.sim.goals import task_goal
+from rsd.sim.goals import task_goals
 from rsd.sim.libero import LiberoEnv
+from rsd.sim.pick_and_place import PickAndPlace
 from rsd.sim.scene import Scene
 from rsd.sim.suites import suite_task
 from rsd.types import RsdError
@@ -89,12 +89,22 @@ def test_a_floor_scene_is_collected_under_its_own_names(tmp_path: Path) -> None:
         assert not file["data/demo_0"].attrs["swapped"]
 
 
+def test_a_task_of_two_goals_is_collected_as_one_demonstration(tmp_path: Path) -> None:
+    job = CollectConfig(tmp_path, "libero_10", tasks=(1,), num_demos=1, num_workers=1, states_only=True)
+    assert collect(job) == {suite_task("libero_10", 1).name: 1}
+    (demo,) = load_demonstrations(tmp_path)
+    assert demo.target_object == "cream_cheese_1,butter_1"
+    assert demo.instruction == "put both the cream cheese box and the butter in the basket"
+    assert 120 < demo.success_step < 400  # the limit is 520
+    assert (np.diff(demo.labels[:, 6]) != 0).sum() >= 4  # it closes and opens for each
+
+
 def test_what_the_expert_cannot_do_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     out = tmp_path / "none"
     with pytest.raises(RsdError, match=r"on plate_1 main_table.* 8 .put the bowl on the plate."):
         collect(CollectConfig(out, "libero_goal", tasks=(8, 5)))
-    with pytest.raises(RsdError, match="libero_spatial, libero_object, libero_goal, found the suite 'libero_10'"):
-        collect(CollectConfig(out, "libero_10"))
+    with pytest.raises(RsdError, match="libero_goal, libero_10, found the suite 'libero_90'"):
+        collect(CollectConfig(out, "libero_90"))
     assert not out.exists()
 
 
@@ -129,7 +139,7 @@ def test_rendered_images_are_those_of_a_live_recording_but_for_one_substep() -> 
     env.reset(options={"placement_seed": 1})
     fixtures = env.fixture_poses()
     recorder = EpisodeRecorder(images=True)
-    law = PickAndPlace(Scene(env), task_goal("libero_spatial", 0))
+    law = PickAndPlace(Scene(env), task_goals("libero_spatial", 0)[0])
     for _ in range(12):
         action = law.action()
         recorder.record(env, action, action)

@@ -33,18 +33,18 @@ from rsd.data.schema import (
 )
 from rsd.data.workers import exclusive, part_files, progress_bar, worker_environment, worker_pool
 from rsd.sim import expert
-from rsd.sim.goals import solvable_tasks, swapped_goal, task_goal
+from rsd.sim.goals import solvable_tasks, swapped_goals, task_goals
 from rsd.sim.grasps import GraspMode
 from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
 from rsd.sim.noise import ActionNoise, Disturbance, NoiseConfig
 from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
 from rsd.types import CAMERAS, Policy, RsdError
 
-SUITES = ("libero_spatial", "libero_object", "libero_goal")  # where the expert has been measured
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")  # where the expert has been measured
 PARTS = ".parts"
 BATCH = 5  # demonstrations a worker makes of one task before the next: balanced, few environments built
 MAX_TRIES = 30
-HANDOVER = (24, 121)  # steps; 100 are left to the expert, who needs 60 to 110 of them
+HANDOVER = (24, 121)  # steps, the latest per goal; 100 of each are left to the expert, who needs 60 to 110 of them
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class CollectConfig:
     out: Path
     """Folder for `<task>_demo.hdf5`."""
     suite: str = "libero_spatial"
-    """libero_spatial, libero_object or libero_goal."""
+    """libero_spatial, libero_object, libero_goal or libero_10."""
     tasks: tuple[int, ...] = ()
-    """Task ids; empty = all that the expert can do (of libero_goal 8 of 10)."""
+    """Task ids; empty = all that the expert can do (of libero_goal 8 of 10, of libero_10 7 of 10)."""
     num_demos: int = 50
     """Successful demonstrations per task. Raise it later and run again to add more."""
     swapped_fraction: float = 0.2
@@ -139,20 +139,20 @@ def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy
 
     Raises RsdError if MAX_TRIES placements in a row fail.
     """
-    goal, instruction, swapped = task_goal(config.suite, env.task.task_id), env.instruction, False
-    alike = [goal]
-    other = swapped_goal(config.suite, env.task.task_id)
+    goals, instruction, swapped = task_goals(config.suite, env.task.task_id), env.instruction, False
+    alike = [goals]
+    other = swapped_goals(config.suite, env.task.task_id)
     if other is not None:
         alike.append(other)
-        asked = swapped_instruction(config.suite, env.task.task_id, goal.target, other.target)
+        asked = swapped_instruction(config.suite, env.task.task_id, goals[0].target, other[0].target)
         if asked is not None and is_swapped(index, config.swapped_fraction):
-            goal, instruction, swapped = other, asked, True
+            goals, instruction, swapped = other, asked, True
     for failed in range(MAX_TRIES):
         rng = np.random.default_rng([config.seed, env.task.task_id, index, failed])
         placement_seed = int(rng.integers(2**31))
         level = 0.0 if rng.random() < config.clean_fraction else float(rng.random())
         _, info = env.reset(options={"placement_seed": placement_seed})
-        if any(env.holds(*each.words) for each in alike):
+        if any(all(env.holds(*goal.words) for goal in each) for each in alike):
             continue  # nothing to do, or a scene that the instruction does not describe
         body_pos, body_quat = env.fixture_poses()
         recorder = EpisodeRecorder(images=not config.states_only)
@@ -161,16 +161,17 @@ def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy
         if policy is not None:
             spread = min(config.policy_share, 1 - config.policy_share)
             share = float(rng.uniform(config.policy_share - spread, config.policy_share + spread))
-            handover = int(rng.integers(*HANDOVER))
+            to_do = sum(not env.holds(*goal.words) for goal in goals)
+            handover = int(rng.integers(HANDOVER[0], HANDOVER[1] * to_do))
             disturbance = PolicyDriver(env, policy, instruction, share, handover, drift, rng)
-        result = expert.run(env, goal, recorder, rng, disturbance, config.grasp_mode, draw=not config.states_only)
+        result = expert.run(env, goals, recorder, rng, disturbance, config.grasp_mode, draw=not config.states_only)
         if not result.success:
             continue
         attributes = {
             "placement_seed": placement_seed,
             "placement_rejections": info["placement_rejections"],
             "language_instruction": instruction,
-            "target_object": goal.target,
+            "target_object": ",".join(goal.target for goal in goals),
             "swapped": swapped,
             "noise_level": level * config.noise.max_level,
             "failed_tries": failed,
@@ -199,7 +200,7 @@ def collect(config: CollectConfig) -> dict[str, int]:
         _check_policy(config)
     tasks = config.tasks or solvable_tasks(config.suite)
     for task in tasks:
-        task_goal(config.suite, task)
+        task_goals(config.suite, task)
     left_out = [task.language for task in suite_tasks(config.suite) if task.task_id not in tasks]
     if left_out and not config.tasks:
         print(f"{config.suite}: left out, the expert cannot do them: {', '.join(left_out)}", file=sys.stderr)

@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 
 from rsd.data.workers import progress_bar, worker_environment, worker_pool
 from rsd.sim import expert
-from rsd.sim.goals import solvable_tasks, swapped_goal, task_goal
+from rsd.sim.goals import solvable_tasks, swapped_goals, task_goals
 from rsd.sim.libero import simulator_versions
 from rsd.sim.noise import ActionNoise, NoiseConfig
 from rsd.sim.suites import step_limit, suite_task, suite_tasks, swapped_instruction
@@ -52,21 +52,20 @@ class MeasureExpertConfig:
 def run_batch(config: MeasureExpertConfig, task_id: int, seeds: range) -> list[dict[str, Any]]:
     """One record per placement seed: seed, success, steps, attempts."""
     env = worker_environment(config.suite, task_id, 64, cameras=False)
-    goal = (swapped_goal if config.swapped else task_goal)(config.suite, task_id)
+    goals = (swapped_goals if config.swapped else task_goals)(config.suite, task_id)
     records = []
     for seed in seeds:
         rng = np.random.default_rng(seed)
         env.reset(options={"placement_seed": seed})
         noise = ActionNoise(NoiseConfig(), float(rng.random()), rng) if config.noisy else None
-        result = expert.run(env, goal, rng=rng, noise=noise, tail_steps=0)
+        result = expert.run(env, goals, rng=rng, noise=noise, tail_steps=0)
         records.append({"placement_seed": seed, **asdict(result)})
     return records
 
 
 def has_swapped_instruction(suite: str, task_id: int) -> bool:
-    other = swapped_goal(suite, task_id)
-    target = task_goal(suite, task_id).target
-    return other is not None and swapped_instruction(suite, task_id, target, other.target) is not None
+    (goal, *_), other = task_goals(suite, task_id), swapped_goals(suite, task_id)
+    return other is not None and swapped_instruction(suite, task_id, goal.target, other[0].target) is not None
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -88,7 +87,7 @@ def measure_expert(config: MeasureExpertConfig) -> dict[str, Any]:
     """Runs the expert and writes the result; returns it."""
     tasks = config.tasks or solvable_tasks(config.suite)
     for task in tasks:
-        task_goal(config.suite, task)
+        task_goals(config.suite, task)
     if config.swapped:
         tasks = tuple(task for task in tasks if has_swapped_instruction(config.suite, task))
     if not tasks:

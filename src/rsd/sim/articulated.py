@@ -64,14 +64,22 @@ class MovePart:
         scene, eef = self.scene, self.scene.eef
         self._slow_steps = self._slow_steps + 1 if np.linalg.norm(eef - self._last_eef) < SLOW else 0
         self._last_eef = eef
-        grip = self._drawer() if self.goal.predicate == "open" else self._knob()
+        grip = self._grip()
         if scene.env.holds(*self.goal.words):
-            self.closed = False
-            freed = float(np.clip((scene.grip_width - 0.04) / 0.03, 0.0, 1.0))
-            return step_towards(scene, -0.03 * freed * grip.way_in, grip.rotation, GRIPPER_OPEN)
+            return self.leave()
         if self.closed:
             return self._move(grip)
         return self._approach(grip)
+
+    def leave(self) -> Vector:
+        """The clean action [7] that opens the hand and takes it back the way it came."""
+        self.closed = False
+        grip = self._grip()
+        freed = float(np.clip((self.scene.grip_width - 0.04) / 0.03, 0.0, 1.0))
+        return step_towards(self.scene, -0.03 * freed * grip.way_in, grip.rotation, GRIPPER_OPEN)
+
+    def _grip(self) -> Grip:
+        return self._drawer() if self.goal.predicate == "open" else self._knob()
 
     def _approach(self, grip: Grip) -> Vector:
         """Open hand to the part: onto the line before it, then along the line."""

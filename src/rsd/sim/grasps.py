@@ -22,17 +22,15 @@ from rsd.types import RsdError
 
 GraspMode = Literal["canonical", "two-sided"]
 
-RIM_RADIUS = 0.047  # m, bowl centre to grip site
-BOWL_HEIGHT = 0.05
 BELOW_RIM, BELOW_RIM_IN_DRAWER = 0.016, 0.012  # m, grip site under the rim's top
-RADIUS_IN_DRAWER = 0.027
+INWARD_IN_DRAWER = 0.02
 TIP_BELOW_SITE = 0.010
 PALM_ABOVE_SITE = 0.030
 PALM_HALF_LENGTH = 0.105
 PALM_HALF_WIDTH = 0.035
 FINGER_OPENING = 0.08
 FINGER_HALF_WIDTH = 0.012
-SPAN_BELOW_TOP, SPAN_ABOVE_FLOOR = 0.030, 0.013  # m, grip site; as deep as the palm allows, tips off the floor
+SPAN_ABOVE_FLOOR = 0.013  # m, grip site; tips off the floor
 SPAN_DIRECTIONS = 72  # candidate angles on the half circle
 WIDTH_STEP = 0.004  # m; widths that differ by less are one to choose from
 WIDEST_SPAN = 0.07
@@ -88,28 +86,45 @@ class Grasp(ABC):
 
 
 @dataclass(frozen=True)
-class RimGrasp(Grasp):
-    """One finger inside a bowl, one outside. below: grip site under the rim (m).
+class Rim:
+    """Lengths of a bowl or mug (m). radius: of the rim, to the grip site; height: of the rim over the foot; ahead: of
+    the rim's centre before the object's origin, along its own x axis (a mug's origin is off towards the handle)."""
 
-    radius: bowl centre to grip site (m). Less than the rim's, the outer finger needs less room and pulls the bowl
-    inwards as it closes.
+    radius: float
+    height: float
+    ahead: float = 0.0
+
+    def centre(self, scene: Scene, target: str) -> Vector:
+        """[2]"""
+        return scene.position(target)[:2] + self.ahead * scene.rotation(target)[:2, 0]
+
+
+BOWL = Rim(0.047, 0.05)
+
+
+@dataclass(frozen=True)
+class RimGrasp(Grasp):
+    """One finger inside a bowl or mug, one outside. below: grip site under the rim (m).
+
+    inward: how much nearer to the centre than the rim the open hand comes (m). The outer finger then needs less room
+    and pulls the bowl inwards as it closes.
     """
 
+    rim: Rim = BOWL
     below: float = BELOW_RIM
-    radius: float = RIM_RADIUS
+    inward: float = 0.0
 
     def point(self, scene: Scene, target: str, opening: float = FINGER_OPENING) -> Vector:
         """Follows a tilted rim. As the fingers close, the point moves out to the rim."""
-        centre = scene.position(target)
-        closed = 1.0 - min(1.0, opening / FINGER_OPENING)
-        spot = centre[:2] + (self.radius + (RIM_RADIUS - self.radius) * closed) * self.direction
+        out = self.rim.radius - self.inward * min(1.0, opening / FINGER_OPENING)
+        spot = self.rim.centre(scene, target) + out * self.direction
         vertices = scene.vertices(target)
         near = vertices[np.linalg.norm(vertices[:, :2] - spot, axis=1) < 0.03]
         top = float((near if len(near) else vertices)[:, 2].max())
         return np.array([spot[0], spot[1], top - self.below])
 
     def release_point(self, centre: Vector) -> Vector:
-        return centre + np.array([*(RIM_RADIUS * self.direction), BOWL_HEIGHT - self.below])
+        return centre + np.array([*(self.rim.radius * self.direction), self.rim.height - self.below])
 
     def freed(self, width: float) -> float:
         return float(np.clip((width - 0.03) / 0.04, 0.0, 1.0))
@@ -119,19 +134,37 @@ class RimGrasp(Grasp):
 
 
 @dataclass(frozen=True)
+class Span:
+    """What of an object goes between the fingers (m). below: grip site under the top, as deep as the palm allows by
+    default; crown: how much under the top counts, all by default (of a lid with a knob only the knob)."""
+
+    below: float = 0.030
+    crown: float = np.inf
+
+    def vertices(self, scene: Scene, target: str) -> Vector:
+        """World vertices of that part [n, 3]."""
+        vertices = scene.vertices(target)
+        return vertices[vertices[:, 2] >= vertices[:, 2].max() - self.crown]
+
+
+WHOLE = Span()
+
+
+@dataclass(frozen=True)
 class SpanGrasp(Grasp):
-    """The fingers on both sides of the whole object. above: grip site over its lowest point (m)."""
+    """The fingers on both sides of an object. above: grip site over its lowest point (m)."""
 
     above: float = SPAN_ABOVE_FLOOR
+    span: Span = WHOLE
 
     def point(self, scene: Scene, target: str, opening: float = FINGER_OPENING) -> Vector:
-        """Over the middle of the object's outline, as deep as palm and floor allow."""
-        vertices = scene.vertices(target)
-        low, high = vertices.min(axis=0), vertices.max(axis=0)
+        """Over the middle of the outline, as deep as palm and floor allow."""
+        vertices = self.span.vertices(scene, target)
+        low, high = scene.vertices(target).min(axis=0), vertices.max(axis=0)
         across = np.array([-self.direction[1], self.direction[0]])
         along = vertices[:, :2] @ np.stack([self.direction, across], axis=1)
         middle = (along.min(axis=0) + along.max(axis=0)) / 2
-        height = max(high[2] - SPAN_BELOW_TOP, low[2] + SPAN_ABOVE_FLOOR)
+        height = max(high[2] - self.span.below, low[2] + SPAN_ABOVE_FLOOR)
         return np.array([*(middle[0] * self.direction + middle[1] * across), height])
 
     def release_point(self, centre: Vector) -> Vector:
@@ -190,8 +223,9 @@ def choose_rim_grasp(
     rng: np.random.Generator | None = None,
     walled: bool = False,
     avoid: tuple[float, ...] = (),
+    rim: Rim = BOWL,
 ) -> Grasp:
-    """The first free grasp of a bowl's rim in the order of preference, or the least blocked one.
+    """The first free grasp of a bowl's or mug's rim in the order of preference, or the least blocked one.
 
     destination: where the bowl's lowest point goes [3]; the palm must be free there too.
     mode "two-sided" tosses a coin (rng) between the two sides of the rim where both are free.
@@ -199,10 +233,10 @@ def choose_rim_grasp(
     avoid: angles that failed before (rad); they and their neighbours come last.
     """
     angles = [2 * np.pi * k / DIRECTIONS for k in range(0, DIRECTIONS, 1 if walled else 3)]
-    below, radius = (BELOW_RIM_IN_DRAWER, RADIUS_IN_DRAWER) if walled else (BELOW_RIM, RIM_RADIUS)
+    below, inward = (BELOW_RIM_IN_DRAWER, INWARD_IN_DRAWER) if walled else (BELOW_RIM, 0.0)
     ordered = sorted(angles, key=lambda angle: _preference(angle, walled, avoid))
     return _first_free(
-        scene, target, (RimGrasp(angle, below, radius) for angle in ordered), destination, mode, rng
+        scene, target, (RimGrasp(angle, rim, below, inward) for angle in ordered), destination, mode, rng
     )
 
 
@@ -213,13 +247,14 @@ def choose_span_grasp(
     mode: GraspMode = "canonical",
     rng: np.random.Generator | None = None,
     avoid: tuple[float, ...] = (),
+    span: Span = WHOLE,
 ) -> Grasp:
     """The first free grasp across the object: across its narrowest side, and of those the least wrist rotation.
 
     As `choose_rim_grasp`. "two-sided" has a choice only where turning the wrist left and right is equally far.
     Raises RsdError for an object that is wider than the hand.
     """
-    vertices = scene.vertices(target)
+    vertices = span.vertices(scene, target)
     angles = np.pi * np.arange(SPAN_DIRECTIONS) / SPAN_DIRECTIONS
     along = vertices[:, :2] @ np.stack([np.cos(angles), np.sin(angles)])
     widths = np.ptp(along, axis=0)
@@ -231,10 +266,10 @@ def choose_span_grasp(
         grade = int((widths[k] - widths.min()) / WIDTH_STEP)
         return failed, grade, round(abs(yaw_of(float(angles[k]))), 3), float(angles[k])
 
-    above = SpanGrasp(0.0).point(scene, target)[2] - float(vertices[:, 2].min())
+    above = SpanGrasp(0.0, span=span).point(scene, target)[2] - float(scene.vertices(target)[:, 2].min())
     ordered = sorted((k for k in range(SPAN_DIRECTIONS) if widths[k] <= WIDEST_SPAN), key=preference)
     return _first_free(
-        scene, target, (SpanGrasp(float(angles[k]), above) for k in ordered), destination, mode, rng
+        scene, target, (SpanGrasp(float(angles[k]), above, span) for k in ordered), destination, mode, rng
     )
 
 

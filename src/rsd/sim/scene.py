@@ -87,12 +87,14 @@ class Scene:
         self.owner(name)
         return self.data.site(name).xpos.copy()
 
-    def owner(self, name: str) -> str:
-        """The object or fixture that carries a region. Raises RsdError for an unknown name."""
+    def owner(self, name: str) -> str | None:
+        """The object or fixture that carries a region, None for one of the table. Raises RsdError for an unknown
+        name."""
         regions = self.env.simulation.object_sites_dict
         if name not in regions:
             raise RsdError(f"region: found the unknown name {name!r}, known are {', '.join(sorted(regions))}")
-        return str(regions[name].parent_name)
+        parent = regions[name].parent_name
+        return None if parent is None else str(parent)
 
     def moving_part(self, name: str) -> MovingPart:
         """What moves on the joint of a drawer's region or of a stove."""
@@ -116,9 +118,9 @@ class Scene:
         middles = [(shape.min(axis=0) + shape.max(axis=0)) / 2 for shape in shapes]
         return max(middles, key=lambda middle: float(middle @ direction))
 
-    def up_axis(self, name: str) -> Vector:
-        """The object's own z axis in the world [3]."""
-        return self.data.xmat[self._body(name)].reshape(3, 3)[:, 2].copy()
+    def rotation(self, name: str) -> Vector:
+        """[3, 3]; the columns are the object's own axes in the world."""
+        return self.data.xmat[self._body(name)].reshape(3, 3).copy()
 
     def vertices(self, name: str) -> Vector:
         """World vertices of the object's collision shapes [n, 3]."""
