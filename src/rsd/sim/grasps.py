@@ -116,7 +116,8 @@ class RimGrasp(Grasp):
 
     def point(self, scene: Scene, target: str, opening: float = FINGER_OPENING) -> Vector:
         """Follows a tilted rim. As the fingers close, the point moves out to the rim."""
-        out = self.rim.radius - self.inward * min(1.0, opening / FINGER_OPENING)
+        closed = 1.0 - min(1.0, opening / FINGER_OPENING)
+        out = self.rim.radius - self.inward + self.inward * closed
         spot = self.rim.centre(scene, target) + out * self.direction
         vertices = scene.vertices(target)
         near = vertices[np.linalg.norm(vertices[:, :2] - spot, axis=1) < 0.03]
