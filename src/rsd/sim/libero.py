@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 import rsd
 from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
+from rsd.sim.compiling import compile_maths
 from rsd.sim.contacts import Contacts
 from rsd.sim.control import ArmControl
 from rsd.sim.rendering import ArmedCamera, gl_backend
@@ -72,6 +73,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self._control: Any = None
         self._arm_control: ArmControl | None = None
         libero = load_libero()
+        compile_maths()
         with quiet(), kept_scenes() if fast else contextlib.nullcontext():
             self._control = libero.env_wrapper.ControlEnv(
                 bddl_file_name=str(bddl_file(suite, task_id)),
