@@ -15,6 +15,11 @@ class Sampling:
     """`_update_observables` of a robosuite environment after each substep of ONE control step: `substep` n times, then
     `finish`. What is sampled when, and the clocks to their last bit, are robosuite's."""
 
+    _time: float
+    _sampled: bool
+    _period: float
+    _last_moment: float  # to sample at
+
     def __init__(self, simulation: Any) -> None:
         self._simulation = simulation
         self._observables = [each for each in simulation._observables.values() if each._enabled]
