@@ -171,8 +171,32 @@ def make_batch_policy(config: EvalConfig) -> ScriptedBatchPolicy:
     return ScriptedBatchPolicy(config)
 
 
+def prepare(suite: str, task_id: int) -> None:
+    """Leaves a file a process, where a test says so."""
+    if folder := os.environ.get("SCRIPTED_PREPARED"):
+        (Path(folder) / f"{suite} {task_id} {os.getpid()}").touch()
+
+
+def make_patient_batch_policy(config: EvalConfig) -> ScriptedBatchPolicy:
+    """Loads until two simulators have prepared themselves."""
+    until = time.monotonic() + 30
+    while len(list(Path(os.environ["SCRIPTED_PREPARED"]).iterdir())) < 2:
+        if time.monotonic() > until:
+            raise RsdError("no simulator has prepared itself")
+        time.sleep(0.02)
+    return ScriptedBatchPolicy(config)
+
+
 SCRIPTED = Backend(
-    list_tasks, count_init_states, make_env, make_policy, describe_policy, versions, choose_decode, make_batch_policy
+    list_tasks,
+    count_init_states,
+    make_env,
+    make_policy,
+    describe_policy,
+    versions,
+    choose_decode,
+    make_batch_policy,
+    prepare,
 )
 
 

@@ -2,6 +2,9 @@
 
 import io
 import json
+import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from scripted import SCRIPTED
+from scripted import SCRIPTED, make_patient_batch_policy
 
 from rsd.evaluation.config import EvalConfig, OptionError
 from rsd.evaluation.episodes import Job, JobQueue
@@ -183,7 +186,29 @@ def test_the_death_of_the_policys_process_is_survived(config: EvalConfig, tmp_pa
 
 def test_a_policy_that_the_policys_process_cannot_load_stops_the_run(config: EvalConfig) -> None:
     with pytest.raises(RsdError, match="expected a checkpoint directory"):
-        run(replace(config, policy="missing", batch=4))
+        run(replace(config, policy="missing", batch=4, num_workers="2"))
+    assert multiprocessing.active_children() == []
+
+
+def test_simulators_prepare_themselves_while_the_policy_of_another_process_loads(
+    config: EvalConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    monkeypatch.setenv("SCRIPTED_PREPARED", str(prepared))
+    backend = replace(SCRIPTED, make_batch_policy=make_patient_batch_policy)
+    batched = replace(config, tasks="2,0", batch=2, num_workers="2")
+    assert evaluate(batched, backend=backend, console=Console(file=io.StringIO())).errors == 0
+    assert [path.name.split()[:2] for path in prepared.iterdir()] == [["libero_spatial", "2"]] * 2
+    # a policy in the simulator's own process comes first: there is nothing to wait for
+    run(replace(config, output=str(tmp_path / "alone")))
+    assert len(list(prepared.iterdir())) == 2
+
+
+def test_a_simulator_whose_policy_is_elsewhere_does_without_torch() -> None:
+    modules = "evaluation.workers", "evaluation.batching", "evaluation.rollout", "evaluation.video", "sim.libero"
+    code = f"import sys, {', '.join('rsd.' + name for name in modules)}; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_several_suites_make_one_run(config: EvalConfig) -> None:

@@ -38,6 +38,8 @@ class Backend:
     """What --decode best is for this policy and these options."""
     make_batch_policy: Callable[[EvalConfig], BatchPolicy] | None = None
     """A policy for `--batch`; None where there is none."""
+    prepare: Callable[[str, int], None] | None = None
+    """suite, task number -> what a simulator's process can do of `make_env` while its policy still loads elsewhere."""
     preflight: Callable[[EvalConfig], None] | None = None
     """Raises RsdError where the machine lacks something; cheap, run before anything is started."""
 
@@ -58,6 +60,11 @@ def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
     from rsd.evaluation.failures import WatchedLibero
 
     return WatchedLibero(suite, task_id, image_size=image_size)
+
+
+def prepare_libero(suite: str, task_id: int) -> None:
+    """Imports, compiles and draws; the process keeps the scene and its drawing context (`rsd.sim.scenes`)."""
+    libero_env(suite, task_id, 64).close()
 
 
 def rsd_policy(config: EvalConfig) -> Policy:
@@ -190,6 +197,7 @@ LIBERO = Backend(
     versions=libero_versions,
     choose_decode=best_of_checkpoint,
     make_batch_policy=batched_rsd_policy,
+    prepare=prepare_libero,
     preflight=check_machine,
 )
 

@@ -20,7 +20,7 @@ from typing import Any
 from rsd.evaluation.backend import Backend, available_cores
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.episodes import EpisodeRunner, Job, JobQueue, Outcome, broken_off
-from rsd.types import RsdError
+from rsd.types import Policy, RsdError
 
 START_PATIENCE = 120.0  # seconds for a process to load its policy, at least
 POLICY_DIED = "the policy's process died"
@@ -82,24 +82,26 @@ def prepare_process(threads: int) -> None:
 
 
 def worker_main(
-    connection: Connection, config: EvalConfig, backend: Backend, threads: int, videos: Path, server: str | None
+    connection: Connection, config: EvalConfig, backend: Backend, threads: int, videos: Path
 ) -> None:
     """Body of a worker process: says Ready or Failed, then answers each Job with an Outcome until None.
 
-    server: where the process that owns the policy listens; None loads a policy here.
+    With --batch the policy lies in another process: the first message that comes is where that one listens.
     """
     prepare_process(threads)
     try:
-        import torch
+        policy: Policy
+        if not config.batch:
+            import torch
 
-        torch.set_num_threads(config.threads)
-        if server is None:
+            torch.set_num_threads(config.threads)
             policy = backend.make_policy(config)
             ready = Ready(backend.versions(config.device), backend.describe_policy(config))
         else:
             from rsd.evaluation.batching import RemotePolicy
 
-            policy = remote = RemotePolicy(server)
+            prepare_first_task(config, backend)
+            policy = remote = RemotePolicy(connection.recv())
             ready = Ready(remote.versions, remote.description)
         connection.send(ready)
         runner = EpisodeRunner(config, backend, policy, videos)
@@ -110,6 +112,13 @@ def worker_main(
         return  # the parent is gone
     except Exception as error:
         connection.send(failed(error))
+
+
+def prepare_first_task(config: EvalConfig, backend: Backend) -> None:
+    """Whatever task comes first in the end: most of what a scene takes is the same for all."""
+    if backend.prepare is not None:
+        suite = config.suites[0]
+        backend.prepare(suite, config.task_ids(suite, [number for number, *_ in backend.list_tasks(suite)])[0])
 
 
 @dataclass
@@ -126,8 +135,12 @@ class Worker:
 
 @dataclass
 class PolicyProcess:
+    """connection: where it says once that it listens at `address`, or why it cannot."""
+
     process: BaseProcess
+    connection: Connection
     address: str
+    listens: bool = False
 
 
 @dataclass
@@ -144,9 +157,17 @@ class WorkerPool:
     _folder: tempfile.TemporaryDirectory[str] | None = None  # of the sockets
 
     def __enter__(self) -> WorkerPool:
-        if self.config.batch:
-            self._server = self._start_server()
-        self._workers = [self._start() for _ in range(self.count)]
+        try:
+            if self.config.batch:
+                self._server = self._start_server()
+            self._workers = [self._start() for _ in range(self.count)]
+            if self._server is not None:
+                self._await(self._server)  # the workers make ready meanwhile
+                for worker in self._workers:
+                    self._introduce(worker, self._server)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -170,15 +191,22 @@ class WorkerPool:
         # spawn: a forked process would share the parent's GL and torch state, which neither survives.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        address = None if self._server is None else self._server.address
-        arguments = (theirs, self.config, self.backend, self._threads, self.videos, address)
+        arguments = (theirs, self.config, self.backend, self._threads, self.videos)
         process = context.Process(target=worker_main, args=arguments, daemon=True)
         process.start()
         theirs.close()
-        return Worker(process, ours, time.monotonic() + self._start_patience)
+        worker = Worker(process, ours, time.monotonic() + self._start_patience)
+        if self._server is not None and self._server.listens:
+            self._introduce(worker, self._server)
+        return worker
+
+    def _introduce(self, worker: Worker, server: PolicyProcess) -> None:
+        """Tells a worker where the policy listens; its time to get ready begins now."""
+        worker.deadline = time.monotonic() + self._start_patience
+        with contextlib.suppress(BrokenPipeError):  # it died just now: the next round notices
+            worker.connection.send(server.address)
 
     def _start_server(self) -> PolicyProcess:
-        """Raises RsdError where the policy cannot be loaded, or cannot be batched."""
         from rsd.evaluation.batching import policy_main
 
         context = multiprocessing.get_context("spawn")
@@ -189,18 +217,23 @@ class WorkerPool:
         process = context.Process(target=policy_main, args=arguments, daemon=True)
         process.start()
         theirs.close()
-        with contextlib.closing(ours):
+        return PolicyProcess(process, ours, address)
+
+    def _await(self, server: PolicyProcess) -> None:
+        """Waits until it listens. Raises RsdError where the policy cannot be loaded, or cannot be batched."""
+        with contextlib.closing(server.connection):
             try:
-                message = ours.recv() if ours.poll(self._start_patience) else None
+                message = server.connection.recv() if server.connection.poll(self._start_patience) else None
             except (EOFError, OSError):
                 message = None
         if isinstance(message, Failed):
             raise RsdError(message.message) from RuntimeError(message.traceback)
         if message is None:
+            process = server.process
             process.kill()
             process.join()
             raise RsdError(f"the policy's process ended with exit code {process.exitcode}; its messages are above")
-        return PolicyProcess(process, address)
+        server.listens = True
 
     @property
     def _start_patience(self) -> float:
@@ -259,6 +292,7 @@ class WorkerPool:
         if sentinel is not None and sentinel in spoke:
             self._count_failed_start("the policy's process", "died")
             self._server = self._start_server()
+            self._await(self._server)
             for worker in list(busy):
                 yield worker, POLICY_DIED
             return

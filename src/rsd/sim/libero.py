@@ -23,8 +23,11 @@ from numpy.typing import ArrayLike, NDArray
 
 import rsd
 from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
+from rsd.sim.compiling import compile_maths
+from rsd.sim.contacts import Contacts
 from rsd.sim.control import ArmControl
 from rsd.sim.rendering import ArmedCamera, gl_backend
+from rsd.sim.sampling import Sampling
 from rsd.sim.scenes import kept_scenes, start_drawing
 from rsd.sim.suites import DISTRIBUTION, bddl_file, init_states, load_libero, quiet, step_limit, suite_task
 from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, Observation, RsdError
@@ -70,6 +73,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self._control: Any = None
         self._arm_control: ArmControl | None = None
         libero = load_libero()
+        compile_maths()
         with quiet(), kept_scenes() if fast else contextlib.nullcontext():
             self._control = libero.env_wrapper.ControlEnv(
                 bddl_file_name=str(bddl_file(suite, task_id)),
@@ -81,6 +85,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
                 ignore_done=True,
                 hard_reset=not fast,
             )
+        if fast:
+            self.simulation.check_contact = Contacts(self.model, self.data)
         if fast and cameras:
             start_drawing(self.simulation)
             for name, sim_name in SIM_CAMERAS.items():
@@ -359,6 +365,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         model, data = self.model, self.data
         simulation.timestep += 1
         substeps = int(simulation.control_timestep / simulation.model_timestep)
+        sampling = Sampling(simulation)
         for substep in range(substeps):
             # sensors do not act on the physics: the last substep's are enough
             mujoco.mj_forwardSkip(model, data, mujoco.mjtStage.mjSTAGE_NONE, int(substep < substeps - 1))
@@ -366,7 +373,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             mujoco.mj_checkPos(model, data)
             mujoco.mj_checkVel(model, data)
             mujoco.mj_step2(model, data)
-            simulation._update_observables()
+            sampling.substep()
+        sampling.finish()
         simulation.cur_time += simulation.control_timestep
         simulation._post_action(action)
         return dict(simulation._get_observations())
