@@ -35,6 +35,25 @@ def test_a_recorded_strategy_acts_as_the_plain_one(
         assert found.stats.prefills == expected.stats.prefills
 
 
+def test_a_recording_is_right_on_whatever_streams_it_gets(
+    make_model: Callable[[int], RsdModel],
+    tokenizer: ActionTokenizer,
+    tiny_config: PolicyConfig,
+    make_observation: Callable[..., Observation],
+) -> None:
+    """PyTorch gives out 32 streams in turn; a recording's own may be the one that a part of it is put aside on."""
+    model = make_model(0).cuda()
+
+    def act(graphs: bool) -> list[np.ndarray]:
+        policy = RsdPolicy(model, tokenizer, tiny_config, decode="rsd-fused", cuda_graphs=graphs)
+        return [policy.predict(make_observation(seed)).actions for seed in range(3)]
+
+    expected = act(graphs=False)
+    for _ in range(32):
+        torch.cuda.Stream()
+        assert np.allclose(act(graphs=True), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("decode", ["ar", "rsd"])
 def test_drawn_tokens_are_drawn_anew_on_a_gpu_and_repeat_with_the_seed(
     make_model: Callable[[int], RsdModel],

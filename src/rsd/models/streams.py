@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -23,10 +25,28 @@ def fork(call: Callable[[], T], device: torch.device) -> Callable[[], T]:
         result = call()
 
     def join() -> T:
-        torch.cuda.current_stream().wait_stream(aside)
+        current = torch.cuda.current_stream()
+        current.wait_stream(aside)
+        for tensor in tensors_of(result):
+            # Its memory belongs to `aside`, one of 32 streams that PyTorch gives out in turn: at times the very one on
+            # which, beside `current`, a recording goes on. The tensors made there next would take this one's memory
+            # as soon as Python is done with it, although kernels on `current` have yet to read it.
+            tensor.record_stream(current)
         return result
 
     return join
+
+
+def tensors_of(result: Any) -> Iterator[Tensor]:
+    """The tensors in a result: in tuples, lists and dataclasses."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, list | tuple):
+        for part in result:
+            yield from tensors_of(part)
+    elif is_dataclass(result):
+        for field in fields(result):
+            yield from tensors_of(getattr(result, field.name))
 
 
 def together(calls: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
