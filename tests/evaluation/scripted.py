@@ -31,6 +31,7 @@ class CountingEnv:
         self.instruction = TASKS[task_id][2]
         self.steps = self.needed = self.resets = 0
         self.executed: list[np.ndarray] = []
+        self.drawing_s = 0.0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         self.steps, self.needed = 0, 5 + 3 * self.task_id + options["init_state"]
@@ -49,7 +50,7 @@ class CountingEnv:
         self.steps += steps
         self.executed.extend(actions[:steps])
         terminated = self.steps >= self.needed
-        return None, float(terminated), terminated, self.steps >= STEP_LIMIT, {"steps": steps, "drawing_s": 0.0}
+        return None, float(terminated), terminated, self.steps >= STEP_LIMIT, {"steps": steps}
 
     def step_once(self) -> None:
         pass

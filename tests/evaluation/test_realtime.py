@@ -87,9 +87,10 @@ class TimedEnv(CountingEnv):
         self.clock.now += self.slow.get(len(self.begun), self.physics) / 1e3
 
     def step_chunk(self, actions: np.ndarray, before_step: Callable[[], None] | None = None) -> Any:
-        *answer, info = super().step_chunk(actions, before_step)
+        answer = super().step_chunk(actions, before_step)
         self.clock.now += self.drawing / 1e3
-        return *answer, {**info, "drawing_s": self.drawing / 1e3}
+        self.drawing_s += self.drawing / 1e3
+        return answer
 
 
 class AheadPolicy(ScriptedPolicy):

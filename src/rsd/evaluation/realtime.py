@@ -147,9 +147,10 @@ class RealTime:
                 self._follow_up(policy)  # the robot moves already
             times.append(now)
 
+        drawing_s = env.drawing_s
         stepped = env.step_chunk(chunk.actions, before_step)
         self._drawn = self._clock()
-        times.append(self._drawn - stepped[-1]["drawing_s"])
+        times.append(self._drawn - (env.drawing_s - drawing_s))  # drawing is the last that happens
         due = [times[0] + k * self._period for k in range(len(times))]
         late = [end - until for end, until in zip(times[1:], due[1:], strict=True) if end > until]
         motion.late_steps, motion.late_ms = len(late), 1e3 * max(late, default=0.0)

@@ -24,6 +24,11 @@ class Environment(Protocol):
 
     instruction: str
 
+    @property
+    def drawing_s(self) -> float:
+        """Seconds that went into drawing the cameras so far."""
+        ...
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Initial state options["init_state"], after the wait steps."""
         ...
@@ -34,7 +39,6 @@ class Environment(Protocol):
         """Execute [H, 7] open loop; stops early at success (terminated) or at the step limit (truncated).
 
         before_step: called before each action. info["steps"]: how many of the H actions were executed.
-        info["drawing_s"]: seconds that went into drawing the cameras.
         """
         ...
 

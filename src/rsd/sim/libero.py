@@ -122,10 +122,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         """Executes [H, 7] actions open loop, drawing the cameras only after the last; stops at success or limit.
 
         Values are clipped to [-1, 1]; a wrong shape or a number that is not finite raises RsdError.
-        before_step is called before each action. info["steps"] is the number of steps executed, info["drawing_s"] the
-        seconds that went into drawing (not known of the plain path, which draws within every step). If success ends
-        the chunk early, the images show the state right after that step (one physics substep later than a sampled
-        image).
+        before_step is called before each action. info["steps"] is the number of steps executed. If success ends the
+        chunk early, the images show the state right after that step (one physics substep later than a sampled image).
         """
         chunk = np.asarray(actions, dtype=np.float64)
         if chunk.ndim != 2 or chunk.shape[1] != ACTION_DIM or len(chunk) == 0:
@@ -135,7 +133,6 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         chunk = np.clip(chunk, -1.0, 1.0)[: max(1, self.max_steps - self.steps)]
         terminated = False
         executed = 0
-        drawn_before = self._drawing_s()
         for executed, action in enumerate(chunk, start=1):
             last = executed == len(chunk)
             if before_step is not None:
@@ -151,9 +148,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self.steps += executed
         self._check_physics()
         truncated = not terminated and self.steps >= self.max_steps
-        info: dict[str, Any] = {"success": terminated, "steps": executed}
-        if self.fast:
-            info["drawing_s"] = self._drawing_s() - drawn_before
+        info = {"success": terminated, "steps": executed}
         return self._observation_dict(), float(terminated), terminated, truncated, info
 
     def _check_physics(self) -> None:
@@ -260,6 +255,11 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         """robosuite's observables as of the last step (`robot0_eef_pos`, `agentview_image`, ...)."""
         return self._latest
 
+    @property
+    def drawing_s(self) -> float:
+        """Seconds that went into drawing so far; the plain path draws within its steps and counts none."""
+        return sum(camera.drawing_s for camera in self._armed.values())
+
     def proprio(self) -> NDArray[np.float32]:
         """The 8-d state as of the last step."""
         latest = self._latest
@@ -349,10 +349,6 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             self._latest = self._fast_step(action)
         else:
             self._latest = self.simulation.step(action)[0]
-
-    def _drawing_s(self) -> float:
-        """Seconds that the armed cameras have drawn so far."""
-        return sum(camera.drawing_s for camera in self._armed.values())
 
     def _make_current(self) -> None:
         """Selects this environment's GL context. robosuite never does: of two environments one draws black."""
