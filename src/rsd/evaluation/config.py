@@ -105,7 +105,8 @@ class EvalConfig:
         if not 0.0 <= self.control_hz < math.inf:
             raise OptionError(f"--control-hz {self.control_hz:g}: expected actions per second such as 20, or 0")
         if self.control_hz and self.batch:
-            raise OptionError(f"--control-hz {self.control_hz:g}: a robot waits for no other one; leave --batch out")
+            why = f"--control-hz {self.control_hz:g}: in a batch robots would wait for each other"
+            raise OptionError(f"{why}; leave --batch out")
         if self.launcher not in ("local", "ray"):
             raise OptionError(f"--launcher '{self.launcher}': expected local or ray")
         if self.launcher == "ray" and (self.batch or self.videos != "none"):
