@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class CountingEnv:
         self.instruction = TASKS[task_id][2]
         self.steps = self.needed = self.resets = 0
         self.executed: list[np.ndarray] = []
+        self.drawing_s = 0.0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         self.steps, self.needed = 0, 5 + 3 * self.task_id + options["init_state"]
@@ -38,12 +39,21 @@ class CountingEnv:
         self.executed = []
         return None, {}
 
-    def step_chunk(self, actions: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+    def step_chunk(
+        self, actions: np.ndarray, before_step: Callable[[], None] | None = None
+    ) -> tuple[Any, float, bool, bool, dict]:
         steps = min(len(actions), self.needed - self.steps, STEP_LIMIT - self.steps)
+        for _ in range(steps):
+            if before_step is not None:
+                before_step()
+            self.step_once()
         self.steps += steps
         self.executed.extend(actions[:steps])
         terminated = self.steps >= self.needed
         return None, float(terminated), terminated, self.steps >= STEP_LIMIT, {"steps": steps}
+
+    def step_once(self) -> None:
+        pass
 
     def observation(self) -> Observation:
         images = np.full((2, self.image_size, self.image_size, 3), self.steps, dtype=np.uint8)

@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two runs; the second has a video of a failure, an error episode and a statistic nobody knows."""
     root = tmp_path_factory.mktemp("runs")
     first, second = write_run(root / "ar", "ar", {1, 2}, 80.0), write_run(root / "rsd", "rsd", {2}, 40.0)
-    further = {"chunk_stats": {"skipped": [1.0]}, "failure_detail": "pushed, never lifted"}
+    further = {"chunk_stats": {"skipped": [1.0], "pause_ms": [83.5]}, "failure_detail": "pushed, never lifted"}
     failed = episode(3, 1, success=False, failure="step limit", instruction="say <b>hello</b>", **further)
     append_episode(second / "episodes.jsonl", failed)
     append_episode(second / "episodes.jsonl", episode(9, 1, success=False, failure="error: worker hung", attempts=3))
@@ -40,6 +40,7 @@ def test_the_page_holds_everything_and_needs_nothing(runs: list[Path], tmp_path:
     text = page.read_text()
     for expected in (
         *("8/10 = 80.0 %", "not distinguishable at n = 10", "skipped, mean", "pushed, never lifted"),
+        *("standstill between chunks, p50 / p95", "83.5 / 83.5 ms", "Standstill: from the end"),
         *("error: worker hung", "data:video/mp4;base64,", "rsd eval --num-trials 1", "2.00x the speed per chunk"),
     ):
         assert expected in text, expected

@@ -14,6 +14,7 @@ from rsd.checkpoint import save_checkpoint
 from rsd.evaluation.backend import LIBERO, libero_env
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
+from rsd.evaluation.realtime import RealTime
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
 from rsd.evaluation.rollout import Environment, run_episode
 from rsd.evaluation.video import FRAME_STEPS
@@ -82,3 +83,25 @@ def test_both_ways_of_decoding_alone_in_a_worker_and_with_a_video(untrained: Pat
     assert summary.versions["mujoco"] == "3.2.3"
     assert len(summary.policy["checkpoint_sha256"]) == 64
     assert len(summary.decoding.acceptance_per_level) == PolicyConfig().draft.levels
+
+
+@pytest.mark.simulator
+def test_in_real_time_an_episode_is_the_same(untrained: Path) -> None:
+    env = short_env("libero_spatial", 3, 64)
+    for decode in ("l1", "rsd-fused", "rsd-ahead"):
+        policy = LIBERO.make_policy(EvalConfig(policy=str(untrained), decode=decode))
+        names = {"suite": "libero_spatial", "task_id": 3, "task_name": "", "init_state": 4, "seed": 7, "decode": decode}
+        turns = run_episode(env, policy, **names, warmup=1)  # type: ignore[arg-type]
+        real = run_episode(env, policy, **names, warmup=1, pace=RealTime(20.0))  # type: ignore[arg-type]
+        assert all(np.array_equal(a, b) for a, b in zip(real.actions, turns.actions, strict=True))
+        motion = real.result.chunk_stats
+        stats = {name: values for name, values in motion.items() if name in turns.result.chunk_stats}
+        assert replace(timeless(real.result), chunk_stats=stats) == timeless(turns.result)
+        assert (real.result.steps, real.result.chunks) == (STEPS, 2)
+        assert ("follow-up" in real.result.latency_ms) == (decode == "rsd-ahead")
+        pause, undrawn = motion["pause_ms"][1], motion["pause_without_drawing_ms"][1]
+        assert pause is not None
+        assert undrawn is not None
+        assert pause >= undrawn >= real.result.latency_ms["total"][1]
+        assert real.result.wall_s > STEPS / 20
+    env.close()

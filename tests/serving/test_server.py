@@ -25,6 +25,7 @@ from rsd.cli import main
 from rsd.evaluation.backend import LIBERO, describe_checkpoint, rsd_policy
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
+from rsd.evaluation.realtime import RealTime
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
 from rsd.evaluation.rollout import Environment, run_episode
 from rsd.policy import RsdPolicy
@@ -214,6 +215,21 @@ def test_an_evaluation_of_a_served_policy_has_the_episodes_of_a_local_one_and_ct
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=20)
     assert (process.returncode, rest.strip()) == (0, "stopped")
+
+
+def test_in_real_time_a_served_policy_follows_up_by_itself(make_policy: Callable[..., RsdPolicy]) -> None:
+    names = {"suite": "any", "task_id": 3, "task_name": "", "init_state": 0, "seed": 7, "decode": "rsd-ahead"}
+    with serving(server_of(make_policy("rsd-ahead"))) as address, closing(RemotePolicy(address)) as remote:
+        env = CountingEnv("any", 3, remote.image_size)
+        turns, real = (
+            run_episode(env, remote, **names, pace=pace)  # type: ignore[arg-type]
+            for pace in (None, RealTime(1000.0))
+        )
+    assert all(np.array_equal(a, b) for a, b in zip(real.actions, turns.actions, strict=True))
+    assert timeless(replace(real.result, chunk_stats=turns.result.chunk_stats)) == timeless(turns.result)
+    assert real.result.chunk_stats["pause_ms"][0] is None
+    assert all(pause is not None and pause > 0 for pause in real.result.chunk_stats["pause_ms"][1:])
+    assert "waited" not in real.result.chunk_stats
 
 
 def test_options_that_belong_to_the_server_are_refused(address: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +12,14 @@ from typing import Any, Literal
 from rsd.types import BEST, RsdError
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
-# (`batch` is not among them: a batch rounds otherwise than a single observation.)
+# (`batch` is not among them: a batch rounds otherwise than a single observation. Nor is `control_hz`: outcomes are
+# the same, but a run's latencies are to be of one kind.)
 UNHASHED_FIELDS = (
     *("num_workers", "videos", "max_videos", "output", "batch_wait_ms", "episode_timeout"),
     *("launcher", "shard"),
 )
 # Left out of the hash where they are what they were before they existed, so that older runs keep theirs.
-NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1}
+NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0}
 
 
 class OptionError(RsdError):
@@ -60,8 +62,11 @@ class EvalConfig:
     skipped chunk (not timed), and the realised risk is known."""
     device: str = "cpu"
     """Where the policy runs: cpu, cuda, cuda:1."""
+    control_hz: float = 0.0
+    """Run in real time: an action every 1/hz seconds (LIBERO's own is 20), the main's follow-up meanwhile; how long the
+    robot stands still between chunks is recorded. 0: as fast as possible, simulator and policy in turn."""
     num_workers: str = "auto"
-    """Worker processes, each with a simulator of its own; auto takes one per CPU core."""
+    """Worker processes, each with a simulator of its own; auto takes one per CPU core, in real time one."""
     threads: int = 1
     """Torch's threads for a policy on a CPU. Sums round otherwise with another number, whatever the number of workers;
     for times with nothing else running, give it the cores (and one worker)."""
@@ -97,6 +102,11 @@ class EvalConfig:
             raise OptionError("--max-skips: the calibration has its own; give a --skip-threshold-mm with it")
         if self.num_workers != "auto" and not (self.num_workers.isdecimal() and int(self.num_workers) > 0):
             raise OptionError(f"--num-workers '{self.num_workers}': expected auto or a number of at least 1")
+        if not 0.0 <= self.control_hz < math.inf:
+            raise OptionError(f"--control-hz {self.control_hz:g}: expected actions per second such as 20, or 0")
+        if self.control_hz and self.batch:
+            why = f"--control-hz {self.control_hz:g}: in a batch robots would wait for each other"
+            raise OptionError(f"{why}; leave --batch out")
         if self.launcher not in ("local", "ray"):
             raise OptionError(f"--launcher '{self.launcher}': expected local or ray")
         if self.launcher == "ray" and (self.batch or self.videos != "none"):

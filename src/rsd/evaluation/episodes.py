@@ -105,6 +105,7 @@ class EpisodeRunner:
         self._warmup = WARMUP_PREDICTIONS
 
     def run(self, job: Job) -> Outcome:
+        from rsd.evaluation.realtime import RealTime
         from rsd.evaluation.rollout import run_episode
         from rsd.evaluation.video import replay_video, video_name
 
@@ -121,6 +122,7 @@ class EpisodeRunner:
             seed=self._config.seed,
             decode=self._config.decode,
             warmup=self._warmup,
+            pace=RealTime(self._config.control_hz) if self._config.control_hz else None,
         )
         self._warmup, log, video = 0, rollout.traceback, None
         result = replace(rollout.result, attempts=job.attempt)

@@ -68,7 +68,8 @@ def evaluate(
     finished = open_run(config, directory, overwrite, console)
     done = {key for key, result in finished.items() if not result.is_error}
     pending = [job for job in plan if (*job.task, job.init_state) not in done]
-    workers = worker_count(config.num_workers, len(pending))
+    alone = config.control_hz and config.num_workers == "auto"  # robots on one machine would wait for each other
+    workers = worker_count("1" if alone else config.num_workers, len(pending))
     if pending:
         if backend.preflight is not None:
             backend.preflight(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,10 @@ class WatchedLibero(LiberoEnv):
         self._lifted = np.zeros(len(self._start))
         return result
 
-    def step_chunk(self, actions: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
-        result = super().step_chunk(actions)
+    def step_chunk(
+        self, actions: ArrayLike, before_step: Callable[[], None] | None = None
+    ) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
+        result = super().step_chunk(actions, before_step)
         travel = self._positions() - self._start
         self._moved = np.maximum(self._moved, np.linalg.norm(travel, axis=1))
         self._lifted = np.maximum(self._lifted, travel[:, 2])

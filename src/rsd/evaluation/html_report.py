@@ -107,6 +107,7 @@ def render(runs: Sequence[Run], drawings: dict[str, Markup], base: Path, videos:
         names=[run.name for run in runs],
         tiles=[tile(runs[0], run, len(runs) > 1) for run in runs],
         rows=table_rows(runs),
+        real_time=any("pause_ms" in episode.chunk_stats for run in runs for episode in run.episodes),
         figures=drawings,
         figure_titles={name: heading for name, (heading, _) in FIGURES.items()},
         tasks=tasks,

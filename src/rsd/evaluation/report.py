@@ -23,6 +23,8 @@ from rsd.evaluation.summary import DecodingSummary, SuccessRate, success_rate, s
 from rsd.types import RsdError
 
 ABSENT = "-"
+# Statistics of the robot's motion, which have rows of their own (`realtime.Motion`).
+MOTION = ("pause_ms", "pause_without_drawing_ms", "waited", "late_steps", "late_ms")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("draft tokens accepted", [percent(decoding.acceptance_rate) for decoding in decodings]),
         ("accepted per level", [level_cell(decoding.acceptance_per_level) for decoding in decodings]),
         ("mean acceptance length", [number(decoding.mean_acceptance_length) for decoding in decodings]),
+        *real_time_rows(runs, decodings),
         *further_rows(decodings),
         ("steps per success", [number(mean_steps(run.episodes)) for run in runs]),
         ("chunks timed", [str(decoding.chunks) for decoding in decodings]),
@@ -175,8 +178,35 @@ def verdict(pair: PairedDifference) -> str:
 
 def further_rows(decodings: Sequence[DecodingSummary]) -> list[tuple[str, list[str]]]:
     """One row for each further statistic that any run's decoder left, whatever its name."""
-    names = dict.fromkeys(name for decoding in decodings for name in decoding.chunk_stats)
+    names = dict.fromkeys(name for decoding in decodings for name in decoding.chunk_stats if name not in MOTION)
     return [(f"{name}, mean", [mean_cell(decoding.chunk_stats.get(name)) for decoding in decodings]) for name in names]
+
+
+def real_time_rows(runs: Sequence[Run], decodings: Sequence[DecodingSummary]) -> list[tuple[str, list[str]]]:
+    """What `--control-hz` measured: how long the robot stands still between two chunks, and how well it kept time."""
+    paced = [run.record.config.get("control_hz", 0) > 0 for run in runs]
+    stats = [decoding.chunk_stats for decoding in decodings]
+    # only decoders that have a follow-up can wait for it
+    follow_ups = [d.latency_ms.get("follow-up") if on else None for d, on in zip(decodings, paced, strict=True)]
+    waited = [found.get("waited") if ran else None for found, ran in zip(stats, follow_ups, strict=True)]
+    return [
+        ("standstill between chunks, p50 / p95", [range_cell(found.get("pause_ms")) for found in stats]),
+        ("the same without drawing", [range_cell(found.get("pause_without_drawing_ms")) for found in stats]),
+        ("follow-up while the robot moves, p50 / p95", [range_cell(found) for found in follow_ups]),
+        ("chunks that waited for the follow-up", [percent(found["mean"] if found else None) for found in waited]),
+        ("late steps", [late_cell(run.episodes) if on else ABSENT for run, on in zip(runs, paced, strict=True)]),
+    ]
+
+
+def range_cell(summary: dict[str, float] | None) -> str:
+    return ABSENT if summary is None else f"{summary['p50']:.1f} / {summary['p95']:.1f} ms"
+
+
+def late_cell(episodes: Sequence[EpisodeResult]) -> str:
+    late = sum(count or 0 for episode in episodes for count in episode.chunk_stats.get("late_steps", []))
+    worst = max((ms or 0 for episode in episodes for ms in episode.chunk_stats.get("late_ms", [])), default=0)
+    steps = sum(episode.steps for episode in episodes)
+    return f"{late:.0f} of {steps}" + (f", by up to {worst:.1f} ms" if late else "")
 
 
 def mean_cell(summary: dict[str, float] | None) -> str:

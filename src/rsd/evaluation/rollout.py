@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.evaluation.realtime import InTurn, Motion, Pace
 from rsd.evaluation.results import ERROR_PREFIX, STEP_LIMIT, EpisodeResult
-from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, FollowsUp, Observation, Policy, RsdError
+from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, Policy, RsdError
 
 WARMUP_PREDICTIONS = 2  # first predictions pay for lazy initialisation, allocation and compilation
 
@@ -23,14 +24,21 @@ class Environment(Protocol):
 
     instruction: str
 
+    @property
+    def drawing_s(self) -> float:
+        """Seconds that went into drawing the cameras so far."""
+        ...
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Initial state options["init_state"], after the wait steps."""
         ...
 
-    def step_chunk(self, actions: NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def step_chunk(
+        self, actions: NDArray[np.float32], before_step: Callable[[], None] | None = None
+    ) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Execute [H, 7] open loop; stops early at success (terminated) or at the step limit (truncated).
 
-        info["steps"]: how many of the H actions were executed.
+        before_step: called before each action. info["steps"]: how many of the H actions were executed.
         """
         ...
 
@@ -63,10 +71,12 @@ def run_episode(
     seed: int,
     decode: str,
     warmup: int = 0,
+    pace: Pace | None = None,
 ) -> Rollout:
     """Run one episode from a fixed initial state; its outcome depends on nothing that ran before it.
 
     warmup: predictions made and thrown away before the first step, so that they are in no latency.
+    pace: how policy and simulator take turns, as fast as possible by default; a new one for each episode.
     An exception of policy or simulator ends the episode and is recorded as an error, which is not a failure
     of the policy: no other action is ever executed in place of a prediction.
     """
@@ -74,20 +84,20 @@ def run_episode(
     stats: list[ChunkStats] = []
     executed: list[NDArray[np.float32]] = []
     success, failure, trace = False, "", ""
+    pace = pace or InTurn()
     try:
         env.reset(options={"init_state": init_state})
-        for _ in range(warmup):
-            policy.predict(env.observation())
-        policy.reset(episode_seed(seed, task_id, init_state))
-        done = False
-        while not done:
-            chunk = checked_chunk(policy.predict(env.observation()))
-            stats.append(chunk.stats)
-            if isinstance(policy, FollowsUp):  # while the chunk is executed; the simulator rests meanwhile
-                policy.follow_up()
-            _, _, terminated, truncated, info = env.step_chunk(chunk.actions)
-            executed.append(chunk.actions[: info["steps"]].copy())
-            success, done = bool(terminated), bool(terminated or truncated)
+        with pace:
+            for _ in range(warmup):
+                pace.warm_up(policy, env.observation())
+            policy.reset(episode_seed(seed, task_id, init_state))
+            done = False
+            while not done:
+                chunk = checked_chunk(pace.predict(policy, env.observation()))
+                stats.append(chunk.stats)
+                _, _, terminated, truncated, info = pace.execute(policy, env, chunk)
+                executed.append(chunk.actions[: info["steps"]].copy())
+                success, done = bool(terminated), bool(terminated or truncated)
         failure = "" if success else STEP_LIMIT
     except Exception as error:
         success, trace = False, traceback.format_exc()
@@ -114,7 +124,7 @@ def run_episode(
         main_passes=sum(chunk.main_passes for chunk in stats),
         wall_s=time.perf_counter() - start,
         failure_detail="" if success or trace else env.failure_detail(),
-        chunk_stats=further_stats(stats),
+        chunk_stats={**further_stats(stats), **further_stats(pace.motions)},
     )
     return Rollout(result, tuple(executed), trace)
 
@@ -149,12 +159,13 @@ RECORDED_STATS = {
 }
 
 
-def further_stats(stats: list[ChunkStats]) -> dict[str, list[float | None]]:
-    """Every other number or flag that the decoder left in its statistics: name -> one value a chunk."""
+def further_stats(stats: Sequence[ChunkStats | Motion]) -> dict[str, list[float | None]]:
+    """Every other number or flag that is known of the chunks, of whatever any knows one: name -> one value a chunk."""
     found: dict[str, list[float | None]] = {}
-    for name in (field.name for field in fields(ChunkStats) if field.name not in RECORDED_STATS):
+    names = [field.name for field in fields(stats[0])] if stats else []
+    for name in (name for name in names if name not in RECORDED_STATS):
         values = [getattr(chunk, name) for chunk in stats]
-        if values and all(value is None or isinstance(value, int | float) for value in values):
+        if all(value is None or isinstance(value, int | float) for value in values):
             found[name] = [None if value is None else float(value) for value in values]
     return {name: values for name, values in found.items() if any(value is not None for value in values)}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -122,12 +122,14 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         """One control step (0.05 s). terminated on success, truncated at max_steps; reward 1.0 on success."""
         return self.step_chunk(np.asarray(action)[None])
 
-    def step_chunk(self, actions: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
+    def step_chunk(
+        self, actions: ArrayLike, before_step: Callable[[], None] | None = None
+    ) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
         """Executes [H, 7] actions open loop, drawing the cameras only after the last; stops at success or limit.
 
         Values are clipped to [-1, 1]; a wrong shape or a number that is not finite raises RsdError.
-        info["steps"] is the number of steps executed. If success ends the chunk early, the images show the state
-        right after that step (one physics substep later than a sampled image).
+        before_step is called before each action. info["steps"] is the number of steps executed. If success ends the
+        chunk early, the images show the state right after that step (one physics substep later than a sampled image).
         """
         chunk = np.asarray(actions, dtype=np.float64)
         if chunk.ndim != 2 or chunk.shape[1] != ACTION_DIM or len(chunk) == 0:
@@ -139,6 +141,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         executed = 0
         for executed, action in enumerate(chunk, start=1):
             last = executed == len(chunk)
+            if before_step is not None:
+                before_step()
             self._control_step(action, draw=last)
             terminated = self.success()
             if terminated:
@@ -256,6 +260,11 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     def latest(self) -> Mapping[str, Any]:
         """robosuite's observables as of the last step (`robot0_eef_pos`, `agentview_image`, ...)."""
         return self._latest
+
+    @property
+    def drawing_s(self) -> float:
+        """Seconds that went into drawing so far; the plain path draws within its steps and counts none."""
+        return sum(camera.drawing_s for camera in self._armed.values())
 
     def proprio(self) -> NDArray[np.float32]:
         """The 8-d state as of the last step."""

@@ -10,6 +10,7 @@ import ctypes.util
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,16 @@ class ArmedCamera:
         self.sensor = sensor
         self.__modality__ = sensor.__modality__  # type: ignore[attr-defined]  # robosuite's observables read it
         self.armed = False
+        self.drawing_s = 0.0  # wall time of all its drawing
         self.image: NDArray[np.uint8] = np.zeros((size, size, 3), np.uint8)
 
     def __call__(self, cache: Mapping[str, Any]) -> NDArray[np.uint8]:
         if self.armed:
-            self.image = self.sensor(cache)
+            self.draw(cache)
         return self.image
 
-    def draw(self) -> None:
+    def draw(self, cache: Mapping[str, Any] | None = None) -> None:
         """Draws the present state now, whatever the observable's clock says."""
-        self.image = self.sensor({})
+        start = time.perf_counter()
+        self.image = self.sensor({} if cache is None else cache)
+        self.drawing_s += time.perf_counter() - start

@@ -1,0 +1,188 @@
+"""How policy and robot take turns: one after the other, as fast as possible, or in real time as on a robot.
+
+In real time an action begins every 1/hz seconds of wall time, and what the policy has left to do once its chunk is out
+(`FollowsUp`) is done in a thread of its own while that chunk is executed. Nothing that is computed depends on it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rsd.types import ActionChunk, FollowsUp, Observation, Policy
+
+if TYPE_CHECKING:
+    from rsd.evaluation.rollout import Environment
+
+WAIT = "wait"  # the stage of a chunk that had to wait for the follow-up of the one before; in `total`, too
+Stepped = tuple[Any, float, bool, bool, dict[str, Any]]
+
+
+@dataclass
+class Motion:
+    """How the robot came to a chunk, and how it moved by it. Of an episode's first chunk the first three are None.
+
+    pause_ms: how long the robot stood still before it: from the end of the last action's period to the beginning of
+        this chunk's first action. Cameras are drawn in that time, it is waited for a follow-up, and predicted.
+    pause_without_drawing_ms: less the drawing, which a robot's cameras do by themselves; what of it was needed by the
+        follow-up anyway stays in.
+    waited: whether the follow-up was still under way when the observation was there; None of a policy without one.
+    late_steps: actions whose physics was not computed when their period ended. late_ms: the latest of them by so much.
+    """
+
+    pause_ms: float | None = None
+    pause_without_drawing_ms: float | None = None
+    waited: bool | None = None
+    late_steps: int = 0
+    late_ms: float = 0.0
+
+
+class Pace(Protocol):
+    """One episode's turns; leaving the context, nothing is under way any more. motions: one a chunk, if known."""
+
+    motions: list[Motion]
+
+    def __enter__(self) -> Pace: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def warm_up(self, policy: Policy, observation: Observation) -> None:
+        """A prediction that nobody executes, and what follows it."""
+        ...
+
+    def predict(self, policy: Policy, observation: Observation) -> ActionChunk: ...
+
+    def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped: ...
+
+
+class InTurn:
+    """As fast as possible: the simulator rests while the policy computes, and the other way round."""
+
+    def __init__(self) -> None:
+        self.motions: list[Motion] = []
+
+    def __enter__(self) -> InTurn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def warm_up(self, policy: Policy, observation: Observation) -> None:
+        policy.predict(observation)
+
+    def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
+        return policy.predict(observation)
+
+    def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped:
+        if isinstance(policy, FollowsUp):
+            policy.follow_up()
+        return env.step_chunk(chunk.actions)
+
+
+class RealTime:
+    """An action every 1/hz seconds. The periods of a chunk are counted from its first action, so that nothing drifts;
+    a step that takes longer than its period is recorded as late, and the next one begins at once."""
+
+    def __init__(
+        self,
+        hz: float,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        executor: Executor | None = None,
+    ) -> None:
+        """executor: runs one follow-up at a time, beside the caller; by default a thread."""
+        self.motions: list[Motion] = []
+        self._period = 1.0 / hz
+        self._clock, self._sleep = clock, sleep
+        self._executor = executor or ThreadPoolExecutor(1, "follow-up")
+        self._following: Future[float] | None = None
+        self._followed = -math.inf  # when the last follow-up was done
+        self._waited: bool | None = None
+        self._still: float | None = None  # since when the robot stands still
+        self._drawn = 0.0  # when its cameras' images were there
+
+    def __enter__(self) -> RealTime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the follow-up, whatever happened: its exception ends the episode, beside one that is under way."""
+        try:
+            self._join()
+        finally:
+            self._executor.shutdown()
+
+    def warm_up(self, policy: Policy, observation: Observation) -> None:
+        policy.predict(observation)
+        self._follow_up(policy)
+        self._join()
+
+    def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
+        asked = self._clock()
+        self._waited = self._join()
+        wait_ms = 1e3 * (self._clock() - asked)
+        chunk = policy.predict(observation)
+        if self._waited:
+            chunk.stats.latency_ms[WAIT] = wait_ms
+            chunk.stats.latency_ms["total"] += wait_ms
+        return chunk
+
+    def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped:
+        motion = Motion(waited=self._waited)
+        self.motions.append(motion)
+        times: list[float] = []  # when the chunk began, then when the physics of each of its actions was computed
+
+        def before_step() -> None:
+            now = self._clock()
+            if times:
+                self._wait_until(times[0] + len(times) * self._period)
+            else:
+                self._end_pause(motion, now)
+                self._follow_up(policy)  # the robot moves already
+            times.append(now)
+
+        drawing_s = env.drawing_s
+        stepped = env.step_chunk(chunk.actions, before_step)
+        self._drawn = self._clock()
+        times.append(self._drawn - (env.drawing_s - drawing_s))  # drawing is the last that happens
+        due = [times[0] + k * self._period for k in range(len(times))]
+        late = [end - until for end, until in zip(times[1:], due[1:], strict=True) if end > until]
+        motion.late_steps, motion.late_ms = len(late), 1e3 * max(late, default=0.0)
+        self._still = max(due[-1], times[-1])
+        self._wait_until(self._still)
+        return stepped
+
+    def _end_pause(self, motion: Motion, now: float) -> None:
+        if self._still is None:
+            return
+        motion.pause_ms = 1e3 * (now - self._still)
+        drawing = max(0.0, self._drawn - max(self._still, self._followed))
+        motion.pause_without_drawing_ms = motion.pause_ms - 1e3 * drawing
+
+    def _follow_up(self, policy: Policy) -> None:
+        if isinstance(policy, FollowsUp):
+
+            def beside() -> float:
+                policy.follow_up()
+                return self._clock()
+
+            self._following = self._executor.submit(beside)
+
+    def _join(self) -> bool | None:
+        """Wait for the follow-up and raise what it raised -> whether it was still under way, None without one."""
+        following, self._following = self._following, None
+        if following is None:
+            return None
+        waited = not following.done()
+        self._followed = following.result()
+        return waited
+
+    def _wait_until(self, due: float) -> None:
+        if (left := due - self._clock()) > 0:
+            self._sleep(left)
