@@ -1,4 +1,4 @@
-"""The checkpoint that ships: its promises, in the real simulator."""
+"""The checkpoints that ship: their promises, in the real simulator."""
 
 from __future__ import annotations
 
@@ -12,31 +12,50 @@ from rsd.sim.libero import LiberoEnv
 from rsd.sim.suites import suite_tasks
 from rsd.types import Observation
 
-CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "libero_spatial"
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+CHECKPOINT, SUITES = CHECKPOINTS / "libero_spatial", CHECKPOINTS / "libero_object_goal_10"
 MAX_BYTES = 40e6
 
 
-def load(**options: str) -> RsdPolicy:
-    return RsdPolicy.from_pretrained(CHECKPOINT, **options)
+def load(checkpoint: Path = CHECKPOINT, **options: str) -> RsdPolicy:
+    return RsdPolicy.from_pretrained(checkpoint, **options)
 
 
 def task_number(words: str) -> int:
     return next(task.task_id for task in suite_tasks("libero_spatial") if words in task.language)
 
 
-def test_size_and_share_of_the_draft() -> None:
-    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= MAX_BYTES
-    policy = load()
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, SUITES], ids=lambda path: path.name)
+def test_size_and_share_of_the_draft(checkpoint: Path) -> None:
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) <= MAX_BYTES
+    policy = load(checkpoint)
     draft = sum(p.numel() for p in policy.model.draft.parameters())
     # the trunk alone, which an `ar` level runs once and a drafted level replaces by one run of the draft
     assert sum(p.numel() for p in policy.model.main.trunk.parameters()) >= 8 * draft
 
 
-def test_provenance_names_data_versions_and_validation() -> None:
-    provenance = load().provenance
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, SUITES], ids=lambda path: path.name)
+def test_provenance_names_data_versions_and_validation(checkpoint: Path) -> None:
+    provenance = load(checkpoint).provenance
     assert provenance["data"]["episodes"] > 100
     assert {"torch", "mujoco", "robosuite"} <= provenance["versions"].keys()
     assert {"ar", "l1", "rsd margin"} <= provenance["validation"].keys()
+
+
+@pytest.mark.simulator
+def test_the_suites_policy_does_two_things_in_turn() -> None:
+    """Both mugs to their plates, in the simulator of libero_10."""
+    env, policy = LiberoEnv("libero_10", 4, image_size=128), load(SUITES, decode="rsd-fused")
+    try:
+        env.reset(options={"init_state": 0})
+        policy.reset()
+        done = False
+        while not done:
+            _, _, terminated, truncated, _ = env.step_chunk(policy.predict(env.observation()).actions)
+            done = terminated or truncated
+    finally:
+        env.close()
+    assert terminated
 
 
 @pytest.mark.simulator
