@@ -13,22 +13,28 @@ import numpy as np
 import pytest
 
 from rsd.evaluation.report import Run, load_run
-from rsd.evaluation.scaling import RESTING, ScalingRecord
 from rsd.evaluation.statistics import paired_difference, percentiles
 from rsd.evaluation.summary import success_rate, summarize_decoding
+from rsd.policy import FOLLOW_UP
 
 ROOT = Path(__file__).parents[2]
 LIBERO = ROOT / "results" / "libero_spatial"
 README, OPENVLA = ROOT / "README.md", ROOT / "docs" / "openvla.md"
 
 DECODERS = ("ar", "l1", "rsd-fused", "rsd-skip", "rsd-ahead", "light-alone")  # header of the README's table
-RUNS = {
-    **{decode: LIBERO / "h200" / decode for decode in ("ar", "l1", "rsd-fused", "rsd-skip")},
-    **{decode: LIBERO / "cpu" / f"{decode}-500" for decode in ("rsd-ahead", "light-alone")},
+RUNS = {decode: LIBERO / "h200" / decode for decode in DECODERS}
+ON_CPU = {decode: LIBERO / "cpu" / f"{decode}-500" for decode in DECODERS[2:]}
+LATENCIES = {  # row -> file of `rsd bench latency`
+    "2 CPU cores, ms p50 / p95": LIBERO / "cpu" / "latency.json",
+    "H200, CUDA graphs, ms p50 / p95": LIBERO / "h200" / "latency.json",
 }
-LATENCIES = {"2 CPU cores, ms p50 / p95": LIBERO / "cpu" / "latency.json"}  # row -> file of `rsd bench latency`
-GRAPHS, SCALING = "H200, CUDA graphs, ms p50", ROOT / "results" / "scaling" / "h200.json"
-SIZED = {"rsd-ahead": RESTING, **{decode: decode for decode in ("ar", "l1", "rsd-fused")}}  # its names
+SUITES = ROOT / "results" / "suites"
+SUITE_DECODERS = ("l1", "light-alone", "rsd-fused", "rsd-ahead")  # header of the README's second table
+SUITE_ROWS = {
+    "libero_object": "libero_object",
+    "libero_goal": "libero_goal, 8 tasks",
+    "libero_10": "libero_10, 7 tasks",
+}
 CLOSED_LOOP = "2 CPU cores, closed loop, mean ms to the chunk"
 TIMED = {decode: LIBERO / "cpu" / f"timed-{decode}" for decode in DECODERS[1:5]}
 
@@ -75,9 +81,9 @@ def run(directory: Path) -> Run:
     return load_run(directory)
 
 
-def success(decode: str) -> str:
-    rate = success_rate(run(RUNS[decode]).episodes)
-    assert rate.n == 500
+def success(directory: Path, count: int = 500) -> str:
+    rate = success_rate(run(directory).episodes)
+    assert rate.n == count
     return f"{100 * rate.successes / rate.n:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
@@ -100,11 +106,6 @@ def latency(file: Path, decode: str) -> str:
     return " / ".join(f"{value:.1f}" for value in percentiles(times["total"])) if times else "-"
 
 
-def graphs(decode: str) -> str:
-    size = ScalingRecord.from_json(json.loads(SCALING.read_text())).sizes["18M"]
-    return f"{size.p50(SIZED[decode]):.1f}" if decode in SIZED else "-"
-
-
 def mean_ms(directory: Path) -> float:
     return float(np.mean([ms for episode in run(directory).episodes for ms in episode.latency_ms["total"]]))
 
@@ -113,19 +114,52 @@ def mean_ms(directory: Path) -> float:
 def test_the_readmes_table(decode: str) -> None:
     found = {row: columns[decode] for row, columns in table(README, DECODERS).items()}
     assert found == {
-        "success [Wilson 95 %]": success(decode),
+        "success on an H200 [Wilson 95 %]": success(RUNS[decode]),
+        "success on 2 CPU cores": success(ON_CPU[decode]) if decode in ON_CPU else "-",
         "against l1, paired": against_l1(decode, with_p=", p " in found["against l1, paired"]),
         "main passes per chunk": passes(decode),
         **{row: latency(file, decode) for row, file in LATENCIES.items()},
-        GRAPHS: graphs(decode),
         CLOSED_LOOP: f"{mean_ms(TIMED[decode]):.1f}" if decode in TIMED else "-",
     }
+
+
+@pytest.mark.parametrize("decode", SUITE_DECODERS)
+def test_the_readmes_table_of_several_suites(decode: str) -> None:
+    found = {row: columns[decode] for row, columns in table(README, SUITE_DECODERS).items()}
+    expected = {"together [Wilson 95 %]": success(SUITES / decode, 450)}
+    for suite, row in SUITE_ROWS.items():
+        own = [episode.success for episode in run(SUITES / decode).episodes if episode.suite == suite]
+        expected[row] = f"{sum(own)}/{len(own)}"
+    assert found == expected
 
 
 def test_the_readmes_speed_up_in_closed_loop() -> None:
     for decode, words in (("rsd-skip", "less than `l1` in"), ("rsd-ahead", "sooner than `l1`")):
         (said,) = re.findall(rf"\*\*([\d.]+) times\*\* {words}", README.read_text())
         assert said == f"{mean_ms(TIMED['l1']) / mean_ms(TIMED[decode]):.2f}"
+
+
+def test_how_long_the_robot_stands_still() -> None:
+    text = " ".join(README.read_text().split())
+    ((ahead, bar, ratio, behind, count),) = re.findall(
+        r"stands still for ([\d.]+) ms between chunks, with `l1` for ([\d.]+) \(p50, drawing not counted\): "
+        r"([\d.]+) times.*?pass took (\d+) ms .*?none of (\d+) chunks waited",
+        text,
+    )
+    found = {}
+    for decode in ("l1", "rsd-ahead"):
+        episodes = run(LIBERO / "cpu" / f"real-time-{decode}").episodes
+        stats = {
+            name: [value for episode in episodes for value in episode.chunk_stats.get(name, []) if value is not None]
+            for name in ("pause_without_drawing_ms", "waited", "late_steps")
+        }
+        assert sum(stats["waited"]) == sum(stats["late_steps"]) == 0
+        found[decode] = percentiles(stats["pause_without_drawing_ms"])[0], len(stats["waited"])
+    follow_up = [ms for episode in episodes for ms in episode.latency_ms[FOLLOW_UP]]
+    p50 = {decode: value for decode, (value, _) in found.items()}
+    assert (ahead, bar) == (f"{p50['rsd-ahead']:.1f}", f"{p50['l1']:.1f}")
+    assert (ratio, count) == (f"{p50['l1'] / p50['rsd-ahead']:.1f}", str(found["rsd-ahead"][1]))
+    assert behind == f"{percentiles(follow_up)[0]:.0f}"
 
 
 def openvla_rows() -> dict[tuple[str, str], dict[str, float]]:
@@ -153,9 +187,26 @@ def test_openvlas_ratios() -> None:
     assert said == (f"{ms['rsd-fused'] / ms['l1']:.2f}", f"{ms['rfsq-ar'] / ms['rsd-fused']:.1f}")
 
 
-def test_what_the_mains_memory_earns() -> None:
-    pair = paired_difference(run(RUNS["light-alone"]).successes, run(RUNS["rsd-ahead"]).successes)
-    (said,) = re.findall(r"same machine: \+([\d.]+) points \(\+(\d+) -(\d+), p = ([\d.]+)\)", README.read_text())
-    assert said == (
-        f"{100 * pair.difference:.1f}", str(pair.only_second), str(pair.only_first), f"{pair.p_value:.2g}"
+def paired(before: Path, after: Path, suite: str) -> tuple[str, ...]:
+    """What goes up, what goes down, p; over one suite."""
+    first, second = (
+        {key: value for key, value in run(directory).successes.items() if key[0] == suite}
+        for directory in (before, after)
     )
+    pair = paired_difference(first, second)
+    return str(pair.only_second), str(pair.only_first), f"{pair.p_value:.2g}"
+
+
+def test_what_the_mains_memory_earns() -> None:
+    said = re.findall(r"\+([\d.]+) points \(\+(\d+) -(\d+), p = ([\d.]+)\) on\s+the", README.read_text())
+    for runs, (points, *rest) in zip((ON_CPU, RUNS), said, strict=True):
+        pair = paired_difference(run(runs["light-alone"]).successes, run(runs["rsd-ahead"]).successes)
+        assert points == f"{100 * pair.difference:.1f}"
+        assert tuple(rest) == paired(runs["light-alone"], runs["rsd-ahead"], "libero_spatial")
+
+
+def test_what_the_main_earns_in_libero_10() -> None:
+    (passage,) = re.findall(r"solves 122 of 126, .*?Acting first", README.read_text(), re.DOTALL)
+    said = re.findall(r"\(\+(\d+) -(\d+),\s+p = ([\d.]+)\)", passage)
+    others = ("light-alone", "rsd-ahead", "l1")
+    assert said == [paired(SUITES / other, SUITES / "rsd-fused", "libero_10") for other in others]
