@@ -205,8 +205,13 @@ def test_what_the_mains_memory_earns() -> None:
         assert tuple(rest) == paired(runs["light-alone"], runs["rsd-ahead"], "libero_spatial")
 
 
+def test_what_the_main_costs_in_libero_spatial() -> None:
+    (said,) = re.findall(r"\+(\d+) -(\d+), p = ([\d.]+) on the H200\)\. What", README.read_text())
+    assert said == paired(RUNS["light-alone"], RUNS["rsd-fused"], "libero_spatial")
+
+
 def test_what_the_main_earns_in_libero_10() -> None:
-    (passage,) = re.findall(r"solves 122 of 126, .*?Acting first", README.read_text(), re.DOTALL)
+    (passage,) = re.findall(r"`rsd-fused` solves 122 of 126, .*?Acting first", README.read_text(), re.DOTALL)
     said = re.findall(r"\(\+(\d+) -(\d+),\s+p = ([\d.]+)\)", passage)
     others = ("light-alone", "rsd-ahead", "l1")
     assert said == [paired(SUITES / other, SUITES / "rsd-fused", "libero_10") for other in others]

@@ -46,12 +46,6 @@ SHARED = """\
 All runs of this table are of the files that ship, each with the policy in one process that serves all of its simulators
 in batches of 13; the GPUs trained other policies meanwhile, so nothing here is about time. `ar`, `l1`, `rsd-fused` and
 `rsd-skip` ran on one host, the others on another one of the same kind, later. {again}
-
-`rsd-fused` and `rsd-skip` ran with a flaw that is mended since (`models/streams.py`): a CUDA graph in which the draft
-works beside the main's vision could be recorded so that one overwrites what the other has yet to read, if PyTorch
-happened to give both the same stream. Of 48 graphs of small random models 2 were wrong, and stayed so; the other
-decoders have no such graph. These runs replay two each. That a second run of `rsd-fused`, in batches of 16, ended alike
-in all but one episode speaks against their being wrong; the runs on a CPU below cannot be.
 """
 ROUNDED = """\
 ## Before the light draft was rounded

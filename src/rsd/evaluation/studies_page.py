@@ -52,13 +52,12 @@ and trunk, alike but for the code; everything that reads or writes tokens starts
 levels. The drafts propose levels up to about the same step: three at rho = 2, two at 3, one at 7. rho = 4 and six
 levels of rho = 2 were trained or begun as well, but their episodes were not run.
 
-- `ar` is better with fewer levels: each level is a chance to leave the data, and the baseline of the shipped policy
-  suffers most from its eight. A reader who needs level-by-level decoding should take rho = 3 with five levels.
-- What corrects a draft in one pass does not depend on the code: between codes, `rsd` and `rsd-fused` are not
-  distinguishable at this n (`rsd-fused` ran with the flaw that decoding.md tells of). The main's regression after a
-  drafted prefix takes the coarse error out (deviation from `ar` below, `draft` against `rsd`), for the non-redundant
-  rho = 7 as well: it works on the continuous value. What redundancy buys is acceptance (margin 2 digits at rho = 2,
-  none from 3 on), not success.
+- `ar` did better with five and with three levels than with eight, the first beyond chance: each level is one more
+  chance to leave the data. A reader who needs level-by-level decoding should try rho = 3 with five levels.
+- That what corrects a draft in one pass depends on the code is not shown: between codes, `rsd` and `rsd-fused` are not
+  distinguishable at this n. The main's regression after a drafted prefix takes the coarse error out (deviation from
+  `ar` below, `draft` against `rsd`), for the non-redundant rho = 7 as well: it works on the continuous value. What
+  redundancy buys is acceptance (margin 2 digits at rho = 2, none from 3 on), not success.
 - So there is no reason here to leave the shipped code, and none to believe that redundancy is what makes it work."""
 DRAFT_ALONE = """\
 Is `light-alone` so good, or so bad, because its draft was trained to have a memory? The shipped light draft trained
@@ -69,10 +68,10 @@ act worse than the draft they started from, which had seen twice the demonstrati
 rate begun anew is not known. `rsd-ahead` with the second was cut off. One H200 host, batches of 13."""
 ABLATION = """\
 Half of the training prefixes are a draft's own (`--loss.draft-share 0.5`). Without them (0) the errors on held-out
-frames say what it is for: the main then corrects a draft's prefix less than half as far towards what `l1` says, and
-accepts more of it. `ar`, which never sees a draft, is the better for it. Offline only: no episodes were run. The code
-with six levels of rho = 2 beside the eight, likewise. Mean absolute error in normalised units; acceptance of the
-drafted levels under `margin`."""
+frames say what it is for: the main then corrects its draft's prefix two thirds of the way to what `l1` says instead of
+nearly all of it, the light draft's less than half instead of nine tenths, and accepts more of both. `ar`, which never
+sees a draft, is the better for it. Offline only: no episodes were run. The code with six levels of rho = 2 beside the
+eight, likewise. Mean absolute error in normalised units; acceptance of the drafted levels under `margin`."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +175,10 @@ def training_of(path: Path) -> str:
     provenance = json.loads(path.read_text())["provenance"]
     data, loop = provenance["data"], provenance["training"]["loop"]
     length = f"{loop['minutes']:g} minutes" if loop["minutes"] else f"{loop['steps']} steps"
+    processes = f" x {provenance['processes']}" if "processes" in provenance else ""
     return (
         f"`{path}`: {data['episodes']} demonstrations, {data['frames']} frames, {length} of batches "
-        f"of {loop['batch_size']} on one H200, learning rate {loop['learning_rate']:g}."
+        f"of {loop['batch_size']}{processes}, learning rate {loop['learning_rate']:g}."
     )
 
 

@@ -15,6 +15,8 @@ T = TypeVar("T")
 def fork(call: Callable[[], T], device: torch.device) -> Callable[[], T]:
     """Start a call on a GPU stream of its own; the result waits for it. What it reads must live until then.
 
+    Tensors that leave the call by another way than its result are not looked after.
+
     A CPU makes the call at once."""
     if device.type != "cuda":
         done = call()
@@ -38,15 +40,17 @@ def fork(call: Callable[[], T], device: torch.device) -> Callable[[], T]:
 
 
 def tensors_of(result: Any) -> Iterator[Tensor]:
-    """The tensors in a result: in tuples, lists and dataclasses."""
+    """The tensors in a result made of tuples, lists, dataclasses, numbers and None; TypeError for anything else."""
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, list | tuple):
         for part in result:
             yield from tensors_of(part)
-    elif is_dataclass(result):
+    elif is_dataclass(result) and not isinstance(result, type):
         for field in fields(result):
             yield from tensors_of(getattr(result, field.name))
+    elif result is not None and not isinstance(result, int | float):
+        raise TypeError(f"fork: expected tensors in tuples, lists or dataclasses, found {type(result).__name__}")
 
 
 def together(calls: Sequence[Callable[[], T]], device: torch.device) -> list[T]:

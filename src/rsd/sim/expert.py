@@ -67,7 +67,7 @@ class Chain:
     @property
     def gave_up(self) -> bool:
         """The goal at hand is out of reach."""
-        return self._law.gave_up
+        return self._law.gave_up and self._next() == self.on
 
     def action(self) -> Vector:
         """The clean action [7] at the present state."""

@@ -20,7 +20,7 @@ from rsd.training import parallel
 from rsd.training.dataset import Augmentation, Batch, FrameDataset
 from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import LossConfig, MainRun, draft_losses, light_draft_losses, light_total
-from rsd.training.policy import load_folders, resolve_device, split
+from rsd.training.policy import data_provenance, load_folders, resolve_device, split
 from rsd.training.validation import validate
 from rsd.types import RsdError
 from rsd.versions import versions
@@ -86,7 +86,8 @@ def train_draft(config: TrainDraftConfig) -> Path:
     ema = train(model, losses, config.loop, config.output, device, resolved)
     assert isinstance(ema, RsdModel)
     report = validate(ema, tokenizer, FrameDataset(held_out, tokenizer.config.horizon, device))
-    made = {"training": resolved, "validation": report, "versions": versions()}
+    data = data_provenance(config.data, dataset)
+    made = {"data": data, "training": resolved, "validation": report, "versions": versions()}
     directory = config.output / "checkpoint"
     save_checkpoint(ema, tokenizer, policy, {**source.provenance, config.kind: made}, directory)
     return directory

@@ -99,6 +99,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     provenance = {
         "data": data_provenance(config.data, dataset),
         "training": resolved,
+        "processes": parallel.world_size(),
         "init": start.provenance if start else {},
         "validation": report,
         "versions": versions(),
