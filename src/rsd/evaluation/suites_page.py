@@ -47,8 +47,8 @@ SKIPPING = """\
 `rsd-skip` on 2 CPU cores with OSMesa, beside the runs on the GPU: another renderer. It was calibrated on three random
 placements of each of the 25 tasks (`calibration` in the same folder), and its promise is broken here: it is one about
 that mixture, in which the easy suites vouch for this one. A policy of several suites needs a calibration of the tasks
-that it is to do (`rsd calibrate --task-suite libero_10 --tasks ...`); this one does not ship. In success it stands where
-its passes of the main do, between the draft alone and `rsd-fused`.
+that it is to do (`rsd calibrate --task-suite libero_10 --tasks ...`); this one does not ship. In success it stands
+where its passes of the main do, between the draft alone and `rsd-fused`.
 """
 
 
