@@ -1,5 +1,6 @@
 """Tiny models and data that the tests share; random weights, so nothing here needs a download."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 from hypothesis import settings
 
+from rsd.decoding.engines import VARIABLE
 from rsd.models.draft import DraftConfig
 from rsd.models.light_draft import LightDraftConfig
 from rsd.models.main import MainConfig
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
-from rsd.types import Observation
+from rsd.types import EAGER, Observation
 
 settings.register_profile("rsd", deadline=None)  # a busy machine is no failure
 settings.load_profile("rsd")
@@ -24,6 +26,12 @@ settings.load_profile("rsd")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eager() -> None:
+    """Tiny models need no ONNX graphs, of which each takes seconds to export; also in processes that tests start."""
+    os.environ[VARIABLE] = EAGER
 
 
 @pytest.fixture(scope="session")

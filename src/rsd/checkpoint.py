@@ -133,7 +133,7 @@ def stored_skip(directory: Path, content: dict[str, Any], options: dict[str, Any
         expected = f"the checkpoint's {own['acceptance']} and {own['fine']}"
         raise RsdError(f"rsd-skip: calibrated with {expected}, found {acceptance} and {fine}; leave them out")
     calibration = load_calibration(directory)
-    return SkipRule(calibration.threshold, calibration.max_skips)
+    return SkipRule(calibration.threshold, calibration.max_skips, calibration.memory_chunks)
 
 
 def save_checkpoint(

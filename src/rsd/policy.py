@@ -19,7 +19,7 @@ from rsd import hub
 from rsd.checkpoint import BACKBONE, load_model, locate_checkpoint, read_content, save_checkpoint, stored_skip
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import fingertip_deviation
-from rsd.decoding.recorded import RecordedStrategy
+from rsd.decoding.engines import choose_engine, strategy_on
 from rsd.decoding.sampling import Sampler
 from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, SkipRule, Stopwatch
 from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy, check_sampling, in_prefill
@@ -28,7 +28,7 @@ from rsd.models.main import state_features
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.models.text import word_ids
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import BEST, ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import AUTO, BEST, ActionChunk, ChunkStats, Observation, RsdError
 
 TEXT_CACHE = 64  # instructions whose encoding is kept
 LOG = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ JUDGED = (  # statistics of a chunk that its follow-up knows
 class RsdPolicy:
     """A loaded policy. `predict` is the whole path of a control decision."""
 
+    exportable = True  # whether its models can become ONNX graphs
+
     def __init__(
         self,
         model: RsdModel,
@@ -53,13 +55,14 @@ class RsdPolicy:
         fine: str | None = None,
         temperature: float = 0.0,
         skip: SkipRule | None = None,
-        cuda_graphs: bool = True,
+        engine: str = AUTO,
         audit: bool = False,
         provenance: dict[str, Any] | None = None,
     ) -> None:
         """temperature: draw the motion tokens from softmax(logits / temperature), see `reset`; 0 takes the likeliest.
         skip: when `rsd-skip` leaves the main idle (never without one). audit: know of every chunk how far the light
-        draft's led away from the main's; beside a skipped one the main is run for that, outside the latencies."""
+        draft's led away from the main's; beside a skipped one the main is run for that, outside the latencies.
+        engine: what it runs on, see `decoding.engines`."""
         if decode == BEST:
             decode = choose_decode(model.light is not None, temperature, skip).decode
         check_decode(decode, model.light is not None)
@@ -77,10 +80,10 @@ class RsdPolicy:
         self.acceptance = rule.name if decode.startswith("rsd") else ""
         sampler = Sampler(temperature, torch.Generator(self.device).manual_seed(0)) if temperature else None
         self.decoder = Decoder(model.main, model.draft, rule, fine, model.light, skip or SkipRule(), sampler)
-        self._strategy: Strategy = STRATEGIES[decode]
         # drawn tokens are not recorded: a graph would have to know of the generator, and `rsd` decides on the host
-        if cuda_graphs and self.device.type == "cuda" and fine == "regress" and sampler is None:
-            self._strategy = RecordedStrategy(decode)
+        recordable = fine == "regress" and sampler is None and (self.exportable or self.device.type != "cpu")
+        self.engine = choose_engine(engine, str(self.device), recordable)
+        self._strategy: Strategy = strategy_on(self.engine, decode)
         self._memory = EpisodeMemory()
         self._to_do: Callable[[], None] | None = None
         self._turn = threading.RLock()  # `follow_up` may come from another thread
@@ -251,14 +254,15 @@ class RsdPolicy:
         fine: str | None = None,
         temperature: float = 0.0,
         skip: SkipRule | None = None,
-        cuda_graphs: bool = True,
+        engine: str = AUTO,
         audit: bool = False,
     ) -> RsdPolicy:
         """Load a checkpoint directory, or a hub repository of one; `RsdError` on anything missing or odd.
 
         decode: `best` takes the best proven decoder that the checkpoint supports (see `choose_decode`), logs why, and
-        the policy's `decode` names it. acceptance, fine: None takes the checkpoint's own, or with a temperature `exact`
-        and `sequential`. skip: for `rsd-skip`; None takes the checkpoint's own calibration.
+        the policy's `decode` names it. engine: `auto` takes CUDA graphs on a GPU and ONNX Runtime on a CPU (see
+        `decoding.engines`), and the policy's `engine` names it. acceptance, fine: None takes the checkpoint's own, or
+        with a temperature `exact` and `sequential`. skip: for `rsd-skip`; None takes the checkpoint's own calibration.
         """
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise RsdError(f"device {device}: no CUDA device is visible here; use cpu")
@@ -275,7 +279,7 @@ class RsdPolicy:
             decode = choice.decode
         check_sampling(temperature, decode, acceptance, fine)  # before the weights
         options = {"decode": decode, "acceptance": acceptance, "fine": fine, "temperature": temperature}
-        options |= {"cuda_graphs": cuda_graphs, "audit": audit}
+        options |= {"engine": engine, "audit": audit}
         return policy_class.load(directory, content, device, skip, options)
 
     @classmethod

@@ -11,7 +11,7 @@ from rsd.decoding.strategies import STRATEGIES
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import Observation, RsdError
+from rsd.types import AUTO, CUDA_GRAPHS, EAGER, Observation, RsdError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
 
@@ -26,8 +26,8 @@ def test_a_recorded_strategy_acts_as_the_plain_one(
 ) -> None:
     model, skip = make_model(0).cuda(), SkipRule(1e9, 2)
     plain, recorded = (
-        RsdPolicy(model, tokenizer, tiny_config, decode=decode, skip=skip, cuda_graphs=graphs)
-        for graphs in (False, True)
+        RsdPolicy(model, tokenizer, tiny_config, decode=decode, skip=skip, engine=engine)
+        for engine in (EAGER, AUTO)
     )
     for seed in range(6):
         expected, found = (policy.predict(make_observation(seed)) for policy in (plain, recorded))
@@ -44,14 +44,14 @@ def test_a_recording_is_right_on_whatever_streams_it_gets(
     """PyTorch gives out 32 streams in turn; a recording's own may be the one that a part of it is put aside on."""
     model = make_model(0).cuda()
 
-    def act(graphs: bool) -> list[np.ndarray]:
-        policy = RsdPolicy(model, tokenizer, tiny_config, decode="rsd-fused", cuda_graphs=graphs)
+    def act(engine: str) -> list[np.ndarray]:
+        policy = RsdPolicy(model, tokenizer, tiny_config, decode="rsd-fused", engine=engine)
         return [policy.predict(make_observation(seed)).actions for seed in range(3)]
 
-    expected = act(graphs=False)
+    expected = act(EAGER)
     for _ in range(32):
         torch.cuda.Stream()
-        assert np.allclose(act(graphs=True), expected, atol=1e-5)
+        assert np.allclose(act(CUDA_GRAPHS), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("decode", ["ar", "rsd"])

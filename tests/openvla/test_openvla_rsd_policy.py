@@ -31,7 +31,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.dataset import Batch
 from rsd.training.losses import LossConfig, policy_losses
 from rsd.training.openvla import finish, prepare
-from rsd.types import Observation, RsdError
+from rsd.types import AUTO, EAGER, Observation, RsdError
 
 SMALL_DRAFT = DraftConfig(levels=3, dim=32, layers=1, heads=2)
 SMALL_LIGHT = LightDraftConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=SMALL_DRAFT)
@@ -86,8 +86,8 @@ def test_every_strategy_decodes(directory: Path, seen: list[Observation]) -> Non
 @pytest.mark.parametrize("decode", STRATEGIES)
 def test_a_recorded_strategy_acts_as_the_plain_one(directory: Path, seen: list[Observation], decode: str) -> None:
     plain, recorded = (
-        RsdPolicy.from_pretrained(directory, device="cuda", decode=decode, skip=SkipRule(1e9, 2), cuda_graphs=graphs)
-        for graphs in (False, True)
+        RsdPolicy.from_pretrained(directory, device="cuda", decode=decode, skip=SkipRule(1e9, 2), engine=engine)
+        for engine in (EAGER, AUTO)
     )
     for one in seen:  # two instructions of different lengths
         for policy in (plain, recorded):

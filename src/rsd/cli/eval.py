@@ -106,7 +106,8 @@ def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
     if not options.compare:
         return [(best, note)]
     # nothing is accepted, skipped or audited without a draft
-    of_drafts = {name: getattr(EvalConfig, name) for name in ("acceptance", "skip_threshold_mm", "max_skips", "audit")}
+    names = ("acceptance", "skip_threshold_mm", "max_skips", "memory_chunks", "audit")
+    of_drafts = {name: getattr(EvalConfig, name) for name in names}
     others = [replace(config, decode=decode, **of_drafts) for decode in (BASELINE, ONE_PASS)]
     runs = [*((run, "") for run in others), (best, note)]
     if not config.output:

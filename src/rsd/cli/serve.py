@@ -31,10 +31,14 @@ class ServeArguments:
     """For rsd-skip: leave the main idle where the draft expects to deviate less; -1 takes the calibration."""
     max_skips: int = EvalConfig.max_skips
     """For rsd-skip with a threshold of its own: chunks in a row without the main, at most."""
+    memory_chunks: int = EvalConfig.memory_chunks
+    """The same: how many chunks the draft attends to what the main left behind."""
     statistics: str = EvalConfig.task_suite
     """Data set whose statistics scale a published OpenVLA checkpoint's actions, where its own files do not say."""
     device: str = EvalConfig.device
     """Where the policy runs: cpu, cuda, cuda:1."""
+    engine: str = EvalConfig.engine
+    """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager, cuda-graphs or onnx."""
     threads: int = 0
     """Torch's threads on a CPU; 0 takes its own default, about one per core."""
     host: str = "127.0.0.1"
@@ -57,8 +61,10 @@ class ServeArguments:
             acceptance=self.acceptance,
             skip_threshold_mm=self.skip_threshold_mm,
             max_skips=self.max_skips,
+            memory_chunks=self.memory_chunks,
             task_suite=self.statistics,
             device=self.device,
+            engine=self.engine,
         )
         if config.served:
             raise UsageError(f"--policy {self.policy}: is served already; expected a checkpoint directory or hub id")

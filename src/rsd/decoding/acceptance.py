@@ -98,4 +98,11 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
 
 def accepted_prefix(accepted: Tensor) -> Tensor:
     """bool [B, c, P] -> int [B], length of the prefix of levels whose every token is accepted."""
-    return accepted.all(-1).long().cumprod(dim=1).sum(1)
+    return leading(accepted.all(-1))
+
+
+def leading(accepted: Tensor) -> Tensor:
+    """bool [B, c, ...] -> int [B, ...], how many of the first of the c are True before one is not.
+
+    By a sum that counts what is not: ONNX has no cumulative product."""
+    return ((~accepted).long().cumsum(dim=1) == 0).sum(1)

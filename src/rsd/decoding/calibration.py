@@ -38,7 +38,7 @@ from rsd.decoding.risk_tests import P_VALUES, clopper_pearson_upper, hoeffding_b
 from rsd.json_files import read_versioned
 from rsd.types import ACTION_DIM, RsdError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "skip_calibration.json"
 LEVER_METRES = 0.1  # a turn counts as what it moves this far from the grip site: a held object's far end
 TESTS = {"share": ("hoeffding-bentkus", "betting"), "any": ("binomial",)}  # by loss, the first is the default
@@ -60,7 +60,8 @@ class SkipCalibration:
     """When the main may rest, and what was promised for it.
 
     threshold: execute the draft's chunk where its score (named `score`, >= 0) is below; 0 = never.
-    max_skips: chunks in a row without the main, at most. epsilon_mm: a chunk deviates beyond it.
+    max_skips: chunks in a row without the main, at most. memory_chunks: see `steps.SkipRule`.
+    epsilon_mm: a chunk deviates beyond it.
     alpha, delta: risk <= alpha with confidence 1 - delta. loss: an episode's, `share` or `any`; test: see `TESTS`.
     p_value, empirical_risk, skip_share: of the calibration set at this threshold (share of chunks without main).
     weights_sha256: of the checkpoint's weights file that made scores and chunks.
@@ -68,6 +69,7 @@ class SkipCalibration:
 
     threshold: float
     max_skips: int
+    memory_chunks: int
     score: str
     epsilon_mm: float
     alpha: float
@@ -151,6 +153,7 @@ def fit_threshold(
     delta: float,
     epsilon_mm: float,
     max_skips: int,
+    memory_chunks: int,
     score: str,
     weights_sha256: str,
     forced: Sequence[Bools] | None = None,
@@ -191,6 +194,7 @@ def fit_threshold(
     return SkipCalibration(
         threshold=best if share > 0.0 else 0.0,  # what executed nothing was tested on nothing
         max_skips=max_skips,
+        memory_chunks=memory_chunks,
         score=score,
         epsilon_mm=epsilon_mm,
         alpha=alpha,

@@ -1,7 +1,7 @@
-"""Strategies on a GPU without their launches: recorded once as CUDA graphs, replayed for every observation.
+"""Strategies without PyTorch's cost of every single operation: recorded once as graphs, run for every observation.
 
-A compact policy is a thousand small kernels; launching them one by one takes longer than computing them. Every
-strategy gets the same treatment. What the host has to decide (skip the main or not) lies between two graphs.
+On a GPU a graph is a CUDA graph, on a CPU one of ONNX Runtime. Every strategy gets the same treatment. What the host
+has to decide (skip the main or not) lies between two graphs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,50 +28,42 @@ class Silent(Stopwatch):
         yield
 
 
-class Recording:
-    """A call on CUDA tensors as one graph. Its results are the same tensors every time, with new contents."""
+Call = Callable[[Sequence[Tensor]], Any]
 
-    def __init__(self, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]) -> None:
-        self.inputs = [tensor.clone() for tensor in inputs]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # libraries choose algorithms and allocate workspaces
-                call(self.inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = call(self.inputs)
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
-        self.graph.replay()
-        return self.result
+class Recorder(Protocol):
+    """Makes of a call on tensors of fixed shapes another one that gives the same; see `CudaGraph` and `OnnxGraph`."""
+
+    def __call__(self, key: str, decoder: Decoder, call: Call, inputs: Sequence[Tensor]) -> Call:
+        """key: names the call among all calls with the models and the rule of this decoder."""
+        ...
 
 
 class RecordedStrategy:
-    """A strategy of `STRATEGIES` (with regressed fine levels, which need no decision of the host) replayed from graphs.
+    """A strategy of `STRATEGIES` (with regressed fine levels, which need no decision of the host) run as graphs.
 
-    Recorded once for every number of observations; their other sizes must not change. Stages: `main`, in which the
-    light draft works beside the main's vision; `draft` where the main waits for what the draft says.
+    Recorded once for every number of observations; their other sizes must not change. Stages: `main`, in which, on a
+    GPU, the light draft works beside the main's vision; `draft` where the main waits for what the draft says.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._recordings: dict[tuple[str, int], Recording] = {}
+    def __init__(self, name: str, recorder: Recorder) -> None:
+        self.name, self.recorder = name, recorder
+        self._recordings: dict[tuple[str, int], Call] = {}
 
     def __call__(self, decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
         if self.name not in LIGHT:
             strategy = STRATEGIES[self.name]
             with watch.stage("main"):
-                return self._replay("main", decoder, seen(scene), lambda x: strategy(decoder, scene_of(x), silent(x)))
+                return self._replay(
+                    self.name, decoder, seen(scene), lambda x: strategy(decoder, scene_of(x), silent(x))
+                )
         if self.name == "light-alone":
             with watch.stage("draft"):
                 return unverified(self._scout(decoder, scene_of(seen(scene))))
         if self.name == "rsd-ahead":
             return self._act_first(decoder, scene, watch)
-        if self.name == "rsd-skip" and not decoder.skip.is_due(scene.memory):
+        due = self.name == "rsd-fused" or decoder.skip.is_due(scene.memory)  # the main, whatever the draft will say
+        if not due or scene.images.device.type != "cuda":
             return self._ask_first(decoder, scene, watch)
         with watch.stage("main"):
             decoded, memory = self._remembering("both", decoder, scene, lambda x: side_by_side(decoder, x))
@@ -91,8 +83,9 @@ class RecordedStrategy:
     def _ask_first(self, decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
         with watch.stage("draft"):
             proposal = self._scout(decoder, scene)
-            if decoder.skip.may_skip(scene.memory, proposal):
-                return unverified(proposal, scene.memory)
+            if self.name == "rsd-skip" and decoder.skip.may_skip(scene.memory, proposal):
+                decoder.skip.skip(scene.memory)
+                return unverified(proposal)
         return self._look(decoder, scene, proposal, watch)
 
     def _look(self, decoder: Decoder, scene: Scene, proposal: Proposal, watch: Stopwatch) -> Decoded:
@@ -100,7 +93,7 @@ class RecordedStrategy:
         decoded: Decoded
         with watch.stage("main"):
             decoded, memory = self._replay(
-                "main", decoder, [*seen(scene), proposal.motion, proposal.gripper], lambda x: fused(decoder, x)
+                "fused", decoder, [*seen(scene), proposal.motion, proposal.gripper], lambda x: fused(decoder, x)
             )
         scene.memory.renew(memory, decoded.gripper)
         decoded.proposal = proposal
@@ -110,20 +103,16 @@ class RecordedStrategy:
         proposal: Proposal = self._remembering("scout", decoder, scene, lambda x: scout(decoder, scene_of(x)))
         return proposal
 
-    def _remembering(
-        self, key: str, decoder: Decoder, scene: Scene, call: Callable[[Sequence[Tensor]], Any]
-    ) -> Any:
+    def _remembering(self, key: str, decoder: Decoder, scene: Scene, call: Call) -> Any:
         """`call` on what is remembered; without a memory it is another graph, of fewer inputs."""
         blind = " blind" if scene.memory.main is None else ""
         return self._replay(f"{key}{blind}", decoder, remembered(scene), call)
 
-    def _replay(
-        self, key: str, decoder: Decoder, inputs: Sequence[Tensor], call: Callable[[Sequence[Tensor]], Any]
-    ) -> Any:
+    def _replay(self, key: str, decoder: Decoder, inputs: Sequence[Tensor], call: Call) -> Any:
         part = key, len(inputs[0])
         if part not in self._recordings:
             pending, decoder.checks = decoder.checks, []  # of a call before this one: not part of the recording
-            self._recordings[part] = Recording(lambda x: (call(x), sound(decoder)), inputs)
+            self._recordings[part] = self.recorder(key, decoder, lambda x: (call(x), sound(decoder)), inputs)
             decoder.checks = pending
         result, finite = self._recordings[part](inputs)
         decoder.checks.append(finite)

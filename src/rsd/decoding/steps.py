@@ -129,14 +129,16 @@ class Proposal:
 @dataclass(frozen=True)
 class SkipRule:
     """The main stays idle while the draft expects to deviate less than threshold_mm, at most max_skips chunks in a
-    row, never where the gripper switches and never at an episode's start."""
+    row, and never where the gripper switches. The draft attends to what the main left behind for memory_chunks chunks;
+    after that it acts on what it sees, as at an episode's start: what has moved meanwhile would mislead it."""
 
     threshold_mm: float = 0.0
     max_skips: int = 4
+    memory_chunks: int = 2
 
     def is_due(self, memory: EpisodeMemory) -> bool:
         """Whether the main has to run whatever the draft will say."""
-        return memory.main is None or memory.skipped >= self.max_skips
+        return memory.skipped >= self.max_skips
 
     def may_skip(self, memory: EpisodeMemory, proposal: Proposal) -> bool:
         """Whether the proposal may be executed as it is (one observation); notes on it whether it was free to."""
@@ -146,10 +148,15 @@ class SkipRule:
         return may_rest(score, self.threshold_mm, memory.skipped, self.max_skips, proposal.forced)
 
     def must_look(self, memory: EpisodeMemory, proposal: Proposal) -> bool:
-        """At an episode's start, and where the gripper is to switch."""
-        if memory.main is None or memory.gripper is None:
-            return True
-        return bool((proposal.gripper != memory.gripper[:, None]).any())
+        """Where the gripper is to switch; an episode begins with an open one."""
+        before = torch.zeros_like(proposal.gripper[:, 0]) if memory.gripper is None else memory.gripper
+        return bool((proposal.gripper != before[:, None]).any())
+
+    def skip(self, memory: EpisodeMemory) -> None:
+        """The proposal is executed as it is."""
+        memory.skipped += 1
+        if memory.skipped >= self.memory_chunks:
+            memory.main = None
 
 
 @dataclass

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rsd.decoding.acceptance import accepted_prefix
+from rsd.decoding.acceptance import accepted_prefix, leading
 from rsd.decoding.sampling import Verified, verify_block
 from rsd.decoding.steps import (
     Decoded,
@@ -113,8 +113,10 @@ def rsd_skip(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
     """As `rsd_fused`, but where the calibrated rule allows it the draft's chunk is executed and the main stays idle."""
     with watch.stage("draft"):
         proposal = scout(decoder, scene)
-        skip = decoder.skip.may_skip(scene.memory, proposal)
-    return unverified(proposal, scene.memory) if skip else in_prefill(decoder, scene, proposal, watch)
+    if not decoder.skip.may_skip(scene.memory, proposal):
+        return in_prefill(decoder, scene, proposal, watch)
+    decoder.skip.skip(scene.memory)
+    return unverified(proposal)
 
 
 def rsd_ahead(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
@@ -197,10 +199,8 @@ def check_in_prefill(
     return decoded
 
 
-def unverified(proposal: Proposal, memory: EpisodeMemory | None = None) -> Decoded:
+def unverified(proposal: Proposal) -> Decoded:
     """The proposal as the chunk, without the main."""
-    if memory is not None:
-        memory.skipped += 1
     return Decoded(proposal.value, proposal.gripper, prefills=0, proposal=proposal)
 
 
@@ -216,7 +216,7 @@ def accept(
     if decoder.fine == "regress":
         kept = prefix_levels[:, None].expand_as(motion[:, 0])
         if decoder.rule.per_scalar:
-            kept = accepted.long().cumprod(dim=1).sum(1)
+            kept = leading(accepted)
         wanted = regress_fine(decoder, drafted.prefixes, features, kept)
         tokens, value = requantise(code, wanted, motion, kept)
     else:

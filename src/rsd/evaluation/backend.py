@@ -94,9 +94,10 @@ def decoding_options(config: EvalConfig) -> dict[str, Any]:
     """How to decode, as `RsdPolicy` takes it."""
     from rsd.decoding.steps import SkipRule
 
-    skip = SkipRule(config.skip_threshold_mm, config.max_skips) if config.skip_threshold_mm >= 0 else None
+    asked = SkipRule(config.skip_threshold_mm, config.max_skips, config.memory_chunks)
+    skip = asked if config.skip_threshold_mm >= 0 else None
     acceptance = None if config.acceptance == "default" else config.acceptance
-    return {"acceptance": acceptance, "temperature": config.temperature, "skip": skip}
+    return {"acceptance": acceptance, "temperature": config.temperature, "skip": skip, "engine": config.engine}
 
 
 def best_of_checkpoint(config: EvalConfig) -> Choice:

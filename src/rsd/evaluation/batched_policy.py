@@ -107,7 +107,9 @@ class BatchedRsdPolicy:
             ]
         if decode == "light-alone":
             return [unverified(proposals[i]) for i in range(count)]
-        decoded = {i: unverified(proposals[i], memories[i]) for i in skips}
+        decoded = {i: unverified(proposals[i]) for i in skips}
+        for i in skips:
+            decoder.skip.skip(memories[i])
         rows = [i for i in range(count) if i not in decoded]
         if rows:
             with watch.stage("main"):
@@ -132,11 +134,11 @@ class BatchedRsdPolicy:
     def _main(self, scene: Scene, proposals: Sequence[Proposal]) -> tuple[Decoded, Memory]:
         """The main's pass over a full batch with the proposals in it, and what it leaves to remember."""
         drafted = [torch.cat([getattr(p, name) for p in proposals]) for name in ("motion", "gripper")]
-        decoded, memory = self._call("main", [*seen(scene), *drafted], fused)
+        decoded, memory = self._call("fused", [*seen(scene), *drafted], fused)
         return decoded, memory
 
     def _call(self, key: str, inputs: list[Tensor], call: Callable[[Decoder, Sequence[Tensor]], Any]) -> Any:
-        """As a CUDA graph where the policy uses them."""
+        """As a graph where the policy uses them."""
         strategy, decoder = self.policy._strategy, self.policy.decoder
         if isinstance(strategy, RecordedStrategy):
             return strategy._replay(key, decoder, inputs, lambda x: call(decoder, x))

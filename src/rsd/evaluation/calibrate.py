@@ -51,6 +51,8 @@ class CalibrateConfig:
     max_skips: int = 2
     """Chunks in a row without the main, at most. A risk by chunk does not see where a row of them leads: with 4 the
     shipped policy lost the drawer task, with 2 it does not."""
+    memory_chunks: int = 2
+    """For so many chunks the draft attends to what the main left behind; after that it acts on what it sees alone."""
     tried_mm: float = 200.0
     """Threshold of the rollouts. The promise is about episodes that skip as these do: run again, in another folder,
     with the threshold that came out if it skips much more or less often."""
@@ -108,6 +110,7 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
         decode="rsd-skip",
         skip_threshold_mm=config.tried_mm,
         max_skips=config.max_skips,
+        memory_chunks=config.memory_chunks,
         audit=True,
         seed=config.seed,
         device=config.device,
@@ -145,6 +148,7 @@ def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str)
         delta=config.delta,
         epsilon_mm=config.epsilon_mm,
         max_skips=config.max_skips,
+        memory_chunks=config.memory_chunks,
         score=SCORE,
         weights_sha256=sha256,
         test=config.test,

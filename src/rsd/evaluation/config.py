@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rsd.types import BEST, RsdError
+from rsd.types import AUTO, BEST, ENGINES, RsdError
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
 # (`batch` is not among them: a batch rounds otherwise than a single observation. Nor is `control_hz`: outcomes are
@@ -19,7 +19,7 @@ UNHASHED_FIELDS = (
     *("launcher", "shard"),
 )
 # Left out of the hash where they are what they were before they existed, so that older runs keep theirs.
-NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0}
+NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "memory_chunks": 2, "engine": AUTO}
 
 
 class OptionError(RsdError):
@@ -57,11 +57,15 @@ class EvalConfig:
     """For rsd-skip: leave the main idle where the draft expects to deviate less; -1 takes the calibration."""
     max_skips: int = 4
     """For rsd-skip with a threshold of its own: chunks in a row without the main, at most."""
+    memory_chunks: int = 2
+    """The same: how many chunks the draft attends to what the main left behind; after that to what it sees alone."""
     audit: bool = False
     """With a light draft: record how far its chunks lead away from the main's; for that the main is run beside every
     skipped chunk (not timed), and the realised risk is known."""
     device: str = "cpu"
     """Where the policy runs: cpu, cuda, cuda:1."""
+    engine: str = AUTO
+    """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager (PyTorch operation by operation), cuda-graphs, onnx."""
     control_hz: float = 0.0
     """Run in real time: an action every 1/hz seconds (LIBERO's own is 20), the main's follow-up meanwhile; how long the
     robot stands still between chunks is recorded. 0: as fast as possible, simulator and policy in turn."""
@@ -98,8 +102,12 @@ class EvalConfig:
             raise OptionError(f"--videos '{self.videos}': expected one of none, failures, all")
         if not (self.skip_threshold_mm >= 0 or self.skip_threshold_mm == -1) or self.max_skips < 1:
             raise OptionError("--skip-threshold-mm: expected a number >= 0, or -1; --max-skips: expected at least 1")
-        if self.skip_threshold_mm < 0 and self.max_skips != EvalConfig.max_skips:
-            raise OptionError("--max-skips: the calibration has its own; give a --skip-threshold-mm with it")
+        if self.memory_chunks < 0 or self.engine not in ENGINES:
+            expected = f"--memory-chunks of at least 0, --engine one of {', '.join(ENGINES)}"
+            raise OptionError(f"expected {expected}; found {self.memory_chunks} and {self.engine!r}")
+        for name in ("max_skips", "memory_chunks"):
+            if self.skip_threshold_mm < 0 and getattr(self, name) != getattr(EvalConfig, name):
+                raise OptionError(f"{option(name)}: the calibration has its own; give a --skip-threshold-mm with it")
         if self.num_workers != "auto" and not (self.num_workers.isdecimal() and int(self.num_workers) > 0):
             raise OptionError(f"--num-workers '{self.num_workers}': expected auto or a number of at least 1")
         if not 0.0 <= self.control_hz < math.inf:

@@ -25,6 +25,7 @@ from rsd.evaluation.statistics import percentiles
 from rsd.policy import RsdPolicy
 from rsd.training.dataset import FrameDataset
 from rsd.training.policy import load_folders, split
+from rsd.types import EAGER
 from rsd.versions import versions
 
 FORMAT = 1
@@ -93,7 +94,7 @@ class DeviationRecord:
 def measure_deviation(config: DeviationConfig) -> list[Row]:
     """Run the measurement, print the table, write the JSON."""
     shown = {}
-    first = RsdPolicy.from_pretrained(config.policy, device=config.device, decode="ar")
+    first = RsdPolicy.from_pretrained(config.policy, device=config.device, decode="ar", engine=EAGER)
     _, held_out = split(load_folders(config.data), config.validation_every)
     dataset = FrameDataset(held_out, first.tokenizer.config.horizon, first.device)
     frames = torch.linspace(0, len(dataset) - 1, min(config.frames, len(dataset)), device=first.device).long()
@@ -103,7 +104,7 @@ def measure_deviation(config: DeviationConfig) -> list[Row]:
             continue
         decode, acceptance, fine = variant
         policy = RsdPolicy(
-            first.model, first.tokenizer, first.config, decode=decode, acceptance=acceptance, fine=fine
+            first.model, first.tokenizer, first.config, decode=decode, acceptance=acceptance, fine=fine, engine=EAGER
         )
         shown[variant] = np.stack([actions(policy, dataset, frame) for frame in frames.split(1)])
     baseline = next(iter(shown.values()))

@@ -25,7 +25,7 @@ from rsd.evaluation.roofline import Ceiling, Work, measure_ceiling, work_of
 from rsd.evaluation.statistics import percentiles
 from rsd.policy import RsdPolicy
 from rsd.sim.libero import LiberoEnv
-from rsd.types import Observation, RsdError
+from rsd.types import AUTO, Observation, RsdError
 from rsd.versions import versions
 
 FORMAT = 1
@@ -44,8 +44,8 @@ class LatencyConfig:
     """Suite whose tasks give the observations: initial state 0 of each, and two chunks later."""
     num_tasks: int = 10
     """Take the observations from the first so many tasks."""
-    cuda_graphs: bool = True
-    """On a GPU, replay every decoder from CUDA graphs."""
+    engine: str = AUTO
+    """As in `rsd eval`; eager shows more stages."""
     rounds: int = 20
     """Predictions per decoder and observation."""
     warmup: int = 5
@@ -113,8 +113,8 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     """Run the measurement, print the table, write the JSON."""
     torch.set_num_threads(config.threads or available_cores())
     load = RsdPolicy.from_pretrained
-    graphs = config.cuda_graphs
-    policies = {n: load(config.policy, device=config.device, decode=n, cuda_graphs=graphs) for n in config.decode}
+    engine = config.engine
+    policies = {n: load(config.policy, device=config.device, decode=n, engine=engine) for n in config.decode}
     first = next(iter(policies.values()))
     seen = observations(config.suite, config.num_tasks, first)
     ceiling = measure_ceiling(first.device)
@@ -130,6 +130,7 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
         "cores": str(available_cores()),
         "torch_threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else "cpu",
+        "engine": first.engine,
         "wall_s": f"{time.perf_counter() - start:.1f}",
     }
     settings = {**asdict(config), "output": str(config.output)}

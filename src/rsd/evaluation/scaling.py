@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
 from rsd.models.rsd_model import RsdModel
 from rsd.policy import RsdPolicy
-from rsd.types import RsdError
+from rsd.types import AUTO, EAGER, RsdError
 from rsd.versions import versions
 
 FORMAT = 1
@@ -101,6 +102,7 @@ class AlwaysResting(SkipRule):
 
     threshold_mm: float = math.inf
     max_skips: int = 2**62
+    memory_chunks: int = 2**62
 
     def must_look(self, memory: EpisodeMemory, proposal: Proposal) -> bool:
         return memory.main is None
@@ -109,19 +111,19 @@ class AlwaysResting(SkipRule):
 def measure_scaling(config: ScalingConfig) -> ScalingRecord:
     """Run the measurement, print the table, write the JSON."""
     torch.set_num_threads(available_cores())
-    shipped = RsdPolicy.from_pretrained(config.policy, decode="l1", device=config.device)
+    shipped = RsdPolicy.from_pretrained(config.policy, decode="l1", device=config.device, engine=EAGER)
     if shipped.model.light is None:
         raise RsdError(f"{config.policy}: expected a checkpoint with a light draft; train one (`policy.light`)")
     seen = observations("libero_spatial", config.num_tasks, shipped)
     start, sizes = time.perf_counter(), {}
     for name in config.sizes:
         model = resized(shipped, name)
-        policies = {
-            decode: RsdPolicy(model, shipped.tokenizer, shipped.config, decode=decode) for decode in DECODERS
-        }
-        policies[RESTING] = RsdPolicy(
-            model, shipped.tokenizer, shipped.config, decode="rsd-skip", skip=AlwaysResting()
+        # on a CPU as it is: exporting models of a gigabyte for one measurement would outlast it
+        load = partial(
+            RsdPolicy, model, shipped.tokenizer, shipped.config, engine=EAGER if config.device == "cpu" else AUTO
         )
+        policies = {decode: load(decode=decode) for decode in DECODERS}
+        policies[RESTING] = load(decode="rsd-skip", skip=AlwaysResting())
         times = take_turns(policies, seen, config.warmup, config.rounds)
         totals = {decode: by_stage["total"] for decode, by_stage in times.items()}
         sizes[name] = SizeRecord(count(model.main), count(model.light), asdict(model.main.config), totals)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+
+from rsd.nested import tensors_of
 
 T = TypeVar("T")
 
@@ -37,20 +37,6 @@ def fork(call: Callable[[], T], device: torch.device) -> Callable[[], T]:
         return result
 
     return join
-
-
-def tensors_of(result: Any) -> Iterator[Tensor]:
-    """The tensors in a result made of tuples, lists, dataclasses, numbers and None; TypeError for anything else."""
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, list | tuple):
-        for part in result:
-            yield from tensors_of(part)
-    elif is_dataclass(result) and not isinstance(result, type):
-        for field in fields(result):
-            yield from tensors_of(getattr(result, field.name))
-    elif result is not None and not isinstance(result, int | float):
-        raise TypeError(f"fork: expected tensors in tuples, lists or dataclasses, found {type(result).__name__}")
 
 
 def together(calls: Sequence[Callable[[], T]], device: torch.device) -> list[T]:

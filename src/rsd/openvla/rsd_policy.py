@@ -28,6 +28,7 @@ from rsd.checkpoint import (
     stored_skip,
     write_content,
 )
+from rsd.decoding.cuda_graph import CudaGraph
 from rsd.decoding.recorded import RecordedStrategy
 from rsd.decoding.steps import Decoded, Decoder, Scene, SkipRule, Stopwatch
 from rsd.models.draft import DraftConfig, DraftModel
@@ -144,7 +145,7 @@ class ByPromptLength:
         if length not in self._strategies:
             if len(self._strategies) >= PROMPT_LENGTHS:
                 self._strategies.pop(next(iter(self._strategies)))
-            self._strategies[length] = RecordedStrategy(self.name)
+            self._strategies[length] = RecordedStrategy(self.name, CudaGraph)
         return self._strategies[length](decoder, scene, watch)
 
 
@@ -152,6 +153,7 @@ class OpenVlaRsdPolicy(RsdPolicy):
     """`RsdPolicy` on OpenVLA's trunk: what differs is how an observation becomes the models' input."""
 
     model: OpenVlaRsdModel
+    exportable = False  # 15 GB
 
     def __init__(
         self,

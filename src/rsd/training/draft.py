@@ -22,7 +22,7 @@ from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import LossConfig, MainRun, draft_losses, light_draft_losses, light_total
 from rsd.training.policy import data_provenance, load_folders, resolve_device, split
 from rsd.training.validation import validate
-from rsd.types import RsdError
+from rsd.types import EAGER, RsdError
 from rsd.versions import versions
 
 
@@ -61,7 +61,7 @@ def train_draft(config: TrainDraftConfig) -> Path:
     if parallel.launched():
         raise RsdError("train draft: runs in one process; drop torchrun")
     device = resolve_device(config.device)
-    source = RsdPolicy.from_pretrained(config.policy, decode="ar")
+    source = RsdPolicy.from_pretrained(config.policy, decode="ar", engine=EAGER)
     if type(source) is not RsdPolicy:
         raise RsdError(f"train draft: {config.policy} has OpenVLA as its main; its drafts are trained with it")
     tokenizer = source.tokenizer.to(device)

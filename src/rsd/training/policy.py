@@ -22,7 +22,7 @@ from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import LossConfig, policy_losses
 from rsd.training.tokenizer import DEFAULT_TOKENIZER
 from rsd.training.validation import validate
-from rsd.types import RsdError
+from rsd.types import EAGER, RsdError
 from rsd.versions import versions
 
 
@@ -60,7 +60,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     device = resolve_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    start = RsdPolicy.from_pretrained(config.init, decode="ar") if config.init else None
+    start = RsdPolicy.from_pretrained(config.init, decode="ar", engine=EAGER) if config.init else None
     if start and type(start) is not RsdPolicy:
         raise RsdError(f"--init {config.init}: expected a compact policy, found one on OpenVLA")
     if config.init_fresh and not (start and config.init_matching):

@@ -1,0 +1,167 @@
+"""A call on CPU tensors as one ONNX graph, run by ONNX Runtime.
+
+A light draft is several hundred operations of a few microseconds each; PyTorch takes longer to get from one to the next
+than to compute them, and where two threads meet after each, and one of them has to wait for a core, a hundred times
+longer. Exporting takes seconds, so a graph is kept (`graph_folder`) under a name made of everything that it depends on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rsd
+from rsd.decoding.steps import Decoder
+from rsd.nested import tensors_of, with_tensors
+from rsd.types import RsdError
+
+PACKAGES = ("onnxruntime", "onnx", "onnxscript")
+CODE = ("models/*.py", "decoding/*.py", "tokenizer/*.py", "nested.py")  # what an exported graph is made of
+KEPT = 24  # graphs; those used longest ago give way
+TOLERANCE = 1e-2  # of the largest number of an output; rounding is 1e-5
+LOG = logging.getLogger(__name__)
+
+
+def missing_packages() -> list[str]:
+    """What has to be installed before a graph can be exported and run."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+class OnnxGraph:
+    """A call as a session of ONNX Runtime with as many threads as PyTorch has when it is made.
+
+    The light draft alone always gets one thread: its operations are too small for two to meet after each of them.
+    """
+
+    def __init__(
+        self, key: str, decoder: Decoder, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
+    ) -> None:
+        """`RsdError` if what is exported does not give what the call gives on these inputs."""
+        with torch.inference_mode(False), torch.no_grad():
+            given = [tensor.clone().contiguous() for tensor in inputs]
+            self.template = call(given)
+            path = graph_folder() / f"{_name(key, decoder, given)}.onnx"
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
+            if not path.exists():
+                LOG.info("exporting the graph %s for ONNX Runtime: once, some seconds", key)
+                _export(path, decoder, call, given)
+        self.session = _session(path, 1 if key.startswith("scout") else torch.get_num_threads())
+        self.names = [argument.name for argument in self.session.get_inputs()]
+        self._compare(key, given)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        feed = {name: tensor.contiguous().numpy() for name, tensor in zip(self.names, inputs, strict=True)}
+        return with_tensors(self.template, map(torch.from_numpy, self.session.run(None, feed)))
+
+    def _compare(self, key: str, inputs: Sequence[Tensor]) -> None:
+        pairs = zip(tensors_of(self.template), tensors_of(self(inputs)), strict=True)
+        for index, (expected, found) in enumerate(pairs):
+            if not expected.is_floating_point() or not expected.isfinite().all():
+                continue
+            apart = float((expected - found).abs().max()) if expected.numel() else 0.0
+            if not apart <= TOLERANCE * max(1.0, float(expected.abs().max()) if expected.numel() else 0.0):
+                raise RsdError(
+                    f"ONNX graph of {key}: output {index} is {apart:.3g} away from PyTorch's; decode with the engine "
+                    "'eager', and report this with the versions of torch, onnxscript and onnxruntime"
+                )
+
+
+class _Call(nn.Module):
+    """The call as a module, so that the exporter knows which tensors are weights."""
+
+    def __init__(self, decoder: Decoder, call: Callable[[Sequence[Tensor]], Any]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(_models(decoder))
+        self.call = call
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors_of(self.call(inputs)))
+
+
+def graph_folder() -> Path:
+    """Where exported graphs are kept: $XDG_CACHE_HOME/rsd-vla/graphs, by default in ~/.cache. Safe to delete."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rsd-vla" / "graphs"
+
+
+def _models(decoder: Decoder) -> list[nn.Module]:
+    return [model for model in (decoder.main, decoder.draft, decoder.light) if model is not None]
+
+
+def _name(key: str, decoder: Decoder, inputs: Sequence[Tensor]) -> str:
+    """A file's name that changes with everything that the graph depends on."""
+    digest = hashlib.sha256(_code_and_versions().encode())
+    for part in (key, decoder.rule.name, decoder.fine, *((tuple(x.shape), x.dtype) for x in inputs)):
+        digest.update(repr(part).encode())
+    for model in _models(decoder):
+        digest.update(repr(model).encode())
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(repr([getattr(model, name, None) for name in ("config", "code", "horizon")]).encode())
+    return f"{key.replace(' ', '-')}-{digest.hexdigest()[:32]}"
+
+
+@cache
+def _code_and_versions() -> str:
+    root = Path(rsd.__file__).parent
+    files = sorted(file for part in CODE for file in root.glob(part))
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return " ".join([code, *(f"{name} {metadata.version(name)}" for name in ("torch", *PACKAGES))])
+
+
+def _export(
+    path: Path, decoder: Decoder, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pending, decoder.checks = decoder.checks, []
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, _quiet():
+            file = Path(folder) / path.name
+            module = _Call(decoder, call).eval()
+            torch.onnx.export(module, tuple(inputs), file, dynamo=True, external_data=False, verbose=False)
+            file.replace(path)  # whole or not at all, whoever else exports the same
+    except RuntimeError as error:  # the exporter's own are of this kind
+        raise RsdError(f"ONNX graph {path.stem}: not exported ({error}); take the engine 'eager'") from error
+    finally:
+        decoder.checks = pending
+    graphs = sorted(path.parent.glob("*.onnx"), key=lambda graph: graph.stat().st_mtime)
+    for graph in graphs[:-KEPT]:
+        graph.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter speaks of its own future; a failure is an exception."""
+    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for name in levels:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def _session(path: Path, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,60 @@
+"""Which engine decodes, and what is said where one cannot be had."""
+
+import re
+
+import pytest
+
+from rsd.decoding import engines
+from rsd.decoding.engines import VARIABLE, choose_engine, strategy_on
+from rsd.decoding.recorded import RecordedStrategy
+from rsd.decoding.strategies import STRATEGIES
+from rsd.types import AUTO, CUDA_GRAPHS, EAGER, ONNX, RsdError
+
+
+@pytest.fixture(autouse=True)
+def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE)
+
+
+def test_auto_takes_graphs_where_they_can_be_had() -> None:
+    assert choose_engine(AUTO, "cpu", recordable=True) == ONNX
+    assert choose_engine(AUTO, "cuda:1", recordable=True) == CUDA_GRAPHS
+    assert choose_engine(AUTO, "cpu", recordable=False) == choose_engine(AUTO, "cuda", recordable=False) == EAGER
+    assert choose_engine(EAGER, "cpu", recordable=True) == EAGER
+
+
+def test_the_variable_says_what_auto_is_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, EAGER)
+    assert choose_engine(AUTO, "cpu", recordable=True) == EAGER
+    assert choose_engine(AUTO, "cuda", recordable=True) == CUDA_GRAPHS
+    assert choose_engine(ONNX, "cpu", recordable=True) == ONNX
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(RsdError, match="'fast': expected one of auto, eager, cuda-graphs, onnx"):
+        choose_engine(AUTO, "cpu", recordable=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "recordable", "message"),
+    [
+        ("tensorrt", "cpu", True, "'tensorrt': expected one of auto, eager, cuda-graphs, onnx"),
+        (ONNX, "cuda", True, "'onnx': expected device cpu, found cuda; take auto or eager"),
+        (CUDA_GRAPHS, "cpu", True, "'cuda-graphs': expected device cuda, found cpu; take auto or eager"),
+        (ONNX, "cpu", False, "'onnx': not for drawn tokens, fine='sequential', or OpenVLA on a CPU; take auto"),
+    ],
+)
+def test_what_cannot_be_had_is_an_error(asked: str, device: str, recordable: bool, message: str) -> None:
+    with pytest.raises(RsdError, match=re.escape(message)):
+        choose_engine(asked, device, recordable)
+
+
+def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(engines, "missing_packages", lambda: ["onnx", "onnxscript"])
+    assert choose_engine(AUTO, "cpu", recordable=True) == EAGER
+    assert "onnx, onnxscript not installed: engine eager" in caplog.text
+    with pytest.raises(RsdError, match="expected onnx, onnxscript; pip install onnx onnxscript"):
+        choose_engine(ONNX, "cpu", recordable=True)
+
+
+def test_eager_is_the_plain_strategy() -> None:
+    assert strategy_on(EAGER, "rsd") is STRATEGIES["rsd"]
+    assert isinstance(strategy_on(ONNX, "rsd"), RecordedStrategy)
