@@ -15,6 +15,7 @@ from rsd.checkpoint import WEIGHTS_FILE
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.steps import Scene, SkipRule, Stopwatch
 from rsd.decoding.strategies import STRATEGIES
+from rsd.models.light_draft import LightDraft
 from rsd.models.main import MainModel
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
@@ -310,13 +311,39 @@ def test_skipping_leaves_the_main_idle_until_it_has_to_look_again(
     see = MainModel.embed_prefix
     monkeypatch.setattr(MainModel, "embed_prefix", lambda *a: looks.append(True) or see(*a))
     stats = [skipping.predict(make_observation(seed)).stats for seed in range(7)]
-    assert [s.prefills for s in stats] == [1, 0, 0, 1, 0, 0, 1]
-    assert len(looks) == 3
+    assert [s.prefills for s in stats] == [0, 0, 1, 0, 0, 1, 0]
+    assert len(looks) == 2
     assert all("prefill" not in s.latency_ms for s in stats if not s.prefills)
     assert all(np.isfinite(s.expected_deviation_mm) for s in stats)
     assert [bool(s.num_draft_tokens) for s in stats] == [bool(s.prefills) for s in stats]
+    skipping.predict(make_observation(7))
+    assert skipping.predict(make_observation(8)).stats.prefills == 1
     skipping.reset()
-    assert skipping.predict(make_observation(9)).stats.prefills == 1
+    assert skipping.predict(make_observation(9)).stats.prefills == 0
+
+
+def test_a_memory_of_the_main_is_of_use_for_a_while(
+    policy: RsdPolicy, make_observation: MakeObservation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for gripper in (policy.model.main.gripper_head, policy.model.light.levels.gripper_head):
+        gripper.bias.data.fill_(-100.0)
+    known = list[bool]()
+    perceive = LightDraft.perceive
+    monkeypatch.setattr(LightDraft, "perceive", lambda *a: known.append(a[-1] is not None) or perceive(*a))
+    skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=3, memory_chunks=2))
+    stats = [skipping.predict(make_observation(seed)).stats for seed in range(8)]
+    assert [s.prefills for s in stats] == [0, 0, 0, 1, 0, 0, 0, 1]
+    assert known == [False, False, False, False, True, True, False, False]
+
+
+def test_a_gripper_that_closes_at_once_forces_the_main(
+    policy: RsdPolicy, make_observation: MakeObservation
+) -> None:
+    policy.model.light.levels.gripper_head.bias.data.fill_(100.0)
+    skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9))
+    stats = skipping.predict(make_observation(0)).stats
+    assert stats.forced
+    assert stats.prefills == 1
 
 
 def test_a_gripper_switch_forces_the_main(policy: RsdPolicy, make_observation: MakeObservation) -> None:
@@ -449,8 +476,9 @@ def test_a_failing_follow_up_forgets_the_episode(policy: RsdPolicy, make_observa
 
 
 def calibration(weights: Path, **changes: Any) -> SkipCalibration:
-    values = {"threshold": 20.0, "max_skips": 2, "score": "mm", "epsilon_mm": 50.0, "alpha": 0.1, "delta": 0.1}
-    values |= {"loss": "share", "test": "betting", "p_value": 0.05, "empirical_risk": 0.05, "skip_share": 0.5}
+    values = {"threshold": 20.0, "max_skips": 2, "memory_chunks": 2, "score": "mm", "epsilon_mm": 50.0}
+    values |= {"alpha": 0.1, "delta": 0.1, "loss": "share", "test": "betting"}
+    values |= {"p_value": 0.05, "empirical_risk": 0.05, "skip_share": 0.5}
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
     return SkipCalibration(**{**values, "episodes": 9, "chunks": 90, "weights_sha256": sha256, **changes})
 

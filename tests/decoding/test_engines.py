@@ -1,14 +1,21 @@
 """Which engine decodes, and what is said where one cannot be had."""
 
 import re
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
+from torch import Tensor
 
 from rsd.decoding import engines
 from rsd.decoding.engines import VARIABLE, choose_engine, strategy_on
-from rsd.decoding.recorded import RecordedStrategy
+from rsd.decoding.recorded import Call, RecordedStrategy
+from rsd.decoding.steps import Decoder, SkipRule
 from rsd.decoding.strategies import STRATEGIES
-from rsd.types import AUTO, CUDA_GRAPHS, EAGER, ONNX, RsdError
+from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.policy import RsdPolicy
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import AUTO, CUDA_GRAPHS, EAGER, ONNX, Observation, RsdError
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +60,34 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, ca
     assert "onnx, onnxscript not installed: engine eager" in caplog.text
     with pytest.raises(RsdError, match="expected onnx, onnxscript; pip install onnx onnxscript"):
         choose_engine(ONNX, "cpu", recordable=True)
+
+
+@pytest.mark.parametrize("decode", STRATEGIES)
+def test_all_that_an_episode_needs_is_recorded_by_its_first_prediction(
+    decode: str,
+    make_steady_model: Callable[[], RsdModel],
+    tokenizer: ActionTokenizer,
+    tiny_config: PolicyConfig,
+    make_observation: Callable[..., Observation],
+) -> None:
+    recorded: list[str] = []
+
+    def record(key: str, decoder: Decoder, call: Call, inputs: Sequence[Tensor]) -> Call:
+        recorded.append(key)
+        return call
+
+    plain, graphs = (
+        RsdPolicy(make_steady_model(), tokenizer, tiny_config, decode=decode, skip=SkipRule(1e9, 3), engine=EAGER)
+        for _ in range(2)
+    )
+    graphs._strategy = RecordedStrategy(decode, record)
+    counts = []
+    for seed in range(6):
+        expected, found = (policy.predict(make_observation(seed)) for policy in (plain, graphs))
+        assert np.array_equal(found.actions, expected.actions)
+        counts.append(len(recorded))
+    assert counts == [counts[0]] * 6
+    assert len(set(recorded)) == counts[0]
 
 
 def test_eager_is_the_plain_strategy() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -60,18 +61,20 @@ class RecordedStrategy:
         if self.name == "light-alone":
             with watch.stage("draft"):
                 return unverified(self._scout(decoder, scene_of(seen(scene))))
-        if self.name == "rsd-ahead":
-            return self._act_first(decoder, scene, watch)
-        due = self.name == "rsd-fused" or decoder.skip.is_due(scene.memory)  # the main, whatever the draft will say
-        if not due or scene.images.device.type != "cuda":
-            return self._ask_first(decoder, scene, watch)
-        with watch.stage("main"):
-            decoded, memory = self._remembering("both", decoder, scene, lambda x: side_by_side(decoder, x))
-        proposal: Proposal = decoded.proposal
-        if self.name == "rsd-skip":
-            proposal.forced = decoder.skip.must_look(scene.memory, proposal)
-        scene.memory.renew(memory, decoded.gripper)
-        return decoded
+        if self.name == "rsd-fused" and scene.images.device.type == "cuda":
+            with watch.stage("main"):
+                decoded, memory = self._remembering("both", decoder, scene, lambda x: side_by_side(decoder, x))
+            scene.memory.renew(memory, decoded.gripper)
+            return decoded
+        if not self._recordings:
+            self._record_all(decoder, scene)
+        return (self._act_first if self.name == "rsd-ahead" else self._ask_first)(decoder, scene, watch)
+
+    def _record_all(self, decoder: Decoder, scene: Scene) -> None:
+        """Everything that an episode will need, so that no later chunk has to wait for a recording."""
+        first = replace(scene, memory=EpisodeMemory())
+        self._look(decoder, first, self._scout(decoder, first), silent(seen(scene)))
+        self._scout(decoder, first)  # which remembers now
 
     def _act_first(self, decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
         with watch.stage("draft"):

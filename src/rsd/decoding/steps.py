@@ -136,10 +136,6 @@ class SkipRule:
     max_skips: int = 4
     memory_chunks: int = 2
 
-    def is_due(self, memory: EpisodeMemory) -> bool:
-        """Whether the main has to run whatever the draft will say."""
-        return memory.skipped >= self.max_skips
-
     def may_skip(self, memory: EpisodeMemory, proposal: Proposal) -> bool:
         """Whether the proposal may be executed as it is (one observation); notes on it whether it was free to."""
         proposal.forced = self.must_look(memory, proposal)

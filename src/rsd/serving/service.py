@@ -23,7 +23,7 @@ from rsd.serving.wire import pack, unpack
 from rsd.types import STATE_DIM, ActionChunk, FollowsUp, Observation, Policy, RsdError
 from rsd.versions import versions
 
-WARMUP_PREDICTIONS = 3  # a decoder that remembers takes another way from the second chunk on
+WARMUP_PREDICTIONS = 3  # on a GPU a decoder that remembers takes another way from the second chunk on
 
 
 class Servable(Policy, Protocol):
