@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsd.checkpoint import WEIGHTS_FILE
+from rsd.checkpoint import PROVEN_FILE, WEIGHTS_FILE
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.steps import Scene, SkipRule, Stopwatch
 from rsd.decoding.strategies import STRATEGIES
@@ -497,6 +497,15 @@ def test_the_default_is_the_best_that_the_checkpoint_supports(
     assert chosen() == chosen(acceptance="exact") == chosen(fine="sequential") == "rsd-ahead"
     assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
     assert chosen(temperature=1.0) == "rsd-fused"
+    (checkpoint / PROVEN_FILE).write_text('{"format_version": 1, "decode": "rsd-fused", "found": "9 of 9"}')
+    assert chosen() == "rsd-fused"
+    assert "decodes by rsd-fused: 9 of 9" in caplog.text
+    assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
+    for content, message in (('{"format_version": 1}', "expected texts"), ("{}", "expected proven decoder format 1")):
+        (checkpoint / PROVEN_FILE).write_text(content)
+        with pytest.raises(RsdError, match=message):
+            RsdPolicy.from_pretrained(checkpoint)
+    (checkpoint / PROVEN_FILE).unlink()
     with pytest.raises(RsdError, match="found none; make it with `rsd calibrate`"):  # by name: never replaced
         RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")
     calibration(checkpoint / WEIGHTS_FILE, weights_sha256="0" * 64).save(checkpoint)

@@ -30,7 +30,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
 
 FORMAT_VERSION = 1
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, PROVEN_FILE = "config.json", "model.safetensors", "proven.json"
 BACKBONE, OPENVLA = "backbone", "openvla"  # in config.json; the compact main where it is absent
 SCALE = ".scale"  # after the name of a weight that is stored as int8
 
@@ -40,7 +40,7 @@ Config = TypeVar("Config")
 def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
     """A local directory as it is; otherwise `owner/name` on the Hugging Face hub, downloaded to its cache."""
     # linear codes only, see `check_code`; an adapter where the main is OpenVLA
-    files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CALIBRATION_FILE, "lora_adapter/*"]
+    files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CALIBRATION_FILE, PROVEN_FILE, "lora_adapter/*"]
     return hub.locate(path_or_hub_id, "policy", "a checkpoint directory", files)
 
 
@@ -121,6 +121,20 @@ def load_calibration(directory: Path) -> SkipCalibration:
     calibration = SkipCalibration.load(directory)
     calibration.check_belongs(_sha256(directory / WEIGHTS_FILE))
     return calibration
+
+
+def proven_decode(directory: Path) -> tuple[str, str] | None:
+    """The decoder that evaluations of this very checkpoint proved best and what they found; None if it does not say.
+
+    proven.json: {"format_version": 1, "decode": "rsd-fused", "found": "122 of 126 where ..."}."""
+    path = directory / PROVEN_FILE
+    if not path.is_file():
+        return None
+    content = read_versioned(path, "proven decoder", 1, "write it anew")
+    decode, found = content.get("decode"), content.get("found")
+    if not (isinstance(decode, str) and isinstance(found, str)):
+        raise RsdError(f"{path}: expected texts 'decode' and 'found', found {decode!r} and {found!r}; write it anew")
+    return decode, found
 
 
 def stored_skip(directory: Path, content: dict[str, Any], options: dict[str, Any]) -> SkipRule | None:

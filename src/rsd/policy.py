@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from rsd import hub
-from rsd.checkpoint import BACKBONE, load_model, locate_checkpoint, read_content, save_checkpoint, stored_skip
+from rsd.checkpoint import (
+    BACKBONE,
+    load_model,
+    locate_checkpoint,
+    proven_decode,
+    read_content,
+    save_checkpoint,
+    stored_skip,
+)
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import fingertip_deviation
 from rsd.decoding.engines import choose_engine, strategy_on
@@ -274,8 +282,10 @@ class RsdPolicy:
 
             policy_class = OpenVlaRsdPolicy
         if decode == BEST:
-            choice = choose_decode(bool(content["policy"].get("light")), temperature, skip)
-            LOG.log(logging.INFO if choice.decode == "rsd-ahead" else logging.WARNING, "%s: %s", directory, choice)
+            proven = proven_decode(directory)
+            choice = choose_decode(bool(content["policy"].get("light")), temperature, skip, proven)
+            second = choice.decode != "rsd-ahead" and proven is None  # to what another checkpoint could do
+            LOG.log(logging.WARNING if second else logging.INFO, "%s: %s", directory, choice)
             decode = choice.decode
         check_sampling(temperature, decode, acceptance, fine)  # before the weights
         options = {"decode": decode, "acceptance": acceptance, "fine": fine, "temperature": temperature}
@@ -312,12 +322,16 @@ class Choice(NamedTuple):
         return f"decodes by {self.decode}: {self.why}"
 
 
-def choose_decode(light: bool, temperature: float = 0.0, skip: SkipRule | None = None) -> Choice:
-    """What `best` is, by what is proven in closed loop, for a checkpoint with or without a light draft."""
+def choose_decode(
+    light: bool, temperature: float = 0.0, skip: SkipRule | None = None, proven: tuple[str, str] | None = None
+) -> Choice:
+    """What `best` is, by what is proven in closed loop, for a checkpoint with or without a light draft.
+
+    proven: what its own evaluations proved, see `checkpoint.proven_decode`."""
     if not light:
         return Choice("rsd", "the best without a light draft")
     if temperature:
         return Choice("rsd-fused", "the best that draws its tokens")
     if skip:
         return Choice("rsd-skip", "a skip threshold is given")
-    return Choice("rsd-ahead", "the best")
+    return Choice(*proven) if proven else Choice("rsd-ahead", "the best")

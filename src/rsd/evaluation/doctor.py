@@ -195,7 +195,7 @@ def load_and_predict(policy_name: str, device_name: str, keep: list[RsdPolicy]) 
         return Check("policy", "fail", "a black and a white image give the same actions: it does not see")
     count = sum(parameter.numel() for parameter in policy.model.parameters())
     spent = light.stats.latency_ms["total"]
-    chunk = f"chunk {list(light.actions.shape)} in {spent:.0f} ms by {policy.decode}"
+    chunk = f"chunk {list(light.actions.shape)} in {spent:.0f} ms by {policy.decode}, engine {policy.engine}"
     return Check("policy", "ok", f"{count / 1e6:.1f} M parameters, {chunk}")
 
 

@@ -5,16 +5,15 @@ Compiling takes 11 s of CPU where numba's cache is empty, as on a new machine; r
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import importlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rsd.locks import first_or_after
 
 
 @functools.cache
@@ -36,20 +35,3 @@ def compile_maths() -> None:
         control.orientation_error(rotation, rotation)
         null_space = control.opspace_matrices(inertia, jacobian, *halves)[3]
         control.nullspace_torques(inertia, null_space, joints, joints, joints)
-
-
-@contextlib.contextmanager
-def first_or_after(folder: Path) -> Iterator[None]:
-    """One process at a time begins with what is inside; those that come meanwhile wait and then go on together.
-
-    A folder that cannot be written to, or that knows no locks, lets everybody in at once: that costs time, no more.
-    """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((folder / "compiling.lock").open("w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fcntl.flock(lock, fcntl.LOCK_SH)
-        yield
