@@ -26,8 +26,10 @@ from rsd.evaluation.results import write_atomically
 from rsd.evaluation.statistics import PairedDifference, paired_difference, percentiles
 from rsd.evaluation.summary import success_rate, summarize_decoding
 from rsd.policy import FOLLOW_UP
+from rsd.types import CUDA_GRAPHS, EAGER, ONNX
 
 ABSENT = "-"
+EPSILON_MM, DELTA = 50.0, 0.1
 PROSE = """\
 # Decoders compared in closed loop
 
@@ -45,7 +47,9 @@ the same observation while the robot moves, judges the draft's tokens and leaves
 SHARED = """\
 All runs of this table are of the files that ship, each with the policy in one process that serves all of its simulators
 in batches of 13; the GPUs trained other policies meanwhile, so nothing here is about time. `ar`, `l1`, `rsd-fused` and
-`rsd-skip` ran on one host, the others on another one of the same kind, later. {again}
+`rsd-skip` ran on one host, the others on another one of the same kind, later. `rsd-skip` is that of before: the
+draft's memory of the main never expired, and the main looked at every episode's start and after two chunks at the
+latest. {again}
 """
 ROUNDED = """\
 ## Before the light draft was rounded
@@ -61,14 +65,16 @@ calibrations are made now, it promises less.
 ON_CPU = """\
 ## The files that ship on a CPU
 
-Runs on two cores with OSMesa, beside `l1` on the GPU: another renderer, so that pairs of a row on the CPU with that one
-differ by more than the decoder. `rsd-ahead` ran before its main's pass was put off: its chunks were decided
-as they are now, but the main's pass was done before they were executed, and its acceptance was not kept.
+Runs on two cores with OSMesa: another renderer than the GPU's, so that these rows and those above differ by more than
+the machine. `l1` and `rsd-skip` ran as ONNX graphs, the others as PyTorch before there were any; {repeats}.
+`rsd-ahead` ran before its main's pass was put off: its chunks were decided as they are now, but the main's
+pass was done before they were executed, and its acceptance was not kept. `rsd-skip-max2` is the rule of before.
 
 """
 CAVEAT = """\
-`rsd-skip-max4` allows 4 chunks in a row without the main. The shipped calibration allows 2, chosen after 4 had lost
-the drawer task, on its states 0 to 19; `rsd-skip-drawer` in the same folder is its states 20 to 49.
+All by the rule of before, in which the draft's memory of the main never expired: `rsd-skip-max4` allowed 4 chunks in
+a row without the main and lost the drawer task, on its states 0 to 19, after which 2 became the limit;
+`rsd-skip-drawer` in the same folder is its states 20 to 49.
 """
 
 
@@ -93,8 +99,12 @@ class PageConfig:
     """The same for a machine without a GPU."""
     cpu_order: tuple[str, ...] = ("l1", "rsd-fused", "rsd-skip", "rsd-skip-max4")
     """Directories in it."""
-    cpu_shipped: tuple[str, ...] = ("rsd-fused-500", "rsd-skip-500", "rsd-ahead-500", "light-alone-500")
-    """Directories in it of runs on the initial states of the runs on the GPU."""
+    cpu_shipped: tuple[str, ...] = (
+        *("l1-500", "rsd-fused-500", "rsd-skip-500", "rsd-ahead-500", "light-alone-500", "rsd-skip-max2-500"),
+    )
+    """Directories in it of runs on the initial states of the runs on the GPU; the first two are compared against."""
+    repeated: tuple[str, ...] = ("rsd-fused", "rsd-ahead")
+    """Of these, NAME-onnx in it repeats some of NAME-500 as ONNX graphs."""
     timed: tuple[str, ...] = ("timed-l1", "timed-rsd-fused", "timed-rsd-skip", "timed-rsd-ahead")
     """Directories in it of runs of one worker, for times in closed loop."""
     latencies: tuple[Path, ...] = (
@@ -104,9 +114,9 @@ class PageConfig:
     """Raw latencies of `rsd bench latency`."""
     deviation: Path = Path("results/libero_spatial/deviation.json")
     """Raw deviations of `rsd bench deviation`."""
-    epsilon_mm: float = 50.0
+    epsilon_mm: float = EPSILON_MM
     """What counts as a deviation in runs with a threshold of their own, which promise nothing."""
-    delta: float = 0.1
+    delta: float = DELTA
     """The upper bounds of the realised risks hold with confidence 1 - delta."""
     output: Path = Path("docs/results/decoding.md")
     """The page."""
@@ -120,15 +130,15 @@ def main(config: PageConfig) -> None:
     earlier = [load_run(config.earlier_runs / name) for name in config.earlier_order]
     shipped = [load_run(config.cpu_runs / name) for name in config.cpu_shipped]
     on_cpu = [f"{name}, CPU" for name in config.cpu_shipped]
-    both, all_shipped = [*config.order[1:2], *on_cpu], [*runs[1:2], *shipped]
     shared = SHARED.format(again=again_sentence(runs[1], load_run(config.runs / config.again)))
     parts = [PROSE, success_section(config.order, runs), shared, task_section(config.order, runs)]
-    parts += [ON_CPU + success_table(both, all_shipped), task_table(both, all_shipped)]
+    repeats = ", ".join(repeat_phrase(config.cpu_runs, name) for name in config.repeated)
+    parts += [ON_CPU.format(repeats=repeats) + success_table(on_cpu, shipped), task_table(on_cpu, shipped)]
     parts += [ROUNDED + success_table(config.earlier_order, earlier)]
     parts += [success_section(config.cpu_order, cpu), CAVEAT]
     named = [*config.order, *on_cpu, *(f"{name}, before rounding" for name in config.earlier_order)]
     named += [f"{name}, CPU" for name in config.cpu_order]
-    parts += [risk_section(named, [*runs, *shipped, *earlier, *cpu], config)]
+    parts += [risk_section(named, [*runs, *shipped, *earlier, *cpu], config.epsilon_mm, config.delta)]
     parts += [deviation_section(DeviationRecord.from_json(json.loads(config.deviation.read_text())), config.deviation)]
     parts += [timed_section(config.timed, timed)]
     parts += [latency_section(record, path) for record, path in zip(records, config.latencies, strict=True)]
@@ -177,10 +187,19 @@ def success_table(names: Sequence[str], runs: Sequence[Run]) -> str:
 
 
 def again_sentence(run: Run, again: Run) -> str:
-    first, second = ({e.key: (e.success, e.steps) for e in one.episodes} for one in (run, again))
+    return f"`{run.name}` ran on both: {alike_phrase(run, again)}."
+
+
+def repeat_phrase(folder: Path, name: str) -> str:
+    again, run = (load_run(folder / f"{name}-{which}") for which in ("onnx", "500"))
+    return f"`{name}` repeated as graphs: {alike_phrase(again, run)}"
+
+
+def alike_phrase(run: Run, other: Run) -> str:
+    """How many of a run's episodes ended as in another one, which has them all."""
+    first, second = ({e.key: (e.success, e.steps) for e in one.episodes} for one in (run, other))
     alike, same = (sum(first[key][:n] == second[key][:n] for key in first) for n in (1, 2))
-    where = f"`{run.name}` ran on both"
-    return f"{where}: {alike} of {len(first)} episodes ended alike, {same} of them at the same step."
+    return f"{alike} of {len(first)} episodes ended alike, {same} of them at the same step"
 
 
 def against_cell(pair: PairedDifference) -> str:
@@ -226,16 +245,17 @@ def timed_section(names: Sequence[str], runs: Sequence[Run]) -> str:
     ) + table(header, rows)
 
 
-def risk_section(names: Sequence[str], runs: Sequence[Run], config: PageConfig) -> str:
+def risk_section(names: Sequence[str], runs: Sequence[Run], epsilon_mm: float, delta: float) -> str:
+    """epsilon_mm: of runs with a threshold of their own; the upper bounds hold with confidence 1 - delta."""
     rows = []
     for name, run in zip(names, runs, strict=True):
         calibration = run.record.policy.get("skip_calibration")
         if run.episodes[0].decode != "rsd-skip":
             continue
         skipped, apart = columns(run, "skipped"), [deviations(episode) for episode in run.episodes]
-        epsilon = calibration["epsilon_mm"] if calibration else config.epsilon_mm
+        epsilon = calibration["epsilon_mm"] if calibration else epsilon_mm
         found: RealisedRisk = realised_risk(
-            [flags.astype(bool) for flags in skipped], apart, epsilon_mm=epsilon, delta=config.delta
+            [flags.astype(bool) for flags in skipped], apart, epsilon_mm=epsilon, delta=delta
         )
         scores, true = (np.log1p(np.concatenate(columns(run, stat))) for stat in (SCORE, "deviation_mm"))
         correlation = np.corrcoef(scores, true)
@@ -297,14 +317,14 @@ def latency_section(record: LatencyRecord, path: Path) -> str:
         share = f"{ideals[name]:.2f} ({ideals[name] / p50:.0%})" if whole else ABSENT
         rows.append([f"`{name}`", f"{p50:.1f} / {p95:.1f}", f"{base / p50:.2f}x", f"{p50 / bar:.2f}", share, parts])
     count = len(record.milliseconds["ar"]["total"])
-    on_gpu = machine["device"] != "cpu" and record.config.get("cuda_graphs", False)
-    graphs = ", every decoder replayed from CUDA graphs" if on_gpu else ""
+    engine = machine.get("engine", CUDA_GRAPHS if machine["device"] != "cpu" else EAGER)  # not named by older records
+    graphs = {CUDA_GRAPHS: ", every decoder replayed from CUDA graphs", ONNX: ", every decoder as ONNX graphs"}
     tasks = record.config.get("num_tasks", 10)
     header = ["decoder", "p50 / p95 ms", "speed-up over `ar`", "time relative to `l1`"]
     header += ["roofline ms (share reached)", "stages, p50 ms"]
     return (
         f"## Latency per chunk, {where}\n\n`{path}`: {count} predictions each on two observations of each of {tasks} "
-        f"tasks, decoders taking turns{graphs}; torch {record.versions.get('torch', '?')}.\n\n"
+        f"tasks, decoders taking turns{graphs.get(engine, '')}; torch {record.versions.get('torch', '?')}.\n\n"
     ) + table(header, rows)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from rsd.evaluation.decoding_page import PageConfig, risk_section, success_table, table, task_table
+from rsd.evaluation.decoding_page import DELTA, EPSILON_MM, risk_section, success_table, table, task_table
 from rsd.evaluation.report import Run, load_run, success_cell
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.studies_page import training_of
@@ -77,7 +77,7 @@ def main(config: SuitesPageConfig) -> None:
     skipping = load_run(config.results / config.skipping)
     own = [*(of_suite(run, skipping.episodes[0].suite) for run in runs), skipping]
     names = [*config.order, "rsd-skip, CPU"]
-    risk = risk_section(names[-1:], [skipping], PageConfig()).replace("## Skipping", "### Risk")
+    risk = risk_section(names[-1:], [skipping], EPSILON_MM, DELTA).replace("## Skipping", "### Risk")
     parts += [SKIPPING, success_table(names, own), task_table(names, own), risk]
     write_atomically(config.output, "\n".join(parts))
 
