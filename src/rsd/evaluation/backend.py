@@ -7,11 +7,12 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsd.evaluation.config import EvalConfig
-from rsd.types import BEST, Policy, RsdError
+from rsd.types import BEST, ONNX, Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.batched_policy import BatchPolicy
@@ -192,11 +193,12 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
 
 
 def engine_of(config: EvalConfig, openvla: bool) -> str:
-    """What `--engine auto` is for this run, as the policy will choose it."""
+    """What `--engine auto` is for this run, as the policy will choose it; with a version that torch's does not tell."""
     from rsd.decoding.engines import choose_engine
 
     draws = config.temperature > 0 or config.acceptance == "exact"
-    return choose_engine(config.engine, config.device, not draws and not (openvla and config.device == "cpu"))
+    engine = choose_engine(config.engine, config.device, not draws and not (openvla and config.device == "cpu"))
+    return f"{engine} {metadata.version('onnxruntime')}" if engine == ONNX else engine
 
 
 LIBERO = Backend(
