@@ -22,8 +22,8 @@ render dagger
 train --data "$run/expert" "$run/dagger" --init "$run/first/checkpoint" --output "$run/second" \
     --loop.minutes "${SECOND_MINUTES:-7.2}" --loop.learning-rate 5e-4
 
-"$rsd" calibrate --policy "$run/second/checkpoint" --num-trials 20 --tried-mm 200 --epsilon-mm 100 --max-skips 2 --device cuda \
-    --num-workers "$workers" --output "$run/eval/calibration"
+"$rsd" calibrate --policy "$run/second/checkpoint" --device cuda --num-workers "$workers" \
+    --output "$run/eval/calibration"
 for decode in ar l1 rsd-fused rsd-skip rsd-ahead; do
     "$rsd" eval --policy "$run/second/checkpoint" --decode "$decode" --num-trials 50 --device cuda \
         --num-workers "$workers" --output "$run/eval/$decode"

@@ -287,6 +287,10 @@ def test_what_cannot_be_drawn_is_refused(checkpoint: Path, options: dict[str, An
         ({"decode": "fast"}, "decode 'fast': expected one of ar, parallel, l1, rsd, rsd-fused, rsd-skip, rsd-ahead,"),
         ({"acceptance": "always"}, "acceptance 'always'"),
         ({"fine": "coarse"}, "fine 'coarse': expected regress or sequential"),
+        (
+            {"acceptance": "residual", "fine": "sequential"},
+            "acceptance 'residual': expected fine 'regress', found 'sequential'; leave it out",
+        ),
     ],
 )
 def test_unknown_options_are_refused(checkpoint: Path, options: dict[str, Any], message: str) -> None:

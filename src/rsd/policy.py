@@ -81,6 +81,8 @@ class RsdPolicy:
         fine = fine or ("sequential" if rule.name == "exact" else config.fine)
         if fine not in ("regress", "sequential"):
             raise RsdError(f"fine {fine!r}: expected regress or sequential")
+        if rule.as_a_whole and fine == "sequential":
+            raise RsdError(f"acceptance {rule.name!r}: expected fine 'regress', found 'sequential'; leave it out")
         self.model, self.config = model.eval(), config
         self.tokenizer = tokenizer.to(self.device)
         self.provenance = provenance or {}

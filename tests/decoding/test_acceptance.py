@@ -233,14 +233,14 @@ def test_rules_by_name() -> None:
 
 def test_a_rule_names_its_settings_and_reads_that_name_again() -> None:
     written = {"distance": "distance(1)", "typical": "typical(0.09)", "typical(.3, 1)": "typical(0.3,1)"}
-    written |= {"agreement": "agreement(0.7)", "exact": "exact", "margin": "margin"}
+    written |= {"agreement": "agreement(0.7)", "exact": "exact", "margin": "margin", "residual": "residual"}
     for name, full in written.items():
         assert acceptance_rule(name, CODE).name == full
         assert acceptance_rule(full, CODE).name == full
     kinds = {name.split("(")[0] for name in ACCEPTANCE_RULES}
     assert kinds == {name.split("(")[0] for name in written}
     judged_alone = {kind for kind in kinds if acceptance_rule(kind, CODE).per_scalar}
-    assert judged_alone == {"margin", "distance", "typical"}
+    assert judged_alone == {"margin", "residual", "distance", "typical"}
 
 
 @pytest.mark.parametrize(
@@ -270,6 +270,6 @@ def test_a_rule_names_its_settings_and_reads_that_name_again() -> None:
     ],
 )
 def test_unknown_rules_and_shares_are_refused(name: str) -> None:
-    expected = r"expected exact, margin, distance\(D\), typical\(EPSILON\), agreement\(SHARE\)"
+    expected = r"expected exact, margin, residual, distance\(D\), typical\(EPSILON\), agreement\(SHARE\)"
     with pytest.raises(RsdError, match=expected):
         acceptance_rule(name, CODE)

@@ -190,7 +190,7 @@ def test_sequential_margin_corrects_the_first_level_outside_the_margin(
         assert decoded.motion[0, 0, scalar] == drafted[0, 0, scalar]
 
 
-@pytest.mark.parametrize("rule", ["exact", "margin", "agreement(0.7)"])
+@pytest.mark.parametrize("rule", ["exact", "margin", "residual", "agreement(0.7)"])
 def test_regressed_rsd_takes_one_pass_and_its_tokens_decode_to_its_value(model: RsdModel, rule: str) -> None:
     decoder = decoder_of(model, rule)
     decoded = decode("rsd", decoder, prefixes(40))
@@ -227,6 +227,31 @@ def test_regressed_margin_takes_each_scalar_from_the_block_after_its_own_accepte
         estimate = decoder.code.dequantise(drafted[:, :k]) + missing[k]
         inside = here & (estimate.abs() <= span)
         assert ((decoded.value - estimate).abs()[inside] <= LAST_STEP / 2 + 1e-5).all()
+
+
+def test_a_draft_judged_as_a_whole_stands_where_the_finer_levels_take_out_what_it_misses(model: RsdModel) -> None:
+    decoder = decoder_of(model, "residual")
+    prefix = prefixes(40)
+    with torch.no_grad():
+        features, cache = model.main.prefill(prefix)
+        proposed = strategies.propose(decoder, features)
+        gripper = strategies.greedy_gripper(decoder, features)
+        (last,) = model.main.extend(proposed.prefixes[-1:], gripper, C + 1, cache)  # one block, told everything
+        missing, alone = model.main.residual(last, C + 1), model.main.residual(features, 1)
+    within = missing.abs() <= decoder.code.config.reach(C)
+    assert 0.1 < within.float().mean() < 0.99
+
+    decoded = decode("rsd", decoder, prefix)
+    assert decoded.motion is not None
+    assert decoded.accepted is not None
+    assert torch.equal(decoded.accepted, within[:, None].expand(-1, C, -1))
+    assert decoded.accepted_levels is not None
+    assert torch.equal(decoded.accepted_levels, C * within.all(-1).long())
+    estimate = torch.where(within, proposed.prefixes[-1] + missing, alone)
+    inside = estimate.abs() <= decoder.code.config.span()
+    assert ((decoded.value - estimate).abs()[inside] <= LAST_STEP / 2 + 1e-5).all()
+    stands = within[:, None].expand(-1, C, -1)
+    assert torch.equal(decoded.motion[:, :C][stands], proposed.motion[stands])
 
 
 @pytest.mark.parametrize("rho", [2.0, 3.0, 7.0])
@@ -282,7 +307,8 @@ def test_a_draft_that_is_right_decides_the_draft_strategy(
 
 @pytest.mark.parametrize(
     ("name", "rule"),
-    [(name, "exact") for name in STRATEGIES if name not in LIGHT] + [("rsd", "margin"), ("rsd", "agreement(0.3)")],
+    [(name, "exact") for name in STRATEGIES if name not in LIGHT]
+    + [("rsd", rule) for rule in ("margin", "residual", "agreement(0.3)")],
 )
 def test_a_batch_decodes_as_its_samples_do_alone(model: RsdModel, name: str, rule: str) -> None:
     decoder = decoder_of(model, rule)
@@ -381,8 +407,9 @@ def test_fused_and_exact_gives_the_tokens_of_ar_whatever_the_light_draft_propose
     assert agreed == {True, False}  # both ways were tried
 
 
-def test_riding_in_the_prefill_is_prefill_and_verification_in_one(model: RsdModel) -> None:
-    decoder = replace(decoder_of(model, "margin"), light=model.light)
+@pytest.mark.parametrize("rule", ["margin", "residual"])
+def test_riding_in_the_prefill_is_prefill_and_verification_in_one(model: RsdModel, rule: str) -> None:
+    decoder = replace(decoder_of(model, rule), light=model.light)
     scene = seen(model, 0)
     with torch.no_grad():
         prefix = scene.prefix(model.main, Stopwatch(torch.device("cpu")))
@@ -390,7 +417,9 @@ def test_riding_in_the_prefill_is_prefill_and_verification_in_one(model: RsdMode
         features, cache = model.main.prefill(prefix)
         given = as_drafted(decoder, proposal.motion, proposal.gripper)
         two = [features, *strategies.verify(decoder, given, proposal.gripper, cache)]
-        one, fused_cache = model.main.prefill_blocks(prefix, given.prefixes, proposal.gripper)
+        told, level = strategies.told(decoder, given)
+        one, fused_cache = model.main.prefill_blocks(prefix, told, proposal.gripper, level)
+    assert len(one) == (2 if rule == "residual" else C + 1)
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(one, two, strict=True))
     assert fused_cache.length == cache.length
     assert torch.allclose(fused_cache.values[-1], cache.values[-1], atol=1e-9)

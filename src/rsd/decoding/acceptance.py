@@ -23,11 +23,16 @@ from rsd.types import RsdError
 
 @dataclass(frozen=True)
 class AcceptanceRule:
-    """accept(drafted, logits) -> bool [B, c, P]; see the module's docstring."""
+    """accept(drafted, logits) -> bool [B, c, P]; see the module's docstring. None: the draft is judged as a whole, by
+    what the main finds that it misses (`strategies.accept_as_a_whole`)."""
 
     name: str
-    accept: Callable[[Tensor, Tensor], Tensor]
+    accept: Callable[[Tensor, Tensor], Tensor] | None
     per_scalar: bool = False
+
+    @property
+    def as_a_whole(self) -> bool:
+        return self.accept is None
 
 
 def exact(drafted: Tensor, logits: Tensor) -> Tensor:
@@ -65,20 +70,22 @@ def agreement(drafted: Tensor, logits: Tensor, share: float) -> Tensor:
     return (equal.float().mean(-1, keepdim=True) >= share).expand_as(equal)
 
 
-ACCEPTANCE_RULES = ("exact", "margin", "distance(D)", "typical(EPSILON)", "agreement(SHARE)")
+ACCEPTANCE_RULES = ("exact", "margin", "residual", "distance(D)", "typical(EPSILON)", "agreement(SHARE)")
 NUMBER = r"(\d+\.?\d*|\.\d+)"
 
 
 def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
     """The rule of that name for a code; a setting left out takes the default named here.
 
-    `exact`; `margin`; `distance(D)`, D >= 0 bins (1); `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both in
-    (0, 1] (Medusa's 0.09, and the root of EPSILON as its authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7).
+    `exact`; `margin`; `residual`; `distance(D)`, D >= 0 bins (1); `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both
+    in (0, 1] (Medusa's 0.09, and the root of EPSILON as its authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7).
     """
     if name == "exact":
         return AcceptanceRule(name, exact)
     if name == "margin":
         return AcceptanceRule(name, lambda d, logits: margin(d, logits, code), per_scalar=True)
+    if name == "residual":
+        return AcceptanceRule(name, None, per_scalar=True)
     if match := re.fullmatch(r"distance(?:\((\d+)\))?", name):
         bins = int(match[1] or 1)
         return AcceptanceRule(f"distance({bins})", lambda d, logits: distance(d, logits, bins), per_scalar=True)

@@ -260,9 +260,17 @@ def as_drafted(decoder: Decoder, motion: Tensor, gripper: Tensor, probs: Tensor 
     return Drafted(motion, gripper, prefixes, probs)
 
 
+def told(decoder: Decoder, drafted: Drafted) -> tuple[list[Tensor], int]:
+    """What the main's blocks after block 1 are told of a draft, and the level of the first of them: a block a level,
+    or, under a rule that judges the draft as a whole, the last one alone."""
+    prefixes = drafted.prefixes
+    return (prefixes[-1:], len(prefixes) + 1) if decoder.rule.as_a_whole else (prefixes, 2)
+
+
 def verify(decoder: Decoder, drafted: Drafted, gripper: Tensor, cache: KVCache) -> list[Tensor]:
-    """One pass over the blocks 2..c+1 given the drafted levels 1..c and the main's gripper -> their features."""
-    return decoder.main.extend(drafted.prefixes, gripper, 2, cache)
+    """One pass over the blocks that are told of the draft, and of the main's gripper -> their features."""
+    prefixes, level = told(decoder, drafted)
+    return decoder.main.extend(prefixes, gripper, level, cache)
 
 
 def extend(decoder: Decoder, motion: Tensor, gripper: Tensor, cache: KVCache) -> tuple[Tensor, int]:
@@ -299,9 +307,8 @@ def requantise(code: Rfsq, value: Tensor, drafted: Tensor, kept: Tensor) -> tupl
         digit = code.digit(residual, level)
         if level <= drafted.shape[1]:
             proposed = (drafted[:, level - 1] - config.half).to(value.dtype)
-            reach = (config.tail_reach(level) + 0.5 * config.weight(config.levels)) * code.first_step
             left = residual - proposed * code.step(level)
-            stands = stands & (kept >= level) & (left.abs() <= reach)
+            stands = stands & (kept >= level) & (left.abs() <= config.reach(level) * code.first_step)
             digit = torch.where(stands, proposed, digit)
         part = digit * code.step(level)
         residual, decoded = residual - part, decoded + part

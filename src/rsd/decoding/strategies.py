@@ -29,6 +29,7 @@ from rsd.decoding.steps import (
     requantise,
     scout,
     single,
+    told,
     verify,
 )
 from rsd.models.trunk import KVCache
@@ -182,7 +183,8 @@ def check_in_prefill(
     """`in_prefill` from the main's prefix tokens [B, N, D] on."""
     main = decoder.main
     with watch.stage("prefill"):
-        blocks, cache = main.prefill_blocks(prefix, drafted.prefixes, drafted.gripper)
+        prefixes, level = told(decoder, drafted)
+        blocks, cache = main.prefill_blocks(prefix, prefixes, drafted.gripper, level)
         gripper = greedy_gripper(decoder, blocks[0])
     again = decoder.fine == "sequential" and not torch.equal(gripper, drafted.gripper)
     if again:  # every token is to be the main's own: the blocks have to know its gripper
@@ -207,7 +209,9 @@ def unverified(proposal: Proposal) -> Decoded:
 def accept(
     decoder: Decoder, drafted: Drafted, blocks: list[Tensor], gripper: Tensor, cache: KVCache
 ) -> Decoded:
-    """What was drafted and the main's features of the blocks 1..c+1 that were told it -> the chunk."""
+    """What was drafted and the main's features of block 1 and of those that were told it -> the chunk."""
+    if decoder.rule.as_a_whole:
+        return accept_as_a_whole(decoder, drafted, blocks, gripper)
     main, code, motion, passes = decoder.main, decoder.code, drafted.motion, 0
     features = torch.stack(blocks, dim=1)  # [B, c+1, H, D]
     logits = decoder.finite(main.level_head.first_levels(features[:, :-1]))  # [B, c, P, K]
@@ -231,6 +235,26 @@ def accept(
     return decoded
 
 
+def accept_as_a_whole(decoder: Decoder, drafted: Drafted, blocks: list[Tensor], gripper: Tensor) -> Decoded:
+    """One block was told all that was drafted: a scalar's draft stands if what the main finds missing after it is
+    within what the finer levels take out, and that is added; else the main's own estimate takes its place."""
+    (first, last), (count, scalars) = blocks, drafted.motion.shape[1:]
+    missing = decoder.finite(decoder.main.residual(last, count + 1))
+    alone = decoder.finite(decoder.main.residual(first, 1))
+    stands = missing.abs() <= decoder.main.code.reach(count)  # [B, P]
+    wanted = torch.where(stands, drafted.prefixes[-1] + missing, alone)
+    tokens, value = requantise(decoder.code, wanted, drafted.motion, count * stands.long())
+    accepted = stands[:, None].expand(-1, count, -1)
+    return Decoded(
+        value,
+        gripper,
+        tokens,
+        num_draft_tokens=[scalars] * count,
+        accepted=accepted,
+        accepted_levels=accepted_prefix(accepted),
+    )
+
+
 def judge(decoder: Decoder, drafted: Drafted, logits: Tensor) -> Verified:
     """The main's logits [B, c, P, K] given what was drafted -> what stands, and the level after that corrected.
 
@@ -240,5 +264,6 @@ def judge(decoder: Decoder, drafted: Drafted, logits: Tensor) -> Verified:
         assert drafted.probs is not None
         decoder.check()  # now: a NaN makes no probabilities
         return verify_block(drafted.motion, drafted.probs, sampler.probs(logits), sampler.generator)
+    assert decoder.rule.accept is not None  # else it is judged as a whole
     accepted = decoder.rule.accept(drafted.motion, logits)
     return Verified(torch.where(accepted, drafted.motion, logits.argmax(-1)), accepted, accepted_prefix(accepted))

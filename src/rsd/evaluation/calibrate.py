@@ -45,15 +45,15 @@ class CalibrateConfig:
     """Promised risk: mean share of an episode's executed draft chunks that deviate."""
     delta: float = 0.1
     """The promise holds with confidence 1 - delta over the draw of the rollouts."""
-    epsilon_mm: float = 100.0
+    epsilon_mm: float = 75.0
     """A draft chunk deviates if its commands lead the fingertip further than this away from the main's. The arm follows
     about a quarter of what is commanded."""
-    max_skips: int = 2
-    """Chunks in a row without the main, at most. A risk by chunk does not see where a row of them leads: with 4 the
-    shipped policy lost the drawer task, with 2 it does not."""
+    max_skips: int = 6
+    """Chunks in a row without the main, at most. A risk by chunk does not see where a row of them leads: without a
+    limit the draft of the shipped policy goes round in circles at times."""
     memory_chunks: int = 2
     """For so many chunks the draft attends to what the main left behind; after that it acts on what it sees alone."""
-    tried_mm: float = 200.0
+    tried_mm: float = 100.0
     """Threshold of the rollouts. The promise is about episodes that skip as these do: run again, in another folder,
     with the threshold that came out if it skips much more or less often."""
     test: str = "betting"

@@ -158,13 +158,13 @@ class MainModel(nn.Module):
         return features, cache
 
     def prefill_blocks(
-        self, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor | None
+        self, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor | None, first_level: int = 2
     ) -> tuple[list[Tensor], KVCache]:
-        """`prefill` and `extend` from level 2 on in ONE pass: features of the blocks 1..n+1, and the cache.
+        """`prefill` and `extend` from first_level on in ONE pass: features of block 1 and of the n others, the cache.
 
         prefixes: what n blocks are told, each [B, H*M] in first steps; gripper int [B, H], needed if n > 0.
         """
-        length, queries = prefix.shape[1], self._queries(prefix, prefixes, gripper)
+        length, queries = prefix.shape[1], self._queries(prefix, prefixes, gripper, first_level)
         total = length + queries.shape[1]
         mask = torch.ones(total, total, dtype=torch.bool, device=prefix.device)
         # the prefix does not see the queries: its cache is the same for all decoders
@@ -174,13 +174,15 @@ class MainModel(nn.Module):
         hidden = self.trunk(torch.cat([prefix, queries.to(prefix.dtype)], dim=1), cache, mask)
         return list(hidden[:, length:].split(self.horizon, dim=1)), cache
 
-    def _queries(self, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor | None) -> Tensor:
-        """Query positions of the blocks 1..n+1 [B, (n+1)*H, D]; the first is told nothing."""
+    def _queries(
+        self, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor | None, first_level: int
+    ) -> Tensor:
+        """Query positions of block 1, which is told nothing, and of n others, [B, (n+1)*H, D]."""
         nothing = torch.zeros(len(prefix), 1, self.horizon * self.motion_dim, device=prefix.device)
         queries = self.block(nothing, None, 1)
         if not prefixes:
             return queries
-        return torch.cat([queries, self.block(torch.stack(prefixes, dim=1), gripper, 2)], dim=1)
+        return torch.cat([queries, self.block(torch.stack(prefixes, dim=1), gripper, first_level)], dim=1)
 
     def _block_mask(self, blocks: int, device: torch.device) -> Tensor:
         """bool [n*H, n*H], True = may attend: causal across blocks, full within one."""

@@ -72,10 +72,10 @@ class OpenVlaMain(MainModel):
         return self.openvla.embed_prefix(self.openvla.embed_images(images[:, : self.used_cameras]), text[0], given)
 
     def prefill_blocks(
-        self, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor | None
+        self, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor | None, first_level: int = 2
     ) -> tuple[list[Tensor], KVCache]:
         """`MainModel.prefill_blocks`; the cache has room for all levels. In training it grows, as gradients need it."""
-        (batch, length), queries = prefix.shape[:2], self._queries(prefix, prefixes, gripper)
+        (batch, length), queries = prefix.shape[:2], self._queries(prefix, prefixes, gripper, first_level)
         mask = None
         if prefixes:
             own = self._block_mask(1 + len(prefixes), prefix.device)

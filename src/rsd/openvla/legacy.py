@@ -76,6 +76,7 @@ class LegacyDecoder:
             tokens = logits.argmax(-1)  # [B, L, P]
             if drafted is not None:
                 levels = drafted.shape[1]
+                assert self.rule.accept is not None  # of a rule that is not per scalar
                 accepted = self.rule.accept(drafted, logits[:, :levels])
                 kept = accepted_prefix(accepted)
                 stands = torch.arange(levels, device=kept.device) < kept[:, None]

@@ -47,9 +47,13 @@ class RfsqConfig:
         """How far the levels below `level` can reach, in units of D_1: (K-1)/2 * sum_{j > level} D_j."""
         return self.half * sum(self.weight(j) for j in range(level + 1, self.levels + 1))
 
+    def reach(self, level: int) -> float:
+        """Largest |residual after `level` levels| that the finer ones take out to within half the last step, in D_1."""
+        return self.tail_reach(level) + 0.5 * self.weight(self.levels)
+
     def span(self) -> float:
         """Largest |scalar| whose residual stays within half the last step, in units of D_1."""
-        return self.tail_reach(0) + 0.5 * self.weight(self.levels)
+        return self.reach(0)
 
     def margin(self, level: int) -> int:
         """Largest error of a digit at `level` that the finer levels take out whatever the scalar (0 if none).
@@ -57,8 +61,7 @@ class RfsqConfig:
         A rounded residual is within D_l/2; a digit wrong by m leaves (m + 1/2) D_l, which the tail plus half
         of the last step must reach.
         """
-        reach = self.tail_reach(level) + 0.5 * self.weight(self.levels)
-        return max(0, int((reach / self.weight(level)) - 0.5 + 1e-9))
+        return max(0, int((self.reach(level) / self.weight(level)) - 0.5 + 1e-9))
 
 
 class Rfsq:
