@@ -44,6 +44,8 @@ class LatencyConfig:
     """Suite whose tasks give the observations: initial state 0 of each, and two chunks later."""
     num_tasks: int = 10
     """Take the observations from the first so many tasks."""
+    acceptance: str = "default"
+    """Rule for drafted levels, as in `rsd eval`."""
     engine: str = AUTO
     """As in `rsd eval`; eager shows more stages."""
     rounds: int = 20
@@ -112,9 +114,9 @@ def observations(suite: str, num_tasks: int, policy: RsdPolicy) -> list[Observat
 def measure_latency(config: LatencyConfig) -> LatencyRecord:
     """Run the measurement, print the table, write the JSON."""
     torch.set_num_threads(config.threads or available_cores())
-    load = RsdPolicy.from_pretrained
-    engine = config.engine
-    policies = {n: load(config.policy, device=config.device, decode=n, engine=engine) for n in config.decode}
+    options: dict[str, Any] = {"device": config.device, "engine": config.engine}
+    options["acceptance"] = None if config.acceptance == "default" else config.acceptance
+    policies = {name: RsdPolicy.from_pretrained(config.policy, decode=name, **options) for name in config.decode}
     first = next(iter(policies.values()))
     seen = observations(config.suite, config.num_tasks, first)
     ceiling = measure_ceiling(first.device)
