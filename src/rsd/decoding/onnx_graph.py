@@ -44,7 +44,7 @@ def missing_packages() -> list[str]:
 class OnnxGraph:
     """A call as a session of ONNX Runtime with as many threads as PyTorch has when it is made.
 
-    The light draft alone always gets one thread: its operations are too small for two to meet after each of them.
+    The light draft on one observation gets one thread: its operations are too small for two to meet after each of them.
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class OnnxGraph:
                     if not path.exists():
                         LOG.info("exporting the graph %s for ONNX Runtime: once, some seconds", key)
                         _export(path, decoder, call, given)
-        self.session = _session(path, 1 if key.startswith("scout") else torch.get_num_threads())
+        light = key.startswith("scout") and len(given[0]) == 1
+        self.session = _session(path, 1 if light else torch.get_num_threads())
         self.names = [argument.name for argument in self.session.get_inputs()]
         self._compare(key, given)
 
@@ -167,4 +168,7 @@ def _session(path: Path, threads: int) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime has a class of its own for every kind of damage
+        raise RsdError(f"ONNX graph {path}: cannot be loaded ({error}); delete it, it will be made anew") from error
