@@ -168,7 +168,7 @@ def _session(path: Path, threads: int) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # between runs its threads would go on spinning for a tenth of a second, on the cores of the simulator and the others
+    # else its threads go on spinning for a tenth of a second, on cores that the simulator and other graphs need
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
