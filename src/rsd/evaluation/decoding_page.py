@@ -66,8 +66,8 @@ ON_CPU = """\
 ## The files that ship on a CPU
 
 Runs on two cores with OSMesa: another renderer than the GPU's, so that these rows and those above differ by more than
-the machine. `l1`, `rsd-fused-residual` (`--acceptance residual`: verified by one block) and `rsd-skip` ran as ONNX graphs,
-the others as PyTorch before there were any; {repeats}.
+the machine. `l1`, `rsd-fused-residual` (`--acceptance residual`: verified by one block instead of one a level) and
+`rsd-skip` ran as ONNX graphs, the others as PyTorch before there were any; {repeats}.
 `rsd-ahead` ran before its main's pass was put off: its chunks were decided as they are now, but the main's
 pass was done before they were executed, and its acceptance was not kept. `rsd-skip-max2` is the rule of before.
 
@@ -113,6 +113,7 @@ class PageConfig:
         Path("results/libero_spatial/h200/latency.json"),
         Path("results/libero_spatial/cpu/latency.json"),
         Path("results/libero_spatial/cpu/latency-residual.json"),
+        Path("results/libero_spatial/cpu/latency-eager.json"),
     )
     """Raw latencies of `rsd bench latency`."""
     deviation: Path = Path("results/libero_spatial/deviation.json")
@@ -321,14 +322,18 @@ def latency_section(record: LatencyRecord, path: Path) -> str:
         rows.append([f"`{name}`", f"{p50:.1f} / {p95:.1f}", f"{base / p50:.2f}x", f"{p50 / bar:.2f}", share, parts])
     count = len(record.milliseconds["ar"]["total"])
     engine = machine.get("engine", CUDA_GRAPHS if machine["device"] != "cpu" else EAGER)  # not named by older records
-    graphs = {CUDA_GRAPHS: ", every decoder replayed from CUDA graphs", ONNX: ", every decoder as ONNX graphs"}
+    graphs = {
+        CUDA_GRAPHS: ", every decoder replayed from CUDA graphs",
+        ONNX: ", every decoder as ONNX graphs",
+        EAGER: ", every decoder by PyTorch operation by operation",
+    }
     tasks, rule = record.config.get("num_tasks", 10), record.config.get("acceptance", "default")
     judged = "" if rule == "default" else f", acceptance `{rule}`"
     header = ["decoder", "p50 / p95 ms", "speed-up over `ar`", "time relative to `l1`"]
     header += ["roofline ms (share reached)", "stages, p50 ms"]
     return (
         f"## Latency per chunk, {where}\n\n`{path}`: {count} predictions each on two observations of each of {tasks} "
-        f"tasks, decoders taking turns{graphs.get(engine, '')}{judged}; torch {record.versions.get('torch', '?')}.\n\n"
+        f"tasks, decoders taking turns{graphs[engine]}{judged}; torch {record.versions.get('torch', '?')}.\n\n"
     ) + table(header, rows)
 
 
