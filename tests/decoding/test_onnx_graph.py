@@ -13,6 +13,7 @@ from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.onnx_graph import OnnxGraph, graph_folder
 from rsd.decoding.steps import Decoded, Decoder, SkipRule
 from rsd.decoding.strategies import STRATEGIES
+from rsd.evaluation.batched_policy import BatchedRsdPolicy
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -62,6 +63,19 @@ def test_a_graph_acts_and_counts_as_pytorch_does(
             assert getattr(found.stats, name) == getattr(expected.stats, name)
     if decode == "rsd-skip":
         assert [chunk.stats.skipped for _, chunk in pairs] == [True, True, True, False, True, True]
+
+
+def test_a_batch_of_graphs_acts_as_pytorch_does(make_policy: MakePolicy, make_observation: MakeObservation) -> None:
+    found = {}
+    for engine in (EAGER, ONNX):
+        batched = BatchedRsdPolicy(make_policy("rsd-ahead", engine=engine), 2)
+        memories = [batched.new_memory() for _ in range(2)]
+        found[engine] = [
+            chunk.actions
+            for turn in range(2)
+            for chunk in batched.predict_batch([make_observation(2 * turn + i) for i in range(2)], memories)
+        ]
+    np.testing.assert_allclose(found[ONNX], found[EAGER], atol=1e-5)
 
 
 def test_what_is_not_finite_is_noticed(make_policy: MakePolicy, make_observation: MakeObservation) -> None:
