@@ -1,4 +1,5 @@
 import hashlib
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -501,12 +502,19 @@ def test_the_default_is_the_best_that_the_checkpoint_supports(
     assert chosen() == chosen(acceptance="exact") == chosen(fine="sequential") == "rsd-ahead"
     assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
     assert chosen(temperature=1.0) == "rsd-fused"
-    (checkpoint / PROVEN_FILE).write_text('{"format_version": 1, "decode": "rsd-fused", "found": "9 of 9"}')
+    proven = {"format_version": 1, "decode": "rsd-fused", "found": "9 of 9"}
+    proven["weights_sha256"] = hashlib.sha256((checkpoint / WEIGHTS_FILE).read_bytes()).hexdigest()
+    (checkpoint / PROVEN_FILE).write_text(json.dumps(proven))
     assert chosen() == "rsd-fused"
     assert "decodes by rsd-fused: 9 of 9" in caplog.text
     assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
-    for content, message in (('{"format_version": 1}', "expected texts"), ("{}", "expected proven decoder format 1")):
-        (checkpoint / PROVEN_FILE).write_text(content)
+    for change, message in (
+        ({"format_version": 2}, "expected proven decoder format 1"),
+        ({"decode": "fast"}, "expected 'decode' as one of ar, .* found 'fast'"),
+        ({"found": 9}, "'found' as a text"),
+        ({"weights_sha256": "0" * 64}, "is about other weights"),
+    ):
+        (checkpoint / PROVEN_FILE).write_text(json.dumps({**proven, **change}))
         with pytest.raises(RsdError, match=message):
             RsdPolicy.from_pretrained(checkpoint)
     (checkpoint / PROVEN_FILE).unlink()

@@ -23,6 +23,7 @@ from rsd import hub
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.steps import SkipRule
+from rsd.decoding.strategies import STRATEGIES
 from rsd.json_files import read_versioned
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -126,15 +127,20 @@ def load_calibration(directory: Path) -> SkipCalibration:
 def proven_decode(directory: Path) -> tuple[str, str] | None:
     """The decoder that evaluations of this very checkpoint proved best and what they found; None if it does not say.
 
-    proven.json: {"format_version": 1, "decode": "rsd-fused", "found": "122 of 126 where ..."}."""
+    proven.json: {"format_version": 1, "decode": "rsd-fused", "found": "122 of 126 where ...", "weights_sha256": "..."}.
+    """
     path = directory / PROVEN_FILE
     if not path.is_file():
         return None
     content = read_versioned(path, "proven decoder", 1, "write it anew")
-    decode, found = content.get("decode"), content.get("found")
-    if not (isinstance(decode, str) and isinstance(found, str)):
-        raise RsdError(f"{path}: expected texts 'decode' and 'found', found {decode!r} and {found!r}; write it anew")
-    return decode, found
+    decode, found, weights = (content.get(name) for name in ("decode", "found", "weights_sha256"))
+    if decode not in STRATEGIES or not isinstance(found, str):
+        expected = f"'decode' as one of {', '.join(STRATEGIES)} and 'found' as a text"
+        raise RsdError(f"{path}: expected {expected}, found {decode!r} and {found!r}; write it anew, or delete it")
+    if weights != _sha256(directory / WEIGHTS_FILE):
+        remedy = "evaluate these and write it anew, or delete it"
+        raise RsdError(f"{path}: is about other weights (sha256 {weights}); {remedy}")
+    return str(decode), found
 
 
 def stored_skip(directory: Path, content: dict[str, Any], options: dict[str, Any]) -> SkipRule | None:

@@ -132,7 +132,12 @@ def test_a_graph_is_exported_once_and_anew_for_other_weights(
     assert len(set(names)) == 4
 
 
-def test_a_graph_that_gives_something_else_is_refused(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("off", "said"), [((0.1, 0), "output 0 is 0.1 away"), ((0.0, 1), "output 1 is 1 away")], ids=["values", "symbols"]
+)
+def test_a_graph_that_gives_something_else_is_refused(
+    off: tuple[float, int], said: str, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = onnx_graph._session
 
     class Off:
@@ -142,10 +147,19 @@ def test_a_graph_that_gives_something_else_is_refused(decoder: Decoder, monkeypa
 
         def run(self, names: None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
             value, symbols = self.inner.run(names, feed)
-            return [value + 0.1, symbols]
+            return [value + off[0], symbols + off[1]]
 
     monkeypatch.setattr(onnx_graph, "_session", Off)
-    with pytest.raises(RsdError, match=r"ONNX graph of sum: output 0 is 0.1 away from PyTorch's; .* 'eager'"):
+    with pytest.raises(RsdError, match=rf"ONNX graph of sum: {said} from PyTorch's; .* 'eager'"):
+        record(decoder)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(RsdError, match=r"file/rsd-vla/graphs/sum-.* not written .*XDG_CACHE_HOME.* 'eager'"):
         record(decoder)
 
 
@@ -153,7 +167,8 @@ def test_a_failed_export_leaves_nothing_behind(decoder: Decoder, monkeypatch: py
     def broken(*rest: object, **options: object) -> None:
         raise RuntimeError("no such operator")
 
-    before = set(folder.iterdir()) if folder.exists() else set()
+    record(decoder)
+    before = set(folder.iterdir())
     with monkeypatch.context() as patch:
         patch.setattr(torch.onnx, "export", broken)
         with pytest.raises(RsdError, match=r"fresh.*: not exported \(no such operator\); take the engine 'eager'"):

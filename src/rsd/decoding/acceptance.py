@@ -2,8 +2,9 @@
 
 A rule sees drafted symbols int [B, c, P] and the main's logits [B, c, P, K] of the same levels (each
 conditioned on the drafted levels above it) and returns bool [B, c, P]. Whatever the setting, a token that is the
-main's own greedy choice is never the reason for a rejection. Under a `per_scalar` rule every scalar keeps its own
-longest accepted prefix of levels; the others keep the longest one whose every token is accepted.
+main's own greedy choice is never the reason for a rejection (but under `residual`, which sees no logits). Under a
+`per_scalar` rule every scalar keeps its own longest accepted prefix of levels; the others keep the longest one whose
+every token is accepted.
 The gripper is compared apart, with zero tolerance. Logits must be finite: the caller sees to it, since a NaN
 would win an argmax as an ordinary token. Nothing here waits for the device, so a CUDA graph can hold a rule.
 """

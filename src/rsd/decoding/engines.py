@@ -31,7 +31,7 @@ def choose_engine(asked: str, device: str, recordable: bool) -> str:
         if kind != (expected := RECORDERS[asked][0]):
             raise RsdError(f"engine {asked!r}: expected device {expected}, found {device}; take auto or eager")
         if not recordable:
-            why = "not for drawn tokens, fine='sequential', or OpenVLA on a CPU"
+            why = "not for drawn tokens, acceptance 'exact' (fine='sequential'), or OpenVLA on a CPU"
             raise RsdError(f"engine {asked!r}: {why}; take auto or eager")
         if asked == ONNX and (missing := missing_packages()):
             raise RsdError(f"engine 'onnx': expected {', '.join(missing)}; pip install {' '.join(missing)}")
@@ -41,8 +41,13 @@ def choose_engine(asked: str, device: str, recordable: bool) -> str:
         return EAGER
     if kind == "cuda":
         return CUDA_GRAPHS
-    if os.environ.get(VARIABLE, AUTO) != AUTO:
-        return choose_engine(os.environ[VARIABLE], device, recordable)
+    if kind != "cpu":
+        return EAGER
+    wanted = os.environ.get(VARIABLE, AUTO)
+    if wanted not in (AUTO, EAGER, ONNX):
+        raise RsdError(f"{VARIABLE}={wanted}: expected {AUTO}, {EAGER} or {ONNX}; set it anew, or unset it")
+    if wanted != AUTO:
+        return choose_engine(wanted, device, recordable)
     if missing := missing_packages():
         LOG.warning("%s not installed: engine eager, about half as fast on a CPU", ", ".join(missing))
         return EAGER

@@ -30,9 +30,9 @@ from rsd.nested import tensors_of, with_tensors
 from rsd.types import RsdError
 
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
-CODE = ("models/*.py", "decoding/*.py", "tokenizer/*.py")  # what an exported graph is made of
+CODE = ("models/*.py", "decoding/*.py", "tokenizer/*.py", "nested.py")  # what an exported graph is made of
 KEPT = 24  # graphs; those used longest ago give way
-TOLERANCE = 1e-2  # of the largest number of an output; rounding is 1e-5
+TOLERANCE = 1e-2  # of the largest number of an output, or of its symbols; rounding is 1e-5
 LOG = logging.getLogger(__name__)
 
 
@@ -42,7 +42,8 @@ def missing_packages() -> list[str]:
 
 
 class OnnxGraph:
-    """A call as a session of ONNX Runtime with as many threads as PyTorch has when it is made.
+    """A call as a session of ONNX Runtime with as many threads as PyTorch has when it is made, and with the weights of
+    then: what changes in the models later does not reach it.
 
     The light draft on one observation gets one thread: its operations are too small for two to meet after each of them.
     """
@@ -55,8 +56,8 @@ class OnnxGraph:
             given = [tensor.clone().contiguous() for tensor in inputs]
             self.template = call(given)
             path = graph_folder() / f"{_name(key, decoder, given)}.onnx"
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path)
+            with contextlib.suppress(OSError):
+                os.utime(path)  # used last now
             if not path.exists():
                 with first_or_after(path.parent):
                     if not path.exists():
@@ -74,10 +75,13 @@ class OnnxGraph:
     def _compare(self, key: str, inputs: Sequence[Tensor]) -> None:
         pairs = zip(tensors_of(self.template), tensors_of(self(inputs)), strict=True)
         for index, (expected, found) in enumerate(pairs):
-            if not expected.is_floating_point() or not expected.isfinite().all():
+            if expected.numel() == 0 or not expected.isfinite().all():
                 continue
-            apart = float((expected - found).abs().max()) if expected.numel() else 0.0
-            if not apart <= TOLERANCE * max(1.0, float(expected.abs().max()) if expected.numel() else 0.0):
+            if expected.is_floating_point():
+                apart, most = float((expected - found).abs().max()), max(1.0, float(expected.abs().max()))
+            else:  # symbols and what is accepted of them: the share that differs
+                apart, most = float((expected != found).float().mean()), 1.0
+            if not apart <= TOLERANCE * most:
                 raise RsdError(
                     f"ONNX graph of {key}: output {index} is {apart:.3g} away from PyTorch's; decode with the engine "
                     "'eager', and report this with the versions of torch, onnxscript and onnxruntime"
@@ -131,9 +135,9 @@ def _code_and_versions() -> str:
 def _export(
     path: Path, decoder: Decoder, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     pending, decoder.checks = decoder.checks, []
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder, _quiet():
             file = Path(folder) / path.name
             module = _Call(decoder, call).eval()
@@ -141,11 +145,15 @@ def _export(
             file.replace(path)  # whole or not at all, whoever else exports the same
     except RuntimeError as error:  # the exporter's own are of this kind
         raise RsdError(f"ONNX graph {path.stem}: not exported ({error}); take the engine 'eager'") from error
+    except OSError as error:
+        remedy = "set XDG_CACHE_HOME to a folder with room that may be written to, or take the engine 'eager'"
+        raise RsdError(f"ONNX graph {path}: not written ({error}); {remedy}") from error
     finally:
         decoder.checks = pending
-    graphs = sorted(path.parent.glob("*.onnx"), key=lambda graph: graph.stat().st_mtime)
-    for graph in graphs[:-KEPT]:
-        graph.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # another process makes room as well
+        graphs = sorted(path.parent.glob("*.onnx"), key=lambda graph: graph.stat().st_mtime)
+        for graph in graphs[:-KEPT]:
+            graph.unlink()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsd.evaluation.config import EvalConfig
-from rsd.types import BEST, ONNX, Policy, RsdError
+from rsd.types import BEST, CUDA_GRAPHS, ONNX, Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.batched_policy import BatchPolicy
@@ -83,8 +83,9 @@ def rsd_policy(config: EvalConfig) -> Policy:
             raise RsdError(f"{found} takes the likeliest tokens, as published; leave --temperature out")
         from rsd.openvla.policy import OpenVlaPolicy
 
+        graphs = engine_of(config, None) == CUDA_GRAPHS
         return OpenVlaPolicy.from_pretrained(
-            openvla, device=config.device, decode=config.decode, suite=config.task_suite
+            openvla, device=config.device, decode=config.decode, suite=config.task_suite, graphs=graphs
         )
     return RsdPolicy.from_pretrained(
         config.policy, device=config.device, decode=config.decode, audit=config.audit, **decoding_options(config)
@@ -174,30 +175,37 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         from rsd.serving.client import describe
 
         return describe(config)
-    from rsd.checkpoint import BACKBONE, CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
+    from rsd.checkpoint import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
     from rsd.openvla.published import fingerprint, locate_openvla
 
     if (openvla := locate_openvla(config.policy)) is not None:
-        return {"policy": config.policy, "checkpoint_fingerprint": fingerprint(openvla)}
+        engine = engine_of(config, None)
+        return {"policy": config.policy, "engine": engine, "checkpoint_fingerprint": fingerprint(openvla)}
     directory = locate_checkpoint(config.policy)
-    content = (directory / CONFIG_FILE).read_text()
+    content = json.loads((directory / CONFIG_FILE).read_text())
     found = {
         "policy": config.policy,
-        "engine": engine_of(config, BACKBONE in json.loads(content)),
+        "engine": engine_of(config, content),
         "checkpoint_sha256": checkpoint_hash(config.policy),
-        "provenance": json.loads(content).get("provenance", {}),
+        "provenance": content.get("provenance", {}),
     }
     if config.decode == "rsd-skip" and config.skip_threshold_mm < 0:
         found["skip_calibration"] = load_calibration(directory).to_json()
     return found
 
 
-def engine_of(config: EvalConfig, openvla: bool) -> str:
-    """What `--engine auto` is for this run, as the policy will choose it; with a version that torch's does not tell."""
+def engine_of(config: EvalConfig, content: dict[str, Any] | None) -> str:
+    """What `--engine auto` is for this run, as the policy will choose it; with a version that torch's does not tell.
+
+    content: the checkpoint's config.json; None of one in OpenVLA's format."""
+    from rsd.checkpoint import BACKBONE
     from rsd.decoding.engines import choose_engine
 
-    draws = config.temperature > 0 or config.acceptance == "exact"
-    engine = choose_engine(config.engine, config.device, not draws and not (openvla and config.device == "cpu"))
+    own = content["policy"] if content else {}
+    acceptance = own.get("acceptance") if config.acceptance == "default" else config.acceptance
+    stepwise = config.temperature > 0 or acceptance == "exact" or own.get("fine") == "sequential"
+    large = config.device == "cpu" and (content is None or BACKBONE in content)
+    engine = choose_engine(config.engine, config.device, not stepwise and not large)
     return f"{engine} {metadata.version('onnxruntime')}" if engine == ONNX else engine
 
 

@@ -102,8 +102,8 @@ class EvalConfig:
             raise OptionError(f"--videos '{self.videos}': expected one of none, failures, all")
         if not (self.skip_threshold_mm >= 0 or self.skip_threshold_mm == -1) or self.max_skips < 1:
             raise OptionError("--skip-threshold-mm: expected a number >= 0, or -1; --max-skips: expected at least 1")
-        if self.memory_chunks < 0 or self.engine not in ENGINES:
-            expected = f"--memory-chunks of at least 0, --engine one of {', '.join(ENGINES)}"
+        if self.memory_chunks < 1 or self.engine not in ENGINES:
+            expected = f"--memory-chunks of at least 1, --engine one of {', '.join(ENGINES)}"
             raise OptionError(f"expected {expected}; found {self.memory_chunks} and {self.engine!r}")
         for name in ("max_skips", "memory_chunks"):
             if self.skip_threshold_mm < 0 and getattr(self, name) != getattr(EvalConfig, name):

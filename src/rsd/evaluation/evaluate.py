@@ -35,7 +35,7 @@ from rsd.evaluation.results import (
 from rsd.evaluation.summary import RunSummary, summarize
 from rsd.evaluation.video import VIDEOS_DIR
 from rsd.evaluation.workers import Ready, Retry, worker_count
-from rsd.types import RsdError
+from rsd.types import CUDA_GRAPHS, EAGER, RsdError
 
 ERRORS_FILE = "errors.log"
 # A run may go on where these differ: they name the machine, not what computes the result.
@@ -202,7 +202,10 @@ def run_differences(record: RunRecord, versions: dict[str, str], policy: dict[st
     """What sets versions and weights apart from a record's, the machine's own names left out; "" if nothing does."""
     compared = [name for name in {**record.versions, **versions} if name not in MACHINE_VERSIONS]
     found = [differences({**record.versions}, {**versions}, compared)]
-    found.append(differences(record.policy, policy, {**record.policy, **policy}))
+    begun = dict(record.policy)
+    if "engine" in policy and "engine" not in begun:  # a run of before there was a choice
+        begun["engine"] = EAGER if versions.get("device", "cpu") == "cpu" else CUDA_GRAPHS
+    found.append(differences(begun, policy, {**begun, **policy}))
     return ", ".join(filter(None, found))
 
 

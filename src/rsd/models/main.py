@@ -197,7 +197,8 @@ class MainModel(nn.Module):
         """ONE pass over the blocks first_level, first_level+1, ...
 
         prefixes: per block [B, H*M], what the levels above it decode to, in first steps; gripper int [B, H].
-        Returns features [B, H, D] per block. The cache must hold the prefix and the blocks 1..first_level-1.
+        Returns features [B, H, D] per block. The cache must hold the prefix and the blocks before; those between 1
+        and first_level are left out where a draft is judged as a whole.
         """
         count, h = len(prefixes), self.horizon
         x = self.block(torch.stack(prefixes, dim=1), gripper, first_level)

@@ -169,6 +169,9 @@ class OpenVlaRsdPolicy(RsdPolicy):
         """normalisation: see `OpenVlaPolicy`; directory: where the policy was loaded from; options: `RsdPolicy`'s."""
         # the same to its users: acceptance and fine
         super().__init__(model, tokenizer, cast(PolicyConfig, config), **options)
+        if self.decoder.rule.as_a_whole:
+            # a block right after the first has other rotary positions than any that the trunk was trained with
+            raise RsdError(f"acceptance {self.decoder.rule.name!r}: not for OpenVLA, where nothing is known of it")
         self.observing, self.prompt, self.directory = config, prompt, directory
         self._mean, self._std = (value.to(self.device) for value in normalisation)
         self._instruction = ""

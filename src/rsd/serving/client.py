@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rsd.serving.request import IMAGES, PROMPT, RESET, STATE
 from rsd.serving.server import Welcome
 from rsd.serving.wire import pack, unpack
-from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import AUTO, ActionChunk, ChunkStats, Observation, RsdError
 
 try:
     from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
@@ -117,7 +117,7 @@ def policy_for(config: EvalConfig) -> RemotePolicy:
     """The policy served at `config.policy`; `RsdError` where the options ask for another one."""
     mine = {
         **{"acceptance": "default", "temperature": 0.0, "skip_threshold_mm": -1.0, "audit": False},
-        **{"device": "cpu", "batch": 0},
+        **{"device": "cpu", "batch": 0, "engine": AUTO, "memory_chunks": 2},
     }
     if given := [f"--{name.replace('_', '-')}" for name, value in mine.items() if getattr(config, name) != value]:
         raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here; give it to `rsd serve`")
