@@ -42,7 +42,8 @@ def test_oft_drives_a_closed_loop_and_its_run_can_be_continued(tmp_path: Path) -
     assert (episode.steps, episode.chunks, episode.prefills, episode.main_passes) == (STEPS, 2, 2, 0)
     assert {"preprocess", "vision", "prefill", "decode", "total"} <= set(episode.latency_ms)
     recorded = read_run_record(Path(config.output)).policy
-    assert set(recorded) == {"policy", "checkpoint_fingerprint"}
+    assert set(recorded) == {"policy", "engine", "checkpoint_fingerprint"}
+    assert recorded["engine"] == "eager"
     assert evaluate(config, backend=SHORT_LIBERO, console=console).episodes == 1  # nothing is run again
 
 
@@ -56,6 +57,7 @@ def test_residual_tokens_on_openvla_drive_a_closed_loop(tmp_path: Path, tokenize
         policy=str(directory),
         decode="rsd-skip",
         skip_threshold_mm=1e9,
+        max_skips=1,
         audit=True,
         num_workers="1",
         output=str(tmp_path / "run"),
@@ -63,8 +65,8 @@ def test_residual_tokens_on_openvla_drive_a_closed_loop(tmp_path: Path, tokenize
     summary = evaluate(config, backend=SHORT_LIBERO, console=Console(file=io.StringIO()))
     (episode,) = read_episodes(Path(config.output) / EPISODES_FILE).values()
     assert (summary.errors, episode.failure, episode.chunks) == (0, STEP_LIMIT, 2)
-    assert (episode.prefills, episode.main_passes) == (1, 0)  # the first chunk as `rsd-fused`, the second without main
-    assert episode.chunk_stats["skipped"] == [0.0, 1.0]
+    assert (episode.prefills, episode.main_passes) == (1, 0)  # the first chunk without main, the second as `rsd-fused`
+    assert episode.chunk_stats["skipped"] == [1.0, 0.0]
     recorded = read_run_record(Path(config.output)).policy
     assert recorded["checkpoint_sha256"]
     assert recorded["provenance"] == {"data": "random weights"}
