@@ -221,3 +221,26 @@ def test_what_the_main_earns_in_libero_10() -> None:
     said = re.findall(r"\(\+(\d+) -(\d+),\s+p = ([\d.]+)\)", passage)
     others = ("light-alone", "rsd-ahead", "l1")
     assert said == [paired(SUITES / other, SUITES / "rsd-fused", "libero_10") for other in others]
+
+
+def test_what_a_draft_costs_beside_l1() -> None:
+    text = " ".join(README.read_text().split())
+    (said,) = re.findall(
+        r"`rsd-fused` takes ([\d.]+) times the time of `l1` on 2 CPU cores and ([\d.]+) on an H200, `rsd` ([\d.]+) and "
+        r"([\d.]+)\..*?it is ([\d.]+) and ([\d.]+) on the CPU; `rsd-fused` solves (\d+) of 500 that way, \d+ fewer "
+        r"\(\+(\d+) -(\d+), p ([\d.]+)\) and \d+ more than `l1` \(\+(\d+) -(\d+), p ([\d.]+)\)",
+        text,
+    )
+
+    def ratio(file: str, decode: str) -> str:
+        times = json.loads((LIBERO / file).read_text())["milliseconds"]
+        return f"{percentiles(times[decode]['total'])[0] / percentiles(times['l1']['total'])[0]:.2f}"
+
+    residual = LIBERO / "cpu" / "rsd-fused-residual-500"
+    assert said == (
+        *(ratio(f"{where}/latency.json", decode) for decode in ("rsd-fused", "rsd") for where in ("cpu", "h200")),
+        *(ratio("cpu/latency-residual.json", decode) for decode in ("rsd-fused", "rsd")),
+        str(success_rate(run(residual).episodes).successes),
+        *paired(ON_CPU["rsd-fused"], residual, "libero_spatial"),
+        *paired(ON_CPU["l1"], residual, "libero_spatial"),
+    )
