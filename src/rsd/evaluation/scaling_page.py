@@ -30,9 +30,9 @@ its time to the action: the draft alone, the main's pass follows while the chunk
 preparing the images, as in that of the others).
 `rsd-fused / l1` is what one corrected pass costs over one plain pass. The last columns: which share of the chunks has
 to go without the main before the mean of `rsd-skip` is below `l1` at all, and how many times below it is at the share
-that the shipped policy reached in closed loop (a mean of medians; another main needs its own calibration). Where the main
-runs that is the time of `rsd-fused`, whose draft works beside the main on a GPU, while `rsd-skip` asks its draft first.
-The compact mains on a CPU ran by PyTorch operation by operation.
+that the shipped policy reached in closed loop (a mean of medians; another main needs its own calibration). Where the
+main runs that is the time of `rsd-fused`, whose draft works beside the main on a GPU, while `rsd-skip` asks its draft
+first. The compact mains on a CPU ran by PyTorch operation by operation.
 
 Speculation stops paying where a pass of the main costs little more than the draft: there `l1` is the better choice
 unless success speaks for the tokens. It pays where the trunk is deep and its weights are what a pass waits for.
