@@ -124,36 +124,39 @@ def load_calibration(directory: Path) -> SkipCalibration:
     return calibration
 
 
-def proven_decode(directory: Path) -> tuple[str, str] | None:
+def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] | None:
     """The decoder that evaluations of this very checkpoint proved best and what they found; None if it does not say.
 
+    content: its config.json, checked.
     proven.json: {"format_version": 1, "decode": "rsd-fused", "found": "122 of 126 where ...", "weights_sha256": "..."}.
     """
     path = directory / PROVEN_FILE
     if not path.is_file():
         return None
-    content = read_versioned(path, "proven decoder", 1, "write it anew")
-    decode, found, weights = (content.get(name) for name in ("decode", "found", "weights_sha256"))
+    proven = read_versioned(path, "proven decoder", 1, "write it anew")
+    decode, found, weights = (proven.get(name) for name in ("decode", "found", "weights_sha256"))
     if decode not in STRATEGIES or not isinstance(found, str):
         expected = f"'decode' as one of {', '.join(STRATEGIES)} and 'found' as a text"
         raise RsdError(f"{path}: expected {expected}, found {decode!r} and {found!r}; write it anew, or delete it")
-    if weights != _sha256(directory / WEIGHTS_FILE):
+    if weights != content["sha256"][WEIGHTS_FILE]:
         remedy = "evaluate these and write it anew, or delete it"
         raise RsdError(f"{path}: is about other weights (sha256 {weights}); {remedy}")
     return str(decode), found
 
 
-def stored_skip(directory: Path, content: dict[str, Any], options: dict[str, Any]) -> SkipRule | None:
-    """The rule of the checkpoint's own calibration if `rsd-skip` is asked for; `RsdError` where it does not hold."""
-    if options["decode"] != "rsd-skip":
-        return None
-    acceptance, fine = options["acceptance"], options["fine"]
-    own = {"acceptance": PolicyConfig.acceptance, "fine": PolicyConfig.fine, **content["policy"]}
-    if acceptance not in (None, own["acceptance"]) or fine not in (None, own["fine"]):
-        expected = f"the checkpoint's {own['acceptance']} and {own['fine']}"
-        raise RsdError(f"rsd-skip: calibrated with {expected}, found {acceptance} and {fine}; leave them out")
+def calibrated(directory: Path, content: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The options for `RsdPolicy`; where `rsd-skip` is asked for without a rule, with the rule and the acceptance of
+    the checkpoint's own calibration. `RsdError` where it does not hold."""
+    if options["decode"] != "rsd-skip" or options["skip"] is not None:
+        return options
     calibration = load_calibration(directory)
-    return SkipRule(calibration.threshold, calibration.max_skips, calibration.memory_chunks)
+    acceptance, fine = options["acceptance"], options["fine"]
+    own = content["policy"].get("fine", PolicyConfig.fine)
+    if acceptance not in (None, calibration.acceptance) or fine not in (None, own):
+        expected = f"acceptance {calibration.acceptance} and fine {own}"
+        raise RsdError(f"rsd-skip: calibrated with {expected}, found {acceptance} and {fine}; leave them out")
+    rule = SkipRule(calibration.threshold, calibration.max_skips, calibration.memory_chunks)
+    return {**options, "skip": rule, "acceptance": calibration.acceptance}
 
 
 def save_checkpoint(

@@ -18,12 +18,12 @@ from torch import Tensor
 from rsd import hub
 from rsd.checkpoint import (
     BACKBONE,
+    calibrated,
     load_model,
     locate_checkpoint,
     proven_decode,
     read_content,
     save_checkpoint,
-    stored_skip,
 )
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import fingertip_deviation
@@ -75,12 +75,8 @@ class RsdPolicy:
             decode = choose_decode(model.light is not None, temperature, skip).decode
         check_decode(decode, model.light is not None)
         check_sampling(temperature, decode, acceptance, fine)
-        # drawn tokens have no greedy choice to be near to: only the rule that keeps a distribution can judge them
-        rule = acceptance_rule(acceptance or ("exact" if temperature else config.acceptance), tokenizer.config.rfsq)
-        # `exact` promises the tokens of `ar`; regressed fine levels would break that promise
-        fine = fine or ("sequential" if rule.name == "exact" else config.fine)
-        if fine not in ("regress", "sequential"):
-            raise RsdError(f"fine {fine!r}: expected regress or sequential")
+        name, fine = settle_verification((config.acceptance, config.fine), acceptance, fine, temperature)
+        rule = acceptance_rule(name, tokenizer.config.rfsq)
         if rule.as_a_whole and fine == "sequential":
             raise RsdError(f"acceptance {rule.name!r}: expected fine 'regress', found 'sequential'; leave it out")
         self.model, self.config = model.eval(), config
@@ -90,9 +86,8 @@ class RsdPolicy:
         self.acceptance = rule.name if decode.startswith("rsd") else ""
         sampler = Sampler(temperature, torch.Generator(self.device).manual_seed(0)) if temperature else None
         self.decoder = Decoder(model.main, model.draft, rule, fine, model.light, skip or SkipRule(), sampler)
-        # drawn tokens are not recorded: a graph would have to know of the generator, and `rsd` decides on the host
-        recordable = fine == "regress" and sampler is None and (self.exportable or self.device.type != "cpu")
-        self.engine = choose_engine(engine, str(self.device), recordable)
+        graphs = recordable(fine, temperature, self.exportable, self.device)
+        self.engine = choose_engine(engine, str(self.device), graphs)
         self._strategy: Strategy = strategy_on(self.engine, decode)
         self._memory = EpisodeMemory()
         self._to_do: Callable[[], None] | None = None
@@ -190,7 +185,7 @@ class RsdPolicy:
             raise
 
     def _preprocess(self, observations: list[Observation]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """-> images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded instructions."""
+        """-> pixels uint8 [B, 2, S, S, 3], state features [B, 11], encoded instructions."""
         size = self.image_size
         for observation in observations:
             if observation.images.shape[1:3] != (size, size):
@@ -200,7 +195,7 @@ class RsdPolicy:
         state = state_features(torch.from_numpy(np.stack([o.state for o in observations]))).to(self.device)
         texts = [self._encode_text(o.instruction) for o in observations]
         text = torch.cat([t for t, _ in texts]), torch.cat([c for _, c in texts])
-        return pixels.permute(0, 1, 4, 2, 3).float() / 255.0 - 0.5, state, text
+        return pixels, state, text
 
     def _encode_text(self, instruction: str) -> tuple[Tensor, Tensor]:
         if instruction not in self._texts:
@@ -284,26 +279,24 @@ class RsdPolicy:
 
             policy_class = OpenVlaRsdPolicy
         if decode == BEST:
-            proven = proven_decode(directory)
+            proven = proven_decode(directory, content)
             choice = choose_decode(bool(content["policy"].get("light")), temperature, skip, proven)
             second = choice.decode != "rsd-ahead" and proven is None  # to what another checkpoint could do
             LOG.log(logging.WARNING if second else logging.INFO, "%s: %s", directory, choice)
             decode = choice.decode
         check_sampling(temperature, decode, acceptance, fine)  # before the weights
+        check_decode(decode, bool(content["policy"].get("light")))
         options = {"decode": decode, "acceptance": acceptance, "fine": fine, "temperature": temperature}
-        options |= {"engine": engine, "audit": audit}
-        return policy_class.load(directory, content, device, skip, options)
+        options = calibrated(directory, content, options | {"skip": skip, "engine": engine, "audit": audit})
+        return policy_class.load(directory, content, device, options)
 
     @classmethod
-    def load(
-        cls, directory: Path, content: dict[str, Any], device: str, skip: SkipRule | None, options: dict[str, Any]
-    ) -> RsdPolicy:
+    def load(cls, directory: Path, content: dict[str, Any], device: str, options: dict[str, Any]) -> RsdPolicy:
         """directory and its config.json, already checked; options: the constructor's."""
         tokenizer = ActionTokenizer.load(directory)
         model, config = load_model(directory, content, tokenizer)
         model.to(device)
-        skip = skip or stored_skip(directory, content, options)
-        return cls(model, tokenizer, config, skip=skip, provenance=content.get("provenance", {}), **options)
+        return cls(model, tokenizer, config, provenance=content.get("provenance", {}), **options)
 
 
 def check_decode(decode: str, light: bool) -> None:
@@ -312,6 +305,26 @@ def check_decode(decode: str, light: bool) -> None:
         raise RsdError(f"decode {decode!r}: expected one of {', '.join(STRATEGIES)}")
     if decode in LIGHT and not light:
         raise RsdError(f"decode {decode!r}: this checkpoint has no light draft; use rsd, l1 or ar, or train one")
+
+
+def settle_verification(
+    own: tuple[str, str], acceptance: str | None, fine: str | None, temperature: float
+) -> tuple[str, str]:
+    """The acceptance rule's name, and how the fine levels come; own: the checkpoint's; None: nothing was asked for."""
+    # drawn tokens have no greedy choice to be near to: only the rule that keeps a distribution can judge them
+    name = acceptance or ("exact" if temperature else own[0])
+    # `exact` promises the tokens of `ar`; regressed fine levels would break that promise
+    fine = fine or ("sequential" if name == "exact" else own[1])
+    if fine not in ("regress", "sequential"):
+        raise RsdError(f"fine {fine!r}: expected regress or sequential")
+    return name, fine
+
+
+def recordable(fine: str, temperature: float, exportable: bool, device: torch.device) -> bool:
+    """Whether a strategy can become a graph; exportable: whether its models can become ONNX graphs.
+
+    Drawn tokens cannot: a graph would have to know of the generator, and `rsd` decides on the host."""
+    return fine == "regress" and temperature == 0 and (exportable or device.type != "cpu")
 
 
 class Choice(NamedTuple):

@@ -35,7 +35,7 @@ Array = NDArray[Any]
 ALPHA, DELTA, EPSILON, MAX_SKIPS, T = 0.15, 0.2, 10.0, 4, 12
 SHA = "0123456789abcdef" * 4
 SETTINGS: dict[str, Any] = {"alpha": ALPHA, "delta": DELTA, "epsilon_mm": EPSILON, "max_skips": MAX_SKIPS}
-NAMES: dict[str, Any] = {"memory_chunks": 2, "score": "entropy", "weights_sha256": SHA}
+NAMES: dict[str, Any] = {"memory_chunks": 2, "score": "entropy", "suite": "s", "acceptance": "a", "weights_sha256": SHA}
 
 
 def episodes(n: int, seed: int) -> tuple[Array, Array, Array]:
@@ -318,7 +318,7 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 1}, "format 2, found 1; calibrate again"),
+        ({"format_version": 2}, "format 3, found 2; calibrate again"),
         ({"alpha": None}, r"missing \['alpha'\]"),
         ({"beta": 1}, r"unknown \['beta'\]"),
         ({"threshold": "1.0"}, "expected threshold as float, found '1.0'"),

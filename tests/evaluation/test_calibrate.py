@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from rsd.evaluation.backend import describe_checkpoint, rsd_policy
 from rsd.evaluation.calibrate import SCORE, CalibrateConfig, calibrate, chunk_stat, deviations, fit
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
-from rsd.evaluation.results import EPISODES_FILE, read_episodes
+from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -116,6 +117,49 @@ def test_tasks_of_little_risk_do_not_vouch_for_the_others() -> None:
     ]
     calibration = fit(rollouts, CalibrateConfig(epsilon_mm=50.0), "0" * 64)
     assert calibration.threshold == 0.0
+
+
+def test_the_promise_is_kept_in_every_suite_by_itself(
+    config: CalibrateConfig, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together, 60 easy and 20 hard rollouts would let the hard ones deviate: 0.05 on average, promised 0.1."""
+
+    def rollouts(suite: str, count: int, hard: int) -> list[EpisodeResult]:
+        return [
+            episode(
+                suite=suite,
+                init_state=trial,
+                chunks=2,
+                acceptance="residual",
+                chunk_stats={
+                    SCORE: [1.0, 3.0],
+                    "deviation_mm": [0.0, 100.0 if trial < hard else 0.0],
+                    "forced": [0.0, 0.0],
+                    "skipped": [1.0, 1.0],
+                },
+            )
+            for trial in range(count)
+        ]
+
+    both = rollouts("easy", 60, 0) + rollouts("hard", 40, 20)
+    single = replace(config, alpha=0.1, delta=0.1, epsilon_mm=50.0)
+    strict, loose = (fit(rollouts(name, n, h), single, "0" * 64) for name, n, h in (("hard", 40, 20), ("easy", 60, 0)))
+    assert 1.0 < strict.threshold <= 3.0 < loose.threshold
+    monkeypatch.setattr("rsd.evaluation.calibrate.evaluate", lambda *_, **__: SimpleNamespace(errors=0))
+    monkeypatch.setattr("rsd.evaluation.calibrate.read_episodes", lambda _: {e.key: e for e in both})
+    found = calibrate(replace(single, output=config.output / "suites"), BACKEND)
+    assert (found.suite, found.threshold, found.acceptance) == ("hard", strict.threshold, "residual")
+    assert "written: " in capsys.readouterr().out
+    policy = RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")  # as it was calibrated
+    assert policy.acceptance == "residual"
+    with pytest.raises(RsdError, match="calibrated with acceptance residual and fine regress, found margin"):
+        RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip", acceptance="margin")
+    assert RsdPolicy.from_pretrained(checkpoint, decode="rsd-fused").acceptance == "margin"
+
+
+def test_rules_that_take_steps_are_refused(config: CalibrateConfig) -> None:
+    with pytest.raises(RsdError, match="acceptance 'exact' decodes the fine levels one after another"):
+        calibrate(replace(config, acceptance="exact"), BACKEND)
 
 
 def test_another_gripper_symbol_is_a_deviation() -> None:

@@ -38,7 +38,7 @@ from rsd.decoding.risk_tests import P_VALUES, clopper_pearson_upper, hoeffding_b
 from rsd.json_files import read_versioned
 from rsd.types import ACTION_DIM, RsdError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILE_NAME = "skip_calibration.json"
 LEVER_METRES = 0.1  # a turn counts as what it moves this far from the grip site: a held object's far end
 TESTS = {"share": ("hoeffding-bentkus", "betting"), "any": ("binomial",)}  # by loss, the first is the default
@@ -64,6 +64,7 @@ class SkipCalibration:
     epsilon_mm: a chunk deviates beyond it.
     alpha, delta: risk <= alpha with confidence 1 - delta. loss: an episode's, `share` or `any`; test: see `TESTS`.
     p_value, empirical_risk, skip_share: of the calibration set at this threshold (share of chunks without main).
+    suite: what the calibration set is of. acceptance: how the main judged drafts meanwhile.
     weights_sha256: of the checkpoint's weights file that made scores and chunks.
     """
 
@@ -81,6 +82,8 @@ class SkipCalibration:
     skip_share: float
     episodes: int
     chunks: int
+    suite: str
+    acceptance: str
     weights_sha256: str
 
     def __post_init__(self) -> None:
@@ -155,6 +158,8 @@ def fit_threshold(
     max_skips: int,
     memory_chunks: int,
     score: str,
+    suite: str,
+    acceptance: str,
     weights_sha256: str,
     forced: Sequence[Bools] | None = None,
     loss: str = "share",
@@ -206,6 +211,8 @@ def fit_threshold(
         skip_share=share,
         episodes=n,
         chunks=sum(map(len, scores)),
+        suite=suite,
+        acceptance=acceptance,
         weights_sha256=weights_sha256,
     )
 

@@ -61,7 +61,7 @@ class RecordedStrategy:
         if self.name == "light-alone":
             with watch.stage("draft"):
                 return unverified(self._scout(decoder, scene_of(seen(scene))))
-        if self.name == "rsd-fused" and scene.images.device.type == "cuda":
+        if self.name == "rsd-fused" and scene.pixels.device.type == "cuda":
             with watch.stage("main"):
                 decoded, memory = self._remembering("both", decoder, scene, lambda x: side_by_side(decoder, x))
             scene.memory.renew(memory, decoded.gripper)
@@ -123,7 +123,7 @@ class RecordedStrategy:
 
 
 def seen(scene: Scene) -> list[Tensor]:
-    return [scene.images, scene.state, *scene.text]
+    return [scene.pixels, scene.state, *scene.text]
 
 
 def remembered(scene: Scene) -> list[Tensor]:
@@ -134,10 +134,10 @@ def remembered(scene: Scene) -> list[Tensor]:
 
 def scene_of(tensors: Sequence[Tensor]) -> Scene:
     """The inverse of `seen` and of `remembered`."""
-    images, state, tokens, condition, *rest = tensors
+    pixels, state, tokens, condition, *rest = tensors
     half = len(rest) // 2
     memory = Memory(list(rest[:half]), list(rest[half:])) if rest else None
-    return Scene(images, state, (tokens, condition), EpisodeMemory(memory))
+    return Scene(pixels, state, (tokens, condition), EpisodeMemory(memory))
 
 
 def side_by_side(decoder: Decoder, tensors: Sequence[Tensor]) -> tuple[Decoded, Memory | None]:

@@ -62,12 +62,21 @@ class EpisodeMemory:
 
 @dataclass
 class Scene:
-    """images [B, 2, 3, S, S] in [-0.5, 0.5]; state features [B, 11]; text: language tokens and condition."""
+    """pixels: uint8 [B, 2, S, S, 3] as the cameras give them, or what the models take; state features [B, 11]; text:
+    language tokens and condition."""
 
-    images: Tensor
+    pixels: Tensor
     state: Tensor
     text: tuple[Tensor, Tensor]
     memory: EpisodeMemory = field(default_factory=EpisodeMemory)
+
+    @property
+    def images(self) -> Tensor:
+        """[B, 2, 3, S, S] in [-0.5, 0.5], or what else the models take. Made here, so that a graph holds it: a hundred
+        thousand numbers, which PyTorch would share out to threads that wait for each other where cores are busy."""
+        if self.pixels.dtype != torch.uint8:
+            return self.pixels
+        return self.pixels.permute(0, 1, 4, 2, 3).float() / 255.0 - 0.5
 
     def prefix(self, main: MainModel, watch: Stopwatch) -> Tensor:
         """The main's prefix tokens [B, N, D]: its whole perception."""

@@ -120,8 +120,9 @@ def best_of_checkpoint(config: EvalConfig) -> Choice:
         return Choice(str(settings.decode), "what this OpenVLA checkpoint was trained for")
     directory = locate_checkpoint(config.policy)
     options = decoding_options(config)
-    light = bool(read_content(directory)["policy"].get("light"))
-    return choose_decode(light, options["temperature"], options["skip"], proven_decode(directory))
+    content = read_content(directory)
+    light, proven = bool(content["policy"].get("light")), proven_decode(directory, content)
+    return choose_decode(light, options["temperature"], options["skip"], proven)
 
 
 def batched_rsd_policy(config: EvalConfig) -> BatchPolicy:
@@ -198,14 +199,21 @@ def engine_of(config: EvalConfig, content: dict[str, Any] | None) -> str:
     """What `--engine auto` is for this run, as the policy will choose it; with a version that torch's does not tell.
 
     content: the checkpoint's config.json; None of one in OpenVLA's format."""
+    import torch
+
     from rsd.checkpoint import BACKBONE
     from rsd.decoding.engines import choose_engine
+    from rsd.models.rsd_model import PolicyConfig
+    from rsd.policy import recordable, settle_verification
 
-    own = content["policy"] if content else {}
-    acceptance = own.get("acceptance") if config.acceptance == "default" else config.acceptance
-    stepwise = config.temperature > 0 or acceptance == "exact" or own.get("fine") == "sequential"
-    large = config.device == "cpu" and (content is None or BACKBONE in content)
-    engine = choose_engine(config.engine, config.device, not stepwise and not large)
+    policy = content["policy"] if content else {}
+    own = policy.get("acceptance", PolicyConfig.acceptance), policy.get("fine", PolicyConfig.fine)
+    asked = decoding_options(config)
+    _, fine = settle_verification(own, asked["acceptance"], None, config.temperature)
+    exportable = content is not None and BACKBONE not in content
+    engine = choose_engine(
+        config.engine, config.device, recordable(fine, config.temperature, exportable, torch.device(config.device))
+    )
     return f"{engine} {metadata.version('onnxruntime')}" if engine == ONNX else engine
 
 

@@ -149,7 +149,7 @@ class BatchedRsdPolicy:
 
     def _take(self, scene: Scene, rows: Sequence[int]) -> Scene:
         """A full batch of a scene's rows."""
-        index = torch.tensor(self._filled(rows), device=scene.images.device)
+        index = torch.tensor(self._filled(rows), device=scene.pixels.device)
         return scene_of([tensor.index_select(0, index) for tensor in seen(scene)])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class CalibrateConfig:
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory; the calibration is written into it."""
     task_suite: str = "libero_spatial"
-    """Suite of the rollouts, or several with commas between."""
+    """Suite of the rollouts, or several with commas between: the promise is kept in each of them by itself."""
     tasks: str = "all"
     """As in `rsd eval`."""
     num_trials: int = 20
@@ -53,6 +54,8 @@ class CalibrateConfig:
     limit the draft of the shipped policy goes round in circles at times."""
     memory_chunks: int = 2
     """For so many chunks the draft attends to what the main left behind; after that it acts on what it sees alone."""
+    acceptance: str = "default"
+    """How the main judges drafts, as in `rsd eval`; `rsd-skip` will take the same."""
     tried_mm: float = 100.0
     """Threshold of the rollouts. The promise is about episodes that skip as these do: run again, in another folder,
     with the threshold that came out if it skips much more or less often."""
@@ -62,6 +65,8 @@ class CalibrateConfig:
     """cpu or cuda."""
     num_workers: str = "auto"
     """Worker processes."""
+    batch: int = 0
+    """As in `rsd eval`: one policy for all workers, that many observations at once."""
     seed: int = 11
     """Seed of the policy's rollouts."""
     output: Path = Path("results/scratch/calibration")
@@ -100,6 +105,8 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
         raise RsdError(f"calibrate: expected a checkpoint directory to write into, found {config.policy!r}")
     if not read_content(directory)["policy"].get("light"):
         raise RsdError(f"calibrate: {directory} has no light draft, whose chunks rsd-skip executes; train one with it")
+    if config.acceptance == "exact":
+        raise RsdError("calibrate: acceptance 'exact' decodes the fine levels one after another; take another rule")
     sha256 = weights_hash(directory)
     check_promise(config.alpha, config.delta, config.epsilon_mm, config.max_skips, "share", config.test)
     rollouts = EvalConfig(
@@ -108,6 +115,7 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
         num_trials=config.num_trials,
         policy=config.policy,
         decode="rsd-skip",
+        acceptance=config.acceptance,
         skip_threshold_mm=config.tried_mm,
         max_skips=config.max_skips,
         memory_chunks=config.memory_chunks,
@@ -115,29 +123,40 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
         seed=config.seed,
         device=config.device,
         num_workers=config.num_workers,
+        batch=config.batch,
         output=str(config.output),
     )
     summary = evaluate(rollouts, backend=backend)
     if summary.errors:
         raise RsdError(f"calibrate: {summary.errors} rollouts ended in an error; run again to repeat them")
     episodes = scored(read_episodes(config.output / EPISODES_FILE).values())
-    calibration = fit(episodes, config, sha256)
+    fitted = [fit([e for e in episodes if e.suite == suite], config, sha256) for suite in suites(episodes)]
+    # every threshold up to a fitted one has been tested and passed: the strictest keeps the promise in each suite
+    calibration = min(fitted, key=lambda one: one.threshold)
     calibration.save(directory)
-    skipped = sum(sum(map(bool, chunk_stat(e, "skipped"))) for e in episodes) / sum(e.chunks for e in episodes)
-    Console().print(
-        f"{len(episodes)} rollouts, {calibration.chunks} chunks; threshold {calibration.threshold:.1f} mm: "
-        f"{calibration.skip_share:.1%} of the chunks without the main (the rollouts had {skipped:.1%}), "
-        f"risk {calibration.empirical_risk:.3f}, promised <= {config.alpha:g} at confidence {1 - config.delta:g}; "
-        f"success of the rollouts {summary.success.successes}/{summary.success.n}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    say = partial(Console().print, soft_wrap=True, highlight=False)
+    for one in fitted:
+        own = [e for e in episodes if e.suite == one.suite]
+        skipped = sum(sum(map(bool, chunk_stat(e, "skipped"))) for e in own) / sum(e.chunks for e in own)
+        say(
+            f"{one.suite}: {one.episodes} rollouts, {one.chunks} chunks; threshold {one.threshold:.1f} mm: "
+            f"{one.skip_share:.1%} of the chunks without the main (the rollouts had {skipped:.1%}), "
+            f"risk {one.empirical_risk:.3f}, promised <= {config.alpha:g} at confidence {1 - config.delta:g}; "
+            f"success of the rollouts {sum(e.success for e in own)}/{len(own)}"
+        )
+    if len(fitted) > 1:
+        say(f"written: {calibration.threshold:.1f} mm, that of {calibration.suite}, the strictest")
     return calibration
 
 
+def suites(episodes: Iterable[EpisodeResult]) -> list[str]:
+    return sorted({episode.suite for episode in episodes})
+
+
 def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str) -> SkipCalibration:
-    """Audited rollouts -> the calibration."""
+    """Audited rollouts of one suite -> the calibration."""
     ordered = sorted(episodes, key=lambda episode: episode.key)
+    (suite,), (acceptance,) = suites(ordered), {episode.acceptance for episode in ordered}
     # the betting test needs exchangeable episodes: task after task, tasks that are easy would vouch for the others
     ordered = [ordered[i] for i in np.random.default_rng(config.seed).permutation(len(ordered))]
     return fit_threshold(
@@ -150,6 +169,8 @@ def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str)
         max_skips=config.max_skips,
         memory_chunks=config.memory_chunks,
         score=SCORE,
+        suite=suite,
+        acceptance=acceptance,
         weights_sha256=sha256,
         test=config.test,
     )

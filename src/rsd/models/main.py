@@ -251,12 +251,10 @@ def state_features(state: Tensor) -> Tensor:
     """
     position, rotation, gripper = state[:, :3], state[:, 3:6], state[:, 6:]
     angle = rotation.norm(dim=1, keepdim=True)
-    axis = rotation / angle.clamp_min(1e-8)
-    sin, cos = torch.sin(angle), torch.cos(angle)
-    columns = []
+    axis = (rotation / angle.clamp_min(1e-8)).unsqueeze(1)  # [B, 1, 3]
+    sin, cos = torch.sin(angle).unsqueeze(1), torch.cos(angle).unsqueeze(1)
     # Rodrigues: R e = e cos + (n x e) sin + n (n.e)(1 - cos)
-    for unit in torch.eye(3, device=state.device)[:2]:
-        e = unit.expand_as(axis)
-        dot = (axis * e).sum(1, keepdim=True)
-        columns.append(e * cos + torch.linalg.cross(axis, e) * sin + axis * dot * (1 - cos))
-    return torch.cat([position, *columns, gripper], dim=1)
+    e = torch.eye(3, device=state.device)[None, :2]
+    dot = (axis * e).sum(2, keepdim=True)  # [B, 2, 1]
+    columns = e * cos + torch.linalg.cross(axis, e) * sin + axis * dot * (1 - cos)  # [B, 2, 3]
+    return torch.cat([position, columns.flatten(1), gripper], dim=1)

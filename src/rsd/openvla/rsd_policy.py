@@ -25,12 +25,11 @@ from rsd.checkpoint import (
     load_weights,
     parse_config,
     require_finite,
-    stored_skip,
     write_content,
 )
 from rsd.decoding.cuda_graph import CudaGraph
 from rsd.decoding.recorded import RecordedStrategy
-from rsd.decoding.steps import Decoded, Decoder, Scene, SkipRule, Stopwatch
+from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.light_draft import LightDraftConfig
 from rsd.models.lora import Adapter
@@ -49,7 +48,7 @@ from rsd.openvla.prompt import TOKENIZER_FILE as PROMPT_FILE
 from rsd.openvla.prompt import Prompt
 from rsd.openvla.published import fingerprint, locate_openvla, locate_under
 from rsd.openvla.statistics import Bounds
-from rsd.policy import TEXT_CACHE, RsdPolicy, check_decode
+from rsd.policy import TEXT_CACHE, RsdPolicy
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import STATE_DIM, Observation, RsdError
@@ -229,12 +228,10 @@ class OpenVlaRsdPolicy(RsdPolicy):
 
     @classmethod
     def load(
-        cls, directory: Path, content: dict[str, Any], device: str, skip: SkipRule | None, options: dict[str, Any]
+        cls, directory: Path, content: dict[str, Any], device: str, options: dict[str, Any]
     ) -> OpenVlaRsdPolicy:
         """What `RsdPolicy.from_pretrained` calls for such a directory."""
         config = parse_config(directory, content, OpenVlaRsdConfig.from_json)
-        check_decode(options["decode"], config.light is not None)  # before the 15 GB
-        skip = skip or stored_skip(directory, content, options)
         tokenizer = ActionTokenizer.load(directory)
         base = find_base(directory, content["base"])
         prompt, normalisation = Prompt(base), read_normalisation(base)
@@ -243,7 +240,7 @@ class OpenVlaRsdPolicy(RsdPolicy):
         model = OpenVlaRsdModel(openvla, config, tokenizer)
         load_weights(model.added(), directory / WEIGHTS_FILE)
         provenance = {**content.get("provenance", {}), "base": content["base"]}
-        options = {**options, "skip": skip, "provenance": provenance, "directory": directory}
+        options = {**options, "provenance": provenance, "directory": directory}
         return cls(model, tokenizer, config, prompt, normalisation, **options)
 
 
