@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +68,7 @@ def test_a_larger_main_takes_longer_and_its_draft_does_not_grow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scaling, "observations", one_observation)
+    monkeypatch.setattr(scaling, "available_cores", lambda: 1)  # two threads wait for each other on a busy machine
     checkpoint, output = Path(__file__).parents[2] / "checkpoints" / "libero_spatial", tmp_path / "scaling.json"
     config = ScalingConfig(str(checkpoint), sizes=("10M", "32M"), rounds=3, warmup=1, output=output)
     record = measure_scaling(config)
@@ -78,3 +81,19 @@ def test_a_larger_main_takes_longer_and_its_draft_does_not_grow(
     assert stored.sizes["32M"].milliseconds == large.milliseconds
     with pytest.raises(RsdError, match="expected some of 10M"):
         ScalingConfig(sizes=("7B",))
+
+
+def test_scaling_verifies_as_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "observations", one_observation)
+    monkeypatch.setattr(scaling, "available_cores", lambda: 1)  # two threads wait for each other on a busy machine
+    verified: dict[str, str] = {}
+
+    def turns(policies: dict[str, RsdPolicy], *options: Any) -> dict[str, dict[str, list[float]]]:
+        verified.update((name, policy.acceptance) for name, policy in policies.items())
+        return latency.take_turns(policies, *options)
+
+    monkeypatch.setattr(scaling, "take_turns", turns)
+    checkpoint = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
+    config = ScalingConfig(str(checkpoint), sizes=("10M",), rounds=1, warmup=1, output=tmp_path / "scaling.json")
+    assert measure_scaling(replace(config, acceptance="residual")).config["engine"] == "eager"
+    assert verified == {"ar": "", "l1": "", "rsd": "residual", "rsd-fused": "residual", RESTING: "residual"}

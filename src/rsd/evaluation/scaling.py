@@ -55,6 +55,11 @@ class ScalingConfig:
     """Rounds thrown away first."""
     device: str = "cpu"
     """cpu or cuda (there every decoder is replayed from CUDA graphs)."""
+    engine: str = "default"
+    """As in `rsd eval`; default: CUDA graphs on a GPU, PyTorch operation by operation on a CPU, where exporting models
+    of a gigabyte for one measurement outlasts it."""
+    acceptance: str = "default"
+    """How `rsd` and `rsd-fused` verify, as in `rsd eval`."""
     output: Path = Path("results/scratch/scaling.json")
     """Raw milliseconds and the environment, as JSON."""
 
@@ -116,11 +121,12 @@ def measure_scaling(config: ScalingConfig) -> ScalingRecord:
         raise RsdError(f"{config.policy}: expected a checkpoint with a light draft; train one (`policy.light`)")
     seen = observations("libero_spatial", config.num_tasks, shipped)
     start, sizes = time.perf_counter(), {}
+    engine = (EAGER if config.device == "cpu" else AUTO) if config.engine == "default" else config.engine
+    acceptance = None if config.acceptance == "default" else config.acceptance
     for name in config.sizes:
         model = resized(shipped, name)
-        # on a CPU as it is: exporting models of a gigabyte for one measurement would outlast it
         load = partial(
-            RsdPolicy, model, shipped.tokenizer, shipped.config, engine=EAGER if config.device == "cpu" else AUTO
+            RsdPolicy, model, shipped.tokenizer, shipped.config, engine=engine, acceptance=acceptance
         )
         policies = {decode: load(decode=decode) for decode in DECODERS}
         policies[RESTING] = load(decode="rsd-skip", skip=AlwaysResting())
@@ -133,7 +139,7 @@ def measure_scaling(config: ScalingConfig) -> ScalingRecord:
         "device": torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else "cpu",
         "wall_s": f"{time.perf_counter() - start:.1f}",
     }
-    settings = {**asdict(config), "output": str(config.output)}
+    settings = {**asdict(config), "engine": policies["l1"].engine, "output": str(config.output)}
     record = ScalingRecord(FORMAT, settings, versions(), machine, sizes)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output, encode_record(record) + "\n")
