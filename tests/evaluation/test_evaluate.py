@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -22,7 +22,7 @@ from rsd.evaluation.evaluate import evaluate, plan_episodes
 from rsd.evaluation.report import load_run
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes, read_run_record
 from rsd.evaluation.summary import RunSummary
-from rsd.evaluation.workers import worker_count
+from rsd.evaluation.workers import WorkerPool, worker_count
 from rsd.types import RsdError
 
 Evaluate = Callable[..., RunSummary]
@@ -60,6 +60,19 @@ def test_a_run_is_whole_summed_up_and_the_same_with_any_number_of_workers(config
     two = replace(config, num_workers="2", output=str(tmp_path / "two"))
     run(two)
     assert outcomes(two) == outcomes(config)
+
+
+def test_workers_tidy_up_after_themselves(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is killed leaves semaphores behind, of which Python complains at the end of the run."""
+    leave, codes = WorkerPool.__exit__, list[int | None]()
+
+    def watched(pool: WorkerPool, *error: Any) -> None:
+        leave(pool, *error)
+        codes.extend(worker.process.exitcode for worker in pool._workers)
+
+    monkeypatch.setattr(WorkerPool, "__exit__", watched)
+    run(replace(config, num_workers="2"))
+    assert codes == [0, 0]
 
 
 def test_what_a_policy_draws_hangs_on_the_episode_alone(config: EvalConfig, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from rsd.evaluation.decoding_page import table
+from rsd.evaluation.decoding_page import table, timed_table
 from rsd.evaluation.report import load_run
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.scaling import DECODERS, RESTING, ScalingRecord, SizeRecord
@@ -32,19 +32,42 @@ preparing the images, as in that of the others).
 to go without the main before the mean of `rsd-skip` is below `l1` at all, and how many times below it is at the share
 that the shipped policy reached in closed loop (a mean of medians; another main needs its own calibration). Where the
 main runs that is the time of `rsd-fused`, whose draft works beside the main on a GPU, while `rsd-skip` asks its draft
-first. The compact mains on a CPU ran by PyTorch operation by operation.
+first. The compact mains on a CPU ran by PyTorch operation by operation. How well mains of these sizes act is in
+[studies.md](studies.md).
 
 Speculation stops paying where a pass of the main costs little more than the draft: there `l1` is the better choice
 unless success speaks for the tokens. It pays where the trunk is deep and its weights are what a pass waits for.
 """
+
+CLOSED_LOOP = """\
+## In closed loop, on a CPU
+
+A main of 105 M parameters trained for it ([studies.md](studies.md)) and the shipped one, on 2 cores each of one
+machine, side by side, as ONNX graphs: milliseconds from the observation to the chunk over an episode of each task of
+libero_spatial, drawn by EGL. `rsd-skip` is calibrated for the weights (120 and 200 random placements, `--acceptance
+residual`). The means say what the tables above only compute: the larger the main, the more it is worth to leave it
+idle. Few episodes: about time, not about success.
+"""
+RULES = {"default": "", "residual": ", `rsd` and `rsd-fused` verified by one block"}
 
 
 @dataclass(frozen=True)
 class ScalingPageConfig:
     """Write the page about the size of the main."""
 
-    records: tuple[Path, ...] = (Path("results/scaling/h200.json"), Path("results/scaling/cpu.json"))
+    records: tuple[Path, ...] = (
+        Path("results/scaling/h200.json"),
+        Path("results/scaling/h200-residual.json"),
+        Path("results/scaling/cpu.json"),
+    )
     """Raw milliseconds of `rsd bench scaling`."""
+    closed_loop: Path = Path("results/scaling/closed-loop")
+    """Folder of timed runs."""
+    timed: tuple[tuple[str, ...], ...] = (
+        ("timed-104M-l1", "timed-104M-rsd-fused", "timed-104M-rsd-skip", "timed-104M-rsd-ahead"),
+        ("timed-18M-l1", "timed-18M-rsd-skip"),
+    )
+    """Directories in it, by main; the first of each is compared against."""
     openvla: Path = Path("results/openvla/h200.json")
     """Raw milliseconds of `rsd bench openvla`, for the largest main."""
     skipping: Path = Path("results/libero_spatial/cpu/rsd-skip-500")
@@ -62,10 +85,16 @@ def main(config: ScalingPageConfig) -> None:
         where = machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['cores']} cores"
         graphs = "" if machine["device"] == "cpu" else ", every decoder replayed from CUDA graphs"
         count = len(next(iter(next(iter(record.sizes.values())).milliseconds.values())))
+        rule = RULES[record.config.get("acceptance", "default")]
         parts.append(
-            f"## Compact mains, {where}\n\n`{path}`: p50 of {count} predictions each, decoders taking turns, torch "
-            f"{record.versions['torch']}{graphs}.\n\n" + size_table(list(record.sizes.values()), share)
+            f"## Compact mains, {where}{rule}\n\n`{path}`: p50 of {count} predictions each, decoders taking turns, "
+            f"torch {record.versions['torch']}{graphs}.\n\n" + size_table(list(record.sizes.values()), share)
         )
+    parts.append(CLOSED_LOOP)
+    for names in config.timed:
+        runs = [load_run(config.closed_loop / name) for name in names]
+        versions = runs[0].record.versions
+        parts.append(f"{versions['cpu']}, torch {versions['torch']}.\n\n" + timed_table(names, runs))
     content = json.loads(config.openvla.read_text())
     sections = [name for name in ("graph", "compiled", "fp8") if any(row["section"] == name for row in content["rows"])]
     rows = [(f"{name}, {cameras} camera{'s' * (cameras > 1)}", openvla_size(content, name, cameras))

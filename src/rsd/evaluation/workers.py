@@ -24,6 +24,7 @@ from rsd.types import Policy, RsdError
 
 START_PATIENCE = 120.0  # seconds for a process to load its policy, at least
 POLICY_DIED = "the policy's process died"
+PARTING = 5.0  # seconds for a process to tidy up after itself
 MAX_FAILED_STARTS = 3  # processes in a row that die before they are ready
 
 
@@ -165,21 +166,24 @@ class WorkerPool:
                 self._await(self._server)  # the workers make ready meanwhile
                 for worker in self._workers:
                     self._introduce(worker, self._server)
-        except BaseException:
-            self.__exit__()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None = None, *_: object) -> None:
         processes = [worker.process for worker in self._workers]
+        for worker in self._workers:
+            worker.connection.close()  # which ends one that waits for a job
+        deadline = time.monotonic() + (PARTING if error is None else 0.0)
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
         if self._server is not None:
             processes.append(self._server.process)
         for process in processes:
             process.kill()  # a hung one ignores a polite request
         for process in processes:
             process.join()
-        for worker in self._workers:
-            worker.connection.close()
         if self._folder is not None:
             self._folder.cleanup()
 
