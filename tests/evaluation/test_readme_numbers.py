@@ -1,4 +1,5 @@
-"""The numbers that are typed by hand, in README.md and docs/openvla.md, are what the committed raw results say.
+"""The numbers that are typed by hand are what the committed raw results say: README.md, docs/results/README.md,
+docs/openvla.md.
 
 New results: change the paths below. Columns of a table are found by their header, rows by their first cell; "-" stands
 where there is no raw number.
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rsd.decoding.calibration import realised_risk
+from rsd.evaluation.calibrate import chunk_stat, deviations
 from rsd.evaluation.report import Run, load_run
 from rsd.evaluation.statistics import paired_difference, percentiles
 from rsd.evaluation.summary import success_rate, summarize_decoding
@@ -20,6 +23,7 @@ from rsd.policy import FOLLOW_UP
 ROOT = Path(__file__).parents[2]
 LIBERO = ROOT / "results" / "libero_spatial"
 README, OPENVLA = ROOT / "README.md", ROOT / "docs" / "openvla.md"
+NOTES = ROOT / "docs" / "results" / "README.md"
 
 DECODERS = ("ar", "l1", "rsd-fused", "rsd-skip", "rsd-ahead", "light-alone")  # header of the README's table
 # the run of rsd-skip on the H200 is by the rule of before
@@ -141,12 +145,12 @@ def test_the_readmes_table_of_several_suites(decode: str) -> None:
 
 def test_the_readmes_speed_up_in_closed_loop() -> None:
     for decode, words in (("rsd-skip", "less than `l1` in"), ("rsd-ahead", "sooner than `l1`")):
-        (said,) = re.findall(rf"\*\*([\d.]+) times\*\* {words}", README.read_text())
+        (said,) = re.findall(rf"\*\*([\d.]+) times\*\* {words}", NOTES.read_text())
         assert said == f"{mean_ms(TIMED['l1']) / mean_ms(TIMED[decode]):.2f}"
 
 
 def test_how_long_the_robot_stands_still() -> None:
-    text = " ".join(README.read_text().split())
+    text = " ".join(NOTES.read_text().split())
     ((ahead, bar, ratio, behind, count),) = re.findall(
         r"stands still for ([\d.]+) ms between chunks, with `l1` for ([\d.]+) \(p50, drawing not counted\): "
         r"([\d.]+) times.*?pass took (\d+) ms .*?none of (\d+) chunks waited",
@@ -204,7 +208,7 @@ def paired(before: Path, after: Path, suite: str) -> tuple[str, ...]:
 
 
 def test_what_the_mains_memory_earns() -> None:
-    said = re.findall(r"\+([\d.]+) points \(\+(\d+) -(\d+), p = ([\d.]+)\) on\s+the", README.read_text())
+    said = re.findall(r"\+([\d.]+) points \(\+(\d+) -(\d+), p = ([\d.]+)\) on\s+the", NOTES.read_text())
     for runs, (points, *rest) in zip((ON_CPU, RUNS), said, strict=True):
         pair = paired_difference(run(runs["light-alone"]).successes, run(runs["rsd-ahead"]).successes)
         assert points == f"{100 * pair.difference:.1f}"
@@ -212,35 +216,121 @@ def test_what_the_mains_memory_earns() -> None:
 
 
 def test_what_the_main_costs_in_libero_spatial() -> None:
-    (said,) = re.findall(r"\+(\d+) -(\d+), p = ([\d.]+) on the H200\)\. What", README.read_text())
+    (said,) = re.findall(r"\+(\d+) -(\d+), p = ([\d.]+) on the H200\)\. What", NOTES.read_text())
     assert said == paired(RUNS["light-alone"], RUNS["rsd-fused"], "libero_spatial")
 
 
 def test_what_the_main_earns_in_libero_10() -> None:
-    (passage,) = re.findall(r"`rsd-fused` solves 122 of 126, .*?Acting first", README.read_text(), re.DOTALL)
+    (passage,) = re.findall(r"`rsd-fused` solves 122 of 126, .*?Acting first", NOTES.read_text(), re.DOTALL)
     said = re.findall(r"\(\+(\d+) -(\d+),\s+p = ([\d.]+)\)", passage)
     others = ("light-alone", "rsd-ahead", "l1")
     assert said == [paired(SUITES / other, SUITES / "rsd-fused", "libero_10") for other in others]
 
 
+def difference(before: Path, after: Path, suite: str = "") -> tuple[str, str]:
+    """Points and p; over one suite, or over all."""
+    first, second = (
+        {key: value for key, value in run(directory).successes.items() if key[0].startswith(suite)}
+        for directory in (before, after)
+    )
+    pair = paired_difference(first, second)
+    return f"{100 * pair.difference:+.1f}", f"{pair.p_value:.2g}"
+
+
+def times_l1(file: str, decode: str) -> str:
+    times = json.loads((LIBERO / file).read_text())["milliseconds"]
+    return f"{percentiles(times[decode]['total'])[0] / percentiles(times['l1']['total'])[0]:.2f}"
+
+
+def solved(directory: Path) -> str:
+    return str(success_rate(run(directory).episodes).successes)
+
+
 def test_what_a_draft_costs_beside_l1() -> None:
-    text = " ".join(README.read_text().split())
     (said,) = re.findall(
         r"`rsd-fused` takes ([\d.]+) times the time of `l1` on 2 CPU cores and ([\d.]+) on an H200, `rsd` ([\d.]+) and "
-        r"([\d.]+)\..*?it is ([\d.]+) and ([\d.]+) on the CPU; `rsd-fused` solves (\d+) of 500 that way, \d+ fewer "
-        r"\(\+(\d+) -(\d+), p ([\d.]+)\) and \d+ more than `l1` \(\+(\d+) -(\d+), p ([\d.]+)\)",
+        r"([\d.]+)\..*?it is ([\d.]+) and ([\d.]+) on the CPU, ([\d.]+) and ([\d.]+) on the H200, .*?`rsd-fused` "
+        r"solves (\d+) of 500 on the H200 \((-[\d.]+) points, p ([\d.e-]+)\), `rsd` (\d+) \((-[\d.]+), p ([\d.e-]+)\); on the "
+        r"CPU `rsd-fused` (\d+) \((-[\d.]+), p ([\d.]+)\)",
+        " ".join(NOTES.read_text().split()),
+    )
+    on_gpu, on_cpu, both = LIBERO / "h200", LIBERO / "cpu", ("rsd-fused", "rsd")
+    pairs = (
+        (on_gpu / "rsd-fused", on_gpu / "rsd-fused-residual"),
+        (on_gpu / "rsd", on_gpu / "rsd-residual"),
+        (on_cpu / "rsd-fused-500", on_cpu / "rsd-fused-residual-500"),
+    )
+    assert said == (
+        *(times_l1(f"{where}/latency.json", decode) for decode in both for where in ("cpu", "h200")),
+        *(times_l1(f"{where}/latency-residual.json", decode) for where in ("cpu", "h200") for decode in both),
+        *(part for margin, residual in pairs for part in (solved(residual), *difference(margin, residual))),
+    )
+
+
+def test_one_recipe_for_four_suites() -> None:
+    four, text = SUITES / "four", " ".join(NOTES.read_text().split())
+    (said,) = re.findall(
+        r"`l1` solves (\d+), `rsd-fused` (\d+), `light-alone` (\d+) of 525, .*?its `rsd-fused` solves (\d+) where that "
+        r"of the first solved (\d+) of the same 105 \(\+(\d+) -(\d+), p = ([\d.]+)\)",
         text,
     )
-
-    def ratio(file: str, decode: str) -> str:
-        times = json.loads((LIBERO / file).read_text())["milliseconds"]
-        return f"{percentiles(times[decode]['total'])[0] / percentiles(times['l1']['total'])[0]:.2f}"
-
-    residual = LIBERO / "cpu" / "rsd-fused-residual-500"
+    first, second = (run(folder / "rsd-fused").successes for folder in (SUITES, four))
+    both = [key for key in second if key[0] == "libero_10"]
+    assert len(both) == 105
     assert said == (
-        *(ratio(f"{where}/latency.json", decode) for decode in ("rsd-fused", "rsd") for where in ("cpu", "h200")),
-        *(ratio("cpu/latency-residual.json", decode) for decode in ("rsd-fused", "rsd")),
-        str(success_rate(run(residual).episodes).successes),
-        *paired(ON_CPU["rsd-fused"], residual, "libero_spatial"),
-        *paired(ON_CPU["l1"], residual, "libero_spatial"),
+        *(solved(four / decode) for decode in ("l1", "rsd-fused", "light-alone")),
+        *(str(sum(one[key] for key in both)) for one in (second, first)),
+        *paired(SUITES / "rsd-fused", four / "rsd-fused", "libero_10"),
     )
+
+
+def test_a_larger_main() -> None:
+    (said,) = re.findall(
+        r"\*\*([\d.]+) times less than `l1`\*\* in the mean \(([\d.]+) against ([\d.]+) ms, (\d+) % without the main",
+        " ".join(NOTES.read_text().split()),
+    )
+    bar, skip = (ROOT / "results" / "scaling" / "closed-loop" / f"timed-104M-{name}" for name in ("l1", "rsd-skip"))
+    share = 1 - summarize_decoding(run(skip).episodes).prefills_per_chunk
+    ratio = f"{mean_ms(bar) / mean_ms(skip):.2f}"
+    assert said == (ratio, f"{mean_ms(skip):.1f}", f"{mean_ms(bar):.1f}", f"{100 * share:.0f}")
+    assert f"it is **{ratio} times** less" in " ".join(README.read_text().split())
+    assert all(episode.success for name in (bar, skip) for episode in run(name).episodes)
+
+
+def test_the_readme_in_short() -> None:
+    text = " ".join(README.read_text().split())
+    (ahead,) = re.findall(
+        r"\*\*([\d.]+) times\*\* sooner than `l1` on 2 CPU cores, and ([\d.]+) to ([\d.]+) points", text
+    )
+    gains = (difference(runs["l1"], runs["rsd-ahead"])[0].lstrip("+") for runs in (RUNS, ON_CPU))
+    assert ahead == (f"{mean_ms(TIMED['l1']) / mean_ms(TIMED['rsd-ahead']):.2f}", *gains)
+    (still,) = re.findall(r"stands still for ([\d.]+) ms between chunks instead of ([\d.]+)\.", text)
+    assert f"stands still for {still[0]} ms between chunks, with `l1` for {still[1]} (p50" in " ".join(
+        NOTES.read_text().split()
+    )
+    (skip,) = re.findall(
+        r"in (\d+) % of the chunks: \*\*([\d.]+) times\*\* less than `l1` in the mean, ([\d.]+) points more .*? held "
+        r"\(([\d.]+) of 0\.1\)",
+        text,
+    )
+    skips = run(ON_CPU["rsd-skip"])
+    epsilon = skips.record.policy["skip_calibration"]["epsilon_mm"]
+    flags = [np.array(chunk_stat(episode, "skipped")).astype(bool) for episode in skips.episodes]
+    risk = realised_risk(flags, [deviations(e) for e in skips.episodes], epsilon_mm=epsilon, delta=0.1)
+    assert skip == (
+        f"{100 * (1 - summarize_decoding(skips.episodes).prefills_per_chunk):.0f}",
+        f"{mean_ms(TIMED['l1']) / mean_ms(TIMED['rsd-skip']):.2f}",
+        difference(ON_CPU["l1"], ON_CPU["rsd-skip"])[0].lstrip("+"),
+        f"{risk.share:.3f}",
+    )
+    (fused,) = re.findall(
+        r"`rsd-fused` takes ([\d.]+) times the time of `l1` here, ([\d.]+) times with OpenVLA 7B \(random weights; "
+        r"there `ar` takes ([\d.]+) times as long\)\. .*? and ([\d.]+) points above on the CPU",
+        text,
+    )
+    ms = {case: row["p50_ms"] for (section, case), row in openvla_rows().items() if section == "graph"}
+    large = f"{ms['rsd-fused'] / ms['l1']:.2f}", f"{ms['rfsq-ar'] / ms['rsd-fused']:.1f}"
+    gain = difference(ON_CPU["l1"], ON_CPU["rsd-fused"])[0].lstrip("+")
+    assert fused == (times_l1("cpu/latency.json", "rsd-fused"), *large, gain)
+    (above,) = re.findall(r"In libero_10 `rsd-fused` was ([\d.]+) points above", text)
+    assert above == difference(SUITES / "light-alone", SUITES / "rsd-fused", "libero_10")[0].lstrip("+")
