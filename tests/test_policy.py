@@ -483,7 +483,7 @@ def test_a_failing_follow_up_forgets_the_episode(policy: RsdPolicy, make_observa
 def calibration(weights: Path, **changes: Any) -> SkipCalibration:
     values = {"threshold": 20.0, "max_skips": 2, "memory_chunks": 2, "score": "mm", "epsilon_mm": 50.0}
     values |= {"alpha": 0.1, "delta": 0.1, "loss": "share", "test": "betting"}
-    values |= {"p_value": 0.05, "empirical_risk": 0.05, "skip_share": 0.5, "suite": "s", "acceptance": "margin"}
+    values |= {"p_value": 0.05, "empirical_risk": 0.05, "skip_share": 0.5, "suites": "s", "acceptance": "margin"}
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
     return SkipCalibration(**{**values, "episodes": 9, "chunks": 90, "weights_sha256": sha256, **changes})
 

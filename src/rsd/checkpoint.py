@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rsd import hub
+from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.steps import SkipRule
@@ -28,6 +29,7 @@ from rsd.json_files import read_versioned
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
 
 FORMAT_VERSION = 1
@@ -144,19 +146,19 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
     return str(decode), found
 
 
-def calibrated(directory: Path, content: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def with_calibration(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The options for `RsdPolicy`; where `rsd-skip` is asked for without a rule, with the rule and the acceptance of
     the checkpoint's own calibration. `RsdError` where it does not hold."""
     if options["decode"] != "rsd-skip" or options["skip"] is not None:
         return options
     calibration = load_calibration(directory)
-    acceptance, fine = options["acceptance"], options["fine"]
-    own = content["policy"].get("fine", PolicyConfig.fine)
-    if acceptance not in (None, calibration.acceptance) or fine not in (None, own):
-        expected = f"acceptance {calibration.acceptance} and fine {own}"
-        raise RsdError(f"rsd-skip: calibrated with {expected}, found {acceptance} and {fine}; leave them out")
+    asked = options["acceptance"] and acceptance_rule(options["acceptance"], RfsqConfig()).name
+    if asked not in (None, calibration.acceptance) or options["fine"] not in (None, "regress"):
+        found = ", ".join(f"{name} {options[name]}" for name in ("acceptance", "fine") if options[name])
+        expected = f"acceptance {calibration.acceptance} and fine regress"
+        raise RsdError(f"rsd-skip: calibrated with {expected}, found {found}; leave it out")
     rule = SkipRule(calibration.threshold, calibration.max_skips, calibration.memory_chunks)
-    return {**options, "skip": rule, "acceptance": calibration.acceptance}
+    return {**options, "skip": rule, "acceptance": calibration.acceptance, "fine": "regress"}
 
 
 def save_checkpoint(

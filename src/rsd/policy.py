@@ -18,12 +18,12 @@ from torch import Tensor
 from rsd import hub
 from rsd.checkpoint import (
     BACKBONE,
-    calibrated,
     load_model,
     locate_checkpoint,
     proven_decode,
     read_content,
     save_checkpoint,
+    with_calibration,
 )
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import fingertip_deviation
@@ -267,7 +267,8 @@ class RsdPolicy:
         decode: `best` takes the best proven decoder that the checkpoint supports (see `choose_decode`), logs why, and
         the policy's `decode` names it. engine: `auto` takes CUDA graphs on a GPU and ONNX Runtime on a CPU (see
         `decoding.engines`), and the policy's `engine` names it. acceptance, fine: None takes the checkpoint's own, or
-        with a temperature `exact` and `sequential`. skip: for `rsd-skip`; None takes the checkpoint's own calibration.
+        with a temperature `exact` and `sequential`. skip: for `rsd-skip`; None takes the checkpoint's own calibration
+        and the acceptance rule that it was made with.
         """
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise RsdError(f"device {device}: no CUDA device is visible here; use cpu")
@@ -287,7 +288,7 @@ class RsdPolicy:
         check_sampling(temperature, decode, acceptance, fine)  # before the weights
         check_decode(decode, bool(content["policy"].get("light")))
         options = {"decode": decode, "acceptance": acceptance, "fine": fine, "temperature": temperature}
-        options = calibrated(directory, content, options | {"skip": skip, "engine": engine, "audit": audit})
+        options = with_calibration(directory, options | {"skip": skip, "engine": engine, "audit": audit})
         return policy_class.load(directory, content, device, options)
 
     @classmethod

@@ -35,7 +35,8 @@ Array = NDArray[Any]
 ALPHA, DELTA, EPSILON, MAX_SKIPS, T = 0.15, 0.2, 10.0, 4, 12
 SHA = "0123456789abcdef" * 4
 SETTINGS: dict[str, Any] = {"alpha": ALPHA, "delta": DELTA, "epsilon_mm": EPSILON, "max_skips": MAX_SKIPS}
-NAMES: dict[str, Any] = {"memory_chunks": 2, "score": "entropy", "suite": "s", "acceptance": "a", "weights_sha256": SHA}
+NAMES: dict[str, Any] = {"memory_chunks": 2, "score": "entropy", "suites": "s", "acceptance": "a"}
+NAMES["weights_sha256"] = SHA
 
 
 def episodes(n: int, seed: int) -> tuple[Array, Array, Array]:

@@ -3,6 +3,19 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rsd.checkpoint import CONFIG_FILE, weights_hash
+from rsd.decoding.calibration import SkipCalibration
+from rsd.evaluation.backend import describe_checkpoint, rsd_policy
+from rsd.evaluation.config import EvalConfig
+from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.policy import RsdPolicy
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import EAGER, ONNX
 
 CODE = """
 import json, sys
@@ -31,3 +44,38 @@ def test_the_compact_policy_needs_no_image_or_model_code_of_openvla() -> None:
     assert "simplejpeg" not in loaded
     of_openvla = {name for name in loaded if name.startswith(("rsd.openvla.", "rsd.models.openvla", "rsd.models.lora"))}
     assert of_openvla == {"rsd.openvla.published", "rsd.models.openvla_files"}
+
+
+@pytest.mark.parametrize(
+    ("options", "own", "engine"),
+    [
+        ({"decode": "rsd-fused"}, "margin", ONNX),
+        ({"decode": "rsd-fused", "acceptance": "residual"}, "exact", ONNX),
+        ({"decode": "rsd", "acceptance": "exact"}, "margin", EAGER),
+        ({"decode": "rsd"}, "exact", EAGER),
+        ({"decode": "ar", "temperature": 1.0}, "margin", EAGER),
+        ({"decode": "rsd-skip"}, "exact", ONNX),  # as the calibration was
+        ({"decode": "rsd-skip", "skip_threshold_mm": 5.0}, "exact", EAGER),
+    ],
+)
+def test_a_run_is_recorded_with_the_engine_that_the_policy_takes(
+    options: dict[str, Any],
+    own: str,
+    engine: str,
+    tokenizer: ActionTokenizer,
+    tiny_config: PolicyConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RSD_ENGINE")
+    RsdPolicy(RsdModel(tiny_config, tokenizer), tokenizer, tiny_config, decode="ar").save_pretrained(tmp_path)
+    content = json.loads((tmp_path / CONFIG_FILE).read_text())
+    content["policy"]["acceptance"] = own
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(content))
+    promise = {"epsilon_mm": 50.0, "alpha": 0.1, "delta": 0.1, "loss": "share", "test": "betting", "p_value": 0.1}
+    counted = {"empirical_risk": 0.1, "skip_share": 0.5, "episodes": 9, "chunks": 90, "suites": "libero_spatial"}
+    names = {"score": "mm", "acceptance": "margin", "weights_sha256": weights_hash(tmp_path)}
+    SkipCalibration(threshold=20.0, max_skips=2, memory_chunks=2, **promise, **counted, **names).save(tmp_path)
+    config = EvalConfig(policy=str(tmp_path), **options)
+    assert rsd_policy(config).engine == engine  # type: ignore[attr-defined]
+    assert describe_checkpoint(config)["engine"].split()[0] == engine

@@ -122,7 +122,7 @@ def test_tasks_of_little_risk_do_not_vouch_for_the_others() -> None:
 def test_the_promise_is_kept_in_every_suite_by_itself(
     config: CalibrateConfig, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Together, 60 easy and 20 hard rollouts would let the hard ones deviate: 0.05 on average, promised 0.1."""
+    """Together, easy rollouts vouch for the hard ones: every chunk of them all might go without the main."""
 
     def rollouts(suite: str, count: int, hard: int) -> list[EpisodeResult]:
         return [
@@ -141,18 +141,24 @@ def test_the_promise_is_kept_in_every_suite_by_itself(
             for trial in range(count)
         ]
 
-    both = rollouts("easy", 60, 0) + rollouts("hard", 40, 20)
-    single = replace(config, alpha=0.1, delta=0.1, epsilon_mm=50.0)
-    strict, loose = (fit(rollouts(name, n, h), single, "0" * 64) for name, n, h in (("hard", 40, 20), ("easy", 60, 0)))
-    assert 1.0 < strict.threshold <= 3.0 < loose.threshold
+    easy, hard = rollouts("libero_goal", 150, 0), rollouts("libero_10", 40, 20)
+    promise = replace(config, alpha=0.1, delta=0.1, epsilon_mm=50.0)
+    strict, loose, pooled = (
+        fit(episodes, promise, "0" * 64) for episodes in (hard, easy, [replace(e, suite="") for e in easy + hard])
+    )
+    assert 1.0 < strict.threshold <= 3.0 < loose.threshold == pooled.threshold
     monkeypatch.setattr("rsd.evaluation.calibrate.evaluate", lambda *_, **__: SimpleNamespace(errors=0))
-    monkeypatch.setattr("rsd.evaluation.calibrate.read_episodes", lambda _: {e.key: e for e in both})
-    found = calibrate(replace(single, output=config.output / "suites"), BACKEND)
-    assert (found.suite, found.threshold, found.acceptance) == ("hard", strict.threshold, "residual")
-    assert "written: " in capsys.readouterr().out
+    monkeypatch.setattr("rsd.evaluation.calibrate.read_episodes", lambda _: {e.key: e for e in easy + hard})
+    asked = replace(promise, task_suite="libero_goal,libero_10", num_trials=6, output=config.output / "suites")
+    found = calibrate(asked, BACKEND)
+    assert (found.suites, found.threshold, found.acceptance) == (asked.task_suite, strict.threshold, "residual")
+    assert (found.episodes, found.chunks) == (40, 80)
+    said = capsys.readouterr().out
+    assert "libero_goal: 150 rollouts, 300 chunks; threshold 3.0 mm (no threshold failed): 100.0%" in said
+    assert "by that: libero_goal 50.0%, libero_10 50.0%" in said
     policy = RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")  # as it was calibrated
     assert policy.acceptance == "residual"
-    with pytest.raises(RsdError, match="calibrated with acceptance residual and fine regress, found margin"):
+    with pytest.raises(RsdError, match="residual and fine regress, found acceptance margin; leave it out"):
         RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip", acceptance="margin")
     assert RsdPolicy.from_pretrained(checkpoint, decode="rsd-fused").acceptance == "margin"
 
@@ -160,6 +166,19 @@ def test_the_promise_is_kept_in_every_suite_by_itself(
 def test_rules_that_take_steps_are_refused(config: CalibrateConfig) -> None:
     with pytest.raises(RsdError, match="acceptance 'exact' decodes the fine levels one after another"):
         calibrate(replace(config, acceptance="exact"), BACKEND)
+
+
+def test_too_few_rollouts_are_noticed_before_they_are_made(config: CalibrateConfig, tmp_path: Path) -> None:
+    asked = replace(config, alpha=0.01, num_trials=6, output=tmp_path / "none")
+    with pytest.raises(RsdError, match=r"takes \d+ rollouts of each suite, libero_spatial would have 36; raise"):
+        calibrate(asked, BACKEND)
+    assert not (tmp_path / "none").exists()
+
+
+def test_rollouts_by_two_rules_are_refused() -> None:
+    rollouts = [episode(init_state=i, acceptance=rule) for i, rule in enumerate(("margin", "residual"))]
+    with pytest.raises(RsdError, match=r"expected rollouts of one suite by one acceptance rule, found 2 of"):
+        fit(rollouts, CalibrateConfig(), "0" * 64)
 
 
 def test_another_gripper_symbol_is_a_deviation() -> None:

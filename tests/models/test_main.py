@@ -8,11 +8,12 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from rsd.decoding.steps import Scene
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.main import MainConfig, MainModel, merge_2x2, state_features
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.models.trunk import KVCache
-from rsd.models.vision import Subsample
+from rsd.models.vision import Subsample, unit_images
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
@@ -231,3 +232,14 @@ def test_subsample_is_the_strided_convolution(layout: torch.memory_format) -> No
     layer = Subsample(16, 32, 2)
     x = torch.randn(3, 16, 10, 10).contiguous(memory_format=layout)
     assert torch.allclose(layer(x), torch.nn.functional.conv2d(x, layer.weight, stride=2), atol=1e-5)
+
+
+def test_pixels_become_images_of_unit_range_with_their_channels_first() -> None:
+    pixels = torch.randint(0, 256, (2, 2, 4, 4, 3), dtype=torch.uint8)
+    pixels[1, 0, 2, 3] = torch.tensor([0, 255, 51], dtype=torch.uint8)
+    images = unit_images(pixels)
+    assert images.shape == (2, 2, 3, 4, 4)
+    assert images[1, 0, :, 2, 3].tolist() == pytest.approx([-0.5, 0.5, -0.3])
+    text = torch.zeros(2, 4, 8), torch.zeros(2, 8)
+    assert torch.equal(Scene(pixels, torch.zeros(2, 11), text).images, images)
+    assert Scene(images, torch.zeros(2, 11), text).images is images  # what is an image already stays one

@@ -64,7 +64,8 @@ class SkipCalibration:
     epsilon_mm: a chunk deviates beyond it.
     alpha, delta: risk <= alpha with confidence 1 - delta. loss: an episode's, `share` or `any`; test: see `TESTS`.
     p_value, empirical_risk, skip_share: of the calibration set at this threshold (share of chunks without main).
-    suite: what the calibration set is of. acceptance: how the main judged drafts meanwhile.
+    suites: what was calibrated for, with commas between; the numbers are of the one with the strictest threshold.
+    acceptance: how the main judged drafts meanwhile.
     weights_sha256: of the checkpoint's weights file that made scores and chunks.
     """
 
@@ -82,7 +83,7 @@ class SkipCalibration:
     skip_share: float
     episodes: int
     chunks: int
-    suite: str
+    suites: str
     acceptance: str
     weights_sha256: str
 
@@ -158,7 +159,7 @@ def fit_threshold(
     max_skips: int,
     memory_chunks: int,
     score: str,
-    suite: str,
+    suites: str,
     acceptance: str,
     weights_sha256: str,
     forced: Sequence[Bools] | None = None,
@@ -211,7 +212,7 @@ def fit_threshold(
         skip_share=share,
         episodes=n,
         chunks=sum(map(len, scores)),
-        suite=suite,
+        suites=suites,
         acceptance=acceptance,
         weights_sha256=weights_sha256,
     )

@@ -23,6 +23,7 @@ from rsd.models.draft import DraftModel
 from rsd.models.light_draft import LightDraft, Memory
 from rsd.models.main import MainModel
 from rsd.models.trunk import KVCache
+from rsd.models.vision import unit_images
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.types import RsdError
 
@@ -72,11 +73,11 @@ class Scene:
 
     @property
     def images(self) -> Tensor:
-        """[B, 2, 3, S, S] in [-0.5, 0.5], or what else the models take. Made here, so that a graph holds it: a hundred
-        thousand numbers, which PyTorch would share out to threads that wait for each other where cores are busy."""
-        if self.pixels.dtype != torch.uint8:
-            return self.pixels
-        return self.pixels.permute(0, 1, 4, 2, 3).float() / 255.0 - 0.5
+        """[B, 2, 3, S, S] in [-0.5, 0.5], or what else the models take.
+
+        Made anew by each reader, so that a graph holds it: outside one, PyTorch shares a hundred thousand numbers out
+        to threads, which wait for each other where cores are busy."""
+        return unit_images(self.pixels) if self.pixels.dtype == torch.uint8 else self.pixels
 
     def prefix(self, main: MainModel, watch: Stopwatch) -> Tensor:
         """The main's prefix tokens [B, N, D]: its whole perception."""

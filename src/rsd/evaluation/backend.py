@@ -206,10 +206,11 @@ def engine_of(config: EvalConfig, content: dict[str, Any] | None) -> str:
     from rsd.models.rsd_model import PolicyConfig
     from rsd.policy import recordable, settle_verification
 
-    policy = content["policy"] if content else {}
+    policy, asked = content["policy"] if content else {}, decoding_options(config)
     own = policy.get("acceptance", PolicyConfig.acceptance), policy.get("fine", PolicyConfig.fine)
-    asked = decoding_options(config)
     _, fine = settle_verification(own, asked["acceptance"], None, config.temperature)
+    if config.decode == "rsd-skip" and asked["skip"] is None:
+        fine = "regress"  # every calibration is of that
     exportable = content is not None and BACKBONE not in content
     engine = choose_engine(
         config.engine, config.device, recordable(fine, config.temperature, exportable, torch.device(config.device))

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from rsd.checkpoint import read_content, weights_hash
-from rsd.decoding.calibration import SkipCalibration, check_promise, fit_threshold
+from rsd.decoding.calibration import SkipCalibration, check_promise, episodes_needed, executed, fit_threshold
 from rsd.evaluation.backend import LIBERO, Backend, describe_checkpoint
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.failures import WatchedLibero
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
+from rsd.models.rsd_model import PolicyConfig
+from rsd.policy import settle_verification
 from rsd.types import RsdError
 
 SCORE = "expected_deviation_mm"
@@ -37,7 +39,8 @@ class CalibrateConfig:
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory; the calibration is written into it."""
     task_suite: str = "libero_spatial"
-    """Suite of the rollouts, or several with commas between: the promise is kept in each of them by itself."""
+    """Suite of the rollouts, or several with commas between. Each is fitted by itself and the strictest threshold is
+    taken, so that no easy suite vouches for a hard one; the confidence is one suite's, not that of all at once."""
     tasks: str = "all"
     """As in `rsd eval`."""
     num_trials: int = 20
@@ -103,10 +106,14 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     directory = Path(config.policy)
     if not directory.is_dir():
         raise RsdError(f"calibrate: expected a checkpoint directory to write into, found {config.policy!r}")
-    if not read_content(directory)["policy"].get("light"):
+    content = read_content(directory)
+    if not content["policy"].get("light"):
         raise RsdError(f"calibrate: {directory} has no light draft, whose chunks rsd-skip executes; train one with it")
-    if config.acceptance == "exact":
-        raise RsdError("calibrate: acceptance 'exact' decodes the fine levels one after another; take another rule")
+    policy = content["policy"]
+    defaults = policy.get("acceptance", PolicyConfig.acceptance), policy.get("fine", PolicyConfig.fine)
+    rule, fine = settle_verification(defaults, None if config.acceptance == "default" else config.acceptance, None, 0.0)
+    if fine != "regress":
+        raise RsdError(f"calibrate: acceptance {rule!r} decodes the fine levels one after another; take another rule")
     sha256 = weights_hash(directory)
     check_promise(config.alpha, config.delta, config.epsilon_mm, config.max_skips, "share", config.test)
     rollouts = EvalConfig(
@@ -126,37 +133,60 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
         batch=config.batch,
         output=str(config.output),
     )
+    needed = episodes_needed(config.alpha, config.delta, config.test)
+    for suite in rollouts.suites:
+        planned = config.num_trials * len(rollouts.task_ids(suite, [task for task, *_ in backend.list_tasks(suite)]))
+        if planned < needed:
+            found = f"risk <= {config.alpha:g} at confidence {1 - config.delta:g} takes {needed} rollouts of each suite"
+            raise RsdError(f"calibrate: {found}, {suite} would have {planned}; raise --num-trials, alpha or delta")
     summary = evaluate(rollouts, backend=backend)
     if summary.errors:
         raise RsdError(f"calibrate: {summary.errors} rollouts ended in an error; run again to repeat them")
     episodes = scored(read_episodes(config.output / EPISODES_FILE).values())
-    fitted = [fit([e for e in episodes if e.suite == suite], config, sha256) for suite in suites(episodes)]
-    # every threshold up to a fitted one has been tested and passed: the strictest keeps the promise in each suite
-    calibration = min(fitted, key=lambda one: one.threshold)
+    by_suite = {suite: [e for e in episodes if e.suite == suite] for suite in rollouts.suites}
+    fitted = {suite: fit(own, config, sha256) for suite, own in by_suite.items()}
+    # every threshold up to a fitted one has been tested and passed: so has the strictest, in each suite
+    strictest = min(fitted.values(), key=lambda one: one.threshold)
+    calibration = replace(strictest, suites=",".join(fitted))
     calibration.save(directory)
     say = partial(Console().print, soft_wrap=True, highlight=False)
-    for one in fitted:
-        own = [e for e in episodes if e.suite == one.suite]
-        skipped = sum(sum(map(bool, chunk_stat(e, "skipped"))) for e in own) / sum(e.chunks for e in own)
+    for suite, one in fitted.items():
+        own = by_suite[suite]
+        skipped = sum(sum(map(bool, chunk_stat(e, "skipped"))) for e in own) / one.chunks
+        limit = "" if one.threshold <= max(max(chunk_stat(e, SCORE)) for e in own) else " (no threshold failed)"
         say(
-            f"{one.suite}: {one.episodes} rollouts, {one.chunks} chunks; threshold {one.threshold:.1f} mm: "
+            f"{suite}: {one.episodes} rollouts, {one.chunks} chunks; threshold {one.threshold:.1f} mm{limit}: "
             f"{one.skip_share:.1%} of the chunks without the main (the rollouts had {skipped:.1%}), "
             f"risk {one.empirical_risk:.3f}, promised <= {config.alpha:g} at confidence {1 - config.delta:g}; "
             f"success of the rollouts {sum(e.success for e in own)}/{len(own)}"
         )
     if len(fitted) > 1:
-        say(f"written: {calibration.threshold:.1f} mm, that of {calibration.suite}, the strictest")
+        shares = ", ".join(f"{suite} {share_at(own, calibration):.1%}" for suite, own in by_suite.items())
+        say(f"written: {calibration.threshold:.1f} mm, the strictest; of the chunks without the main by that: {shares}")
     return calibration
 
 
-def suites(episodes: Iterable[EpisodeResult]) -> list[str]:
-    return sorted({episode.suite for episode in episodes})
+def share_at(episodes: Iterable[EpisodeResult], calibration: SkipCalibration) -> float:
+    """The share of the rollouts' chunks that would go without the main by a calibration."""
+    skips = [
+        executed(
+            np.array(chunk_stat(episode, SCORE)),
+            calibration.threshold,
+            calibration.max_skips,
+            np.array(chunk_stat(episode, "forced")).astype(bool),
+        )
+        for episode in episodes
+    ]
+    return float(np.concatenate(skips).mean())
 
 
 def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str) -> SkipCalibration:
     """Audited rollouts of one suite -> the calibration."""
     ordered = sorted(episodes, key=lambda episode: episode.key)
-    (suite,), (acceptance,) = suites(ordered), {episode.acceptance for episode in ordered}
+    suites, rules = ({getattr(episode, name) for episode in ordered} for name in ("suite", "acceptance"))
+    if len(suites) != 1 or len(rules) != 1:
+        found = f"{len(ordered)} of {sorted(suites)} by {sorted(rules)}"
+        raise RsdError(f"calibrate: expected rollouts of one suite by one acceptance rule, found {found}")
     # the betting test needs exchangeable episodes: task after task, tasks that are easy would vouch for the others
     ordered = [ordered[i] for i in np.random.default_rng(config.seed).permutation(len(ordered))]
     return fit_threshold(
@@ -169,8 +199,8 @@ def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str)
         max_skips=config.max_skips,
         memory_chunks=config.memory_chunks,
         score=SCORE,
-        suite=suite,
-        acceptance=acceptance,
+        suites=suites.pop(),
+        acceptance=rules.pop(),
         weights_sha256=sha256,
         test=config.test,
     )

@@ -47,7 +47,7 @@ class EvalConfig:
     best: rsd-ahead, without a light draft rsd, at a temperature rsd-fused."""
     acceptance: str = "default"
     """Rule for drafted levels: exact, margin, residual, distance(1), typical(0.09), agreement(0.7); default: the
-    checkpoint's, or exact with a --temperature."""
+    checkpoint's, with rsd-skip its calibration's, or exact with a --temperature."""
     temperature: float = 0.0
     """Above 0, ar, parallel, rsd and rsd-fused draw motion tokens from softmax(logits / temperature); 0 takes the
     likeliest."""

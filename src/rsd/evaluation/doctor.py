@@ -269,7 +269,8 @@ def calibrated(name: str) -> Check:
         return Check("skip calibration", "warn", "none: rsd-skip is not available", "rsd calibrate makes one")
     found = load_calibration(directory)
     promise = f"risk <= {found.alpha:g} at confidence {1 - found.delta:g}, epsilon {found.epsilon_mm:g} mm"
-    return Check("skip calibration", "ok", f"threshold {found.threshold:.1f} mm: {promise}, {found.episodes} rollouts")
+    made = f"{found.episodes} rollouts, {found.suites}, acceptance {found.acceptance}"
+    return Check("skip calibration", "ok", f"threshold {found.threshold:.1f} mm: {promise}; {made}")
 
 
 def flow(policy: RsdPolicy) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
     python -m rsd.evaluation.perturbed_page
 
-Nothing on the page but its prose is typed in by hand; the prose names no number.
+Nothing on the page but its prose is typed in by hand; the prose names no success rate.
 """
 
 from __future__ import annotations

@@ -112,7 +112,8 @@ def worker_main(
     except (EOFError, BrokenPipeError):
         return  # the parent is gone
     except Exception as error:
-        connection.send(failed(error))
+        with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+            connection.send(failed(error))
 
 
 def prepare_first_task(config: EvalConfig, backend: Backend) -> None:
@@ -176,16 +177,18 @@ class WorkerPool:
         for worker in self._workers:
             worker.connection.close()  # which ends one that waits for a job
         deadline = time.monotonic() + (PARTING if error is None else 0.0)
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        if self._server is not None:
-            processes.append(self._server.process)
-        for process in processes:
-            process.kill()  # a hung one ignores a polite request
-        for process in processes:
-            process.join()
-        if self._folder is not None:
-            self._folder.cleanup()
+        try:
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            if self._server is not None:
+                processes.append(self._server.process)
+            for process in processes:
+                process.kill()  # a hung one ignores a polite request
+            for process in processes:
+                process.join()
+            if self._folder is not None:
+                self._folder.cleanup()
 
     @property
     def _threads(self) -> int:

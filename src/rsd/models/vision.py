@@ -11,6 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def unit_images(pixels: Tensor) -> Tensor:
+    """uint8 [..., S, S, 3] as cameras give them -> [..., 3, S, S] in [-0.5, 0.5], as the encoders take them."""
+    return pixels.movedim(-1, -3).float() / 255.0 - 0.5
+
+
 class Subsample(nn.Conv2d):
     """A 1x1 convolution with a stride, as a matrix product: PyTorch's own CPU path took a quarter of vision."""
 

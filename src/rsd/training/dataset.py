@@ -12,6 +12,7 @@ from torch import Tensor
 from rsd.data.demonstrations import Demonstration
 from rsd.models.main import state_features
 from rsd.models.text import word_ids
+from rsd.models.vision import unit_images
 from rsd.training.paraphrase import paraphrases
 from rsd.types import RsdError
 
@@ -127,7 +128,7 @@ class FrameDataset:
             # half the time the original sentence, which is what the benchmark says
             wording = torch.randint(0, WORDINGS, frames.shape, device=frames.device)
             wording *= torch.randint(0, 2, frames.shape, device=frames.device)
-        pixels = images.permute(0, 1, 4, 2, 3).float() / 255.0 - 0.5
+        pixels = unit_images(images)
         if augment is not None:
             pixels = random_colour(pixels, augment)
             state = state + augment.state_noise * self.state_std * torch.randn_like(state)
