@@ -8,6 +8,7 @@ where there is no raw number.
 import json
 import re
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -338,3 +339,19 @@ def test_the_readme_in_short() -> None:
     assert fused == (*small, *large, gain)
     (above,) = re.findall(r"In libero_10 `rsd-fused` was ([\d.]+) points above", text)
     assert above == difference(SUITES / "light-alone", SUITES / "rsd-fused", "libero_10")[0].lstrip("+")
+
+
+def test_perturbed_scenes() -> None:
+    folder, notes = ROOT / "results" / "libero_pro", " ".join(NOTES.read_text().split())
+    decoders = ("l1", "light-alone", "rsd-fused", "rsd-skip", "rsd-ahead")
+    counts = ", ".join(f"`{decode}` {solved(folder / decode)}" for decode in decoders)
+    assert f"{counts}, none distinguishable" in notes
+    assert all(len(run(folder / decode).episodes) == 150 for decode in decoders)
+    successes = [run(folder / decode).successes for decode in decoders]
+    assert min(paired_difference(*pair).p_value for pair in combinations(successes, 2)) > 0.05
+    skips = run(folder / "rsd-skip")
+    flags = [np.array(chunk_stat(episode, "skipped")).astype(bool) for episode in skips.episodes]
+    epsilon = skips.record.policy["skip_calibration"]["epsilon_mm"]
+    risk = realised_risk(flags, [deviations(episode) for episode in skips.episodes], epsilon_mm=epsilon, delta=0.1)
+    for text in (notes, " ".join(README.read_text().split())):
+        assert re.search(r"breaks (there, |\()([\d.]+)", text)[2] == f"{risk.share:.3f}"  # type: ignore[index]
