@@ -65,6 +65,11 @@ WITH_SHARE = ("reference", "eager", "graph", "compiled")  # FP8 is not held agai
 Table = dict[str, dict[str, str]]
 
 
+def flat(file: Path) -> str:
+    """A page's text on one line."""
+    return " ".join(file.read_text().split())
+
+
 def cells(line: str) -> list[str]:
     return [re.sub(r"[*`]", "", cell).strip() for cell in line.strip().strip("|").split("|")]
 
@@ -146,12 +151,12 @@ def test_the_readmes_table_of_several_suites(decode: str) -> None:
 
 def test_the_readmes_speed_up_in_closed_loop() -> None:
     for decode, words in (("rsd-skip", "less than `l1` in"), ("rsd-ahead", "sooner than `l1`")):
-        (said,) = re.findall(rf"\*\*([\d.]+) times\*\* {words}", NOTES.read_text())
+        (said,) = re.findall(rf"\*\*([\d.]+) times\*\* {words}", flat(NOTES))
         assert said == f"{mean_ms(TIMED['l1']) / mean_ms(TIMED[decode]):.2f}"
 
 
 def test_how_long_the_robot_stands_still() -> None:
-    text = " ".join(NOTES.read_text().split())
+    text = flat(NOTES)
     ((ahead, bar, ratio, behind, count),) = re.findall(
         r"stands still for ([\d.]+) ms between chunks, with `l1` for ([\d.]+) \(p50, drawing not counted\): "
         r"([\d.]+) times.*?pass took (\d+) ms .*?none of (\d+) chunks waited",
@@ -209,7 +214,7 @@ def paired(before: Path, after: Path, suite: str) -> tuple[str, ...]:
 
 
 def test_what_the_mains_memory_earns() -> None:
-    said = re.findall(r"\+([\d.]+) points \(\+(\d+) -(\d+), p = ([\d.]+)\) on\s+the", NOTES.read_text())
+    said = re.findall(r"\+([\d.]+) points \(\+(\d+) -(\d+), p = ([\d.]+)\) on\s+the", flat(NOTES))
     for runs, (points, *rest) in zip((ON_CPU, RUNS), said, strict=True):
         pair = paired_difference(run(runs["light-alone"]).successes, run(runs["rsd-ahead"]).successes)
         assert points == f"{100 * pair.difference:.1f}"
@@ -217,12 +222,12 @@ def test_what_the_mains_memory_earns() -> None:
 
 
 def test_what_the_main_costs_in_libero_spatial() -> None:
-    (said,) = re.findall(r"\+(\d+) -(\d+), p = ([\d.]+) on the H200\)\. What", NOTES.read_text())
+    (said,) = re.findall(r"\+(\d+) -(\d+), p = ([\d.]+) on the H200\)\. What", flat(NOTES))
     assert said == paired(RUNS["light-alone"], RUNS["rsd-fused"], "libero_spatial")
 
 
 def test_what_the_main_earns_in_libero_10() -> None:
-    (passage,) = re.findall(r"`rsd-fused` solves 122 of 126, .*?Acting first", NOTES.read_text(), re.DOTALL)
+    (passage,) = re.findall(r"`rsd-fused` solves 122 of 126, .*?Acting first", flat(NOTES), re.DOTALL)
     said = re.findall(r"\(\+(\d+) -(\d+),\s+p = ([\d.]+)\)", passage)
     others = ("light-alone", "rsd-ahead", "l1")
     assert said == [paired(SUITES / other, SUITES / "rsd-fused", "libero_10") for other in others]
@@ -253,7 +258,7 @@ def test_what_a_draft_costs_beside_l1() -> None:
         r"([\d.]+)\..*?it is ([\d.]+) and ([\d.]+) on the CPU .*?`rsd`, (\d+) of 500 on the H200 "
         r"\((-[\d.]+) points, p ([\d.e-]+)\); `rsd-fused` solves (\d+) there \((-[\d.]+), p ([\d.]+)\) and (\d+) on "
         r"the CPU \((-[\d.]+), p ([\d.]+)\)",
-        " ".join(NOTES.read_text().split()),
+        flat(NOTES),
     )
     on_gpu, on_cpu, both = LIBERO / "h200", LIBERO / "cpu", ("rsd-fused", "rsd")
     pairs = (
@@ -269,7 +274,7 @@ def test_what_a_draft_costs_beside_l1() -> None:
 
 
 def test_one_recipe_for_four_suites() -> None:
-    four, text = SUITES / "four", " ".join(NOTES.read_text().split())
+    four, text = SUITES / "four", flat(NOTES)
     (said,) = re.findall(
         r"`l1` solves (\d+), `rsd-fused` (\d+), `light-alone` (\d+) of 525, .*?its `rsd-fused` solves (\d+) where that "
         r"of the first solved (\d+) of the same 105 \(\+(\d+) -(\d+), p = ([\d.]+)\)",
@@ -288,25 +293,25 @@ def test_one_recipe_for_four_suites() -> None:
 def test_a_larger_main() -> None:
     (said,) = re.findall(
         r"\*\*([\d.]+) times less than `l1`\*\* in the mean \(([\d.]+) against ([\d.]+) ms, (\d+) % without the main",
-        " ".join(NOTES.read_text().split()),
+        flat(NOTES),
     )
     bar, skip = (ROOT / "results" / "scaling" / "closed-loop" / f"timed-104M-{name}" for name in ("l1", "rsd-skip"))
     share = 1 - summarize_decoding(run(skip).episodes).prefills_per_chunk
     ratio = f"{mean_ms(bar) / mean_ms(skip):.2f}"
     assert said == (ratio, f"{mean_ms(skip):.1f}", f"{mean_ms(bar):.1f}", f"{100 * share:.0f}")
-    assert f"it is **{ratio} times** less" in " ".join(README.read_text().split())
+    assert f"it is **{ratio} times** less" in flat(README)
     assert all(episode.success for name in (bar, skip) for episode in run(name).episodes)
 
 
 def test_the_readme_in_short() -> None:
-    text = " ".join(README.read_text().split())
+    text = flat(README)
     (ahead,) = re.findall(
         r"\*\*([\d.]+) times\*\* sooner than `l1` on 2 CPU cores, and ([\d.]+) to ([\d.]+) points", text
     )
     gains = (difference(runs["l1"], runs["rsd-ahead"])[0].lstrip("+") for runs in (RUNS, ON_CPU))
     assert ahead == (f"{mean_ms(TIMED['l1']) / mean_ms(TIMED['rsd-ahead']):.2f}", *gains)
     (still,) = re.findall(r"stands still for ([\d.]+) ms between chunks instead of ([\d.]+) \(drawing not", text)
-    notes = " ".join(NOTES.read_text().split())
+    notes = flat(NOTES)
     assert f"stands still for {still[0]} ms between chunks, with `l1` for {still[1]} (p50" in notes
     (skip,) = re.findall(
         r"in (\d+) % of the chunks: \*\*([\d.]+) times\*\* less than `l1` in the mean, ([\d.]+) points more .*? risk "
@@ -342,7 +347,7 @@ def test_the_readme_in_short() -> None:
 
 
 def test_perturbed_scenes() -> None:
-    folder, notes = ROOT / "results" / "libero_pro", " ".join(NOTES.read_text().split())
+    folder, notes = ROOT / "results" / "libero_pro", flat(NOTES)
     decoders = ("l1", "light-alone", "rsd-fused", "rsd-skip", "rsd-ahead")
     counts = ", ".join(f"`{decode}` {solved(folder / decode)}" for decode in decoders)
     assert f"{counts}, none distinguishable" in notes
@@ -353,5 +358,5 @@ def test_perturbed_scenes() -> None:
     flags = [np.array(chunk_stat(episode, "skipped")).astype(bool) for episode in skips.episodes]
     epsilon = skips.record.policy["skip_calibration"]["epsilon_mm"]
     risk = realised_risk(flags, [deviations(episode) for episode in skips.episodes], epsilon_mm=epsilon, delta=0.1)
-    for text in (notes, " ".join(README.read_text().split())):
+    for text in (notes, flat(README)):
         assert re.search(r"breaks (there, |\()([\d.]+)", text)[2] == f"{risk.share:.3f}"  # type: ignore[index]
