@@ -1,5 +1,3 @@
-import hashlib
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsd.checkpoint import PROVEN_FILE, WEIGHTS_FILE
-from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.steps import Scene, SkipRule, Stopwatch
 from rsd.decoding.strategies import STRATEGIES
 from rsd.models.light_draft import LightDraft
@@ -475,63 +471,6 @@ def test_a_failing_follow_up_forgets_the_episode(policy: RsdPolicy, make_observa
     with torch.no_grad():
         policy.model.main.level_head.bias.copy_(kept)
     assert np.array_equal(ahead.predict(make_observation(0)).actions, fresh)
-
-
-# the best decoder
-
-
-def calibration(weights: Path, **changes: Any) -> SkipCalibration:
-    values = {"threshold": 20.0, "max_skips": 2, "memory_chunks": 2, "score": "mm", "epsilon_mm": 50.0}
-    values |= {"alpha": 0.1, "delta": 0.1, "loss": "share", "test": "betting"}
-    values |= {"p_value": 0.05, "empirical_risk": 0.05, "skip_share": 0.5, "suites": "s", "acceptance": "margin"}
-    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-    return SkipCalibration(**{**values, "episodes": 9, "chunks": 90, "weights_sha256": sha256, **changes})
-
-
-def test_the_default_is_the_best_that_the_checkpoint_supports(
-    checkpoint: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-
-    def chosen(**options: Any) -> str:
-        caplog.clear()
-        loaded = RsdPolicy.from_pretrained(checkpoint, **options).decode
-        assert f"{checkpoint}: decodes by {loaded}: " in caplog.text
-        return loaded
-
-    assert chosen() == chosen(acceptance="exact") == chosen(fine="sequential") == "rsd-ahead"
-    assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
-    assert chosen(temperature=1.0) == "rsd-fused"
-    proven = {"format_version": 1, "decode": "rsd-fused", "found": "9 of 9"}
-    proven["weights_sha256"] = hashlib.sha256((checkpoint / WEIGHTS_FILE).read_bytes()).hexdigest()
-    (checkpoint / PROVEN_FILE).write_text(json.dumps(proven))
-    assert chosen() == "rsd-fused"
-    assert "decodes by rsd-fused: 9 of 9" in caplog.text
-    assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
-    for change, message in (
-        ({"format_version": 2}, "expected proven decoder format 1"),
-        ({"decode": "fast"}, "expected 'decode' as one of ar, .* found 'fast'"),
-        ({"found": 9}, "'found' as a text"),
-        ({"weights_sha256": "0" * 64}, "is about other weights"),
-    ):
-        (checkpoint / PROVEN_FILE).write_text(json.dumps({**proven, **change}))
-        with pytest.raises(RsdError, match=message):
-            RsdPolicy.from_pretrained(checkpoint)
-    (checkpoint / PROVEN_FILE).unlink()
-    with pytest.raises(RsdError, match="found none; make it with `rsd calibrate`"):  # by name: never replaced
-        RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")
-    calibration(checkpoint / WEIGHTS_FILE, weights_sha256="0" * 64).save(checkpoint)
-    with pytest.raises(RsdError, match="made for weights"):
-        RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")
-
-
-def test_the_default_of_a_model_at_hand(policy: RsdPolicy, tokenizer: ActionTokenizer) -> None:
-    parts = policy.model, tokenizer, policy.config
-    assert RsdPolicy(*parts).decode == "rsd-ahead"
-    assert RsdPolicy(*parts, temperature=1.0).decode == "rsd-fused"
-    assert RsdPolicy(*parts, skip=SkipRule(10.0)).decode == "rsd-skip"
-    config = replace(policy.config, light=None)
-    assert RsdPolicy(RsdModel(config, tokenizer), tokenizer, config, skip=SkipRule(10.0)).decode == "rsd"
 
 
 def test_a_follow_up_may_come_from_another_thread(policy: RsdPolicy, make_observation: MakeObservation) -> None:

@@ -308,6 +308,11 @@ def check_decode(decode: str, light: bool) -> None:
         raise RsdError(f"decode {decode!r}: this checkpoint has no light draft; use rsd, l1 or ar, or train one")
 
 
+def own_verification(policy: dict[str, Any]) -> tuple[str, str]:
+    """A checkpoint's own acceptance rule and way to the fine levels; policy: that part of its config.json."""
+    return policy.get("acceptance", PolicyConfig.acceptance), policy.get("fine", PolicyConfig.fine)
+
+
 def settle_verification(
     own: tuple[str, str], acceptance: str | None, fine: str | None, temperature: float
 ) -> tuple[str, str]:

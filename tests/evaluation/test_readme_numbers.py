@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rsd.decoding.calibration import realised_risk
-from rsd.evaluation.calibrate import chunk_stat, deviations
+from rsd.evaluation.decoding_page import risk_of
 from rsd.evaluation.report import Run, load_run
-from rsd.evaluation.statistics import paired_difference, percentiles
+from rsd.evaluation.statistics import PairedDifference, paired_difference, percentiles
 from rsd.evaluation.summary import success_rate, summarize_decoding
 from rsd.policy import FOLLOW_UP
 
@@ -203,14 +202,19 @@ def test_openvlas_ratios() -> None:
     assert said == (f"{ms['rsd-fused'] / ms['l1']:.2f}", f"{ms['rfsq-ar'] / ms['rsd-fused']:.1f}")
 
 
-def paired(before: Path, after: Path, suite: str) -> tuple[str, ...]:
-    """What goes up, what goes down, p; over one suite."""
+def pair_of(before: Path, after: Path, suite: str = "") -> PairedDifference:
+    """Over one suite, or over all."""
     first, second = (
-        {key: value for key, value in run(directory).successes.items() if key[0] == suite}
+        {key: value for key, value in run(directory).successes.items() if suite in ("", key[0])}
         for directory in (before, after)
     )
-    pair = paired_difference(first, second)
-    return str(pair.only_second), str(pair.only_first), f"{pair.p_value:.2g}"
+    return paired_difference(first, second)
+
+
+def paired(before: Path, after: Path, suite: str) -> tuple[str, ...]:
+    """What goes up, what goes down, p; over one suite."""
+    found = pair_of(before, after, suite)
+    return str(found.only_second), str(found.only_first), f"{found.p_value:.2g}"
 
 
 def test_what_the_mains_memory_earns() -> None:
@@ -235,12 +239,8 @@ def test_what_the_main_earns_in_libero_10() -> None:
 
 def difference(before: Path, after: Path, suite: str = "") -> tuple[str, str]:
     """Points and p; over one suite, or over all."""
-    first, second = (
-        {key: value for key, value in run(directory).successes.items() if key[0].startswith(suite)}
-        for directory in (before, after)
-    )
-    pair = paired_difference(first, second)
-    return f"{100 * pair.difference:+.1f}", f"{pair.p_value:.2g}"
+    found = pair_of(before, after, suite)
+    return f"{100 * found.difference:+.1f}", f"{found.p_value:.2g}"
 
 
 def times_l1(file: str, decode: str) -> str:
@@ -320,9 +320,7 @@ def test_the_readme_in_short() -> None:
     )
     skips = run(ON_CPU["rsd-skip"])
     calibration = skips.record.policy["skip_calibration"]
-    flags = [np.array(chunk_stat(episode, "skipped")).astype(bool) for episode in skips.episodes]
-    apart = [deviations(episode) for episode in skips.episodes]
-    risk = realised_risk(flags, apart, epsilon_mm=calibration["epsilon_mm"], delta=0.1)
+    risk = risk_of(skips, calibration["epsilon_mm"], delta=0.1)
     assert skip == (
         f"{100 * (1 - summarize_decoding(skips.episodes).prefills_per_chunk):.0f}",
         f"{mean_ms(TIMED['l1']) / mean_ms(TIMED['rsd-skip']):.2f}",
@@ -355,8 +353,6 @@ def test_perturbed_scenes() -> None:
     successes = [run(folder / decode).successes for decode in decoders]
     assert min(paired_difference(*pair).p_value for pair in combinations(successes, 2)) > 0.05
     skips = run(folder / "rsd-skip")
-    flags = [np.array(chunk_stat(episode, "skipped")).astype(bool) for episode in skips.episodes]
-    epsilon = skips.record.policy["skip_calibration"]["epsilon_mm"]
-    risk = realised_risk(flags, [deviations(episode) for episode in skips.episodes], epsilon_mm=epsilon, delta=0.1)
+    risk = risk_of(skips, skips.record.policy["skip_calibration"]["epsilon_mm"], delta=0.1)
     for text in (notes, flat(README)):
         assert re.search(r"breaks (there, |\()([\d.]+)", text)[2] == f"{risk.share:.3f}"  # type: ignore[index]

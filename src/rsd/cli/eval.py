@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from rsd.cli.parsing import UsageError, check_choice, parse
-from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.config import EvalConfig, asked_rule
 from rsd.types import BEST, RsdError
 
 BASELINE, ONE_PASS = "ar", "l1"  # what --compare runs, and then the checkpoint's best
@@ -148,14 +148,14 @@ def check_names(config: EvalConfig) -> None:
     local = Path(config.policy)
     if local.is_dir() or config.decode not in DECODERS:  # of a hub's checkpoint the format is not known yet
         check_choice("--decode", config.decode, DECODERS if local.is_dir() and is_openvla(local) else STRATEGIES)
-    if config.acceptance != "default" and not config.decode.startswith("rsd"):
+    if asked_rule(config.acceptance) is not None and not config.decode.startswith("rsd"):
         raise UsageError(f"--acceptance {config.acceptance}: --decode {config.decode} accepts nothing, only rsd does")
     if config.skip_threshold_mm >= 0 and config.decode != "rsd-skip":
         raise UsageError(f"--skip-threshold-mm is of --decode rsd-skip, found --decode {config.decode}")
     if config.audit and config.decode not in LIGHT:
         raise UsageError(f"--audit is of the light draft, of --decode {', '.join(LIGHT)}; found {config.decode}")
     try:
-        acceptance = None if config.acceptance == "default" else config.acceptance
+        acceptance = asked_rule(config.acceptance)
         if acceptance is not None:
             acceptance_rule(acceptance, RfsqConfig())
         check_sampling(config.temperature, config.decode, acceptance, None)

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.config import EvalConfig, asked_rule
 from rsd.types import BEST, CUDA_GRAPHS, ONNX, Policy, RsdError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def decoding_options(config: EvalConfig) -> dict[str, Any]:
 
     asked = SkipRule(config.skip_threshold_mm, config.max_skips, config.memory_chunks)
     skip = asked if config.skip_threshold_mm >= 0 else None
-    acceptance = None if config.acceptance == "default" else config.acceptance
+    acceptance = asked_rule(config.acceptance)
     return {"acceptance": acceptance, "temperature": config.temperature, "skip": skip, "engine": config.engine}
 
 
@@ -203,11 +203,9 @@ def engine_of(config: EvalConfig, content: dict[str, Any] | None) -> str:
 
     from rsd.checkpoint import BACKBONE
     from rsd.decoding.engines import choose_engine
-    from rsd.models.rsd_model import PolicyConfig
-    from rsd.policy import recordable, settle_verification
+    from rsd.policy import own_verification, recordable, settle_verification
 
-    policy, asked = content["policy"] if content else {}, decoding_options(config)
-    own = policy.get("acceptance", PolicyConfig.acceptance), policy.get("fine", PolicyConfig.fine)
+    own, asked = own_verification(content["policy"] if content else {}), decoding_options(config)
     _, fine = settle_verification(own, asked["acceptance"], None, config.temperature)
     if config.decode == "rsd-skip" and asked["skip"] is None:
         fine = "regress"  # every calibration is of that

@@ -19,12 +19,11 @@ from rich.console import Console
 from rsd.checkpoint import read_content, weights_hash
 from rsd.decoding.calibration import SkipCalibration, check_promise, episodes_needed, executed, fit_threshold
 from rsd.evaluation.backend import LIBERO, Backend, describe_checkpoint
-from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.config import DEFAULT, EvalConfig, asked_rule
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.failures import WatchedLibero
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
-from rsd.models.rsd_model import PolicyConfig
-from rsd.policy import settle_verification
+from rsd.policy import own_verification, settle_verification
 from rsd.types import RsdError
 
 SCORE = "expected_deviation_mm"
@@ -57,7 +56,7 @@ class CalibrateConfig:
     limit the draft of the shipped policy goes round in circles at times."""
     memory_chunks: int = 2
     """For so many chunks the draft attends to what the main left behind; after that it acts on what it sees alone."""
-    acceptance: str = "default"
+    acceptance: str = DEFAULT
     """How the main judges drafts, as in `rsd eval`; `rsd-skip` will take the same."""
     tried_mm: float = 100.0
     """Threshold of the rollouts. The promise is about episodes that skip as these do: run again, in another folder,
@@ -109,9 +108,8 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     content = read_content(directory)
     if not content["policy"].get("light"):
         raise RsdError(f"calibrate: {directory} has no light draft, whose chunks rsd-skip executes; train one with it")
-    policy = content["policy"]
-    defaults = policy.get("acceptance", PolicyConfig.acceptance), policy.get("fine", PolicyConfig.fine)
-    rule, fine = settle_verification(defaults, None if config.acceptance == "default" else config.acceptance, None, 0.0)
+    asked = asked_rule(config.acceptance)
+    rule, fine = settle_verification(own_verification(content["policy"]), asked, None, 0.0)
     if fine != "regress":
         raise RsdError(f"calibrate: acceptance {rule!r} decodes the fine levels one after another; take another rule")
     sha256 = weights_hash(directory)
@@ -152,11 +150,10 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     say = partial(Console().print, soft_wrap=True, highlight=False)
     for suite, one in fitted.items():
         own = by_suite[suite]
-        skipped = sum(sum(map(bool, chunk_stat(e, "skipped"))) for e in own) / one.chunks
         limit = "" if one.threshold <= max(max(chunk_stat(e, SCORE)) for e in own) else " (no threshold failed)"
         say(
             f"{suite}: {one.episodes} rollouts, {one.chunks} chunks; threshold {one.threshold:.1f} mm{limit}: "
-            f"{one.skip_share:.1%} of the chunks without the main (the rollouts had {skipped:.1%}), "
+            f"{one.skip_share:.1%} of the chunks without the main (the rollouts had {skipped_share(own):.1%}), "
             f"risk {one.empirical_risk:.3f}, promised <= {config.alpha:g} at confidence {1 - config.delta:g}; "
             f"success of the rollouts {sum(e.success for e in own)}/{len(own)}"
         )
@@ -164,6 +161,11 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
         shares = ", ".join(f"{suite} {share_at(own, calibration):.1%}" for suite, own in by_suite.items())
         say(f"written: {calibration.threshold:.1f} mm, the strictest; of the chunks without the main by that: {shares}")
     return calibration
+
+
+def skipped_share(episodes: Iterable[EpisodeResult]) -> float:
+    """The share of the rollouts' chunks that went without the main."""
+    return float(np.concatenate([chunk_stat(episode, "skipped") for episode in episodes]).mean())
 
 
 def share_at(episodes: Iterable[EpisodeResult], calibration: SkipCalibration) -> float:

@@ -19,11 +19,17 @@ UNHASHED_FIELDS = (
     *("launcher", "shard"),
 )
 # Left out of the hash where they are what they were before they existed, so that older runs keep theirs.
+DEFAULT = "default"  # of --acceptance: nothing is asked for
 NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "memory_chunks": 2, "engine": AUTO}
 
 
 class OptionError(RsdError):
     """An option's value that cannot be run; the message says what can."""
+
+
+def asked_rule(acceptance: str) -> str | None:
+    """What `--acceptance` asks for, as `RsdPolicy` takes it: None for `default`."""
+    return None if acceptance == DEFAULT else acceptance
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class EvalConfig:
     decode: str = BEST
     """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, rsd-ahead, draft, light-alone;
     best: rsd-ahead, without a light draft rsd, at a temperature rsd-fused."""
-    acceptance: str = "default"
+    acceptance: str = DEFAULT
     """Rule for drafted levels: exact, margin, residual, distance(1), typical(0.09), agreement(0.7); default: the
     checkpoint's, with rsd-skip its calibration's, or exact with a --temperature."""
     temperature: float = 0.0

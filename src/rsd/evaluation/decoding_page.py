@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from rsd.decoding.calibration import RealisedRisk, realised_risk
 from rsd.decoding.strategies import STRATEGIES
 from rsd.evaluation.calibrate import SCORE, chunk_stat, deviations
+from rsd.evaluation.config import DEFAULT, asked_rule
 from rsd.evaluation.deviation import UNITS, DeviationRecord
 from rsd.evaluation.latency import LatencyRecord
 from rsd.evaluation.report import Run, difference_cell, level_cell, load_run, success_cell, task_labels
@@ -278,11 +280,8 @@ def risk_section(names: Sequence[str], runs: Sequence[Run], epsilon_mm: float, d
         calibration = run.record.policy.get("skip_calibration")
         if run.episodes[0].decode != "rsd-skip":
             continue
-        skipped, apart = columns(run, "skipped"), [deviations(episode) for episode in run.episodes]
         epsilon = calibration["epsilon_mm"] if calibration else epsilon_mm
-        found: RealisedRisk = realised_risk(
-            [flags.astype(bool) for flags in skipped], apart, epsilon_mm=epsilon, delta=delta
-        )
+        found = risk_of(run, epsilon, delta)
         scores, true = (np.log1p(np.concatenate(columns(run, stat))) for stat in (SCORE, "deviation_mm"))
         correlation = np.corrcoef(scores, true)
         threshold = calibration["threshold"] if calibration else run.record.config["skip_threshold_mm"]
@@ -304,6 +303,12 @@ def risk_section(names: Sequence[str], runs: Sequence[Run], epsilon_mm: float, d
         "## Skipping: the promise and what became of it\n\nRisk: mean share of an episode's executed draft chunks that "
         "deviate by more than epsilon. The main ran beside every skipped chunk, untimed.\n\n"
     ) + table(header, rows)
+
+
+def risk_of(run: Run, epsilon_mm: float, delta: float) -> RealisedRisk:
+    """What an audited run of `rsd-skip` says of the risk."""
+    skipped = [flags.astype(bool) for flags in columns(run, "skipped")]
+    return realised_risk(skipped, [deviations(e) for e in run.episodes], epsilon_mm=epsilon_mm, delta=delta)
 
 
 def deviation_section(record: DeviationRecord, path: Path) -> str:
@@ -349,14 +354,19 @@ def latency_section(record: LatencyRecord, path: Path) -> str:
         ONNX: ", every decoder as ONNX graphs",
         EAGER: ", every decoder by PyTorch operation by operation",
     }
-    tasks, rule = record.config.get("num_tasks", 10), record.config.get("acceptance", "default")
-    judged = "" if rule == "default" else f", acceptance `{rule}`"
+    tasks, judged = record.config.get("num_tasks", 10), rule_phrase(record.config)
     header = ["decoder", "p50 / p95 ms", "speed-up over `ar`", "time relative to `l1`"]
     header += ["roofline ms (share reached)", "stages, p50 ms"]
     return (
         f"## Latency per chunk, {where}{judged}\n\n`{path}`: {count} predictions each on two observations of each of "
         f"{tasks} tasks, decoders taking turns{graphs[engine]}; torch {record.versions.get('torch', '?')}.\n\n"
     ) + table(header, rows)
+
+
+def rule_phrase(config: dict[str, Any]) -> str:
+    """The acceptance rule that a measurement was asked for; older records know none."""
+    rule = asked_rule(config.get("acceptance", DEFAULT))
+    return f", acceptance `{rule}`" if rule else ""
 
 
 def columns(run: Run, name: str) -> list[NDArray[np.float64]]:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from rsd.decoding.strategies import STRATEGIES
 from rsd.evaluation.backend import available_cores, cpu_model
+from rsd.evaluation.config import DEFAULT, asked_rule
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.roofline import Ceiling, Work, measure_ceiling, work_of
 from rsd.evaluation.statistics import percentiles
@@ -44,7 +45,7 @@ class LatencyConfig:
     """Suite whose tasks give the observations: initial state 0 of each, and two chunks later."""
     num_tasks: int = 10
     """Take the observations from the first so many tasks."""
-    acceptance: str = "default"
+    acceptance: str = DEFAULT
     """Rule for drafted levels, as in `rsd eval`."""
     engine: str = AUTO
     """As in `rsd eval`; eager shows more stages."""
@@ -115,7 +116,7 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     """Run the measurement, print the table, write the JSON."""
     torch.set_num_threads(config.threads or available_cores())
     options: dict[str, Any] = {"device": config.device, "engine": config.engine}
-    options["acceptance"] = None if config.acceptance == "default" else config.acceptance
+    options["acceptance"] = asked_rule(config.acceptance)
     policies = {name: RsdPolicy.from_pretrained(config.policy, decode=name, **options) for name in config.decode}
     first = next(iter(policies.values()))
     seen = observations(config.suite, config.num_tasks, first)

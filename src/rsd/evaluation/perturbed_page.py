@@ -15,7 +15,7 @@ import tyro
 from rsd.evaluation.decoding_page import DELTA, EPSILON_MM, risk_section, success_table, task_table
 from rsd.evaluation.report import load_run, success_cell
 from rsd.evaluation.results import write_atomically
-from rsd.evaluation.suites_page import by_suite, of_suite
+from rsd.evaluation.suites_page import by_suite, of_suite, suites_of
 from rsd.evaluation.summary import success_rate
 
 PROSE = """\
@@ -58,7 +58,7 @@ class PerturbedPageConfig:
 
 def main(config: PerturbedPageConfig) -> None:
     runs = [load_run(config.results / name) for name in config.order]
-    suites = list(dict.fromkeys(episode.suite for episode in runs[0].episodes))
+    suites = suites_of(runs)
     parts = [PROSE, success_table(config.order, runs), by_suite(config.order, runs, suites)]
     swapped = [success_rate(load_run(config.results / f"swap-{name}").episodes) for name in config.swapped]
     cells = ", ".join(f"`{name}` {success_cell(rate)}" for name, rate in zip(config.swapped, swapped, strict=True))

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from rsd.decoding.steps import EpisodeMemory, Proposal, SkipRule
 from rsd.evaluation.backend import available_cores, cpu_model
+from rsd.evaluation.config import DEFAULT, asked_rule
 from rsd.evaluation.latency import observations, take_turns
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
@@ -58,7 +59,7 @@ class ScalingConfig:
     engine: str = "default"
     """As in `rsd eval`; default: CUDA graphs on a GPU, PyTorch operation by operation on a CPU, where exporting models
     of a gigabyte for one measurement outlasts it."""
-    acceptance: str = "default"
+    acceptance: str = DEFAULT
     """How `rsd` and `rsd-fused` verify, as in `rsd eval`."""
     output: Path = Path("results/scratch/scaling.json")
     """Raw milliseconds and the environment, as JSON."""
@@ -122,11 +123,10 @@ def measure_scaling(config: ScalingConfig) -> ScalingRecord:
     seen = observations("libero_spatial", config.num_tasks, shipped)
     start, sizes = time.perf_counter(), {}
     engine = (EAGER if config.device == "cpu" else AUTO) if config.engine == "default" else config.engine
-    acceptance = None if config.acceptance == "default" else config.acceptance
     for name in config.sizes:
         model = resized(shipped, name)
         load = partial(
-            RsdPolicy, model, shipped.tokenizer, shipped.config, engine=engine, acceptance=acceptance
+            RsdPolicy, model, shipped.tokenizer, shipped.config, engine=engine, acceptance=asked_rule(config.acceptance)
         )
         policies = {decode: load(decode=decode) for decode in DECODERS}
         policies[RESTING] = load(decode="rsd-skip", skip=AlwaysResting())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from rsd.evaluation.decoding_page import table, timed_table
+from rsd.evaluation.decoding_page import rule_phrase, table, timed_table
 from rsd.evaluation.report import load_run
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.scaling import DECODERS, RESTING, ScalingRecord, SizeRecord
@@ -89,10 +89,9 @@ def main(config: ScalingPageConfig) -> None:
         where = machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['cores']} cores"
         graphs = "" if machine["device"] == "cpu" else ", every decoder replayed from CUDA graphs"
         count = len(next(iter(next(iter(record.sizes.values())).milliseconds.values())))
-        asked = record.config.get("acceptance", "default")
-        rule = "" if asked == "default" else f", acceptance `{asked}`"
         parts.append(
-            f"## Compact mains, {where}{rule}\n\n`{path}`: p50 of {count} predictions each, decoders taking turns, "
+            f"## Compact mains, {where}{rule_phrase(record.config)}\n\n"
+            f"`{path}`: p50 of {count} predictions each, decoders taking turns, "
             f"torch {record.versions['torch']}{graphs}.\n\n" + size_table(list(record.sizes.values()), share)
         )
     parts.append(CLOSED_LOOP)

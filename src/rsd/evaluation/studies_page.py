@@ -44,8 +44,8 @@ LARGE = """\
 The same architecture with a trunk of 24 layers of 576; cameras and words start from the shipped policy's weights
 (`--init-matching`), the trunk from nothing: one of three mains trained alike, 1,500 steps of 512 with everything of the
 main but cameras and words afresh; the smaller two were not run in closed loop. `early` is a longer training of that
-size from a day before DAgger, on twice the demonstrations: its `rsd-fused` was better than today's. Today's `rsd-fused`
-and `l1` are not distinguishable. On held-out frames `l1` of the largest main is the best by a little (`ar` is not), and
+size of before DAgger, on twice the demonstrations: its `rsd-fused` was better. The `rsd-fused` and `l1` of this one
+are not distinguishable. On held-out frames `l1` of the largest main is the best by a little (`ar` is not), and
 at every size what corrects the light draft's prefix in one pass is ahead of `l1`. It starts from a light draft that had
 its whole training before and that no main reaches in so short a one, and that draft itself is better beside the
 largest main: how much of it all is the main's is not known. How long a chunk takes is in [scaling.md](scaling.md)."""

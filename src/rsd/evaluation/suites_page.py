@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import tyro
 
 from rsd.decoding.calibration import SkipCalibration
-from rsd.evaluation.calibrate import CalibrateConfig, chunk_stat, fit, share_at
+from rsd.evaluation.calibrate import CalibrateConfig, fit, share_at, skipped_share
 from rsd.evaluation.decoding_page import (
     DELTA,
     EPSILON_MM,
@@ -109,7 +108,7 @@ class SuitesPageConfig:
 
 def main(config: SuitesPageConfig) -> None:
     runs = [load_run(config.results / name) for name in config.order]
-    suites = list(dict.fromkeys(episode.suite for run in runs for episode in run.episodes))
+    suites = suites_of(runs)
     parts = [TITLE, training_of(config.results / "checkpoint.json") + "\n", "## All together\n"]
     parts += [success_table(config.order, runs), by_suite(config.order, runs, suites)]
     for suite in suites:
@@ -128,7 +127,7 @@ def four_suites(results: Path, name: str, order: Sequence[str]) -> list[str]:
     """The section about the policy of four suites, in a folder of that name beside its predecessor's runs."""
     folder = results / name
     runs = [load_run(folder / decode) for decode in order]
-    suites = list(dict.fromkeys(episode.suite for episode in runs[0].episodes))
+    suites = suites_of(runs)
     loop = json.loads((folder / "checkpoint.json").read_text())["provenance"]["training"]["loop"]
     parts = [FOUR.format(training=f"{loop['minutes']:g} minutes of batches of {loop['batch_size']}")]
     parts += [training_of(folder / "checkpoint.json") + "\n", success_table(order, runs), by_suite(order, runs, suites)]
@@ -141,6 +140,11 @@ def four_suites(results: Path, name: str, order: Sequence[str]) -> list[str]:
         solved = (f"{sum(one[key] for key in both)}/{len(both)}" for one in (former, run.successes))
         changes.append([f"`{decode}`", *solved, against_cell(paired_difference(former, run.successes))])
     parts += [BEFORE, table(["decoder", "before", "this one", "difference"], changes)]
+    return [*parts, *thresholds(folder, suites)]
+
+
+def thresholds(folder: Path, suites: Sequence[str]) -> list[str]:
+    """What the calibration in the folder would have been for each suite alone."""
     rollouts, rows = load_run(folder / "calibration").episodes, []
     written = SkipCalibration.load(folder)
     names = ("alpha", "delta", "epsilon_mm", "max_skips", "memory_chunks", "test")
@@ -148,13 +152,18 @@ def four_suites(results: Path, name: str, order: Sequence[str]) -> list[str]:
     for suite in suites:
         mine = [episode for episode in rollouts if episode.suite == suite]
         found = fit(mine, promise, written.weights_sha256)
-        skipped = np.concatenate([chunk_stat(episode, "skipped") for episode in mine]).mean()
         fitted = [f"{found.threshold:.1f} mm", f"{found.skip_share:.1%}", f"{found.empirical_risk:.3f}"]
-        rows.append([suite, str(found.episodes), *fitted, f"{skipped:.1%}", f"{share_at(mine, written):.1%}"])
+        shares = f"{skipped_share(mine):.1%}", f"{share_at(mine, written):.1%}"
+        rows.append([suite, str(found.episodes), *fitted, *shares])
     rule = f"epsilon {promise.epsilon_mm:g} mm, risk <= {promise.alpha:g} at {1 - promise.delta:g}"
     header = ["suite", "rollouts", "threshold of its own", "chunks without the main by that", "risk in the rollouts"]
     header += ["the rollouts had", f"by the written {written.threshold:.1f} mm"]
-    return [*parts, PROMISES.format(rule=rule), table(header, rows)]
+    return [PROMISES.format(rule=rule), table(header, rows)]
+
+
+def suites_of(runs: Sequence[Run]) -> list[str]:
+    """In the order of the episodes."""
+    return list(dict.fromkeys(episode.suite for run in runs for episode in run.episodes))
 
 
 def of_suite(run: Run, suite: str) -> Run:
