@@ -230,9 +230,24 @@ LIBERO = Backend(
 )
 
 
+def beyond_calibration(config: EvalConfig) -> str:
+    """That `rsd-skip` runs where its checkpoint's calibration promises nothing; "" where that is not so."""
+    if config.decode != "rsd-skip" or config.skip_threshold_mm >= 0 or config.served:
+        return ""
+    from rsd.checkpoint import load_calibration, locate_checkpoint
+
+    calibrated = load_calibration(locate_checkpoint(config.policy)).suites.split(",")
+    beyond = [suite for suite in config.suites if suite not in calibrated]
+    if not beyond:
+        return ""
+    found = f"calibrated for {', '.join(calibrated)}, not for {', '.join(beyond)}, where it promises nothing"
+    return f"{config.policy} rsd-skip: {found}; --audit tells the risk there, `rsd calibrate` makes a promise"
+
+
 def settle(config: EvalConfig, backend: Backend = LIBERO) -> tuple[EvalConfig, str]:
-    """The run with `--decode best` made a decoder, and a line on which and why; "" where one was asked for by name."""
+    """The run with `--decode best` made a decoder, and a line on which and why; where one was asked for by name, on
+    what nobody promised of it, "" if there is nothing."""
     if config.decode != BEST:
-        return config, ""
+        return config, beyond_calibration(config)
     choice = backend.choose_decode(config)
     return replace(config, decode=choice.decode), f"{config.policy} {choice}"
