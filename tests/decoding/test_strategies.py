@@ -254,6 +254,48 @@ def test_a_draft_judged_as_a_whole_stands_where_the_finer_levels_take_out_what_i
     assert torch.equal(decoded.motion[:, :C][stands], proposed.motion[stands])
 
 
+@pytest.fixture
+def whole(model: RsdModel) -> Iterator[RsdModel]:
+    """The model as one whose main is trained to judge a whole draft in the place of block 1."""
+    model.main.whole_block = True
+    yield model
+    model.main.whole_block = False
+
+
+def test_judged_in_place_of_block_1_the_correction_is_added_and_the_gripper_is_that_blocks(whole: RsdModel) -> None:
+    decoder = replace(decoder_of(whole, "residual"), light=whole.light)
+    scene = seen(whole, 0)
+    with torch.no_grad():
+        prefix = scene.prefix(whole.main, Stopwatch(torch.device("cpu")))
+        proposal = strategies.scout(decoder, scene)
+        drafted = as_drafted(decoder, proposal.motion, proposal.gripper)
+        features, cache = whole.main.prefill_whole(prefix, drafted.prefixes[-1])
+        _, plain = whole.main.prefill(prefix)
+        apart = whole.main.whole(drafted.prefixes[-1], plain, prefix.shape[1])
+        missing = whole.main.residual(features, C + 1)
+    assert torch.allclose(features, apart, atol=1e-9)  # sees the prefix alone, riding in the prefill or after it
+    assert plain.length == cache.length == prefix.shape[1] + H
+
+    decoded = run("rsd-fused", decoder, scene)
+    assert decoded.main_passes == 0
+    assert decoded.accepted is not None
+    assert torch.equal(decoded.accepted[:, 0], missing.abs() <= decoder.code.config.reach(C))
+    assert torch.equal(decoded.gripper, (whole.main.gripper_logits(features) > 0).long())
+    estimate = drafted.prefixes[-1] + missing
+    inside = estimate.abs() <= decoder.code.config.span()
+    assert ((decoded.value - estimate).abs()[inside] <= LAST_STEP / 2 + 1e-5).all()
+    assert scene.memory.main is not None
+    assert scene.memory.main.keys[0].shape[2] == prefix.shape[1]  # what was drafted is not remembered
+
+
+def test_a_main_with_a_whole_block_verifies_token_by_token_as_any_other(whole: RsdModel) -> None:
+    for rule in ("exact", "margin"):
+        found = decode("rsd", decoder_of(whole, rule), prefixes(20))
+        whole.main.whole_block = False
+        assert same(found, decode("rsd", decoder_of(whole, rule), prefixes(20)))
+        whole.main.whole_block = True
+
+
 @pytest.mark.parametrize("rho", [2.0, 3.0, 7.0])
 def test_requantise_reaches_the_value_whatever_was_drafted(rho: float) -> None:
     code = Rfsq(RfsqConfig(L, 7, rho))
@@ -417,8 +459,7 @@ def test_riding_in_the_prefill_is_prefill_and_verification_in_one(model: RsdMode
         features, cache = model.main.prefill(prefix)
         given = as_drafted(decoder, proposal.motion, proposal.gripper)
         two = [features, *strategies.verify(decoder, given, proposal.gripper, cache)]
-        told, level = strategies.told(decoder, given)
-        one, fused_cache = model.main.prefill_blocks(prefix, told, proposal.gripper, level)
+        one, fused_cache = strategies.verify_in_prefill(decoder, prefix, given)
     assert len(one) == (2 if rule == "residual" else C + 1)
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(one, two, strict=True))
     assert fused_cache.length == cache.length

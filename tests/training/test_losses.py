@@ -158,6 +158,32 @@ def test_losses_are_finite_and_train_every_parameter(model: RsdModel, tokenizer:
     assert untouched == []
 
 
+def test_a_whole_block_is_told_the_whole_draft_and_trained(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Tensor] = []
+    whole = model.main.whole
+
+    def spy(value: Tensor, cache: KVCache, length: int) -> Tensor:
+        told.append(value)
+        return whole(value, cache, length)
+
+    monkeypatch.setattr(model.main, "whole", spy)
+    level = model.main.block.level
+    model.main.whole_block = True
+    losses = policy_losses(
+        model.main, model.draft, None, tokenizer, batch, LossConfig(draft_share=0.0, jitter=0.0)
+    )
+    code = Rfsq(tokenizer.config.rfsq)
+    symbols, _ = code.quantise(tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step)
+    assert len(told) == 1
+    assert torch.allclose(told[0], code.dequantise(symbols[:, :3]), atol=1e-5)
+    losses["whole"].backward()
+    assert level.grad is not None
+    assert level.grad[-1].abs().sum() > 0
+    assert level.grad[:-1].abs().sum() == 0
+
+
 @pytest.mark.parametrize(
     ("loss", "trained"),
     [("draft", ("draft",)), ("light", ("light",)), ("light_regress", ("light",)), ("deviation", ("light",))],

@@ -279,8 +279,26 @@ def told(decoder: Decoder, drafted: Drafted) -> tuple[list[Tensor], int]:
 
 def verify(decoder: Decoder, drafted: Drafted, gripper: Tensor, cache: KVCache) -> list[Tensor]:
     """One pass over the blocks that are told of the draft, and of the main's gripper -> their features."""
+    main = decoder.main
+    if judged_in_place(decoder):
+        return [main.whole(drafted.prefixes[-1], cache, cache.length - main.horizon)]
     prefixes, level = told(decoder, drafted)
-    return decoder.main.extend(prefixes, gripper, level, cache)
+    return main.extend(prefixes, gripper, level, cache)
+
+
+def verify_in_prefill(decoder: Decoder, prefix: Tensor, drafted: Drafted) -> tuple[list[Tensor], KVCache]:
+    """One pass over what is seen, prefix [B, N, D], and what was drafted -> features of block 1 and of those that are
+    told of the draft, and the cache; where the draft is judged in the place of block 1, of that block alone."""
+    if judged_in_place(decoder):
+        features, cache = decoder.main.prefill_whole(prefix, drafted.prefixes[-1])
+        return [features], cache
+    prefixes, level = told(decoder, drafted)
+    return decoder.main.prefill_blocks(prefix, prefixes, drafted.gripper, level)
+
+
+def judged_in_place(decoder: Decoder) -> bool:
+    """Whether one block judges a draft as a whole, in the place of block 1, for which the main has to be trained."""
+    return decoder.rule.as_a_whole and decoder.main.whole_block
 
 
 def extend(decoder: Decoder, motion: Tensor, gripper: Tensor, cache: KVCache) -> tuple[Tensor, int]:

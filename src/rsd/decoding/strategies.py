@@ -29,8 +29,8 @@ from rsd.decoding.steps import (
     requantise,
     scout,
     single,
-    told,
     verify,
+    verify_in_prefill,
 )
 from rsd.models.trunk import KVCache
 from rsd.types import RsdError
@@ -183,8 +183,7 @@ def check_in_prefill(
     """`in_prefill` from the main's prefix tokens [B, N, D] on."""
     main = decoder.main
     with watch.stage("prefill"):
-        prefixes, level = told(decoder, drafted)
-        blocks, cache = main.prefill_blocks(prefix, prefixes, drafted.gripper, level)
+        blocks, cache = verify_in_prefill(decoder, prefix, drafted)
         gripper = greedy_gripper(decoder, blocks[0])
     again = decoder.fine == "sequential" and not torch.equal(gripper, drafted.gripper)
     if again:  # every token is to be the main's own: the blocks have to know its gripper
@@ -197,7 +196,7 @@ def check_in_prefill(
         decoded.accepted_gripper = drafted.gripper == gripper
     if decoder.light is not None:
         with watch.stage("draft"):
-            memory.renew(decoder.light.remember(cache, prefix.shape[1] + main.horizon), gripper)
+            memory.renew(decoder.light.remember(cache, main.remembered(prefix.shape[1])), gripper)
     return decoded
 
 
@@ -237,12 +236,14 @@ def accept(
 
 def accept_as_a_whole(decoder: Decoder, drafted: Drafted, blocks: list[Tensor], gripper: Tensor) -> Decoded:
     """One block was told all that was drafted: a scalar's draft stands if what the main finds missing after it is
-    within what the finer levels take out, and that is added; else the main's own estimate takes its place."""
-    (first, last), (count, scalars) = blocks, drafted.motion.shape[1:]
-    missing = decoder.finite(decoder.main.residual(last, count + 1))
-    alone = decoder.finite(decoder.main.residual(first, 1))
+    within what the finer levels take out, and that is added; else block 1's own estimate takes its place, or, if there
+    is no block 1, the tokens follow the correction and not the draft."""
+    count, scalars = drafted.motion.shape[1:]
+    missing = decoder.finite(decoder.main.residual(blocks[-1], count + 1))
     stands = missing.abs() <= decoder.main.code.reach(count)  # [B, P]
-    wanted = torch.where(stands, drafted.prefixes[-1] + missing, alone)
+    wanted = drafted.prefixes[-1] + missing
+    if len(blocks) > 1:
+        wanted = torch.where(stands, wanted, decoder.finite(decoder.main.residual(blocks[0], 1)))
     tokens, value = requantise(decoder.code, wanted, drafted.motion, count * stands.long())
     accepted = stands[:, None].expand(-1, count, -1)
     return Decoded(

@@ -73,7 +73,7 @@ class LightDraft(nn.Module):
         self.deviation_head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
 
     def remember(self, cache: KVCache, length: int) -> Memory:
-        """The first `length` positions of the main's cache -> what this draft attends to.
+        """The first `length` positions of the main's cache (`MainModel.remembered`) -> what this draft attends to.
 
         Read are the values of a middle and of the last layer: what the main's own queries take from its prefix.
         """

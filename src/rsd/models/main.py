@@ -3,7 +3,7 @@
 Block l = 1..L is told what levels < l decode to, and returns, for every scalar, logits of t_l given t_<l and
 a continuous estimate of what is still missing. Attention is causal across blocks and full within one, so one
 pass over several teacher-forced blocks returns all their conditionals: parallel verification. Block 1 rides
-in the prefill.
+in the prefill. A main with a `whole_block` can be told a whole draft in the place of block 1: a pass no wider.
 Next-scale prediction as in VAR (arXiv 2404.02905), here over action residuals.
 """
 
@@ -28,7 +28,8 @@ FOURIER = 4  # octaves in which a prefix value is shown to a block
 
 @dataclass(frozen=True)
 class MainConfig:
-    """Sizes of the main model. image_size in pixels, a multiple of 32; wrist tokens are merged 2 x 2."""
+    """Sizes of the main model. image_size in pixels, a multiple of 32; wrist tokens are merged 2 x 2; whole_block: it
+    is trained to judge a whole draft by one block in the place of block 1 as well."""
 
     image_size: int = 128
     channels: tuple[int, ...] = (32, 64, 128, 256)
@@ -38,6 +39,7 @@ class MainConfig:
     text_dim: int = 128
     text_tokens: int = 4
     dropout: float = 0.1
+    whole_block: bool = False
 
     def __post_init__(self) -> None:
         # one channel a group crashes PyTorch's CPU backward of GroupNorm on channels-last input (with 2.13)
@@ -52,13 +54,13 @@ class BlockEmbedding(nn.Module):
     def __init__(self, dim: int, horizon: int, motion_dim: int, levels: int) -> None:
         super().__init__()
         self.value = nn.Linear(motion_dim * (1 + 2 * FOURIER), dim)
-        self.level = nn.Parameter(torch.randn(levels + 1, dim) * 0.02)
+        self.level = nn.Parameter(torch.randn(levels + 1, dim) * 0.02)  # the last: told a whole draft
         self.position = nn.Parameter(torch.randn(horizon, dim) * 0.02)
         self.gripper = nn.Embedding(3, dim)  # open, close, not yet known
         self.motion_dim = motion_dim
 
     def forward(self, prefixes: Tensor, gripper: Tensor | None, first_level: int) -> Tensor:
-        """prefixes [B, n, H*M] in first steps, gripper int [B, H] or None at level 1 -> [B, n*H, D].
+        """prefixes [B, n, H*M] in first steps, gripper int [B, H] or None where it is to be found -> [B, n*H, D].
 
         n blocks at once, first_level, first_level + 1, ...: one call instead of n keeps a GPU busy.
         """
@@ -104,10 +106,12 @@ class MainModel(nn.Module):
 
     state_mean: Tensor
     state_std: Tensor
+    whole_block: bool = False
 
     def __init__(self, config: MainConfig, code: RfsqConfig, horizon: int, motion_dim: int) -> None:
         super().__init__()
         self.config, self.code, self.horizon, self.motion_dim = config, code, horizon, motion_dim
+        self.whole_block = config.whole_block
         dim = config.dim
         self.text = TextEncoder(config.text_dim, config.text_tokens)
         self.cameras = nn.ModuleList(CameraEncoder(config.channels, config.text_dim) for _ in CAMERAS)
@@ -164,15 +168,28 @@ class MainModel(nn.Module):
 
         prefixes: what n blocks are told, each [B, H*M] in first steps; gripper int [B, H], needed if n > 0.
         """
-        length, queries = prefix.shape[1], self._queries(prefix, prefixes, gripper, first_level)
-        total = length + queries.shape[1]
+        return self._prefill(prefix, self._queries(prefix, prefixes, gripper, first_level))
+
+    def prefill_whole(self, prefix: Tensor, value: Tensor) -> tuple[Tensor, KVCache]:
+        """`prefill` with a block in the place of block 1 that is told what a whole draft decodes to, value [B, H*M] in
+        first steps, and finds the gripper itself -> its features [B, H, D] and the cache of N + H positions."""
+        (features,), cache = self._prefill(prefix, self.block(value.unsqueeze(1), None, self.code.levels + 1))
+        return features, cache
+
+    def _prefill(self, prefix: Tensor, queries: Tensor) -> tuple[list[Tensor], KVCache]:
+        length, total = prefix.shape[1], prefix.shape[1] + queries.shape[1]
         mask = torch.ones(total, total, dtype=torch.bool, device=prefix.device)
         # the prefix does not see the queries: its cache is the same for all decoders
         mask[:length, length:] = False
-        mask[length:, length:] = self._block_mask(1 + len(prefixes), prefix.device)
+        mask[length:, length:] = self._block_mask(queries.shape[1] // self.horizon, prefix.device)
         cache = KVCache()
         hidden = self.trunk(torch.cat([prefix, queries.to(prefix.dtype)], dim=1), cache, mask)
         return list(hidden[:, length:].split(self.horizon, dim=1)), cache
+
+    def remembered(self, length: int) -> int:
+        """How many positions of the cache after a prefix of `length` a light draft may read: those that are the same
+        whatever was drafted, the prefix and block 1, which not every pass of a main with a `whole_block` has."""
+        return length if self.whole_block else length + self.horizon
 
     def _queries(
         self, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor | None, first_level: int
@@ -192,11 +209,12 @@ class MainModel(nn.Module):
     # blocks
 
     def extend(
-        self, prefixes: list[Tensor], gripper: Tensor, first_level: int, cache: KVCache
+        self, prefixes: list[Tensor], gripper: Tensor | None, first_level: int, cache: KVCache
     ) -> list[Tensor]:
         """ONE pass over the blocks first_level, first_level+1, ...
 
-        prefixes: per block [B, H*M], what the levels above it decode to, in first steps; gripper int [B, H].
+        prefixes: per block [B, H*M], what the levels above it decode to, in first steps; gripper int [B, H], None for
+        the block that is told a whole draft (`whole`).
         Returns features [B, H, D] per block. The cache must hold the prefix and the blocks before; those between 1
         and first_level are left out where a draft is judged as a whole.
         """
@@ -208,6 +226,14 @@ class MainModel(nn.Module):
             mask = torch.cat([own.new_ones(count * h, cache.length), own], dim=1)
         hidden = self.trunk(x, cache, mask)
         return list(hidden.split(h, dim=1))
+
+    def whole(self, value: Tensor, cache: KVCache, length: int) -> Tensor:
+        """The block of `prefill_whole` in a pass of its own, after a prefix of `length`, which is all it sees of the
+        cache -> its features [B, H, D]."""
+        seen = KVCache(list(cache.keys), list(cache.values))
+        seen.truncate(length)
+        (features,) = self.extend([value], None, self.code.levels + 1, seen)
+        return features
 
     def logits(self, features: Tensor, level: int) -> Tensor:
         """Features [B, H, D] of block `level` -> logits [B, H*M, K] of its symbols."""

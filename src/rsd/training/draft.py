@@ -79,8 +79,10 @@ def train_draft(config: TrainDraftConfig) -> Path:
         model.main.eval()  # `train` puts the whole model in training mode
         with torch.no_grad():
             text = model.main.encode_text(batch.words)
-            features, cache = model.main.prefill(model.main.embed_prefix(batch.images, batch.state, text))
-        return losses_of(model, tokenizer, batch, MainRun(cache.length, cache, features, text[1]), config)
+            prefix = model.main.embed_prefix(batch.images, batch.state, text)
+            features, cache = model.main.prefill(prefix)
+        run = MainRun(model.main.remembered(prefix.shape[1]), cache, features, text[1])
+        return losses_of(model, tokenizer, batch, run, config)
 
     resolved = describe(config)
     ema = train(model, losses, config.loop, config.output, device, resolved)

@@ -60,11 +60,12 @@ def policy_losses(
     text = main.encode_text(batch.words)
     prefix = main.embed_prefix(batch.images, batch.state, text)
     features, cache = main.prefill(prefix)
+    length = prefix.shape[1]
 
     own = torch.rand(len(target), 1, device=target.device) < config.draft_share
     drafted, losses = draft_losses(draft, features.detach(), target, gripper, own, code)
     if light is not None:
-        run = MainRun(cache.length, cache, features, text[1])
+        run = MainRun(main.remembered(length), cache, features, text[1])
         ahead, light_losses = light_draft_losses(light, main, run, batch, target, gripper, tokenizer, config)
         losses.update(light_losses)
         # half of the later moments' prefixes are the light draft's, whose tokens ride in the prefill
@@ -82,6 +83,8 @@ def policy_losses(
         shown = torch.where(own, drafted[level - 1] if level <= c else digit, shown)
         value = value + shown * main.code.weight(level)
         prefixes.append(value)
+    # before `extend`, which fills the cache
+    judging = main.whole(prefixes[c], cache, length) if main.whole_block else None
     blocks = [features, *main.extend(prefixes[1:-1], gripper, 2, cache)]
 
     # made on the device: a list copied there would stop it at every step
@@ -91,13 +94,18 @@ def policy_losses(
     logits = main.level_head.first_levels(torch.stack(blocks, dim=1))
     losses["levels"] = (level_errors(logits, torch.stack(digits, dim=1)) * weights).sum()
     losses["parallel"] = (level_errors(main.parallel_logits(features), code.quantise(target)[0]) * weights).sum()
-    closing = main.gripper_logits(features).float()
-    losses["gripper"] = F.binary_cross_entropy_with_logits(closing, gripper.float())
     wanted = tokenizer.to_normalised(target * tokenizer.first_step)
-    errors = []
-    for index, block in enumerate(blocks[: c + 1]):
-        estimate = prefixes[index] + main.residual(block, index + 1).float()
-        errors.append((tokenizer.to_normalised(estimate * tokenizer.first_step) - wanted).abs().mean())
+
+    def closing_error(block: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(main.gripper_logits(block).float(), gripper.float())
+
+    def chunk_error(block: Tensor, told: int) -> Tensor:
+        """Of a block that was told the levels 1..told."""
+        estimate = prefixes[told] + main.residual(block, told + 1).float()
+        return (tokenizer.to_normalised(estimate * tokenizer.first_step) - wanted).abs().mean()
+
+    losses["gripper"] = closing_error(features)
+    errors = [chunk_error(block, told) for told, block in enumerate(blocks[: c + 1])]
     losses["l1"], losses["regress"] = errors[0], errors[-1]
     losses["total"] = (
         losses["levels"]
@@ -106,13 +114,17 @@ def policy_losses(
         + config.regress * (errors[0] + sum(errors[1:]) / c)
         + losses["draft"]
     )
+    if judging is not None:
+        losses["whole"] = chunk_error(judging, c)
+        losses["total"] = losses["total"] + config.regress * losses["whole"] + config.gripper * closing_error(judging)
     if light is not None:
         losses["total"] = losses["total"] + light_total(losses, config)
     return losses
 
 
 class MainRun(NamedTuple):
-    """The main's prefill of a batch: positions in its cache, features of block 1 [B, H, D], instructions [B, Dt]."""
+    """The main's prefill of a batch: positions of its cache to remember, features of block 1 [B, H, D], instructions
+    [B, Dt]."""
 
     length: int
     cache: KVCache

@@ -29,9 +29,11 @@ def validate(
     model.eval()
     batches = dataset.spread(frames, batch)
     runs = [(name, name, "exact") for name in STRATEGIES if name != "rsd" and name not in LIGHT]
-    runs += [(f"rsd {rule}", "rsd", rule) for rule in ("margin", "agreement", "exact")]
+    rules = ["margin", "agreement", "exact"] + ["residual"] * model.main.whole_block
+    runs += [(f"rsd {rule}", "rsd", rule) for rule in rules]
     if model.light is not None:
-        runs += [("light", "rsd-ahead", "margin"), ("rsd-fused margin", "rsd-fused", "margin")]
+        runs += [("light", "rsd-ahead", "margin")]
+        runs += [(f"rsd-fused {rule}", "rsd-fused", rule) for rule in rules if rule in ("margin", "residual")]
     report: dict[str, object] = {"frames": sum(map(len, batches)), "episodes": dataset.episodes}
     for title, name, rule_name in runs:
         rule = acceptance_rule(rule_name, tokenizer.config.rfsq)
