@@ -87,7 +87,7 @@ class RsdPolicy:
         sampler = Sampler(temperature, torch.Generator(self.device).manual_seed(0)) if temperature else None
         self.decoder = Decoder(model.main, model.draft, rule, fine, model.light, skip or SkipRule(), sampler)
         graphs = recordable(fine, temperature, self.exportable, self.device)
-        self.engine = choose_engine(engine, str(self.device), graphs)
+        self.engine = choose_engine(engine, str(self.device), graphs, compact=self.exportable)
         self._strategy: Strategy = strategy_on(self.engine, decode)
         self._memory = EpisodeMemory()
         self._to_do: Callable[[], None] | None = None

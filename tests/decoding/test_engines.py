@@ -15,7 +15,7 @@ from rsd.decoding.strategies import STRATEGIES
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import AUTO, CUDA_GRAPHS, EAGER, ONNX, Observation, RsdError
+from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ONNX, Observation, RsdError
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,8 @@ def test_the_variable_says_what_auto_is_on_a_cpu(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("asked", "device", "recordable", "message"),
     [
-        ("tensorrt", "cpu", True, "'tensorrt': expected one of auto, eager, cuda-graphs, onnx"),
+        ("tensorrt", "cpu", True, "'tensorrt': expected one of auto, eager, cuda-graphs, compiled, onnx"),
+        (COMPILED, "cpu", True, "'compiled': expected device cuda, found cpu; take auto or eager"),
         (ONNX, "cuda", True, "'onnx': expected device cpu, found cuda; take auto or eager"),
         (CUDA_GRAPHS, "cpu", True, "'cuda-graphs': expected device cuda, found cpu; take auto or eager"),
         (ONNX, "cpu", False, "not for drawn tokens, acceptance 'exact' (fine='sequential'), or OpenVLA on"),
@@ -52,6 +53,11 @@ def test_the_variable_says_what_auto_is_on_a_cpu(monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_be_had_is_an_error(asked: str, device: str, recordable: bool, message: str) -> None:
     with pytest.raises(RsdError, match=re.escape(message)):
         choose_engine(asked, device, recordable)
+
+
+def test_openvla_is_not_compiled() -> None:
+    with pytest.raises(RsdError, match="engine 'compiled': not for OpenVLA"):
+        choose_engine(COMPILED, "cuda", recordable=True, compact=False)
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,11 +11,12 @@ from rsd.decoding.strategies import STRATEGIES
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import AUTO, CUDA_GRAPHS, EAGER, Observation, RsdError
+from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, Observation, RsdError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
 
 
+@pytest.mark.parametrize("recorded_engine", [AUTO, COMPILED])
 @pytest.mark.parametrize("decode", STRATEGIES)
 def test_a_recorded_strategy_acts_as_the_plain_one(
     make_model: Callable[[int], RsdModel],
@@ -23,11 +24,12 @@ def test_a_recorded_strategy_acts_as_the_plain_one(
     tiny_config: PolicyConfig,
     make_observation: Callable[..., Observation],
     decode: str,
+    recorded_engine: str,
 ) -> None:
     model, skip = make_model(0).cuda(), SkipRule(1e9, 2)
     plain, recorded = (
         RsdPolicy(model, tokenizer, tiny_config, decode=decode, skip=skip, engine=engine)
-        for engine in (EAGER, AUTO)
+        for engine in (EAGER, recorded_engine)
     )
     for seed in range(6):
         expected, found = (policy.predict(make_observation(seed)) for policy in (plain, recorded))

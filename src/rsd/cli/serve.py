@@ -38,7 +38,7 @@ class ServeArguments:
     device: str = EvalConfig.device
     """Where the policy runs: cpu, cuda, cuda:1."""
     engine: str = EvalConfig.engine
-    """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager, cuda-graphs or onnx."""
+    """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager, cuda-graphs, compiled (before recording) or onnx."""
     threads: int = 0
     """Torch's threads on a CPU; 0 takes its own default, about one per core."""
     host: str = "127.0.0.1"

@@ -1,4 +1,4 @@
-"""A call on CUDA tensors as one graph.
+"""A call on CUDA tensors as one graph, of PyTorch's own kernels or of those that its compiler makes.
 
 A compact policy is a thousand small kernels; launching them one by one takes longer than computing them.
 """
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from rsd.decoding.steps import Decoder
+from rsd.models.fusing import fusing
+from rsd.types import RsdError
 
 
 class CudaGraph:
@@ -37,3 +39,18 @@ class CudaGraph:
             mine.copy_(given)
         self.graph.replay()
         return self.result
+
+
+class CompiledGraph(CudaGraph):
+    """A `CudaGraph` in which everything `fusible` is compiled: seconds for every new shape, then fewer kernels.
+
+    `RsdError` if PyTorch cannot compile here (it needs a C compiler and Triton)."""
+
+    def __init__(
+        self, key: str, decoder: Decoder, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
+    ) -> None:
+        try:
+            with fusing():
+                super().__init__(key, decoder, call, inputs)
+        except RuntimeError as error:  # the compiler's own are of this kind
+            raise RsdError(f"engine 'compiled': {key} not compiled ({error}); take the engine 'cuda-graphs'") from error

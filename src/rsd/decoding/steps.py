@@ -20,6 +20,7 @@ from rsd.decoding.acceptance import AcceptanceRule
 from rsd.decoding.calibration import may_rest
 from rsd.decoding.sampling import Sampler
 from rsd.models.draft import DraftModel
+from rsd.models.fusing import fusible
 from rsd.models.light_draft import LightDraft, Memory
 from rsd.models.main import MainModel
 from rsd.models.trunk import KVCache
@@ -198,6 +199,7 @@ class Decoder:
             raise RsdError("the model gave non-finite output: damaged weights or an observation far out of range")
 
 
+@fusible
 def greedy_gripper(decoder: Decoder, features: Tensor) -> Tensor:
     """Block-1 features -> int64 [B, H], 1 = close.
 
@@ -230,6 +232,7 @@ def sketch(decoder: Decoder, scene: Scene) -> Sketch:
     return Sketch(draft_levels(decoder, light.levels, features), features)
 
 
+@fusible
 def complete(decoder: Decoder, sketched: Sketch) -> Proposal:
     """What acting without the main needs besides: the whole chunk, and how far it may lead astray."""
     light, (motion, gripper, prefixes, probs) = light_of(decoder), sketched.drafted
@@ -245,6 +248,7 @@ def light_of(decoder: Decoder) -> LightDraft:
     return decoder.light
 
 
+@fusible
 def draft_levels(decoder: Decoder, model: DraftModel, features: Tensor) -> Drafted:
     """A draft's symbols, level by level, and its gripper."""
     code = decoder.code
@@ -261,6 +265,7 @@ def draft_levels(decoder: Decoder, model: DraftModel, features: Tensor) -> Draft
     return Drafted(torch.stack(motion, dim=1), gripper, prefixes, probs)
 
 
+@fusible
 def as_drafted(decoder: Decoder, motion: Tensor, gripper: Tensor, probs: Tensor | None = None) -> Drafted:
     """`Drafted` from its tokens [B, c, P], gripper [B, H] and, if drawn, probabilities [B, c, P, K]."""
     value, prefixes = torch.zeros(motion.shape[::2], device=motion.device), []
@@ -303,12 +308,21 @@ def judged_in_place(decoder: Decoder) -> bool:
 
 def extend(decoder: Decoder, motion: Tensor, gripper: Tensor, cache: KVCache) -> tuple[Tensor, int]:
     """Decode the levels that `motion` [B, k, P] lacks, one pass each -> all levels [B, L, P], passes."""
-    main, code, passes = decoder.main, decoder.code, 0
-    for level in range(motion.shape[1] + 1, main.code.levels + 1):
-        (features,) = main.extend([code.dequantise(motion)], gripper, level, cache)
-        motion = torch.cat([motion, choose(decoder, main.logits(features, level)).unsqueeze(1)], dim=1)
-        passes += 1
-    return motion, passes
+    main, code = decoder.main, decoder.code
+    value, levels = code.dequantise(motion), list(motion.unbind(1))
+    missing = range(len(levels) + 1, code.config.levels + 1)
+    for level in missing:
+        (features,) = main.extend([value], gripper, level, cache)
+        symbols, value = choose_level(decoder, features, value, level)
+        levels.append(symbols)
+    return torch.stack(levels, dim=1), len(missing)
+
+
+@fusible
+def choose_level(decoder: Decoder, features: Tensor, value: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    """Features of block `level`, which was told `value` [B, P] -> its symbols [B, P], and what they all decode to."""
+    symbols = choose(decoder, decoder.main.logits(features, level))
+    return symbols, value + decoder.code.value(symbols, level)
 
 
 def regress_fine(decoder: Decoder, prefixes: list[Tensor], blocks: Tensor, kept: Tensor) -> Tensor:

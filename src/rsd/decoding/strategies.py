@@ -32,6 +32,7 @@ from rsd.decoding.steps import (
     verify,
     verify_in_prefill,
 )
+from rsd.models.fusing import fusible
 from rsd.models.trunk import KVCache
 from rsd.types import RsdError
 
@@ -205,6 +206,7 @@ def unverified(proposal: Proposal) -> Decoded:
     return Decoded(proposal.value, proposal.gripper, prefills=0, proposal=proposal)
 
 
+@fusible
 def accept(
     decoder: Decoder, drafted: Drafted, blocks: list[Tensor], gripper: Tensor, cache: KVCache
 ) -> Decoded:

@@ -210,9 +210,8 @@ def engine_of(config: EvalConfig, content: dict[str, Any] | None) -> str:
     if config.decode == "rsd-skip" and asked["skip"] is None:
         fine = "regress"  # every calibration is of that
     exportable = content is not None and BACKBONE not in content
-    engine = choose_engine(
-        config.engine, config.device, recordable(fine, config.temperature, exportable, torch.device(config.device))
-    )
+    graphs = recordable(fine, config.temperature, exportable, torch.device(config.device))
+    engine = choose_engine(config.engine, config.device, graphs, compact=exportable)
     return f"{engine} {metadata.version('onnxruntime')}" if engine == ONNX else engine
 
 

@@ -71,7 +71,8 @@ class EvalConfig:
     device: str = "cpu"
     """Where the policy runs: cpu, cuda, cuda:1."""
     engine: str = AUTO
-    """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager (PyTorch operation by operation), cuda-graphs, onnx."""
+    """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager (PyTorch operation by operation), cuda-graphs, compiled
+    (cuda-graphs of fewer, larger kernels; takes a minute or two to begin), onnx."""
     control_hz: float = 0.0
     """Run in real time: an action every 1/hz seconds (LIBERO's own is 20), the main's follow-up meanwhile; how long the
     robot stands still between chunks is recorded. 0: as fast as possible, simulator and policy in turn."""

@@ -28,7 +28,7 @@ from rsd.evaluation.results import write_atomically
 from rsd.evaluation.statistics import PairedDifference, paired_difference, percentiles
 from rsd.evaluation.summary import success_rate, summarize_decoding
 from rsd.policy import FOLLOW_UP
-from rsd.types import CUDA_GRAPHS, EAGER, ONNX
+from rsd.types import COMPILED, CUDA_GRAPHS, EAGER, ONNX
 
 ABSENT = "-"
 EPSILON_MM, DELTA = 50.0, 0.1
@@ -351,6 +351,7 @@ def latency_section(record: LatencyRecord, path: Path) -> str:
     engine = machine.get("engine", CUDA_GRAPHS if machine["device"] != "cpu" else EAGER)  # not named by older records
     graphs = {
         CUDA_GRAPHS: ", every decoder replayed from CUDA graphs",
+        COMPILED: ", every decoder compiled and replayed from CUDA graphs",
         ONNX: ", every decoder as ONNX graphs",
         EAGER: ", every decoder by PyTorch operation by operation",
     }

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsd.models.draft import DraftConfig, DraftModel
+from rsd.models.fusing import fusible
 from rsd.models.main import STATE_FEATURES, MainConfig
 from rsd.models.streams import together
 from rsd.models.trunk import KVCache, Trunk
@@ -72,6 +73,7 @@ class LightDraft(nn.Module):
         self.residual_head = nn.Linear(config.levels.dim, motion_dim)
         self.deviation_head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
 
+    @fusible
     def remember(self, cache: KVCache, length: int) -> Memory:
         """The first `length` positions of the main's cache (`MainModel.remembered`) -> what this draft attends to.
 
@@ -92,10 +94,17 @@ class LightDraft(nn.Module):
         """
         small = F.avg_pool2d(images.flatten(0, 1), self.config.shrink).unflatten(0, images.shape[:2])
         cameras = [partial(camera, small[:, i], condition) for i, camera in enumerate(self.cameras)]
-        tokens = torch.cat(together(cameras, images.device), dim=1)
+        return self._attend(together(cameras, images.device), state, condition, memory, known)
+
+    @fusible
+    def _attend(
+        self, tokens: list[Tensor], state: Tensor, condition: Tensor, memory: Memory | None, known: Tensor | None
+    ) -> Tensor:
+        """`perceive` from the cameras' tokens on."""
         single = torch.stack([self.state_in(state), self.text_in(condition)], dim=1)
-        queries = self.queries.expand(len(images), -1, -1)
-        x = torch.cat([self.image_in(tokens) + self.image_position, single, queries.to(single.dtype)], dim=1)
+        queries = self.queries.expand(len(single), -1, -1).to(single.dtype)
+        seen = self.image_in(torch.cat(tokens, dim=1)) + self.image_position
+        x = torch.cat([seen, single, queries], dim=1)
         cache, mask = KVCache(), None
         if memory is not None:
             cache = KVCache(list(memory.keys), list(memory.values))

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from rsd.models.fusing import fusible
 from rsd.models.streams import together
 from rsd.models.text import TextEncoder
 from rsd.models.trunk import KVCache, Trunk
@@ -59,6 +60,7 @@ class BlockEmbedding(nn.Module):
         self.gripper = nn.Embedding(3, dim)  # open, close, not yet known
         self.motion_dim = motion_dim
 
+    @fusible
     def forward(self, prefixes: Tensor, gripper: Tensor | None, first_level: int) -> Tensor:
         """prefixes [B, n, H*M] in first steps, gripper int [B, H] or None where it is to be found -> [B, n*H, D].
 
@@ -146,8 +148,12 @@ class MainModel(nn.Module):
         """images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded text -> prefix [B, N, D]."""
         tokens, condition = text
         cameras = [partial(self._embed_image, index, images[:, index], condition) for index in range(len(self.cameras))]
-        parts = [*together(cameras, images.device), self.text_in(tokens)]
-        return torch.cat([*parts, self.state_in(self.normalise(state))[:, None]], dim=1)
+        return torch.cat(together([*cameras, partial(self._embed_rest, tokens, state)], images.device), dim=1)
+
+    @fusible
+    def _embed_rest(self, tokens: Tensor, state: Tensor) -> Tensor:
+        """Language tokens and the state as one token, [B, n + 1, D]."""
+        return torch.cat([self.text_in(tokens), self.state_in(self.normalise(state))[:, None]], dim=1)
 
     def _embed_image(self, index: int, image: Tensor, condition: Tensor) -> Tensor:
         """One camera's tokens [B, n, D]."""
@@ -177,14 +183,20 @@ class MainModel(nn.Module):
         return features, cache
 
     def _prefill(self, prefix: Tensor, queries: Tensor) -> tuple[list[Tensor], KVCache]:
+        cache = KVCache()
+        sequence, mask = self._together(prefix, queries)
+        hidden = self.trunk(sequence, cache, mask)
+        return list(hidden[:, prefix.shape[1] :].split(self.horizon, dim=1)), cache
+
+    @fusible
+    def _together(self, prefix: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Prefix and query positions as one sequence, and which of them may attend to which."""
         length, total = prefix.shape[1], prefix.shape[1] + queries.shape[1]
         mask = torch.ones(total, total, dtype=torch.bool, device=prefix.device)
         # the prefix does not see the queries: its cache is the same for all decoders
         mask[:length, length:] = False
         mask[length:, length:] = self._block_mask(queries.shape[1] // self.horizon, prefix.device)
-        cache = KVCache()
-        hidden = self.trunk(torch.cat([prefix, queries.to(prefix.dtype)], dim=1), cache, mask)
-        return list(hidden[:, length:].split(self.horizon, dim=1)), cache
+        return torch.cat([prefix, queries.to(prefix.dtype)], dim=1), mask
 
     def remembered(self, length: int) -> int:
         """How many positions of the cache after a prefix of `length` a light draft may read: those that are the same
@@ -239,6 +251,7 @@ class MainModel(nn.Module):
         """Features [B, H, D] of block `level` -> logits [B, H*M, K] of its symbols."""
         return self.level_head(features, level)
 
+    @fusible
     def parallel_logits(self, features: Tensor) -> Tensor:
         """Features of block 1 [B, H, D] -> logits [B, L, H*M, K] of all levels (the original RFSQ head)."""
         shape = (self.code.levels, self.motion_dim, self.code.symbols)
@@ -249,6 +262,7 @@ class MainModel(nn.Module):
         """Features of block 1 [B, H, D] -> logits [B, H] that the gripper closes."""
         return self.gripper_head(features).squeeze(-1)
 
+    @fusible
     def residual(self, features: Tensor, level: int) -> Tensor:
         """Features of block `level` -> estimate [B, H*M] of what its prefix still misses, in first steps."""
         return self.residual_head(features).flatten(1) * self._residual_scale(level)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsd.models.fusing import fusible
+
 
 @dataclass
 class KVCache:
@@ -48,9 +50,18 @@ class TrunkLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
 
     def forward(self, x: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:  # x: [B, n, D]
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.before(x)
         keys, values = cache.append(layer, k, v)
-        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return self.after(x, F.scaled_dot_product_attention(q, keys, values, attn_mask=mask))
+
+    @fusible
+    def before(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each [B, heads, n, head_dim]."""
+        return self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+    @fusible
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What is left to do with what was attended to [B, heads, n, head_dim]."""
         x = x + self.dropout(self.project(attended.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.mlp(self.norm2(x)))
 

@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsd.models.fusing import fusible
+
 
 def unit_images(pixels: Tensor) -> Tensor:
     """uint8 [..., S, S, 3] as cameras give them -> [..., 3, S, S] in [-0.5, 0.5], as the encoders take them."""
@@ -58,6 +60,7 @@ class CameraEncoder(nn.Module):
             blocks += [FilmBlock(inputs, outputs, 2, condition), FilmBlock(outputs, outputs, 1, condition)]
         self.blocks = nn.ModuleList(blocks)
 
+    @fusible
     def forward(self, image: Tensor, condition: Tensor) -> Tensor:
         x = F.silu(self.stem(image))
         for block in self.blocks:
