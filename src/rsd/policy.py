@@ -80,12 +80,15 @@ class RsdPolicy:
         if rule.as_a_whole and fine == "sequential":
             raise RsdError(f"acceptance {rule.name!r}: expected fine 'regress', found 'sequential'; leave it out")
         self.model, self.config = model.eval(), config
+        if self.device.type == "cuda":  # TF32: ten bits of mantissa, as many as the fp16 on disk; a third off a pass
+            torch.set_float32_matmul_precision("high")
         self.tokenizer = tokenizer.to(self.device)
         self.provenance = provenance or {}
         self.decode, self.temperature, self.audit = decode, temperature, audit
         self.acceptance = rule.name if decode.startswith("rsd") else ""
         sampler = Sampler(temperature, torch.Generator(self.device).manual_seed(0)) if temperature else None
-        self.decoder = Decoder(model.main, model.draft, rule, fine, model.light, skip or SkipRule(), sampler)
+        foresees = audit or decode != "rsd-fused"
+        self.decoder = Decoder(model.main, model.draft, rule, fine, model.light, skip or SkipRule(), sampler, foresees)
         graphs = recordable(fine, temperature, self.exportable, self.device)
         self.engine = choose_engine(engine, str(self.device), graphs, compact=self.exportable)
         self._strategy: Strategy = strategy_on(self.engine, decode)
@@ -215,7 +218,8 @@ class RsdPolicy:
         if decoded.proposal is not None:
             stats.skipped = decoded.prefills == 0 and decoded.follow_up is None
             stats.forced = decoded.proposal.forced
-            stats.expected_deviation_mm = float(decoded.proposal.expected_deviation_mm[0])
+            if decoded.proposal.expected_deviation_mm is not None:
+                stats.expected_deviation_mm = float(decoded.proposal.expected_deviation_mm[0])
         if decoded.accepted is not None and decoded.accepted_levels is not None:
             stats.num_draft_tokens = decoded.num_draft_tokens
             stats.num_accepted_tokens = decoded.accepted[0].sum(-1).tolist()
@@ -235,7 +239,9 @@ class RsdPolicy:
             beside = replace(scene, memory=EpisodeMemory())
             main = in_prefill(self.decoder, beside, proposal, Stopwatch(self.device))
             self.decoder.check()
-        drafted, mains = (self._to_actions(chunk.value, chunk.gripper) for chunk in (proposal, main))
+        assert proposal.value is not None  # whoever audits foresees
+        drafted = self._to_actions(proposal.value, proposal.gripper)
+        mains = self._to_actions(main.value, main.gripper)
         return float(fingertip_deviation(drafted, mains)[0]), not torch.equal(proposal.gripper, main.gripper)
 
     # checkpoint

@@ -80,7 +80,7 @@ def test_episodes_that_remember_are_those_of_a_policy_of_their_own(
     scores = sorted(
         chunk.stats.expected_deviation_mm or 0.0
         for observations in seen
-        for chunk in single_episode(make_policy(decode="rsd-fused"), observations)
+        for chunk in single_episode(make_policy(decode="rsd-fused", audit=True), observations)
     )
     skip = SkipRule((scores[5] + scores[6]) / 2, 2)
     policy = make_policy(decode=decode, skip=skip, device=device, audit=True)

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rsd.decoding.steps import Scene
 from rsd.models.draft import DraftConfig, DraftModel
-from rsd.models.main import MainConfig, MainModel, merge_2x2, state_features
+from rsd.models.main import STATE_FEATURES, MainConfig, MainModel, merged, state_features
 from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.models.text import word_ids
 from rsd.models.trunk import KVCache
 from rsd.models.vision import Subsample, unit_images
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -145,18 +146,29 @@ def test_prefix_hears_images_words_and_state(main: MainModel) -> None:
     assert changed[2] == [False] * 4 + [True] + [False] * 5
 
 
-def test_merge_2x2_keeps_every_value_and_puts_neighbours_together() -> None:
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_merging_keeps_every_value_and_puts_neighbours_together(n: int) -> None:
     side, channels = 6, 3
     row, column = torch.arange(side)[:, None], torch.arange(side)[None]
     grid = torch.stack([row.expand(side, side), column.expand(side, side), 100 + row * side + column], dim=-1)
-    merged = merge_2x2(grid.reshape(1, side * side, channels))
-    assert merged.shape == (1, 9, 4 * channels)
-    assert sorted(merged.flatten().tolist()) == sorted(grid.flatten().tolist())
-    for index, token in enumerate(merged[0].unflatten(1, (4, channels))):
-        top, left = 2 * (index // 3), 2 * (index % 3)
+    found = merged(grid.reshape(1, side * side, channels), n)
+    across = side // n
+    assert found.shape == (1, across**2, n**2 * channels)
+    assert sorted(found.flatten().tolist()) == sorted(grid.flatten().tolist())
+    for index, token in enumerate(found[0].unflatten(1, (n**2, channels))):
+        top, left = n * (index // across), n * (index % across)
         corners = {(int(r), int(c)) for r, c, _ in token}
-        assert corners == {(top + i, left + j) for i in (0, 1) for j in (0, 1)}
+        assert corners == {(top + i, left + j) for i in range(n) for j in range(n)}
         assert all(int(number) == 100 + int(r) * side + int(c) for r, c, number in token)
+
+
+def test_merged_cameras_shorten_the_prefix(tiny_config: PolicyConfig, tokenizer: ActionTokenizer) -> None:
+    lengths = []
+    for merge in ((1, 1), (1, 2), (2, 2)):
+        main = RsdModel(replace(tiny_config, main=replace(tiny_config.main, merge=merge)), tokenizer).main
+        images, state = torch.rand(1, 2, 3, 32, 32) - 0.5, torch.zeros(1, STATE_FEATURES)
+        lengths.append(main.embed_prefix(images, state, main.encode_text(word_ids(["pick it up"]))).shape[1])
+    assert lengths[0] - lengths[1] == lengths[1] - lengths[2] == 3  # 2 x 2 tokens a camera become one
 
 
 def states_of(rotations: Tensor) -> Tensor:
@@ -211,7 +223,16 @@ def test_main_is_at_least_eight_times_the_draft() -> None:
     assert one_pass.get_total_flops() >= 8 * one_level.get_total_flops() > 0
 
 
-@pytest.mark.parametrize("fields", [{"image_size": 100}, {"channels": (16, 16, 32, 40)}, {"channels": (16, 16, 32)}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image_size": 100},
+        {"channels": (16, 16, 32, 40)},
+        {"channels": (16, 16, 32)},
+        {"merge": (1,)},
+        {"merge": (3, 1)},
+    ],
+)
 def test_impossible_sizes_are_refused(fields: dict[str, object]) -> None:
     assert set(fields) <= set(inspect.signature(MainConfig).parameters)
     with pytest.raises(RsdError, match="main model: expected"):

@@ -113,7 +113,7 @@ def _models(decoder: Decoder) -> list[nn.Module]:
 def _name(key: str, decoder: Decoder, inputs: Sequence[Tensor]) -> str:
     """A file's name that changes with everything that the graph depends on."""
     digest = hashlib.sha256(_code_and_versions().encode())
-    for part in (key, decoder.rule.name, decoder.fine, *((tuple(x.shape), x.dtype) for x in inputs)):
+    for part in (key, decoder.rule.name, decoder.fine, decoder.foresees, *((tuple(x.shape), x.dtype) for x in inputs)):
         digest.update(repr(part).encode())
     for model in _models(decoder):
         digest.update(repr(model).encode())

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, Stopwatch, complete, scout, sketch
+from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, Stopwatch, proposed, scout, sketch
 from rsd.decoding.strategies import LIGHT, STRATEGIES, check_in_prefill, in_prefill, unverified
 from rsd.models.light_draft import Memory
 from rsd.models.streams import fork
@@ -147,7 +147,7 @@ def side_by_side(decoder: Decoder, tensors: Sequence[Tensor]) -> tuple[Decoded, 
     scene, watch, memory = scene_of(tensors), silent(tensors), EpisodeMemory()
     prefix = fork(lambda: scene.prefix(decoder.main, watch), watch.device)
     sketched = sketch(decoder, scene)
-    proposal = fork(lambda: complete(decoder, sketched), watch.device)
+    proposal = fork(lambda: proposed(decoder, sketched), watch.device)
     decoded = check_in_prefill(decoder, prefix(), sketched.drafted, memory, watch)
     decoded.proposal = proposal()
     return decoded, memory.main
@@ -157,8 +157,7 @@ def fused(decoder: Decoder, tensors: Sequence[Tensor]) -> tuple[Decoded, Memory 
     """`in_prefill` on seen + drafted tokens and gripper -> the chunk and the new memory."""
     *visible, motion, gripper = tensors
     scene = scene_of(visible)
-    nothing = torch.zeros(0, device=motion.device)
-    decoded = in_prefill(decoder, scene, Proposal(motion, gripper, nothing, nothing), silent(tensors))
+    decoded = in_prefill(decoder, scene, Proposal(motion, gripper), silent(tensors))
     return decoded, scene.memory.main
 
 

@@ -124,15 +124,16 @@ class Sketch(NamedTuple):
 
 @dataclass
 class Proposal:
-    """What a draft with its own perception has to say: coarse tokens [B, c, P], gripper int [B, H], its whole chunk
-    [B, P] in first steps, and how many mm it expects to lead the fingertip away from the main's chunk [B].
+    """What a draft with its own perception has to say: coarse tokens [B, c, P], gripper int [B, H], and where the
+    decoder `foresees`: its whole chunk [B, P] in first steps, and how many mm it expects to lead the fingertip away
+    from the main's chunk [B].
 
     forced: whether the main had to run whatever was expected, where a strategy asked. probs: see `Drafted`."""
 
     motion: Tensor
     gripper: Tensor
-    value: Tensor
-    expected_deviation_mm: Tensor
+    value: Tensor | None = None
+    expected_deviation_mm: Tensor | None = None
     forced: bool | None = None
     probs: Tensor | None = None
 
@@ -151,6 +152,7 @@ class SkipRule:
         """Whether the proposal may be executed as it is (one observation); notes on it whether it was free to."""
         proposal.forced = self.must_look(memory, proposal)
         # as a double precision number: the calibration compares these very values
+        assert proposal.expected_deviation_mm is not None
         score = float(proposal.expected_deviation_mm.max())
         return may_rest(score, self.threshold_mm, memory.skipped, self.max_skips, proposal.forced)
 
@@ -169,7 +171,9 @@ class SkipRule:
 @dataclass
 class Decoder:
     """What a strategy works with. fine: how `rsd` gets the fine levels, `regress` or `sequential`. sampler: draws the
-    motion tokens, drafted ones too, which it then judges in the place of `rule`; without one they are the likeliest."""
+    motion tokens, drafted ones too, which it then judges in the place of `rule`; without one they are the likeliest.
+    foresees: the light draft completes its chunk and says how far it may lead astray; its coarse tokens, which are
+    all that `rsd-fused` needs, come sooner without."""
 
     main: MainModel
     draft: DraftModel
@@ -178,6 +182,7 @@ class Decoder:
     light: LightDraft | None = None
     skip: SkipRule = field(default_factory=SkipRule)
     sampler: Sampler | None = None
+    foresees: bool = True
     checks: list[Tensor] = field(default_factory=list)
 
     @property
@@ -221,7 +226,15 @@ def propose(decoder: Decoder, features: Tensor) -> Drafted:
 
 def scout(decoder: Decoder, scene: Scene) -> Proposal:
     """The light draft's proposal, made before the main has seen anything."""
-    return complete(decoder, sketch(decoder, scene))
+    return proposed(decoder, sketch(decoder, scene))
+
+
+def proposed(decoder: Decoder, sketched: Sketch) -> Proposal:
+    """What was drafted as a proposal, complete where the decoder `foresees`."""
+    if decoder.foresees:
+        return complete(decoder, sketched)
+    drafted = sketched.drafted
+    return Proposal(drafted.motion, drafted.gripper, probs=drafted.probs)
 
 
 def sketch(decoder: Decoder, scene: Scene) -> Sketch:

@@ -33,6 +33,7 @@ from rsd.decoding.steps import (
     verify_in_prefill,
 )
 from rsd.models.fusing import fusible
+from rsd.models.streams import fork
 from rsd.models.trunk import KVCache
 from rsd.types import RsdError
 
@@ -191,18 +192,23 @@ def check_in_prefill(
         with watch.stage("verify"):
             cache.truncate(prefix.shape[1] + main.horizon)
             blocks = [blocks[0], *verify(decoder, drafted, gripper, cache)]
+    light, memorised = decoder.light, None
+    if light is not None:
+        with watch.stage("draft"):  # on a GPU beside the decoding, which may cut the cache, but no memory off it
+            whole = KVCache(list(cache.keys), list(cache.values))
+            memorised = fork(lambda: light.remember(whole, main.remembered(prefix.shape[1])), prefix.device)
     with watch.stage("decode"):
         decoded = accept(decoder, drafted, blocks, gripper, cache)
         decoded.main_passes += int(again)
         decoded.accepted_gripper = drafted.gripper == gripper
-    if decoder.light is not None:
-        with watch.stage("draft"):
-            memory.renew(decoder.light.remember(cache, main.remembered(prefix.shape[1])), gripper)
+    if memorised is not None:
+        memory.renew(memorised(), gripper)
     return decoded
 
 
 def unverified(proposal: Proposal) -> Decoded:
     """The proposal as the chunk, without the main."""
+    assert proposal.value is not None
     return Decoded(proposal.value, proposal.gripper, prefills=0, proposal=proposal)
 
 

@@ -295,7 +295,8 @@ def flow(policy: RsdPolicy) -> list[tuple[str, str]]:
         ("prefix (vision, language, state)", f"{list(prefix.shape)}"),
         ("hidden states of the first block", f"{list(hidden.shape)}"),
     ]
-    parts = {**vars(decoded), **(vars(decoded.proposal) if decoded.proposal else {})}
+    said = vars(decoded.proposal) if decoded.proposal else {}
+    parts = {**vars(decoded), **{name: value for name, value in said.items() if value is not None}}
     parts |= {"proposal": None, "follow_up": None}
     for name, value in parts.items():
         if isinstance(value, torch.Tensor):

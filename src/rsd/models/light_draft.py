@@ -26,8 +26,8 @@ from rsd.types import CAMERAS, RsdError
 
 @dataclass(frozen=True)
 class LightDraftConfig:
-    """shrink: the main's images are averaged over shrink x shrink pixels; levels: how its coarse tokens are drafted;
-    the rest are sizes."""
+    """shrink: the main's images are averaged over shrink x shrink pixels; depth: residual blocks at each resolution;
+    levels: how its coarse tokens are drafted; the rest are sizes."""
 
     shrink: int = 2
     channels: tuple[int, ...] = (16, 32, 64, 96)
@@ -35,6 +35,7 @@ class LightDraftConfig:
     layers: int = 3
     heads: int = 5
     levels: DraftConfig = field(default_factory=lambda: DraftConfig(levels=3, dim=128, layers=1, heads=4))
+    depth: int = 2
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> LightDraftConfig:
@@ -61,7 +62,7 @@ class LightDraft(nn.Module):
             raise RsdError(f"light draft: expected {expected}, found {main.image_size}")
         self.config, self.code = config, code
         dim, side = config.dim, main.image_size // config.shrink // 16
-        self.cameras = nn.ModuleList(CameraEncoder(config.channels, main.text_dim) for _ in CAMERAS)
+        self.cameras = nn.ModuleList(CameraEncoder(config.channels, main.text_dim, config.depth) for _ in CAMERAS)
         self.image_in = nn.Linear(config.channels[-1], dim)
         self.image_position = nn.Parameter(torch.randn(len(CAMERAS) * side**2, dim) * 0.02)
         self.state_in = nn.Sequential(nn.Linear(STATE_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))

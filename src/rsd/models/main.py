@@ -29,8 +29,9 @@ FOURIER = 4  # octaves in which a prefix value is shown to a block
 
 @dataclass(frozen=True)
 class MainConfig:
-    """Sizes of the main model. image_size in pixels, a multiple of 32; wrist tokens are merged 2 x 2; whole_block: it
-    is trained to judge a whole draft by one block in the place of block 1 as well."""
+    """Sizes of the main model. image_size in pixels, a multiple of 32; merge: of each camera, n x n image tokens become
+    one position of the trunk; whole_block: it is trained to judge a whole draft by one block in the place of block 1 as
+    well."""
 
     image_size: int = 128
     channels: tuple[int, ...] = (32, 64, 128, 256)
@@ -41,16 +42,23 @@ class MainConfig:
     text_tokens: int = 4
     dropout: float = 0.1
     whole_block: bool = False
+    merge: tuple[int, ...] = (1, 2)
 
     def __post_init__(self) -> None:
         # one channel a group crashes PyTorch's CPU backward of GroupNorm on channels-last input (with 2.13)
         if self.image_size % 32 or len(self.channels) != 4 or any(c % 16 for c in self.channels):
             expected = "image_size a multiple of 32, four channels that are multiples of 16"
             raise RsdError(f"main model: expected {expected}, found {self}")
+        side = self.image_size // 16
+        if len(self.merge) != len(CAMERAS) or any(n < 1 or side % n for n in self.merge):
+            expected = f"merge with {len(CAMERAS)} divisors of {side}, the image tokens of a side"
+            raise RsdError(f"main model: expected {expected}, found {self.merge}")
 
 
 class BlockEmbedding(nn.Module):
     """Query positions of a level's block: what the levels so far decode to, level, position, gripper."""
+
+    octaves: Tensor
 
     def __init__(self, dim: int, horizon: int, motion_dim: int, levels: int) -> None:
         super().__init__()
@@ -58,6 +66,8 @@ class BlockEmbedding(nn.Module):
         self.level = nn.Parameter(torch.randn(levels + 1, dim) * 0.02)  # the last: told a whole draft
         self.position = nn.Parameter(torch.randn(horizon, dim) * 0.02)
         self.gripper = nn.Embedding(3, dim)  # open, close, not yet known
+        # powers of two, which no precision rounds
+        self.register_buffer("octaves", 2.0 ** torch.arange(FOURIER)[:, None], persistent=False)
         self.motion_dim = motion_dim
 
     @fusible
@@ -67,8 +77,7 @@ class BlockEmbedding(nn.Module):
         n blocks at once, first_level, first_level + 1, ...: one call instead of n keeps a GPU busy.
         """
         grid = prefixes.unflatten(-1, (-1, self.motion_dim))  # [B, n, H, M]
-        octaves = torch.pi * 2.0 ** torch.arange(FOURIER, device=grid.device)
-        angles = grid.unsqueeze(-2) * octaves[:, None]  # [B, n, H, F, M]
+        angles = torch.pi * grid.unsqueeze(-2) * self.octaves  # [B, n, H, F, M]
         waves = torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)
         value = self.value(torch.cat([grid, waves], dim=-1).to(self.value.weight.dtype))
         opened, closed, unknown = self.gripper.weight
@@ -76,7 +85,7 @@ class BlockEmbedding(nn.Module):
         told = unknown if gripper is None else torch.where(gripper.bool()[:, None, :, None], closed, opened)
         blocks = grid.shape[1]
         level = self.level[first_level - 1 : first_level - 1 + blocks, None]  # [n, 1, D]
-        return (value + told + level + self.position).flatten(1, 2)
+        return (value + told + (level + self.position)).flatten(1, 2)
 
 
 class LevelHead(nn.Module):
@@ -118,9 +127,9 @@ class MainModel(nn.Module):
         self.text = TextEncoder(config.text_dim, config.text_tokens)
         self.cameras = nn.ModuleList(CameraEncoder(config.channels, config.text_dim) for _ in CAMERAS)
         side, last = config.image_size // 16, config.channels[-1]
-        self.image_in = nn.ModuleList([nn.Linear(last, dim), nn.Linear(4 * last, dim)])
+        self.image_in = nn.ModuleList(nn.Linear(n**2 * last, dim) for n in config.merge)
         self.image_position = nn.ParameterList(
-            [nn.Parameter(torch.randn(count, dim) * 0.02) for count in (side**2, side**2 // 4)]
+            [nn.Parameter(torch.randn((side // n) ** 2, dim) * 0.02) for n in config.merge]
         )
         self.text_in = nn.Linear(config.text_dim, dim)
         self.state_in = nn.Sequential(nn.Linear(STATE_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -157,9 +166,7 @@ class MainModel(nn.Module):
 
     def _embed_image(self, index: int, image: Tensor, condition: Tensor) -> Tensor:
         """One camera's tokens [B, n, D]."""
-        features = self.cameras[index](image, condition)
-        if index == 1:
-            features = merge_2x2(features)
+        features = merged(self.cameras[index](image, condition), self.config.merge[index])
         return self.image_in[index](features) + self.image_position[index]
 
     def prefill(self, prefix: Tensor) -> tuple[Tensor, KVCache]:
@@ -276,10 +283,12 @@ class MainModel(nn.Module):
         return 2.0 * self.code.weight(level)
 
 
-def merge_2x2(tokens: Tensor) -> Tensor:
-    """[B, s*s, C] -> [B, s*s/4, 4*C]: neighbouring tokens side by side in the channels, nothing is lost."""
+def merged(tokens: Tensor, n: int) -> Tensor:
+    """[B, s*s, C] -> [B, s*s/n^2, n^2*C]: n x n neighbouring tokens side by side in the channels, nothing is lost."""
+    if n == 1:
+        return tokens
     side = int(tokens.shape[1] ** 0.5)
-    grid = tokens.unflatten(1, (side // 2, 2, side // 2, 2))  # [B, s/2, 2, s/2, 2, C]
+    grid = tokens.unflatten(1, (side // n, n, side // n, n))  # [B, s/n, n, s/n, n, C]
     return grid.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
 
 

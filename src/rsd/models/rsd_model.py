@@ -27,7 +27,9 @@ class PolicyConfig:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> PolicyConfig:
-        main = dict(content["main"], channels=tuple(content["main"]["channels"]))
+        main: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in content["main"].items()
+        }
         found = content.get("light")  # absent in checkpoints of before there was one
         light = LightDraftConfig.from_json(found) if found else None
         rest = {k: v for k, v in content.items() if k not in ("main", "draft", "light")}

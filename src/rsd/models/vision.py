@@ -50,14 +50,15 @@ class FilmBlock(nn.Module):
 
 
 class CameraEncoder(nn.Module):
-    """[B, 3, S, S] in [-0.5, 0.5] -> tokens [B, (S/16)^2, C]."""
+    """[B, 3, S, S] in [-0.5, 0.5] -> tokens [B, (S/16)^2, C]; `depth` blocks at each resolution."""
 
-    def __init__(self, channels: tuple[int, ...], condition: int) -> None:
+    def __init__(self, channels: tuple[int, ...], condition: int, depth: int = 2) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, channels[0], 5, 2, 2)
         blocks = []
         for inputs, outputs in pairwise(channels):
-            blocks += [FilmBlock(inputs, outputs, 2, condition), FilmBlock(outputs, outputs, 1, condition)]
+            blocks.append(FilmBlock(inputs, outputs, 2, condition))
+            blocks += [FilmBlock(outputs, outputs, 1, condition) for _ in range(depth - 1)]
         self.blocks = nn.ModuleList(blocks)
 
     @fusible

@@ -185,6 +185,8 @@ def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
     def alone(*values: Tensor) -> tuple[Tensor, Tensor]:
         decoder = Decoder(main, draft, rule, light=light)
         proposal = complete(decoder, proposed(decoder, *values))
+        assert proposal.value is not None
+        assert proposal.expected_deviation_mm is not None
         return proposal.value, proposal.expected_deviation_mm
 
     own = LightDraftConfig()
