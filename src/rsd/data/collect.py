@@ -71,7 +71,8 @@ class CollectConfig:
     image_size: int = 256
     """Side of the recorded images in pixels."""
     grasp_mode: GraspMode = "canonical"
-    """"canonical": one predictable grasp; "two-sided": a coin decides between two equally good ones."""
+    """"canonical": one predictable grasp; "two-sided": a coin decides between two equally good ones; "two-sided-late":
+    it falls over the object's middle, so that nothing before tells the side."""
     clean_fraction: float = 0.15
     """Share of demonstrations without any noise; the others draw their level between 0 and noise.max_level."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)

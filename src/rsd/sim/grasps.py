@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import mujoco
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rsd.sim.scene import Scene, Vector
 from rsd.types import RsdError
 
-GraspMode = Literal["canonical", "two-sided"]
+GraspMode = Literal["canonical", "two-sided", "two-sided-late"]
 
 BELOW_RIM, BELOW_RIM_IN_DRAWER = 0.016, 0.012  # m, grip site under the rim's top
 INWARD_IN_DRAWER = 0.02
@@ -229,7 +229,7 @@ def choose_rim_grasp(
     """The first free grasp of a bowl's or mug's rim in the order of preference, or the least blocked one.
 
     destination: where the bowl's lowest point goes [3]; the palm must be free there too.
-    mode "two-sided" tosses a coin (rng) between the two sides of the rim where both are free.
+    mode "two-sided" and "two-sided-late" toss a coin (rng) between the two sides of the rim where both are free.
     walled: the bowl is in the drawer; shallower, and angles near the roomiest come first.
     avoid: angles that failed before (rad); they and their neighbours come last.
     """
@@ -252,7 +252,7 @@ def choose_span_grasp(
 ) -> Grasp:
     """The first free grasp across the object: across its narrowest side, and of those the least wrist rotation.
 
-    As `choose_rim_grasp`. "two-sided" has a choice only where turning the wrist left and right is equally far.
+    As `choose_rim_grasp`. A coin has a choice only where turning the wrist left and right is equally far.
     Raises RsdError for an object that is wider than the hand.
     """
     vertices = span.vertices(scene, target)
@@ -282,10 +282,10 @@ def _first_free(
     mode: GraspMode,
     rng: np.random.Generator | None,
 ) -> Grasp:
-    if mode not in ("canonical", "two-sided"):
-        raise RsdError(f"grasp mode: expected canonical or two-sided, found {mode!r}")
-    if mode == "two-sided" and rng is None:
-        raise RsdError("grasp mode two-sided: expected a random generator, found none")
+    if mode not in get_args(GraspMode):
+        raise RsdError(f"grasp mode: expected one of {', '.join(get_args(GraspMode))}, found {mode!r}")
+    if mode != "canonical" and rng is None:
+        raise RsdError(f"grasp mode {mode}: expected a random generator, found none")
     least: tuple[float, Grasp] | None = None
     free: list[Grasp] = []
     for grasp in candidates:

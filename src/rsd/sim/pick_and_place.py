@@ -42,6 +42,7 @@ FUNNEL_SLOPE, FUNNEL_RADIUS = 2.0, 0.010  # height per horizontal distance outsi
 TIGHT_SLOPE, TIGHT_RADIUS = 3.0, 0.005  # walls stand close, or the fingers go past both sides of the object
 PLACE_SLOPE, PLACE_RADIUS = 2.0, 0.010
 TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on the way
+OVER = 0.012  # m off the object's middle, close enough to choose a side
 RELEASE_GAP = 0.006  # m of free fall
 RELEASE_RADIUS = 0.012  # m off the destination's middle; the plate's predicate allows 30 mm
 CARRY_TURN = 0.35  # turning a held object faster drags it over its support
@@ -114,6 +115,11 @@ class PickAndPlace:
         """Open hand to the grasp, through the funnel over it."""
         scene = self.scene
         if self._grasp is None:
+            middle = scene.position(self.target)
+            if self._mode == "two-sided-late" and np.linalg.norm((middle - scene.eef)[:2]) > OVER:
+                # nothing tells yet which side it will be
+                over = np.array([*middle[:2], self._free_height(middle)])
+                return self._move(over, self._orientation(over)[0], GRIPPER_OPEN)
             self._plan()
         assert self._grasp is not None
         eef, goal = scene.eef, self._grasp.point(scene, self.target)
@@ -130,14 +136,18 @@ class PickAndPlace:
             self.closed = True
             self._closed_steps = self._grasped_steps = 0
             return self._close()
-        rim = float(scene.vertices(self.target)[:, 2].max())
-        way = scene.corridor_top(eef, goal, ignore=(self.target,), half_width=0.06)
-        free = max(way + TIP_BELOW_SITE + TRAVEL_CLEARANCE, rim + TIP_BELOW_SITE + 0.03)
         misaligned = off + 0.1 * max(0.0, turn - 0.1)
         tight = self._walled or isinstance(self.goal.hold, Span)
         radius, slope = (TIGHT_RADIUS, TIGHT_SLOPE) if tight else (FUNNEL_RADIUS, FUNNEL_SLOPE)
-        height = funnel(misaligned, goal[2], free, radius, slope)
+        height = funnel(misaligned, goal[2], self._free_height(goal), radius, slope)
         return self._move(np.array([goal[0], goal[1], height]), rotation, GRIPPER_OPEN)
+
+    def _free_height(self, goal: Vector) -> float:
+        """Height at which the open hand clears everything on its way to `goal`, the object included (m)."""
+        scene = self.scene
+        rim = float(scene.vertices(self.target)[:, 2].max())
+        way = scene.corridor_top(scene.eef, goal, ignore=(self.target,), half_width=0.06)
+        return max(way + TIP_BELOW_SITE + TRAVEL_CLEARANCE, rim + TIP_BELOW_SITE + 0.03)
 
     def _close(self) -> Vector:
         """Fingers closing, hand staying at the grasp; decides whether the grasp holds or missed."""
