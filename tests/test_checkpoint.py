@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rsd.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_weights
+from rsd.checkpoint import CONFIG_FILE, LARGE, WEIGHTS_FILE, load_weights
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -174,11 +174,11 @@ def test_a_configuration_without_its_policy_is_refused(checkpoint: Path) -> None
             RsdPolicy.from_pretrained(checkpoint)
 
 
-def test_the_light_drafts_matrices_are_int8_within_half_a_step(policy: RsdPolicy, checkpoint: Path) -> None:
+def test_matrices_and_convolutions_are_int8_within_half_a_step(policy: RsdPolicy, checkpoint: Path) -> None:
     loaded = RsdPolicy.from_pretrained(checkpoint, decode="l1").model.state_dict()
     eight = [name for name, value in load_file(checkpoint / WEIGHTS_FILE).items() if value.dtype == torch.int8]
-    assert eight
-    assert all(name.startswith("light.") for name in eight)
+    large = {name for name, value in loaded.items() if value.ndim in (2, 4) and value.numel() >= LARGE}
+    assert set(eight) == large
     for name in eight:
         weight = policy.model.state_dict()[name]
         step = weight.flatten(1).abs().amax(1) / 127

@@ -1,8 +1,8 @@
 """A policy's checkpoint directory: find it, read it, check that its files belong together, write it.
 
-It holds `config.json` (sizes, decoding defaults, provenance), `model.safetensors` (fp16, the light draft's matrices
-int8), `tokenizer.json` and, for `rsd-skip`, `skip_calibration.json`. Loading is strict: weights that are missing,
-misshapen or not finite are an error.
+It holds `config.json` (sizes, decoding defaults, provenance), `model.safetensors` (large matrices and convolutions
+int8, the rest fp16), `tokenizer.json` and, for `rsd-skip`, `skip_calibration.json`. Loading is strict: weights that are
+missing, misshapen or not finite are an error.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from rsd.types import RsdError
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, PROVEN_FILE = "config.json", "model.safetensors", "proven.json"
 BACKBONE, OPENVLA = "backbone", "openvla"  # in config.json; the compact main where it is absent
+LARGE = 2**14  # numbers in a weight; smaller ones are not worth rounding
 SCALE = ".scale"  # after the name of a weight that is stored as int8
 
 Config = TypeVar("Config")
@@ -175,7 +176,7 @@ def save_checkpoint(
     weights: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         half = halves[name]
-        if name.startswith("light.") and half.ndim > 1:  # a seventh of the parameters; see the README for what it moves
+        if half.ndim in (2, 4) and half.numel() >= LARGE:  # stacks of matrices have no row to scale
             weights[name], weights[name + SCALE] = quantise_rows(value.detach().float().cpu())
         else:
             weights[name] = half
