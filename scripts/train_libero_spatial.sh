@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a checkpoint like the shipped one and its evaluation, on one machine with a GPU. Two trainings: on the
-# expert's demonstrations, then on those and on states that the first policy led itself into (DAgger). Every step
-# continues where it was interrupted. Usage: train_libero_spatial.sh [RUN_FOLDER]; WORKERS, NUM_DEMOS, NUM_DAGGER,
+# From nothing to a checkpoint like the shipped one and its evaluation, on one machine with a GPU. Two trainings: a small
+# main on the expert's demonstrations, then one of the shipped sizes, whose cameras and words start from the first's, on
+# those and on states that the first policy led itself into (DAgger). Every step continues where it was interrupted.
+# Usage: train_libero_spatial.sh [RUN_FOLDER]; WORKERS, NUM_DEMOS, NUM_DAGGER,
 # FIRST_MINUTES and SECOND_MINUTES may be set.
 set -euo pipefail
 run=${1:-runs/libero_spatial}
@@ -19,13 +20,16 @@ train --data "$run/expert" --tokenizer "$run/tokenizer" --output "$run/first" --
 "$rsd" demos collect --out "$run/dagger_states" --num-demos "${NUM_DAGGER:-55}" --states-only --num-workers "$workers" \
     --policy "$run/first/checkpoint" --policy-share 0.85 --seed 101
 render dagger
-train --data "$run/expert" "$run/dagger" --init "$run/first/checkpoint" --output "$run/second" \
-    --loop.minutes "${SECOND_MINUTES:-7.2}" --loop.learning-rate 5e-4
+train --data "$run/expert" "$run/dagger" --init "$run/first/checkpoint" --init-matching --output "$run/second" \
+    --loop.minutes "${SECOND_MINUTES:-8.5}" --loss.blind 0.3 --policy.acceptance residual \
+    --policy.main.dim 576 --policy.main.layers 12 --policy.main.heads 9 --policy.main.merge 2 2 \
+    --policy.main.whole-block policy.light:light-draft-config \
+    --policy.light.depth 1 --policy.light.channels 16 48 96 128 --policy.light.layers 2
 
-"$rsd" calibrate --policy "$run/second/checkpoint" --device cuda --num-workers "$workers" \
+"$rsd" calibrate --policy "$run/second/checkpoint" --device cuda --batch 16 --num-workers "$workers" \
     --output "$run/eval/calibration"
 for decode in ar l1 rsd-fused rsd-skip rsd-ahead; do
-    "$rsd" eval --policy "$run/second/checkpoint" --decode "$decode" --num-trials 50 --device cuda \
+    "$rsd" eval --policy "$run/second/checkpoint" --decode "$decode" --num-trials 50 --device cuda --batch 16 \
         --num-workers "$workers" --output "$run/eval/$decode"
 done
 "$rsd" compare "$run"/eval/{ar,l1,rsd-fused,rsd-skip,rsd-ahead}

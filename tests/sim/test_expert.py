@@ -164,6 +164,25 @@ def test_two_sided_grasps_use_both_sides_where_the_canonical_one_uses_one(env: L
 
 
 @pytest.mark.simulator
+def test_a_late_choice_of_side_is_not_told_by_what_came_before(env: LiberoEnv) -> None:
+    """Both sides come up, and until the hand is over the middle the actions do not depend on which it will be."""
+    logs = []
+    for seed in range(4):
+        env.reset(options={"placement_seed": 4})
+        log = Log()
+        result = expert.run(env, recorder=log, rng=np.random.default_rng(seed), mode="two-sided-late")
+        assert result == expert.ExpertResult(True, result.steps, 1)
+        logs.append(np.array(log.clean))
+    first = logs[0]
+    parted = {int(np.argmax(np.abs(other[:40, 1] - first[:40, 1]) > 0.5)) for other in logs[1:]}
+    assert len(parted) == 2  # those of the same side never, the others all at once
+    together = max(parted)
+    assert together >= 8  # a chunk at least
+    for other in logs[1:]:
+        np.testing.assert_array_equal(other[:together], first[:together])
+
+
+@pytest.mark.simulator
 @pytest.mark.parametrize(("suite", "task"), [("libero_object", 7), ("libero_goal", 9)])
 def test_expert_solves_the_other_suites_across_the_narrow_side(suite: str, task: int) -> None:
     """A milk carton into the basket; a wine bottle onto the rack."""

@@ -31,7 +31,7 @@ from rsd.types import RsdError
 
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 CODE = ("models/*.py", "decoding/*.py", "tokenizer/*.py", "nested.py")  # what an exported graph is made of
-KEPT = 24  # graphs; those used longest ago give way
+KEPT = 12  # graphs; those used longest ago give way
 TOLERANCE = 1e-2  # of the largest number of an output, or of its symbols; rounding is 1e-5
 LOG = logging.getLogger(__name__)
 

@@ -1,4 +1,5 @@
-"""`docs/results/decoding.md` from committed raw results: every decoder's success, passes, acceptance, risk, latency.
+"""`docs/results/decoding-18M.md` from committed raw results: an earlier policy's, of 18 M; the shipped one's page is
+made by `shipped_page`. Every decoder's success, passes, acceptance, risk, latency.
 
     python -m rsd.evaluation.decoding_page
 
@@ -33,9 +34,10 @@ from rsd.types import COMPILED, CUDA_GRAPHS, EAGER, ONNX
 ABSENT = "-"
 EPSILON_MM, DELTA = 50.0, 0.1
 PROSE = """\
-# Decoders compared in closed loop
+# Decoders compared in closed loop: an earlier policy of 18 M
 
 Made by `python -m rsd.evaluation.decoding_page` from the raw results named below; run it again after replacing them.
+This policy shipped before the one of [decoding.md](decoding.md), and does not any more.
 
 `ar` decodes level by level and is the baseline; `l1` regresses the chunk in one pass (the OpenVLA-OFT way) and is the
 bar. `rsd-fused` lets a light draft propose the coarse levels before the main model looks; they ride in the main's
@@ -47,23 +49,23 @@ the same observation while the robot moves, judges the draft's tokens and leaves
 
 
 SHARED = """\
-All runs of this table are of the files that ship, each with the policy in one process that serves all of its simulators
-in batches of 13; the GPUs trained other policies meanwhile, so nothing here is about time. `ar`, `l1`, `rsd-fused` and
-`rsd-skip` ran on one host, the others on another one of the same kind, later. `rsd-skip` is that of before: the
+All runs of this table are of the files that shipped then, each with the policy in one process that serves all of its
+simulators in batches of 13; the GPUs trained other policies meanwhile, so nothing here is about time. `ar`, `l1`,
+`rsd-fused` and `rsd-skip` ran on one host, the others on another one of the same kind, later. `rsd-skip` is that of before: the
 draft's memory of the main never expired, and the main looked at every episode's start and after two chunks at the
 latest. {again}
 
 The last three rows ran on a third host, in batches of 16: verified by one block instead of one a level (`--acceptance
 residual`), `rsd-skip` by today's rule, calibrated with it (`calibration-residual` in the same folder; no threshold
 failed there, so it leaves the main idle but at gripper switches and after six chunks). One block saves time on a CPU.
-Against the same decoder by `margin`: {twins}. So `margin` stays the default, and the calibration that ships is one
+Against the same decoder by `margin`: {twins}. So `margin` stays the default, and the calibration that shipped was one
 with `margin`, on the CPU (below).
 """
 ROUNDED = """\
 ## Before the light draft was rounded
 
 The same initial states on another host, every simulator with a policy of its own, and with the light draft's matrices
-as they were before they were rounded to int8 for the files that ship; main and first draft are the same bits. What
+as they were before they were rounded to int8; main and first draft are the same bits. What
 differs between these rows and those above is rounding, batching and host together: how much a success rate of so many
 episodes may move without any change of method. `rsd-skip` allowed 4 chunks in a row without the main here, and its
 calibration tested its rollouts task after task, where easy tasks vouch for the others: in a random order, as
@@ -71,7 +73,7 @@ calibrations are made now, it promises less.
 
 """
 ON_CPU = """\
-## The files that ship on a CPU
+## The same files on a CPU
 
 Runs on two cores with OSMesa: another renderer than the GPU's, so that these rows and those above differ by more than
 the machine. `l1`, `rsd-fused-residual` (`--acceptance residual`: verified by one block instead of one a level) and
@@ -137,7 +139,7 @@ class PageConfig:
     """What counts as a deviation in runs with a threshold of their own, which promise nothing."""
     delta: float = DELTA
     """The upper bounds of the realised risks hold with confidence 1 - delta."""
-    output: Path = Path("docs/results/decoding.md")
+    output: Path = Path("docs/results/decoding-18M.md")
     """The page."""
 
 

@@ -23,7 +23,7 @@ PROSE = """\
 
 Made by `python -m rsd.evaluation.perturbed_page` from the raw results in the folder named below.
 
-`checkpoints/libero_spatial` in the variants of its suite that LIBERO-PRO adds, on 2 CPU cores with OSMesa, every
+The policy of 18 M that shipped before, in the variants of its suite that LIBERO-PRO adds, on 2 CPU cores, OSMesa, every
 decoder on the same initial states. `_lan` words the instruction otherwise, `_object` changes what things look like,
 `_task` asks for something else in the same scene. The policy's training had paraphrases and, in a fifth of its
 demonstrations, the scene's other bowl; it had no other looks.

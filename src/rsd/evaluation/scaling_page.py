@@ -30,13 +30,14 @@ its time to the action: the draft alone, the main's pass follows while the chunk
 preparing the images, as in that of the others).
 `rsd-fused / l1` is what one corrected pass costs over one plain pass. The last columns: which share of the chunks has
 to go without the main before the mean of `rsd-skip` is below `l1` at all, and how many times below it is at the share
-that the shipped policy reached in closed loop (a mean of medians; another main needs its own calibration). Where the
+that a policy of 18 M reached in closed loop (a mean of medians; another main needs its own calibration). Where the
 main runs that is the time of `rsd-fused`, whose draft works beside the main on a GPU, while `rsd-skip` asks its draft
-first. The compact mains on a CPU ran by PyTorch operation by operation. How well mains of these sizes act is in
+first. A policy of 57 M that was trained with all of this in mind is the one of [decoding.md](decoding.md). The compact
+mains on a CPU ran by PyTorch operation by operation. How well mains of these sizes act is in
 [studies.md](studies.md).
 
 Small mains on a GPU are a chain of small kernels, and their times vary from run to run: at 18 M `rsd-fused / l1` came
-out anywhere between a quarter and six tenths above 1, here and in [decoding.md](decoding.md), by more than the
+out anywhere between a quarter and six tenths above 1, here and in [decoding-18M.md](decoding-18M.md), by more than the
 acceptance rule moves it. Ratios compare within one table.
 
 Speculation stops paying where a pass of the main costs little more than the draft: there `l1` is the better choice
@@ -46,7 +47,7 @@ unless success speaks for the tokens. It pays where the trunk is deep and its we
 CLOSED_LOOP = """\
 ## In closed loop, on a CPU
 
-A main of 105 M parameters trained for it ([studies.md](studies.md)) and the shipped one, on 2 cores each of one
+A main of 105 M parameters trained for it ([studies.md](studies.md)) and one of 18 M, on 2 cores each of one
 machine, side by side, as ONNX graphs: milliseconds from the observation to the chunk over an episode of each task of
 libero_spatial, drawn by EGL. `rsd-skip` is calibrated for the weights (120 and 200 random placements, `--acceptance
 residual`; with the small main no threshold failed, so there only gripper switches and the limit of six in a row call

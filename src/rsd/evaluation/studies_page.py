@@ -24,7 +24,8 @@ TITLE = """\
 # Studies: other data, another size
 
 Made by `python -m rsd.evaluation.studies_page` from the raw results in the folder named below. None of these policies
-is the shipped one; what was tried and did not help stands here as well.
+ships; what was tried and did not help stands here as well. "Shipped" is on this page the policy of 18 M of
+[decoding-18M.md](decoding-18M.md), which shipped when these were trained.
 """
 DAGGER = """\
 598 demonstrations more, driven by the shipped policy under `rsd-skip` with up to four chunks in a row without the main,
@@ -39,7 +40,8 @@ Demonstrations of tasks 2, 6 and 8 whose expert takes the bowl from either side,
 The expectation that regression averages and tokens commit is NOT borne out: `l1` does not suffer, and nothing that
 decodes tokens is above it. Not looked into; a likely reason is that a chunk is 8 steps and the side shows in the arm's
 own position soon after the start, and that the median which an L1 loss asks for is itself one of the sides where one is
-a little likelier than the other. (`ar` and `rsd` ran later than the other two, on another host, in batches.)"""
+a little likelier than the other. Where the side is chosen late it is otherwise: [decoding.md](decoding.md). (`ar` and
+`rsd` ran later than the other two, on another host, in batches.)"""
 LARGE = """\
 The same architecture with a trunk of 24 layers of 576; cameras and words start from the shipped policy's weights
 (`--init-matching`), the trunk from nothing: one of three mains trained alike, 1,500 steps of 512 with everything of the
