@@ -51,9 +51,9 @@ the same observation while the robot moves, judges the draft's tokens and leaves
 SHARED = """\
 All runs of this table are of the files that shipped then, each with the policy in one process that serves all of its
 simulators in batches of 13; the GPUs trained other policies meanwhile, so nothing here is about time. `ar`, `l1`,
-`rsd-fused` and `rsd-skip` ran on one host, the others on another one of the same kind, later. `rsd-skip` is that of before: the
-draft's memory of the main never expired, and the main looked at every episode's start and after two chunks at the
-latest. {again}
+`rsd-fused` and `rsd-skip` ran on one host, the others on another one of the same kind, later. `rsd-skip` is that of
+before: the draft's memory of the main never expired, and the main looked at every episode's start and after two chunks
+at the latest. {again}
 
 The last three rows ran on a third host, in batches of 16: verified by one block instead of one a level (`--acceptance
 residual`), `rsd-skip` by today's rule, calibrated with it (`calibration-residual` in the same folder; no threshold

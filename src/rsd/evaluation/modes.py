@@ -59,7 +59,7 @@ class Choice:
 def choice_at(env: LiberoEnv, seed: int) -> Choice | None:
     """The moment of the choice on a placement; None where one side is not free, or the hand does not get there."""
     ways: list[float] = []
-    seen: list[Observation] = []
+    seen: tuple[Observation, Observation] | None = None
     for coin in range(COINS):
         env.reset(options={"placement_seed": seed})
         scene = Scene(env)
@@ -70,11 +70,11 @@ def choice_at(env: LiberoEnv, seed: int) -> Choice | None:
             action = law.action()
             if law.attempts:
                 break
-            env.advance(action, draw=not seen)
+            env.advance(action, draw=seen is None)
             past.append(env.observation())
         else:
             return None  # something stands in the way of the middle
-        seen = seen or [past[max(0, len(past) - 9)], past[-1]]
+        seen = seen or (past[max(0, len(past) - 9)], past[-1])
         sideways = 0.0
         for _ in range(8):
             sideways += float(action[SIDEWAYS])
