@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A checkpoint like checkpoints/libero_object_goal_10 and its evaluation, on one machine with a GPU: demonstrations of
-# three suites, then one training from the weights of libero_spatial's policy. Every step continues where it was
+# three suites, then one training from the weights of libero_spatial's policy (the one that ships now is larger than the
+# one of then: of its weights those of cameras and words fit). Every step continues where it was
 # interrupted. Usage: train_suites.sh [RUN_FOLDER]; WORKERS, GPUS and MINUTES may be set. The one that ships had two GPUs,
 # each with the batch below.
 set -euo pipefail
