@@ -17,7 +17,7 @@ from rsd.models.main import MainModel
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import EAGER, ONNX, Observation, RsdError
+from rsd.types import Observation, RsdError
 
 WAYS = [(name, "regress") for name in STRATEGIES] + [("rsd", "sequential")]
 MakeObservation = Callable[..., Observation]
@@ -373,26 +373,6 @@ def test_the_memory_is_of_this_episode(policy: RsdPolicy, make_observation: Make
     fused.reset()
     assert fresh != again
     assert fused.predict(make_observation(3)).stats.expected_deviation_mm == fresh
-
-
-@pytest.mark.parametrize("engine", [EAGER, ONNX])
-def test_a_draft_that_is_corrected_anyway_is_not_completed(
-    policy: RsdPolicy, make_observation: MakeObservation, engine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`rsd-fused` needs the coarse tokens alone; its chunks are those of a policy that has the rest as well."""
-    plain, audited = (light_policy(policy, "rsd-fused", audit=audit, engine=engine) for audit in (False, True))
-    foreseen = list[bool]()
-    remainder = LightDraft.remainder
-    monkeypatch.setattr(LightDraft, "remainder", lambda *a: foreseen.append(True) or remainder(*a))
-    chunks = [plain.predict(make_observation(seed)) for seed in range(3)]
-    assert not foreseen
-    for seed, chunk in enumerate(chunks):
-        complete = audited.predict(make_observation(seed))
-        assert np.allclose(chunk.actions, complete.actions, atol=1e-5)
-        assert chunk.stats.num_accepted_tokens == complete.stats.num_accepted_tokens
-        assert chunk.stats.expected_deviation_mm is None
-        assert complete.stats.expected_deviation_mm is not None
-    assert foreseen
 
 
 def test_a_checkpoint_without_light_draft_decodes_the_other_ways(

@@ -12,6 +12,7 @@ from rsd.decoding.engines import VARIABLE, choose_engine, strategy_on
 from rsd.decoding.recorded import Call, RecordedStrategy
 from rsd.decoding.steps import Decoder, SkipRule
 from rsd.decoding.strategies import STRATEGIES
+from rsd.models.light_draft import LightDraft
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -99,3 +100,26 @@ def test_all_that_an_episode_needs_is_recorded_by_its_first_prediction(
 def test_eager_is_the_plain_strategy() -> None:
     assert strategy_on(EAGER, "rsd") is STRATEGIES["rsd"]
     assert isinstance(strategy_on(ONNX, "rsd"), RecordedStrategy)
+
+
+@pytest.mark.parametrize("engine", [EAGER, ONNX])
+def test_a_draft_that_is_corrected_anyway_is_not_completed(
+    policy: RsdPolicy, make_observation: Callable[..., Observation], engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rsd-fused` needs the coarse tokens alone; its chunks are those of a policy that has the rest as well."""
+    plain, audited = (
+        RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="rsd-fused", audit=audit, engine=engine)
+        for audit in (False, True)
+    )
+    foreseen = list[bool]()
+    remainder = LightDraft.remainder
+    monkeypatch.setattr(LightDraft, "remainder", lambda *a: foreseen.append(True) or remainder(*a))
+    chunks = [plain.predict(make_observation(seed)) for seed in range(3)]
+    assert not foreseen
+    for seed, chunk in enumerate(chunks):
+        complete = audited.predict(make_observation(seed))
+        assert np.allclose(chunk.actions, complete.actions, atol=1e-5)
+        assert chunk.stats.num_accepted_tokens == complete.stats.num_accepted_tokens
+        assert chunk.stats.expected_deviation_mm is None
+        assert complete.stats.expected_deviation_mm is not None
+    assert foreseen

@@ -145,7 +145,7 @@ class PageConfig:
 
 def main(config: PageConfig) -> None:
     runs = [load_run(config.runs / name) for name in config.order]
-    records = [LatencyRecord(**json.loads(path.read_text())) for path in config.latencies]
+    records = [latency_record(path) for path in config.latencies]
     cpu = [load_run(config.cpu_runs / name) for name in config.cpu_order]
     timed = [load_run(config.cpu_runs / name) for name in config.timed]
     earlier = [load_run(config.earlier_runs / name) for name in config.earlier_order]
@@ -263,7 +263,7 @@ def timed_table(names: Sequence[str], runs: Sequence[Run]) -> str:
     rows = []
     means = []
     for name, run in zip(names, runs, strict=True):
-        totals = [value for episode in run.episodes for value in episode.latency_ms["total"]]
+        totals = totals_of(run)
         means.append(float(np.mean(totals)))
         p50, p95 = percentiles(totals)
         skipped = 1 - summarize_decoding(run.episodes).prefills_per_chunk
@@ -273,6 +273,11 @@ def timed_table(names: Sequence[str], runs: Sequence[Run]) -> str:
         rows.append([f"`{name}`", *cells, f"{skipped:.1%}", success_cell(success_rate(run.episodes)), str(len(totals))])
     header = ["decoder", "mean", "p50 / p95 / max", f"`{names[0]}` / mean", "behind, mean", "without the main"]
     return table([*header, "success", "chunks"], rows)
+
+
+def totals_of(run: Run) -> list[float]:
+    """Milliseconds from the observation to the chunk, of every chunk."""
+    return [value for episode in run.episodes for value in episode.latency_ms["total"]]
 
 
 def risk_section(names: Sequence[str], runs: Sequence[Run], epsilon_mm: float, delta: float) -> str:
@@ -332,6 +337,11 @@ def deviation_section(record: DeviationRecord, path: Path) -> str:
         "held-out episodes. Normalised: largest of the six motion numbers. Decoders with a light draft remember the "
         "main's run one chunk earlier.\n\n"
     ) + table(header, rows)
+
+
+def latency_record(path: Path) -> LatencyRecord:
+    """Raw latencies of `rsd bench latency`."""
+    return LatencyRecord(**json.loads(path.read_text()))
 
 
 def latency_section(record: LatencyRecord, path: Path) -> str:

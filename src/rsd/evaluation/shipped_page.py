@@ -18,6 +18,7 @@ from rsd.evaluation.decoding_page import (
     DELTA,
     EPSILON_MM,
     deviation_section,
+    latency_record,
     latency_section,
     risk_of,
     risk_section,
@@ -25,6 +26,7 @@ from rsd.evaluation.decoding_page import (
     table,
     task_section,
     timed_section,
+    totals_of,
 )
 from rsd.evaluation.deviation import DeviationRecord
 from rsd.evaluation.latency import LatencyRecord
@@ -79,9 +81,9 @@ MODES = """\
 
 {placements} random placements with the hand over the middle: where each decoder's next chunk leads, between the
 expert's own two ways (`python -m rsd.evaluation.modes`); on {left_out} more one side was not free. Averaged: within the
-middle third; committed: at least two thirds of the way to a side. None of the decoders that execute the main's tokens
-goes down the middle, and `l1` seldom does: the two modes alone do not explain the table of successes. The light draft
-hesitates, and takes `rsd-fused` along.
+middle third; committed: at least two thirds of the way to a side. `parallel`, `ar` and `rsd` never go down the middle
+there, `l1` and `rsd-fused` seldom: the two modes alone do not explain the table of successes. The light draft
+hesitates.
 
 """
 SMALLER = """\
@@ -89,7 +91,7 @@ SMALLER = """\
 
 32 M parameters, 10 layers of 448 and 93 positions, judged by one block as well, trained before the one that ships, on
 1,268 demonstrations. Its weights are not in the repository. The promise of its calibration and its share of skipped
-chunks are in the first table of risks.
+chunks are in the table of risks.
 
 """
 
@@ -149,10 +151,6 @@ def main(config: ShippedPageConfig) -> None:
     write_atomically(config.output, "\n".join(parts))
 
 
-def latency_record(path: Path) -> LatencyRecord:
-    return LatencyRecord(**json.loads(path.read_text()))
-
-
 def nested(section: str) -> str:
     """A section one heading level further down."""
     return section.replace("## ", "### ")
@@ -181,7 +179,7 @@ def asked_table(runs: dict[str, Run], timed: dict[str, Run], records: dict[str, 
     rows.append(["`rsd-fused` against `light-alone`", "> 0", points(runs, "light-alone", "rsd-fused")])
     means, worst = dict[str, float](), dict[str, float]()
     for decode in ("l1", "rsd-skip", "rsd-ahead"):
-        totals = [ms for episode in timed[f"timed-{decode}"].episodes for ms in episode.latency_ms["total"]]
+        totals = totals_of(timed[f"timed-{decode}"])
         means[decode], worst[decode] = float(np.mean(totals)), max(totals)
     ratio = f"{means['l1'] / means['rsd-skip']:.2f}"
     rows.append(["mean of `l1` over mean of `rsd-skip`, 2 CPU cores", ">= 2.5", ratio])
