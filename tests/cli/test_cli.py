@@ -70,11 +70,11 @@ def test_a_bad_command_line_is_one_line_and_status_2(
     assert printed.err.count("\n") == 1
 
 
-def test_an_error_at_work_is_one_line_and_status_1(
+def test_an_error_at_work_is_one_line_and_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RSD_DEBUG", raising=False)
-    assert dispatch(["compare", str(tmp_path)]) == 1
+    assert dispatch(["compare", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"rsd compare: error: {tmp_path}: not a results directory")
     assert error.count("\n") == 1

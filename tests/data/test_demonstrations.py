@@ -166,12 +166,12 @@ def with_nan(array: np.ndarray) -> np.ndarray:
         (delete("actions"), "none of actions"),
         (delete("obs/ee_states"), "obs/ee_states"),
         (delete("obs/agentview_rgb"), "only eye_in_hand_rgb"),
-        (replace("actions", lambda a: a[:-1]), r"found \[6, 7\]|found \[6, 8\]"),
+        (replace("actions", lambda a: a[:-1]), r"expert_actions \[5, 7\] of real numbers, found float64 \[6, 7\]"),
         (replace("expert_actions", lambda a: a[:, :6]), r"expert_actions \[6, 7\]"),
-        (replace("obs/ee_states", lambda a: a[:, :5]), r"state \[6, 8\]"),
+        (replace("obs/ee_states", lambda a: a[:, :5]), r"ee_states \[6, 6\]"),
         (replace("actions", with_nan), "NaN"),
         (replace("expert_actions", with_nan), "NaN"),
-        (replace("obs/agentview_rgb", lambda a: a[:-1]), "one size"),
+        (replace("obs/agentview_rgb", lambda a: a[:-1]), r"uint8 \[6, S, S, 3\]"),
     ],
 )
 def test_damaged_demonstrations_are_refused(tmp_path: Path, damage: Callable[[h5py.Group], None], message: str) -> None:

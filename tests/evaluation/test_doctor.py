@@ -119,4 +119,4 @@ def test_a_run_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_what_is_neither_is_refused(tmp_path: Path) -> None:
-    assert dispatch(["inspect", str(tmp_path)]) == 1
+    assert dispatch(["inspect", str(tmp_path)]) == 2

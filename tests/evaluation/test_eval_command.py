@@ -89,5 +89,5 @@ def test_ctrl_c_keeps_what_is_finished(
     assert "1 of 2 episodes are done, 1 to go" in capsys.readouterr().err
     assert dispatch(["eval", "--resume", str(output), "--num-trials", "9"]) == 2
     assert "leave --num-trials out" in capsys.readouterr().err
-    assert dispatch(["eval", "--resume", str(output.parent)]) == 1
+    assert dispatch(["eval", "--resume", str(output.parent)]) == 2
     assert "not a results directory" in capsys.readouterr().err

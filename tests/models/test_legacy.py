@@ -133,10 +133,10 @@ def test_the_command_writes_a_checkpoint_that_decodes_the_same(
     chunks, output = tmp_path / "chunks.npy", tmp_path / "imported"
     np.save(chunks, FIXTURES["actions"])
     command = ["import-legacy", "--autoencoder", str(files["autoencoder"]), "--head", str(files["conditioned"])]
-    assert dispatch([*command, "--output", str(output)]) == 1
+    assert dispatch([*command, "--output", str(output)]) == 2
     assert "Give --calibration" in capsys.readouterr().err
     command += ["--calibration", str(chunks), "--output", str(output)]
-    assert dispatch(command) == 1
+    assert dispatch(command) == 2
     assert "a draft file is needed" in capsys.readouterr().err
     assert dispatch([*command, "--draft", str(files["draft"])]) == 0
     assert "mse_static_scales" in capsys.readouterr().out

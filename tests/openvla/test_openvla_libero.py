@@ -82,9 +82,9 @@ def test_what_an_openvla_directory_cannot_do_is_refused(tmp_path: Path, capsys: 
     assert "a published OpenVLA checkpoint gets one by rsd train policy --backbone openvla" in capsys.readouterr().err
     assert dispatch([*command, *output, "--decode", "rsd-fused"]) == 2
     assert "--decode 'rsd-fused': expected one of ar, l1, discrete" in capsys.readouterr().err
-    assert dispatch([*command, *output, "--task-suite", "libero_goal"]) == 1  # `ar`, as its files say
+    assert dispatch([*command, *output, "--task-suite", "libero_goal"]) == 2  # `ar`, as its files say
     printed = capsys.readouterr().err
     assert "decodes by ar: what this OpenVLA checkpoint was trained for" in printed
     assert "no statistics of 'libero_goal'" in printed
-    assert dispatch([*command, *output, "--decode", "l1"]) == 1
+    assert dispatch([*command, *output, "--decode", "l1"]) == 2
     assert "has no action_head--*_checkpoint.pt; it decodes with ar" in capsys.readouterr().err

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
 
 from rsd.cli.parsing import UsageError, parse
-from rsd.evaluation.config import OptionError
 from rsd.types import RsdError
 
 
@@ -130,37 +131,87 @@ EXAMPLES = """\
   rsd report results/spatial/ar results/spatial/rsd-ahead"""
 
 
+# What helps where the operating system refuses; it names the file or address itself.
+REMEDIES = {
+    errno.ENOSPC: "make room and run the same command again",
+    errno.EACCES: "choose another path, or ask for the permission",
+    errno.EROFS: "choose another folder",
+    errno.EEXIST: "expected a folder there, or nothing; choose another path",
+    errno.ENOTDIR: "expected a folder there; choose another path",
+    errno.EISDIR: "expected a file there, not a folder",
+    errno.ENOENT: "check the path",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `rsd`. Exit status: 1 for an error at work, 2 for a bad command line, 130 for Ctrl-C."""
+    """Entry point of `rsd`. Exit status: 1 where the work was done and some of it failed (an episode, a check of
+    `rsd doctor`), 2 for a command that could not be done, 130 for Ctrl-C."""
     sys.exit(dispatch(list(sys.argv[1:] if argv is None else argv)))
 
 
 def dispatch(arguments: list[str]) -> int:
     """Find the command, run it, turn an error into one line on stderr (RSD_DEBUG=1 shows the traceback)."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print_help()
-        return 0
-    if arguments[0] == "--version":
-        import rsd
-
-        print(f"rsd {rsd.__version__}")
-        return 0
     prog = "rsd"
     try:
-        name, rest = find_command(arguments)
-        if name is None:
-            print_help(group=arguments[0])
-            return 0
-        prog = f"rsd {name}"
-        return COMMANDS[name].run(rest, prog)
-    except (RsdError, UsageError) as error:
+        with all_printed():
+            if not arguments or arguments[0] in ("-h", "--help"):
+                print_help()
+                return 0
+            if arguments[0] == "--version":
+                import rsd
+
+                print(f"rsd {rsd.__version__}")
+                return 0
+            name, rest = find_command(arguments)
+            if name is None:
+                print_help(group=arguments[0])
+                return 0
+            prog = f"rsd {name}"
+            return COMMANDS[name].run(rest, prog)
+    except (RsdError, UsageError, OSError, ValueError) as error:
         if os.environ.get("RSD_DEBUG") == "1":
             raise
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError | OptionError) else 1
+        say(f"{prog}: error: {reason(error)}")
+        return 2
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        say(f"{prog}: interrupted")
         return 130
+
+
+@contextlib.contextmanager
+def all_printed() -> Iterator[None]:
+    """Leaves with nothing in stdout's buffer: a full disk or a closed pipe is found out while it can be reported."""
+    try:
+        yield
+    finally:
+        try:
+            if sys.stdout is not None:  # as where the shell closed it
+                sys.stdout.flush()
+        except OSError:
+            # else the interpreter tries once more as it ends (Python's documentation, "Note on SIGPIPE")
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
+
+
+def reason(error: Exception) -> str:
+    """What an error says; of one that is not the package's own, which names nothing to do, what helps."""
+    if isinstance(error, BrokenPipeError):
+        return "whoever read the output has closed it (broken pipe)"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        remedy = REMEDIES.get(error.errno or 0)
+        return f"{where}{error.strerror}{f'; {remedy}' if remedy else ''}"
+    if isinstance(error, RsdError | UsageError):
+        return str(error)
+    return f"{type(error).__name__}: {error}; RSD_DEBUG=1 shows where"
+
+
+def say(text: str) -> None:
+    """One line on stderr without control characters, which files and servers could send to a terminal."""
+    line = "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+    with contextlib.suppress(OSError):  # stderr itself may be closed or full
+        print(line, file=sys.stderr)
 
 
 def find_command(arguments: list[str]) -> tuple[str | None, list[str]]:

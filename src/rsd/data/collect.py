@@ -25,13 +25,16 @@ from rsd.data.schema import (
     FILE_SUFFIX,
     Episode,
     atomic_file,
+    data_group,
     demo_names,
     merge,
     open_file,
     read_provenance,
+    reading,
     write_episode,
 )
 from rsd.data.workers import exclusive, part_files, progress_bar, worker_environment, worker_pool
+from rsd.json_files import read_object
 from rsd.sim import expert
 from rsd.sim.goals import solvable_tasks, swapped_goals, task_goals
 from rsd.sim.grasps import GraspMode
@@ -272,7 +275,7 @@ def _finished(out: Path, name: str) -> set[int]:
     path = out / f"{name}{FILE_SUFFIX}"
     if path.exists():
         with open_file(path) as file:
-            found.update(int(key[5:]) for key in demo_names(file["data"]))
+            found.update(int(key[5:]) for key in demo_names(data_group(file, path)))
     return found
 
 
@@ -282,7 +285,7 @@ def _merge(config: CollectConfig, task_id: int) -> int:
     path = config.out / f"{name}{FILE_SUFFIX}"
     if not parts and path.exists():
         with open_file(path) as file:
-            return len(demo_names(file["data"]))
+            return len(demo_names(data_group(file, path)))
     provenance = {
         "versions": simulator_versions(),
         "settings": settings(config),
@@ -327,13 +330,14 @@ def _check_settings(config: CollectConfig, names: list[str]) -> None:
     stored = config.out / PARTS / "settings.json"
     found: list[tuple[Path, dict[str, Any]]] = []
     if stored.exists():
-        found.append((stored, json.loads(stored.read_text(encoding="utf-8"))))
+        found.append((stored, read_object(stored, "a folder of parts")))
     for name in names:
         path = config.out / f"{name}{FILE_SUFFIX}"
         if path.exists():
             with open_file(path) as file:
-                provenance = read_provenance(file["data"], path)
-            found.append((path, {} if provenance is None else provenance["settings"]))
+                provenance = read_provenance(data_group(file, path), path)
+            with reading(f"demonstrations {path}, rsd_provenance"):
+                found.append((path, {} if provenance is None else dict(provenance["settings"])))
     for path, stored_settings in found:
         other = _that_matter(stored_settings)
         if other != wanted:

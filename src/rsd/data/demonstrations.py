@@ -12,8 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.conventions import rotate_180
-from rsd.data.schema import FILE_SUFFIX, IMAGE_KEYS, demo_names, open_file, read_provenance
+from rsd.data.schema import (
+    FILE_SUFFIX,
+    IMAGE_KEYS,
+    data_group,
+    demo_names,
+    member,
+    numbers,
+    open_file,
+    read_provenance,
+    reading,
+    text_attribute,
+    whole_attribute,
+)
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
+
+FINGERS = 2  # joint positions of the gripper, at the end of a state
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ def folder_provenance(path: str | Path) -> dict[str, Any]:
     """What a folder's first file says of its making: settings, versions, and `recorded_by`."""
     first = demonstration_files(path)[0]
     with open_file(first) as file:
-        found = read_provenance(file["data"], first) if "data" in file else None
+        found = read_provenance(data_group(file, first), first)
     if found is None:
         return {"recorded_by": "another tool (LIBERO's own files, for example)"}
     return {"recorded_by": "the scripted expert of this package, on random placements", **found}
@@ -75,80 +89,81 @@ def load_demonstrations(
     images=False skips the pixels, which are nearly all of the bytes. Reads the files of this package and LIBERO's own
     (no expert_actions: labels are the actions; their observations are those AFTER the action, as LIBERO stored them).
     Raises RsdError for a truncated file, another format version, missing datasets, lengths that differ, NaN or
-    infinity.
+    infinity, and images that are not square or of another size than those before.
     """
+    size: tuple[int, Path] | None = None
     for file_path in demonstration_files(path):
         with open_file(file_path) as file:
-            if "data" not in file:
-                raise RsdError(f"demonstrations {file_path}: expected the group data, found {sorted(file)}")
-            data = file["data"]
+            data = data_group(file, file_path)
             read_provenance(data, file_path)
             names = demo_names(data)
             if not names:
                 raise RsdError(f"demonstrations {file_path}: expected demo_0, ..., found no demonstration")
             for name in names[:max_per_task]:
-                yield _read(data, name, file_path, images)
+                demonstration = _read(data, name, file_path, images)
+                if demonstration.images is not None:
+                    side = demonstration.images.shape[2]
+                    size = size or (side, file_path)
+                    if side != size[0]:
+                        expected = f"images of {size[0]} px as in {size[1]} before, found {side} px"
+                        raise RsdError(f"demonstration {name} of {file_path}: expected {expected}; render all alike")
+                yield demonstration
 
 
 def _read(data: h5py.Group, name: str, path: Path, images: bool) -> Demonstration:
-    group = data[name]
     where = f"demonstration {name} of {path}"
+    group = member(data, name, f"demonstrations {path}")
     needed = ("actions", "obs/ee_states", "obs/gripper_states")
-    missing = [key for key in needed if key not in group]
+    with reading(where):
+        missing = [key for key in needed if key not in group]
+        labelled, obs = "expert_actions" in group, group.get("obs")
     if missing:
         raise RsdError(f"{where}: expected the datasets {', '.join(needed)}, found none of {', '.join(missing)}")
-    actions = np.asarray(group["actions"], dtype=np.float32)
-    labels = np.asarray(group["expert_actions"], dtype=np.float32) if "expert_actions" in group else actions
-    state = np.hstack([group["obs/ee_states"][()], group["obs/gripper_states"][()]]).astype(np.float32)
-    pixels = _pixels(group["obs"], where) if images else None
-    expected = {"actions": (actions, ACTION_DIM), "expert_actions": (labels, ACTION_DIM), "state": (state, STATE_DIM)}
-    for key, (array, width) in expected.items():
-        if array.shape != (len(actions), width) or len(actions) == 0:
-            raise RsdError(f"{where}: expected {key} [{len(actions)}, {width}], found {list(array.shape)}")
-        if not np.isfinite(array).all():
-            raise RsdError(f"{where}: expected finite numbers in {key}, found NaN or infinity")
-    every = int(group.attrs.get("image_every", 1))
-    frames = -(-len(actions) // every)
-    if pixels is not None and len(pixels) != frames:
-        raise RsdError(f"{where}: expected {frames} images, found {len(pixels)}")
+    actions = numbers(group, "actions", None, ACTION_DIM, where)
+    steps = len(actions)
+    labels = numbers(group, "expert_actions", steps, ACTION_DIM, where) if labelled else actions
+    arm = numbers(group, "obs/ee_states", steps, STATE_DIM - FINGERS, where)
+    gripper = numbers(group, "obs/gripper_states", steps, FINGERS, where)
+    every = whole_attribute(group, "image_every", where, 1, least=1)
+    pixels = _pixels(obs, -(-steps // every), where) if images else None
     task = path.name.removesuffix(FILE_SUFFIX)
-    success = group.attrs.get("success_step", len(actions) - 1)
     return Demonstration(
         task=task,
         episode=name,
-        instruction=_instruction(data, group, task),
+        instruction=_instruction(group, task, where),
         images=pixels,
-        state=state,
+        state=np.hstack([arm, gripper]),
         actions=actions,
         labels=labels,
-        success_step=int(success),
-        target_object=str(group.attrs.get("target_object", "")),
-        placement_seed=int(group.attrs.get("placement_seed", -1)),
+        success_step=whole_attribute(group, "success_step", where, steps - 1, least=0),
+        target_object=text_attribute(group, "target_object", where),
+        placement_seed=whole_attribute(group, "placement_seed", where, -1, least=-1),
         source=path,
         image_every=every,
     )
 
 
-def _pixels(obs: h5py.Group, where: str) -> NDArray[np.uint8] | None:
-    present = [key for key in IMAGE_KEYS if key in obs]
-    if not present:
-        return None
-    if len(present) != len(IMAGE_KEYS):
-        raise RsdError(f"{where}: expected the images {', '.join(IMAGE_KEYS)}, found only {present[0]}")
-    views = [obs[key][()] for key in IMAGE_KEYS]
-    first = views[0].shape
-    if any(v.shape != first or v.ndim != 4 or v.shape[3] != 3 or v.dtype != np.uint8 for v in views):
-        raise RsdError(
-            f"{where}: expected images uint8 [T, S, S, 3] of one size, found "
-            + ", ".join(f"{v.dtype} {list(v.shape)}" for v in views)
-        )
-    return rotate_180(np.stack(views, axis=1))
+def _pixels(obs: h5py.Group, frames: int, where: str) -> NDArray[np.uint8] | None:
+    """uint8 [frames, 2, S, S, 3], upright; None in a file without images."""
+    with reading(f"{where}, images"):
+        present = [key for key in IMAGE_KEYS if key in obs]
+        if not present:
+            return None
+        if len(present) != len(IMAGE_KEYS):
+            raise RsdError(f"{where}: expected the images {', '.join(IMAGE_KEYS)}, found only {present[0]}")
+        views = [obs[key] for key in IMAGE_KEYS]
+        shapes = [getattr(view, "shape", None) or () for view in views]
+        side = shapes[0][1] if len(shapes[0]) == 4 else 0
+        if any(shape != (frames, side, side, 3) for shape in shapes) or not side or any(v.dtype != "u1" for v in views):
+            kinds = [getattr(view, "dtype", "a group") for view in views]
+            found = " and ".join(f"{kind} {list(shape)}" for kind, shape in zip(kinds, shapes, strict=True))
+            raise RsdError(f"{where}: expected images uint8 [{frames}, S, S, 3], square and of one size, found {found}")
+        return rotate_180(np.stack([view[()] for view in views], axis=1))
 
 
-def _instruction(data: h5py.Group, group: h5py.Group, task: str) -> str:
-    own: Any = group.attrs.get("language_instruction")
-    if own:
-        return str(own)
+def _instruction(group: h5py.Group, task: str, where: str) -> str:
+    if own := text_attribute(group, "language_instruction", where):
+        return own
     # LIBERO's evaluation takes the sentence from the file name; its problem_info words it differently
     words = task.split("SCENE")[-1].lstrip("0123456789_") if task[:1].isupper() else task
     return words.replace("_", " ")

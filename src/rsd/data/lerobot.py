@@ -11,13 +11,13 @@ An action is kept as the data set stores it. Data sets of LIBERO differ in the g
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.json_files import read_object
 from rsd.types import RsdError
 
 if TYPE_CHECKING:
@@ -42,12 +42,13 @@ def read_actions(folder: Path) -> list[NDArray[np.float32]]:
     key, width = action_feature(folder, info)
     tables = [read_columns(path, [key, EPISODE, FRAME]) for path in data_files(folder)]
     actions = np.concatenate([matrix(table[key], width, folder, key) for table in tables])
-    episode, frame = (np.concatenate([table[name].to_numpy() for table in tables]) for name in (EPISODE, FRAME))
-    expected = int(info.get("total_frames", len(actions)))
-    if len(actions) != expected:
+    columns = [[real(table[name].combine_chunks(), folder, name) for table in tables] for name in (EPISODE, FRAME)]
+    episode, frame = map(np.concatenate, columns)
+    expected = info.get("total_frames", len(actions))
+    if type(expected) is not int or len(actions) != expected or not expected:
         raise RsdError(
-            f"LeRobot data set {folder}: expected {expected} frames as {INFO} says, found {len(actions)} in its files; "
-            "the download is incomplete, fetch the data folder again"
+            f"LeRobot data set {folder}: expected {expected!r:.40} frames as {INFO} says, found {len(actions)} in its "
+            "files; the download is incomplete, fetch the data folder again"
         )
     if not np.isfinite(actions).all():
         raise RsdError(f"LeRobot data set {folder}: expected finite numbers in {key}, found NaN or infinity")
@@ -66,30 +67,28 @@ def read_actions(folder: Path) -> list[NDArray[np.float32]]:
 def read_info(folder: Path) -> dict[str, Any]:
     """`meta/info.json` of a format that can be read."""
     path = folder / INFO
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RsdError(f"{path}: expected the description of a LeRobot data set, found {error}") from None
-    found = info.get("codebase_version") if isinstance(info, dict) else None
+    info = read_object(path, "a LeRobot data set")
+    found = info.get("codebase_version")
     if found not in FORMATS:
         raise RsdError(
-            f"{path}: expected a LeRobot data set of format {', '.join(FORMATS)}, found {found!r}; convert it with "
+            f"{path}: expected a LeRobot data set of format {', '.join(FORMATS)}, found {found!r:.80}; convert it with "
             "LeRobot's own scripts"
         )
-    return dict(info)
+    return info
 
 
 def action_feature(folder: Path, info: dict[str, Any]) -> tuple[str, int]:
     """The name of the action's feature and how many numbers an action has."""
-    features = info.get("features", {})
-    key = next((name for name in ACTION_KEYS if name in features), None)
+    features = info.get("features")
+    features = features if isinstance(features, dict) else {}
+    key = next((name for name in ACTION_KEYS if isinstance(features.get(name), dict)), None)
     if key is None:
         found = ", ".join(sorted(features)) or "none"
-        raise RsdError(f"LeRobot data set {folder}: expected the feature {ACTION_KEYS[0]}, found {found}")
+        raise RsdError(f"LeRobot data set {folder}: expected the feature {ACTION_KEYS[0]}, found {found:.200}")
     shape = features[key].get("shape")
-    if not isinstance(shape, list) or len(shape) != 1 or shape[0] < 1:
-        raise RsdError(f"LeRobot data set {folder}: expected {key} to be a vector, found the shape {shape}")
-    return key, int(shape[0])
+    if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
+        raise RsdError(f"LeRobot data set {folder}: expected {key} to be a vector, found the shape {shape!r:.80}")
+    return key, shape[0]
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -121,11 +120,21 @@ def matrix(column: pyarrow.ChunkedArray, width: int, folder: Path, key: str) -> 
     """A column of lists (or of numbers, which is how LeRobot writes a vector of one) -> [rows, width]."""
     parts = []
     for part in column.chunks:
-        values = part.flatten() if hasattr(part, "flatten") else part
-        if len(values) != len(part) * width or part.null_count or values.null_count:
-            raise RsdError(
-                f"LeRobot data set {folder}: expected {width} numbers in every {key}, found {len(values)} in "
-                f"{len(part)} frames"
-            )
-        parts.append(values.to_numpy(zero_copy_only=False).reshape(len(part), width).astype(np.float32))
+        values, lengths = part, np.ones(len(part))
+        if hasattr(part, "flatten"):
+            values, lengths = part.flatten(), part.value_lengths().to_numpy(zero_copy_only=False)
+        # row by row: a short one and a long one have the right sum
+        if part.null_count or values.null_count or (lengths != width).any():
+            found = "nothing" if part.null_count or values.null_count else f"{lengths[lengths != width][0]:g}"
+            raise RsdError(f"LeRobot data set {folder}: expected {width} numbers in every {key}, found {found} in one")
+        parts.append(real(values, folder, key).astype(np.float32).reshape(len(part), width))
     return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
+
+
+def real(values: pyarrow.Array, folder: Path, key: str) -> NDArray[Any]:
+    """A column of integers or floats, without a gap."""
+    array: NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    if array.dtype.kind not in "iuf" or values.null_count:
+        found = f"{values.null_count} of {len(values)} empty" if values.null_count else str(values.type)
+        raise RsdError(f"LeRobot data set {folder}: expected real numbers in {key}, found {found}")
+    return array

@@ -21,10 +21,14 @@ from rsd.data.schema import (
     FILE_SUFFIX,
     IMAGE_KEYS,
     atomic_file,
+    data_group,
     demo_names,
+    member,
     merge,
     open_file,
     read_provenance,
+    reading,
+    whole_attribute,
     write_images,
 )
 from rsd.data.workers import exclusive, part_files, progress_bar, worker_environment, worker_pool
@@ -87,7 +91,7 @@ def render(config: RenderConfig) -> dict[str, int]:
         for path in demonstration_files(config.source):
             suite, task_id = _task_of(path)
             with open_file(path) as file:
-                wanted[path] = demo_names(file["data"])[: config.max_per_task]
+                wanted[path] = demo_names(data_group(file, path))[: config.max_per_task]
             made = (config.image_size, config.every)
             parts = [part for part in part_files(_folder(out, path)) if _images_of(part) == made]
             have = _rendered(out / path.name, config) | {part.stem for part in parts}
@@ -108,13 +112,14 @@ def _folder(out: Path, path: Path) -> Path:
 
 def _task_of(path: Path) -> tuple[str, int]:
     with open_file(path) as file:
-        provenance = read_provenance(file["data"], path)
+        provenance = read_provenance(data_group(file, path), path)
     if provenance is None:
         raise RsdError(
             f"render: expected demonstrations written by `rsd demos collect`, found {path} without rsd_provenance; "
             "LIBERO's own files do not hold the fixtures' poses and have images already"
         )
-    suite = str(provenance["settings"]["suite"])
+    with reading(f"demonstrations {path}, rsd_provenance"):
+        suite = str(provenance["settings"]["suite"])
     name = path.name.removesuffix(FILE_SUFFIX)
     for task in suite_tasks(suite):
         if task.name == name:
@@ -128,11 +133,12 @@ def _rendered(path: Path, config: RenderConfig) -> set[str]:
         return set()
     found = set()
     with open_file(path) as file:
-        for name in demo_names(file["data"]):
-            group = file["data"][name]
-            if IMAGE_KEYS[0] not in group["obs"]:
+        data, where = data_group(file, path), f"demonstrations {path}"
+        for name in demo_names(data):
+            group = member(data, name, where)
+            if IMAGE_KEYS[0] not in member(group, "obs", where):
                 continue
-            size, every = _size_and_spacing(group)
+            size, every = _size_and_spacing(group, where)
             if (size, every) != (config.image_size, config.every):
                 raise RsdError(
                     f"render: {path} holds images of {size} px of every {every}. step, asked for were "
@@ -144,11 +150,14 @@ def _rendered(path: Path, config: RenderConfig) -> set[str]:
 
 def _images_of(part: Path) -> tuple[int, int]:
     with open_file(part) as file:
-        return _size_and_spacing(file[part.stem])
+        where = f"part {part}"
+        return _size_and_spacing(member(file, part.stem, where), where)
 
 
-def _size_and_spacing(group: h5py.Group) -> tuple[int, int]:
-    return int(group["obs"][IMAGE_KEYS[0]].shape[1]), int(group.attrs.get("image_every", 1))
+def _size_and_spacing(group: h5py.Group, where: str) -> tuple[int, int]:
+    with reading(f"{where}, {group.name}, images"):
+        size = int(group["obs"][IMAGE_KEYS[0]].shape[1])
+    return size, whole_attribute(group, "image_every", where, 1, least=1)
 
 
 def _render_batch(config: RenderConfig, out: Path, path: Path, suite: str, task_id: int, names: list[str]) -> int:
@@ -157,9 +166,10 @@ def _render_batch(config: RenderConfig, out: Path, path: Path, suite: str, task_
     folder.mkdir(parents=True, exist_ok=True)
     with open_file(path) as file:
         for name in names:
-            demo = file["data"][name]
-            states = demo["states"][:: config.every]
-            frames = render_frames(env, states, demo["body_pos"][()], demo["body_quat"][()])
+            demo = member(data_group(file, path), name, f"demonstrations {path}")
+            with reading(f"demonstration {name} of {path}"):
+                states, *fixtures = demo["states"][:: config.every], demo["body_pos"][()], demo["body_quat"][()]
+            frames = render_frames(env, states, *fixtures)
             with atomic_file(folder / f"{name}.hdf5") as part:
                 file.copy(demo, part, name=name)
                 for key in IMAGE_KEYS:
@@ -175,7 +185,7 @@ def _merge(config: RenderConfig, out: Path, path: Path) -> int:
     target = out / path.name
     if parts:
         with open_file(path) as file:
-            attributes, provenance = _attributes(file["data"], path, config)
+            attributes, provenance = _attributes(data_group(file, path), path, config)
         merge(target, parts, attributes, provenance)
         for part in parts:
             part.unlink()
@@ -184,8 +194,9 @@ def _merge(config: RenderConfig, out: Path, path: Path) -> int:
 
 def _attributes(data: h5py.Group, path: Path, config: RenderConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     attributes = {key: value for key, value in data.attrs.items() if key != "rsd_provenance"}
-    env_args = json.loads(attributes["env_args"])
-    env_args["env_kwargs"].update(camera_heights=config.image_size, camera_widths=config.image_size)
+    with reading(f"demonstrations {path}, env_args"):
+        env_args = json.loads(attributes["env_args"])
+        env_args["env_kwargs"].update(camera_heights=config.image_size, camera_widths=config.image_size)
     attributes["env_args"] = json.dumps(env_args)
     provenance = dict(read_provenance(data, path) or {})
     provenance["rendering"] = {

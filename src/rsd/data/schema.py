@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,11 +24,16 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.json_files import parse_object
 from rsd.types import RsdError
 
 FORMAT_VERSION = 1
 FILE_SUFFIX = "_demo.hdf5"
 IMAGE_KEYS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of rsd.types.CAMERAS
+
+
+class DamagedFile(RsdError):
+    """A file that is certainly no whole HDF5 file, which one in use or without permission may well be."""
 
 
 @dataclass(frozen=True)
@@ -104,18 +110,89 @@ def atomic_file(path: Path) -> Iterator[h5py.File]:
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[h5py.File]:
-    """Opens an HDF5 file for reading. Raises RsdError if it is missing or damaged."""
+    """Opens an HDF5 file for reading. Raises RsdError if it is missing, in use, not readable or damaged."""
+    where = f"demonstrations {path}"
+    if path.is_dir():
+        raise RsdError(f"{where}: expected a file, found a folder")
     if not path.is_file():
         raise RsdError(f"demonstrations: expected the file {path}, found none; collect it with `rsd demos collect`")
     try:
         file = h5py.File(path, "r")
+    except BlockingIOError:
+        raise RsdError(f"{where}: another program is writing to it; wait for it, nothing is wrong with it") from None
+    except PermissionError:
+        raise RsdError(f"{where}: not permitted to read it; ask its owner, nothing is known to be wrong") from None
     except OSError as error:
-        raise RsdError(
-            f"demonstrations {path}: expected a complete HDF5 file, found a truncated or damaged one ({error}). "
-            "Delete it and run the collection again; finished demonstrations in the parts folder are kept."
-        ) from error
+        with path.open("rb") as raw:
+            begin = raw.read(8)
+        found = "an empty one" if not begin else "a pointer of Git LFS; run `git lfs pull`"
+        if begin and begin != b"version ":
+            found = f"a truncated or damaged one, or one of another kind ({error})"
+        raise DamagedFile(f"{where}: expected a complete HDF5 file, found {found}; get or collect it again") from error
     with file:
         yield file
+
+
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+    """What h5py raises inside for damaged bytes, dangling links and odd types becomes an RsdError of one line."""
+    try:
+        yield
+    # KeyError for a link that leads nowhere; of overwritten bytes h5py makes every one of these
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError, UnicodeError) as error:
+        found = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        raise RsdError(f"{where}: not readable ({found:.200}): damaged or incomplete, copy the file again") from error
+
+
+def member(group: h5py.Group, name: str, where: str) -> h5py.Group:
+    """A group in a group."""
+    with reading(f"{where}, group {name}"):
+        found = group.get(name)
+        if isinstance(found, h5py.Group):
+            return found
+    kind = "none" if found is None else f"a {type(found).__name__.lower()}"
+    raise RsdError(f"{where}: expected the group {name}, found {kind}; is it a file of demonstrations?")
+
+
+def numbers(group: h5py.Group, name: str, steps: int | None, width: int, where: str) -> NDArray[np.float32]:
+    """The dataset [steps, width] of real numbers; steps None: of any number but zero."""
+    with reading(f"{where}, {name}"):
+        dataset = group[name]
+        shape, kind = getattr(dataset, "shape", None), getattr(getattr(dataset, "dtype", None), "kind", "")
+        fits = shape is not None and len(shape) == 2 and shape[0] and shape == (steps or shape[0], width)
+        if not fits or kind not in "iuf":
+            found = "a group" if shape is None and not kind else f"{dataset.dtype} {list(shape or ())}"
+            raise RsdError(f"{where}: expected {name} [{steps or 'T'}, {width}] of real numbers, found {found}")
+        with np.errstate(over="ignore"):  # found out below
+            array: NDArray[np.float32] = dataset[()].astype(np.float32)
+    if not np.isfinite(array).all():
+        raise RsdError(f"{where}: expected finite numbers in {name}, found NaN or infinity")
+    return array
+
+
+def text_attribute(node: h5py.Group, name: str, where: str, default: str = "") -> str:
+    """An attribute of text, which other writers of HDF5 store as bytes."""
+    with reading(f"{where}, attribute {name}"):
+        value = node.attrs.get(name, default)
+        if isinstance(value, bytes):
+            value = value.decode("utf-8")
+    if not isinstance(value, str):
+        raise RsdError(f"{where}: expected the attribute {name} to be text, found {value!r:.80}")
+    return value
+
+
+def whole_attribute(node: h5py.Group, name: str, where: str, default: int, least: int) -> int:
+    """An attribute that is an integer of at least `least`."""
+    with reading(f"{where}, attribute {name}"):
+        value = node.attrs.get(name, default)
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise RsdError(f"{where}: expected the attribute {name} to be an integer >= {least}, found {value!r:.80}")
+    return int(value)
+
+
+def data_group(file: h5py.File, path: Path) -> h5py.Group:
+    """The group that holds the demonstrations of a file."""
+    return member(file, "data", f"demonstrations {path}")
 
 
 def read_provenance(data: h5py.Group, path: Path) -> dict[str, Any] | None:
@@ -123,22 +200,29 @@ def read_provenance(data: h5py.Group, path: Path) -> dict[str, Any] | None:
 
     Raises RsdError for a version of the format that this version does not read.
     """
-    text = data.attrs.get("rsd_provenance")
-    if text is None:
+    where = f"demonstrations {path}"
+    text = text_attribute(data, "rsd_provenance", where)
+    if not text:
         return None
-    provenance = dict(json.loads(text))
-    if provenance.get("format_version") != FORMAT_VERSION:
+    provenance = parse_object(text, f"{where}, rsd_provenance")
+    version, versions = provenance.get("format_version"), provenance.get("versions", {})
+    if type(version) is not int or version != FORMAT_VERSION:
+        writer = versions.get("rsd", "unknown") if isinstance(versions, dict) else "unknown"
         raise RsdError(
-            f"demonstrations {path}: expected format version {FORMAT_VERSION}, found "
-            f"{provenance.get('format_version')!r}; read them with the version of rsd-vla that wrote them "
-            f"({provenance.get('versions', {}).get('rsd', 'unknown')}), or collect them again"
+            f"{where}: expected format version {FORMAT_VERSION}, found {version!r:.40}; read them with the version of "
+            f"rsd-vla that wrote them ({writer!s:.40}), or collect them again"
         )
     return provenance
 
 
 def demo_names(data: h5py.Group) -> list[str]:
-    """`demo_<i>` groups in the order of i."""
-    return sorted((name for name in data if name.startswith("demo_")), key=lambda name: int(name[5:]))
+    """`demo_<i>` groups in the order of i; RsdError for a name that only resembles one."""
+    with reading(f"demonstrations {data.file.filename}"):
+        names = [name for name in data if name.startswith("demo")]
+    if odd := [name for name in names if not re.fullmatch(r"demo_(0|[1-9][0-9]{0,8})", name)]:
+        found = f"{odd[0]!r:.80}; rename or remove it, it would be left out"
+        raise RsdError(f"demonstrations {data.file.filename}: expected groups demo_0, demo_1, ..., found {found}")
+    return sorted(names, key=lambda name: int(name[5:]))
 
 
 def merge(path: Path, parts: list[Path], attributes: Mapping[str, Any], provenance: Mapping[str, Any]) -> int:
@@ -155,9 +239,10 @@ def merge(path: Path, parts: list[Path], attributes: Mapping[str, Any], provenan
         data = out.create_group("data")
         if path.exists():
             with open_file(path) as old:
-                for name in demo_names(old["data"]):
+                present = data_group(old, path)
+                for name in demo_names(present):
                     if name not in fresh:
-                        old.copy(old["data"][name], data, name=name)
+                        old.copy(present[name], data, name=name)
         for name, part in fresh.items():
             with open_file(part) as file:
                 file.copy(file[name], data, name=name)

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rsd.data.schema import open_file
+from rsd.data.schema import DamagedFile, open_file
 from rsd.sim.libero import LiberoEnv
 from rsd.types import RsdError
 
@@ -72,7 +72,7 @@ def part_files(folder: Path) -> list[Path]:
         try:
             with open_file(part):
                 found.append(part)
-        except RsdError:
+        except DamagedFile:
             part.unlink()
     return found
 

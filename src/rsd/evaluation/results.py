@@ -17,6 +17,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from rsd.json_files import parse_object
 from rsd.types import RsdError
 
 FORMAT = 1
@@ -99,6 +100,15 @@ class EpisodeResult:
                 for drafted, accepted in zip(self.num_draft_tokens, self.num_accepted_tokens, strict=False)
             ),
             "accepted levels that are not one number a drafted chunk": len(self.accepted_levels) != self.num_drafts,
+            "more accepted levels than there are": any(
+                levels > len(self.num_draft_tokens) for levels in self.accepted_levels
+            ),
+            "a negative count or time": min(
+                *(self.steps, self.chunks, self.num_drafts, self.prefills, self.main_passes, self.wall_s),
+                *(*self.num_draft_tokens, *self.num_accepted_tokens, *self.accepted_levels),
+                *(value for values in self.latency_ms.values() for value in values),
+            )
+            < 0,
         }
         found = [name for name, holds in contradictions.items() if holds]
         if found:
@@ -127,27 +137,18 @@ def _matches(value: Any, expected: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_matches(item, arguments[1]) for item in value.values())
     if expected is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return _matches(value, int) or (isinstance(value, float) and math.isfinite(value))
     if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
     return isinstance(value, expected)
 
 
 def decode_record(kind: type[Record], text: str, where: str) -> Record:
     """Parse one JSON object written by `encode_record`; raises RsdError naming `where` for anything else."""
-
-    def refuse_constant(name: str) -> None:
-        raise RsdError(f"{where}: holds {name}; every number of a results file is finite")
-
-    try:
-        values = json.loads(text, parse_constant=refuse_constant)
-    except json.JSONDecodeError as error:
-        raise RsdError(f"{where}: not valid JSON ({error}); the file is cut off or was edited") from error
-    if not isinstance(values, dict):
-        raise RsdError(f"{where}: expected a JSON object, found {type(values).__name__}")
+    values = parse_object(text, where)
     version = values.pop("format", None)
-    if version != FORMAT:
-        raise RsdError(f"{where}: results format {version!r}, this program reads format {FORMAT}; run it again")
+    if type(version) is not int or version != FORMAT:  # true equals 1
+        raise RsdError(f"{where}: results format {version!r:.40}, this program reads format {FORMAT}; run it again")
     hints = get_type_hints(kind)
     known = fields(kind)  # type: ignore[arg-type]
     # a field that was added later has a default, so that results written before it stay readable
@@ -155,10 +156,10 @@ def decode_record(kind: type[Record], text: str, where: str) -> Record:
     missing = sorted(required - values.keys())
     surplus = sorted(values.keys() - {entry.name for entry in known})
     if missing or surplus:
-        raise RsdError(f"{where}: not a {kind.__name__}: missing {missing}, unknown {surplus}")
+        raise RsdError(f"{where}: not a {kind.__name__}: missing {missing}, unknown {surplus!s:.200}")
     for name, value in values.items():
         if not _matches(value, hints[name]):
-            raise RsdError(f"{where}: field {name}: expected {hints[name]}, found {value!r}")
+            raise RsdError(f"{where}: field {name}: expected {hints[name]}, found {value!r:.200}")
     return kind(**values)
 
 
@@ -178,7 +179,14 @@ def read_run_record(directory: Path) -> RunRecord:
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise RsdError(f"{directory}: not a results directory: it has no {CONFIG_FILE}; write one with `rsd eval`")
-    return decode_record(RunRecord, path.read_text(), str(path))
+    return decode_record(RunRecord, text_of(path.read_bytes(), str(path)), str(path))
+
+
+def text_of(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RsdError(f"{where}: not text in UTF-8 ({error}); the file was edited or damaged") from None
 
 
 def append_episode(path: Path, result: EpisodeResult) -> None:
@@ -197,13 +205,13 @@ def read_episodes(path: Path) -> dict[EpisodeKey, EpisodeResult]:
     """
     if not path.is_file():
         return {}
-    *lines, rest = path.read_text().split("\n")
+    *lines, rest = path.read_bytes().split(b"\n")
     if rest:
         warnings.warn(f"{path}: the last line is cut off; its episode will be run again", stacklevel=2)
     episodes: dict[EpisodeKey, EpisodeResult] = {}
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
-        result = decode_record(EpisodeResult, line, where)
+        result = decode_record(EpisodeResult, text_of(line, where), where)
         result.check(where)
         earlier = episodes.get(result.key)
         if earlier is not None and not earlier.is_error:

@@ -13,8 +13,11 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from rsd.tokenizer.bench.codecs import Motion
+from rsd.types import RsdError
 
 FIRST_CHARACTER = 0x100
+SURROGATES = range(0xD800, 0xE000)  # numbers in Unicode that are no characters
+CHARACTERS = 0x110000 - FIRST_CHARACTER - len(SURROGATES)
 BPE_CHUNKS = 40_000  # what the merges are learned from
 
 
@@ -27,7 +30,10 @@ class Fast:
         self.factor, self.shape = factor, train.shape[1:]
         numbers = self._round(train)
         self.lowest, self.highest = int(numbers.min()), int(numbers.max())
-        characters = [chr(FIRST_CHARACTER + i) for i in range(self.highest - self.lowest + 1)]
+        if self.highest - self.lowest >= CHARACTERS:
+            expected = f"coefficients within a range of {CHARACTERS}, found {self.lowest} to {self.highest}"
+            raise RsdError(f"FAST, scale {factor:g}: expected {expected}; leave `fast` out of --methods")
+        characters = self._text(np.arange(self.lowest, self.highest + 1)[:, None])
         self.bpe = Tokenizer(BPE())
         trainer = BpeTrainer(
             vocab_size=max(vocabulary, len(characters)),
@@ -44,7 +50,8 @@ class Fast:
         return np.round(dct(motion, axis=1, norm="ortho") * self.factor).astype(int).reshape(len(motion), -1)
 
     def _text(self, numbers: np.ndarray) -> list[str]:
-        codes = (numbers.clip(self.lowest, self.highest) - self.lowest + FIRST_CHARACTER).astype("<u4")
+        codes = numbers.clip(self.lowest, self.highest) - self.lowest + FIRST_CHARACTER
+        codes = np.where(codes < SURROGATES.start, codes, codes + len(SURROGATES)).astype("<u4")
         return [row.tobytes().decode("utf-32-le") for row in codes]
 
     def encode(self, motion: Motion) -> list[list[int]]:
@@ -56,7 +63,8 @@ class Fast:
     def decode_one(self, tokens: list[int]) -> Motion:
         """Raises ValueError for a sequence that does not spell a chunk."""
         text = "".join([self.pieces[token] for token in tokens])
-        numbers = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.float32)
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        numbers = np.where(codes < SURROGATES.start, codes, codes - len(SURROGATES)).astype(np.float32)
         if len(numbers) != self.shape[0] * self.shape[1]:
             raise ValueError(f"{len(numbers)} characters")
         coefficients = (numbers - FIRST_CHARACTER + self.lowest).reshape(self.shape) / self.factor
