@@ -39,6 +39,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import AUTO, BEST, ActionChunk, ChunkStats, Observation, RsdError
 
 TEXT_CACHE = 64  # instructions whose encoding is kept
+CACHED_CHARACTERS = 1000  # longer instructions are encoded every time: a client could send 64 of any length
 LOG = logging.getLogger(__name__)
 FOLLOW_UP = "follow-up"  # the stage of what is done while the chunk is executed
 JUDGED = (  # statistics of a chunk that its follow-up knows
@@ -201,11 +202,18 @@ class RsdPolicy:
         return pixels, state, text
 
     def _encode_text(self, instruction: str) -> tuple[Tensor, Tensor]:
-        if instruction not in self._texts:
+        """What `_read_text` makes of an instruction, kept for the next chunks."""
+        found = self._texts.get(instruction)
+        if found is None:
+            found = self._read_text(instruction)
             if len(self._texts) >= TEXT_CACHE:
                 self._texts.clear()
-            self._texts[instruction] = self.model.main.encode_text(word_ids([instruction]).to(self.device))
-        return self._texts[instruction]
+            if len(instruction) <= CACHED_CHARACTERS:
+                self._texts[instruction] = found
+        return found
+
+    def _read_text(self, instruction: str) -> tuple[Tensor, Tensor]:
+        return self.model.main.encode_text(word_ids([instruction]).to(self.device))
 
     def _to_actions(self, value: Tensor, gripper: Tensor) -> np.ndarray:
         actions = self.tokenizer.to_actions(value * self.tokenizer.first_step, gripper)

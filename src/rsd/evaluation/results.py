@@ -125,19 +125,19 @@ class RunRecord:
     policy: dict[str, Any]
 
 
-def _matches(value: Any, expected: Any) -> bool:
+def matches(value: Any, expected: Any) -> bool:
     """Whether a JSON value has the annotated type; an integer passes for a float, a bool for neither."""
     if expected is Any:
         return True
     origin, arguments = get_origin(expected), get_args(expected)
     if isinstance(expected, types.UnionType):
-        return any(_matches(value, argument) for argument in arguments)
+        return any(matches(value, argument) for argument in arguments)
     if origin is list:
-        return isinstance(value, list) and all(_matches(item, arguments[0]) for item in value)
+        return isinstance(value, list) and all(matches(item, arguments[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_matches(item, arguments[1]) for item in value.values())
+        return isinstance(value, dict) and all(matches(item, arguments[1]) for item in value.values())
     if expected is float:
-        return _matches(value, int) or (isinstance(value, float) and math.isfinite(value))
+        return matches(value, int) or (isinstance(value, float) and math.isfinite(value))
     if expected is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
     return isinstance(value, expected)
@@ -158,7 +158,7 @@ def decode_record(kind: type[Record], text: str, where: str) -> Record:
     if missing or surplus:
         raise RsdError(f"{where}: not a {kind.__name__}: missing {missing}, unknown {surplus!s:.200}")
     for name, value in values.items():
-        if not _matches(value, hints[name]):
+        if not matches(value, hints[name]):
             raise RsdError(f"{where}: field {name}: expected {hints[name]}, found {value!r:.200}")
     return kind(**values)
 

@@ -10,6 +10,7 @@ from rsd.types import RsdError
 
 TOKENIZER_FILE = "tokenizer.json"
 START_TOKEN = 1
+MAX_TOKENS = 512  # LIBERO's instructions have 30; every position costs time and memory of the whole model
 EMPTY_TOKEN, EMPTY_PIECE = 29871, "▁"
 """Llama's empty piece. In training the action followed it, so every prompt ends in it: without it the first action
 token is predicted from a place the model has never predicted one from."""
@@ -34,7 +35,10 @@ class Prompt:
             raise RsdError(f"{path}: expected Llama-2's vocabulary, {EMPTY_PIECE!r} as {EMPTY_TOKEN}, found {found}")
 
     def ids(self, instruction: str) -> list[int]:
-        """Begins with the start token and ends in token 29871."""
+        """Begins with the start token and ends in token 29871. RsdError for more than MAX_TOKENS."""
         text = f"In: What action should the robot take to {instruction.lower()}?\nOut:"
         ids = [START_TOKEN, *self._tokenizer.encode(text, add_special_tokens=False).ids]
+        if len(ids) > MAX_TOKENS:
+            found = f"{len(ids)} in {instruction[:150]!r}"
+            raise RsdError(f"instruction: expected at most {MAX_TOKENS} tokens, found {found}")
         return ids if ids[-1] == EMPTY_TOKEN else [*ids, EMPTY_TOKEN]

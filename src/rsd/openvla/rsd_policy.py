@@ -48,7 +48,7 @@ from rsd.openvla.prompt import TOKENIZER_FILE as PROMPT_FILE
 from rsd.openvla.prompt import Prompt
 from rsd.openvla.published import fingerprint, locate_openvla, locate_under
 from rsd.openvla.statistics import Bounds
-from rsd.policy import TEXT_CACHE, RsdPolicy
+from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import STATE_DIM, Observation, RsdError
@@ -210,14 +210,10 @@ class OpenVlaRsdPolicy(RsdPolicy):
         text = prompt.expand(count, -1), words.expand(count, -1)
         return pixels.unflatten(0, (count, -1)), state, text
 
-    def _encode_text(self, instruction: str) -> tuple[Tensor, Tensor]:
-        if instruction not in self._texts:
-            if len(self._texts) >= TEXT_CACHE:
-                self._texts.clear()
-            words = word_ids([instruction]).to(self.device)
-            prompt = torch.tensor([self.prompt.ids(instruction)], device=self.device)
-            self._texts[instruction] = prompt, words if self.model.light is None else self.model.light.encode(words)
-        return self._texts[instruction]
+    def _read_text(self, instruction: str) -> tuple[Tensor, Tensor]:
+        words = word_ids([instruction]).to(self.device)
+        prompt = torch.tensor([self.prompt.ids(instruction)], device=self.device)
+        return prompt, words if self.model.light is None else self.model.light.encode(words)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Copy the directory that the policy was loaded from: its adapter is merged and cannot be taken out again."""

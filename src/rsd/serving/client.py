@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rsd.serving.request import IMAGES, PROMPT, RESET, STATE
+import numpy as np
+
+from rsd.evaluation.rollout import checked_chunk
+from rsd.serving.request import IMAGES, MAX_SIDE, PROMPT, RESET, STATE
 from rsd.serving.server import Welcome
 from rsd.serving.wire import pack, unpack
-from rsd.types import AUTO, ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import ACTION_DIM, AUTO, ActionChunk, ChunkStats, Observation, RsdError
 
 try:
-    from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
+    from websockets.exceptions import WebSocketException
     from websockets.sync.client import ClientConnection, connect
 except ImportError as error:
     raise RsdError("serving needs websockets, found none: pip install 'rsd-vla[serve]'") from error
 
 if TYPE_CHECKING:
     from rsd.evaluation.config import EvalConfig
+
+MAX_STEPS = 1000  # of a chunk
+WELCOME = {"decode": str, "image_size": int, "images": list, "chunk": list, "policy": dict, "versions": dict}
 
 
 class RemotePolicy:
@@ -61,13 +67,18 @@ class RemotePolicy:
         self._first = False
         total = 1e3 * (time.perf_counter() - start)
         try:
-            timing, stats = answer["server_timing"], ChunkStats(**answer["stats"])
+            timing, stats, actions = answer["server_timing"], ChunkStats(**answer["stats"]), answer["actions"]
             queued, inferred = timing["queue_ms"], timing["infer_ms"]
-            actions = answer["actions"].copy()  # what arrived is read-only
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RsdError(f"{self.address}: not the answer of this version's `rsd serve` ({error!r})") from error
+            if not 0 <= queued + inferred <= total:  # what is no number is a TypeError, or NaN
+                raise ValueError(f"{queued} and {inferred} ms of {total:.1f} ms")
+            if actions.dtype != np.float32 or actions.shape != self.welcome.chunk:
+                raise ValueError(f"actions {actions.dtype} {list(actions.shape)} in the place of {self.welcome.chunk}")
+            chunk = checked_chunk(ActionChunk(actions.copy(), stats))  # what arrived is read-only
+        except (KeyError, TypeError, AttributeError, ValueError, RsdError) as error:
+            found = f"{type(error).__name__}: {error!s:.200}"
+            raise RsdError(f"{self.address}: not the answer of this version's `rsd serve` ({found})") from error
         latency = {"network": total - queued - inferred, "queue": queued, **stats.latency_ms, "total": total}
-        return ActionChunk(actions, replace(stats, latency_ms=latency))
+        return replace(chunk, stats=replace(stats, latency_ms=latency))
 
     def close(self) -> None:
         self._connection = None
@@ -78,7 +89,8 @@ class RemotePolicy:
             opening = connect(self.address, compression=None, max_size=None, open_timeout=self.timeout_s)
             self._connection = self._open.enter_context(opening)
             return read_welcome(self.address, self._receive())
-        except (OSError, InvalidURI, InvalidHandshake) as error:
+        # ValueError and OverflowError for a port that is none
+        except (OSError, ValueError, OverflowError, WebSocketException) as error:
             expected = "expected an `rsd serve` at ws://HOST:PORT"
             raise RsdError(f"{self.address}: {expected}, found none that answers ({error})") from error
 
@@ -92,7 +104,7 @@ class RemotePolicy:
             raise RsdError(f"{self.address}: the connection was lost ({error})") from error
         answer = self._receive()
         if isinstance(answer, str):
-            raise RsdError(f"{self.address}: {answer}")
+            raise RsdError(f"{self.address}: {answer:.1000}")
         return unpack(answer)
 
     def _receive(self) -> bytes | str:
@@ -107,10 +119,14 @@ class RemotePolicy:
 
 def read_welcome(address: str, message: bytes | str) -> Welcome:
     content = unpack(message) if isinstance(message, bytes) else message
-    names = {field.name for field in fields(Welcome)}
-    if not isinstance(content, dict) or content.keys() != names:
-        raise RsdError(f"{address}: expected this version's `rsd serve`, found {content!r:.200}")
-    return Welcome(**{**content, "images": tuple(content["images"]), "chunk": tuple(content["chunk"])})
+    fits = isinstance(content, dict) and content.keys() == WELCOME.keys()
+    if fits and all(isinstance(content[name], kind) for name, kind in WELCOME.items()):
+        welcome = Welcome(**{**content, "images": tuple(content["images"]), "chunk": tuple(content["chunk"])})
+        steps = welcome.chunk[0] if len(welcome.chunk) == 2 and welcome.chunk[1] == ACTION_DIM else 0
+        known = welcome.images in (IMAGES, IMAGES[:1]) and 0 < welcome.image_size <= MAX_SIDE
+        if known and isinstance(steps, int) and 0 < steps <= MAX_STEPS:
+            return welcome
+    raise RsdError(f"{address}: expected this version's `rsd serve`, found {content!r:.200}")
 
 
 def policy_for(config: EvalConfig) -> RemotePolicy:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rsd.types import CAMERAS, Observation, RsdError
+from rsd.serving.wire import Limits
+from rsd.types import CAMERAS, STATE_DIM, Observation, RsdError
 
 IMAGES = ("observation/image", "observation/wrist_image")  # in the order of CAMERAS
 STATE, PROMPT, RESET = "observation/state", "prompt", "reset"
@@ -21,6 +23,8 @@ KEYS = (*IMAGES, STATE, PROMPT, RESET)
 # A policy of 256 px may be sent openpi's 224, not LIBERO's 128: what it looks for would not be there.
 MIN_SCALE = 0.75
 MAX_SIDE = 2048  # pixels
+# five fields, the shapes of three arrays, a state as a list
+LIMITS = Limits(text=1 << 16, array=3 * MAX_SIDE**2, elements=256)
 # OpenVLA's filter. On 16 frames of 4 tasks, drawn at 256 px and sent as 224, it moved the shipped policy's chunks by
 # 0.0016 on average (commands in [-1, 1]) from those of frames drawn at 128; other antialiased filters 0.0017 to 0.0024.
 FILTER = Image.Resampling.LANCZOS
@@ -41,11 +45,11 @@ def read_request(content: Any, image_size: int, cameras: int) -> Request:
     """
     if not isinstance(content, Mapping):
         raise RsdError(f"message: expected a map with the keys {', '.join(KEYS)}, found {type(content).__name__}")
-    if unknown := sorted(str(key) for key in content if key not in KEYS):
+    if unknown := [excerpt(key, 40) for key in islice((key for key in content if key not in KEYS), 3)]:
         raise RsdError(f"message: expected the keys {', '.join(KEYS)}, found {', '.join(unknown)} besides")
     reset = content.get(RESET, False)
     if not isinstance(reset, bool | np.bool_):
-        raise RsdError(f"{RESET}: expected true or false, found {reset!r}")
+        raise RsdError(f"{RESET}: expected true or false, found {excerpt(reset)}")
     if reset and len(content) == 1:
         return Request(None, True)
     needed = (*IMAGES[:cameras], STATE, PROMPT)
@@ -62,12 +66,23 @@ def read_request(content: Any, image_size: int, cameras: int) -> Request:
 
 
 def read_state(value: Any) -> NDArray[np.float32]:
-    """Numbers of any kind -> float32; `Observation` checks how many."""
+    """Eight integers or floats, an array or a list -> float32; `Observation` checks that they are finite."""
     try:
-        with np.errstate(over="ignore"):  # infinity is found out there, too
-            return np.asarray(value, dtype=np.float64).astype(np.float32)
-    except (TypeError, ValueError):
-        raise RsdError(f"{STATE}: expected an array of numbers, found {value!r:.80}") from None
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        array = np.empty(0)
+    if array.shape != (STATE_DIM,) or array.dtype.kind not in "iuf":
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(value, np.ndarray | list) else excerpt(value)
+        raise RsdError(f"{STATE}: expected {STATE_DIM} finite numbers, found {found:.200}")
+    with np.errstate(over="ignore"):  # infinity is found out there, too
+        return array.astype(np.float32)
+
+
+def excerpt(value: Any, most: int = 100) -> str:
+    """What an error shows of a value that a client sent; nothing longer than that is built."""
+    if isinstance(value, str | bytes):
+        return repr(value[:most])[: most + 2]
+    return repr(value)[:most] if isinstance(value, bool | int | float | None) else type(value).__name__
 
 
 def resized(key: str, image: Any, size: int) -> NDArray[np.uint8]:

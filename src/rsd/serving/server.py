@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from typing import Any
 
-from rsd.serving.request import IMAGES
+from rsd.serving.request import IMAGES, LIMITS
 from rsd.serving.service import PolicyService, Servable, Session
 from rsd.serving.wire import pack
 from rsd.types import RsdError
@@ -31,7 +31,7 @@ try:
 except ImportError as error:
     raise RsdError("serving needs websockets, found none: pip install 'rsd-vla[serve]'") from error
 
-MAX_MESSAGE = 64 << 20  # bytes; two images of 2048 px are 25 MB
+MAX_MESSAGE = len(IMAGES) * LIMITS.array + 2 * LIMITS.text  # bytes: 25 MB
 
 
 @dataclass(frozen=True)

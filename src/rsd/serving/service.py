@@ -18,11 +18,12 @@ from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.rollout import checked_chunk
 from rsd.openvla.policy import OpenVlaPolicy
 from rsd.policy import RsdPolicy
-from rsd.serving.request import IMAGES, PROMPT, STATE, read_request
+from rsd.serving.request import IMAGES, LIMITS, PROMPT, STATE, read_request
 from rsd.serving.wire import pack, unpack
 from rsd.types import STATE_DIM, ActionChunk, FollowsUp, Observation, Policy, RsdError
 from rsd.versions import versions
 
+LONGEST_TEXT = 1000  # characters of an answer that says what was wrong
 WARMUP_PREDICTIONS = 3  # on a GPU a decoder that remembers takes another way from the second chunk on
 
 
@@ -96,17 +97,17 @@ class PolicyService:
         try:
             if isinstance(message, str):
                 raise RsdError("message: expected msgpack in a binary frame, found a text frame")
-            request = read_request(unpack(message), self.policy.image_size, self.policy.cameras)
+            request = read_request(unpack(message, LIMITS), self.policy.image_size, self.policy.cameras)
             if request.reset:
                 session.instruction = ""
             if request.observation is None:
                 return pack({"reset": True})
             chunk = self._predict(session, request.observation)
         except RsdError as error:
-            return f"rsd serve: {error}"
+            return f"rsd serve: {' '.join(str(error).split()):.{LONGEST_TEXT}}"
         except Exception as error:  # of the policy: the others' connections must not end with it
             traceback.print_exc()
-            return f"rsd serve: the policy failed: {type(error).__name__}: {error}"
+            return f"rsd serve: the policy failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"
         done = time.perf_counter()
         timing = {"infer_ms": 1e3 * (done - started), "queue_ms": 1e3 * (started - arrived)}
         if session.previous_ms is not None:
