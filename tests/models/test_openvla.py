@@ -126,7 +126,7 @@ def test_missing_and_damaged_files_are_named(copy: Path) -> None:
     with pytest.raises(RsdError, match=r"action_head--150000_checkpoint.pt: expected .*missing .*fc2.bias"):
         load_openvla(copy)
     torch.save({"weights": object()}, head)
-    with pytest.raises(RsdError, match="not readable as a file of tensors"):
+    with pytest.raises(RsdError, match="not readable without unpickling"):
         load_openvla(copy)
     head.rename(copy / "action_head--1_checkpoint.pt")
     shutil.copy(copy / "action_head--1_checkpoint.pt", head)

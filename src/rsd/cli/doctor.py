@@ -10,4 +10,4 @@ from rsd.cli.parsing import parse
 def run(arguments: Sequence[str], prog: str) -> int:
     from rsd.evaluation.doctor import DoctorConfig, run_doctor
 
-    return run_doctor(parse(DoctorConfig, arguments, prog))
+    return run_doctor(parse(DoctorConfig, arguments, prog, writes=False))  # it tells of outputs itself

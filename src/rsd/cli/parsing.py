@@ -5,30 +5,38 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import tyro
 
 from rsd.types import RsdError
 
 Result = TypeVar("Result")
+OUTPUTS = ("output", "out")  # names of options
 
 
 class UsageError(Exception):
     """A command line that cannot be run; its message says what is allowed."""
 
 
-def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str) -> Result:
+def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str, writes: bool = True) -> Result:
     """Call `target` (a dataclass or a function) with the options in `arguments`.
 
-    Raises UsageError for what tyro or the dataclass itself refuses; `--help` prints and exits.
+    Raises UsageError for what tyro or the dataclass itself refuses, and with `writes` for an output that cannot be
+    written; `--help` prints and exits.
     """
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(target, args=list(arguments), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+            options = tyro.cli(target, args=list(arguments), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+        if writes:
+            check_outputs(options)
+        return options
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -52,6 +60,31 @@ def one_line(box: str) -> str:
         return "the command line is not understood"
     near = re.search(r"Perhaps you meant:\s+(--\S+)", " ".join(written))
     return written[0] + (f"; did you mean {near[1]}?" if near else "")
+
+
+def check_outputs(options: Any) -> None:
+    """Raises UsageError where what the options name as output, at any depth, cannot be written: hours of work later it
+    would be too late."""
+    for entry in fields(options) if is_dataclass(options) else ():
+        value = getattr(options, entry.name)
+        if is_dataclass(value):
+            check_outputs(value)
+        elif entry.name in OUTPUTS and value and isinstance(value, str | Path):
+            default = entry.default
+            wanted = "file" if isinstance(default, Path) and default.suffix else "folder"
+            check_output(f"--{entry.name} {value}", Path(value), "" if default is None else wanted)
+
+
+def check_output(option: str, path: Path, wanted: str) -> None:
+    """wanted: "file", "folder", or "" for either."""
+    standing = next(place for place in (path, *path.parents) if place.exists())
+    found = "folder" if standing.is_dir() else "file" if standing.is_file() else "device"
+    if standing != path and found != "folder":
+        raise UsageError(f"{option}: expected a path in a folder, found that {standing} is a {found}; choose another")
+    if standing == path and found != (wanted or found):
+        raise UsageError(f"{option}: expected a {wanted}, or nothing yet, found a {found}; choose another path")
+    if not os.access(standing, os.W_OK):
+        raise UsageError(f"{option}: not permitted to write to {standing}; choose another path")
 
 
 def check_choice(option: str, value: str, allowed: Iterable[str]) -> None:

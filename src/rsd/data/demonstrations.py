@@ -152,7 +152,7 @@ def _pixels(obs: h5py.Group, frames: int, where: str) -> NDArray[np.uint8] | Non
         if len(present) != len(IMAGE_KEYS):
             raise RsdError(f"{where}: expected the images {', '.join(IMAGE_KEYS)}, found only {present[0]}")
         views = [obs[key] for key in IMAGE_KEYS]
-        shapes = [getattr(view, "shape", None) or () for view in views]
+        shapes: list[tuple[int, ...]] = [getattr(view, "shape", None) or () for view in views]
         side = shapes[0][1] if len(shapes[0]) == 4 else 0
         if any(shape != (frames, side, side, 3) for shape in shapes) or not side or any(v.dtype != "u1" for v in views):
             kinds = [getattr(view, "dtype", "a group") for view in views]

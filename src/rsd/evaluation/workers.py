@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import tempfile
 import threading
 import time
 import traceback
@@ -20,6 +19,7 @@ from typing import Any
 from rsd.evaluation.backend import Backend, available_cores
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.episodes import EpisodeRunner, Job, JobQueue, Outcome, broken_off
+from rsd.evaluation.socket_folder import socket_folder
 from rsd.types import Policy, RsdError
 
 START_PATIENCE = 120.0  # seconds for a process to load its policy, at least
@@ -156,7 +156,8 @@ class WorkerPool:
     _workers: list[Worker] = field(default_factory=list)
     _server: PolicyProcess | None = None
     _failed_starts: int = 0
-    _folder: tempfile.TemporaryDirectory[str] | None = None  # of the sockets
+    _folder: Path | None = None  # of the sockets
+    _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> WorkerPool:
         try:
@@ -187,8 +188,7 @@ class WorkerPool:
                 process.kill()  # a hung one ignores a polite request
             for process in processes:
                 process.join()
-            if self._folder is not None:
-                self._folder.cleanup()
+            self._open.close()
 
     @property
     def _threads(self) -> int:
@@ -218,8 +218,8 @@ class WorkerPool:
 
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="rsd-")
-        address = str(Path(self._folder.name) / f"policy-{time.monotonic_ns()}")
+        self._folder = self._folder or self._open.enter_context(socket_folder())
+        address = str(self._folder / f"policy-{time.monotonic_ns()}")
         arguments = (theirs, self.config, self.backend, self._threads, self.count, address)
         process = context.Process(target=policy_main, args=arguments, daemon=True)
         process.start()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rsd.pt_files import read_pt
 from rsd.types import ACTION_DIM, RsdError
 
 HEADS = 8  # attention heads of every transformer in these files; not to be read off the weights
@@ -207,15 +208,7 @@ class LegacyFile:
 
 def read_file(path: Path) -> LegacyFile:
     """{'model_state_dict' or 'model': ..., ...} or a bare state dict; tensors and plain numbers only."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise RsdError(f"{path}: not found") from None
-    except Exception as error:  # torch raises many kinds
-        reason = str(error).splitlines()[0]
-        raise RsdError(f"{path}: not readable without unpickling ({type(error).__name__}: {reason})") from None
-    if not isinstance(content, dict):
-        raise RsdError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
+    content = read_pt(path)
     key = next((name for name in ("model_state_dict", "model") if isinstance(content.get(name), dict)), None)
     weights = content[key] if key else content
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):

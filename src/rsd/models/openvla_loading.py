@@ -24,6 +24,7 @@ from rsd.models.openvla_files import (
     component_file,
     read_json,
 )
+from rsd.pt_files import read_pt
 from rsd.types import RsdError
 
 
@@ -207,15 +208,9 @@ def load_component(module: nn.Module, path: Path) -> None:
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """A .pt file of tensors only; anything that would have to be unpickled is refused."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise RsdError(f"{path}: not found") from None
-    except Exception as error:  # torch raises many kinds: not a zip, unpickling refused, cut off
-        reason = str(error).splitlines()[0]
-        raise RsdError(f"{path}: not readable as a file of tensors ({type(error).__name__}: {reason})") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise RsdError(f"{path}: expected a state dict (names to tensors), found {type(content).__name__}")
+    content = read_pt(path)
+    if odd := [name for name, value in content.items() if not isinstance(value, Tensor)]:
+        raise RsdError(f"{path}: expected a state dict (names to tensors), found no tensor under {odd[0]!r:.80}")
     return content
 
 

@@ -193,9 +193,13 @@ def _check_sizes(autoencoder: Autoencoder, head: ChunkHead, draft: ChunkDraft | 
 def read_chunks(path: Path) -> NDArray[np.float32]:
     """Action chunks float32 [N, 8, 7] of a .npy file, or cut from demonstrations."""
     if path.suffix == ".npy":
-        if not path.is_file():
-            raise RsdError(f"{path}: not found")
-        chunks = np.load(path, allow_pickle=False).astype(np.float32)
+        try:
+            chunks = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise RsdError(f"{path}: expected action chunks of np.save, found {error!s:.200}") from None
+        if not isinstance(chunks, np.ndarray) or chunks.dtype.kind not in "iuf":
+            raise RsdError(f"{path}: expected one array of real numbers, found {getattr(chunks, 'dtype', 'several')}")
+        chunks = chunks.astype(np.float32)
     else:
         from rsd.data.demonstrations import load_demonstrations
         from rsd.training.dataset import chunk_targets

@@ -118,7 +118,7 @@ class RemotePolicy:
 
 
 def read_welcome(address: str, message: bytes | str) -> Welcome:
-    content = unpack(message) if isinstance(message, bytes) else message
+    content: Any = unpack(message) if isinstance(message, bytes) else message
     fits = isinstance(content, dict) and content.keys() == WELCOME.keys()
     if fits and all(isinstance(content[name], kind) for name, kind in WELCOME.items()):
         welcome = Welcome(**{**content, "images": tuple(content["images"]), "chunk": tuple(content["chunk"])})

@@ -15,6 +15,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from rsd.pt_files import read_pt
 from rsd.training import parallel
 from rsd.types import RsdError
 
@@ -221,7 +222,9 @@ def _resume(
 ) -> tuple[int, float]:
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, weights_only=True, map_location="cpu")
+    state = read_pt(path)
+    if missing := {"config", "model", "ema", "optimiser", "step", "spent"} - state.keys():
+        raise RsdError(f"{path}: expected the state of a training, found one without {', '.join(sorted(missing))}")
     if json.loads(state["config"]) != json.loads(json.dumps(resolved, sort_keys=True)):
         raise RsdError(f"{path}: belongs to a run with other settings; choose another --output or remove it")
     model.load_state_dict(state["model"])
