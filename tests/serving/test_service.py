@@ -14,7 +14,7 @@ from openvla_checkpoint import block_image, write_checkpoint, write_heads, write
 from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch
 from rsd.models.light_draft import Memory
 from rsd.openvla.policy import OpenVlaPolicy
-from rsd.policy import RsdPolicy
+from rsd.policy import TEXT_CACHE, RsdPolicy
 from rsd.serving.service import PolicyService, Servable, Session
 from rsd.serving.wire import pack, unpack
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -171,6 +171,50 @@ def test_a_bad_message_is_answered_by_a_text_and_changes_nothing(
         assert answer.startswith("rsd serve: ")
         assert "expected" in answer or "missing" in answer
     assert ask(service, session, content_of(make_observation(2)))["stats"]["skipped"] is False  # the episode goes on
+
+
+def test_large_and_odd_fields_are_the_clients_fault_and_are_answered_at_once_in_few_words(
+    make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation]
+) -> None:
+    service, session = PolicyService(make_policy()), Session()
+    good = content_of(make_observation(1))
+    odd: list[dict[str, Any]] = [
+        {"reset": b"\0" * 10_000_000},
+        {"reset": "\0" * 60_000},
+        {"reset": np.ones(10_000_000, np.uint8)},
+        {**good, "prompt": "x" * 3_000_000},
+        {**good, "prompt": "word " * 10_000},
+        {**good, "prompt": "\0" * 60_000},
+        {**good, "y" * 60_000: 1},
+        {**good, **{f"key {number}": 1 for number in range(200)}},
+        {**good, "observation/state": "7" * 60_000},
+        {**good, "observation/state": np.zeros(1_000_000)},
+        {**good, "observation/state": [[[0.0] * 50] * 50] * 50},
+        {**good, "observation/state": {"a": [1] * 100}},
+        {**good, "observation/image": "\0" * 60_000},
+    ]
+    for content in odd:
+        message = pack(content)
+        start = time.perf_counter()
+        answer = service.answer(session, message, start)
+        assert time.perf_counter() - start < 0.5
+        assert isinstance(answer, str)
+        assert answer.startswith("rsd serve: ")
+        assert "the policy failed" not in answer
+        assert len(answer) < 500
+        assert "\n" not in answer
+    ask(service, session, good)
+
+
+def test_long_instructions_are_not_kept(
+    make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation]
+) -> None:
+    policy = make_policy()
+    for number in range(70):
+        for length in (1, 60_000):
+            policy.predict(make_observation(1, instruction=f"open{' ' * length}{number}"))
+    assert 0 < sum(map(len, policy._texts)) < 100 * TEXT_CACHE
+    assert len(policy._texts) <= TEXT_CACHE
 
 
 def test_warming_up_leaves_no_memory_and_tells_the_shape(

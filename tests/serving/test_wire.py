@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from rsd.serving.wire import pack, unpack
+from rsd.serving.wire import Limits, pack, unpack
 from rsd.types import RsdError
 
 CONTENT = {
@@ -59,13 +59,59 @@ def test_arrays_come_back_bit_for_bit(array: np.ndarray) -> None:
         msgpack.packb({b"__ndarray__": True, b"data": b"1234", b"dtype": "no", b"shape": [1]}),
         msgpack.packb({b"__ndarray__": True, b"data": b"1234", b"shape": [1]}),
         msgpack.packb({b"__ndarray__": True, b"data": "1234", b"dtype": "<f4", b"shape": [1]}),
+        msgpack.packb({b"__ndarray__": True, b"data": bytes(12), b"dtype": "<f4", b"shape": [-1, 3]}),
+        msgpack.packb({b"__ndarray__": True, b"data": bytes(12), b"dtype": "<f4", b"shape": [True, 3]}),
+        msgpack.packb({b"__ndarray__": True, b"data": bytes(12), b"dtype": "<f4", b"shape": [2**62, 8]}),
+        msgpack.packb({b"__ndarray__": True, b"data": bytes(12), b"dtype": "<f4", b"shape": 3}),
+        # what numpy itself reads as types: SyntaxError, TypeError, fields, an object
+        *(
+            msgpack.packb({b"__ndarray__": True, b"data": bytes(12), b"dtype": dtype, b"shape": [3]})
+            for dtype in ("f4,(", "(2,)f4", "f4,f4", "f" * 60_000, "<f3", "", ["f4"], {"names": ["a"]}, 4)
+        ),
+        msgpack.packb({b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}),  # OverflowError
+        msgpack.packb({b"__npgeneric__": True, b"data": [1.0] * 50, b"dtype": "<f4"}),
+        msgpack.packb({b"__npgeneric__": True, b"data": "nan", b"dtype": "<f4"}),
         msgpack.packb({b"__npgeneric__": True, b"data": "x", b"dtype": "<f4"}),
+        msgpack.packb(msgpack.ExtType(5, b"x")),
+        msgpack.packb(msgpack.Timestamp(1)),
+        b"\x91" * 100_000,  # lists in lists
+        b"\xdd\xff\xff\xff\xff",  # a list of four billion
         msgpack.packb({1: 2}),
     ],
 )
 def test_anything_else_is_an_error(message: bytes) -> None:
     with pytest.raises(RsdError, match="expected msgpack with arrays as openpi-client packs them"):
         unpack(message)
+
+
+SMALL = Limits(text=100, array=100, elements=20)
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ({"prompt": "x" * 101}, "101 exceeds max_str_len"),
+        ({"x" * 101: 1}, "101 exceeds max_str_len"),
+        ({"image": np.zeros(101, np.uint8)}, "101 exceeds max_bin_len"),
+        ({"prompt": b"x" * 101}, "101 exceeds max_bin_len"),
+        ({"state": [0] * 21}, "21 exceeds max_array_len"),
+        ({str(number): 1 for number in range(21)}, "21 exceeds max_map_len"),
+        ({"state": [[1] * 6] * 3}, "more than 20 elements"),
+        ({"state": [{"a": 1}] * 11}, "more than 20 elements"),
+    ],
+)
+def test_what_is_larger_than_its_field_is_refused_before_it_is_built(content: dict, error: str) -> None:
+    assert unpack(pack(content)).keys() == content.keys()
+    with pytest.raises(RsdError, match=error):
+        unpack(pack(content), SMALL)
+
+
+def test_a_refusal_repeats_little_of_what_was_sent() -> None:
+    for content in ({b"__ndarray__": True, b"data": b"", b"dtype": "q" * 50_000, b"shape": [1]}, {b"x" * 60_000: 1}):
+        message = msgpack.packb(content) + b"x" * 50_000
+        with pytest.raises(RsdError) as error:
+            unpack(message)
+        assert len(str(error.value)) < 300
 
 
 def test_what_is_no_number_is_not_sent() -> None:

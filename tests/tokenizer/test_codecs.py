@@ -13,6 +13,7 @@ from rsd.tokenizer.bench.fast import Fast
 from rsd.tokenizer.bench.metrics import Chunks, rate_points, rms, utilisation
 from rsd.tokenizer.bench.vector import ResidualFsq, ResidualVq
 from rsd.tokenizer.learned import LearnConfig
+from rsd.types import RsdError
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,17 @@ def test_fast_errs_by_half_a_step_per_coefficient_and_breaks_on_a_wrong_token(mo
     assert 0.1 < codec.undecodable_share(codes) <= 1.0
     with pytest.raises(ValueError, match="characters"):
         codec.decode_one(codes[0][:-1])
+
+
+def test_fast_passes_over_the_numbers_that_are_no_characters(motion: np.ndarray) -> None:
+    """With such a scale coefficients reach Unicode's surrogates, at 0xD800, and go beyond them."""
+    wide = np.clip(motion, -3, 3)[:40]
+    codec = Fast(wide, 12_000.0, vocabulary=300)
+    assert codec.highest - codec.lowest > 0xE000
+    decoded = codec.decode(codec.encode(wide), 1)
+    assert np.abs(dct(decoded - wide, axis=1, norm="ortho")).max() <= 0.51 / 12_000.0 + 1e-5
+    with pytest.raises(RsdError, match="expected coefficients within a range of"):
+        Fast(wide, 1e7)
 
 
 def test_residual_vq_improves_with_every_level_and_with_a_learned_decoder(

@@ -173,6 +173,11 @@ def dispatch(arguments: list[str]) -> int:
             raise
         say(f"{prog}: error: {reason(error)}")
         return 2
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # rich ends the program, silently
+            say(f"{prog}: error: {reason(stop.__context__)}")
+            return 2
+        raise
     except KeyboardInterrupt:
         say(f"{prog}: interrupted")
         return 130

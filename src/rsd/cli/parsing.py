@@ -17,7 +17,7 @@ import tyro
 from rsd.types import RsdError
 
 Result = TypeVar("Result")
-OUTPUTS = ("output", "out")  # names of options
+OUTPUTS = {"output": "", "out": "folder"}  # names of options, and what is written where none has a default
 
 
 class UsageError(Exception):
@@ -72,7 +72,9 @@ def check_outputs(options: Any) -> None:
         elif entry.name in OUTPUTS and value and isinstance(value, str | Path):
             default = entry.default
             wanted = "file" if isinstance(default, Path) and default.suffix else "folder"
-            check_output(f"--{entry.name} {value}", Path(value), "" if default is None else wanted)
+            if default is None:
+                wanted = OUTPUTS[entry.name]
+            check_output(f"--{entry.name} {value}", Path(value), wanted)
 
 
 def check_output(option: str, path: Path, wanted: str) -> None:

@@ -146,10 +146,12 @@ def reading(where: str) -> Iterator[None]:
 
 def member(group: h5py.Group, name: str, where: str) -> h5py.Group:
     """A group in a group."""
+    found = None
     with reading(f"{where}, group {name}"):
-        found = group.get(name)
-        if isinstance(found, h5py.Group):
-            return found
+        if name in group:  # `get` would take damage for absence
+            found = group[name]
+    if isinstance(found, h5py.Group):
+        return found
     kind = "none" if found is None else f"a {type(found).__name__.lower()}"
     raise RsdError(f"{where}: expected the group {name}, found {kind}; is it a file of demonstrations?")
 

@@ -24,7 +24,7 @@ def word_ids(instructions: list[str]) -> Tensor:
     for text in instructions:
         words = re.findall(r"[a-z0-9]+", text.lower())
         if not 0 < len(words) <= MAX_WORDS:
-            raise RsdError(f"instruction: expected 1 to {MAX_WORDS} words, found {len(words)} in {text[:150]!r}")
+            raise RsdError(f"instruction: expected 1 to {MAX_WORDS} words, found {len(words)} in {text!r:.150}")
         ids = [1 + zlib.crc32(word.encode()) % (BUCKETS - 1) for word in words]
         rows.append(ids + [0] * (MAX_WORDS - len(ids)))
     return torch.tensor(rows)

@@ -39,6 +39,6 @@ class Prompt:
         text = f"In: What action should the robot take to {instruction.lower()}?\nOut:"
         ids = [START_TOKEN, *self._tokenizer.encode(text, add_special_tokens=False).ids]
         if len(ids) > MAX_TOKENS:
-            found = f"{len(ids)} in {instruction[:150]!r}"
+            found = f"{len(ids)} in {instruction!r:.150}"
             raise RsdError(f"instruction: expected at most {MAX_TOKENS} tokens, found {found}")
         return ids if ids[-1] == EMPTY_TOKEN else [*ids, EMPTY_TOKEN]

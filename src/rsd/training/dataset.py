@@ -65,6 +65,9 @@ class FrameDataset:
                     "train on folders rendered with one --every"
                 )
             spacing = every
+            if images and images[0].shape[1:] != demonstration.images.shape[1:]:
+                found = f"images of {demonstration.images.shape[2]} px, others have {images[0].shape[2]} px"
+                raise RsdError(f"{demonstration.source}: {found}; render all alike")
             images.append(torch.from_numpy(demonstration.images).to(device))
             states.append(demonstration.state[::every])
             chunks.append(chunk_targets(demonstration.labels, horizon)[::every])

@@ -1,0 +1,156 @@
+"""What a policy server sends is checked when it arrives: a wrong one costs an episode, never a run or its numbers."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.sync.server import ServerConnection, serve
+
+from rsd.evaluation.rollout import checked_chunk
+from rsd.serving.client import RemotePolicy
+from rsd.serving.wire import pack
+from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
+
+ACTIONS = np.zeros((8, 7), np.float32)
+STATS = {
+    "decode": "rsd-fused",
+    "acceptance": "margin",
+    "prefills": 1,
+    "num_draft_tokens": [48, 48, 48],
+    "num_accepted_tokens": [48, 48, 40],
+    "accepted_levels": 2,
+    "latency_ms": {"total": 0.01},
+}
+WELCOME = {
+    "decode": "rsd-fused",
+    "image_size": 32,
+    "images": ["observation/image", "observation/wrist_image"],
+    "chunk": [8, 7],
+    "policy": {"policy": "fake"},
+    "versions": {"rsd": "0"},
+}
+ANSWER = {"actions": ACTIONS, "server_timing": {"infer_ms": 0.01, "queue_ms": 0.001}, "stats": STATS}
+
+
+@contextmanager
+def server(welcome: Any, answer: Any = None) -> Iterator[str]:
+    """A server that says these, whatever it is asked; texts and bytes as they are."""
+
+    def packed(content: Any) -> bytes | str:
+        return content if isinstance(content, bytes | str) else pack(content)
+
+    def converse(connection: ServerConnection) -> None:
+        connection.send(packed(welcome))
+        for _ in connection:
+            connection.send(packed(answer))
+
+    with serve(converse, "127.0.0.1", 0, compression=None) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        yield f"ws://127.0.0.1:{listening.socket.getsockname()[1]}"
+        listening.shutdown()
+        thread.join()
+
+
+def stats(**changes: Any) -> dict[str, Any]:
+    return {**ANSWER, "stats": {**STATS, **changes}}
+
+
+def actions(changed: Any) -> dict[str, Any]:
+    return {**ANSWER, "actions": changed}
+
+
+def timing(**changes: Any) -> dict[str, Any]:
+    return {**ANSWER, "server_timing": {**ANSWER["server_timing"], **changes}}  # type: ignore[dict-item]
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "more-levels": (stats(accepted_levels=99), "impossible statistics: 99 accepted levels of 3"),
+    "more-accepted": (stats(num_accepted_tokens=[48, 60, 40]), "more accepted than drafted tokens"),
+    "fewer-levels": (stats(num_accepted_tokens=[48, 48]), "2 levels of accepted tokens for 3 of drafted ones"),
+    "negative-tokens": (stats(num_accepted_tokens=[-5, 48, 40]), "a negative count or time"),
+    "negative-prefills": (stats(prefills=-3), "a negative count or time"),
+    "negative-latency": (stats(latency_ms={"total": -50.0}), "a negative count or time"),
+    "nan-latency": (stats(latency_ms={"total": float("nan")}), "the statistic latency_ms to be"),
+    "infinite-deviation": (stats(expected_deviation_mm=float("inf")), "the statistic expected_deviation_mm to be"),
+    "text-latency": (stats(latency_ms={"total": "fast"}), "the statistic latency_ms to be"),
+    "fractional-count": (stats(prefills=1.5), "the statistic prefills to be"),
+    "true-count": (stats(main_passes=True), "the statistic main_passes to be"),
+    "share-of-three": (stats(gripper_acceptance=3.0), "a gripper acceptance of 3"),
+    "no-list": (stats(num_draft_tokens=48), "the statistic num_draft_tokens to be"),
+    "decode-a-list": (stats(decode=["ar"]), "the statistic decode to be"),
+    "unknown-statistic": (stats(mood="good"), "unexpected keyword argument 'mood'"),
+    "nan-action": (actions(np.full((8, 7), np.nan, np.float32)), "the action chunk holds NaN"),
+    "action-out-of-range": (actions(ACTIONS + 1.5), "found one of 1.5"),
+    "actions-of-14": (actions(np.zeros((8, 14), np.float32)), r"actions float32 \[8, 14\] in the place of"),
+    "one-action": (actions(ACTIONS[:1]), r"actions float32 \[1, 7\]"),
+    "no-action": (actions(ACTIONS[:0]), r"actions float32 \[0, 7\]"),
+    "float64": (actions(ACTIONS.astype(np.float64)), r"actions float64 \[8, 7\]"),
+    "integers": (actions(ACTIONS.astype(np.int64)), r"actions int64 \[8, 7\]"),
+    "lists": (actions(ACTIONS.tolist()), "not the answer of this version"),
+    "nan-timing": (timing(queue_ms=float("nan")), "nan and 0.01 ms of"),
+    "negative-timing": (timing(infer_ms=-5.0), "0.001 and -5.0 ms of"),
+    "longer-than-it-took": (timing(infer_ms=1e9), "0.001 and 1000000000.0 ms of"),
+    "text-timing": (timing(infer_ms="x"), "not the answer of this version"),
+    "no-stats": ({"actions": ACTIONS}, "not the answer of this version"),
+    "a-list": ([1], "not the answer of this version"),
+    "no-msgpack": (b"\xc1", "expected msgpack"),
+    "long-text": ("x" * 100_000, "x" * 100),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_answer_is_an_error_of_a_few_words(case: str, make_observation: Callable[..., Observation]) -> None:
+    answer, expected = WRONG[case]
+    with server(WELCOME, answer) as address, closing(RemotePolicy(address)) as remote:
+        with pytest.raises(RsdError, match=expected) as error:
+            remote.predict(make_observation())
+        assert len(str(error.value)) < 1200
+
+
+def test_a_right_answer_is_none(make_observation: Callable[..., Observation]) -> None:
+    with server(WELCOME, ANSWER) as address, closing(RemotePolicy(address)) as remote:
+        assert remote.predict(make_observation()).stats.accepted_levels == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decode": 3},
+        {"image_size": 0},
+        {"image_size": "32"},
+        {"image_size": 10**9},
+        {"images": None},
+        {"images": ["observation/other"]},
+        {"images": [["observation/image"]]},
+        {"chunk": [8]},
+        {"chunk": [8, 14]},
+        {"chunk": [0, 7]},
+        {"chunk": [10**9, 7]},
+        {"chunk": ["8", 7]},
+        {"chunk": 8},
+        {"policy": None},
+        {"versions": ["0"]},
+        {"more": 1},
+    ],
+)
+def test_a_wrong_welcome_is_refused(changes: dict[str, Any]) -> None:
+    expected = "expected this version's `rsd serve`"
+    with server({**WELCOME, **changes}) as address, pytest.raises(RsdError, match=expected):
+        RemotePolicy(address)
+
+
+@pytest.mark.parametrize("welcome", ["hello", b"", b"\xc1", [1], {}, {b"__ndarray__": True}])
+def test_another_servers_welcome_is_refused(welcome: Any) -> None:
+    with server(welcome) as address, pytest.raises(RsdError):
+        RemotePolicy(address)
+
+
+def test_a_users_own_policy_is_held_to_the_same() -> None:
+    checked_chunk(ActionChunk(ACTIONS, ChunkStats("mine")))
+    for wrong in (ChunkStats("mine", prefills=-1), ChunkStats("mine", latency_ms={"total": float("nan")})):
+        with pytest.raises(RsdError, match="policy: "):
+            checked_chunk(ActionChunk(ACTIONS, wrong))
