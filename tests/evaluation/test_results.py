@@ -45,6 +45,9 @@ def test_not_a_number_is_neither_written_nor_read() -> None:
         ({"format": None}, "format None"),
         ({"steps": "8"}, "field steps"),
         ({"steps": True}, "field steps"),
+        ({"steps": 10**30}, "field steps"),
+        ({"wall_s": 10**400}, "field wall_s"),
+        ({"format": True}, "format True"),
         ({"success": 1}, "field success"),
         ({"latency_ms": {"total": ["fast"]}}, "field latency_ms"),
         ({"surplus": 1}, r"unknown \['surplus'\]"),
@@ -66,6 +69,11 @@ def test_a_record_of_another_shape_is_refused(change: dict, message: str) -> Non
         {"num_accepted_tokens": [11, 8, 5]},
         {"num_accepted_tokens": [10, 8]},
         {"accepted_levels": []},
+        {"accepted_levels": [99]},
+        {"steps": -1},
+        {"prefills": -1},
+        {"num_accepted_tokens": [-1, 8, 3]},
+        {"latency_ms": {"total": [-1.0]}},
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, change: dict) -> None:

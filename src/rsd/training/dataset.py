@@ -52,7 +52,7 @@ class FrameDataset:
 
     def __init__(self, demonstrations: Iterable[Demonstration], horizon: int, device: torch.device) -> None:
         images, states, chunks, tasks, firsts, instructions = [], [], [], [], [], dict[str, int]()
-        frames, spacing = 0, 0
+        frames, spacing, size = 0, 0, 0
         for demonstration in demonstrations:
             if demonstration.images is None:
                 raise RsdError(
@@ -65,9 +65,10 @@ class FrameDataset:
                     "train on folders rendered with one --every"
                 )
             spacing = every
-            if images and images[0].shape[1:] != demonstration.images.shape[1:]:
-                found = f"images of {demonstration.images.shape[2]} px, others have {images[0].shape[2]} px"
-                raise RsdError(f"{demonstration.source}: {found}; render all alike")
+            side = demonstration.images.shape[2]
+            if size not in (0, side):
+                raise RsdError(f"{demonstration.source}: images of {side} px, others have {size} px; render all alike")
+            size = side
             images.append(torch.from_numpy(demonstration.images).to(device))
             states.append(demonstration.state[::every])
             chunks.append(chunk_targets(demonstration.labels, horizon)[::every])
