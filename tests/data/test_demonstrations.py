@@ -10,7 +10,8 @@ from rsd.conventions import rotate_180
 from rsd.data.collect import is_swapped
 from rsd.data.demonstrations import load_demonstrations
 from rsd.data.schema import FILE_SUFFIX, FORMAT_VERSION, Episode, atomic_file, merge, open_file, write_episode
-from rsd.data.workers import exclusive, part_files
+from rsd.data.workers import part_files
+from rsd.locks import exclusive
 from rsd.types import RsdError
 
 TASK = "pick_up_the_black_bowl_and_place_it_on_the_plate"

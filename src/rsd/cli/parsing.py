@@ -7,11 +7,12 @@ import difflib
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import is_dataclass
 from typing import TypeVar
 
 import tyro
 
-from rsd.types import RsdError
+from rsd.types import RsdError, require_finite_numbers
 
 Result = TypeVar("Result")
 
@@ -28,7 +29,10 @@ def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str) ->
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(target, args=list(arguments), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+            parsed = tyro.cli(target, args=list(arguments), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+        if is_dataclass(parsed):
+            require_finite_numbers(parsed)
+        return parsed
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

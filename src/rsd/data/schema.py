@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.output import writing
 from rsd.types import RsdError
 
 FORMAT_VERSION = 1
@@ -93,26 +94,39 @@ def atomic_file(path: Path) -> Iterator[h5py.File]:
     """Writes an HDF5 file so that `path` is either complete or untouched, whenever the process dies."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with h5py.File(temporary, "w") as file:
-            yield file
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            with h5py.File(temporary, "w") as file:
+                yield file
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+class DamagedFile(RsdError):
+    """An HDF5 file that is cut off or overwritten, as opposed to one that cannot be read just now."""
 
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[h5py.File]:
-    """Opens an HDF5 file for reading. Raises RsdError if it is missing or damaged."""
+    """Opens an HDF5 file for reading. Raises RsdError if it is missing, in use or not readable, DamagedFile if it is
+    no whole HDF5 file."""
     if not path.is_file():
         raise RsdError(f"demonstrations: expected the file {path}, found none; collect it with `rsd demos collect`")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise RsdError(
-            f"demonstrations {path}: expected a complete HDF5 file, found a truncated or damaged one ({error}). "
-            "Delete it and run the collection again; finished demonstrations in the parts folder are kept."
+        if isinstance(error, BlockingIOError) or "unable to lock file" in str(error):
+            found = "in use by another program (locked for writing); wait for that, or close the file there"
+            raise RsdError(f"demonstrations {path}: {found}") from error
+        if error.errno:
+            found = f"cannot be read ({os.strerror(error.errno)}); see to its permissions and its disk"
+            raise RsdError(f"demonstrations {path}: {found}") from error
+        raise DamagedFile(
+            f"demonstrations {path}: expected a complete HDF5 file, found one that is cut off or damaged ({error}). "
+            "Copy it anew, or move it away and run the collection again (finished parts are kept)."
         ) from error
     with file:
         yield file

@@ -59,7 +59,7 @@ class DeviationConfig:
     """Every n-th episode is held out: the training's own setting."""
     device: str = "cpu"
     """cpu or cuda."""
-    output: Path = Path("results/scratch/deviation.json")
+    output: Path = Path("runs/bench/deviation.json")
     """p50, p99 and max by decoder, as JSON."""
 
 
@@ -116,7 +116,6 @@ def measure_deviation(config: DeviationConfig) -> list[Row]:
     ]
     settings = {**asdict(config), "data": [str(path) for path in config.data], "output": str(config.output)}
     record = DeviationRecord(FORMAT, settings, versions(), dataset.episodes, len(frames), rows)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output, encode_record(record) + "\n")
     Console().print(deviation_table(rows))
     return rows

@@ -57,7 +57,7 @@ class LatencyConfig:
     """cpu or cuda."""
     threads: int = 0
     """Torch's threads; 0 = one per core."""
-    output: Path = Path("results/scratch/latency.json")
+    output: Path = Path("runs/bench/latency.json")
     """Raw milliseconds and the environment, as JSON."""
 
     def __post_init__(self) -> None:
@@ -139,7 +139,6 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     settings = {**asdict(config), "output": str(config.output)}
     counted = {name: asdict(one) for name, one in work.items()}
     record = LatencyRecord(FORMAT, settings, versions(), machine, times, asdict(ceiling), counted)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output, encode_record(record) + "\n")
     Console().print(latency_table(record))
     return record

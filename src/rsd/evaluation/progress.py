@@ -13,6 +13,11 @@ from rsd.evaluation.episodes import Job
 from rsd.evaluation.results import EpisodeResult
 
 
+def last_line(log: str) -> str:
+    """What a traceback says in the end."""
+    return log.strip().splitlines()[-1] if log.strip() else "error"
+
+
 class EpisodeProgress:
     """Success so far, episodes per minute, time left. Episodes with an error are counted apart."""
 
@@ -43,8 +48,7 @@ class EpisodeProgress:
 
     def retry(self, job: Job, log: str) -> None:
         """An attempt that ended in an error and will be repeated."""
-        reason = log.strip().splitlines()[-1] if log.strip() else "error"
-        self._console.print(f"{self._label}: {job}: {reason}; begun anew", highlight=False, soft_wrap=True)
+        self._console.print(f"{self._label}: {job}: {last_line(log)}; begun anew", highlight=False, soft_wrap=True)
 
     def advance(self, result: EpisodeResult) -> None:
         self._new += 1

@@ -46,7 +46,7 @@ class Run:
         return {episode.key: episode.success for episode in self.episodes}
 
     @property
-    def planned_states(self) -> list[int]:
+    def planned_states(self) -> Sequence[int]:
         """Initial states of every task that the run was to do."""
         return planned_states(self.record.config.get("init_states", 0), self.record.config["num_trials"])
 

@@ -49,7 +49,7 @@ class ServingBenchConfig:
     """cpu or cuda."""
     threads: int = 0
     """Torch's threads here and in the server; 0 = one per core."""
-    output: Path = Path("results/scratch/serving.json")
+    output: Path = Path("runs/bench/serving.json")
     """Raw milliseconds and the environment, as JSON."""
 
     def __post_init__(self) -> None:

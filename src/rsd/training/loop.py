@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import json
 import math
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from rsd.locks import exclusive
+from rsd.output import writing
 from rsd.training import parallel
 from rsd.types import RsdError
 
-STATE_FILE = "training_state.pt"
-CLOCK_STEPS = 20  # how often the share of the run that is done is read off the first process's clock
+STATE_FILE, CHECKPOINT = "training_state.pt", "checkpoint"
+CLOCK_STEPS = 20  # how often the processes ask the first one for its clock, and whether it was told to stop
+SHOW_SECONDS, LINE_SECONDS = 1.0, 60.0  # between updates of the bar, and between lines of the log
+Config = TypeVar("Config")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -61,10 +73,13 @@ def train(
     `losses` draws its own batch. Interrupted, the same call continues from `run/training_state.pt`, with the batches
     that were to come unless a CUDA graph draws them; a state of another configuration is refused. bf16 autocast on
     CUDA, float32 on the CPU. Started by `torchrun`, the processes average their gradients and the first one writes.
+    Ctrl-C or SIGTERM: the step at hand is finished and the state written before KeyboardInterrupt is raised.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    run.mkdir(parents=True, exist_ok=True)
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        writer = SummaryWriter(str(run / "tensorboard"))
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     parallel.broadcast_parameters(model)
@@ -77,7 +92,6 @@ def train(
     step, spent = _resume(run / STATE_FILE, model, ema, optimiser, resolved)
     # resumed, it must not draw the batches of its first steps again; each process draws its own
     torch.manual_seed(step_seed(config, step))
-    writer = SummaryWriter(str(run / "tensorboard"))
     model.train()
 
     def forward_backward() -> dict[str, Tensor]:
@@ -96,12 +110,15 @@ def train(
     compute = record(forward_backward, trained) if graphed else forward_backward
     start, begun, done = time.monotonic() - spent, step, 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not first) as progress:
+    with Progress(*columns, disable=not first) as progress, stop_asked() as stop:
         bar = progress.add_task("training", total=config.steps, completed=step)
+        moved = printed = -math.inf
         while step < config.steps:
-            if step % CLOCK_STEPS == 0 or step == begun:
+            if parallel.world_size() == 1 or step % CLOCK_STEPS == 0 or step == begun:
                 elapsed = parallel.from_first(time.monotonic() - start, device)
                 done = elapsed / (60 * config.minutes) if config.minutes else 0.0
+                if parallel.from_first(float(stop.is_set()), device):
+                    break
             done = max(done, step / config.steps)
             if done >= 1.0:
                 break
@@ -118,19 +135,86 @@ def train(
             step += 1
             with torch.no_grad():
                 torch._foreach_lerp_(averaged, trained, 1 - min(config.ema, (1 + step) / (10 + step)))
-            if first and (step % config.log_every == 0 or step == config.steps):
-                _log(writer, values, norm, step, time.monotonic() - start)
+            if not first:
+                continue
+            now = time.monotonic()
+            if step % config.log_every == 0 or step == config.steps:
+                _log(writer, values, norm, step, now - start)
+            if now - moved > SHOW_SECONDS or step == config.steps:
+                moved = now
                 progress.update(bar, completed=step, description=f"loss {values['total'].item():.4f}")
-                if step % (10 * config.log_every) == 0:
-                    progress.print(_line(values, step, time.monotonic() - start))
-            if first and config.save_every and step % config.save_every == 0:
-                _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
-    if first:
-        _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
+            if now - printed > LINE_SECONDS:
+                printed = now
+                progress.print(_line(values, step, now - start))
+            if config.save_every and step % config.save_every == 0:
+                _save(run / STATE_FILE, model, ema, optimiser, step, now - start, resolved)
+        stopped = parallel.from_first(float(stop.is_set() and step < config.steps), device)
+        if first:
+            _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
+    if stopped:
+        if first:
+            kept = f"stopped after step {step} of {config.steps}: {run / STATE_FILE} is written"
+            print(f"{kept}; the same command goes on from there", file=sys.stderr)
+        raise KeyboardInterrupt
     for buffer, value in zip(ema.buffers(), model.buffers(), strict=True):
         buffer.copy_(value)
-    writer.close()
+    with writing(run / "tensorboard"):
+        writer.close()
     return ema
+
+
+@contextlib.contextmanager
+def stop_asked() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that work ends where it can be taken up again; a second one ends it at
+    once. In another thread than the main one, nothing sets it."""
+    asked = threading.Event()
+
+    def ask(*_: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        print("\nstopping after this step; once more to stop at once, without saving", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def one_run_a_folder(train: Callable[[Config], Result]) -> Callable[[Config], Result]:
+    """A training that has its `config.output` for itself; of the processes of `torchrun` the first one holds it."""
+
+    @functools.wraps(train)
+    def alone(config: Config) -> Result:
+        output: Path = config.output  # type: ignore[attr-defined]
+        with exclusive(output) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+            if (output / CHECKPOINT).exists() and not (output / STATE_FILE).exists():
+                raise RsdError(f"{output / CHECKPOINT}: a checkpoint of another run; choose another --output")
+            return train(config)
+
+    return alone
+
+
+def save_then_validate(
+    directory: Path, save: Callable[[dict[str, object]], None], check: Callable[[], dict[str, object]]
+) -> Path:
+    """The checkpoint first, with an empty validation report; then the validation, which may fail, and its report.
+
+    Returns the checkpoint's directory."""
+    with writing(directory, SafetensorError):
+        save({})
+    print(f"checkpoint: {directory}; now validating it on the held-out demonstrations", file=sys.stderr)
+    report = check()
+    print(json.dumps(report, indent=1))
+    with writing(directory, SafetensorError):
+        save(report)
+    print(f"checkpoint: {directory}; next: rsd eval --policy {directory} --num-trials 3")
+    return directory
 
 
 def optimiser_of(trained: Sequence[Tensor], config: LoopConfig, device: torch.device) -> torch.optim.AdamW:
@@ -183,10 +267,11 @@ def _log(writer: Any, values: dict[str, Tensor], norm: Tensor, step: int, second
     numbers = {name: float(value.detach()) for name, value in values.items()}
     if not math.isfinite(numbers["total"]):
         raise RsdError(f"training diverged at step {step}: losses {numbers}; lower --loop.learning-rate")
-    for name, number in numbers.items():
-        writer.add_scalar(f"loss/{name}", number, step)
-    writer.add_scalar("gradient_norm", float(norm), step)
-    writer.add_scalar("steps_per_second", step / seconds, step)
+    numbers = {f"loss/{name}": number for name, number in numbers.items()}
+    numbers |= {"gradient_norm": float(norm), "steps_per_second": step / seconds}
+    with writing(Path(writer.log_dir)):
+        for name, number in numbers.items():
+            writer.add_scalar(name, number, step)
 
 
 def _line(values: dict[str, Tensor], step: int, seconds: float) -> str:
@@ -212,8 +297,9 @@ def _save(
         "config": json.dumps(resolved, sort_keys=True),
     }
     partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)  # a kill leaves either the old state or the new one
+    with writing(path):
+        torch.save(state, partial)
+        partial.replace(path)  # a kill leaves either the old state or the new one
 
 
 def _resume(
@@ -223,7 +309,7 @@ def _resume(
         return 0, 0.0
     state = torch.load(path, weights_only=True, map_location="cpu")
     if json.loads(state["config"]) != json.loads(json.dumps(resolved, sort_keys=True)):
-        raise RsdError(f"{path}: belongs to a run with other settings; choose another --output or remove it")
+        raise RsdError(f"{path}: belongs to a run with other settings; choose another --output")
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
     optimiser.load_state_dict(state["optimiser"])

@@ -133,10 +133,10 @@ def prepared(
     for demonstration in demonstrations:
         images = demonstration.images
         if images is not None:
-            if images.shape[2] != RENDER_SIZE:
+            if images.shape[2:4] != (RENDER_SIZE, RENDER_SIZE):
                 raise RsdError(
-                    f"{demonstration.source}: images of {images.shape[2]} px, OpenVLA's pipeline starts from "
-                    f"{RENDER_SIZE}; render again with --image-size {RENDER_SIZE}"
+                    f"{demonstration.source}: images of {images.shape[2]} x {images.shape[3]} px, OpenVLA's pipeline "
+                    f"starts from {RENDER_SIZE}; render again with --image-size {RENDER_SIZE}"
                 )
             flat = images[:, :views].reshape(-1, *images.shape[2:])
             parts = pool.map(resized, [flat[i : i + IMAGES_A_JOB] for i in range(0, len(flat), IMAGES_A_JOB)])
