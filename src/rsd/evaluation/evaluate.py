@@ -189,6 +189,7 @@ def run_missing(
     """Run the pending episodes in worker processes; this process alone writes the results."""
     directory = config.output_dir
     faults = Faults(f"finished episodes are kept in {directory}; the same command without --overwrite goes on")
+    planned = len(queue) + sum(not result.is_error for result in finished.values())
     with writing(directory):
         (directory / VIDEOS_DIR).mkdir(parents=True, exist_ok=True)
     videos = len(list((directory / VIDEOS_DIR).glob("*.mp4")))
@@ -198,7 +199,7 @@ def run_missing(
     ):
         for message in pool.run(queue, videos_left=config.max_videos - videos):
             if isinstance(message, Ready):
-                record_run(config, directory, message)
+                record_run(config, directory, message, planned)
             elif isinstance(message, Retry):
                 log_error(directory, message.job, message.log)
                 progress.retry(message.job, message.log)
@@ -212,10 +213,10 @@ def run_missing(
                     faults.worked()
 
 
-def record_run(config: EvalConfig, directory: Path, ready: Ready) -> None:
+def record_run(config: EvalConfig, directory: Path, ready: Ready, planned: int) -> None:
     """Write config.json, or check that this worker runs what the episodes already there were made with."""
     if not (directory / CONFIG_FILE).exists():
-        record = RunRecord(asdict(config), config.hash, ready.versions, ready.policy)
+        record = RunRecord(asdict(config), config.hash, ready.versions, ready.policy, planned)
         write_atomically(directory / CONFIG_FILE, encode_record(record, indent=2) + "\n")
         return
     changed = run_differences(read_run_record(directory), ready.versions, ready.policy)

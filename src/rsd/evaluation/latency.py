@@ -24,6 +24,7 @@ from rsd.evaluation.config import DEFAULT, asked_rule
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.roofline import Ceiling, Work, measure_ceiling, work_of
 from rsd.evaluation.statistics import percentiles
+from rsd.output import shown
 from rsd.policy import RsdPolicy
 from rsd.sim.libero import LiberoEnv
 from rsd.types import AUTO, Observation, RsdError
@@ -99,7 +100,8 @@ def observations(suite: str, num_tasks: int, policy: RsdPolicy) -> list[Observat
     from rsd.sim.suites import suite_tasks
 
     found = []
-    for task in suite_tasks(suite)[:num_tasks]:
+    tasks = suite_tasks(suite)[:num_tasks]
+    for task in shown(tasks, "tasks observed", len(tasks)):
         env = LiberoEnv(suite, task.task_id, policy.image_size)
         try:
             env.reset(options={"init_state": 0})
@@ -141,6 +143,7 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     record = LatencyRecord(FORMAT, settings, versions(), machine, times, asdict(ceiling), counted)
     write_atomically(config.output, encode_record(record) + "\n")
     Console().print(latency_table(record))
+    print(f"results: {config.output}")
     return record
 
 
@@ -158,7 +161,7 @@ def take_turns(
     """Milliseconds by policy and stage, one number per prediction; every policy comes first in turn."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in policies}
     order = list(policies)
-    for turn in range(warmup + rounds):
+    for turn in shown(range(warmup + rounds), "rounds", warmup + rounds):
         for observation in seen:
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
                 spent = policies[name].predict(observation).stats.latency_ms

@@ -53,6 +53,8 @@ class Run:
     @property
     def not_run(self) -> int:
         """Planned episodes that an interrupted run never finished; they may well be the long, failing ones."""
+        if self.record.planned:
+            return max(0, self.record.planned - len(self.episodes) - self.errors)
         config = self.record.config
         tasks, count = planned_tasks(config["tasks"]), 0
         named = {suite.strip() for suite in config.get("task_suite", "").split(",")}

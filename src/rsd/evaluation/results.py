@@ -108,12 +108,15 @@ class EpisodeResult:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """`config.json`: the options of a run, its hash, and what the episodes were made with."""
+    """`config.json`: the options of a run, its hash, and what the episodes were made with.
+
+    planned: how many episodes the run has when it is whole; 0 in results of before it was recorded."""
 
     config: dict[str, Any]
     config_hash: str
     versions: dict[str, str]
     policy: dict[str, Any]
+    planned: int = 0
 
 
 def _matches(value: Any, expected: Any) -> bool:

@@ -143,6 +143,7 @@ def measure_scaling(config: ScalingConfig) -> ScalingRecord:
     record = ScalingRecord(FORMAT, settings, versions(), machine, sizes)
     write_atomically(config.output, encode_record(record) + "\n")
     Console().print(scaling_table(record))
+    print(f"results: {config.output}")
     return record
 
 
