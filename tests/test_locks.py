@@ -93,5 +93,6 @@ def test_a_file_system_without_locks_is_used_after_a_word(
 @pytest.mark.parametrize("inside", ["", "run"])
 def test_a_file_in_the_folders_place_is_a_line(tmp_path: Path, inside: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RsdError, match=r"cannot be written .*choose another one"), exclusive(tmp_path / "file" / inside):
+    found = r"cannot be written .*choose another one"
+    with pytest.raises(RsdError, match=found), exclusive(tmp_path / "file" / inside):
         pass
