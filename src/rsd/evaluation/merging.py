@@ -26,6 +26,7 @@ from rsd.evaluation.results import (
 from rsd.evaluation.summary import RunSummary
 from rsd.evaluation.video import VIDEOS_DIR
 from rsd.locks import exclusive
+from rsd.output import writing
 from rsd.types import RsdError
 
 SHARD_PATTERN = "shard-*-of-*"
@@ -100,7 +101,8 @@ def merge_locked(output: Path, shards: list[Path], backend: Backend) -> RunSumma
     write_atomically(output / EPISODES_FILE, "".join(encode_record(result) + "\n" for result in ordered))
     for source in sources:
         if source != output:
-            copy_rest(source, output)
+            with writing(output):
+                copy_rest(source, output)
     return sum_up(output, workers=0, wall_time_s=0.0)
 
 

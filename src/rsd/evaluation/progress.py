@@ -41,6 +41,9 @@ class EpisodeProgress:
 
     def __enter__(self) -> EpisodeProgress:
         self._bar.start()
+        if not self._console.is_terminal:
+            said = f"{self._label}: {self._pending} episodes to run, starting workers"
+            self._console.print(said, highlight=False, soft_wrap=True)
         return self
 
     def __exit__(self, *_: object) -> None:

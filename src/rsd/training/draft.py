@@ -70,6 +70,7 @@ def train_draft(config: TrainDraftConfig) -> Path:
     size = source.config.main.image_size
     dataset = FrameDataset(training, tokenizer.config.horizon, device, size)
     validation = FrameDataset(held_out, tokenizer.config.horizon, device, size)
+    print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
     model, policy = with_draft(source, config)
     model.to(device).requires_grad_(False)
     part = model.light if config.kind == "light" else model.draft

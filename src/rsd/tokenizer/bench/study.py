@@ -112,6 +112,7 @@ def bench(config: BenchConfig) -> None:
         require_same_data(output, config.methods, described)
         for method in config.methods:
             effort = QUICK if config.quick else FULL
+            console.print(f"{method}: fitting and measuring")
             try:
                 record = measure(method, chunks, others, described, effort, config.quick, console)
             except RsdError as error:
