@@ -18,9 +18,10 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training import parallel
 from rsd.training.dataset import Augmentation, Batch, FrameDataset
-from rsd.training.loop import LoopConfig, describe, one_run_a_folder, save_then_validate, train
+from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import LossConfig, MainRun, draft_losses, light_draft_losses, light_total
 from rsd.training.policy import data_provenance, load_folders, resolve_device, split
+from rsd.training.run_folder import one_run_a_folder, save_then_validate
 from rsd.training.validation import validate
 from rsd.types import EAGER, RsdError
 from rsd.versions import versions

@@ -18,8 +18,9 @@ from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
 from rsd.training.dataset import Augmentation, FrameDataset
-from rsd.training.loop import LoopConfig, describe, one_run_a_folder, save_then_validate, train
+from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import LossConfig, policy_losses
+from rsd.training.run_folder import one_run_a_folder, save_then_validate
 from rsd.training.tokenizer import DEFAULT_TOKENIZER
 from rsd.training.validation import validate
 from rsd.types import EAGER, RsdError

@@ -13,7 +13,7 @@ from rsd.data.episodes import action_episodes
 from rsd.output import refuse_to_replace, shown, writing
 from rsd.tokenizer.action_tokenizer import FILE_NAME, ActionTokenizer, TokenizerConfig
 from rsd.training.dataset import chunk_targets
-from rsd.training.loop import one_run_a_folder
+from rsd.training.run_folder import one_run_a_folder
 from rsd.types import RsdError
 
 DEFAULT_TOKENIZER = Path("runs/tokenizer")  # where `fit` writes and the trainings read
