@@ -28,9 +28,9 @@ class TrainTokenizerConfig:
     """Folders of demonstrations: HDF5 files, this package's or LIBERO's own, or LeRobot data sets."""
     output: Path = DEFAULT_TOKENIZER
     """Where tokenizer.json goes (and tokenizer.safetensors, where something is learned)."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     overwrite: bool = False
     """Replace the tokenizer that is there; what was trained with it goes on having its own copy."""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
 
 def demonstration_chunks(data: Sequence[Path], horizon: int) -> tuple[np.ndarray, int]:
