@@ -59,6 +59,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
         ),
         (["train", "policy", "--loop.learning-rate", "inf"], "rsd train policy: error: --loop.learning-rate inf: "),
         (["train", "draft", "--loss.blind", "nan"], "rsd train draft: error: --loss.blind nan: expected a finite"),
+        (["demos", "render", "--source", "x", "--num-workers", "0"], "rsd demos render: error: --num-workers 0: "),
         (["tokenizer", "fit", "--tokenizer.rho", "nan"], "rsd tokenizer fit: error: RFSQ: expected levels"),
         (["bench", "eval", "--plain-limit-s", "nan"], "rsd bench eval: error: --plain-limit-s nan: expected a finite"),
         (["eval", "--num-trials", "100000000"], "rsd eval: error: --num-trials 100000000: expected at most 1000000"),

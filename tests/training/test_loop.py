@@ -196,6 +196,16 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
         train(model, fit_line(model), CONFIG, tmp_path, CPU, {"dim": 65})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("log_every", 0), ("steps", -1), ("minutes", -0.5), ("ema", 1.5), ("learning_rate", 0.0)],
+)
+def test_a_loop_that_cannot_run_is_refused(name: str, value: float) -> None:
+    option = f"--loop.{name.replace('_', '-')}"
+    with pytest.raises(RsdError, match=rf"{option}.*expected|expected .*{option}"):
+        replace(CONFIG, **{name: value})
+
+
 def test_a_time_limit_ends_the_run(tmp_path: Path) -> None:
     model = Line()
     config = LoopConfig(steps=10**9, minutes=0.005, warmup=2, log_every=10**9)

@@ -92,6 +92,7 @@ class CollectConfig:
         for name, low, high in (
             ("num_demos", 1, 10**6),
             ("num_workers", 1, 4096),
+            ("image_size", 1, 4096),
             ("swapped_fraction", 0, 1),
             ("clean_fraction", 0, 1),
             ("policy_share", 0, 1),
@@ -259,7 +260,8 @@ def collect(config: CollectConfig) -> dict[str, int]:
                 if len(parts) >= max(2 * BATCH, merged[task]):  # doubling: each byte is copied twice at most
                     merged[task] = _merge(config, task)
         counts = {names[task]: _merge(config, task) for task in tasks}
-    print(f"{sum(counts.values())} demonstrations in {config.out}", file=sys.stderr)
+    following = f"demos render --source {config.out}" if config.states_only else f"tokenizer fit --data {config.out}"
+    print(f"{sum(counts.values())} demonstrations in {config.out}; next: rsd {following}", file=sys.stderr)
     faults.raise_any(f"of {total} demonstrations")
     return counts
 

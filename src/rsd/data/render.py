@@ -57,8 +57,10 @@ class RenderConfig:
     """Render the steps 0, n, 2n, ...: neighbouring frames teach a policy little, and drawing is most of the work."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise RsdError(f"--every {self.every}: expected 1 or more")
+        for name in ("every", "image_size", "num_workers", "max_per_task"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RsdError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
 
 
 def render_frames(
@@ -106,7 +108,8 @@ def render(config: RenderConfig) -> dict[str, int]:
                 faults.count(done, failed)
                 bar.advance(shown, done)
         counts = {path.name.removesuffix(FILE_SUFFIX): _merge(config, out, path) for path in wanted}
-    print(f"{sum(counts.values())} demonstrations with images in {out}", file=sys.stderr)
+    made = f"{sum(counts.values())} demonstrations with images in {out}"
+    print(f"{made}; next: rsd train policy --data {out}", file=sys.stderr)
     faults.raise_any(f"of {total} demonstrations")
     return counts
 

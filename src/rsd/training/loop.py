@@ -22,6 +22,7 @@ from rsd.training.run_folder import STATE_FILE, stop_asked
 from rsd.types import RsdError
 
 CLOCK_STEPS = 20  # how often the processes ask the first one for its clock, and whether it was told to stop
+POSITIVE, NOT_NEGATIVE = ("accumulate", "batch_size", "log_every"), ("steps", "minutes", "warmup", "save_every")
 SHOW_SECONDS, LINE_SECONDS = 1.0, 60.0  # between updates of the bar, and between lines of the log
 
 
@@ -47,8 +48,13 @@ class LoopConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1:
-            raise RsdError(f"--loop.accumulate {self.accumulate}: expected at least 1")
+        for name, least in {**dict.fromkeys(POSITIVE, 1), **dict.fromkeys(NOT_NEGATIVE, 0)}.items():
+            if not getattr(self, name) >= least:
+                found = f"--loop.{name.replace('_', '-')} {getattr(self, name)}"
+                raise RsdError(f"{found}: expected at least {least}")
+        if not 0 <= self.ema <= 1 or not self.learning_rate > 0:
+            expected = "--loop.ema from 0 to 1 and --loop.learning-rate above 0"
+            raise RsdError(f"expected {expected}, found {self.ema} and {self.learning_rate}")
 
 
 def train(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from rsd.data.episodes import action_episodes
 from rsd.output import refuse_to_replace, shown, writing
@@ -56,7 +57,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> ActionTokenizer:
     refuse_to_replace(config.output / FILE_NAME, config.overwrite)
     chunks, demonstrations = demonstration_chunks(config.data, config.tokenizer.horizon)
     tokenizer = ActionTokenizer.fit(chunks, config.tokenizer)
-    with writing(config.output):
+    with writing(config.output, SafetensorError):
         tokenizer.save(config.output)
     chunk = torch.from_numpy(chunks[:: max(1, len(chunks) // 20_000)])
     tokens = tokenizer.encode(chunk)
