@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from rsd import output
 from rsd.data.schema import atomic_file
 from rsd.evaluation.results import write_atomically
-from rsd.output import MAX_EQUAL_FAULTS, Faults, attempt, refuse_to_replace, shown, writing
+from rsd.output import Faults, attempt, refuse_to_replace, shown, writing
 from rsd.types import RsdError
 
 
@@ -100,6 +100,9 @@ def test_nothing_is_replaced_unless_asked_for(tmp_path: Path) -> None:
     refuse_to_replace(tmp_path, overwrite=True)
 
 
+MAX_EQUAL_FAULTS = 5
+
+
 def half(number: int) -> int:
     if number % 2:
         raise RsdError(f"{number} is odd")
@@ -107,17 +110,26 @@ def half(number: int) -> int:
 
 
 def test_a_piece_that_fails_costs_itself() -> None:
-    done, failed = attempt(range(5), half)
+    kept = dict[int, int]()
+    done, failed = attempt(range(5), half, kept.__setitem__)
     assert (done, failed) == (3, [(1, "1 is odd"), (3, "3 is odd")])
+    assert kept == {0: 0, 2: 1, 4: 2}
     faults = Faults("the others are kept")
-    faults.count(done, failed)
+    for piece, fault in failed:
+        faults.failed(piece, fault)
     with pytest.raises(RsdError, match=r"2 of 5 halves failed, the first of them 1 \(1 is odd\); the others are kept"):
         faults.raise_any("of 5 halves")
     Faults("").raise_any("of none")
 
+    def full(*_: int) -> None:
+        raise RsdError("the disk is full")
+
+    with pytest.raises(RsdError, match="the disk is full"):  # for all pieces alike
+        attempt(range(5), half, full)
+
 
 def test_a_fault_that_lasts_ends_the_job_and_others_do_not() -> None:
-    faults = Faults("run again")
+    faults = Faults("run again", MAX_EQUAL_FAULTS)
     for piece in range(100):  # the same one tried again and again, others that work in between, others' errors
         faults.failed("one", "connection to port 80 refused")
         if piece % 3 == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import sys
@@ -15,8 +16,8 @@ from typing import TypeVar
 from rsd.types import RsdError
 
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 SHOW_EVERY = 2.0  # seconds
-MAX_EQUAL_FAULTS = 5  # pieces of work that fail in the same way, one after the other
 AGAIN = "then run the command again (without --overwrite, if it had that)"
 REMEDIES = {
     errno.ENOSPC: f"make room, {AGAIN}",
@@ -52,12 +53,13 @@ def refuse_to_replace(path: Path, overwrite: bool) -> None:
 
 
 class Faults:
-    """Pieces of a long job that could not be done: each costs itself only, but a fault that lasts (a dead server, a
-    read-only disk) ends the job."""
+    """Pieces of a long job that could not be done: each costs itself only, but a fault that lasts (a server that is
+    gone) ends the job."""
 
-    def __init__(self, kept: str) -> None:
-        """kept: what an error says of the work done before, and of how to go on."""
-        self._kept = kept
+    def __init__(self, kept: str, most_equal: float = math.inf) -> None:
+        """kept: what an error says of the work done before, and of how to go on. most_equal: so many different pieces
+        in a row that fail in the same way are a fault that lasts."""
+        self._kept, self._most_equal = kept, most_equal
         self._seen: dict[object, str] = {}
         self._alike, self._row = "", set[object]()
 
@@ -66,21 +68,14 @@ class Faults:
         self._row.clear()
 
     def failed(self, piece: object, fault: str) -> None:
-        """`piece` could not be done; raises RsdError once MAX_EQUAL_FAULTS of them in a row failed in the same way."""
+        """`piece` could not be done; raises RsdError where the fault lasts."""
         self._seen[piece] = fault
         alike = re.sub(r"\d+", "#", fault)  # ports, process ids, addresses
         if alike != self._alike:
             self._alike, self._row = alike, set()
         self._row.add(piece)
-        if len(self._row) >= MAX_EQUAL_FAULTS:
+        if len(self._row) >= self._most_equal:
             raise RsdError(f"{fault} ({len(self._row)} times in a row, so the run stops here); {self._kept}")
-
-    def count(self, done: int, failed: Iterable[tuple[object, str]]) -> None:
-        """What `attempt` returned."""
-        if done:
-            self.worked()
-        for piece, fault in failed:
-            self.failed(piece, fault)
 
     def raise_any(self, what: str) -> None:
         """Once everything is tried: raises RsdError if something could not be done. what: such as "of 50 episodes"."""
@@ -89,15 +84,20 @@ class Faults:
             raise RsdError(f"{len(self._seen)} {what} failed, the first of them {piece} ({fault}); {self._kept}")
 
 
-def attempt(pieces: Iterable[Item], do: Callable[[Item], object]) -> tuple[int, list[tuple[Item, str]]]:
-    """Calls `do` on each -> how many were done, and the others with their errors."""
+def attempt(
+    pieces: Iterable[Item], make: Callable[[Item], Made], keep: Callable[[Item, Made], object]
+) -> tuple[int, list[tuple[Item, str]]]:
+    """Makes and keeps each piece -> how many, and the others with their errors: what cannot be made costs itself only,
+    what cannot be kept is an error."""
     done, failed = 0, []
     for piece in pieces:
         try:
-            do(piece)
-            done += 1
+            made = make(piece)
         except RsdError as error:
             failed.append((piece, str(error)))
+            continue
+        keep(piece, made)
+        done += 1
     return done, failed
 
 

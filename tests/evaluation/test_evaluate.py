@@ -169,6 +169,9 @@ def test_a_fault_that_lasts_stops_the_run_which_goes_on_when_it_is_gone(config: 
     with pytest.raises(RsdError, match=r"the policy broke .5 times in a row, so the run stops.*without --overwrite"):
         run(many)
     assert (many.output_dir / "errors.log").read_text().count("Traceback") == 5
+    two = replace(many, num_workers="2", output=f"{config.output}-two")
+    with pytest.raises(RsdError, match=r"the policy broke .6 times in a row"):
+        run(two)
     gone.touch()
     summary, _ = run(many)
     assert (summary.episodes, summary.errors) == (12, 0)

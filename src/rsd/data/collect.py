@@ -252,7 +252,8 @@ def collect(config: CollectConfig) -> dict[str, int]:
             for job in as_completed(jobs):
                 task = jobs[job]
                 done, failed = job.result()
-                faults.count(done, [(f"{names[task]} demo_{index}", fault) for index, fault in failed])
+                for index, fault in failed:
+                    faults.failed(f"{names[task]} demo_{index}", fault)
                 bar.advance(shown, done)
                 if not bar.console.is_terminal:
                     bar.console.print(f"{int(bar.tasks[0].completed)}/{total} demonstrations, last: {names[task]}")
@@ -288,14 +289,16 @@ def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> t
     env = worker_environment(config.suite, task_id, size, cameras=policy is not None or not config.states_only)
     folder = config.out / PARTS / env.task.name
 
-    def make(index: int) -> None:
-        episode = make_demonstration(env, config, index, policy)
+    def make(index: int) -> Episode:
+        return make_demonstration(env, config, index, policy)
+
+    def keep(index: int, episode: Episode) -> None:
         with atomic_file(folder / f"demo_{index}.hdf5") as file:
             write_episode(file.create_group(f"demo_{index}"), episode)
 
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    return attempt(indices, make)
+    return attempt(indices, make, keep)
 
 
 def _parts(out: Path, name: str) -> list[Path]:

@@ -105,11 +105,12 @@ def render(config: RenderConfig) -> dict[str, int]:
             shown = bar.add_task("rendered demonstrations", total=total, completed=done)
             for job in as_completed([pool.submit(_render_batch, config, out, *arguments) for arguments in jobs]):
                 done, failed = job.result()
-                faults.count(done, failed)
+                for piece, fault in failed:
+                    faults.failed(piece, fault)
                 bar.advance(shown, done)
         counts = {path.name.removesuffix(FILE_SUFFIX): _merge(config, out, path) for path in wanted}
-    made = f"{sum(counts.values())} demonstrations with images in {out}"
-    print(f"{made}; next: rsd train policy --data {out}", file=sys.stderr)
+    told = f"{sum(counts.values())} demonstrations with images in {out}"
+    print(f"{told}; next: rsd train policy --data {out}", file=sys.stderr)
     faults.raise_any(f"of {total} demonstrations")
     return counts
 
@@ -171,15 +172,17 @@ def _render_batch(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
-    def draw(name: str) -> None:
+    def draw(name: str) -> NDArray[np.uint8]:
         demo = file["data"][name]
         try:
             recorded = [demo[key][()] for key in ("states", "body_pos", "body_quat")]
-            frames = render_frames(env, recorded[0][:: config.every], *recorded[1:])
+            return render_frames(env, recorded[0][:: config.every], *recorded[1:])
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise RsdError(f"{path}, {name}: its states or fixtures are missing or damaged ({error})") from error
+
+    def keep(name: str, frames: NDArray[np.uint8]) -> None:
         with atomic_file(folder / f"{name}.hdf5") as part:
-            file.copy(demo, part, name=name)
+            file.copy(file["data"][name], part, name=name)
             for key in IMAGE_KEYS:
                 if key in part[name]["obs"]:
                     del part[name]["obs"][key]
@@ -187,7 +190,7 @@ def _render_batch(
             part[name].attrs["image_every"] = config.every
 
     with open_file(path) as file:
-        done, failed = attempt(names, draw)
+        done, failed = attempt(names, draw, keep)
     return done, [(f"{path.name} {name}", fault) for name, fault in failed]
 
 

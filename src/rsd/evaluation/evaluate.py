@@ -40,6 +40,7 @@ from rsd.output import Faults, writing
 from rsd.types import CUDA_GRAPHS, EAGER, RsdError
 
 ERRORS_FILE = "errors.log"
+MAX_EQUAL_FAULTS = 5  # episodes in a row that end in the same error
 # A run may go on where these differ: they name the machine, not what computes the result.
 MACHINE_VERSIONS = ("platform", "cpu", "cpu_cores")
 
@@ -188,7 +189,9 @@ def run_missing(
 ) -> None:
     """Run the pending episodes in worker processes; this process alone writes the results."""
     directory = config.output_dir
-    faults = Faults(f"finished episodes are kept in {directory}; the same command without --overwrite goes on")
+    # what ends every worker's episode at once, such as a server that begins anew, lasts no longer than that
+    kept = f"finished episodes are kept in {directory}; the same command without --overwrite goes on"
+    faults = Faults(kept, MAX_EQUAL_FAULTS + workers - 1)
     planned = len(queue) + sum(not result.is_error for result in finished.values())
     with writing(directory):
         (directory / VIDEOS_DIR).mkdir(parents=True, exist_ok=True)

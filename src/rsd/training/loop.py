@@ -110,6 +110,7 @@ def train(
     with Progress(*columns, disable=not first) as progress, stop_asked() as stop:
         bar = progress.add_task("training", total=config.steps, completed=step)
         moved = printed = -math.inf
+        values = dict[str, Tensor]()
         while step < config.steps:
             if parallel.world_size() == 1 or step % CLOCK_STEPS == 0 or step == begun:
                 elapsed = parallel.from_first(time.monotonic() - start, device)
@@ -144,9 +145,11 @@ def train(
                 printed = now
                 progress.print(_line(values, step, now - start))
             if config.save_every and step % config.save_every == 0:
+                _require_finite(values, step)
                 _save(run / STATE_FILE, model, ema, optimiser, step, now - start, resolved)
         stopped = parallel.from_first(float(stop.is_set() and step < config.steps), device)
         if first:
+            _require_finite(values, step)  # a good state is not replaced by one that diverged
             _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
     if stopped:
         if first:
@@ -206,10 +209,16 @@ def learning_rate(config: LoopConfig, step: int, done: float) -> float:
     return config.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def _log(writer: Any, values: dict[str, Tensor], norm: Tensor, step: int, seconds: float) -> None:
+def _require_finite(values: dict[str, Tensor], step: int) -> dict[str, float]:
+    """The losses as numbers; raises RsdError where their total is none."""
     numbers = {name: float(value.detach()) for name, value in values.items()}
-    if not math.isfinite(numbers["total"]):
+    if not math.isfinite(numbers.get("total", 0.0)):
         raise RsdError(f"training diverged at step {step}: losses {numbers}; lower --loop.learning-rate")
+    return numbers
+
+
+def _log(writer: Any, values: dict[str, Tensor], norm: Tensor, step: int, seconds: float) -> None:
+    numbers = _require_finite(values, step)
     numbers = {f"loss/{name}": number for name, number in numbers.items()}
     numbers |= {"gradient_norm": float(norm), "steps_per_second": step / seconds}
     with writing(Path(writer.log_dir)):

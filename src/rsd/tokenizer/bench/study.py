@@ -118,7 +118,6 @@ def bench(config: BenchConfig) -> None:
             except RsdError as error:
                 faults.failed(method, str(error))
                 continue
-            faults.worked()
             write_atomically(output / f"{method}.json", encode_record(record) + "\n")
     write_report(config.output, config.document)
     console.print(f"{config.document} written, from the files in {config.output}")
