@@ -143,6 +143,26 @@ def test_a_placement_that_the_expert_refuses_costs_that_placement_only(
         env.close()
 
 
+def test_a_draw_that_leaves_no_room_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = LiberoEnv("libero_spatial", 0, cameras=False)
+    rebuild, calls = env._rebuild, list[int]()
+
+    def crowded(seed: int) -> None:
+        from robosuite.utils.errors import RandomizationError
+
+        calls.append(seed)
+        if len(calls) == 1:
+            raise RandomizationError("Cannot place all objects ):")
+        rebuild(seed)
+
+    try:
+        monkeypatch.setattr(env, "_rebuild", crowded)
+        _, info = env.reset(options={"placement_seed": 3})
+        assert info["placement_rejections"] >= 1
+    finally:
+        env.close()
+
+
 def test_demonstrations_that_cannot_be_made_are_named_once_the_others_are(
     config: CollectConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

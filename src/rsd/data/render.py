@@ -175,7 +175,7 @@ def _render_batch(
     def draw(name: str) -> NDArray[np.uint8]:
         demo = file["data"][name]
         try:
-            recorded = [demo[key][()] for key in ("states", "body_pos", "body_quat")]
+            recorded = [demo[key][()] for key in ("states", "body_pos", "body_quat") if "obs" in demo]
             return render_frames(env, recorded[0][:: config.every], *recorded[1:])
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise RsdError(f"{path}, {name}: its states or fixtures are missing or damaged ({error})") from error
