@@ -78,6 +78,34 @@ def test_the_lock_of_a_killed_process_is_taken_over(holder: subprocess.Popen[str
         assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_the_lock_is_gone_when_it_is_not_held(tmp_path: Path) -> None:
+    with exclusive(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_that_come_at_once_hold_it_one_after_the_other(tmp_path: Path) -> None:
+    inside, most, refused = [0], [0], [0]
+
+    def enter() -> None:
+        for _ in range(200):
+            try:
+                with exclusive(tmp_path):
+                    inside[0] += 1
+                    most[0] = max(most[0], inside[0])
+                    inside[0] -= 1
+            except RsdError:
+                refused[0] += 1
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    assert 0 < refused[0] < 800
+
+
 def test_a_file_system_without_locks_is_used_after_a_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,7 +63,7 @@ def test_a_full_disk_is_a_line_whoever_writes(write: Callable[[Path], None], tmp
         (errno.ENOSPC, "make room, then run the command again"),
         (errno.EROFS, "Read-only file system.*choose another folder"),
         (errno.EACCES, "Permission denied.*choose another folder"),
-        (errno.ENOENT, "its folder was moved or deleted meanwhile"),
+        (errno.ENOENT, "its folder is not there, or not any more"),
     ],
 )
 def test_the_remedy_follows_the_fault(number: int, remedy: str) -> None:

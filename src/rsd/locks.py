@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from rsd.output import writing
 from rsd.types import RsdError
@@ -27,14 +28,30 @@ def exclusive(folder: Path) -> Iterator[None]:
     Lustre can be mounted so) is used after a warning.
     """
     with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(_locked(folder))
+        with writing(folder):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # the folder may be gone
+                (folder / LOCK_FILE).unlink()  # while it is held: who opened it meanwhile finds another one there
+
+
+def _locked(folder: Path) -> TextIO:
+    """The open lock file; see `exclusive`."""
+    while True:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((folder / LOCK_FILE).open("a+"))
+            lock = (folder / LOCK_FILE).open("a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read(200).strip() or "another process"
+            with lock:
+                lock.seek(0)
+                holder = lock.read(200).strip() or "another process"
             raise RsdError(
                 f"{folder}: another run is writing here ({holder}); wait for it or choose another folder"
             ) from None
@@ -44,11 +61,10 @@ def exclusive(folder: Path) -> Iterator[None]:
                 "that no other process writes there, or choose a folder on a local disk",
                 file=sys.stderr,
             )
-        with writing(folder):
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
-        yield
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+                return lock
+        lock.close()  # its holder ended between the two lines above, and took the file away
 
 
 @contextlib.contextmanager

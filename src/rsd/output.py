@@ -19,13 +19,14 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 SHOW_EVERY = 2.0  # seconds
 AGAIN = "then run the command again (without --overwrite, if it had that)"
+KEPT = "what was written before is kept"
 REMEDIES = {
-    errno.ENOSPC: f"make room, {AGAIN}",
-    errno.EDQUOT: f"make room, {AGAIN}",
+    errno.ENOSPC: f"{KEPT}; make room, {AGAIN}",
+    errno.EDQUOT: f"{KEPT}; make room, {AGAIN}",
     errno.EEXIST: "something else is in its place: choose another one",
     errno.ENOTDIR: "a file is in the place of its folder: choose another one",
     errno.EISDIR: "a folder is in its place: choose another one",
-    errno.ENOENT: f"its folder was moved or deleted meanwhile: put it back, {AGAIN}",
+    errno.ENOENT: f"its folder is not there, or not any more: put it back, {AGAIN}",
 }
 
 
@@ -42,8 +43,8 @@ def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
         inside = re.search(r"errno = (\d+)|os error (\d+)", str(error))  # HDF5's and safetensors' way to tell it
         number = int(inside[1] or inside[2]) if inside else getattr(error, "errno", None)
         reason = os.strerror(number) if number else str(error).split("\n")[0][:200]
-        remedy = REMEDIES.get(number or 0, "choose another folder, or let this one be written to")
-        raise RsdError(f"{path}: cannot be written ({reason}); what was written before is kept; {remedy}") from error
+        remedy = REMEDIES.get(number or 0, f"{KEPT}; choose another folder, or let this one be written to")
+        raise RsdError(f"{path}: cannot be written ({reason}); {remedy}") from error
 
 
 def refuse_to_replace(path: Path, overwrite: bool) -> None:

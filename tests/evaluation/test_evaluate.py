@@ -204,7 +204,7 @@ def test_a_folder_deleted_meanwhile_is_a_line(config: EvalConfig, monkeypatch: p
 
     record_outcome = evaluation.record_outcome
     monkeypatch.setattr(evaluation, "record_outcome", deleting)
-    with pytest.raises(RsdError, match=r"cannot be written .No such file or directory.; .*moved or deleted meanwhile"):
+    with pytest.raises(RsdError, match=r"cannot be written .No such file or directory.; .*not there, or not any more"):
         run(config)
 
 

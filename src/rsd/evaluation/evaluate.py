@@ -153,9 +153,10 @@ def open_run(config: EvalConfig, directory: Path, overwrite: bool, console: Cons
 
 def refuse_mixture(directory: Path, shard: bool) -> None:
     """Raises RsdError where a run would lie among others, in a folder of runs or inside of one (as shards do)."""
-    inside = sorted(path.parent.name for path in directory.glob(f"*/{EPISODES_FILE}"))
+    deep = [path for pattern in ("*", "*/*") for path in directory.glob(f"{pattern}/{EPISODES_FILE}")]
+    inside = sorted(str(path.parent.relative_to(directory)) for path in deep)
     if inside and not (directory / CONFIG_FILE).exists():
-        raise RsdError(f"{directory} is a folder of runs ({', '.join(inside)}): choose one of them or another --output")
+        raise RsdError(f"{directory} is a folder of runs ({', '.join(inside[:5])}): choose one of them or another --output")
     if not shard and (directory.parent / EPISODES_FILE).exists():
         raise RsdError(f"{directory} lies in a run, {directory.parent}; choose another --output")
 
