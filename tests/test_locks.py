@@ -82,6 +82,11 @@ def test_the_lock_is_gone_when_it_is_not_held(tmp_path: Path) -> None:
     with exclusive(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     assert list(tmp_path.iterdir()) == []
+    for written in ([], ["result"]):
+        with exclusive(tmp_path / "new"):
+            for name in written:
+                (tmp_path / "new" / name).touch()
+        assert (tmp_path / "new").exists() == bool(written)
 
 
 def test_many_that_come_at_once_hold_it_one_after_the_other(tmp_path: Path) -> None:
