@@ -156,7 +156,8 @@ def refuse_mixture(directory: Path, shard: bool) -> None:
     deep = [path for pattern in ("*", "*/*") for path in directory.glob(f"{pattern}/{EPISODES_FILE}")]
     inside = sorted(str(path.parent.relative_to(directory)) for path in deep)
     if inside and not (directory / CONFIG_FILE).exists():
-        raise RsdError(f"{directory} is a folder of runs ({', '.join(inside[:5])}): choose one of them or another --output")
+        found = ", ".join(inside[:5])
+        raise RsdError(f"{directory} is a folder of runs ({found}): choose one of them or another --output")
     if not shard and (directory.parent / EPISODES_FILE).exists():
         raise RsdError(f"{directory} lies in a run, {directory.parent}; choose another --output")
 
