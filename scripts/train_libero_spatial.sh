@@ -14,7 +14,7 @@ train() { "$rsd" train policy --loop.batch-size 512 --loop.steps 100000 --loop.s
 
 "$rsd" demos collect --out "$run/expert_states" --num-demos "${NUM_DEMOS:-180}" --states-only --num-workers "$workers"
 render expert
-"$rsd" tokenizer fit --data "$run/expert_states" --output "$run/tokenizer"
+[ -e "$run/tokenizer/tokenizer.json" ] || "$rsd" tokenizer fit --data "$run/expert_states" --output "$run/tokenizer"
 train --data "$run/expert" --tokenizer "$run/tokenizer" --output "$run/first" --loop.minutes "${FIRST_MINUTES:-5}"
 
 "$rsd" demos collect --out "$run/dagger_states" --num-demos "${NUM_DAGGER:-55}" --states-only --num-workers "$workers" \

@@ -19,7 +19,7 @@ collect libero_goal 100 80
 collect libero_object 100 60
 collect libero_10 100 60
 
-"$bin/rsd" tokenizer fit --data "$run"/libero_{goal,object,10}_states --output "$run/tokenizer"
+[ -e "$run/tokenizer/tokenizer.json" ] || "$bin/rsd" tokenizer fit --data "$run"/libero_{goal,object,10}_states --output "$run/tokenizer"
 # shellcheck disable=SC2086
 "$bin/torchrun" --nproc-per-node "${GPUS:-1}" -m rsd train policy --data "$run"/libero_{goal,object,10} \
     --tokenizer "$run/tokenizer" --init checkpoints/libero_spatial --init-matching --init-fresh $afresh \

@@ -203,7 +203,7 @@ def folder_in_its_place(path: Path) -> None:
 
 FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "overwritten": (whole_file(overwritten), "not readable"),
-    "truncated": (whole_file(lambda path: path.write_bytes(path.read_bytes()[:2000])), "a truncated or damaged one"),
+    "truncated": (whole_file(lambda path: path.write_bytes(path.read_bytes()[:2000])), "one that is cut off or damaged"),
     "empty": (whole_file(lambda path: path.write_bytes(b"")), "found an empty one"),
     "git-lfs": (whole_file(lambda path: path.write_text("version https://git-lfs")), "a pointer of Git LFS; run"),
     "another-kind": (whole_file(lambda path: path.write_text("x,y\n" * 50)), "or one of another kind"),
@@ -395,7 +395,7 @@ def test_a_demonstration_file_in_use_is_not_called_damaged(tmp_path: Path, capsy
         assert writer.stdout is not None
         assert writer.stdout.readline() == "open\n"
         command = ["tokenizer", "fit", "--data", tmp_path / "data", "--output", tmp_path / "out"]
-        check(command, "another program is writing to it; wait for it", tmp_path, capsys)
+        check(command, "in use by another program", tmp_path, capsys)
     finally:
         writer.kill()
         writer.wait()

@@ -1,11 +1,73 @@
-"""Work that one of several processes does for all of them."""
+"""Folders that several processes come to: one that holds it alone, or one that goes first.
+
+flock: the kernel lets go of a lock when its process ends, however it ends, so that there are no stale ones.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
+
+from rsd.output import writing
+from rsd.types import RsdError
+
+LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds the folder, made if need be, for one run: everything that writes a run takes it first.
+
+    Raises RsdError if another process has it, or if nothing can be written there. A file system without locks (NFS and
+    Lustre can be mounted so) is used after a warning.
+    """
+    new = not folder.exists()
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(_locked(folder))
+        with writing(folder):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # the folder may be gone
+                (folder / LOCK_FILE).unlink()  # while it is held: who opened it meanwhile finds another one there
+                if new:
+                    folder.rmdir()  # where nothing was written
+
+
+def _locked(folder: Path) -> TextIO:
+    """The open lock file; see `exclusive`."""
+    while True:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / LOCK_FILE).open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with lock:
+                lock.seek(0)
+                holder = lock.read(200).strip() or "another process"
+            raise RsdError(
+                f"{folder}: another run is writing here ({holder}); wait for it or choose another folder"
+            ) from None
+        except OSError as error:
+            print(
+                f"warning: {folder}: its file system has no locks ({error.strerror}; NFS without them?); make sure "
+                "that no other process writes there, or choose a folder on a local disk",
+                file=sys.stderr,
+            )
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+                return lock
+        lock.close()  # its holder ended between the two lines above, and took the file away
 
 
 @contextlib.contextmanager

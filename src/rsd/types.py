@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # half of the time that `rsd --help` would take
     import numpy as np
@@ -19,6 +20,20 @@ BEST = "best"  # in the place of a decoder's name: the best proven one that the 
 
 class RsdError(Exception):
     """An error the user can act on: the message names what was expected, what was found and what to do."""
+
+
+def require_finite_numbers(options: Any, prefix: str = "") -> None:
+    """Raises RsdError, in the command line's words, where a dataclass of options holds NaN or infinity at any depth.
+
+    NaN passes every comparison with a limit that is written the usual way.
+    """
+    for entry in fields(options):
+        value, name = getattr(options, entry.name), f"{prefix}{entry.name.replace('_', '-')}"
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if is_dataclass(number):
+                require_finite_numbers(number, f"{name}.")
+            elif isinstance(number, float) and not math.isfinite(number):
+                raise RsdError(f"--{name} {number}: expected a finite number")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,12 @@
+import contextlib
 import json
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -8,8 +14,11 @@ import pytest
 
 from rsd.data.collect import CollectConfig, EpisodeRecorder, collect, make_demonstration
 from rsd.data.demonstrations import Demonstration, load_demonstrations
+from rsd.data.measure_expert import FIRST_SEED, MeasureExpertConfig, run_batch, summary
 from rsd.data.render import RenderConfig, render, render_frames
 from rsd.data.schema import FILE_SUFFIX
+from rsd.locks import exclusive
+from rsd.sim import expert
 from rsd.sim.goals import task_goals
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.pick_and_place import PickAndPlace
@@ -18,6 +27,7 @@ from rsd.sim.suites import suite_task
 from rsd.types import RsdError
 
 pytestmark = pytest.mark.simulator
+collecting = sys.modules["rsd.data.collect"]
 NAME = suite_task("libero_spatial", 0).name
 
 
@@ -97,6 +107,112 @@ def test_a_task_of_two_goals_is_collected_as_one_demonstration(tmp_path: Path) -
     assert demo.instruction == "put both the cream cheese box and the butter in the basket"
     assert 120 < demo.success_step < 400  # the limit is 520
     assert (np.diff(demo.labels[:, 6]) != 0).sum() >= 4  # it closes and opens for each
+
+
+def test_a_placement_that_the_expert_refuses_costs_that_placement_only(
+    config: CollectConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, tries = expert.run, list[int]()
+
+    def refusing(*arguments: Any, **options: Any) -> expert.ExpertResult:
+        tries.append(len(tries))
+        if len(tries) == 1:
+            raise RsdError("milk_1: expected something at most 0.07 m wide, found 0.071 m")
+        return run(*arguments, **options)
+
+    env = LiberoEnv("libero_spatial", 0, cameras=False)
+    try:
+        alone = make_demonstration(env, config, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(expert, "run", refusing)
+            made = make_demonstration(env, config, 0)
+        assert made.attributes["failed_tries"] == alone.attributes["failed_tries"] + 1 == len(tries) - 1
+
+        def never(*_: object, **__: object) -> None:
+            raise RsdError("too wide")
+
+        monkeypatch.setattr(expert, "run", never)
+        with pytest.raises(RsdError, match=r"failed on 30 placements in a row; of the last .* it says: too wide"):
+            make_demonstration(env, config, 0)
+        # its sibling: the measurement counts it as a failure, and why
+        monkeypatch.setattr("rsd.data.measure_expert.worker_environment", lambda *_, **__: env)
+        records = run_batch(MeasureExpertConfig(Path("x")), 0, range(FIRST_SEED, FIRST_SEED + 2))
+        assert [(record["success"], record["error"]) for record in records] == [(False, "too wide")] * 2
+        assert summary(records)["successes"] == 0
+    finally:
+        env.close()
+
+
+def test_a_draw_that_leaves_no_room_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = LiberoEnv("libero_spatial", 0, cameras=False)
+    rebuild, calls = env._rebuild, list[int]()
+
+    def crowded(seed: int) -> None:
+        from robosuite.utils.errors import RandomizationError
+
+        calls.append(seed)
+        if len(calls) == 1:
+            raise RandomizationError("Cannot place all objects ):")
+        rebuild(seed)
+
+    try:
+        monkeypatch.setattr(env, "_rebuild", crowded)
+        _, info = env.reset(options={"placement_seed": 3})
+        assert info["placement_rejections"] >= 1
+    finally:
+        env.close()
+
+
+def test_demonstrations_that_cannot_be_made_are_named_once_the_others_are(
+    config: CollectConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rsd.data.collect.worker_pool", lambda _: contextlib.nullcontext(InThisProcess()))
+    monkeypatch.setattr("rsd.data.collect.as_completed", list)
+    make = collecting.make_demonstration
+
+    def one_fails(env: LiberoEnv, job: CollectConfig, index: int, *rest: Any) -> Any:
+        if index == 0:
+            raise RsdError("no placement will do")
+        return make(env, job, index, *rest)
+
+    job = replace(config, out=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(collecting, "make_demonstration", one_fails)
+        with pytest.raises(RsdError, match=rf"1 of 2 demonstrations failed, .*{NAME} demo_0 .no placement will do"):
+            collect(job)
+    assert [demo.episode for demo in load_demonstrations(tmp_path)] == ["demo_1"]
+    assert collect(job) == {NAME: 2}
+
+
+class InThisProcess:
+    """A pool of workers that is none."""
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+def test_a_demonstration_that_is_damaged_costs_its_own_rendering_only(
+    config: CollectConfig, collected: list[Demonstration], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(config.out / f"{NAME}{FILE_SUFFIX}", source)
+    with h5py.File(source / f"{NAME}{FILE_SUFFIX}", "r+") as file:
+        del file["data/demo_0/states"]
+    job = RenderConfig(source, tmp_path / "out", image_size=32, num_workers=1, every=16, max_per_task=2)
+    with pytest.raises(RsdError, match=r"1 of 2 demonstrations failed, .* demo_0 .*states or fixtures: not readable"):
+        render(job)
+    assert [demo.episode for demo in load_demonstrations(tmp_path / "out")] == ["demo_1"]
+
+
+@pytest.mark.parametrize("begin", ["collect", "render"])
+def test_a_folder_of_demonstrations_belongs_to_one_run(config: CollectConfig, tmp_path: Path, begin: str) -> None:
+    (tmp_path / f"x{FILE_SUFFIX}").touch()
+    runs = {"collect": lambda: collect(replace(config, out=tmp_path)), "render": lambda: render(RenderConfig(tmp_path))}
+    with exclusive(tmp_path), pytest.raises(RsdError, match="another run is writing here"):
+        runs[begin]()
 
 
 def test_what_the_expert_cannot_do_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
+import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -10,7 +14,8 @@ from rsd.conventions import rotate_180
 from rsd.data.collect import is_swapped
 from rsd.data.demonstrations import load_demonstrations
 from rsd.data.schema import FILE_SUFFIX, FORMAT_VERSION, Episode, atomic_file, merge, open_file, write_episode
-from rsd.data.workers import exclusive, part_files
+from rsd.data.workers import part_files
+from rsd.locks import exclusive
 from rsd.types import RsdError
 
 TASK = "pick_up_the_black_bowl_and_place_it_on_the_plate"
@@ -185,8 +190,38 @@ def test_damaged_demonstrations_are_refused(tmp_path: Path, damage: Callable[[h5
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = own_file(tmp_path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(RsdError, match="truncated or damaged"):
+    with pytest.raises(RsdError, match="cut off or damaged"):
         list(load_demonstrations(path))
+
+
+def test_a_file_in_use_or_without_permission_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, whole = own_file(tmp_path), part(tmp_path, episode(5))
+    faults = {
+        "in use by another program": BlockingIOError(errno.EAGAIN, "unable to lock file, errno = 11"),
+        "cannot be read .Permission denied.; see to its permissions": PermissionError(errno.EACCES, "unable to open"),
+        "cannot be read .Input/output error.": OSError(errno.EIO, "read failed"),
+    }
+    for message, fault in faults.items():
+        monkeypatch.setattr(h5py, "File", Mock(side_effect=fault))
+        for read in (lambda: list(load_demonstrations(path)), lambda: part_files(tmp_path)):
+            with pytest.raises(RsdError, match=message) as raised:
+                read()
+            assert "elete" not in str(raised.value)
+    assert whole.exists()
+
+
+def test_a_file_that_another_process_writes_is_in_use(tmp_path: Path) -> None:
+    path = own_file(tmp_path)
+    code = f"import h5py\nwith h5py.File({str(path)!r}, 'a'):\n    print(flush=True)\n    input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        with pytest.raises(RsdError, match="in use by another program"):
+            list(load_demonstrations(path))
+        writer.communicate(b"\n")
+    assert len(list(load_demonstrations(path))) == 3
 
 
 def test_another_format_version_is_refused(tmp_path: Path) -> None:
@@ -221,11 +256,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.glob(".*")] == []
 
 
-def test_damaged_parts_are_deleted_to_be_made_again(tmp_path: Path) -> None:
+def test_damaged_parts_are_put_aside_to_be_made_again(tmp_path: Path) -> None:
     good, bad = part(tmp_path, episode(3)), part(tmp_path, episode(4))
     bad.write_bytes(bad.read_bytes()[:100])
     assert part_files(tmp_path) == [good]
     assert not bad.exists()
+    assert bad.with_suffix(".damaged").stat().st_size == 100
     with open_file(good) as file:
         assert list(file) == ["demo_3"]
 

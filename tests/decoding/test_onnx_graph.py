@@ -177,13 +177,10 @@ def test_a_failed_export_leaves_nothing_behind(decoder: Decoder, monkeypatch: py
     assert torch.equal(record(decoder, "fresh").value, torch.ones(2, 11))
 
 
-def test_a_damaged_graph_is_named(decoder: Decoder, folder: Path) -> None:
+def test_a_damaged_graph_is_made_anew(decoder: Decoder, folder: Path) -> None:
     record(decoder, "damaged")
     (path,) = folder.glob("damaged-*.onnx")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(RsdError, match=rf"{path}: cannot be loaded .*; delete it"):
-        record(decoder, "damaged")
-    path.unlink()
     assert torch.equal(record(decoder, "damaged").value, torch.ones(2, 11))
 
 

@@ -2,7 +2,7 @@
 
 Task t from initial state k succeeds after 5 + 3 t + k steps; the step limit is 20. `EvalConfig.policy` names
 the policy's behaviour: `good`, `draws`, or `dies:2.1` and the like for one task and initial state; `once:FILE:dies:2.1`
-misbehaves only while FILE does not exist, and makes it.
+misbehaves only while FILE does not exist, and makes it; `until:FILE:...` does not make it.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class ScriptedPolicy:
         return ActionChunk(actions, stats)
 
     def misbehave(self, task_id: int, init_state: int) -> None:
-        behaviour, marker = self.behaviour, None
-        if behaviour.startswith("once:"):
+        behaviour, marker, once = self.behaviour, None, self.behaviour.startswith("once:")
+        if behaviour.startswith(("once:", "until:")):
             _, file, behaviour = behaviour.split(":", 2)
             marker = Path(file)
         name, _, only = behaviour.partition(":")
@@ -115,7 +115,7 @@ class ScriptedPolicy:
             time.sleep(0.02)
         if (only and only != f"{task_id}.{init_state}") or (marker is not None and marker.exists()):
             return
-        if marker is not None:
+        if marker is not None and once:
             marker.touch()
         if name == "raises":
             raise RuntimeError("the policy broke")

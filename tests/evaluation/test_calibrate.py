@@ -51,6 +51,7 @@ def config(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Calibr
         tried_mm=10_000.0,
         max_skips=2,
         num_workers="2",
+        overwrite=True,
         output=tmp_path_factory.mktemp("rollouts"),
     )
 
@@ -92,6 +93,39 @@ def test_other_promises_need_no_new_rollouts(config: CalibrateConfig, checkpoint
     assert (config.output / EPISODES_FILE).read_text() == lines
     assert strict.threshold == 0 < rolled.threshold
     rolled.save(checkpoint)
+
+
+def test_a_checkpoint_keeps_the_calibration_that_it_has_unless_it_may_be_replaced(
+    config: CalibrateConfig, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = calibrate(config, BACKEND)
+    before = (checkpoint / FILE_NAME).read_bytes()
+    other = calibrate(replace(config, epsilon_mm=1e-6, overwrite=False), BACKEND)
+    assert (checkpoint / FILE_NAME).read_bytes() == before
+    assert other.threshold < own.threshold
+    assert SkipCalibration.load(config.output) == other
+    assert "keeps its own, which --overwrite replaces" in capsys.readouterr().out
+    (checkpoint / FILE_NAME).unlink()
+    calibrate(replace(config, overwrite=False), BACKEND)
+    assert (checkpoint / FILE_NAME).read_bytes() == before
+
+
+def test_a_rollout_that_errs_costs_itself_and_many_of_them_the_calibration(
+    config: CalibrateConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrate(config, BACKEND)
+    found = read_episodes(config.output / EPISODES_FILE)
+    for errors in (1, 3):
+        broken = {key: replace(found[key], success=False, failure="error: diverged") for key in list(found)[:errors]}
+        summary = SimpleNamespace(errors=errors, episodes=len(found))
+        monkeypatch.setattr("rsd.evaluation.calibrate.evaluate", lambda *_, summary=summary, **__: summary)
+        monkeypatch.setattr("rsd.evaluation.calibrate.read_episodes", lambda _, broken=broken: {**found, **broken})
+        if errors == 1:
+            assert calibrate(config, BACKEND).episodes == len(found) - 1
+            assert "1 of 36 rollouts ended in an error and are left out" in capsys.readouterr().out
+        else:
+            with pytest.raises(RsdError, match="3 of 36 rollouts ended in an error, see"):
+                calibrate(config, BACKEND)
 
 
 def test_a_wrong_promise_is_refused_before_any_rollout(config: CalibrateConfig, tmp_path: Path) -> None:
@@ -147,7 +181,7 @@ def test_the_promise_is_kept_in_every_suite_by_itself(
         fit(episodes, promise, "0" * 64) for episodes in (hard, easy, [replace(e, suite="") for e in easy + hard])
     )
     assert 1.0 < strict.threshold <= 3.0 < loose.threshold == pooled.threshold
-    monkeypatch.setattr("rsd.evaluation.calibrate.evaluate", lambda *_, **__: SimpleNamespace(errors=0))
+    monkeypatch.setattr("rsd.evaluation.calibrate.evaluate", lambda *_, **__: SimpleNamespace(errors=0, episodes=190))
     monkeypatch.setattr("rsd.evaluation.calibrate.read_episodes", lambda _: {e.key: e for e in easy + hard})
     asked = replace(promise, task_suite="libero_goal,libero_10", num_trials=6, output=config.output / "suites")
     found = calibrate(asked, BACKEND)

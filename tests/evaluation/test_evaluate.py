@@ -1,10 +1,15 @@
 """Runs in real worker processes on the scripted backend: resume, scheduling, failures."""
 
+import errno
 import io
 import json
+import math
 import multiprocessing
+import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +28,10 @@ from rsd.evaluation.report import load_run
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes, read_run_record
 from rsd.evaluation.summary import RunSummary
 from rsd.evaluation.workers import WorkerPool, worker_count
+from rsd.locks import exclusive
 from rsd.types import RsdError
 
+evaluation = sys.modules["rsd.evaluation.evaluate"]
 Evaluate = Callable[..., RunSummary]
 
 
@@ -127,6 +134,102 @@ def test_another_run_in_the_directory_is_kept_unless_overwritten(config: EvalCon
     assert [result.decode for result in read_episodes(config.output_dir / EPISODES_FILE).values()] == ["ar"]
     assert summary.decoding.acceptance_rate is None
     assert bystander.read_text() == "keep me"
+
+
+def test_a_run_has_its_folder_for_itself(config: EvalConfig) -> None:
+    with exclusive(config.output_dir), pytest.raises(RsdError, match="another run is writing here"):
+        run(config)
+    assert not (config.output_dir / EPISODES_FILE).exists()
+    run(replace(config, num_trials=1, tasks="0"))
+
+
+def test_a_run_is_not_mixed_into_a_folder_of_runs_nor_into_a_run(config: EvalConfig) -> None:
+    small = replace(config, num_trials=1, tasks="0")
+    run(replace(small, output=f"{config.output}/ar"))
+    for overwrite in (False, True):
+        with pytest.raises(RsdError, match=r"is a folder of runs \(ar\): choose one of them or another --output"):
+            run(small, overwrite=overwrite)
+        with pytest.raises(RsdError, match="lies in a run"):
+            run(replace(small, output=f"{config.output}/ar/sub"), overwrite=overwrite)
+    assert [path.name for path in config.output_dir.iterdir()] == ["ar"]
+
+
+def test_overwriting_deletes_no_checkpoint(config: EvalConfig) -> None:
+    config.output_dir.mkdir()
+    (config.output_dir / "config.json").write_text('{"format_version": 1, "policy": {}}')
+    with pytest.raises(RsdError, match=r"its config.json is no run's, so nothing is deleted"):
+        run(config, overwrite=True)
+    assert (config.output_dir / "config.json").exists()
+
+
+def test_a_fault_that_lasts_stops_the_run_which_goes_on_when_it_is_gone(config: EvalConfig, tmp_path: Path) -> None:
+    """A policy that answers no more, as a dead server's: once in five episodes, not three times in each of twelve."""
+    gone = tmp_path / "gone"
+    many = replace(config, num_trials=6, policy=f"until:{gone}:raises")
+    with pytest.raises(RsdError, match=r"the policy broke .5 times in a row, so the run stops.*without --overwrite"):
+        run(many)
+    assert (many.output_dir / "errors.log").read_text().count("Traceback") == 5
+    two = replace(many, num_workers="2", output=f"{config.output}-two")
+    with pytest.raises(RsdError, match=r"the policy broke .6 times in a row"):
+        run(two)
+    gone.touch()
+    summary, _ = run(many)
+    assert (summary.episodes, summary.errors) == (12, 0)
+
+
+def test_a_disk_that_fills_up_is_a_line_and_loses_nothing(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(replace(config, output=f"{config.output}-whole"))
+    synced, calls = os.fsync, [0]
+
+    def full(file: int) -> None:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        synced(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RsdError, match=r"episodes.jsonl: cannot be written .No space left on device.; .*make room"):
+            run(config)
+    assert run(config)[0].errors == 0
+    assert outcomes(config) == outcomes(replace(config, output=f"{config.output}-whole"))
+
+
+def test_a_folder_deleted_meanwhile_is_a_line(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deleting(*arguments: Any) -> None:
+        shutil.rmtree(config.output_dir)
+        record_outcome(*arguments)
+
+    record_outcome = evaluation.record_outcome
+    monkeypatch.setattr(evaluation, "record_outcome", deleting)
+    with pytest.raises(RsdError, match=r"cannot be written .No such file or directory.; .*not there, or not any more"):
+        run(config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_trials": 100_000_000},
+        {"init_states": "0-99999999999"},
+        {"init_states": "1" * 5000},
+        {"tasks": "1" * 5000},
+        {"shard": "0/" + "1" * 5000},
+    ],
+)
+def test_a_huge_plan_is_refused_before_it_is_made(config: EvalConfig, options: dict[str, Any]) -> None:
+    start = time.process_time()
+    with pytest.raises(RsdError, match="expected"):
+        replace(config, **options)
+    assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["episode_timeout", "batch_wait_ms", "temperature", "control_hz", "skip_threshold_mm"])
+def test_numbers_that_are_not_finite_are_refused(config: EvalConfig, name: str, value: float) -> None:
+    with pytest.raises(RsdError, match=f"{name.replace('_', '-')} {value}: expected a finite number"):
+        replace(config, decode="rsd-skip", **{name: value})
 
 
 def test_a_changed_checkpoint_is_not_mixed_in(config: EvalConfig) -> None:

@@ -13,7 +13,8 @@ from rsd.cli import dispatch
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate, plan_episodes
 from rsd.evaluation.launchers import shard_configs
-from rsd.evaluation.merging import merge_shards
+from rsd.evaluation.merging import merge_shards, missing_parts
+from rsd.evaluation.report import load_run
 from rsd.evaluation.results import (
     EPISODES_FILE,
     EpisodeKey,
@@ -124,6 +125,36 @@ def test_two_results_of_one_episode_are_refused(sharded: Path) -> None:
         merge_shards(sharded)
 
 
-def test_nothing_to_merge_is_an_error(tmp_path: Path) -> None:
+def test_nothing_to_merge_is_an_error(sharded: Path, tmp_path: Path) -> None:
     with pytest.raises(RsdError, match="holds no shard"):
         merge_shards(tmp_path)
+    for shard in sharded.iterdir():
+        (shard / EPISODES_FILE).unlink()
+    with pytest.raises(RsdError, match="no episode in shard-0-of-2, shard-1-of-2; nothing to merge yet"):
+        merge_shards(sharded)
+
+
+def test_episodes_and_shards_that_are_missing_are_named(
+    sharded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = sharded / "shard-1-of-2"
+    for gone in (EPISODES_FILE, "config.json"):  # it has run nothing, it has not begun
+        (absent / gone).unlink()
+        assert dispatch(["merge", str(sharded)]) == 1
+        said = capsys.readouterr().err
+        assert "3 of 6 episodes are missing, the first of them libero_spatial task 1, initial state 0" in said
+        assert "nothing is there of shard-1-of-2" in said
+        assert load_run(sharded).not_run == 3
+
+
+def test_an_early_stop_is_counted_from_the_suites_tasks(sharded: Path) -> None:
+    """Of `--tasks all` the tasks that were never begun are missing, too."""
+    for shard in sharded.iterdir():
+        record = read_run_record(shard)
+        whole = replace(EvalConfig(**record.config), tasks="all", num_trials=10)
+        text = encode_record(replace(record, config=asdict(whole), config_hash=whole.hash))
+        (shard / "config.json").write_text(text)
+    (sharded / "shard-0-of-2" / EPISODES_FILE).unlink()
+    merge_shards(sharded, backend=SCRIPTED)
+    assert missing_parts(sharded, SCRIPTED).startswith("57 of 60 episodes are missing")
+    assert load_run(sharded).not_run == 57

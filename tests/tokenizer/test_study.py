@@ -1,6 +1,7 @@
 """`rsd tokenizer bench` and `inspect` from demonstrations on disk to document and pictures, in miniature."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -130,6 +131,41 @@ def test_the_same_codes_are_measured_on_suites_they_were_not_fitted_on(
     assert "Codes and entropy models fitted on 214 chunks" in text
     with pytest.raises(RsdError, match="expected folders of different names"):
         BenchConfig((data,), (wild, wild))
+
+
+def test_results_are_not_replaced_unless_asked_for(
+    study: BenchConfig, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make_small(monkeypatch)
+    before = {path: path.read_bytes() for path in study.output.iterdir()}
+    with pytest.raises(RsdError, match=r"json: exists already; choose another --output, or --overwrite"):
+        bench(study)
+    (tmp_path / "else").mkdir()
+    other = replace(study, data=(write_demonstrations(tmp_path / "else", seed=2, count=10),), overwrite=True)
+    with pytest.raises(RsdError, match=r"holds results of .* on other data or settings; choose another --output"):
+        bench(replace(other, methods=("bins",)))
+    notes = tmp_path / "notes.md"
+    notes.write_text("mine")
+    with pytest.raises(RsdError, match=r"notes.md: exists already"):
+        bench(replace(study, output=tmp_path, document=notes))
+    assert {path: path.read_bytes() for path in study.output.iterdir()} == before
+    assert BenchConfig().output.parts[0] == BenchConfig().document.parts[0] == "runs"
+
+
+def test_a_method_that_fails_costs_itself(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_small(monkeypatch)
+
+    def failing(*_: object) -> None:
+        raise RsdError("no code fits")
+
+    monkeypatch.setitem(METHODS, "fast", failing)
+    config = BenchConfig((data,), methods=("fast", "bins"), output=tmp_path, document=tmp_path / "d.md", quick=True)
+    with pytest.raises(RsdError, match=r"1 of 2 methods failed, the first of them fast .no code fits.; the results of"):
+        bench(config)
+    assert [path.name for path in tmp_path.glob("*.json")] == ["bins.json"]
+    assert "bins" in config.document.read_text()
 
 
 def test_results_of_different_data_are_not_mixed(study: BenchConfig, tmp_path: Path) -> None:

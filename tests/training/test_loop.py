@@ -1,12 +1,17 @@
 import json
 import math
+import os
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
@@ -82,6 +87,78 @@ def test_an_interrupted_run_continues(tmp_path: Path) -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step_with_a_state(
+    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, model, drawn = replace(CONFIG, save_every=0), Line(), list[float]()
+    losses = fit_line(model, drawn=drawn)
+
+    def signalled() -> dict[str, Tensor]:
+        if len(drawn) == 6:
+            os.kill(os.getpid(), number)
+        return losses()
+
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, signalled, config, tmp_path, CPU, describe(config))
+    assert signal.getsignal(number) is before
+    said = capsys.readouterr().err
+    assert f"stopped after step 7 of 40: {tmp_path / STATE_FILE} is written; the same command goes on" in said
+    assert torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] == 7
+    model, rest, whole = Line(), list[float](), list[float]()
+    train(model, fit_line(model, drawn=rest), config, tmp_path, CPU, describe(config))
+    again = Line()
+    train(again, fit_line(again, drawn=whole), config, tmp_path / "whole", CPU, describe(config))
+    assert drawn + rest == whole
+    assert torch.equal(model.linear.weight, again.linear.weight)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    model = Line()
+
+    def losses() -> dict[str, Tensor]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still running")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, losses, CONFIG, tmp_path, CPU, describe(CONFIG))
+
+
+def test_the_bar_moves_at_the_first_step_and_every_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moves = list[int]()
+    update = Progress.update
+
+    def watched(bar: Progress, task: Any, **changes: Any) -> None:
+        moves.append(changes["completed"])
+        update(bar, task, **changes)
+
+    monkeypatch.setattr(Progress, "update", watched)
+    model = Line()
+    losses = fit_line(model)
+
+    def slow() -> dict[str, Tensor]:
+        time.sleep(0.3)
+        return losses()
+
+    config = replace(CONFIG, steps=9, log_every=50)
+    train(model, slow, config, tmp_path, CPU, describe(config))
+    assert moves[0] == 1
+    assert moves[-1] == 9
+    assert len(moves) >= 3
+
+
+def test_a_disk_that_is_full_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    model = Line()
+    with pytest.raises(RsdError, match=r"training_state.pt: cannot be written \(PytorchStreamWriter failed"):
+        train(model, fit_line(model), CONFIG, tmp_path, CPU, describe(CONFIG))
+
+
 def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
     batches = torch.randn(3, 2, 64, 1)
     ends = []
@@ -117,6 +194,16 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     train(model, fit_line(model), CONFIG, tmp_path, CPU, {"dim": 64})
     with pytest.raises(RsdError, match="belongs to a run with other settings"):
         train(model, fit_line(model), CONFIG, tmp_path, CPU, {"dim": 65})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("log_every", 0), ("steps", -1), ("minutes", -0.5), ("ema", 1.5), ("learning_rate", 0.0)],
+)
+def test_a_loop_that_cannot_run_is_refused(name: str, value: float) -> None:
+    option = f"--loop.{name.replace('_', '-')}"
+    with pytest.raises(RsdError, match=rf"{option}.*expected|expected .*{option}"):
+        replace(CONFIG, **{name: value})
 
 
 def test_a_time_limit_ends_the_run(tmp_path: Path) -> None:

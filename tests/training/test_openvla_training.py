@@ -162,7 +162,7 @@ def test_its_policy_loads_acts_and_knows_where_it_comes_from(trained: Path, seen
 def test_what_cannot_be_trained_is_refused(
     config: TrainOpenVlaConfig, demonstrations: Path, states_only: Path, trained: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RsdError, match="images of 32 px, OpenVLA's pipeline starts from 256; render again"):
+    with pytest.raises(RsdError, match="images of 32 x 32 px, OpenVLA's pipeline starts from 256; render again"):
         train_openvla(replace(config, data=(demonstrations,)))
     with pytest.raises(RsdError, match="rsd demos render"):
         train_openvla(replace(config, data=(states_only,)))

@@ -1,18 +1,23 @@
 """The three training commands from demonstrations on disk to files that load, in miniature."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+import rsd.training.draft as training_draft
 import rsd.training.policy as training_policy
 from rsd.data.demonstrations import load_demonstrations
 from rsd.evaluation.deviation import DeviationConfig, measure_deviation
+from rsd.locks import exclusive
 from rsd.models.draft import DraftConfig
 from rsd.models.main import MainModel
 from rsd.models.rsd_model import PolicyConfig
@@ -194,10 +199,80 @@ def test_deviation_from_the_baseline_is_measured_on_held_out_frames(
     assert [row["decode"] for row in stored["rows"]] == [row.decode for row in rows]
 
 
-def test_images_of_another_size_are_refused(config: TrainPolicyConfig) -> None:
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 24)])
+@pytest.mark.parametrize("kind", ["policy", "draft"])
+def test_images_of_another_size_are_refused_before_the_training_wherever_they_are(
+    trained: Path, config: TrainPolicyConfig, tmp_path: Path, height: int, width: int, kind: str
+) -> None:
+    """Those held out come last, after the training."""
+    data = tmp_path / "data"
+    shutil.copytree(config.data[0], data)
+    with h5py.File(data / "task1_demo.hdf5", "r+") as file:
+        for key in ("agentview_rgb", "eye_in_hand_rgb"):
+            obs = file["data/demo_5/obs"]  # the twelfth, held out
+            steps = len(obs[key])
+            del obs[key]
+            obs.create_dataset(key, data=np.zeros((steps, height, width, 3), np.uint8))
+    begin = {
+        "policy": lambda: train_policy(replace(config, data=(data,), output=tmp_path / "run")),
+        "draft": lambda: train_draft(TrainDraftConfig(str(trained), (data,), tmp_path / "run", "cpu", 4)),
+    }
+    with pytest.raises(RsdError, match=f"demo_5: images of {height} x {width} px, expected 32 x 32"):
+        begin[kind]()
+    assert not (tmp_path / "run" / STATE_FILE).exists()
+
+
+def test_images_of_another_size_than_the_models_are_refused(config: TrainPolicyConfig, tmp_path: Path) -> None:
     larger = replace(config.policy, main=replace(config.policy.main, image_size=64))
-    with pytest.raises(RsdError, match="images of 32 px, the model expects 64"):
-        train_policy(replace(config, policy=larger))
+    with pytest.raises(RsdError, match="images of 32 x 32 px, expected 64 x 64"):
+        train_policy(replace(config, policy=larger, output=tmp_path / "run"))
+
+
+@pytest.mark.parametrize("module", [training_policy, training_draft])
+def test_a_validation_that_fails_costs_no_training(
+    trained: Path, config: TrainPolicyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> None:
+    def failing(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "validate", failing)
+    loop = replace(LOOP, steps=2)
+    draft = TrainDraftConfig(str(trained), config.data, tmp_path, "cpu", resume_weights=True, loop=loop)
+    begin = {
+        training_policy: lambda: train_policy(replace(config, output=tmp_path, loop=loop)),
+        training_draft: lambda: train_draft(draft),
+    }
+    with pytest.raises(ZeroDivisionError):
+        begin[module]()
+    assert torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] == 2
+    RsdPolicy.from_pretrained(tmp_path / "checkpoint")
+
+
+def test_a_training_has_its_folder_for_itself(config: TrainPolicyConfig, states_only: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    with exclusive(tmp_path):
+        for begin in (
+            lambda: train_policy(replace(config, output=tmp_path)),
+            lambda: train_draft(TrainDraftConfig(output=tmp_path)),
+            lambda: train_tokenizer(TrainTokenizerConfig((states_only,), tmp_path)),
+        ):
+            with pytest.raises(RsdError, match="another run is writing here"):
+                begin()
+    (other / "checkpoint").mkdir(parents=True)
+    with pytest.raises(RsdError, match="a checkpoint of another run; choose another --output"):
+        train_policy(replace(config, output=other))
+
+
+def test_a_tokenizer_is_replaced_only_if_asked_for(states_only: Path, tmp_path: Path) -> None:
+    config = TrainTokenizerConfig((states_only,), tmp_path)
+    train_tokenizer(config)
+    before = (tmp_path / "tokenizer.json").read_bytes()
+    other = replace(config, tokenizer=TokenizerConfig(levels=5, rho=3.0))
+    with pytest.raises(RsdError, match=r"tokenizer.json: exists already; choose another --output, or --overwrite"):
+        train_tokenizer(other)
+    assert (tmp_path / "tokenizer.json").read_bytes() == before
+    train_tokenizer(replace(other, overwrite=True))
+    assert ActionTokenizer.load(tmp_path).config.levels == 5
 
 
 def test_states_without_images_are_refused(config: TrainPolicyConfig, states_only: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,13 @@ class MergeArguments:
 
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(MergeArguments, arguments, prog)
-    from rsd.evaluation.merging import merge_shards
+    from rsd.evaluation.merging import merge_shards, missing_parts
     from rsd.evaluation.report import load_runs, rich_table
 
     summary = merge_shards(options.output, options.shards)
     if summary.success.n:
         Console().print(rich_table(load_runs([options.output])))
     print(f"results: {options.output}")
-    return 1 if summary.errors else 0
+    if missing := missing_parts(options.output):
+        print(f"warning: {missing}; run them and merge again", file=sys.stderr)
+    return 1 if summary.errors or missing else 0

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from rsd.types import RsdError
+from rsd.types import RsdError, require_finite_numbers
 
 Result = TypeVar("Result")
 OUTPUTS = {"output": "", "out": "folder"}  # names of options, and what is written where none has a default
@@ -33,10 +33,12 @@ def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str, wr
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            options = tyro.cli(target, args=list(arguments), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+            parsed = tyro.cli(target, args=list(arguments), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+        if is_dataclass(parsed):
+            require_finite_numbers(parsed)
         if writes:
-            check_outputs(options)
-        return options
+            check_outputs(parsed)
+        return parsed
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

@@ -33,10 +33,12 @@ from rsd.data.schema import (
     reading,
     write_episode,
 )
-from rsd.data.workers import exclusive, part_files, progress_bar, worker_environment, worker_pool
+from rsd.data.workers import part_files, progress_bar, worker_environment, worker_pool
 from rsd.json_files import read_object
+from rsd.locks import exclusive
+from rsd.output import Faults, attempt, writing
 from rsd.sim import expert
-from rsd.sim.goals import solvable_tasks, swapped_goals, task_goals
+from rsd.sim.goals import Goals, solvable_tasks, swapped_goals, task_goals
 from rsd.sim.grasps import GraspMode
 from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
 from rsd.sim.noise import ActionNoise, Disturbance, NoiseConfig
@@ -93,6 +95,7 @@ class CollectConfig:
         for name, low, high in (
             ("num_demos", 1, 10**6),
             ("num_workers", 1, 4096),
+            ("image_size", 1, 4096),
             ("swapped_fraction", 0, 1),
             ("clean_fraction", 0, 1),
             ("policy_share", 0, 1),
@@ -141,8 +144,10 @@ def is_swapped(index: int, fraction: float) -> bool:
 def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy: Policy | None = None) -> Episode:
     """The successful demonstration `index` of env's task: the first placement (by sub-seed) that the expert solves.
 
-    Raises RsdError if MAX_TRIES placements in a row fail.
+    A placement that the expert refuses (a grasp that it does not know) costs that placement only. Raises RsdError if
+    MAX_TRIES placements in a row fail.
     """
+    refused = ""
     goals, instruction, swapped = task_goals(config.suite, env.task.task_id), env.instruction, False
     alike = [goals]
     other = swapped_goals(config.suite, env.task.task_id)
@@ -153,50 +158,72 @@ def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy
             goals, instruction, swapped = other, asked, True
     for failed in range(MAX_TRIES):
         rng = np.random.default_rng([config.seed, env.task.task_id, index, failed])
-        placement_seed = int(rng.integers(2**31))
-        level = 0.0 if rng.random() < config.clean_fraction else float(rng.random())
-        _, info = env.reset(options={"placement_seed": placement_seed})
-        if any(all(env.holds(*goal.words) for goal in each) for each in alike):
-            continue  # nothing to do, or a scene that the instruction does not describe
-        body_pos, body_quat = env.fixture_poses()
-        recorder = EpisodeRecorder(images=not config.states_only)
-        drift = ActionNoise(config.noise, level, rng) if level > 0 else None
-        disturbance: Disturbance | None = drift
-        if policy is not None:
-            spread = min(config.policy_share, 1 - config.policy_share)
-            share = float(rng.uniform(config.policy_share - spread, config.policy_share + spread))
-            to_do = sum(not env.holds(*goal.words) for goal in goals)
-            handover = int(rng.integers(HANDOVER[0], HANDOVER[1] * to_do))
-            disturbance = PolicyDriver(env, policy, instruction, share, handover, drift, rng)
-        result = expert.run(env, goals, recorder, rng, disturbance, config.grasp_mode, draw=not config.states_only)
-        if not result.success:
+        try:
+            episode = _try_placement(env, config, goals, alike, instruction, rng, policy)
+        except RsdError as error:
+            refused = f"; of the last that it refused it says: {error}"
             continue
-        attributes = {
-            "placement_seed": placement_seed,
-            "placement_rejections": info["placement_rejections"],
-            "language_instruction": instruction,
-            "target_object": ",".join(goal.target for goal in goals),
-            "swapped": swapped,
-            "noise_level": level * config.noise.max_level,
-            "failed_tries": failed,
-            "attempts": result.attempts,
-            "success": True,
-        }
-        return Episode(
-            index=index,
-            success_step=result.steps - 1,
-            attributes=attributes,
-            body_pos=body_pos,
-            body_quat=body_quat,
-            **recorder.arrays(),
-        )
-    raise RsdError(f"{env.task.name}, demonstration {index}: the expert failed on {MAX_TRIES} placements in a row")
+        if episode is not None:
+            own = {"swapped": swapped, "failed_tries": failed}
+            return dataclasses.replace(episode, index=index, attributes={**episode.attributes, **own})
+    found = f"the expert failed on {MAX_TRIES} placements in a row{refused}"
+    raise RsdError(f"{env.task.name}, demonstration {index}: {found}")
+
+
+def _try_placement(
+    env: LiberoEnv,
+    config: CollectConfig,
+    goals: Goals,
+    alike: list[Goals],
+    instruction: str,
+    rng: np.random.Generator,
+    policy: Policy | None,
+) -> Episode | None:
+    """The demonstration of one placement, drawn from rng; None where the expert does not succeed.
+
+    alike: what must not hold at the start, for the instruction to describe the scene."""
+    placement_seed = int(rng.integers(2**31))
+    level = 0.0 if rng.random() < config.clean_fraction else float(rng.random())
+    _, info = env.reset(options={"placement_seed": placement_seed})
+    if any(all(env.holds(*goal.words) for goal in each) for each in alike):
+        return None  # nothing to do, or a scene that the instruction does not describe
+    body_pos, body_quat = env.fixture_poses()
+    recorder = EpisodeRecorder(images=not config.states_only)
+    drift = ActionNoise(config.noise, level, rng) if level > 0 else None
+    disturbance: Disturbance | None = drift
+    if policy is not None:
+        spread = min(config.policy_share, 1 - config.policy_share)
+        share = float(rng.uniform(config.policy_share - spread, config.policy_share + spread))
+        to_do = sum(not env.holds(*goal.words) for goal in goals)
+        handover = int(rng.integers(HANDOVER[0], HANDOVER[1] * to_do))
+        disturbance = PolicyDriver(env, policy, instruction, share, handover, drift, rng)
+    result = expert.run(env, goals, recorder, rng, disturbance, config.grasp_mode, draw=not config.states_only)
+    if not result.success:
+        return None
+    attributes = {
+        "placement_seed": placement_seed,
+        "placement_rejections": info["placement_rejections"],
+        "language_instruction": instruction,
+        "target_object": ",".join(goal.target for goal in goals),
+        "noise_level": level * config.noise.max_level,
+        "attempts": result.attempts,
+        "success": True,
+    }
+    return Episode(
+        index=0,
+        success_step=result.steps - 1,
+        attributes=attributes,
+        body_pos=body_pos,
+        body_quat=body_quat,
+        **recorder.arrays(),
+    )
 
 
 def collect(config: CollectConfig) -> dict[str, int]:
     """Collects until every task has num_demos demonstrations; returns the number per task name.
 
-    Raises RsdError if the folder holds demonstrations made with other settings, or if another run is writing to it.
+    Raises RsdError if the folder holds demonstrations made with other settings, or if another run is writing to it;
+    and, after everything else is done, if some demonstrations could not be made.
     """
     if config.suite not in SUITES:
         raise RsdError(f"collect: the expert solves {', '.join(SUITES)}, found the suite {config.suite!r}")
@@ -209,7 +236,6 @@ def collect(config: CollectConfig) -> dict[str, int]:
     if left_out and not config.tasks:
         print(f"{config.suite}: left out, the expert cannot do them: {', '.join(left_out)}", file=sys.stderr)
     names = {task: suite_task(config.suite, task).name for task in tasks}
-    config.out.mkdir(parents=True, exist_ok=True)
     with exclusive(config.out):
         _check_settings(config, list(names.values()))
         have = {task: _finished(config.out, names[task]) for task in tasks}
@@ -221,19 +247,27 @@ def collect(config: CollectConfig) -> dict[str, int]:
             if missing[task][start : start + BATCH]
         ]
         total = config.num_demos * len(tasks)
+        faults = Faults(f"finished demonstrations are kept in {config.out}; the same command tries the others again")
         merged = {task: len(have[task]) for task in tasks}
         with worker_pool(config.num_workers) as pool, progress_bar() as bar:
             shown = bar.add_task("demonstrations", total=total, completed=total - sum(map(len, missing.values())))
             jobs = {pool.submit(_collect_batch, config, task, indices): task for task, indices in batches}
             for job in as_completed(jobs):
                 task = jobs[job]
-                bar.advance(shown, job.result())
+                done, failed = job.result()
+                for index, fault in failed:
+                    faults.failed(f"{names[task]} demo_{index}", fault)
+                bar.advance(shown, done)
                 if not bar.console.is_terminal:
                     bar.console.print(f"{int(bar.tasks[0].completed)}/{total} demonstrations, last: {names[task]}")
                 parts = _parts(config.out, names[task])
                 if len(parts) >= max(2 * BATCH, merged[task]):  # doubling: each byte is copied twice at most
                     merged[task] = _merge(config, task)
-        return {names[task]: _merge(config, task) for task in tasks}
+        counts = {names[task]: _merge(config, task) for task in tasks}
+    following = f"demos render --source {config.out}" if config.states_only else f"tokenizer fit --data {config.out}"
+    print(f"{sum(counts.values())} demonstrations in {config.out}; next: rsd {following}", file=sys.stderr)
+    faults.raise_any(f"of {total} demonstrations")
+    return counts
 
 
 _policy: tuple[tuple[str, str], Policy] | None = None
@@ -252,17 +286,22 @@ def worker_policy(name: str, decode: str) -> Policy:
     return _policy[1]
 
 
-def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> int:
+def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> tuple[int, list[tuple[int, str]]]:
     policy = worker_policy(config.policy, config.policy_decode) if config.policy else None
     size = policy.image_size if policy is not None else config.image_size
     env = worker_environment(config.suite, task_id, size, cameras=policy is not None or not config.states_only)
     folder = config.out / PARTS / env.task.name
-    folder.mkdir(parents=True, exist_ok=True)
-    for index in indices:
-        episode = make_demonstration(env, config, index, policy)
+
+    def make(index: int) -> Episode:
+        return make_demonstration(env, config, index, policy)
+
+    def keep(index: int, episode: Episode) -> None:
         with atomic_file(folder / f"demo_{index}.hdf5") as file:
             write_episode(file.create_group(f"demo_{index}"), episode)
-    return len(indices)
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return attempt(indices, make, keep)
 
 
 def _parts(out: Path, name: str) -> list[Path]:
@@ -291,6 +330,8 @@ def _merge(config: CollectConfig, task_id: int) -> int:
         "settings": settings(config),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+    if not parts:
+        return 0
     count = merge(path, parts, libero_attributes(config, task_id), provenance)
     for part in parts:
         part.unlink()
@@ -347,8 +388,9 @@ def _check_settings(config: CollectConfig, names: list[str]) -> None:
                 + ", ".join(f"{key} = {other.get(key)!r}, found {wanted.get(key)!r}" for key in different)
                 + ". Use the same settings to resume, or another folder."
             )
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+    with writing(stored):
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        stored.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
 
 
 def libero_attributes(config: CollectConfig, task_id: int) -> dict[str, Any]:

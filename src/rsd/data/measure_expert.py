@@ -18,6 +18,7 @@ import tyro
 from scipy.stats import binomtest
 
 from rsd.data.workers import progress_bar, worker_environment, worker_pool
+from rsd.output import refuse_to_replace, writing
 from rsd.sim import expert
 from rsd.sim.goals import solvable_tasks, swapped_goals, task_goals
 from rsd.sim.libero import simulator_versions
@@ -26,7 +27,9 @@ from rsd.sim.suites import step_limit, suite_task, suite_tasks, swapped_instruct
 from rsd.types import RsdError
 
 FIRST_SEED = 2**31  # demonstrations draw their placement seeds below
+MOST_PLACEMENTS = 100_000
 BATCH = 10
+UNRECORDED = ("out", "num_workers", "overwrite")
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,29 @@ class MeasureExpertConfig:
     """Move the other bowl of the scene instead of the task's own."""
     num_workers: int = 1
     """Processes."""
+    overwrite: bool = False
+    """Replace the result that is there."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_placements <= MOST_PLACEMENTS or self.num_workers < 1:
+            expected = f"--num-placements of 1 to {MOST_PLACEMENTS} and --num-workers of at least 1"
+            raise RsdError(f"expected {expected}, found {self.num_placements} and {self.num_workers}")
 
 
 def run_batch(config: MeasureExpertConfig, task_id: int, seeds: range) -> list[dict[str, Any]]:
-    """One record per placement seed: seed, success, steps, attempts."""
+    """One record per placement seed: seed, success, steps, attempts, and why the expert refused it if it did."""
     env = worker_environment(config.suite, task_id, 64, cameras=False)
     goals = (swapped_goals if config.swapped else task_goals)(config.suite, task_id)
     records = []
     for seed in seeds:
         rng = np.random.default_rng(seed)
-        env.reset(options={"placement_seed": seed})
-        noise = ActionNoise(NoiseConfig(), float(rng.random()), rng) if config.noisy else None
-        result = expert.run(env, goals, rng=rng, noise=noise, tail_steps=0)
-        records.append({"placement_seed": seed, **asdict(result)})
+        try:
+            env.reset(options={"placement_seed": seed})
+            noise = ActionNoise(NoiseConfig(), float(rng.random()), rng) if config.noisy else None
+            found = asdict(expert.run(env, goals, rng=rng, noise=noise, tail_steps=0))
+        except RsdError as error:  # a placement that the expert refuses is one that it fails on
+            found = {"success": False, "steps": 0, "attempts": 0, "error": str(error)}
+        records.append({"placement_seed": seed, **found})
     return records
 
 
@@ -85,6 +98,7 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def measure_expert(config: MeasureExpertConfig) -> dict[str, Any]:
     """Runs the expert and writes the result; returns it."""
+    refuse_to_replace(config.out, config.overwrite)
     tasks = config.tasks or solvable_tasks(config.suite)
     for task in tasks:
         task_goals(config.suite, task)
@@ -110,7 +124,7 @@ def measure_expert(config: MeasureExpertConfig) -> dict[str, Any]:
     names = {task: suite_task(config.suite, task).name for task in tasks}
     result = {
         "what": "scripted expert on random placements, privileged state",
-        "settings": {key: value for key, value in asdict(config).items() if key not in ("out", "num_workers")},
+        "settings": {key: value for key, value in asdict(config).items() if key not in UNRECORDED},
         "noise": asdict(NoiseConfig()) if config.noisy else None,
         "max_steps": step_limit(config.suite),
         "left_out": [t.name for t in suite_tasks(config.suite) if t.task_id not in solvable_tasks(config.suite)],
@@ -120,8 +134,9 @@ def measure_expert(config: MeasureExpertConfig) -> dict[str, Any]:
         "versions": simulator_versions(),
         "command": shlex.join(["python", "-m", "rsd.data.measure_expert", *sys.argv[1:]]),
     }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with writing(config.out):
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 

@@ -7,6 +7,7 @@ A frame is drawn from the recorded state and fixture poses. The simulator's own 
 from __future__ import annotations
 
 import json
+import sys
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,9 @@ from rsd.data.schema import (
     whole_attribute,
     write_images,
 )
-from rsd.data.workers import exclusive, part_files, progress_bar, worker_environment, worker_pool
+from rsd.data.workers import part_files, progress_bar, worker_environment, worker_pool
+from rsd.locks import exclusive
+from rsd.output import Faults, attempt, writing
 from rsd.sim.libero import LiberoEnv, simulator_versions
 from rsd.sim.suites import suite_tasks
 from rsd.types import CAMERAS, RsdError
@@ -58,8 +61,10 @@ class RenderConfig:
     """Render the steps 0, n, 2n, ...: neighbouring frames teach a policy little, and drawing is most of the work."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise RsdError(f"--every {self.every}: expected 1 or more")
+        for name in ("every", "image_size", "num_workers", "max_per_task"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RsdError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
 
 
 def render_frames(
@@ -80,10 +85,11 @@ def render(config: RenderConfig) -> dict[str, int]:
     """Draws what has no images yet; returns the number of demonstrations with images per task.
 
     Raises RsdError if a file was not written by this package (LIBERO's own files lack the fixtures' poses), or if it
-    holds images of another size.
+    holds images of another size; and, once the others are done, if some demonstrations could not be rendered.
     """
     out = config.out or config.source
-    out.mkdir(parents=True, exist_ok=True)
+    demonstration_files(config.source)  # an error before a folder is made
+    faults = Faults(f"what is rendered is kept in {out}; the same command tries the others again")
     with exclusive(out):
         jobs: list[tuple[Path, str, int, list[str]]] = []
         wanted: dict[Path, list[str]] = {}
@@ -102,8 +108,15 @@ def render(config: RenderConfig) -> dict[str, int]:
         with worker_pool(config.num_workers) as pool, progress_bar() as bar:
             shown = bar.add_task("rendered demonstrations", total=total, completed=done)
             for job in as_completed([pool.submit(_render_batch, config, out, *arguments) for arguments in jobs]):
-                bar.advance(shown, job.result())
-        return {path.name.removesuffix(FILE_SUFFIX): _merge(config, out, path) for path in wanted}
+                done, failed = job.result()
+                for piece, fault in failed:
+                    faults.failed(piece, fault)
+                bar.advance(shown, done)
+        counts = {path.name.removesuffix(FILE_SUFFIX): _merge(config, out, path) for path in wanted}
+    told = f"{sum(counts.values())} demonstrations with images in {out}"
+    print(f"{told}; next: rsd train policy --data {out}", file=sys.stderr)
+    faults.raise_any(f"of {total} demonstrations")
+    return counts
 
 
 def _folder(out: Path, path: Path) -> Path:
@@ -160,24 +173,32 @@ def _size_and_spacing(group: h5py.Group, where: str) -> tuple[int, int]:
     return size, whole_attribute(group, "image_every", where, 1, least=1)
 
 
-def _render_batch(config: RenderConfig, out: Path, path: Path, suite: str, task_id: int, names: list[str]) -> int:
+def _render_batch(
+    config: RenderConfig, out: Path, path: Path, suite: str, task_id: int, names: list[str]
+) -> tuple[int, list[tuple[str, str]]]:
     env = worker_environment(suite, task_id, config.image_size, cameras=True)
     folder = _folder(out, path)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def draw(name: str) -> NDArray[np.uint8]:
+        demo, where = member(data_group(file, path), name, f"demonstrations {path}"), f"demonstration {name} of {path}"
+        with reading(f"{where}, its states or fixtures"):
+            states, *fixtures = demo["states"][:: config.every], demo["body_pos"][()], demo["body_quat"][()]
+            return render_frames(env, states, *fixtures)
+
+    def keep(name: str, frames: NDArray[np.uint8]) -> None:
+        with atomic_file(folder / f"{name}.hdf5") as part:
+            file.copy(file["data"][name], part, name=name)
+            for key in IMAGE_KEYS:
+                if key in part[name]["obs"]:
+                    del part[name]["obs"][key]
+            write_images(part[name]["obs"], frames)
+            part[name].attrs["image_every"] = config.every
+
     with open_file(path) as file:
-        for name in names:
-            demo = member(data_group(file, path), name, f"demonstrations {path}")
-            with reading(f"demonstration {name} of {path}"):
-                states, *fixtures = demo["states"][:: config.every], demo["body_pos"][()], demo["body_quat"][()]
-            frames = render_frames(env, states, *fixtures)
-            with atomic_file(folder / f"{name}.hdf5") as part:
-                file.copy(demo, part, name=name)
-                for key in IMAGE_KEYS:
-                    if key in part[name]["obs"]:
-                        del part[name]["obs"][key]
-                write_images(part[name]["obs"], frames)
-                part[name].attrs["image_every"] = config.every
-    return len(names)
+        done, failed = attempt(names, draw, keep)
+    return done, [(f"{path.name} {name}", fault) for name, fault in failed]
 
 
 def _merge(config: RenderConfig, out: Path, path: Path) -> int:

@@ -25,15 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.json_files import parse_object
+from rsd.output import writing
 from rsd.types import RsdError
 
 FORMAT_VERSION = 1
 FILE_SUFFIX = "_demo.hdf5"
 IMAGE_KEYS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of rsd.types.CAMERAS
-
-
-class DamagedFile(RsdError):
-    """A file that is certainly no whole HDF5 file, which one in use or without permission may well be."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +96,25 @@ def atomic_file(path: Path) -> Iterator[h5py.File]:
     """Writes an HDF5 file so that `path` is either complete or untouched, whenever the process dies."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with h5py.File(temporary, "w") as file:
-            yield file
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            with h5py.File(temporary, "w") as file:
+                yield file
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+class DamagedFile(RsdError):
+    """An HDF5 file that is cut off or overwritten, as opposed to one that cannot be read just now."""
 
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[h5py.File]:
-    """Opens an HDF5 file for reading. Raises RsdError if it is missing, in use, not readable or damaged."""
+    """Opens an HDF5 file for reading. Raises RsdError if it is missing, in use or not readable, DamagedFile if it is
+    no whole HDF5 file."""
     where = f"demonstrations {path}"
     if path.is_dir():
         raise RsdError(f"{where}: expected a file, found a folder")
@@ -118,17 +122,22 @@ def open_file(path: Path) -> Iterator[h5py.File]:
         raise RsdError(f"demonstrations: expected the file {path}, found none; collect it with `rsd demos collect`")
     try:
         file = h5py.File(path, "r")
-    except BlockingIOError:
-        raise RsdError(f"{where}: another program is writing to it; wait for it, nothing is wrong with it") from None
-    except PermissionError:
-        raise RsdError(f"{where}: not permitted to read it; ask its owner, nothing is known to be wrong") from None
     except OSError as error:
+        if isinstance(error, BlockingIOError) or "unable to lock file" in str(error):
+            found = "in use by another program (locked for writing); wait for that, or close the file there"
+            raise RsdError(f"{where}: {found}") from error
+        if error.errno:
+            found = f"cannot be read ({os.strerror(error.errno)}); see to its permissions and its disk"
+            raise RsdError(f"{where}: {found}") from error
         with path.open("rb") as raw:
             begin = raw.read(8)
         found = "an empty one" if not begin else "a pointer of Git LFS; run `git lfs pull`"
         if begin and begin != b"version ":
-            found = f"a truncated or damaged one, or one of another kind ({error})"
-        raise DamagedFile(f"{where}: expected a complete HDF5 file, found {found}; get or collect it again") from error
+            found = f"one that is cut off or damaged, or of another kind ({error})"
+        raise DamagedFile(
+            f"{where}: expected a complete HDF5 file, found {found}. Copy it anew, or move it away and run the "
+            "collection again (finished parts are kept)."
+        ) from error
     with file:
         yield file
 

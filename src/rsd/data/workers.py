@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,17 +22,6 @@ from rsd.types import RsdError
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Holds the folder for one run. Raises RsdError if another process has it."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RsdError(f"{folder}: another run is writing here; wait for it or choose another folder") from None
-        yield
-
-
-@contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Fresh processes of one thread each; pending work is dropped if the body raises."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -40,6 +29,9 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent, (os.getpid(),))
     try:
         yield pool
+    except BrokenProcessPool as error:
+        remedy = "finished work is kept: run the command again, with fewer --num-workers if memory ran out"
+        raise RsdError(f"a worker process died, its messages are above; {remedy}") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -66,14 +58,15 @@ def worker_environment(suite: str, task_id: int, image_size: int, cameras: bool)
 
 
 def part_files(folder: Path) -> list[Path]:
-    """Finished part files of one task, each a `demo_<i>` group. Damaged ones are deleted, to be made again."""
+    """Finished part files of one task, each a `demo_<i>` group. Damaged ones are put aside, to be made again; one that
+    is only locked or not readable is an error."""
     found = []
     for part in sorted(folder.glob("demo_*.hdf5")):
         try:
             with open_file(part):
                 found.append(part)
         except DamagedFile:
-            part.unlink()
+            part.replace(part.with_suffix(".damaged"))
     return found
 
 

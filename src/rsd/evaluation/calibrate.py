@@ -6,6 +6,7 @@ main run beside every skipped chunk; `decoding.calibration` fits the threshold; 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,17 +18,20 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from rsd.checkpoint import read_content, weights_hash
-from rsd.decoding.calibration import SkipCalibration, check_promise, episodes_needed, executed, fit_threshold
+from rsd.decoding.calibration import FILE_NAME, SkipCalibration, check_promise, episodes_needed, executed, fit_threshold
 from rsd.evaluation.backend import LIBERO, Backend, describe_checkpoint
-from rsd.evaluation.config import DEFAULT, EvalConfig, asked_rule
-from rsd.evaluation.evaluate import evaluate
+from rsd.evaluation.config import DEFAULT, EvalConfig, OptionError, asked_rule
+from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
 from rsd.evaluation.failures import WatchedLibero
-from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
+from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored, write_atomically
+from rsd.output import writing
 from rsd.policy import own_verification, settle_verification
 from rsd.types import RsdError
 
 SCORE = "expected_deviation_mm"
 FAR = 1e6  # mm
+MOST_TRIALS = 10_000
+MOST_ERRORS = 0.05  # of the rollouts; what is left out of more of them could be what deviates
 FIRST_PLACEMENT = 1_000_000  # placement seeds of the calibration: one a trial
 
 
@@ -36,7 +40,7 @@ class CalibrateConfig:
     """Fit the skip threshold of a checkpoint: the risk that an executed draft chunk deviates stays under alpha."""
 
     policy: str = "checkpoints/libero_spatial"
-    """Checkpoint directory; the calibration is written into it."""
+    """Checkpoint directory; the calibration is written into it, if it has none yet or with `overwrite`."""
     task_suite: str = "libero_spatial"
     """Suite of the rollouts, or several with commas between. Each is fitted by itself and the strictest threshold is
     taken, so that no easy suite vouches for a hard one; the confidence is one suite's, not that of all at once."""
@@ -71,8 +75,15 @@ class CalibrateConfig:
     """As in `rsd eval`: one policy for all workers, that many observations at once."""
     seed: int = 11
     """Seed of the policy's rollouts."""
-    output: Path = Path("results/scratch/calibration")
-    """Folder of the rollouts; an interrupted run continues, and other alpha, delta or epsilon need no new ones."""
+    output: Path = Path("runs/calibration")
+    """Folder of the rollouts and of the calibration; an interrupted run continues, and other alpha, delta or epsilon
+    need no new ones."""
+    overwrite: bool = False
+    """Replace the calibration that the checkpoint has."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_trials <= MOST_TRIALS:
+            raise OptionError(f"--num-trials {self.num_trials}: expected 1 to {MOST_TRIALS}")
 
 
 class PlacementEnv(WatchedLibero):
@@ -101,7 +112,7 @@ PLACEMENTS: Backend = replace(
 
 
 def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCalibration:
-    """Rollouts, fit, table; writes the calibration into the checkpoint directory."""
+    """Rollouts, fit, table; writes the calibration into `output`, and into the checkpoint directory if it may."""
     directory = Path(config.policy)
     if not directory.is_dir():
         raise RsdError(f"calibrate: expected a checkpoint directory to write into, found {config.policy!r}")
@@ -138,16 +149,23 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
             found = f"risk <= {config.alpha:g} at confidence {1 - config.delta:g} takes {needed} rollouts of each suite"
             raise RsdError(f"calibrate: {found}, {suite} would have {planned}; raise --num-trials, alpha or delta")
     summary = evaluate(rollouts, backend=backend)
-    if summary.errors:
-        raise RsdError(f"calibrate: {summary.errors} rollouts ended in an error; run again to repeat them")
+    if summary.errors > MOST_ERRORS * summary.episodes:
+        found = f"{summary.errors} of {summary.episodes} rollouts ended in an error"
+        raise RsdError(f"calibrate: {found}, see {config.output / ERRORS_FILE}; run again to repeat them")
     episodes = scored(read_episodes(config.output / EPISODES_FILE).values())
     by_suite = {suite: [e for e in episodes if e.suite == suite] for suite in rollouts.suites}
     fitted = {suite: fit(own, config, sha256) for suite, own in by_suite.items()}
     # every threshold up to a fitted one has been tested and passed: so has the strictest, in each suite
     strictest = min(fitted.values(), key=lambda one: one.threshold)
     calibration = replace(strictest, suites=",".join(fitted))
-    calibration.save(directory)
+    write_atomically(config.output / FILE_NAME, json.dumps(calibration.to_json(), indent=1) + "\n")
+    install = config.overwrite or not (directory / FILE_NAME).exists()
+    if install:
+        with writing(directory):
+            calibration.save(directory)
     say = partial(Console().print, soft_wrap=True, highlight=False)
+    if summary.errors:
+        say(f"{summary.errors} of {summary.episodes} rollouts ended in an error and are left out")
     for suite, one in fitted.items():
         own = by_suite[suite]
         limit = "" if one.threshold <= max(max(chunk_stat(e, SCORE)) for e in own) else " (no threshold failed)"
@@ -160,6 +178,10 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     if len(fitted) > 1:
         shares = ", ".join(f"{suite} {share_at(own, calibration):.1%}" for suite, own in by_suite.items())
         say(f"written: {calibration.threshold:.1f} mm, the strictest; of the chunks without the main by that: {shares}")
+    if install:
+        say(f"calibration: {directory / FILE_NAME}; next: rsd eval --policy {directory} --decode rsd-skip")
+    else:
+        say(f"calibration: {config.output / FILE_NAME}; {directory} keeps its own, which --overwrite replaces")
     return calibration
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rsd.types import AUTO, BEST, ENGINES, RsdError
+from rsd.types import AUTO, BEST, ENGINES, RsdError, require_finite_numbers
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
 # (`batch` is not among them: a batch rounds otherwise than a single observation. Nor is `control_hz`: outcomes are
@@ -19,6 +20,7 @@ UNHASHED_FIELDS = (
     *("launcher", "shard"),
 )
 # Left out of the hash where they are what they were before they existed, so that older runs keep theirs.
+MOST_STATES = 1_000_000  # a number above is a slip, and would take minutes and gigabytes to plan
 DEFAULT = "default"  # of --acceptance: nothing is asked for
 NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "memory_chunks": 2, "engine": AUTO}
 
@@ -97,10 +99,13 @@ class EvalConfig:
     max_videos: int = 10
     """At most so many videos a run."""
     output: str = ""
-    """Results directory; default results/scratch/<suite>-<decode>-<hash of the options>."""
+    """Results directory; default runs/eval/<suite>-<decode>-<hash of the options>."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "init_states", str(self.init_states))  # a number in results of before there were lists
+        require_finite_numbers(self)
+        if self.num_trials > MOST_STATES:
+            raise OptionError(f"--num-trials {self.num_trials}: expected at most {MOST_STATES}")
         for name, minimum in (("num_trials", 1), ("max_videos", 0), ("seed", 0), ("threads", 1), ("batch", 0)):
             value = getattr(self, name)
             if value < minimum:
@@ -128,7 +133,7 @@ class EvalConfig:
             raise OptionError("--launcher ray: a policy in every actor and no videos; leave --batch and --videos out")
         if not self.suites:
             raise OptionError(f"--task-suite '{self.task_suite}': expected the name of a LIBERO suite")
-        if self.episode_timeout <= 0 or self.batch_wait_ms < 0:
+        if not self.episode_timeout > 0 or not self.batch_wait_ms >= 0:
             raise OptionError("--episode-timeout and --batch-wait-ms: expected a positive time")
         self.shard_of()
         planned_states(self.init_states, self.num_trials)
@@ -147,7 +152,7 @@ class EvalConfig:
 
     @property
     def output_dir(self) -> Path:
-        directory = Path(self.output or f"results/scratch/{'+'.join(self.suites)}-{self.decode}-{self.hash[:8]}")
+        directory = Path(self.output or f"runs/eval/{'+'.join(self.suites)}-{self.decode}-{self.hash[:8]}")
         return directory / f"shard-{self.shard.replace('/', '-of-')}" if self.shard else directory
 
     @property
@@ -159,16 +164,16 @@ class EvalConfig:
         return {name: value for name, value in named.items() if name not in NEUTRAL or value != NEUTRAL[name]}
 
     @property
-    def states(self) -> list[int]:
+    def states(self) -> Sequence[int]:
         """The initial states of every task, in the order of the trials."""
         return planned_states(self.init_states, self.num_trials)
 
     def shard_of(self) -> tuple[int, int]:
         """(part, number of parts); raises OptionError for anything but i/n with 0 <= i < n."""
-        part, slash, parts = (self.shard or "0/1").partition("/")
-        if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        part, _, parts = (number(text) for text in (self.shard or "0/1").partition("/"))
+        if part is None or parts is None or part >= parts:
             raise OptionError(f"--shard '{self.shard}': expected i/n with 0 <= i < n, such as 0/4")
-        return int(part), int(parts)
+        return part, parts
 
     @property
     def hash(self) -> str:
@@ -194,26 +199,35 @@ def planned_tasks(tasks: str) -> dict[str, list[int]]:
     planned: dict[str, list[int]] = {}
     for part in [] if tasks == "all" else tasks.split(";"):
         suite, _, numbers = part.rpartition(":")
-        listed = [number.strip() for number in numbers.split(",")]
-        if not all(map(str.isdecimal, listed)) or (";" in tasks and not suite) or suite.strip() in planned:
+        listed = [number(text) for text in numbers.split(",")]
+        found = [task for task in listed if task is not None]
+        if len(found) < len(listed) or (";" in tasks and not suite) or suite.strip() in planned:
             by_suite = "suite by suite libero_goal:1,2;libero_10:0"
             raise OptionError(f"--tasks '{tasks}': expected all or numbers such as 0,3,5, or {by_suite}")
-        planned[suite.strip()] = list(dict.fromkeys(map(int, listed)))
+        planned[suite.strip()] = list(dict.fromkeys(found))
     return planned
 
 
-def planned_states(init_states: str | int, num_trials: int) -> list[int]:
+def number(text: str) -> int | None:
+    """Digits -> a number; None for anything else, such as more digits than anything here has."""
+    return int(text) if text.strip().isdecimal() and len(text.strip()) < 12 else None
+
+
+def planned_states(init_states: str | int, num_trials: int) -> Sequence[int]:
     """`--init-states` and `--num-trials` -> numbers; raises OptionError for what is neither number nor list."""
     text = str(init_states).strip()
-    if text.isdecimal():
-        return list(range(int(text), int(text) + num_trials))
+    start = number(text)
+    if start is not None and start < MOST_STATES:
+        return range(start, start + num_trials)
     states: dict[int, None] = {}
     for part in text.split(","):
-        first, dash, last = (number.strip() for number in part.partition("-"))
-        last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise OptionError(f"--init-states '{text}': expected numbers and ranges such as 0,3,10-19")
-        states.update(dict.fromkeys(range(int(first), int(last) + 1)))
+        first, dash, last = part.partition("-")
+        low, high = number(first), number(last if dash else first)
+        if low is None or high is None or low > high:
+            raise OptionError(f"--init-states '{text[:200]}': expected numbers and ranges such as 0,3,10-19")
+        if high >= MOST_STATES:
+            raise OptionError(f"--init-states {text[:200]}: expected numbers below {MOST_STATES}")
+        states.update(dict.fromkeys(range(low, high + 1)))
     return list(states)[:num_trials]
 
 

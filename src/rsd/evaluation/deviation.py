@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from rsd import output
 from rsd.conventions import ACTION_METRES, ACTION_RADIANS
 from rsd.decoding.steps import Decoded, EpisodeMemory, Scene, Stopwatch
 from rsd.decoding.strategies import LIGHT, STRATEGIES
@@ -59,7 +60,7 @@ class DeviationConfig:
     """Every n-th episode is held out: the training's own setting."""
     device: str = "cpu"
     """cpu or cuda."""
-    output: Path = Path("results/scratch/deviation.json")
+    output: Path = Path("runs/bench/deviation.json")
     """p50, p99 and max by decoder, as JSON."""
 
 
@@ -108,7 +109,8 @@ def measure_deviation(config: DeviationConfig) -> list[Row]:
         policy = RsdPolicy(
             first.model, first.tokenizer, first.config, decode=decode, acceptance=acceptance, fine=fine, engine=EAGER
         )
-        shown[variant] = np.stack([actions(policy, dataset, frame) for frame in frames.split(1)])
+        progress = output.shown(frames.split(1), f"{decode}, frames", len(frames))
+        shown[variant] = np.stack([actions(policy, dataset, frame) for frame in progress])
     baseline = next(iter(shown.values()))
     rows = [
         Row(*variant, spread(own, baseline), spread(own, expert), float((own != baseline)[..., -1].mean()))
@@ -116,9 +118,9 @@ def measure_deviation(config: DeviationConfig) -> list[Row]:
     ]
     settings = {**asdict(config), "data": [str(path) for path in config.data], "output": str(config.output)}
     record = DeviationRecord(FORMAT, settings, versions(), dataset.episodes, len(frames), rows)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output, encode_record(record) + "\n")
     Console().print(deviation_table(rows))
+    print(f"results: {config.output}")
     return rows
 
 

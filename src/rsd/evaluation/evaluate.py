@@ -17,7 +17,7 @@ from rsd.evaluation.config import NEUTRAL, EvalConfig, OptionError
 from rsd.evaluation.episodes import Job, JobQueue, Outcome
 from rsd.evaluation.launchers import make_pool
 from rsd.evaluation.lerobot import EVAL_INFO_FILE, write_eval_info
-from rsd.evaluation.progress import EpisodeProgress
+from rsd.evaluation.progress import EpisodeProgress, last_line
 from rsd.evaluation.results import (
     CONFIG_FILE,
     EPISODES_FILE,
@@ -35,9 +35,12 @@ from rsd.evaluation.results import (
 from rsd.evaluation.summary import RunSummary, summarize
 from rsd.evaluation.video import VIDEOS_DIR
 from rsd.evaluation.workers import Ready, Retry, worker_count
+from rsd.locks import exclusive
+from rsd.output import Faults, writing
 from rsd.types import CUDA_GRAPHS, EAGER, RsdError
 
 ERRORS_FILE = "errors.log"
+MAX_EQUAL_FAULTS = 5  # episodes in a row that end in the same error
 # A run may go on where these differ: they name the machine, not what computes the result.
 MACHINE_VERSIONS = ("platform", "cpu", "cpu_cores")
 
@@ -65,21 +68,23 @@ def evaluate(
     if note or chosen:
         console.print(note or chosen, soft_wrap=True, highlight=False)
     directory = config.output_dir
-    finished = open_run(config, directory, overwrite, console)
-    done = {key for key, result in finished.items() if not result.is_error}
-    pending = [job for job in plan if (*job.task, job.init_state) not in done]
-    alone = config.control_hz and config.num_workers == "auto"  # robots on one machine would wait for each other
-    workers = worker_count("1" if alone else config.num_workers, len(pending))
-    if pending:
-        if backend.preflight is not None:
-            backend.preflight(config)
-        if done:
-            console.print(
-                f"{directory}: {len(done)} of {len(plan)} episodes are done, {len(pending)} to go",
-                soft_wrap=True,
-            )
-        run_missing(config, backend, JobQueue(pending, time.monotonic() + time_limit_s), finished, workers, console)
-    return sum_up(directory, workers, time.perf_counter() - start)
+    refuse_mixture(directory, bool(config.shard))
+    with exclusive(directory):
+        finished = open_run(config, directory, overwrite, console)
+        done = {key for key, result in finished.items() if not result.is_error}
+        pending = [job for job in plan if (*job.task, job.init_state) not in done]
+        alone = config.control_hz and config.num_workers == "auto"  # robots on one machine would wait for each other
+        workers = worker_count("1" if alone else config.num_workers, len(pending))
+        if pending:
+            if backend.preflight is not None:
+                backend.preflight(config)
+            if done:
+                console.print(
+                    f"{directory}: {len(done)} of {len(plan)} episodes are done, {len(pending)} to go",
+                    soft_wrap=True,
+                )
+            run_missing(config, backend, JobQueue(pending, time.monotonic() + time_limit_s), finished, workers, console)
+        return sum_up(directory, workers, time.perf_counter() - start)
 
 
 def sum_up(directory: Path, workers: int, wall_time_s: float) -> RunSummary:
@@ -95,6 +100,7 @@ def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
     """All episodes of a run, trial by trial; raises OptionError for an unknown suite, task or state."""
     jobs: list[Job] = []
     states = config.states
+    order = {state: trial for trial, state in enumerate(states)}
     video = "" if config.videos == "none" else config.videos
     for suite in config.suites:
         try:
@@ -113,7 +119,7 @@ def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
                     f"{f'; a list such as {config.init_states}-{available - 1} takes what there is' if some else ''}"
                 )
             jobs.extend(Job(suite, task_id, *tasks[task_id], state, video) for state in states)
-    jobs.sort(key=lambda job: states.index(job.init_state))  # stable: trial by trial, the suites' own order within
+    jobs.sort(key=lambda job: order[job.init_state])  # stable: trial by trial, the suites' own order within
     part, parts = config.shard_of()
     return jobs[part::parts]
 
@@ -145,11 +151,29 @@ def open_run(config: EvalConfig, directory: Path, overwrite: bool, console: Cons
     return episodes
 
 
+def refuse_mixture(directory: Path, shard: bool) -> None:
+    """Raises RsdError where a run would lie among others, in a folder of runs or inside of one (as shards do)."""
+    deep = [path for pattern in ("*", "*/*") for path in directory.glob(f"{pattern}/{EPISODES_FILE}")]
+    inside = sorted(str(path.parent.relative_to(directory)) for path in deep)
+    if inside and not (directory / CONFIG_FILE).exists():
+        found = ", ".join(inside[:5])
+        raise RsdError(f"{directory} is a folder of runs ({found}): choose one of them or another --output")
+    if not shard and (directory.parent / EPISODES_FILE).exists():
+        raise RsdError(f"{directory} lies in a run, {directory.parent}; choose another --output")
+
+
 def remove_run(directory: Path) -> None:
-    """Delete what a run writes, and nothing else that may lie in the directory."""
+    """Delete what a run writes, and nothing else that may lie in the directory.
+
+    Raises RsdError where config.json is something else's, such as a checkpoint's.
+    """
+    config = directory / CONFIG_FILE
+    if config.exists() and not (directory / EPISODES_FILE).exists() and b'"config_hash"' not in config.read_bytes():
+        raise RsdError(f"{directory}: its {CONFIG_FILE} is no run's, so nothing is deleted; choose another --output")
     names = (EPISODES_FILE, SUMMARY_FILE, EVAL_INFO_FILE, ERRORS_FILE, CONFIG_FILE)
-    for path in [*(directory / name for name in names), *(directory / VIDEOS_DIR).glob("*task*_init*.mp4*")]:
-        path.unlink(missing_ok=True)
+    with writing(directory):
+        for path in [*(directory / name for name in names), *(directory / VIDEOS_DIR).glob("*task*_init*.mp4*")]:
+            path.unlink(missing_ok=True)
 
 
 def differences(old: dict[str, object], new: dict[str, object], fields: Collection[str]) -> str:
@@ -167,7 +191,12 @@ def run_missing(
 ) -> None:
     """Run the pending episodes in worker processes; this process alone writes the results."""
     directory = config.output_dir
-    (directory / VIDEOS_DIR).mkdir(parents=True, exist_ok=True)
+    # what ends every worker's episode at once, such as a server that begins anew, lasts no longer than that
+    kept = f"finished episodes are kept in {directory}; the same command without --overwrite goes on"
+    faults = Faults(kept, MAX_EQUAL_FAULTS + workers - 1)
+    planned = len(queue) + sum(not result.is_error for result in finished.values())
+    with writing(directory):
+        (directory / VIDEOS_DIR).mkdir(parents=True, exist_ok=True)
     videos = len(list((directory / VIDEOS_DIR).glob("*.mp4")))
     with (
         make_pool(config, backend, workers, directory / VIDEOS_DIR) as pool,
@@ -175,19 +204,24 @@ def run_missing(
     ):
         for message in pool.run(queue, videos_left=config.max_videos - videos):
             if isinstance(message, Ready):
-                record_run(config, directory, message)
+                record_run(config, directory, message, planned)
             elif isinstance(message, Retry):
                 log_error(directory, message.job, message.log)
                 progress.retry(message.job, message.log)
+                faults.failed((*message.job.task, message.job.init_state), last_line(message.log))
             else:
                 record_outcome(directory, message)
                 progress.advance(message.result)
+                if message.result.is_error:
+                    faults.failed(message.result.key, last_line(message.log or message.result.failure))
+                else:
+                    faults.worked()
 
 
-def record_run(config: EvalConfig, directory: Path, ready: Ready) -> None:
+def record_run(config: EvalConfig, directory: Path, ready: Ready, planned: int) -> None:
     """Write config.json, or check that this worker runs what the episodes already there were made with."""
     if not (directory / CONFIG_FILE).exists():
-        record = RunRecord(asdict(config), config.hash, ready.versions, ready.policy)
+        record = RunRecord(asdict(config), config.hash, ready.versions, ready.policy, planned)
         write_atomically(directory / CONFIG_FILE, encode_record(record, indent=2) + "\n")
         return
     changed = run_differences(read_run_record(directory), ready.versions, ready.policy)
@@ -216,5 +250,5 @@ def record_outcome(directory: Path, outcome: Outcome) -> None:
 
 
 def log_error(directory: Path, job: Job, text: str) -> None:
-    with (directory / ERRORS_FILE).open("a") as log:
+    with writing(directory / ERRORS_FILE), (directory / ERRORS_FILE).open("a") as log:
         log.write(f"{job}\n{text}\n")

@@ -24,6 +24,7 @@ from rsd.evaluation.config import DEFAULT, asked_rule
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.roofline import Ceiling, Work, measure_ceiling, work_of
 from rsd.evaluation.statistics import percentiles
+from rsd.output import shown
 from rsd.policy import RsdPolicy
 from rsd.sim.libero import LiberoEnv
 from rsd.types import AUTO, Observation, RsdError
@@ -57,7 +58,7 @@ class LatencyConfig:
     """cpu or cuda."""
     threads: int = 0
     """Torch's threads; 0 = one per core."""
-    output: Path = Path("results/scratch/latency.json")
+    output: Path = Path("runs/bench/latency.json")
     """Raw milliseconds and the environment, as JSON."""
 
     def __post_init__(self) -> None:
@@ -99,7 +100,8 @@ def observations(suite: str, num_tasks: int, policy: RsdPolicy) -> list[Observat
     from rsd.sim.suites import suite_tasks
 
     found = []
-    for task in suite_tasks(suite)[:num_tasks]:
+    tasks = suite_tasks(suite)[:num_tasks]
+    for task in shown(tasks, "tasks observed", len(tasks)):
         env = LiberoEnv(suite, task.task_id, policy.image_size)
         try:
             env.reset(options={"init_state": 0})
@@ -139,9 +141,9 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     settings = {**asdict(config), "output": str(config.output)}
     counted = {name: asdict(one) for name, one in work.items()}
     record = LatencyRecord(FORMAT, settings, versions(), machine, times, asdict(ceiling), counted)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output, encode_record(record) + "\n")
     Console().print(latency_table(record))
+    print(f"results: {config.output}")
     return record
 
 
@@ -159,7 +161,7 @@ def take_turns(
     """Milliseconds by policy and stage, one number per prediction; every policy comes first in turn."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in policies}
     order = list(policies)
-    for turn in range(warmup + rounds):
+    for turn in shown(range(warmup + rounds), "rounds", warmup + rounds):
         for observation in seen:
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
                 spent = policies[name].predict(observation).stats.latency_ms

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rsd.evaluation.backend import LIBERO, Backend
 from rsd.evaluation.config import EvalConfig
-from rsd.evaluation.evaluate import ERRORS_FILE, differences, run_differences, sum_up
+from rsd.evaluation.evaluate import ERRORS_FILE, differences, plan_episodes, run_differences, sum_up
 from rsd.evaluation.results import (
     CONFIG_FILE,
     EPISODES_FILE,
@@ -18,27 +20,63 @@ from rsd.evaluation.results import (
     encode_record,
     read_episodes,
     read_run_record,
+    scored,
     write_atomically,
 )
 from rsd.evaluation.summary import RunSummary
 from rsd.evaluation.video import VIDEOS_DIR
+from rsd.locks import exclusive
+from rsd.output import writing
 from rsd.types import RsdError
 
 SHARD_PATTERN = "shard-*-of-*"
 
 
-def merge_shards(output: Path, shards: Sequence[Path] = ()) -> RunSummary:
+def merge_shards(output: Path, shards: Sequence[Path] = (), backend: Backend = LIBERO) -> RunSummary:
     """Bring the shards' episodes and videos into `output` and sum up; may be called again as shards go on.
 
-    shards: default all `shard-i-of-n` directories in `output`. What `output` holds already is kept.
-    Raises RsdError where a directory is no run or of another one, or two of them hold different results of one
-    episode.
+    shards: default all `shard-i-of-n` directories in `output` that have begun. What `output` holds already is kept.
+    Raises RsdError where a directory is no run or of another one, two of them hold different results of one episode,
+    or none holds any. What the run still lacks is for `missing_parts` to say.
     """
-    shards = list(shards) or sorted(output.glob(SHARD_PATTERN))
+    shards = list(shards) or [shard for shard in sorted(output.glob(SHARD_PATTERN)) if (shard / CONFIG_FILE).exists()]
     if not shards:
-        raise RsdError(f"{output}: holds no {SHARD_PATTERN}; name the shards' directories")
+        raise RsdError(f"{output}: holds no {SHARD_PATTERN} with results; name the shards' directories")
+    with exclusive(output):
+        return merge_locked(output, shards, backend)
+
+
+def missing_parts(output: Path, backend: Backend = LIBERO) -> str:
+    """What a merged run lacks of its suites' tasks and states, and the shards that hold nothing; "" for a whole run."""
+    try:
+        plan = planned_episodes(read_run_record(output), backend)
+    except RsdError as error:
+        return f"what is missing cannot be told on this machine: {error}"
+    done = {episode.key for episode in scored(read_episodes(output / EPISODES_FILE).values())}
+    missing = [key for key in plan if key not in done]
+    if not missing:
+        return ""
+    seen = {shard.name for shard in output.glob(SHARD_PATTERN) if (shard / EPISODES_FILE).exists()}
+    counts = {int(name.rpartition("-")[2]) for name in seen if name.rpartition("-")[2].isdecimal()}
+    names = [f"shard-{part}-of-{count}" for count in sorted(counts) for part in range(count)]
+    absent = [name for name in names if name not in seen]
+    nothing = f"; nothing is there of {', '.join(absent)}" if absent else ""
+    suite, task, state = missing[0]
+    first = f"the first of them {suite} task {task}, initial state {state}"
+    return f"{len(missing)} of {len(plan)} episodes are missing, {first}{nothing}"
+
+
+def planned_episodes(record: RunRecord, backend: Backend) -> list[EpisodeKey]:
+    """Of the whole run, by its suites' tasks; raises RsdError where they are not installed."""
+    config = EvalConfig(**{**record.config, "shard": ""})
+    return [(*job.task, job.init_state) for job in plan_episodes(config, backend)]
+
+
+def merge_locked(output: Path, shards: list[Path], backend: Backend) -> RunSummary:
     records = [read_run_record(shard) for shard in shards]
     record = merged_record(output, shards, records)
+    with contextlib.suppress(RsdError):  # `missing_parts` tells it
+        record = replace(record, planned=len(planned_episodes(record, backend)))
     sources = [shard for shard in shards if shard.resolve() != output.resolve()]
     if (output / CONFIG_FILE).exists():
         existing = read_run_record(output)
@@ -55,21 +93,23 @@ def merge_shards(output: Path, shards: Sequence[Path] = ()) -> RunSummary:
                     f"{source}: {result.suite} task {result.task_id}, initial state {result.init_state} is there with "
                     "another result than in a directory before it; these are not parts of one run"
                 )
-    output.mkdir(parents=True, exist_ok=True)
+    if not merged:
+        raise RsdError(f"{output}: no episode in {', '.join(shard.name for shard in shards)}; nothing to merge yet")
     # the order in which one uninterrupted process would have begun them
     ordered = sorted(merged.values(), key=lambda e: (e.init_state, e.suite, e.task_id))
     write_atomically(output / CONFIG_FILE, encode_record(record, indent=2) + "\n")
     write_atomically(output / EPISODES_FILE, "".join(encode_record(result) + "\n" for result in ordered))
     for source in sources:
         if source != output:
-            copy_rest(source, output)
+            with writing(output):
+                copy_rest(source, output)
     return sum_up(output, workers=0, wall_time_s=0.0)
 
 
 def merged_record(output: Path, shards: Sequence[Path], records: Sequence[RunRecord]) -> RunRecord:
     for shard, record in zip(shards[1:], records[1:], strict=True):
         require_same(records[0], record, shards[0], shard)
-    return replace(records[0], config={**records[0].config, "shard": "", "output": str(output)})
+    return replace(records[0], config={**records[0].config, "shard": "", "output": str(output)}, planned=0)
 
 
 def require_same(first: RunRecord, other: RunRecord, where: Path, there: Path) -> None:

@@ -101,7 +101,10 @@ def measure_modes(config: ModesConfig) -> dict[str, Any]:
         env = LiberoEnv("libero_spatial", task, policies["l1"].image_size)
         try:
             for seed in range(FIRST_SEED, FIRST_SEED + config.num_placements):
-                choice = choice_at(env, seed)
+                try:
+                    choice = choice_at(env, seed)
+                except RsdError:  # the expert refuses this placement
+                    choice = None
                 if choice is None:
                     left_out += 1
                     continue
@@ -115,7 +118,6 @@ def measure_modes(config: ModesConfig) -> dict[str, Any]:
         raise RsdError(f"modes: found no choice between sides on any of {left_out} placements; raise --num-placements")
     settings = {**asdict(config), "out": str(config.out), "left_out": left_out}
     result = {"format": 1, "config": settings, "versions": versions(), "places": places}
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.out, json.dumps(result, indent=1) + "\n")
     return result
 

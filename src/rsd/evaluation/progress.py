@@ -13,6 +13,11 @@ from rsd.evaluation.episodes import Job
 from rsd.evaluation.results import EpisodeResult
 
 
+def last_line(log: str) -> str:
+    """What a traceback says in the end."""
+    return log.strip().splitlines()[-1] if log.strip() else "error"
+
+
 class EpisodeProgress:
     """Success so far, episodes per minute, time left. Episodes with an error are counted apart."""
 
@@ -36,6 +41,9 @@ class EpisodeProgress:
 
     def __enter__(self) -> EpisodeProgress:
         self._bar.start()
+        if not self._console.is_terminal:
+            said = f"{self._label}: {self._pending} episodes to run, starting workers"
+            self._console.print(said, highlight=False, soft_wrap=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,8 +51,7 @@ class EpisodeProgress:
 
     def retry(self, job: Job, log: str) -> None:
         """An attempt that ended in an error and will be repeated."""
-        reason = log.strip().splitlines()[-1] if log.strip() else "error"
-        self._console.print(f"{self._label}: {job}: {reason}; begun anew", highlight=False, soft_wrap=True)
+        self._console.print(f"{self._label}: {job}: {last_line(log)}; begun anew", highlight=False, soft_wrap=True)
 
     def advance(self, result: EpisodeResult) -> None:
         self._new += 1

@@ -46,13 +46,15 @@ class Run:
         return {episode.key: episode.success for episode in self.episodes}
 
     @property
-    def planned_states(self) -> list[int]:
+    def planned_states(self) -> Sequence[int]:
         """Initial states of every task that the run was to do."""
         return planned_states(self.record.config.get("init_states", 0), self.record.config["num_trials"])
 
     @property
     def not_run(self) -> int:
         """Planned episodes that an interrupted run never finished; they may well be the long, failing ones."""
+        if self.record.planned:
+            return max(0, self.record.planned - len(self.episodes) - self.errors)
         config = self.record.config
         tasks, count = planned_tasks(config["tasks"]), 0
         named = {suite.strip() for suite in config.get("task_suite", "").split(",")}

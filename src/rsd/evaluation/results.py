@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from rsd.json_files import parse_object
+from rsd.output import writing
 from rsd.types import RsdError
 
 FORMAT = 1
@@ -117,12 +118,15 @@ class EpisodeResult:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """`config.json`: the options of a run, its hash, and what the episodes were made with."""
+    """`config.json`: the options of a run, its hash, and what the episodes were made with.
+
+    planned: how many episodes the run has when it is whole; 0 in results of before it was recorded."""
 
     config: dict[str, Any]
     config_hash: str
     versions: dict[str, str]
     policy: dict[str, Any]
+    planned: int = 0
 
 
 def matches(value: Any, expected: Any) -> bool:
@@ -169,10 +173,13 @@ def encode_record(record: Any, indent: int | None = None) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write through a temporary file: a reader, or a kill, meets the old content or the new, never a part."""
+    """Write through a temporary file, in a folder that is made if need be: a reader, or a kill, meets the old content
+    or the new, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        os.replace(temporary, path)
 
 
 def read_run_record(directory: Path) -> RunRecord:
@@ -191,8 +198,9 @@ def text_of(content: bytes, where: str) -> str:
 
 def append_episode(path: Path, result: EpisodeResult) -> None:
     """Append one line and force it to the disk: once this returns, a kill cannot lose the episode."""
-    with path.open("a") as file:
-        file.write(encode_record(result) + "\n")
+    line = encode_record(result) + "\n"
+    with writing(path), path.open("a") as file:
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 

@@ -61,7 +61,7 @@ class ScalingConfig:
     of a gigabyte for one measurement outlasts it."""
     acceptance: str = DEFAULT
     """How `rsd` and `rsd-fused` verify, as in `rsd eval`."""
-    output: Path = Path("results/scratch/scaling.json")
+    output: Path = Path("runs/bench/scaling.json")
     """Raw milliseconds and the environment, as JSON."""
 
     def __post_init__(self) -> None:
@@ -141,9 +141,9 @@ def measure_scaling(config: ScalingConfig) -> ScalingRecord:
     }
     settings = {**asdict(config), "engine": policies["l1"].engine, "output": str(config.output)}
     record = ScalingRecord(FORMAT, settings, versions(), machine, sizes)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output, encode_record(record) + "\n")
     Console().print(scaling_table(record))
+    print(f"results: {config.output}")
     return record
 
 

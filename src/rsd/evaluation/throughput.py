@@ -57,7 +57,7 @@ class ThroughputConfig:
     """As in `rsd eval`."""
     plain_limit_s: float = 0.0
     """After so many seconds the plain loop begins no further episode; its time for them is extrapolated. 0: none."""
-    output: Path = Path("results/scratch/throughput.json")
+    output: Path = Path("runs/bench/throughput.json")
     """The numbers, the machine and every episode's outcome, as JSON; written after either side."""
 
     def __post_init__(self) -> None:
@@ -145,7 +145,6 @@ def cpu_seconds() -> float:
 
 
 def save(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 

@@ -63,9 +63,9 @@ class OpenVlaBenchConfig:
     device: str = "cuda"
     size: str = "7b"
     """7b, or tiny for a check on a CPU."""
-    checkpoint: Path = Path("results/scratch/openvla-random")
+    checkpoint: Path = Path("runs/bench/openvla-random")
     """Where `load` writes its checkpoint, which it deletes again."""
-    output: Path = Path("results/scratch/openvla-bench.json")
+    output: Path = Path("runs/bench/openvla.json")
 
     def __post_init__(self) -> None:
         for name, given, allowed in (("sections", self.sections, SECTIONS), ("cases", self.cases, CASES)):

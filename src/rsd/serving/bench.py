@@ -23,6 +23,7 @@ from rsd.evaluation.backend import available_cores, describe_checkpoint
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
+from rsd.output import shown
 from rsd.serving.client import RemotePolicy
 from rsd.serving.server import PolicyServer, reserve, serve_until_signal
 from rsd.serving.service import load_policy, versions_on
@@ -49,7 +50,7 @@ class ServingBenchConfig:
     """cpu or cuda."""
     threads: int = 0
     """Torch's threads here and in the server; 0 = one per core."""
-    output: Path = Path("results/scratch/serving.json")
+    output: Path = Path("runs/bench/serving.json")
     """Raw milliseconds and the environment, as JSON."""
 
     def __post_init__(self) -> None:
@@ -74,12 +75,12 @@ def measure_serving(config: ServingBenchConfig) -> ServingRecord:
     times = {decode: measure(config, decode, threads) for decode in config.decode}
     settings = {**asdict(config), "output": str(config.output), "threads": threads}
     record = ServingRecord(FORMAT, settings, versions_on(config.device), times)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output, encode_record(record) + "\n")
     table = Table("milliseconds, p50 / p95", *(config.decode), title=config.policy, title_justify="left")
     for name in (LOCAL, ROUND_TRIP, NETWORK):
         table.add_row(name, *("{:.2f} / {:.2f}".format(*percentiles(times[d][name])) for d in config.decode))
     Console().print(table)
+    print(f"results: {config.output}")
     return record
 
 
@@ -88,7 +89,7 @@ def measure(config: ServingBenchConfig, decode: str, threads: int) -> dict[str, 
     policy, rng = load_policy(evaluated), np.random.default_rng(0)
     times: dict[str, list[float]] = {LOCAL: [], ROUND_TRIP: [], NETWORK: []}
     with server_process(evaluated, threads) as address, closing(RemotePolicy(address)) as remote:
-        for turn in range(config.warmup + config.rounds):
+        for turn in shown(range(config.warmup + config.rounds), f"{decode}, rounds", config.warmup + config.rounds):
             images = rng.integers(0, 256, (len(CAMERAS), policy.image_size, policy.image_size, 3), dtype=np.uint8)
             state = rng.normal(0.0, 0.3, STATE_DIM).astype(np.float32)
             observation = Observation(images, state, "pick up the black bowl")

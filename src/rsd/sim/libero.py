@@ -286,13 +286,19 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         return {"init_state": k}
 
     def _start_placement(self, seed: int) -> dict[str, Any]:
+        from robosuite.utils.errors import RandomizationError
+
+        moved = np.inf
         for rejections in range(PLACEMENT_TRIES):
             draws = np.random.default_rng([seed, rejections])
-            self._rebuild(int(draws.integers(2**32)))
-            state = self.sim_state()
-            # the benchmark's states were drawn with other fixture poses than its reset draws: a bowl stands up to
-            # 2 cm off the middle of its drawer. Two draws here give the same offsets.
-            self._rebuild(int(draws.integers(2**32)))
+            try:
+                self._rebuild(int(draws.integers(2**32)))
+                state = self.sim_state()
+                # the benchmark's states were drawn with other fixture poses than its reset draws: a bowl stands up to
+                # 2 cm off the middle of its drawer. Two draws here give the same offsets.
+                self._rebuild(int(draws.integers(2**32)))
+            except RandomizationError:  # these draws leave no room for one of the objects
+                continue
             joints = self.simulation.robots[0]._ref_joint_pos_indexes
             # the benchmark's reset leaves the nominal arm pose; its noise comes with the stored state, as here
             state[1 + np.asarray(joints)] += draws.normal(0.0, ARM_JOINT_NOISE, len(joints))

@@ -50,9 +50,14 @@ class FrameDataset:
     Where only every n-th step was rendered, these are the frames; a chunk has every step's action all the same.
     """
 
-    def __init__(self, demonstrations: Iterable[Demonstration], horizon: int, device: torch.device) -> None:
+    def __init__(
+        self, demonstrations: Iterable[Demonstration], horizon: int, device: torch.device, image_size: int = 0
+    ) -> None:
+        """image_size: side in pixels that every image must have; 0: that of the first ones.
+
+        Raises RsdError for a demonstration without images, or with others than that, or of other steps."""
         images, states, chunks, tasks, firsts, instructions = [], [], [], [], [], dict[str, int]()
-        frames, spacing, size = 0, 0, 0
+        frames, spacing = 0, 0
         for demonstration in demonstrations:
             if demonstration.images is None:
                 raise RsdError(
@@ -65,10 +70,14 @@ class FrameDataset:
                     "train on folders rendered with one --every"
                 )
             spacing = every
-            side = demonstration.images.shape[2]
-            if size not in (0, side):
-                raise RsdError(f"{demonstration.source}: images of {side} px, others have {size} px; render all alike")
-            size = side
+            height, width = demonstration.images.shape[2:4]
+            image_size = image_size or height
+            if (height, width) != (image_size, image_size):
+                raise RsdError(
+                    f"{demonstration.source}, {demonstration.episode}: images of {height} x {width} px, expected "
+                    f"{image_size} x {image_size} as the model or the demonstrations before have them; "
+                    f"render again with --image-size {image_size}"
+                )
             images.append(torch.from_numpy(demonstration.images).to(device))
             states.append(demonstration.state[::every])
             chunks.append(chunk_targets(demonstration.labels, horizon)[::every])

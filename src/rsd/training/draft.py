@@ -21,6 +21,7 @@ from rsd.training.dataset import Augmentation, Batch, FrameDataset
 from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import LossConfig, MainRun, draft_losses, light_draft_losses, light_total
 from rsd.training.policy import data_provenance, load_folders, resolve_device, split
+from rsd.training.run_folder import one_run_a_folder, save_then_validate
 from rsd.training.validation import validate
 from rsd.types import EAGER, RsdError
 from rsd.versions import versions
@@ -56,6 +57,7 @@ class TrainDraftConfig:
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5_000))
 
 
+@one_run_a_folder
 def train_draft(config: TrainDraftConfig) -> Path:
     """Run the training; returns the checkpoint directory."""
     if parallel.launched():
@@ -66,7 +68,10 @@ def train_draft(config: TrainDraftConfig) -> Path:
         raise RsdError(f"train draft: {config.policy} has OpenVLA as its main; its drafts are trained with it")
     tokenizer = source.tokenizer.to(device)
     training, held_out = split(load_folders(config.data), config.validation_every)
-    dataset = FrameDataset(training, tokenizer.config.horizon, device)
+    size = source.config.main.image_size
+    dataset = FrameDataset(training, tokenizer.config.horizon, device, size)
+    validation = FrameDataset(held_out, tokenizer.config.horizon, device, size)
+    print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
     model, policy = with_draft(source, config)
     model.to(device).requires_grad_(False)
     part = model.light if config.kind == "light" else model.draft
@@ -87,12 +92,14 @@ def train_draft(config: TrainDraftConfig) -> Path:
     resolved = describe(config)
     ema = train(model, losses, config.loop, config.output, device, resolved)
     assert isinstance(ema, RsdModel)
-    report = validate(ema, tokenizer, FrameDataset(held_out, tokenizer.config.horizon, device))
     data = data_provenance(config.data, dataset)
-    made = {"data": data, "training": resolved, "validation": report, "versions": versions()}
     directory = config.output / "checkpoint"
-    save_checkpoint(ema, tokenizer, policy, {**source.provenance, config.kind: made}, directory)
-    return directory
+
+    def save(report: dict[str, object]) -> None:
+        made = {"data": data, "training": resolved, "validation": report, "versions": versions()}
+        save_checkpoint(ema, tokenizer, policy, {**source.provenance, config.kind: made}, directory)
+
+    return save_then_validate(directory, save, lambda: validate(ema, tokenizer, validation))
 
 
 def with_draft(source: RsdPolicy, config: TrainDraftConfig) -> tuple[RsdModel, PolicyConfig]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,12 +16,15 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from rsd.output import writing
 from rsd.pt_files import read_pt
 from rsd.training import parallel
+from rsd.training.run_folder import STATE_FILE, stop_asked
 from rsd.types import RsdError
 
-STATE_FILE = "training_state.pt"
-CLOCK_STEPS = 20  # how often the share of the run that is done is read off the first process's clock
+CLOCK_STEPS = 20  # how often the processes ask the first one for its clock, and whether it was told to stop
+POSITIVE, NOT_NEGATIVE = ("accumulate", "batch_size", "log_every"), ("steps", "minutes", "warmup", "save_every")
+SHOW_SECONDS, LINE_SECONDS = 1.0, 60.0  # between updates of the bar, and between lines of the log
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,13 @@ class LoopConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1:
-            raise RsdError(f"--loop.accumulate {self.accumulate}: expected at least 1")
+        for name, least in {**dict.fromkeys(POSITIVE, 1), **dict.fromkeys(NOT_NEGATIVE, 0)}.items():
+            if not getattr(self, name) >= least:
+                found = f"--loop.{name.replace('_', '-')} {getattr(self, name)}"
+                raise RsdError(f"{found}: expected at least {least}")
+        if not 0 <= self.ema <= 1 or not self.learning_rate > 0:
+            expected = "--loop.ema from 0 to 1 and --loop.learning-rate above 0"
+            raise RsdError(f"expected {expected}, found {self.ema} and {self.learning_rate}")
 
 
 def train(
@@ -62,10 +71,13 @@ def train(
     `losses` draws its own batch. Interrupted, the same call continues from `run/training_state.pt`, with the batches
     that were to come unless a CUDA graph draws them; a state of another configuration is refused. bf16 autocast on
     CUDA, float32 on the CPU. Started by `torchrun`, the processes average their gradients and the first one writes.
+    Ctrl-C or SIGTERM: the step at hand is finished and the state written before KeyboardInterrupt is raised.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    run.mkdir(parents=True, exist_ok=True)
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        writer = SummaryWriter(str(run / "tensorboard"))
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     parallel.broadcast_parameters(model)
@@ -78,7 +90,6 @@ def train(
     step, spent = _resume(run / STATE_FILE, model, ema, optimiser, resolved)
     # resumed, it must not draw the batches of its first steps again; each process draws its own
     torch.manual_seed(step_seed(config, step))
-    writer = SummaryWriter(str(run / "tensorboard"))
     model.train()
 
     def forward_backward() -> dict[str, Tensor]:
@@ -97,12 +108,16 @@ def train(
     compute = record(forward_backward, trained) if graphed else forward_backward
     start, begun, done = time.monotonic() - spent, step, 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not first) as progress:
+    with Progress(*columns, disable=not first) as progress, stop_asked() as stop:
         bar = progress.add_task("training", total=config.steps, completed=step)
+        moved = printed = -math.inf
+        values = dict[str, Tensor]()
         while step < config.steps:
-            if step % CLOCK_STEPS == 0 or step == begun:
+            if parallel.world_size() == 1 or step % CLOCK_STEPS == 0 or step == begun:
                 elapsed = parallel.from_first(time.monotonic() - start, device)
                 done = elapsed / (60 * config.minutes) if config.minutes else 0.0
+                if parallel.from_first(float(stop.is_set()), device):
+                    break
             done = max(done, step / config.steps)
             if done >= 1.0:
                 break
@@ -119,18 +134,33 @@ def train(
             step += 1
             with torch.no_grad():
                 torch._foreach_lerp_(averaged, trained, 1 - min(config.ema, (1 + step) / (10 + step)))
-            if first and (step % config.log_every == 0 or step == config.steps):
-                _log(writer, values, norm, step, time.monotonic() - start)
+            if not first:
+                continue
+            now = time.monotonic()
+            if step % config.log_every == 0 or step == config.steps:
+                _log(writer, values, norm, step, now - start)
+            if now - moved > SHOW_SECONDS or step == config.steps:
+                moved = now
                 progress.update(bar, completed=step, description=f"loss {values['total'].item():.4f}")
-                if step % (10 * config.log_every) == 0:
-                    progress.print(_line(values, step, time.monotonic() - start))
-            if first and config.save_every and step % config.save_every == 0:
-                _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
-    if first:
-        _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
+            if now - printed > LINE_SECONDS:
+                printed = now
+                progress.print(_line(values, step, now - start))
+            if config.save_every and step % config.save_every == 0:
+                _require_finite(values, step)
+                _save(run / STATE_FILE, model, ema, optimiser, step, now - start, resolved)
+        stopped = parallel.from_first(float(stop.is_set() and step < config.steps), device)
+        if first:
+            _require_finite(values, step)  # a good state is not replaced by one that diverged
+            _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
+    if stopped:
+        if first:
+            kept = f"stopped after step {step} of {config.steps}: {run / STATE_FILE} is written"
+            print(f"{kept}; the same command goes on from there", file=sys.stderr)
+        raise KeyboardInterrupt
     for buffer, value in zip(ema.buffers(), model.buffers(), strict=True):
         buffer.copy_(value)
-    writer.close()
+    with writing(run / "tensorboard"):
+        writer.close()
     return ema
 
 
@@ -180,14 +210,21 @@ def learning_rate(config: LoopConfig, step: int, done: float) -> float:
     return config.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def _log(writer: Any, values: dict[str, Tensor], norm: Tensor, step: int, seconds: float) -> None:
+def _require_finite(values: dict[str, Tensor], step: int) -> dict[str, float]:
+    """The losses as numbers; raises RsdError where their total is none."""
     numbers = {name: float(value.detach()) for name, value in values.items()}
-    if not math.isfinite(numbers["total"]):
+    if not math.isfinite(numbers.get("total", 0.0)):
         raise RsdError(f"training diverged at step {step}: losses {numbers}; lower --loop.learning-rate")
-    for name, number in numbers.items():
-        writer.add_scalar(f"loss/{name}", number, step)
-    writer.add_scalar("gradient_norm", float(norm), step)
-    writer.add_scalar("steps_per_second", step / seconds, step)
+    return numbers
+
+
+def _log(writer: Any, values: dict[str, Tensor], norm: Tensor, step: int, seconds: float) -> None:
+    numbers = _require_finite(values, step)
+    numbers = {f"loss/{name}": number for name, number in numbers.items()}
+    numbers |= {"gradient_norm": float(norm), "steps_per_second": step / seconds}
+    with writing(Path(writer.log_dir)):
+        for name, number in numbers.items():
+            writer.add_scalar(name, number, step)
 
 
 def _line(values: dict[str, Tensor], step: int, seconds: float) -> str:
@@ -213,8 +250,9 @@ def _save(
         "config": json.dumps(resolved, sort_keys=True),
     }
     partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)  # a kill leaves either the old state or the new one
+    with writing(path):
+        torch.save(state, partial)
+        partial.replace(path)  # a kill leaves either the old state or the new one
 
 
 def _resume(
@@ -226,7 +264,7 @@ def _resume(
     if missing := {"config", "model", "ema", "optimiser", "step", "spent"} - state.keys():
         raise RsdError(f"{path}: expected the state of a training, found one without {', '.join(sorted(missing))}")
     if json.loads(state["config"]) != json.loads(json.dumps(resolved, sort_keys=True)):
-        raise RsdError(f"{path}: belongs to a run with other settings; choose another --output or remove it")
+        raise RsdError(f"{path}: belongs to a run with other settings; choose another --output")
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
     optimiser.load_state_dict(state["optimiser"])

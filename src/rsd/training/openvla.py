@@ -7,7 +7,6 @@ checkpoint of the training holds.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +36,7 @@ from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import LossConfig, policy_losses
 from rsd.training.openvla_frames import OpenVlaFrames, Survey, episode_numbers, pick, survey
 from rsd.training.policy import resolve_device
+from rsd.training.run_folder import one_run_a_folder, save_then_validate
 from rsd.training.tokenizer import DEFAULT_TOKENIZER
 from rsd.training.validation import validate
 from rsd.types import RsdError
@@ -126,6 +126,7 @@ def finish(trainee: Trainee) -> OpenVlaRsdModel:
     return model
 
 
+@one_run_a_folder
 def train_openvla(config: TrainOpenVlaConfig) -> Path:
     """Run the training; returns the policy's directory. Prints the offline validation of every decoder."""
     parallel.join()
@@ -153,7 +154,9 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
         )
 
     dataset = frames(mine)
-    if parallel.rank() == 0:
+    first = parallel.rank() == 0
+    validation = frames(held_out) if first else None  # what is wrong with them is found now, not after the training
+    if first:
         print(f"{len(seen.frames)} demonstrations, {len(held_out)} held out; {len(dataset)} frames in this process")
     openvla = load_openvla(base, base=locate_under(base), device=str(device))
     torch.manual_seed(config.loop.seed)
@@ -169,11 +172,9 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
     ema = train(trainee.trained, losses, config.loop, config.output, device, resolved)
     assert isinstance(ema, nn.ModuleDict)
     directory = config.output / "checkpoint"
-    if parallel.rank() > 0:
+    if validation is None:
         return directory
     trainee.trained.load_state_dict(ema.state_dict())
-    report = validate(finish(trainee), tokenizer, frames(held_out), config.validation_frames, VALIDATION_BATCH)
-    print(json.dumps(report, indent=1))
     data = {
         "sources": [folder_provenance(folder) for folder in config.data],
         "episodes": len(seen.frames) - len(held_out),
@@ -184,13 +185,18 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
         "data": data,
         "training": resolved,
         "processes": parallel.world_size(),
-        "validation": report,
         "versions": versions(),
     }
     named = str(base.resolve()) if Path(config.source).is_dir() else config.source
-    added = ema["added"]
-    save_openvla_rsd(added, trainee.adapter, tokenizer, sizes, base, named, provenance, directory)
-    return directory
+
+    def save(report: dict[str, object]) -> None:
+        told = {**provenance, "validation": report}
+        save_openvla_rsd(ema["added"], trainee.adapter, tokenizer, sizes, base, named, told, directory)
+
+    def check() -> dict[str, object]:
+        return validate(finish(trainee), tokenizer, validation, config.validation_frames, VALIDATION_BATCH)
+
+    return save_then_validate(directory, save, check)
 
 
 def observing(config: TrainOpenVlaConfig, base: Path, seen: Survey) -> OpenVlaRsdConfig:

@@ -18,6 +18,7 @@ from rsd.openvla.images import crop, prepare_images
 from rsd.openvla.policy import RENDER_SIZE
 from rsd.openvla.prompt import Prompt
 from rsd.openvla.statistics import Bounds
+from rsd.output import shown
 from rsd.training.dataset import Augmentation, Batch, FrameDataset, random_colour, random_shift
 from rsd.types import RsdError
 
@@ -36,10 +37,10 @@ class Survey:
 
 def survey(folders: Iterable[Path]) -> Survey:
     states, instructions = [], dict[str, None]()
-    for folder in folders:
-        for demonstration in load_demonstrations(folder, images=False):
-            states.append(demonstration.state[:: demonstration.image_every])
-            instructions[demonstration.instruction] = None
+    everything = (demonstration for folder in folders for demonstration in load_demonstrations(folder, images=False))
+    for demonstration in shown(everything, "demonstrations looked at"):
+        states.append(demonstration.state[:: demonstration.image_every])
+        instructions[demonstration.instruction] = None
     if len(states) < 2:
         raise RsdError(f"training data: expected at least 2 demonstrations, found {len(states)}")
     return Survey([len(state) for state in states], list(instructions), np.concatenate(states))
@@ -60,7 +61,8 @@ def pick(folders: Iterable[Path], numbers: Iterable[int]) -> Iterator[Demonstrat
     """These demonstrations of all folders, one at a time: the images of a real data set fill a host's memory."""
     wanted = set(numbers)
     everything = (demonstration for folder in folders for demonstration in load_demonstrations(folder))
-    return (demonstration for number, demonstration in enumerate(everything) if number in wanted)
+    read = enumerate(shown(everything, "demonstrations read"))
+    return (demonstration for number, demonstration in read if number in wanted)
 
 
 class OpenVlaFrames(FrameDataset):
@@ -133,10 +135,10 @@ def prepared(
     for demonstration in demonstrations:
         images = demonstration.images
         if images is not None:
-            if images.shape[2] != RENDER_SIZE:
+            if images.shape[2:4] != (RENDER_SIZE, RENDER_SIZE):
                 raise RsdError(
-                    f"{demonstration.source}: images of {images.shape[2]} px, OpenVLA's pipeline starts from "
-                    f"{RENDER_SIZE}; render again with --image-size {RENDER_SIZE}"
+                    f"{demonstration.source}: images of {images.shape[2]} x {images.shape[3]} px, OpenVLA's pipeline "
+                    f"starts from {RENDER_SIZE}; render again with --image-size {RENDER_SIZE}"
                 )
             flat = images[:, :views].reshape(-1, *images.shape[2:])
             parts = pool.map(resized, [flat[i : i + IMAGES_A_JOB] for i in range(0, len(flat), IMAGES_A_JOB)])

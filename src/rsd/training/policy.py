@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,12 +13,14 @@ from torch import Tensor
 from rsd.checkpoint import save_checkpoint
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
 from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.output import shown
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
 from rsd.training.dataset import Augmentation, FrameDataset
 from rsd.training.loop import LoopConfig, describe, train
 from rsd.training.losses import LossConfig, policy_losses
+from rsd.training.run_folder import one_run_a_folder, save_then_validate
 from rsd.training.tokenizer import DEFAULT_TOKENIZER
 from rsd.training.validation import validate
 from rsd.types import EAGER, RsdError
@@ -54,6 +55,7 @@ class TrainPolicyConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
+@one_run_a_folder
 def train_policy(config: TrainPolicyConfig) -> Path:
     """Run the training; returns the checkpoint directory. Prints the offline validation of every decoder."""
     parallel.join()
@@ -67,11 +69,9 @@ def train_policy(config: TrainPolicyConfig) -> Path:
         raise RsdError(f"--init-fresh {' '.join(config.init_fresh)}: expected --init and --init-matching beside it")
     tokenizer = choose_tokenizer(config, start).to(device)
     training, held_out = split(load_folders(config.data), config.validation_every)
-    dataset = FrameDataset(training, tokenizer.config.horizon, device)
-    validation = FrameDataset(held_out, tokenizer.config.horizon, device)
-    size, found = config.policy.main.image_size, dataset.images.shape[2]
-    if found != size:
-        raise RsdError(f"{config.data[0]}: images of {found} px, the model expects {size}; render again")
+    size = config.policy.main.image_size
+    dataset = FrameDataset(training, tokenizer.config.horizon, device, size)
+    validation = FrameDataset(held_out, tokenizer.config.horizon, device, size)
     print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
 
     torch.manual_seed(config.loop.seed)
@@ -94,18 +94,18 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     directory = config.output / "checkpoint"
     if parallel.rank() > 0:
         return directory
-    report = validate(ema, tokenizer, validation)
-    print(json.dumps(report, indent=1))
     provenance = {
         "data": data_provenance(config.data, dataset),
         "training": resolved,
         "processes": parallel.world_size(),
         "init": start.provenance if start else {},
-        "validation": report,
         "versions": versions(),
     }
-    save_checkpoint(ema, tokenizer, config.policy, provenance, directory)
-    return directory
+
+    def save(report: dict[str, object]) -> None:
+        save_checkpoint(ema, tokenizer, config.policy, {**provenance, "validation": report}, directory)
+
+    return save_then_validate(directory, save, lambda: validate(ema, tokenizer, validation))
 
 
 def choose_tokenizer(config: TrainPolicyConfig, start: RsdPolicy | None) -> ActionTokenizer:
@@ -155,7 +155,7 @@ def data_provenance(folders: Iterable[Path], dataset: FrameDataset) -> dict[str,
 
 
 def load_folders(folders: Iterable[Path]) -> Iterable[Demonstration]:
-    return chain.from_iterable(load_demonstrations(folder) for folder in folders)
+    return shown(chain.from_iterable(load_demonstrations(folder) for folder in folders), "demonstrations read")
 
 
 def split(

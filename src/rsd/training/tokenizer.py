@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from rsd.data.episodes import action_episodes
-from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
+from rsd.output import refuse_to_replace, shown, writing
+from rsd.tokenizer.action_tokenizer import FILE_NAME, ActionTokenizer, TokenizerConfig
 from rsd.training.dataset import chunk_targets
+from rsd.training.run_folder import one_run_a_folder
 from rsd.types import RsdError
 
 DEFAULT_TOKENIZER = Path("runs/tokenizer")  # where `fit` writes and the trainings read
@@ -27,6 +30,8 @@ class TrainTokenizerConfig:
     output: Path = DEFAULT_TOKENIZER
     """Where tokenizer.json goes (and tokenizer.safetensors, where something is learned)."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    overwrite: bool = False
+    """Replace the tokenizer that is there; what was trained with it goes on having its own copy."""
 
 
 def demonstration_chunks(data: Sequence[Path], horizon: int) -> tuple[np.ndarray, int]:
@@ -34,7 +39,8 @@ def demonstration_chunks(data: Sequence[Path], horizon: int) -> tuple[np.ndarray
 
     Every chunk, or every n-th where there would be more than MOST_CHUNKS.
     """
-    labels = [episode.actions for folder in data for episode in action_episodes(folder)]
+    episodes = (episode for folder in data for episode in action_episodes(folder))
+    labels = [episode.actions for episode in shown(episodes, "demonstrations read")]
     where = ", ".join(map(str, data))
     if not labels:
         raise RsdError(f"{where or '--data'}: found no demonstrations; collect some with `rsd demos collect`")
@@ -45,12 +51,14 @@ def demonstration_chunks(data: Sequence[Path], horizon: int) -> tuple[np.ndarray
     return np.concatenate([chunk_targets(label, horizon)[::every] for label in labels]), len(labels)
 
 
+@one_run_a_folder
 def train_tokenizer(config: TrainTokenizerConfig) -> ActionTokenizer:
     """Fit, save, and print the error of every prefix of levels and what was clipped."""
+    refuse_to_replace(config.output / FILE_NAME, config.overwrite)
     chunks, demonstrations = demonstration_chunks(config.data, config.tokenizer.horizon)
     tokenizer = ActionTokenizer.fit(chunks, config.tokenizer)
-    config.output.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(config.output)
+    with writing(config.output, SafetensorError):
+        tokenizer.save(config.output)
     chunk = torch.from_numpy(chunks[:: max(1, len(chunks) // 20_000)])
     tokens = tokenizer.encode(chunk)
     print(f"{demonstrations} demonstrations, {len(chunks)} chunks; first step {tokenizer.first_step:.4f}")
@@ -64,4 +72,5 @@ def train_tokenizer(config: TrainTokenizerConfig) -> ActionTokenizer:
         print(f"levels 1..{levels}: mean error {mean:.5f}, max {worst:.4f} (action units)")
     clipped = tokenizer.calibration
     print(f"beyond the code's reach: {100 * clipped.clipped_share:.4f} % of the coefficients, clipped")
+    print(f"tokenizer: {config.output}; next: rsd train policy --tokenizer {config.output} --data DIR")
     return tokenizer

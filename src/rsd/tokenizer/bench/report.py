@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rsd.output import writing
 from rsd.tokenizer.bench.tables import (
     EXPERT,
     Curves,
@@ -22,6 +23,7 @@ from rsd.tokenizer.bench.tables import (
 from rsd.types import RsdError
 
 FORMAT = 1
+MADE_BY = "Made by `rsd tokenizer bench`"
 OTHERS = "suites"  # folder of the records that were measured on other suites, too
 READING = ("<!-- reading: written by hand, kept when the rest is made anew -->", "<!-- end of reading -->")
 PLOT_SIZE = (7.2, 4.6)  # inches
@@ -49,7 +51,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(path.read_text())
         except ValueError as error:
-            raise RsdError(f"{path}: not valid JSON ({error}); delete it and run the method again") from None
+            raise RsdError(f"{path}: not valid JSON ({error}); run the method again with --overwrite") from None
         found = record.get("format") if isinstance(record, dict) else None
         if found != FORMAT:
             raise RsdError(f"{path}: expected a tokenizer study of format {FORMAT}, found {found}")
@@ -72,16 +74,17 @@ def write_report(folder: Path, document: Path) -> None:
             curves.setdefault(point["curve"], []).append(point)
     for points in curves.values():
         points.sort(key=lambda point: point["nominal_bits"])
-    document.parent.mkdir(parents=True, exist_ok=True)
     plots = document.with_suffix("")
-    plots.mkdir(exist_ok=True)
+    with writing(plots):
+        plots.mkdir(parents=True, exist_ok=True)
     reading = kept_reading(document)
     if curves:
         coded, nominal = "bits_order_1", "nominal_bits"
         plot_curves(curves, coded, "rmse", plots / "coded.svg", "entropy-coded bits a chunk")
         plot_curves(curves, nominal, "rmse", plots / "nominal.svg", "nominal bits a chunk")
         plot_prefixes(curves, plots / "prefixes.svg")
-    document.write_text("\n".join(document_lines(records, elsewhere, curves, plots.name, reading)) + "\n")
+    with writing(document):
+        document.write_text("\n".join(document_lines(records, elsewhere, curves, plots.name, reading)) + "\n")
 
 
 def kept_reading(document: Path) -> str:
@@ -101,7 +104,8 @@ def document_lines(
     lines = [
         "# Action tokenizers at matched rates",
         "",
-        "Made by `rsd tokenizer bench` (`--report-only` makes it anew from `results/tokenizers/*.json`).",
+        f"{MADE_BY} (`--report-only`, with `--output` and `--document`, makes it anew from "
+        "`results/tokenizers/*.json`).",
         "",
     ]
     if quick:

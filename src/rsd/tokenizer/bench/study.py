@@ -7,8 +7,9 @@ suites as well; those files lie apart, in `OTHERS` of the output folder, and may
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from rich.console import Console
 from rsd.data.episodes import ActionEpisode, action_episodes, recorded_by
 from rsd.evaluation.backend import available_cores, cpu_model
 from rsd.evaluation.results import encode_record, write_atomically
+from rsd.output import Faults, refuse_to_replace, shown
 from rsd.tokenizer.bench.codecs import Scale
 from rsd.tokenizer.bench.methods import FULL, METHODS, QUICK, Effort
 from rsd.tokenizer.bench.metrics import Chunks, RatePoint, rate_points
-from rsd.tokenizer.bench.report import OTHERS, write_report
+from rsd.tokenizer.bench.report import MADE_BY, OTHERS, read_records, write_report
 from rsd.tokenizer.bench.timing import TIMING, Timing, measure_times
 from rsd.training.dataset import chunk_targets
 from rsd.types import ACTION_DIM, RsdError
@@ -45,10 +47,12 @@ class BenchConfig:
     """What to measure; the others keep the files they have."""
     report_only: bool = False
     """Measure nothing: make the document and the plots from the files there are."""
-    output: Path = Path("results/tokenizers")
+    output: Path = Path("runs/tokenizer-bench")
     """One JSON file per method."""
-    document: Path = Path("docs/results/tokenizers.md")
+    document: Path = Path("runs/tokenizer-bench/tokenizers.md")
     """The document; its plots lie beside it."""
+    overwrite: bool = False
+    """Replace the results of these methods that are there."""
     horizon: int = 8
     """Steps in a chunk."""
     held_out_every: int = 5
@@ -94,19 +98,39 @@ class MethodRecord:
 def bench(config: BenchConfig) -> None:
     """Measure, write a JSON file per method, then the document."""
     console = Console()
+    faults = Faults(f"the results of the others are in {config.output}")
+    if config.document.exists() and MADE_BY not in config.document.read_text():
+        refuse_to_replace(config.document, config.overwrite)
     if not config.report_only:
+        output = config.output / OTHERS if config.others else config.output
+        for method in config.methods:
+            refuse_to_replace(output / f"{method}.json", config.overwrite)
         torch.set_num_threads(1)
         chunks, described = load_chunks(config)
         console.print(f"{described['train_chunks']} training chunks, {described['held_out_chunks']} held out")
         others = load_others(config, chunks, described)
-        output = config.output / OTHERS if others else config.output
-        output.mkdir(parents=True, exist_ok=True)
+        require_same_data(output, config.methods, described)
         for method in config.methods:
             effort = QUICK if config.quick else FULL
-            record = measure(method, chunks, others, described, effort, config.quick, console)
+            console.print(f"{method}: fitting and measuring")
+            try:
+                record = measure(method, chunks, others, described, effort, config.quick, console)
+            except RsdError as error:
+                faults.failed(method, str(error))
+                continue
             write_atomically(output / f"{method}.json", encode_record(record) + "\n")
     write_report(config.output, config.document)
-    console.print(f"{config.document} written")
+    console.print(f"{config.document} written, from the files in {config.output}")
+    faults.raise_any(f"of {len(config.methods)} methods")
+
+
+def require_same_data(output: Path, methods: Sequence[str], described: dict[str, Any]) -> None:
+    """Raises RsdError where `output` holds other methods' results on other data: the two make no document."""
+    data = json.loads(json.dumps(described))
+    for record in read_records(output) if any(output.glob("*.json")) else []:
+        if record["method"] not in methods and record["data"] != data:
+            found = f"{output}: holds results of {record['method']} on other data or settings"
+            raise RsdError(f"{found}; choose another --output")
 
 
 def measure(
@@ -151,7 +175,7 @@ def extra_versions() -> dict[str, str]:
 
 def load_chunks(config: BenchConfig) -> tuple[Chunks, dict[str, Any]]:
     """The training and held-out chunks, and what to say of them in a result."""
-    episodes = [episode for folder in config.data for episode in libero_episodes(folder)]
+    episodes = list(shown((e for folder in config.data for e in libero_episodes(folder)), "demonstrations read"))
     found, needed = len(episodes), config.held_out_every
     if found < needed:
         where = ", ".join(map(str, config.data))

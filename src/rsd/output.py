@@ -1,0 +1,113 @@
+"""What every command owes whoever waits for its output: a line for a disk that fails, nothing replaced, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from rsd.types import RsdError
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+SHOW_EVERY = 2.0  # seconds
+AGAIN = "then run the command again (without --overwrite, if it had that)"
+KEPT = "what was written before is kept"
+REMEDIES = {
+    errno.ENOSPC: f"{KEPT}; make room, {AGAIN}",
+    errno.EDQUOT: f"{KEPT}; make room, {AGAIN}",
+    errno.EEXIST: "something else is in its place: choose another one",
+    errno.ENOTDIR: "a file is in the place of its folder: choose another one",
+    errno.EISDIR: "a folder is in its place: choose another one",
+    errno.ENOENT: f"its folder is not there, or not any more: put it back, {AGAIN}",
+}
+
+
+@contextlib.contextmanager
+def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
+    """Whatever fails inside, which only writes `path`, becomes an RsdError of one line.
+
+    RuntimeError is how torch and HDF5 report a full disk; also: further exceptions of the kind.
+    """
+    caught: tuple[type[Exception], ...] = (OSError, RuntimeError, *also)
+    try:
+        yield
+    except caught as error:
+        inside = re.search(r"errno = (\d+)|os error (\d+)", str(error))  # HDF5's and safetensors' way to tell it
+        number = int(inside[1] or inside[2]) if inside else getattr(error, "errno", None)
+        reason = os.strerror(number) if number else str(error).split("\n")[0][:200]
+        remedy = REMEDIES.get(number or 0, f"{KEPT}; choose another folder, or let this one be written to")
+        raise RsdError(f"{path}: cannot be written ({reason}); {remedy}") from error
+
+
+def refuse_to_replace(path: Path, overwrite: bool) -> None:
+    """Raises RsdError where `path` exists already, unless it may be overwritten: call it before the work begins."""
+    if path.exists() and not overwrite:
+        raise RsdError(f"{path}: exists already; choose another --output, or --overwrite to replace it")
+
+
+class Faults:
+    """Pieces of a long job that could not be done: each costs itself only, but a fault that lasts (a server that is
+    gone) ends the job."""
+
+    def __init__(self, kept: str, most_equal: float = math.inf) -> None:
+        """kept: what an error says of the work done before, and of how to go on. most_equal: so many different pieces
+        in a row that fail in the same way are a fault that lasts."""
+        self._kept, self._most_equal = kept, most_equal
+        self._seen: dict[object, str] = {}
+        self._alike, self._row = "", set[object]()
+
+    def worked(self) -> None:
+        """A piece was done."""
+        self._row.clear()
+
+    def failed(self, piece: object, fault: str) -> None:
+        """`piece` could not be done; raises RsdError where the fault lasts."""
+        self._seen[piece] = fault
+        alike = re.sub(r"\d+", "#", fault)  # ports, process ids, addresses
+        if alike != self._alike:
+            self._alike, self._row = alike, set()
+        self._row.add(piece)
+        if len(self._row) >= self._most_equal:
+            raise RsdError(f"{fault} ({len(self._row)} times in a row, so the run stops here); {self._kept}")
+
+    def raise_any(self, what: str) -> None:
+        """Once everything is tried: raises RsdError if something could not be done. what: such as "of 50 episodes"."""
+        if self._seen:
+            piece, fault = next(iter(self._seen.items()))
+            raise RsdError(f"{len(self._seen)} {what} failed, the first of them {piece} ({fault}); {self._kept}")
+
+
+def attempt(
+    pieces: Iterable[Item], make: Callable[[Item], Made], keep: Callable[[Item, Made], object]
+) -> tuple[int, list[tuple[Item, str]]]:
+    """Makes and keeps each piece -> how many, and the others with their errors: what cannot be made costs itself only,
+    what cannot be kept is an error."""
+    done, failed = 0, []
+    for piece in pieces:
+        try:
+            made = make(piece)
+        except RsdError as error:
+            failed.append((piece, str(error)))
+            continue
+        keep(piece, made)
+        done += 1
+    return done, failed
+
+
+def shown(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+    """The items, with a line on stderr about how many there were whenever SHOW_EVERY seconds have passed."""
+    start = said = time.monotonic()
+    for count, item in enumerate(items):
+        now = time.monotonic()
+        if now - said > SHOW_EVERY:
+            print(f"{what}: {count}{f' of {total}' if total else ''}, {now - start:.0f} s", file=sys.stderr)
+            said = now
+        yield item
