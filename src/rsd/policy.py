@@ -36,7 +36,7 @@ from rsd.models.main import state_features
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.models.text import word_ids
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import AUTO, BEST, ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import AUTO, BEST, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 TEXT_CACHE = 64  # instructions whose encoding is kept
 LOG = logging.getLogger(__name__)
@@ -140,6 +140,7 @@ class RsdPolicy:
         The decoders with a light draft remember the chunks since `reset`; to the others every observation is new.
         What `rsd-ahead` has left to do is done first, unless `follow_up` has been called since.
         """
+        check_observation(observation)
         watch = Stopwatch(self.device)
         with self._turn, self._forgetting_errors(), watch.stage("total"):
             self.follow_up()

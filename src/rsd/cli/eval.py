@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from rsd.cli.parsing import UsageError, check_choice, parse
-from rsd.evaluation.config import EvalConfig, asked_rule
+from rsd.evaluation.config import EvalConfig, asked_rule, stored_config
 from rsd.types import BEST, RsdError
 
 BASELINE, ONE_PASS = "ar", "l1"  # what --compare runs, and then the checkpoint's best
@@ -126,11 +126,7 @@ def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
     others = [name for name in others if name not in ("--resume", "--report")]
     if others:
         raise UsageError(f"--resume goes on with the options of {directory}: leave {', '.join(others)} out")
-    record = read_run_record(directory)
-    try:
-        config = EvalConfig(**record.config)
-    except TypeError as error:
-        raise RsdError(f"{directory}: written by another version of this program ({error}); run it again") from error
+    config = stored_config(read_run_record(directory).config, str(directory))
     # a shard's directory lies in its run's
     return replace(config, output=str(directory.parent if config.shard else directory))
 

@@ -140,10 +140,10 @@ def checkpoint_files(policy: str) -> Check:
     if BACKBONE in content:
         from rsd.openvla.rsd_policy import OpenVlaRsdConfig, find_base
 
-        parse_config(directory, content, OpenVlaRsdConfig.from_json)
+        parse_config(directory, content, OpenVlaRsdConfig)
         find_base(directory, content["base"])
     else:
-        parse_config(directory, content, PolicyConfig.from_json)
+        parse_config(directory, content, PolicyConfig)
     ActionTokenizer.load(directory)
     return Check("checkpoint files", "ok", f"{directory}, sha256 {checkpoint_hash(policy)[:12]}")
 

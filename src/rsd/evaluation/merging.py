@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.config import stored_config
 from rsd.evaluation.evaluate import ERRORS_FILE, differences, run_differences, sum_up
 from rsd.evaluation.results import (
     CONFIG_FILE,
@@ -75,7 +75,7 @@ def merged_record(output: Path, shards: Sequence[Path], records: Sequence[RunRec
 def require_same(first: RunRecord, other: RunRecord, where: Path, there: Path) -> None:
     changed = run_differences(first, other.versions, other.policy)
     if first.config_hash != other.config_hash:
-        identity = EvalConfig(**first.config).identity
+        identity = stored_config(first.config, str(where)).identity
         changed = differences(first.config, other.config, identity) or "another configuration"
     if changed:
         raise RsdError(f"{there} is no part of the run in {where}: {changed}")

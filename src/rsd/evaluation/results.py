@@ -8,15 +8,16 @@ which a killed run may leave half written: it is dropped with a warning and its 
 from __future__ import annotations
 
 import json
-import math
 import os
-import types
 import warnings
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
+from rsd.evaluation.config import stored_config
+from rsd.json_files import from_json, parse_object, read_object, shown
+from rsd.json_files import write_atomically as write_atomically
 from rsd.types import RsdError
 
 FORMAT = 1
@@ -115,51 +116,18 @@ class RunRecord:
     policy: dict[str, Any]
 
 
-def _matches(value: Any, expected: Any) -> bool:
-    """Whether a JSON value has the annotated type; an integer passes for a float, a bool for neither."""
-    if expected is Any:
-        return True
-    origin, arguments = get_origin(expected), get_args(expected)
-    if isinstance(expected, types.UnionType):
-        return any(_matches(value, argument) for argument in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(_matches(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_matches(item, arguments[1]) for item in value.values())
-    if expected is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, expected)
-
-
 def decode_record(kind: type[Record], text: str, where: str) -> Record:
     """Parse one JSON object written by `encode_record`; raises RsdError naming `where` for anything else."""
 
-    def refuse_constant(name: str) -> None:
-        raise RsdError(f"{where}: holds {name}; every number of a results file is finite")
+    return record_of(kind, parse_object(text, where), where)
 
-    try:
-        values = json.loads(text, parse_constant=refuse_constant)
-    except json.JSONDecodeError as error:
-        raise RsdError(f"{where}: not valid JSON ({error}); the file is cut off or was edited") from error
-    if not isinstance(values, dict):
-        raise RsdError(f"{where}: expected a JSON object, found {type(values).__name__}")
-    version = values.pop("format", None)
-    if version != FORMAT:
-        raise RsdError(f"{where}: results format {version!r}, this program reads format {FORMAT}; run it again")
-    hints = get_type_hints(kind)
-    known = fields(kind)  # type: ignore[arg-type]
-    # a field that was added later has a default, so that results written before it stay readable
-    required = {entry.name for entry in known if entry.default is MISSING and entry.default_factory is MISSING}
-    missing = sorted(required - values.keys())
-    surplus = sorted(values.keys() - {entry.name for entry in known})
-    if missing or surplus:
-        raise RsdError(f"{where}: not a {kind.__name__}: missing {missing}, unknown {surplus}")
-    for name, value in values.items():
-        if not _matches(value, hints[name]):
-            raise RsdError(f"{where}: field {name}: expected {hints[name]}, found {value!r}")
-    return kind(**values)
+
+def record_of(kind: type[Record], values: dict[str, Any], where: str) -> Record:
+    """A record of its JSON object; a field that was added later has a default, so that older results stay readable."""
+    version = values.get("format")
+    if type(version) is not int or version != FORMAT:
+        raise RsdError(f"{where}: results format {shown(version)}, this program reads format {FORMAT}; run it again")
+    return from_json(kind, values, where, ignore=("format",))
 
 
 def encode_record(record: Any, indent: int | None = None) -> str:
@@ -167,18 +135,13 @@ def encode_record(record: Any, indent: int | None = None) -> str:
     return json.dumps({"format": FORMAT, **asdict(record)}, allow_nan=False, indent=indent)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write through a temporary file: a reader, or a kill, meets the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def read_run_record(directory: Path) -> RunRecord:
     path = directory / CONFIG_FILE
-    if not path.is_file():
+    if not path.exists():
         raise RsdError(f"{directory}: not a results directory: it has no {CONFIG_FILE}; write one with `rsd eval`")
-    return decode_record(RunRecord, path.read_text(), str(path))
+    record = record_of(RunRecord, read_object(path, "a results directory"), str(path))
+    stored_config(record.config, str(path), older=True)
+    return record
 
 
 def append_episode(path: Path, result: EpisodeResult) -> None:

@@ -28,7 +28,7 @@ from rsd.openvla.precision import compile_layers, use_fp8
 from rsd.openvla.prompt import Prompt
 from rsd.openvla.published import Settings, locate_openvla, locate_under
 from rsd.openvla.statistics import Statistics
-from rsd.types import CAMERAS, ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import CAMERAS, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 RENDER_SIZE = 256  # pixels a side, what the published evaluation renders and then resizes to 224
@@ -76,6 +76,7 @@ class OpenVlaPolicy:
 
         unnorm_key: another data set's statistics than the policy's own.
         """
+        check_observation(observation)
         watch = Stopwatch(self.device)
         with watch.stage("total"):
             decision = self._decide(observation, watch, unnorm_key)

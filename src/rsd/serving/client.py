@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rsd.serving.request import IMAGES, PROMPT, RESET, STATE
 from rsd.serving.server import Welcome
 from rsd.serving.wire import pack, unpack
-from rsd.types import AUTO, ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import AUTO, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 try:
     from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
@@ -54,6 +54,7 @@ class RemotePolicy:
     def predict(self, observation: Observation) -> ActionChunk:
         """latency_ms: `total` is the whole round trip, `queue` the wait for other clients, `network` the way there and
         back with packing and unpacking."""
+        check_observation(observation)
         start = time.perf_counter()
         views = {key: view for key, view in zip(IMAGES, observation.images, strict=True) if key in self.welcome.images}
         words = {STATE: observation.state, PROMPT: observation.instruction, RESET: self._first}
