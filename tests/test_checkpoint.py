@@ -1,6 +1,8 @@
 """A checkpoint directory: what is written is what is read, and what is damaged is refused."""
 
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -275,3 +277,19 @@ def test_an_int8_weight_without_its_scale_is_refused(policy: RsdPolicy, checkpoi
     save_file({k: v for k, v in weights.items() if k != f"{name}.scale"}, checkpoint / WEIGHTS_FILE)
     with pytest.raises(RsdError, match="is int8 and lacks its scale per row"):
         load_weights(policy.model, checkpoint / WEIGHTS_FILE)
+
+
+def test_a_clone_with_other_line_ends_is_the_same(checkpoint: Path, tmp_path: Path) -> None:
+    """core.autocrlf rewrote the JSON files, whose hashes then differed."""
+    root, source = Path(__file__).parents[1], tmp_path / "source"
+    source.mkdir()
+    shutil.copytree(checkpoint, source / "policy")
+    shutil.copy(root / ".gitattributes", source)
+    own = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(source)]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "policy"]):
+        subprocess.run([*own, *command], check=True)
+    clone = ["git", "-c", "core.autocrlf=true", "clone", "-q", str(source), str(tmp_path / "clone")]
+    subprocess.run(clone, check=True)
+    for path in checkpoint.iterdir():
+        assert (tmp_path / "clone" / "policy" / path.name).read_bytes() == path.read_bytes()
+    RsdPolicy.from_pretrained(tmp_path / "clone" / "policy")

@@ -30,9 +30,8 @@ def test_tokens_of_any_integer_type_decode_alike(
     for level in (1, 3):
         symbols = tokens.motion[:, level - 1]
         assert torch.equal(tokenizer.rfsq.value(symbols.to(dtype), level), tokenizer.rfsq.value(symbols, level))
-    assert torch.equal(
-        tokenizer.rfsq.continue_from(value, other.motion[:, :2]), tokenizer.rfsq.continue_from(value, tokens.motion[:, :2])
-    )
+    below = (tokenizer.rfsq.continue_from(value, motion[:, :2]) for motion in (tokens.motion, other.motion))
+    assert torch.equal(*below)
     arrays = ChunkTokens(*(part.numpy() for part in other))  # type: ignore[arg-type]
     assert torch.equal(tokenizer.decode(arrays), expected)
 
@@ -69,7 +68,9 @@ def test_chunks_of_other_types_are_refused(tokenizer: ActionTokenizer, odd: obje
 
 
 @pytest.mark.parametrize("state", [np.arange(8), np.arange(8.0), np.arange(8, dtype=">f8"), list(range(8))], ids=repr)
-def test_a_state_of_another_real_type_is_cast(policy: RsdPolicy, make_observation: MakeObservation, state: object) -> None:
+def test_a_state_of_another_real_type_is_cast(
+    policy: RsdPolicy, make_observation: MakeObservation, state: object
+) -> None:
     """float64 is NumPy's default, and was a RuntimeError of the first matrix product."""
     seen = make_observation()
     given = Observation(seen.images, state, seen.instruction)  # type: ignore[arg-type]
@@ -92,7 +93,7 @@ ODD_NUMBERS = {
 @pytest.mark.parametrize("name", ODD_NUMBERS)
 def test_numbers_that_are_not_real_are_refused(make_observation: MakeObservation, name: str) -> None:
     odd, seen = ODD_NUMBERS[name], make_observation()
-    with pytest.raises(RsdError, match="observation state: expected .*numbers, found"):
+    with pytest.raises(RsdError, match=r"observation state: expected .*numbers, found"):
         Observation(seen.images, odd, seen.instruction)  # type: ignore[arg-type]
     if isinstance(odd, np.ndarray):
         chunk = np.resize(odd, (8, 7))

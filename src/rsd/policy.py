@@ -31,6 +31,7 @@ from rsd.decoding.engines import choose_engine, strategy_on
 from rsd.decoding.sampling import Sampler
 from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, SkipRule, Stopwatch
 from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy, check_sampling, in_prefill
+from rsd.devices import check_device
 from rsd.models.light_draft import Memory
 from rsd.models.main import state_features
 from rsd.models.rsd_model import PolicyConfig, RsdModel
@@ -277,8 +278,7 @@ class RsdPolicy:
         with a temperature `exact` and `sequential`. skip: for `rsd-skip`; None takes the checkpoint's own calibration
         and the acceptance rule that it was made with.
         """
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise RsdError(f"device {device}: no CUDA device is visible here; use cpu")
+        check_device(device)
         directory = locate_checkpoint(path_or_hub_id)
         content = read_content(directory)
         policy_class: type[RsdPolicy] = cls

@@ -133,10 +133,9 @@ def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
 
 def check_names(config: EvalConfig) -> None:
     """Raises UsageError for a strategy, rule or device that is not there, before anything is started."""
-    import torch
-
     from rsd.decoding.acceptance import acceptance_rule
     from rsd.decoding.strategies import LIGHT, STRATEGIES, check_sampling
+    from rsd.devices import check_device
     from rsd.models.openvla_files import is_openvla
     from rsd.openvla.published import DECODERS
     from rsd.tokenizer.rfsq import RfsqConfig
@@ -158,6 +157,6 @@ def check_names(config: EvalConfig) -> None:
     except RsdError as error:
         raise UsageError(f"--{error}") from error
     try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device '{config.device}': torch cannot use it here; --device cpu always works") from error
+        check_device(config.device)
+    except RsdError as error:
+        raise UsageError(f"--{error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def _read(data: h5py.Group, name: str, path: Path, images: bool) -> Demonstratio
         actions=actions,
         labels=labels,
         success_step=int(success),
-        target_object=str(group.attrs.get("target_object", "")),
+        target_object=text_attribute(group, "target_object"),
         placement_seed=int(group.attrs.get("placement_seed", -1)),
         source=path,
         image_every=every,
@@ -145,10 +146,23 @@ def _pixels(obs: h5py.Group, where: str) -> NDArray[np.uint8] | None:
     return rotate_180(np.stack(views, axis=1))
 
 
+def text_attribute(group: h5py.Group, name: str) -> str:
+    """An attribute as text, "" without it; bytes, as other writers store text, are decoded. `RsdError` for the rest."""
+    found: Any = group.attrs.get(name, "")
+    if isinstance(found, np.ndarray) and found.size == 1:
+        found = found.item()
+    if isinstance(found, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            found = found.decode()
+    if not isinstance(found, str):
+        where = f"{group.file.filename} {group.name}"
+        raise RsdError(f"{where}: attribute {name}: expected text in UTF-8, found {found!r:.80}; write it as a string")
+    return found
+
+
 def _instruction(data: h5py.Group, group: h5py.Group, task: str) -> str:
-    own: Any = group.attrs.get("language_instruction")
-    if own:
-        return str(own)
+    if own := text_attribute(group, "language_instruction"):
+        return own
     # LIBERO's evaluation takes the sentence from the file name; its problem_info words it differently
     words = task.split("SCENE")[-1].lstrip("0123456789_") if task[:1].isupper() else task
     return words.replace("_", " ")

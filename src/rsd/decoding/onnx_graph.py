@@ -64,7 +64,14 @@ class OnnxGraph:
                         LOG.info("exporting the graph %s for ONNX Runtime: once, some seconds", key)
                         _export(path, decoder, call, given)
         light = key.startswith("scout") and len(given[0]) == 1
-        self.session = _session(path, 1 if light else torch.get_num_threads())
+        threads = 1 if light else torch.get_num_threads()
+        try:
+            self.session = _session(path, threads)
+        except RsdError as error:  # cut off by a full disk, say
+            LOG.warning("%s; made anew", error)
+            with torch.inference_mode(False), torch.no_grad():
+                _export(path, decoder, call, given)
+            self.session = _session(path, threads)
         self.names = [argument.name for argument in self.session.get_inputs()]
         self._compare(key, given)
 
@@ -181,4 +188,4 @@ def _session(path: Path, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime has a class of its own for every kind of damage
-        raise RsdError(f"ONNX graph {path}: cannot be loaded ({error}); delete it, it will be made anew") from error
+        raise RsdError(f"ONNX graph {path}: cannot be loaded ({error})") from error

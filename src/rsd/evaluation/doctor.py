@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from rsd.devices import check_device
 from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Observation, RsdError
 
 if TYPE_CHECKING:
@@ -79,12 +80,10 @@ def torch_version() -> Check:
 def device(name: str) -> Check:
     import torch
 
+    check_device(name)
     if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            return Check("device", "fail", f"{name}: no CUDA device is visible", "--device cpu always works")
         properties = torch.cuda.get_device_properties(name)
         return Check("device", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    torch.empty(0, device=name)
     if torch.cuda.is_available():
         return Check("device", "warn", f"{name}, and a {torch.cuda.get_device_name()} idles", "try --device cuda")
     return Check("device", "ok", name)

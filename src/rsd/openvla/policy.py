@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rsd.conventions import openvla_gripper_to_env
 from rsd.decoding.steps import Stopwatch
+from rsd.devices import check_device
 from rsd.models.openvla import OpenVlaModel
 from rsd.models.openvla_files import read_json
 from rsd.models.openvla_llama import Attend
@@ -156,8 +157,7 @@ class OpenVlaPolicy:
         base: the model under a LoRA adapter, needed only where the directory holds no merged weights.
         graphs, compile, fp8: CUDA graphs, compiled layers, FP8 matrices of the trunk, on a GPU.
         """
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise RsdError(f"device {device}: no CUDA device is visible here; use cpu")
+        check_device(device)
         directory = locate_openvla(path_or_hub_id)
         if directory is None:
             raise RsdError(f"{path_or_hub_id}: not in OpenVLA's format; load it with RsdPolicy")

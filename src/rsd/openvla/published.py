@@ -67,7 +67,7 @@ def locate_openvla(path_or_hub_id: str | Path) -> Path | None:
     directory = locate_checkpoint(path_or_hub_id)
     if not is_openvla(directory):
         return None
-    if Path(path_or_hub_id).is_dir():
+    if hub.local(path_or_hub_id) is not None:
         return directory
     return hub.download(str(path_or_hub_id), "policy", HUB_FILES)
 

@@ -168,6 +168,10 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         """One control step [7] without episode bookkeeping: no limit, no termination, cameras only if `draw`."""
         self._control_step(action, draw)
 
+    def render(self) -> NDArray[np.uint8]:
+        """gymnasium's rgb_array: the third-person camera's present picture, upright, uint8 [S, S, 3]."""
+        return rotate_180(self.draw()[0])
+
     def close(self) -> None:
         """Frees the simulator."""
         if self._control is not None:
