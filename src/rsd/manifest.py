@@ -65,8 +65,8 @@ def verify(directory: Path) -> Manifest | None:
         if name not in found:
             raise RsdError(f"{directory / name}: not found; the checkpoint is incomplete, copy it again")
         if file_sha256(directory / name) != expected:
-            found = f"is not what {MANIFEST_FILE} names (sha256 differs)"
-            raise RsdError(f"{directory / name}: {found}; {REMEDY} {directory}")
+            why = f"is not what {MANIFEST_FILE} names (sha256 differs)"
+            raise RsdError(f"{directory / name}: {why}; {REMEDY} {directory}")
     if later := [name for name in found if name not in manifest.sha256]:
         raise RsdError(f"{directory / later[0]}: came later than {MANIFEST_FILE}, take it out; or {REMEDY} {directory}")
     return manifest
