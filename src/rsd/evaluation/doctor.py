@@ -130,10 +130,11 @@ def checkpoint_files(policy: str) -> Check:
     from rsd.checkpoint import BACKBONE, checkpoint_hash, locate_checkpoint, parse_config, read_content
     from rsd.models.rsd_model import PolicyConfig
     from rsd.openvla.published import Settings, fingerprint, locate_openvla
-    from rsd.openvla.statistics import Statistics
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
     if (openvla := locate_openvla(policy)) is not None:
+        from rsd.openvla.statistics import Statistics
+
         statistics, wanted = Statistics.load(openvla), Settings.load(openvla).unnorm_key
         for key in [statistics.key(wanted)] if wanted else statistics.tables:
             statistics.actions(key)
