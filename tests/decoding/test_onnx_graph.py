@@ -109,12 +109,92 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the graphs exported from now on."""
     names: list[str] = []
     export = onnx_graph._export
+    monkeypatch.setattr(onnx_graph, "_export", lambda path, *rest: names.append(path.name) or export(path, *rest))
+    return names
+
+
+def test_a_graph_is_exported_once_and_anew_for_other_weights(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = exports(monkeypatch)
+    for _ in range(2):
+        found = record(decoder)
+        assert torch.equal(found.value, torch.ones(2, 11))
+        assert torch.equal(found.gripper, torch.tensor([2, 2]))
+        assert found.main_passes == 3
+    assert len(names) == 1
+    decoder.main.state_mean += 5.0
+    assert torch.equal(record(decoder).value, torch.full((2, 11), 6.0))
+    assert len(set(names)) == 2
+    decoder.rule = acceptance_rule("exact", decoder.main.code)
+    record(decoder)
+    record(decoder, "another")
+    assert len(set(names)) == 4
+
+
+@pytest.mark.parametrize(
+    ("off", "said"), [((0.1, 0), "output 0 is 0.1 away"), ((0.0, 1), "output 1 is 1 away")], ids=["values", "symbols"]
+)
+def test_a_graph_that_gives_something_else_is_refused(
+    off: tuple[float, int], said: str, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = onnx_graph._session
+
+    class Off:
+        def __init__(self, path: Path, threads: int) -> None:
+            self.inner = session(path, threads)
+            self.get_inputs = self.inner.get_inputs
+
+        def run(self, names: None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+            value, symbols = self.inner.run(names, feed)
+            return [value + off[0], symbols + off[1]]
+
+    monkeypatch.setattr(onnx_graph, "_session", Off)
+    with pytest.raises(RsdError, match=rf"ONNX graph of sum: {said} from PyTorch's; .* 'eager'"):
+        record(decoder)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(RsdError, match=r"file/rsd-vla/graphs/sum-.* not written .*XDG_CACHE_HOME.* 'eager'"):
+        record(decoder)
+
+
+def test_a_failed_export_leaves_nothing_behind(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def broken(*rest: object, **options: object) -> None:
+        raise RuntimeError("no such operator")
+
+    record(decoder)
+    before = set(folder.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", broken)
+        with pytest.raises(RsdError, match=r"fresh.*: not exported \(no such operator\); take the engine 'eager'"):
+            record(decoder, "fresh")
+    assert set(folder.iterdir()) == before
+    assert torch.equal(record(decoder, "fresh").value, torch.ones(2, 11))
+
+
+def test_a_damaged_graph_is_made_anew(
+    decoder: Decoder, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = record(decoder, "damaged").value
+    (path,) = folder.glob("damaged-*.onnx")
+    whole = path.stat().st_size
+    for length in (0, 100):
+        path.write_bytes(path.read_bytes()[:length])
+        assert torch.equal(record(decoder, "damaged").value, expected)
+        assert f"{path}: cannot be loaded" in caplog.text
+        assert path.stat().st_size == whole
+    path.write_bytes(b"")
     with monkeypatch.context() as patch:
         patch.setattr(onnx_graph, "_export", lambda *rest: None)  # what is made anew is damaged as well
         with pytest.raises(RsdError, match=rf"{path}: cannot be loaded"):
             record(decoder, "damaged")
     path.unlink()
-    assert torch.equal(record(decoder, "damaged").value, expected)
+    assert torch.equal(record(decoder, "damaged").value, torch.ones(2, 11))
 
 
 def test_graphs_used_longest_ago_give_way(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
