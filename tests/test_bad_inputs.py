@@ -203,7 +203,7 @@ def folder_in_its_place(path: Path) -> None:
 
 FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "overwritten": (whole_file(overwritten), "not readable"),
-    "truncated": (whole_file(lambda path: path.write_bytes(path.read_bytes()[:2000])), "one that is cut off or damaged"),
+    "truncated": (whole_file(lambda path: path.write_bytes(path.read_bytes()[:2000])), "that is cut off or damaged"),
     "empty": (whole_file(lambda path: path.write_bytes(b"")), "found an empty one"),
     "git-lfs": (whole_file(lambda path: path.write_text("version https://git-lfs")), "a pointer of Git LFS; run"),
     "another-kind": (whole_file(lambda path: path.write_text("x,y\n" * 50)), "or one of another kind"),

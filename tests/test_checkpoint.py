@@ -1,7 +1,8 @@
 """A checkpoint directory: what is written is what is read, and what is damaged is refused."""
 
-import hashlib
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rsd.checkpoint import CONFIG_FILE, LARGE, WEIGHTS_FILE, load_weights
+from rsd import manifest
+from rsd.checkpoint import CONFIG_FILE, LARGE, PROVEN_FILE, WEIGHTS_FILE, load_weights, seal
+from rsd.cli import dispatch
+from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
+from rsd.json_files import from_json
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -50,11 +55,12 @@ def test_defaults_come_with_the_checkpoint(policy: RsdPolicy, tmp_path: Path) ->
 
 
 def sign(checkpoint: Path) -> None:
-    """Make config.json's digests those of the files as they are now."""
+    """Make all digests those of the files as they are now, whether they load or not."""
     content = json.loads((checkpoint / CONFIG_FILE).read_text())
     for name in (WEIGHTS_FILE, TOKENIZER_FILE):
-        content["sha256"][name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+        content["sha256"][name] = manifest.file_sha256(checkpoint / name)
     (checkpoint / CONFIG_FILE).write_text(json.dumps(content))
+    manifest.seal(checkpoint)
 
 
 def cut(checkpoint: Path, name: str) -> None:
@@ -92,6 +98,11 @@ WEIGHT_DAMAGE: dict[str, tuple[Damage, str]] = {
     "NaN": (edited_weights(lambda w: w[HEAD].fill_(float("nan"))), f"{HEAD} holds NaN"),
     "infinity": (edited_weights(lambda w: w[HEAD].fill_(float("inf"))), f"{HEAD} holds NaN or infinity"),
     "absent": (lambda c: (c / WEIGHTS_FILE).unlink(), "not found"),
+    **{
+        str(kind): (edited_weights(lambda w, kind=kind: w.update({HEAD: w[HEAD].to(kind)})), f"found {kind}")
+        for kind in (torch.float64, torch.int32, torch.bool, torch.complex64, torch.bfloat16)
+    },
+    "no scale": (edited_weights(lambda w: [v.zero_() for k, v in w.items() if k.endswith(".scale")]), "above 0"),
 }
 
 
@@ -102,8 +113,11 @@ def test_damaged_weights_are_refused(checkpoint: Path, policy: RsdPolicy, damage
     with pytest.raises(RsdError, match=message):
         load_weights(policy.model, checkpoint / WEIGHTS_FILE)
     # a checkpoint says so first by its digest, and by the weights where the digest was made to fit
-    with pytest.raises(RsdError, match="not found" if damage == "absent" else "sha256 differs"):
-        RsdPolicy.from_pretrained(checkpoint)
+    for sealed in (True, False):
+        if not sealed:
+            (checkpoint / manifest.MANIFEST_FILE).unlink()
+        with pytest.raises(RsdError, match="not found" if damage == "absent" else "sha256 differs"):
+            RsdPolicy.from_pretrained(checkpoint)
     if damage != "absent":
         sign(checkpoint)
         with pytest.raises(RsdError, match=message):
@@ -117,14 +131,27 @@ def other_step(checkpoint: Path) -> None:
 
 
 CHECKPOINT_DAMAGE: dict[str, tuple[Damage, str]] = {
-    "tampered tokenizer": (other_step, "tokenizer.json: does not belong to this config.json"),
     "no tokenizer": (lambda c: (c / TOKENIZER_FILE).unlink(), "tokenizer.json: not found"),
+    "a directory": (lambda c: [(c / CONFIG_FILE).unlink(), (c / CONFIG_FILE).mkdir()], "expected a file, found a dir"),
+    "nested": (lambda c: (c / CONFIG_FILE).write_text("[" * 10**5), "nested too deeply"),
+    "NaN": (edited_config(lambda c: c.update(provenance=float("nan"))), "holds NaN"),
+    "huge": (edited_config(lambda c: c["policy"]["main"].update(dim=2**40)), "main model: expected .* a dim of 1 to"),
+    "wide": (edited_config(lambda c: c["policy"]["main"].update(dim=2**14)), r"model.safetensors: .* expected .*16384"),
+    "true": (edited_config(lambda c: c.update(format_version=True)), "expected checkpoint format 1, found True"),
+    "text": (edited_config(lambda c: c["policy"]["main"].update(dim="64")), "field main.dim: expected int, found '64'"),
+    "null": (edited_config(lambda c: c["policy"]["main"].update(layers=None)), "main.layers: expected int, found None"),
+    "number": (edited_config(lambda c: c["policy"].update(acceptance=3)), "field acceptance: expected str, found 3"),
+    "heads": (edited_config(lambda c: c["policy"]["main"].update(heads=3)), "heads that divide it, found .* heads 3"),
+    "no channels": (edited_config(lambda c: c["policy"]["light"].update(channels=[0] * 4)), "multiples of 16"),
+    "no shrink": (edited_config(lambda c: c["policy"]["light"].update(shrink=0)), "shrink and depth of at least 1"),
+    "light": (edited_config(lambda c: c["policy"].update(light=True)), "field light: expected .*, found True"),
+    "provenance": (edited_config(lambda c: c.update(provenance=[])), "field provenance: expected an object"),
     "no config": (lambda c: (c / CONFIG_FILE).unlink(), "config.json: not found"),
     "cut config": (lambda c: cut(c, CONFIG_FILE), "not valid JSON"),
     "binary config": (lambda c: (c / CONFIG_FILE).write_bytes(b"\xff\x00\xfe"), "not valid JSON"),
-    "other JSON": (lambda c: (c / CONFIG_FILE).write_text("[]"), "expected checkpoint format 1, found None"),
+    "other JSON": (lambda c: (c / CONFIG_FILE).write_text("[]"), "expected a JSON object, found "),
     "other version": (edited_config(lambda c: c.update(format_version=2)), "expected checkpoint format 1, found 2"),
-    "no digests": (edited_config(lambda c: c.pop("sha256")), "sha256 differs"),
+    "no digests": (edited_config(lambda c: c.update(sha256={})), "sha256 differs"),
     "no sizes": (edited_config(lambda c: c.pop("policy")), "unknown or missing field"),
     "unknown field": (edited_config(lambda c: c["policy"]["main"].update(width=3)), "unknown or missing field"),
     "other sizes": (edited_config(lambda c: c["policy"]["main"].update(layers=3)), "does not fit config.json; missing"),
@@ -139,6 +166,64 @@ def test_damaged_checkpoints_are_refused(checkpoint: Path, damage: str) -> None:
     RsdPolicy.from_pretrained(checkpoint)
     change, message = CHECKPOINT_DAMAGE[damage]
     change(checkpoint)
+    if damage != "no tokenizer":
+        with pytest.raises(RsdError, match=r"not found|is not what manifest\.json names"):
+            RsdPolicy.from_pretrained(checkpoint)
+        manifest.seal(checkpoint)
+    with pytest.raises(RsdError, match=message):
+        RsdPolicy.from_pretrained(checkpoint)
+
+
+def test_what_no_digest_named_before_is_sealed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other numbers of the right type and shape load, and act differently: only a hash can tell."""
+    edits = (edited_config(lambda c: c["policy"]["main"].update(heads=4)), other_step)
+    for edit, name in zip(edits, (CONFIG_FILE, TOKENIZER_FILE), strict=True):
+        edit(checkpoint)
+        with pytest.raises(RsdError, match=f"{name}: is not what manifest.json names .* checkpoint seal {checkpoint}"):
+            RsdPolicy.from_pretrained(checkpoint)
+        assert dispatch(["checkpoint", "seal", str(checkpoint)]) == 0
+        assert name in capsys.readouterr().out
+        RsdPolicy.from_pretrained(checkpoint)
+    assert seal(checkpoint) == []
+    for name in (PROVEN_FILE, CALIBRATION_FILE, "tokenizer.safetensors"):
+        (checkpoint / name).write_text("{}")
+        with pytest.raises(RsdError, match=f"{name}: came later than manifest.json"):
+            RsdPolicy.from_pretrained(checkpoint)
+        (checkpoint / name).unlink()
+    (checkpoint / "README.md").write_text("for people")
+    RsdPolicy.from_pretrained(checkpoint)
+
+
+def test_what_does_not_load_is_not_sealed(checkpoint: Path) -> None:
+    before = (checkpoint / manifest.MANIFEST_FILE).read_bytes()
+    edited_weights(lambda w: w.pop(HEAD))(checkpoint)
+    with pytest.raises(RsdError, match="does not fit config"):
+        seal(checkpoint)
+    assert (checkpoint / manifest.MANIFEST_FILE).read_bytes() == before
+
+
+def test_a_checkpoint_of_before_there_were_manifests(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (checkpoint / manifest.MANIFEST_FILE).unlink()
+    RsdPolicy.from_pretrained(checkpoint)
+    assert f"{checkpoint}: unsealed" in caplog.text
+    other_step(checkpoint)
+    with pytest.raises(RsdError, match=r"tokenizer.json: does not belong to this config.json \(sha256 differs\)"):
+        RsdPolicy.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "expected a JSON object"),
+        ('{"format_version": true, "sha256": {}}', "expected manifest format 1, found True"),
+        ('{"format_version": 1}', r"missing \['sha256'\]"),
+        ('{"format_version": 1, "sha256": {"config.json": 3}}', "field sha256: expected str, found 3"),
+        ('{"format_version": 1, "sha256": {}}', "config.json: came later"),
+        ('{"format_version": 1, "sha256": {"../x.json": "0"}}', "x.json: not found"),
+    ],
+)
+def test_an_odd_manifest_is_refused(checkpoint: Path, content: str, message: str) -> None:
+    (checkpoint / manifest.MANIFEST_FILE).write_text(content)
     with pytest.raises(RsdError, match=message):
         RsdPolicy.from_pretrained(checkpoint)
 
@@ -155,14 +240,14 @@ def test_to_the_hub_and_back(policy: RsdPolicy, hub_folder: Path) -> None:
     policy.push_to_hub("somebody/something", private=True)
     assert RsdPolicy.from_pretrained("somebody/something").provenance == {"data": "random weights"}
     found = {path.name for path in (hub_folder / "somebody" / "something").iterdir()}
-    assert found == {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE}
+    assert found == {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, manifest.MANIFEST_FILE}
 
 
 def test_config_survives_json(tiny_config: PolicyConfig, tokenizer: ActionTokenizer, tmp_path: Path) -> None:
     policy = RsdPolicy(RsdModel(tiny_config, tokenizer), tokenizer, tiny_config)
     policy.save_pretrained(tmp_path)
     content = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert PolicyConfig.from_json(content["policy"]) == tiny_config
+    assert from_json(PolicyConfig, content["policy"], "policy") == tiny_config
 
 
 def test_a_configuration_without_its_policy_is_refused(checkpoint: Path) -> None:
@@ -170,7 +255,8 @@ def test_a_configuration_without_its_policy_is_refused(checkpoint: Path) -> None
     for damaged in ({}, {"policy": None}):
         kept = {name: value for name, value in content.items() if name != "policy"}
         (checkpoint / CONFIG_FILE).write_text(json.dumps({**kept, **damaged}))
-        with pytest.raises(RsdError, match=r"config.json: unknown or missing field \('policy'\)"):
+        manifest.seal(checkpoint)
+        with pytest.raises(RsdError, match=r"config.json: (unknown or missing .*'policy'|field policy: expected)"):
             RsdPolicy.from_pretrained(checkpoint)
 
 
@@ -191,3 +277,19 @@ def test_an_int8_weight_without_its_scale_is_refused(policy: RsdPolicy, checkpoi
     save_file({k: v for k, v in weights.items() if k != f"{name}.scale"}, checkpoint / WEIGHTS_FILE)
     with pytest.raises(RsdError, match="is int8 and lacks its scale per row"):
         load_weights(policy.model, checkpoint / WEIGHTS_FILE)
+
+
+def test_a_clone_with_other_line_ends_is_the_same(checkpoint: Path, tmp_path: Path) -> None:
+    """core.autocrlf rewrote the JSON files, whose hashes then differed."""
+    root, source = Path(__file__).parents[1], tmp_path / "source"
+    source.mkdir()
+    shutil.copytree(checkpoint, source / "policy")
+    shutil.copy(root / ".gitattributes", source)
+    own = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(source)]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "policy"]):
+        subprocess.run([*own, *command], check=True)
+    clone = ["git", "-c", "core.autocrlf=true", "clone", "-q", str(source), str(tmp_path / "clone")]
+    subprocess.run(clone, check=True)
+    for path in checkpoint.iterdir():
+        assert (tmp_path / "clone" / "policy" / path.name).read_bytes() == path.read_bytes()
+    RsdPolicy.from_pretrained(tmp_path / "clone" / "policy")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rsd import manifest
 from rsd.checkpoint import PROVEN_FILE, WEIGHTS_FILE
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.steps import SkipRule
@@ -23,6 +24,11 @@ def calibration(weights: Path, **changes: Any) -> SkipCalibration:
     values |= {"p_value": 0.05, "empirical_risk": 0.05, "skip_share": 0.5, "suites": "s", "acceptance": "margin"}
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
     return SkipCalibration(**{**values, "episodes": 9, "chunks": 90, "weights_sha256": sha256, **changes})
+
+
+def write_proven(checkpoint: Path, content: dict[str, Any]) -> None:
+    (checkpoint / PROVEN_FILE).write_text(json.dumps(content))
+    manifest.seal(checkpoint)
 
 
 def test_the_default_is_the_best_that_the_checkpoint_supports(
@@ -41,20 +47,23 @@ def test_the_default_is_the_best_that_the_checkpoint_supports(
     assert chosen(temperature=1.0) == "rsd-fused"
     proven = {"format_version": 1, "decode": "rsd-fused", "found": "9 of 9"}
     proven["weights_sha256"] = hashlib.sha256((checkpoint / WEIGHTS_FILE).read_bytes()).hexdigest()
-    (checkpoint / PROVEN_FILE).write_text(json.dumps(proven))
+    write_proven(checkpoint, proven)
     assert chosen() == "rsd-fused"
     assert "decodes by rsd-fused: 9 of 9" in caplog.text
     assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
     for change, message in (
         ({"format_version": 2}, "expected proven decoder format 1"),
         ({"decode": "fast"}, "expected 'decode' as one of ar, .* found 'fast'"),
-        ({"found": 9}, "'found' as a text"),
+        ({"format_version": True}, "expected proven decoder format 1, found True"),
+        ({"found": 9}, "field found: expected str, found 9"),
+        ({"decode": ["x"]}, "field decode: expected str"),
         ({"weights_sha256": "0" * 64}, "is about other weights"),
     ):
-        (checkpoint / PROVEN_FILE).write_text(json.dumps({**proven, **change}))
+        write_proven(checkpoint, {**proven, **change})
         with pytest.raises(RsdError, match=message):
             RsdPolicy.from_pretrained(checkpoint)
     (checkpoint / PROVEN_FILE).unlink()
+    manifest.seal(checkpoint)
     with pytest.raises(RsdError, match="found none; make it with `rsd calibrate`"):  # by name: never replaced
         RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")
     calibration(checkpoint / WEIGHTS_FILE, weights_sha256="0" * 64).save(checkpoint)

@@ -130,8 +130,8 @@ def test_images_of_another_size_are_refused(policy: RsdPolicy, make_observation:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"state": np.full(8, np.nan, np.float32)}, "8 finite numbers"),
-        ({"state": np.zeros(7, np.float32)}, "8 finite numbers"),
+        ({"state": np.full(8, np.nan, np.float32)}, "finite numbers"),
+        ({"state": np.zeros(7, np.float32)}, "expected 8 numbers"),
         ({"images": np.zeros((1, 32, 32, 3), np.uint8)}, r"uint8 \[2, S, S, 3\]"),
         ({"images": np.zeros((2, 32, 32, 3), np.float32)}, r"uint8 \[2, S, S, 3\]"),
         ({"instruction": " "}, "instruction: expected text"),

@@ -1,16 +1,18 @@
 """A policy's checkpoint directory: find it, read it, check that its files belong together, write it.
 
 It holds `config.json` (sizes, decoding defaults, provenance), `model.safetensors` (large matrices and convolutions
-int8, the rest fp16), `tokenizer.json` and, for `rsd-skip`, `skip_calibration.json`. Loading is strict: weights that are
-missing, misshapen or not finite are an error.
+int8, the rest fp16), `tokenizer.json`, `manifest.json` with the hash of every file and, for `rsd-skip`,
+`skip_calibration.json`. Loading is strict: a file that is not what the manifest names, a value of another type,
+weights that are missing, misshapen, not finite or of another precision are an error.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,13 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rsd import hub
+from rsd import hub, manifest
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.steps import SkipRule
 from rsd.decoding.strategies import STRATEGIES
-from rsd.json_files import read_versioned
+from rsd.json_files import from_json, read_versioned, write_atomically
+from rsd.manifest import file_sha256
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -37,93 +40,172 @@ CONFIG_FILE, WEIGHTS_FILE, PROVEN_FILE = "config.json", "model.safetensors", "pr
 BACKBONE, OPENVLA = "backbone", "openvla"  # in config.json; the compact main where it is absent
 LARGE = 2**14  # numbers in a weight; smaller ones are not worth rounding
 SCALE = ".scale"  # after the name of a weight that is stored as int8
+PRECISIONS = (torch.float16, torch.float32)  # of what is not int8
+LOG = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Content:
+    """config.json. sha256: of the files that a policy cannot do without. base: path and fingerprint of the OpenVLA
+    model beneath, where there is one."""
+
+    policy: dict[str, Any]
+    sha256: dict[str, str]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    backbone: str = OPENVLA
+    base: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Proven:
+    """proven.json: the decoder that evaluations of these very weights proved best, and what they found."""
+
+    decode: str
+    found: str
+    weights_sha256: str
 
 
 def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
     """A local directory as it is; otherwise `owner/name` on the Hugging Face hub, downloaded to its cache."""
     # linear codes only, see `check_code`; an adapter where the main is OpenVLA
-    files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CALIBRATION_FILE, PROVEN_FILE, "lora_adapter/*"]
+    files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CALIBRATION_FILE, PROVEN_FILE, manifest.MANIFEST_FILE]
+    files.append("lora_adapter/*")
     return hub.locate(path_or_hub_id, "policy", "a checkpoint directory", files)
 
 
 def checkpoint_hash(path_or_hub_id: str | Path) -> str:
     """SHA-256 of a checkpoint's config.json, which holds the hashes of its other files."""
-    return _sha256(locate_checkpoint(path_or_hub_id) / CONFIG_FILE)
+    return file_sha256(locate_checkpoint(path_or_hub_id) / CONFIG_FILE)
 
 
 def weights_hash(path_or_hub_id: str | Path) -> str:
     """SHA-256 of a checkpoint's weights file."""
-    return _sha256(locate_checkpoint(path_or_hub_id) / WEIGHTS_FILE)
+    return file_sha256(locate_checkpoint(path_or_hub_id) / WEIGHTS_FILE)
 
 
 def read_content(directory: Path) -> dict[str, Any]:
-    """config.json, of this format and with the files that belong to it."""
+    """config.json, of this format and with the files that belong to it, all of them as the manifest names them."""
     path = directory / CONFIG_FILE
-    content = read_versioned(path, "checkpoint", FORMAT_VERSION, "use the rsd-vla that wrote it, or train again")
-    if not isinstance(content.get("policy"), dict):
-        raise RsdError(f"{path}: unknown or missing field ('policy'); copy the checkpoint again")
-    digests = content.get("sha256", {})
-    for name in dict.fromkeys([WEIGHTS_FILE, TOKENIZER_FILE, *digests]):
-        file = directory / name
-        if not file.is_file():
-            raise RsdError(f"{file}: not found; the checkpoint is incomplete, copy it again")
-        if _sha256(file) != digests.get(name):
-            raise RsdError(f"{file}: does not belong to this {CONFIG_FILE} (sha256 differs); copy it again")
-    if content.get(BACKBONE, OPENVLA) != OPENVLA:
-        raise RsdError(f"{path}: expected no {BACKBONE} or {OPENVLA}, found {content[BACKBONE]!r}; use a newer rsd-vla")
-    return content
+    sealed = manifest.verify(directory)
+    if sealed is None:
+        _warn_unsealed(directory)
+    raw = read_versioned(path, "checkpoint", FORMAT_VERSION, "use the rsd-vla that wrote it, or train again")
+    content = from_json(Content, raw, str(path), ignore=("format_version",))
+    for name in dict.fromkeys([WEIGHTS_FILE, TOKENIZER_FILE, *content.sha256]):
+        if not (directory / name).is_file():
+            raise RsdError(f"{directory / name}: not found; the checkpoint is incomplete, copy it again")
+        found = file_sha256(directory / name) if sealed is None else sealed.sha256.get(name)
+        if found != content.sha256.get(name):
+            expected = f"does not belong to this {CONFIG_FILE} (sha256 differs)"
+            raise RsdError(f"{directory / name}: {expected}; {manifest.REMEDY} {directory}")
+    if content.backbone != OPENVLA:
+        raise RsdError(f"{path}: expected no {BACKBONE} or {OPENVLA}, found {raw[BACKBONE]!r}; use a newer rsd-vla")
+    if BACKBONE in raw and not {"path", "fingerprint"} <= content.base.keys():
+        raise RsdError(f"{path}: unknown or missing field of base: expected path and fingerprint, found {content.base}")
+    return raw
 
 
-def parse_config(directory: Path, content: dict[str, Any], from_json: Callable[[dict[str, Any]], Config]) -> Config:
-    """The policy's configuration: what `from_json` makes of its part of config.json."""
-    try:
-        return from_json(content["policy"])
-    except (KeyError, TypeError) as error:
-        raise RsdError(f"{directory / CONFIG_FILE}: unknown or missing field ({error})") from None
+@cache
+def _warn_unsealed(directory: Path) -> None:
+    found = f"unsealed, written before there was a {manifest.MANIFEST_FILE}: not every file of it is verified"
+    LOG.warning("%s: %s; rsd checkpoint seal %s", directory, found, directory)
+
+
+def seal(directory: Path) -> list[str]:
+    """Make config.json and the manifest name a checkpoint's files as they are -> those that had changed.
+
+    `RsdError`, and nothing written, if the files make no policy.
+    """
+    path = directory / CONFIG_FILE
+    raw = read_versioned(path, "checkpoint", FORMAT_VERSION, "use the rsd-vla that wrote it, or train again")
+    content = from_json(Content, raw, str(path), ignore=("format_version",))
+    tokenizer = ActionTokenizer.load(directory)
+    if BACKBONE not in raw:
+        load_model(directory, raw, tokenizer)
+    before = manifest.read_manifest(directory)
+    known = content.sha256 if before is None else before.sha256
+    names = dict.fromkeys([WEIGHTS_FILE, TOKENIZER_FILE, *content.sha256])
+    raw["sha256"] = {name: file_sha256(directory / name) for name in names}
+    if raw["sha256"] != content.sha256:
+        write_atomically(path, json.dumps(raw, indent=1) + "\n")
+    sealed = manifest.seal(directory).sha256
+    return sorted(name for name in sealed.keys() | known.keys() if sealed.get(name) != known.get(name))
+
+
+def parse_config(directory: Path, content: dict[str, Any], kind: type[Config]) -> Config:
+    """The policy's configuration, a dataclass; content: config.json, which had no light draft before there were any."""
+    return from_json(kind, {"light": None, **content["policy"]}, f"{directory / CONFIG_FILE}: policy")
 
 
 def load_model(directory: Path, content: dict[str, Any], tokenizer: ActionTokenizer) -> tuple[RsdModel, PolicyConfig]:
     """A compact policy's models, on the CPU, and their configuration; content: its config.json."""
-    config = parse_config(directory, content, PolicyConfig.from_json)
+    config, path = parse_config(directory, content, PolicyConfig), directory / WEIGHTS_FILE
+    weights = read_weights(path)
+    with torch.device("meta"):  # sizes that are not the weights' are found before memory is taken for them
+        check_fit(weights, RsdModel(config, tokenizer), path)
     model = RsdModel(config, tokenizer)
-    load_weights(model, directory / WEIGHTS_FILE)
+    model.load_state_dict(weights)
     return model, config
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Strict: names and shapes must be the model's own, values finite. fp16 or int8 on disk, float32 in memory."""
+    weights = read_weights(path)
+    check_fit(weights, model, path)
+    model.load_state_dict(weights)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Name -> float32, finite; `RsdError` for what `save_checkpoint` would not have written."""
     try:
-        weights = load_file(path)
+        stored = load_file(path)
     except FileNotFoundError:
         raise RsdError(f"{path}: not found") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise RsdError(f"{path}: not readable as safetensors ({error}); it is cut off or damaged") from None
-    for name in [name for name, value in weights.items() if value.dtype == torch.int8]:
-        scale = weights.pop(name + SCALE, None)
-        if scale is None or list(scale.shape) != list(weights[name].shape[:1]):
-            raise RsdError(f"{path}: {name} is int8 and lacks its scale per row; copy the checkpoint again")
-        weights[name] = weights[name].float() * scale.view(-1, *[1] * (weights[name].ndim - 1))
+    weights = {}
+    for name, value in stored.items():
+        scale = stored.get(name + SCALE)
+        if value.dtype == torch.int8:
+            if scale is None or list(scale.shape) != list(value.shape[:1]) or scale.dtype not in PRECISIONS:
+                raise RsdError(f"{path}: {name} is int8 and lacks its scale per row; copy the checkpoint again")
+            if not (scale > 0).all():
+                raise RsdError(f"{path}: {name + SCALE} expected numbers above 0; copy the checkpoint again")
+            weights[name] = value.float() * scale.view(-1, *[1] * (value.ndim - 1))
+        elif value.dtype not in PRECISIONS:
+            expected = "torch.float16, torch.float32, or torch.int8 with a scale"
+            raise RsdError(f"{path}: {name} expected {expected}, found {value.dtype}")
+        elif not (name.endswith(SCALE) and _is_int8(stored.get(name.removesuffix(SCALE)))):
+            weights[name] = value.float()
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise RsdError(f"{path}: {name} holds NaN or infinity")
+    return weights
+
+
+def _is_int8(value: Tensor | None) -> bool:
+    return value is not None and value.dtype == torch.int8
+
+
+def check_fit(weights: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
+    """`RsdError` unless the names and shapes are the model's own; path: of the weights."""
     expected = model.state_dict()
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
         raise RsdError(f"{path}: does not fit config.json; missing {missing[:5]}, unknown {unknown[:5]}")
     for name, value in weights.items():
-        shape = list(expected[name].shape)
-        if list(value.shape) != shape:
-            raise RsdError(f"{path}: {name} expected {shape}, found {list(value.shape)}")
-        if not torch.isfinite(value).all():
-            raise RsdError(f"{path}: {name} holds NaN or infinity")
-    model.load_state_dict({name: value.float() for name, value in weights.items()})
+        if value.shape != expected[name].shape:
+            raise RsdError(f"{path}: {name} expected {list(expected[name].shape)}, found {list(value.shape)}")
 
 
 def load_calibration(directory: Path) -> SkipCalibration:
     """The skip calibration of a checkpoint directory; `RsdError` without one, or if it is of other weights."""
-    if not (directory / CALIBRATION_FILE).is_file():
+    if not (directory / CALIBRATION_FILE).exists():
         raise RsdError(f"{directory}: rsd-skip needs a {CALIBRATION_FILE}, found none; make it with `rsd calibrate`")
     calibration = SkipCalibration.load(directory)
-    calibration.check_belongs(_sha256(directory / WEIGHTS_FILE))
+    calibration.check_belongs(file_sha256(directory / WEIGHTS_FILE))
     return calibration
 
 
@@ -134,17 +216,17 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
     proven.json: {"format_version": 1, "decode": "rsd-fused", "found": "122 of 126 where ...", "weights_sha256": "..."}.
     """
     path = directory / PROVEN_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
-    proven = read_versioned(path, "proven decoder", 1, "write it anew")
-    decode, found, weights = (proven.get(name) for name in ("decode", "found", "weights_sha256"))
-    if decode not in STRATEGIES or not isinstance(found, str):
-        expected = f"'decode' as one of {', '.join(STRATEGIES)} and 'found' as a text"
-        raise RsdError(f"{path}: expected {expected}, found {decode!r} and {found!r}; write it anew, or delete it")
-    if weights != content["sha256"][WEIGHTS_FILE]:
+    raw = read_versioned(path, "proven decoder", 1, "write it anew")
+    proven = from_json(Proven, raw, str(path), ignore=("format_version",))
+    if proven.decode not in STRATEGIES:
+        expected = f"'decode' as one of {', '.join(STRATEGIES)}"
+        raise RsdError(f"{path}: expected {expected}, found {proven.decode!r}; write it anew, or delete it")
+    if proven.weights_sha256 != content["sha256"][WEIGHTS_FILE]:
         remedy = "evaluate these and write it anew, or delete it"
-        raise RsdError(f"{path}: is about other weights (sha256 {weights}); {remedy}")
-    return str(decode), found
+        raise RsdError(f"{path}: is about other weights (sha256 {proven.weights_sha256}); {remedy}")
+    return proven.decode, proven.found
 
 
 def with_calibration(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -203,15 +285,12 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def write_content(
     directory: Path, fields: dict[str, Any], files: Iterable[str], provenance: dict[str, Any]
 ) -> None:
-    """config.json: the fields, and the hashes of the files that belong to it, written before."""
+    """config.json, of the fields and the hashes of the files that belong to it, written before; and the manifest."""
     content = {
         "format_version": FORMAT_VERSION,
         **fields,
-        "sha256": {name: _sha256(directory / name) for name in files},
+        "sha256": {name: file_sha256(directory / name) for name in files},
         "provenance": provenance,
     }
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest.seal(directory)

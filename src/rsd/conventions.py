@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.types import real_array
+
 CHUNK_SIZE = 8  # steps predicted and executed open loop
 WAIT_STEPS = 10  # objects settle before the policy starts
 WAIT_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # no motion, gripper open
@@ -34,9 +36,10 @@ def quat_to_axis_angle(quat: NDArray[np.floating]) -> NDArray[np.float64]:
     robosuite's convention, which the published policies were trained on: w is NOT made positive first, so q and -q
     give different vectors. Making it positive has moved published success rates by 14 to 40 points.
     """
-    quat = np.asarray(quat, dtype=np.float64)
-    if quat.shape != (4,) or not np.isfinite(quat).all():
+    quat = np.asarray(quat)
+    if quat.shape != (4,) or quat.dtype.kind not in "iuf" or not np.isfinite(quat).all():
         raise ValueError(f"expected a finite quaternion [4] as x, y, z, w, found {quat}")
+    quat = quat.astype(np.float64)
     # robosuite takes sqrt(1 - w * w) and arccos(w): the same number, but lost to rounding where w is near +-1
     sine = np.linalg.norm(quat[:3])
     if np.isclose(sine, 0.0):
@@ -48,7 +51,7 @@ def state_vector(
     eef_pos: NDArray[np.floating], eef_quat: NDArray[np.floating], gripper_qpos: NDArray[np.floating]
 ) -> NDArray[np.float32]:
     """robosuite observables -> the 8-d state: position 3 (m), axis-angle 3 (rad), gripper joints 2 (m)."""
-    return np.concatenate([eef_pos, quat_to_axis_angle(eef_quat), gripper_qpos]).astype(np.float32)
+    return real_array("state", np.concatenate([eef_pos, quat_to_axis_angle(eef_quat), gripper_qpos]))
 
 
 def openvla_gripper_to_env(gripper: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import rsd
 from rsd.types import RsdError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+OWN_FOLDERS = ("checkpoints", "results", "runs", "data")  # what a path here begins with
 
 
 def locate(path_or_hub_id: str | Path, kind: str, directory: str, files: Sequence[str]) -> Path:
@@ -14,12 +19,23 @@ def locate(path_or_hub_id: str | Path, kind: str, directory: str, files: Sequenc
 
     kind and directory word the error where it is neither.
     """
+    if (found := local(path_or_hub_id)) is not None:
+        return found
     path, name = Path(path_or_hub_id), str(path_or_hub_id)
+    if path.exists() or not HUB_ID.fullmatch(name):
+        raise RsdError(f"{kind} {name!r}: expected {directory} or a hub id like owner/name")
+    if path.parts[0] in OWN_FOLDERS or path.parent.is_dir():  # a slip in a path: nobody else has to know of it
+        raise RsdError(f"{kind} {name!r}: expected {directory}, found none in {Path.cwd()}; name it by its whole path")
+    return download(name, kind, files)
+
+
+def local(path_or_hub_id: str | Path) -> Path | None:
+    """The directory itself; of the checkpoints that ship, also that of the source tree, from wherever one works."""
+    path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/")):
-        raise RsdError(f"{kind} {name!r}: expected {directory} or a hub id like owner/name")
-    return download(name, kind, files)
+    shipped = Path(rsd.__file__).parents[2] / path
+    return shipped if path.parts[:1] == ("checkpoints",) and shipped.is_dir() else None
 
 
 def download(name: str, kind: str, files: Sequence[str]) -> Path:

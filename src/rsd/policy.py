@@ -31,12 +31,13 @@ from rsd.decoding.engines import choose_engine, strategy_on
 from rsd.decoding.sampling import Sampler
 from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, SkipRule, Stopwatch
 from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy, check_sampling, in_prefill
+from rsd.devices import check_device
 from rsd.models.light_draft import Memory
 from rsd.models.main import state_features
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.models.text import word_ids
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import AUTO, BEST, ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import AUTO, BEST, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 TEXT_CACHE = 64  # instructions whose encoding is kept
 CACHED_CHARACTERS = 1000  # longer instructions are encoded every time: a client could send 64 of any length
@@ -141,6 +142,7 @@ class RsdPolicy:
         The decoders with a light draft remember the chunks since `reset`; to the others every observation is new.
         What `rsd-ahead` has left to do is done first, unless `follow_up` has been called since.
         """
+        check_observation(observation)
         watch = Stopwatch(self.device)
         with self._turn, self._forgetting_errors(), watch.stage("total"):
             self.follow_up()
@@ -284,8 +286,7 @@ class RsdPolicy:
         with a temperature `exact` and `sequential`. skip: for `rsd-skip`; None takes the checkpoint's own calibration
         and the acceptance rule that it was made with.
         """
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise RsdError(f"device {device}: no CUDA device is visible here; use cpu")
+        check_device(device)
         directory = locate_checkpoint(path_or_hub_id)
         content = read_content(directory)
         policy_class: type[RsdPolicy] = cls

@@ -36,12 +36,30 @@ def require_finite_numbers(options: Any, prefix: str = "") -> None:
                 raise RsdError(f"--{name} {number}: expected a finite number")
 
 
+def real_array(what: str, values: Any, dtype: str = "float32") -> NDArray[Any]:
+    """Finite numbers of an array or a sequence, float or integer, as `dtype`; `RsdError` for bool, complex, text."""
+    import numpy as np
+
+    try:
+        found = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of several lengths; a tensor on another device
+        raise RsdError(f"{what}: expected numbers, found {type(values).__name__} ({error})") from None
+    if found.dtype.kind not in "iuf":
+        raise RsdError(f"{what}: expected real numbers, found {found.dtype}")
+    with np.errstate(over="ignore"):
+        cast = found.astype(dtype, copy=False)
+    if not np.isfinite(cast).all():
+        raise RsdError(f"{what}: expected finite numbers, found NaN, infinity, or one beyond {dtype}")
+    return cast
+
+
 @dataclass(frozen=True)
 class Observation:
     """One control step as the policy sees it.
 
     images: uint8 [2, S, S, 3], cameras in the order of `CAMERAS`, rotated by 180 degrees (upright).
-    state: float32 [8], end-effector position (m), axis-angle (rad), two gripper joint positions (m).
+    state: float32 [8], end-effector position (m), axis-angle (rad), two gripper joint positions (m); given as another
+        float or integer type, NumPy's float64 say, it is cast.
     instruction: free text.
     """
 
@@ -52,16 +70,30 @@ class Observation:
     def __post_init__(self) -> None:
         import numpy as np
 
+        if not isinstance(self.images, np.ndarray):
+            raise RsdError(f"observation images: expected a NumPy array, found {type(self.images).__name__}")
         shape = self.images.shape
         if self.images.dtype != np.uint8 or len(shape) != 4 or shape[0] != len(CAMERAS) or shape[3] != 3:
             raise RsdError(
                 f"observation images: expected uint8 [{len(CAMERAS)}, S, S, 3] for cameras {CAMERAS}, "
                 f"found {self.images.dtype} {list(shape)}"
             )
-        if self.state.shape != (STATE_DIM,) or not np.isfinite(self.state).all():
-            raise RsdError(f"observation state: expected {STATE_DIM} finite numbers, found {self.state!r}")
+        object.__setattr__(self, "state", real_array("observation state", self.state))
+        if self.state.shape != (STATE_DIM,):
+            raise RsdError(f"observation state: expected {STATE_DIM} numbers, found {list(self.state.shape)}")
+        if not isinstance(self.instruction, str):
+            raise RsdError(f"observation instruction: expected text, found {type(self.instruction).__name__}")
         if not self.instruction.strip():
             raise RsdError("observation instruction: expected text, found an empty string")
+
+
+def check_observation(found: Any) -> Observation:
+    """What `predict` was given; `RsdError` for anything but an `Observation`."""
+    if isinstance(found, Observation):
+        return found
+    what = "its images uint8 [2, S, S, 3], its state [8] and its instruction"
+    remedy = f"make one: rsd.types.Observation(images, state, instruction), of {what}"
+    raise RsdError(f"predict: expected an Observation, found {type(found).__name__}; {remedy}")
 
 
 @dataclass

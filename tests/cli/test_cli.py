@@ -73,7 +73,8 @@ def test_help_is_quick_and_loads_no_torch() -> None:
         ),
         (["eval", "--temperature", "1", "--acceptance", "margin"], "rsd eval: error: --temperature 1: expected accept"),
         (["eval", "--temperature", "1", "--compare"], "rsd eval: error: --temperature 1: expected decode ar, parallel"),
-        (["eval", "--device", "abacus"], "rsd eval: error: --device 'abacus': torch cannot use it here"),
+        (["eval", "--device", "abacus"], "rsd eval: error: --device 'abacus': expected cpu, cuda, or cuda with"),
+        (["eval", "--device", "meta"], "rsd eval: error: --device 'meta': expected cpu, cuda, or cuda with a number"),
         (["compare"], "rsd compare: error: expected at least one results directory"),
     ],
 )

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import h5py
@@ -105,6 +106,25 @@ def test_instruction_of_a_libero_100_scene_drops_the_scene(tmp_path: Path) -> No
     official_file(tmp_path, task="KITCHEN_SCENE10_close_the_top_drawer", demos=1)
     (demo,) = load_demonstrations(tmp_path)
     assert demo.instruction == "close the top drawer"
+
+
+@pytest.mark.parametrize("stored", [b"pick up the cup", np.bytes_(b"pick up the cup"), np.array([b"pick up the cup"])])
+def test_an_instruction_stored_as_bytes_is_text(tmp_path: Path, stored: Any) -> None:
+    path = official_file(tmp_path, demos=1)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0"].attrs["language_instruction"] = stored
+        file["data/demo_0"].attrs["target_object"] = np.bytes_(b"cup")
+    (demo,) = load_demonstrations(path)
+    assert (demo.instruction, demo.target_object) == ("pick up the cup", "cup")
+
+
+@pytest.mark.parametrize("stored", [np.bytes_(b"\xff\xfe"), 3, [1, 2]])
+def test_an_instruction_that_is_no_text_is_refused(tmp_path: Path, stored: Any) -> None:
+    path = official_file(tmp_path, demos=1)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0"].attrs["language_instruction"] = stored
+    with pytest.raises(RsdError, match=r"demo_0 .*attribute language_instruction(: not readable| to be text)"):
+        list(load_demonstrations(path))
 
 
 def test_own_files_round_trip_in_numeric_order(tmp_path: Path) -> None:

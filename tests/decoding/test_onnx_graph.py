@@ -177,10 +177,23 @@ def test_a_failed_export_leaves_nothing_behind(decoder: Decoder, monkeypatch: py
     assert torch.equal(record(decoder, "fresh").value, torch.ones(2, 11))
 
 
-def test_a_damaged_graph_is_made_anew(decoder: Decoder, folder: Path) -> None:
-    record(decoder, "damaged")
+def test_a_damaged_graph_is_made_anew(
+    decoder: Decoder, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = record(decoder, "damaged").value
     (path,) = folder.glob("damaged-*.onnx")
-    path.write_bytes(path.read_bytes()[:100])
+    whole = path.stat().st_size
+    for length in (0, 100):
+        path.write_bytes(path.read_bytes()[:length])
+        assert torch.equal(record(decoder, "damaged").value, expected)
+        assert f"{path}: cannot be loaded" in caplog.text
+        assert path.stat().st_size == whole
+    path.write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_graph, "_export", lambda *rest: None)  # what is made anew is damaged as well
+        with pytest.raises(RsdError, match=rf"{path}: cannot be loaded"):
+            record(decoder, "damaged")
+    path.unlink()
     assert torch.equal(record(decoder, "damaged").value, torch.ones(2, 11))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rsd import manifest
 from rsd.checkpoint import CONFIG_FILE, weights_hash
 from rsd.decoding.calibration import SkipCalibration
 from rsd.evaluation.backend import describe_checkpoint, rsd_policy, settle
@@ -73,6 +74,7 @@ def test_a_run_is_recorded_with_the_engine_that_the_policy_takes(
     content = json.loads((tmp_path / CONFIG_FILE).read_text())
     content["policy"]["acceptance"] = own
     (tmp_path / CONFIG_FILE).write_text(json.dumps(content))
+    manifest.seal(tmp_path)
     calibrate(tmp_path, "libero_spatial")
     config = EvalConfig(policy=str(tmp_path), **options)
     assert rsd_policy(config).engine == engine  # type: ignore[attr-defined]

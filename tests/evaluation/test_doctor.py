@@ -78,7 +78,7 @@ def test_red_lines_say_what_to_do(monkeypatch: pytest.MonkeyPatch, checkpoint: P
 
     if not torch.cuda.is_available():
         assert checks["device"] == Check(
-            "device", "fail", "cuda: no CUDA device is visible", "--device cpu always works"
+            "device", "fail", "device cuda: no CUDA device is visible here; cpu always works"
         )
 
 

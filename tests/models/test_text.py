@@ -56,3 +56,14 @@ def test_padding_is_not_read() -> None:
         assert torch.allclose(found, expected, atol=1e-5)
     encoder.position[3] += torch.randn(32)
     assert not torch.allclose(encoder(ids)[1], before[1], atol=1e-3)
+
+
+def test_accents_are_taken_off_and_other_letters_refused() -> None:
+    """"bläck" was read as "bl ck", which moved the actions by 0.137."""
+    plain = word_ids(["pick up the black bowl"])
+    for text in ("pick up the bläck bowl", "PICK UP THE BLA\u0308CK BOWL", "pick up \u2013 the “black” bowl…"):
+        assert torch.equal(word_ids([text]), plain)
+    assert torch.equal(word_ids(["straße nr \uff12"]), word_ids(["strasse nr 2"]))
+    for text, odd in (("拿起碗", "拿碗起"), ("pick up the bøwl", "ø"), ("щётка", "ш|щ"), ("take ² or ٣", "٣")):
+        with pytest.raises(RsdError, match=rf"instruction: expected words of the letters a to z .* found '.*({odd})"):
+            word_ids([text])

@@ -4,6 +4,7 @@ import json
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -13,11 +14,13 @@ import torch
 from openvla_checkpoint import block_image, statistics, write_adapter, write_checkpoint, write_heads, write_json
 from rsd.evaluation.backend import rsd_policy
 from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.doctor import checkpoint_files
 from rsd.models.openvla_files import is_openvla
 from rsd.openvla.policy import OpenVlaPolicy
 from rsd.openvla.prompt import Prompt
 from rsd.openvla.published import fingerprint, locate_openvla
 from rsd.openvla.selftest import image_self_test
+from rsd.openvla.statistics import Statistics
 from rsd.policy import RsdPolicy
 from rsd.types import Observation, RsdError
 
@@ -117,6 +120,9 @@ def test_failure_2_hidden_states_are_a_method(ar: OpenVlaPolicy, oft: OpenVlaPol
 def test_failure_3_a_missing_unnorm_key_lists_what_there_is(ar_directory: Path) -> None:
     with pytest.raises(RsdError, match=r"no statistics of 'libero_goal'.*there are \['libero_spatial_no_noops'\]"):
         OpenVlaPolicy.from_pretrained(ar_directory, suite="libero_goal")
+    for suite in ("libero_spatial_swap", "libero_spatial,libero_goal"):
+        with pytest.raises(RsdError, match=r'writing {"unnorm_key": "libero_spatial_no_noops"}, say, into .*rsd_op'):
+            OpenVlaPolicy.from_pretrained(ar_directory, suite=suite)
     policy = OpenVlaPolicy.from_pretrained(ar_directory, suite="libero_spatial")
     assert policy.unnorm_key == "libero_spatial_no_noops"
 
@@ -252,3 +258,23 @@ def test_the_fingerprint_tells_weights_apart(copy: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
     assert fingerprint(copy) != before
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (None, "no data set's statistics"),
+        ({"action": None}, "expected q01, q99 of 7 numbers"),
+        ({"action": 3}, "expected q01, q99 of 7 numbers, found 3"),
+        ({"action": {"q01": [None] * 7, "q99": [1.0] * 7}}, r"action.q01: expected real numbers, found object"),
+        ({"action": {"q01": ["0"] * 7, "q99": [1.0] * 7}}, r"action.q01: expected real numbers, found <U1"),
+        ({"action": {"q01": [0.0] * 6, "q99": [1.0] * 7}}, "expected q01, q99 of 7 numbers"),
+        ({"action": {"q01": [0.0] * 7, "q99": [1.0] * 7, "mask": ["no"] * 7}}, "a mask of true and false"),
+    ],
+)
+def test_odd_statistics_are_refused_by_the_doctor_too(copy: Path, table: Any, message: str) -> None:
+    write_json(copy / "dataset_statistics.json", {"libero_spatial_no_noops": table})
+    with pytest.raises(RsdError, match=message):
+        Statistics.load(copy).actions("libero_spatial_no_noops")
+    with pytest.raises(RsdError, match=message):
+        checkpoint_files(str(copy))

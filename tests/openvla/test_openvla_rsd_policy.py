@@ -13,6 +13,7 @@ import torch
 
 from evaluation.scripted import SCRIPTED
 from openvla_checkpoint import block_image, write_checkpoint, write_heads, write_json, write_rsd_policy
+from rsd import manifest
 from rsd.cli import dispatch
 from rsd.decoding.steps import Scene, SkipRule, Stopwatch
 from rsd.decoding.strategies import STRATEGIES
@@ -178,6 +179,7 @@ def test_saved_copied_and_loaded_it_acts_the_same(
 def relocate(copy: Path, base: Path) -> None:
     content = json.loads((copy / "config.json").read_text())
     write_json(copy / "config.json", {**content, "base": {**content["base"], "path": "gone/nowhere/base"}})
+    manifest.seal(copy)
 
 
 def change_base(copy: Path, base: Path) -> None:
@@ -208,7 +210,7 @@ def change_adapter(copy: Path, base: Path) -> None:
         (change_base, "was trained on another base model: expected the fingerprint"),
         (replace_base, "its base model .* is not in OpenVLA's format"),
         (drop_adapter, r"adapter_model.safetensors: not found; the checkpoint is incomplete"),
-        (change_adapter, r"adapter_config.json: does not belong to this config.json"),
+        (change_adapter, r"adapter_config.json: is not what manifest.json names"),
     ],
 )
 def test_a_base_or_an_adapter_that_is_not_its_own_is_refused(

@@ -201,7 +201,7 @@ def test_versions_name_everything_that_moves_a_number() -> None:
     assert versions["gl_backend"] == os.environ["MUJOCO_GL"]
 
 
-def test_nothing_is_printed_or_written_into_the_home_directory(tmp_path: Path) -> None:
+def test_nothing_is_printed_or_written_into_the_home_directory_but_a_cache(tmp_path: Path) -> None:
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     home.mkdir()
     scratch.mkdir()
@@ -210,7 +210,8 @@ def test_nothing_is_printed_or_written_into_the_home_directory(tmp_path: Path) -
         f"env = LiberoEnv({SUITE!r}, 0, image_size=32)\n"
         "env.reset(options={'init_state': 0})\n"
     )
-    variables = {key: value for key, value in os.environ.items() if key not in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR")}
+    unset = ("NUMBA_CACHE_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")
+    variables = {key: value for key, value in os.environ.items() if key not in unset}
     variables.update(HOME=str(home), TMPDIR=str(scratch))
     done = subprocess.run(
         [sys.executable, "-c", code], env=variables, cwd=home, capture_output=True, text=True, stdin=subprocess.DEVNULL
@@ -218,4 +219,6 @@ def test_nothing_is_printed_or_written_into_the_home_directory(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr == ""
-    assert list(home.rglob("*")) == []
+    cache = home / ".cache" / "rsd-vla"
+    assert {path for path in home.rglob("*") if cache not in (path, *path.parents)} == {cache.parent}
+    assert list(scratch.iterdir()) == []

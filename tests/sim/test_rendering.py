@@ -54,6 +54,24 @@ def test_egl_gets_a_device_where_robosuite_would_crash(
     assert os.environ.get("MUJOCO_EGL_DEVICE_ID") == device
 
 
+@pytest.mark.parametrize("number", ["", "first", "-1", "1.0", "\u0663"])
+def test_an_egl_device_that_is_no_number_is_refused(undecided: pytest.MonkeyPatch, number: str) -> None:
+    undecided.setenv("MUJOCO_EGL_DEVICE_ID", number)
+    with pytest.raises(RsdError, match="MUJOCO_EGL_DEVICE_ID: expected a device's number such as 0, or unset, found"):
+        rendering.gl_backend()
+
+
+def test_an_egl_device_that_is_not_there_is_one_line(undecided: pytest.MonkeyPatch) -> None:
+    undecided.setenv("MUJOCO_EGL_DEVICE_ID", "99")
+    undecided.setenv("MUJOCO_GL", "egl")
+    undecided.setattr(ctypes.util, "find_library", lambda name: "found")
+    undecided.setattr(rendering, "_EGL_PROBE", "raise RuntimeError('must be in [0, 3)')")
+    with pytest.raises(RsdError, match=r"_ID=99: expected .*, found: RuntimeError: must be in \[0, 3\); unset it"):
+        rendering.gl_backend()
+    undecided.setattr(rendering, "_EGL_PROBE", "")
+    assert rendering.gl_backend() == "egl"
+
+
 def test_a_disarmed_camera_repeats_its_last_image() -> None:
     class Sensor:
         __modality__ = "image"

@@ -390,7 +390,7 @@ def test_symbols_out_of_range_are_refused(tokenizer: ActionTokenizer, chunks: np
         (lambda t: ChunkTokens(t.motion[0], t.gripper), None, r"motion tokens: expected \[B, 0..8, 48\]"),
         (lambda t: ChunkTokens(t.motion[..., :47], t.gripper), None, "motion tokens: expected"),
         (lambda t: ChunkTokens(t.motion.repeat(1, 2, 1), t.gripper), None, "motion tokens: expected"),
-        (lambda t: ChunkTokens(t.motion.float(), t.gripper), None, "expected integers"),
+        (lambda t: ChunkTokens(t.motion.float(), t.gripper), None, "integers, found"),
         (lambda t: ChunkTokens(t.motion, t.gripper[:, :3]), None, r"gripper tokens: expected \[2, 8\]"),
         (lambda t: ChunkTokens(t.motion, t.gripper + 2), None, "gripper tokens: expected 0 or 1"),
         (lambda t: t, 9, "levels: expected 0 to 8, found 9"),

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from rsd.cli.parsing import UsageError, check_choice, parse
-from rsd.evaluation.config import EvalConfig, asked_rule
+from rsd.evaluation.config import EvalConfig, asked_rule, stored_config
 from rsd.types import BEST, RsdError
 
 BASELINE, ONE_PASS = "ar", "l1"  # what --compare runs, and then the checkpoint's best
@@ -126,21 +126,16 @@ def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
     others = [name for name in others if name not in ("--resume", "--report")]
     if others:
         raise UsageError(f"--resume goes on with the options of {directory}: leave {', '.join(others)} out")
-    record = read_run_record(directory)
-    try:
-        config = EvalConfig(**record.config)
-    except TypeError as error:
-        raise RsdError(f"{directory}: written by another version of this program ({error}); run it again") from error
+    config = stored_config(read_run_record(directory).config, str(directory))
     # a shard's directory lies in its run's
     return replace(config, output=str(directory.parent if config.shard else directory))
 
 
 def check_names(config: EvalConfig) -> None:
     """Raises UsageError for a strategy, rule or device that is not there, before anything is started."""
-    import torch
-
     from rsd.decoding.acceptance import acceptance_rule
     from rsd.decoding.strategies import LIGHT, STRATEGIES, check_sampling
+    from rsd.devices import check_device
     from rsd.models.openvla_files import is_openvla
     from rsd.openvla.published import DECODERS
     from rsd.tokenizer.rfsq import RfsqConfig
@@ -162,6 +157,6 @@ def check_names(config: EvalConfig) -> None:
     except RsdError as error:
         raise UsageError(f"--{error}") from error
     try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device '{config.device}': torch cannot use it here; --device cpu always works") from error
+        check_device(config.device)
+    except RsdError as error:
+        raise UsageError(f"--{error}") from error

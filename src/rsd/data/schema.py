@@ -185,6 +185,8 @@ def text_attribute(node: h5py.Group, name: str, where: str, default: str = "") -
     """An attribute of text, which other writers of HDF5 store as bytes."""
     with reading(f"{where}, attribute {name}"):
         value = node.attrs.get(name, default)
+        if isinstance(value, np.ndarray) and value.size == 1:
+            value = value.item()
         if isinstance(value, bytes):
             value = value.decode("utf-8")
     if not isinstance(value, str):

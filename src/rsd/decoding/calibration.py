@@ -25,7 +25,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,10 +33,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rsd import manifest
 from rsd.conventions import ACTION_METRES, ACTION_RADIANS
 from rsd.decoding.risk_tests import P_VALUES, clopper_pearson_upper, hoeffding_bentkus_upper
-from rsd.json_files import read_versioned
-from rsd.types import ACTION_DIM, RsdError
+from rsd.json_files import check_version, from_json, read_versioned
+from rsd.types import ACTION_DIM, RsdError, real_array
 
 FORMAT_VERSION = 3
 FILE_NAME = "skip_calibration.json"
@@ -88,13 +89,9 @@ class SkipCalibration:
     weights_sha256: str
 
     def __post_init__(self) -> None:
-        kinds: dict[str, Any] = {"int": (int,), "float": (int, float), "str": (str,)}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, kinds[str(field.type)]):
-                raise RsdError(f"skip calibration: expected {field.name} as {field.type}, found {value!r}")
-            if field.type != "str" and not 0 <= value < math.inf:
-                raise RsdError(f"skip calibration: expected a finite {field.name} >= 0, found {value}")
+        for name, value in asdict(self).items():
+            if not isinstance(value, str) and not 0 <= value < math.inf:
+                raise RsdError(f"skip calibration: expected a finite {name} >= 0, found {value}")
         check_promise(self.alpha, self.delta, self.epsilon_mm, self.max_skips, self.loss, self.test)
         for name in ("p_value", "empirical_risk", "skip_share"):
             if getattr(self, name) > 1.0:
@@ -119,22 +116,20 @@ class SkipCalibration:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> SkipCalibration:
-        if content.get("format_version") != FORMAT_VERSION:
-            found = content.get("format_version")
-            raise RsdError(f"skip calibration: expected format {FORMAT_VERSION}, found {found}; calibrate again")
-        given, known = content.keys() - {"format_version"}, {field.name for field in fields(cls)}
-        if given != known:
-            odd = f"missing {sorted(known - given)}, unknown {sorted(given - known)}"
-            raise RsdError(f"skip calibration: {odd}; calibrate again")
-        return cls(**{name: content[name] for name in known})
+        check_version(content, "given", "skip calibration", FORMAT_VERSION, "calibrate again")
+        return from_json(cls, content, "given", ignore=("format_version",))
 
     def save(self, directory: Path) -> None:
+        """Write it into a checkpoint directory, and its hash into the manifest where there is one."""
         (directory / FILE_NAME).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        if manifest.read_manifest(directory) is not None:
+            manifest.seal(directory, only=[FILE_NAME])
 
     @classmethod
     def load(cls, directory: Path) -> SkipCalibration:
         path = directory / FILE_NAME
-        return cls.from_json(read_versioned(path, "skip calibration", FORMAT_VERSION, "calibrate again"))
+        content = read_versioned(path, "skip calibration", FORMAT_VERSION, "calibrate again")
+        return from_json(cls, content, str(path), ignore=("format_version",))
 
 
 def executed(scores: Floats, threshold: float | Floats, max_skips: int, forced: Bools | None = None) -> Bools:
@@ -280,7 +275,7 @@ def fingertip_deviation(draft: Chunks, main: Chunks) -> Chunks:
     commanded translation at the chunk's end, 0.26 once at rest (rotation 0.3 to 0.5). Never waits for a device.
     """
     if isinstance(draft, np.ndarray):
-        pair = (torch.tensor(np.asarray(chunk, dtype=np.float64)) for chunk in (draft, main))
+        pair = (torch.tensor(real_array("chunk", chunk, "float64")) for chunk in (draft, main))
         return fingertip_deviation(*pair).numpy()
     if draft.shape != main.shape or draft.ndim < 2 or draft.shape[-1] != ACTION_DIM:
         found = f"{list(draft.shape)} and {list(main.shape)}"

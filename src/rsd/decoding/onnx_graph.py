@@ -67,9 +67,10 @@ class OnnxGraph:
         threads = 1 if light else torch.get_num_threads()
         try:
             self.session = _session(path, threads)
-        except RsdError as error:  # cut off, or of another version of the runtime
-            LOG.info("%s; exporting it again", error)
-            _export(path, decoder, call, given)
+        except RsdError as error:  # cut off by a full disk, say, or of another version of the runtime
+            LOG.warning("ONNX graph %s: cannot be loaded (%s); made anew", path, error.__cause__)
+            with torch.inference_mode(False), torch.no_grad():
+                _export(path, decoder, call, given)
             self.session = _session(path, threads)
         self.names = [argument.name for argument in self.session.get_inputs()]
         self._compare(key, given)

@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from rsd.json_files import from_json
 from rsd.types import AUTO, BEST, ENGINES, RsdError, require_finite_numbers
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
@@ -190,6 +191,17 @@ class EvalConfig:
                 f"{min(available)} to {max(available)}"
             )
         return wanted
+
+
+def stored_config(options: dict[str, Any], where: str, *, older: bool = False) -> EvalConfig:
+    """The options of a run as its config.json has them; `RsdError` for one of another type, or that cannot be.
+
+    older: options that this version does not know are passed over.
+    """
+    first = options.get("init_states", EvalConfig.init_states)
+    known = {**options, "init_states": str(first) if type(first) is int else first}  # before there were lists
+    unknown = known.keys() - {field.name for field in fields(EvalConfig)}
+    return from_json(EvalConfig, known, f"{where}: config", ignore=unknown if older else ())
 
 
 def planned_tasks(tasks: str) -> dict[str, list[int]]:

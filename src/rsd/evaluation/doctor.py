@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from rsd.devices import check_device
 from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Observation, RsdError
 
 if TYPE_CHECKING:
@@ -79,12 +80,10 @@ def torch_version() -> Check:
 def device(name: str) -> Check:
     import torch
 
+    check_device(name)
     if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            return Check("device", "fail", f"{name}: no CUDA device is visible", "--device cpu always works")
         properties = torch.cuda.get_device_properties(name)
         return Check("device", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    torch.empty(0, device=name)
     if torch.cuda.is_available():
         return Check("device", "warn", f"{name}, and a {torch.cuda.get_device_name()} idles", "try --device cuda")
     return Check("device", "ok", name)
@@ -130,20 +129,25 @@ def checkpoint_files(policy: str) -> Check:
     """Files are there and belong together (hashes), the configuration is readable."""
     from rsd.checkpoint import BACKBONE, checkpoint_hash, locate_checkpoint, parse_config, read_content
     from rsd.models.rsd_model import PolicyConfig
-    from rsd.openvla.published import fingerprint, locate_openvla
+    from rsd.openvla.published import Settings, fingerprint, locate_openvla
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
     if (openvla := locate_openvla(policy)) is not None:
+        from rsd.openvla.statistics import Statistics
+
+        statistics, wanted = Statistics.load(openvla), Settings.load(openvla).unnorm_key
+        for key in [statistics.key(wanted)] if wanted else statistics.tables:
+            statistics.actions(key)
         return Check("checkpoint files", "ok", f"{openvla}, OpenVLA's format, fingerprint {fingerprint(openvla)[:12]}")
     directory = locate_checkpoint(policy)
     content = read_content(directory)
     if BACKBONE in content:
         from rsd.openvla.rsd_policy import OpenVlaRsdConfig, find_base
 
-        parse_config(directory, content, OpenVlaRsdConfig.from_json)
+        parse_config(directory, content, OpenVlaRsdConfig)
         find_base(directory, content["base"])
     else:
-        parse_config(directory, content, PolicyConfig.from_json)
+        parse_config(directory, content, PolicyConfig)
     ActionTokenizer.load(directory)
     return Check("checkpoint files", "ok", f"{directory}, sha256 {checkpoint_hash(policy)[:12]}")
 

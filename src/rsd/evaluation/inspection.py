@@ -96,7 +96,7 @@ def openvla_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> t
     added = dict(tensors(directory / WEIGHTS_FILE, "cpu"))
     adapter = dict(tensors(directory / ADAPTER_DIR / ADAPTER_WEIGHTS, "cpu"))
     named = {f"{ADAPTER_DIR}.{name.removeprefix('base_model.model.')}": value for name, value in adapter.items()}
-    return parse_config(directory, content, OpenVlaRsdConfig.from_json), {**added, **named}
+    return parse_config(directory, content, OpenVlaRsdConfig), {**added, **named}
 
 
 def margins(code: Any) -> list[int]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rsd.evaluation.backend import LIBERO, Backend
-from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.config import stored_config
 from rsd.evaluation.evaluate import ERRORS_FILE, differences, plan_episodes, run_differences, sum_up
 from rsd.evaluation.results import (
     CONFIG_FILE,
@@ -68,7 +68,7 @@ def missing_parts(output: Path, backend: Backend = LIBERO) -> str:
 
 def planned_episodes(record: RunRecord, backend: Backend) -> list[EpisodeKey]:
     """Of the whole run, by its suites' tasks; raises RsdError where they are not installed."""
-    config = EvalConfig(**{**record.config, "shard": ""})
+    config = stored_config({**record.config, "shard": ""}, CONFIG_FILE, older=True)
     return [(*job.task, job.init_state) for job in plan_episodes(config, backend)]
 
 
@@ -115,7 +115,7 @@ def merged_record(output: Path, shards: Sequence[Path], records: Sequence[RunRec
 def require_same(first: RunRecord, other: RunRecord, where: Path, there: Path) -> None:
     changed = run_differences(first, other.versions, other.policy)
     if first.config_hash != other.config_hash:
-        identity = EvalConfig(**first.config).identity
+        identity = stored_config(first.config, str(where)).identity
         changed = differences(first.config, other.config, identity) or "another configuration"
     if changed:
         raise RsdError(f"{there} is no part of the run in {where}: {changed}")

@@ -8,16 +8,16 @@ which a killed run may leave half written: it is dropped with a warning and its 
 from __future__ import annotations
 
 import json
-import math
 import os
-import types
 import warnings
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
-from rsd.json_files import parse_object
+from rsd.evaluation.config import stored_config
+from rsd.json_files import from_json, parse_object, read_object, shown
+from rsd.json_files import write_atomically as write_atomically
 from rsd.output import writing
 from rsd.types import RsdError
 
@@ -129,42 +129,18 @@ class RunRecord:
     planned: int = 0
 
 
-def matches(value: Any, expected: Any) -> bool:
-    """Whether a JSON value has the annotated type; an integer passes for a float, a bool for neither."""
-    if expected is Any:
-        return True
-    origin, arguments = get_origin(expected), get_args(expected)
-    if isinstance(expected, types.UnionType):
-        return any(matches(value, argument) for argument in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(matches(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(matches(item, arguments[1]) for item in value.values())
-    if expected is float:
-        return matches(value, int) or (isinstance(value, float) and math.isfinite(value))
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
-    return isinstance(value, expected)
-
-
 def decode_record(kind: type[Record], text: str, where: str) -> Record:
     """Parse one JSON object written by `encode_record`; raises RsdError naming `where` for anything else."""
-    values = parse_object(text, where)
-    version = values.pop("format", None)
-    if type(version) is not int or version != FORMAT:  # true equals 1
-        raise RsdError(f"{where}: results format {version!r:.40}, this program reads format {FORMAT}; run it again")
-    hints = get_type_hints(kind)
-    known = fields(kind)  # type: ignore[arg-type]
-    # a field that was added later has a default, so that results written before it stay readable
-    required = {entry.name for entry in known if entry.default is MISSING and entry.default_factory is MISSING}
-    missing = sorted(required - values.keys())
-    surplus = sorted(values.keys() - {entry.name for entry in known})
-    if missing or surplus:
-        raise RsdError(f"{where}: not a {kind.__name__}: missing {missing}, unknown {surplus!s:.200}")
-    for name, value in values.items():
-        if not matches(value, hints[name]):
-            raise RsdError(f"{where}: field {name}: expected {hints[name]}, found {value!r:.200}")
-    return kind(**values)
+
+    return record_of(kind, parse_object(text, where), where)
+
+
+def record_of(kind: type[Record], values: dict[str, Any], where: str) -> Record:
+    """A record of its JSON object; a field that was added later has a default, so that older results stay readable."""
+    version = values.get("format")
+    if type(version) is not int or version != FORMAT:
+        raise RsdError(f"{where}: results format {shown(version)}, this program reads format {FORMAT}; run it again")
+    return from_json(kind, values, where, ignore=("format",))
 
 
 def encode_record(record: Any, indent: int | None = None) -> str:
@@ -172,21 +148,13 @@ def encode_record(record: Any, indent: int | None = None) -> str:
     return json.dumps({"format": FORMAT, **asdict(record)}, allow_nan=False, indent=indent)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write through a temporary file, in a folder that is made if need be: a reader, or a kill, meets the old content
-    or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        os.replace(temporary, path)
-
-
 def read_run_record(directory: Path) -> RunRecord:
     path = directory / CONFIG_FILE
-    if not path.is_file():
+    if not path.exists():
         raise RsdError(f"{directory}: not a results directory: it has no {CONFIG_FILE}; write one with `rsd eval`")
-    return decode_record(RunRecord, text_of(path.read_bytes(), str(path)), str(path))
+    record = record_of(RunRecord, read_object(path, "a results directory"), str(path))
+    stored_config(record.config, str(path), older=True)
+    return record
 
 
 def text_of(content: bytes, where: str) -> str:

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.evaluation.realtime import InTurn, Motion, Pace
-from rsd.evaluation.results import ERROR_PREFIX, STEP_LIMIT, EpisodeResult, matches
-from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, Policy, RsdError
+from rsd.evaluation.results import ERROR_PREFIX, STEP_LIMIT, EpisodeResult
+from rsd.json_files import typed_value
+from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, Policy, RsdError, real_array
 
 WARMUP_PREDICTIONS = 2  # first predictions pay for lazy initialisation, allocation and compilation
 
@@ -131,14 +132,16 @@ def run_episode(
 
 
 def checked_chunk(chunk: ActionChunk) -> ActionChunk:
-    """The chunk itself; raises RsdError unless its actions are finite, [H >= 1, 7] and in [-1, 1], and its statistics
-    possible."""
-    actions = chunk.actions
+    """The chunk itself; raises RsdError unless its actions are real, finite, [H >= 1, 7] and in [-1, 1], and its
+    statistics possible."""
+    if not isinstance(chunk, ActionChunk) or not isinstance(chunk.actions, np.ndarray):
+        found = type(getattr(chunk, "actions", chunk)).__name__
+        remedy = "return rsd.types.ActionChunk(actions, rsd.types.ChunkStats(decode='its name'))"
+        raise RsdError(f"policy: expected an ActionChunk of a NumPy array, found {found}; {remedy}")
     check_stats(chunk.stats)
+    actions = real_array("policy: actions", chunk.actions, "float64")
     if actions.ndim != 2 or actions.shape[0] < 1 or actions.shape[1] != ACTION_DIM:
         raise RsdError(f"policy: expected an action chunk [H, {ACTION_DIM}], found {list(actions.shape)}")
-    if not np.isfinite(actions).all():
-        raise RsdError("policy: the action chunk holds NaN or infinity")
     if np.abs(actions).max() > 1.0:
         raise RsdError(f"policy: actions are to lie in [-1, 1], found one of {np.abs(actions).max():.4g}")
     return chunk
@@ -150,8 +153,7 @@ STATS_TYPES = get_type_hints(ChunkStats)
 def check_stats(stats: ChunkStats) -> None:
     """Raises RsdError for statistics that no decoder has: they come from other programs, too."""
     for name, kind in STATS_TYPES.items():
-        if not matches(value := getattr(stats, name), kind):
-            raise RsdError(f"policy: expected the statistic {name} to be {kind}, finite, found {value!r:.80}")
+        typed_value(kind, getattr(stats, name), "policy", f"{name} of its statistics")
     drafted, accepted, levels = stats.num_draft_tokens, stats.num_accepted_tokens, len(stats.num_draft_tokens)
     share = 0.0 if stats.gripper_acceptance is None else stats.gripper_acceptance
     impossible = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rsd.models.main import BlockEmbedding, LevelHead
-from rsd.models.trunk import KVCache, Trunk
+from rsd.models.trunk import KVCache, Trunk, check_sizes
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
 
@@ -21,6 +21,9 @@ class DraftConfig:
     dim: int = 128
     layers: int = 2
     heads: int = 4
+
+    def __post_init__(self) -> None:
+        check_sizes("draft", self.dim, self.layers, self.heads)
 
 
 class DraftModel(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.fusing import fusible
 from rsd.models.main import STATE_FEATURES, MainConfig
 from rsd.models.streams import together
-from rsd.models.trunk import KVCache, Trunk
-from rsd.models.vision import CameraEncoder
+from rsd.models.trunk import MAX_LAYERS, KVCache, Trunk, check_sizes
+from rsd.models.vision import CameraEncoder, check_channels
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import CAMERAS, RsdError
 
@@ -37,10 +37,11 @@ class LightDraftConfig:
     levels: DraftConfig = field(default_factory=lambda: DraftConfig(levels=3, dim=128, layers=1, heads=4))
     depth: int = 2
 
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> LightDraftConfig:
-        levels, channels = DraftConfig(**content["levels"]), tuple(content["channels"])
-        return cls(**{**content, "channels": channels, "levels": levels})
+    def __post_init__(self) -> None:
+        check_sizes("light draft", self.dim, self.layers, self.heads)
+        if not (1 <= self.shrink <= 64 and 1 <= self.depth <= MAX_LAYERS):
+            raise RsdError(f"light draft: expected shrink and depth of at least 1, found {self.shrink}, {self.depth}")
+        check_channels("light draft", self.channels)
 
 
 class Memory(NamedTuple):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from rsd.models.fusing import fusible
 from rsd.models.streams import together
-from rsd.models.text import TextEncoder
-from rsd.models.trunk import KVCache, Trunk
-from rsd.models.vision import CameraEncoder
+from rsd.models.text import TEXT_HEADS, TextEncoder
+from rsd.models.trunk import KVCache, Trunk, check_sizes
+from rsd.models.vision import CameraEncoder, check_channels
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import CAMERAS, STATE_DIM, RsdError
 
@@ -45,10 +45,14 @@ class MainConfig:
     merge: tuple[int, ...] = (1, 2)
 
     def __post_init__(self) -> None:
-        # one channel a group crashes PyTorch's CPU backward of GroupNorm on channels-last input (with 2.13)
-        if self.image_size % 32 or len(self.channels) != 4 or any(c % 16 for c in self.channels):
-            expected = "image_size a multiple of 32, four channels that are multiples of 16"
-            raise RsdError(f"main model: expected {expected}, found {self}")
+        if self.image_size % 32 or not 32 <= self.image_size <= 1024:
+            raise RsdError(f"main model: expected image_size a multiple of 32, at most 1024, found {self.image_size}")
+        check_channels("main model", self.channels)
+        check_sizes("main model", self.dim, self.layers, self.heads)
+        check_sizes("main model's words", self.text_dim, 1, TEXT_HEADS)
+        if not (0.0 <= self.dropout < 1.0 and 1 <= self.text_tokens <= 64):
+            expected = "dropout in [0, 1) and 1 to 64 text_tokens"
+            raise RsdError(f"main model: expected {expected}, found {self.dropout} and {self.text_tokens}")
         side = self.image_size // 16
         if len(self.merge) != len(CAMERAS) or any(n < 1 or side % n for n in self.merge):
             expected = f"merge with {len(CAMERAS)} divisors of {side}, the image tokens of a side"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from rsd.json_files import read_object
 from rsd.types import RsdError
 
 CONFIG_FILE, STATISTICS_FILE, ADAPTER_DIR = "config.json", "dataset_statistics.json", "lora_adapter"
@@ -14,15 +14,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*_checkpoint.pt", f"{ADAPTER_DIR}/*"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RsdError(f"{path}: not found; an OpenVLA directory holds {path.name}, copy it too") from None
-    except ValueError as error:
-        raise RsdError(f"{path}: not valid JSON ({error}); the file is cut off or was edited") from None
-    if not isinstance(content, dict):
-        raise RsdError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    return read_object(path, "an OpenVLA directory")
 
 
 def is_openvla(directory: Path) -> bool:

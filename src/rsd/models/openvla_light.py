@@ -22,7 +22,7 @@ class OpenVlaLight(LightDraft):
     def __init__(
         self, config: LightDraftConfig, code: RfsqConfig, horizon: int, motion_dim: int, main_dim: int
     ) -> None:
-        reads = MainConfig(image_size=IMAGE_SIZE, dim=main_dim)
+        reads = MainConfig(image_size=IMAGE_SIZE, dim=main_dim, heads=1)
         super().__init__(config, code, horizon, motion_dim, reads)
         self.text = TextEncoder(reads.text_dim, reads.text_tokens)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -24,16 +23,6 @@ class PolicyConfig:
     light: LightDraftConfig | None = field(default_factory=LightDraftConfig)
     acceptance: str = "margin"
     fine: str = "regress"
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> PolicyConfig:
-        main: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in content["main"].items()
-        }
-        found = content.get("light")  # absent in checkpoints of before there was one
-        light = LightDraftConfig.from_json(found) if found else None
-        rest = {k: v for k, v in content.items() if k not in ("main", "draft", "light")}
-        return cls(MainConfig(**main), DraftConfig(**content["draft"]), light, **rest)
 
 
 class RsdModel(nn.Module):

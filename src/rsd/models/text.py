@@ -1,11 +1,12 @@
 """Free-text instructions: words hashed to embeddings, a small encoder, a few language tokens.
 
-Hashing needs no vocabulary file and no word is ever refused; two words share an embedding only by collision.
+Hashing needs no vocabulary file and no English word is ever refused; two words share an embedding only by collision.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 import zlib
 
 import torch
@@ -16,15 +17,23 @@ from rsd.types import RsdError
 
 MAX_WORDS = 32
 BUCKETS = 4096  # id 0 is the padding
+TEXT_HEADS = 4
 
 
 def word_ids(instructions: list[str]) -> Tensor:
-    """Texts -> int64 [B, MAX_WORDS], zero-padded. Case and punctuation do not matter; longer is an error."""
+    """Texts -> int64 [B, MAX_WORDS], zero-padded. Case, accents and punctuation do not matter.
+
+    `RsdError` for longer texts and for letters of other alphabets."""
     rows = []
     for text in instructions:
-        words = re.findall(r"[a-z0-9]+", text.lower())
+        # accents off, as in "bläck": the vocabulary is of English words
+        plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
+        if odd := sorted({letter for letter in plain if letter.isalnum() and not letter.isascii()}):
+            found = f"{''.join(odd[:20])!r} in {text[:200]!r}"
+            raise RsdError(f"instruction: expected words of the letters a to z and digits, found {found}")
+        words = re.findall(r"[a-z0-9]+", plain)
         if not 0 < len(words) <= MAX_WORDS:
-            raise RsdError(f"instruction: expected 1 to {MAX_WORDS} words, found {len(words)} in {text!r:.150}")
+            raise RsdError(f"instruction: expected 1 to {MAX_WORDS} words, found {len(words)} in {text[:200]!r}")
         ids = [1 + zlib.crc32(word.encode()) % (BUCKETS - 1) for word in words]
         rows.append(ids + [0] * (MAX_WORDS - len(ids)))
     return torch.tensor(rows)
@@ -33,7 +42,7 @@ def word_ids(instructions: list[str]) -> Tensor:
 class TextEncoder(nn.Module):
     """Word ids [B, MAX_WORDS] -> language tokens [B, N, D] and a condition [B, D] for the image encoders."""
 
-    def __init__(self, dim: int, tokens: int, layers: int = 2, heads: int = 4) -> None:
+    def __init__(self, dim: int, tokens: int, layers: int = 2, heads: int = TEXT_HEADS) -> None:
         super().__init__()
         self.words = nn.Embedding(BUCKETS, dim, padding_idx=0)
         self.position = nn.Parameter(torch.randn(MAX_WORDS, dim) * 0.02)

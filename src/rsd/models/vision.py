@@ -11,6 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsd.models.fusing import fusible
+from rsd.types import RsdError
+
+GROUPS = 8  # of GroupNorm
+
+
+def check_channels(kind: str, channels: tuple[int, ...]) -> None:
+    """`RsdError` unless a `CameraEncoder` can have these; kind: names the model in its message."""
+    # one channel a group crashes PyTorch's CPU backward of GroupNorm on channels-last input (with 2.13)
+    if len(channels) != 4 or any(c % (2 * GROUPS) or not 0 < c <= 4096 for c in channels):
+        raise RsdError(f"{kind}: expected four channels that are multiples of 16, at most 4096, found {channels}")
 
 
 def unit_images(pixels: Tensor) -> Tensor:
@@ -35,9 +45,9 @@ class FilmBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, condition: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.GroupNorm(8, outputs)
+        self.norm1 = nn.GroupNorm(GROUPS, outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.GroupNorm(8, outputs)
+        self.norm2 = nn.GroupNorm(GROUPS, outputs)
         self.film = nn.Linear(condition, 2 * outputs)
         same = stride == 1 and inputs == outputs
         self.skip = nn.Identity() if same else Subsample(inputs, outputs, stride)

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from rsd.devices import check_device
 from rsd.evaluation.roofline import Ceiling, measure_ceiling
 from rsd.models.openvla import OpenVlaModel
 from rsd.openvla.bench_cases import (
@@ -244,8 +245,7 @@ class Bench:
 
 def measure_openvla(config: OpenVlaBenchConfig) -> Bench:
     """Run the sections, print the table, write the JSON."""
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise RsdError(f"--device {config.device}: no CUDA device is visible here; check with --device cpu --size tiny")
+    check_device(config.device)
     bench = Bench(config)
     dtype = torch.bfloat16 if config.device.startswith("cuda") else torch.float32
     with torch.inference_mode():

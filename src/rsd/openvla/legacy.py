@@ -26,7 +26,7 @@ from rsd.json_files import read_versioned
 from rsd.models.legacy import Autoencoder, ChunkDraft, ChunkHead, LevelDraft, Weights, read_autoencoder, read_network
 from rsd.openvla.policy import OpenVlaPolicy
 from rsd.tokenizer.rfsq import RfsqConfig
-from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 FORMAT_VERSION = 1
 SETTINGS_FILE, WEIGHTS_FILE = "legacy.json", "legacy.safetensors"
@@ -126,6 +126,7 @@ class LegacyPolicy:
 
     def predict(self, observation: Observation) -> ActionChunk:
         """The autoencoder's actions are the environment's own (gripper -1 = open), as it was trained on them."""
+        check_observation(observation)
         watch = Stopwatch(self.openvla.device)
         with watch.stage("total"):
             with watch.stage("prefill"):

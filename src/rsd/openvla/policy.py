@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rsd.conventions import openvla_gripper_to_env
 from rsd.decoding.steps import Stopwatch
+from rsd.devices import check_device
 from rsd.models.openvla import OpenVlaModel
 from rsd.models.openvla_files import read_json
 from rsd.models.openvla_llama import Attend
@@ -28,7 +29,7 @@ from rsd.openvla.precision import compile_layers, use_fp8
 from rsd.openvla.prompt import Prompt
 from rsd.openvla.published import Settings, locate_openvla, locate_under
 from rsd.openvla.statistics import Statistics
-from rsd.types import CAMERAS, ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import CAMERAS, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 RENDER_SIZE = 256  # pixels a side, what the published evaluation renders and then resizes to 224
@@ -76,6 +77,7 @@ class OpenVlaPolicy:
 
         unnorm_key: another data set's statistics than the policy's own.
         """
+        check_observation(observation)
         watch = Stopwatch(self.device)
         with watch.stage("total"):
             decision = self._decide(observation, watch, unnorm_key)
@@ -155,8 +157,7 @@ class OpenVlaPolicy:
         base: the model under a LoRA adapter, needed only where the directory holds no merged weights.
         graphs, compile, fp8: CUDA graphs, compiled layers, FP8 matrices of the trunk, on a GPU.
         """
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise RsdError(f"device {device}: no CUDA device is visible here; use cpu")
+        check_device(device)
         directory = locate_openvla(path_or_hub_id)
         if directory is None:
             raise RsdError(f"{path_or_hub_id}: not in OpenVLA's format; load it with RsdPolicy")

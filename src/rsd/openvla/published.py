@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rsd import hub
 from rsd.checkpoint import locate_checkpoint
+from rsd.json_files import from_json
 from rsd.models.openvla_files import ADAPTER_CONFIG, ADAPTER_DIR, HUB_FILES, component_file, is_openvla, read_json
 from rsd.types import RsdError
 
@@ -35,11 +36,7 @@ class Settings:
     @classmethod
     def load(cls, directory: Path) -> Settings:
         path = directory / SETTINGS_FILE
-        content = read_json(path) if path.is_file() else {}
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(content.keys() - known):
-            raise RsdError(f"{path}: unknown {unknown}; expected some of {sorted(known)}")
-        return cls(**content)
+        return from_json(cls, read_json(path), str(path)) if path.exists() else cls()
 
     def resolve(self, directory: Path) -> Settings:
         """Decoder and cameras settled; `RsdError` where the files contradict them or do not say."""
@@ -67,7 +64,7 @@ def locate_openvla(path_or_hub_id: str | Path) -> Path | None:
     directory = locate_checkpoint(path_or_hub_id)
     if not is_openvla(directory):
         return None
-    if Path(path_or_hub_id).is_dir():
+    if hub.local(path_or_hub_id) is not None:
         return directory
     return hub.download(str(path_or_hub_id), "policy", HUB_FILES)
 

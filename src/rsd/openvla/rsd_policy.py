@@ -30,6 +30,7 @@ from rsd.checkpoint import (
 from rsd.decoding.cuda_graph import CudaGraph
 from rsd.decoding.recorded import RecordedStrategy
 from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch
+from rsd.manifest import BASE_LINK
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.light_draft import LightDraftConfig
 from rsd.models.lora import Adapter
@@ -53,7 +54,6 @@ from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import STATE_DIM, Observation, RsdError
 
-BASE_LINK = "base"
 BASE_FILES = (
     *(CONFIG_FILE, "model*.safetensors", "model.safetensors.index.json", PROMPT_FILE, PREPROCESSOR_FILE),
     f"{ADAPTER_DIR}/*",
@@ -80,6 +80,12 @@ class OpenVlaRsdConfig:
     acceptance: str = "margin"
     fine: str = "regress"
 
+    def __post_init__(self) -> None:
+        sizes = tuple(map(len, (self.state_low, self.state_high, self.state_mean, self.state_std)))
+        if sizes != (STATE_DIM, STATE_DIM, STATE_FEATURES, STATE_FEATURES) or self.cameras not in (1, 2):
+            expected = f"state_low and _high of {STATE_DIM}, state_mean and _std of {STATE_FEATURES}, cameras 1 or 2"
+            raise RsdError(f"OpenVLA policy: expected {expected}, found {sizes} numbers, cameras {self.cameras}")
+
     @property
     def bounds(self) -> Bounds:
         low, high = np.array(self.state_low), np.array(self.state_high)
@@ -89,12 +95,6 @@ class OpenVlaRsdConfig:
     def views(self) -> int:
         """Cameras that any reader needs: the light draft always has both."""
         return 2 if self.light else self.cameras
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> OpenVlaRsdConfig:
-        light = LightDraftConfig.from_json(content["light"]) if content["light"] else None
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-        return cls(**{**values, "draft": DraftConfig(**content["draft"]), "light": light})
 
 
 class OpenVlaRsdModel(RsdModel):
@@ -227,7 +227,7 @@ class OpenVlaRsdPolicy(RsdPolicy):
         cls, directory: Path, content: dict[str, Any], device: str, options: dict[str, Any]
     ) -> OpenVlaRsdPolicy:
         """What `RsdPolicy.from_pretrained` calls for such a directory."""
-        config = parse_config(directory, content, OpenVlaRsdConfig.from_json)
+        config = parse_config(directory, content, OpenVlaRsdConfig)
         tokenizer = ActionTokenizer.load(directory)
         base = find_base(directory, content["base"])
         prompt, normalisation = Prompt(base), read_normalisation(base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.json_files import shown
 from rsd.models.openvla_files import CONFIG_FILE, STATISTICS_FILE, read_json
-from rsd.types import ACTION_DIM, STATE_DIM, RsdError
+from rsd.openvla.published import SETTINGS_FILE
+from rsd.types import ACTION_DIM, STATE_DIM, RsdError, real_array
 
 NO_NOOPS = "_no_noops"  # LIBERO's data without idle steps, which the published fine-tunes saw
 
@@ -36,7 +39,7 @@ class Statistics:
     """All data sets that a checkpoint has statistics of."""
 
     def __init__(self, tables: dict[str, Any], source: str) -> None:
-        if not tables:
+        if not (isinstance(tables, dict) and tables and all(isinstance(table, dict) for table in tables.values())):
             raise RsdError(f"{source}: no data set's statistics; expected q01 and q99 of the actions")
         self.tables, self.source = tables, source
 
@@ -57,14 +60,19 @@ class Statistics:
         if wanted is None:
             if len(names) == 1:
                 return names[0]
-            raise RsdError(f"{self.source}: statistics of several data sets, choose one as unnorm_key: {names}")
+            raise RsdError(f"{self.source}: statistics of several data sets; {self._choose(names)}")
         for name in (wanted, wanted + NO_NOOPS):
             if name in self.tables:
                 return name
         raise RsdError(
             f"{self.source}: no statistics of {wanted!r} (nor {wanted + NO_NOOPS!r}); there are {names}. "
-            "Was the checkpoint trained on this suite? If so, name its unnorm_key"
+            f"If the checkpoint was trained for this, under another name: {self._choose(names)}"
         )
+
+    def _choose(self, names: list[str]) -> str:
+        """What to do: variants of a suite, and runs of several, take one data set's statistics by this file."""
+        example = json.dumps({"unnorm_key": names[0]})
+        return f"choose one of {names} by writing {example}, say, into {Path(self.source).parent / SETTINGS_FILE}"
 
     def actions(self, key: str) -> Bounds:
         return self._bounds(key, "action", ACTION_DIM)
@@ -74,8 +82,12 @@ class Statistics:
 
     def _bounds(self, key: str, kind: str, size: int) -> Bounds:
         table = self.tables[key].get(kind) or {}
-        low, high = (np.asarray(table.get(name, []), dtype=np.float64) for name in ("q01", "q99"))
-        mask = np.asarray(table.get("mask", np.ones(len(low))), dtype=bool)
-        if not low.shape == high.shape == mask.shape == (size,):
-            raise RsdError(f"{self.source}: {key}.{kind}: expected q01, q99 of {size} numbers, found {len(low)}")
+        where, expected = f"{self.source}: {key}.{kind}", f"expected q01, q99 of {size} numbers"
+        if not isinstance(table, dict):
+            raise RsdError(f"{where}: {expected}, found {shown(table)}")
+        low, high = (real_array(f"{where}.{name}", table.get(name, ()), "float64") for name in ("q01", "q99"))
+        mask = np.asarray(table.get("mask", [True] * size))
+        if not low.shape == high.shape == mask.shape == (size,) or mask.dtype != bool:
+            found = f"{len(low)}, {len(high)} and the mask {shown(mask.tolist())}"
+            raise RsdError(f"{where}: {expected} and a mask of true and false, found {found}")
         return Bounds(low, high, mask)

@@ -13,7 +13,7 @@ from rsd.evaluation.rollout import checked_chunk
 from rsd.serving.request import IMAGES, MAX_SIDE, PROMPT, RESET, STATE
 from rsd.serving.server import Welcome
 from rsd.serving.wire import pack, unpack
-from rsd.types import ACTION_DIM, AUTO, ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import ACTION_DIM, AUTO, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 try:
     from websockets.exceptions import WebSocketException
@@ -60,6 +60,7 @@ class RemotePolicy:
     def predict(self, observation: Observation) -> ActionChunk:
         """latency_ms: `total` is the whole round trip, `queue` the wait for other clients, `network` the way there and
         back with packing and unpacking."""
+        check_observation(observation)
         start = time.perf_counter()
         views = {key: view for key, view in zip(IMAGES, observation.images, strict=True) if key in self.welcome.images}
         words = {STATE: observation.state, PROMPT: observation.instruction, RESET: self._first}

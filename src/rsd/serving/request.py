@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rsd.serving.wire import Limits
-from rsd.types import CAMERAS, STATE_DIM, Observation, RsdError
+from rsd.types import CAMERAS, Observation, RsdError, real_array
 
 IMAGES = ("observation/image", "observation/wrist_image")  # in the order of CAMERAS
 STATE, PROMPT, RESET = "observation/state", "prompt", "reset"
@@ -62,20 +62,7 @@ def read_request(content: Any, image_size: int, cameras: int) -> Request:
     views = [resized(key, content[key], image_size) for key in IMAGES if key in content]
     # a camera that this policy does not look at
     views += [np.zeros_like(views[0])] * (len(CAMERAS) - len(views))
-    return Request(Observation(np.stack(views), read_state(content[STATE]), content[PROMPT]), bool(reset))
-
-
-def read_state(value: Any) -> NDArray[np.float32]:
-    """Eight integers or floats, an array or a list -> float32; `Observation` checks that they are finite."""
-    try:
-        array = np.asarray(value)
-    except ValueError:  # lists of different lengths
-        array = np.empty(0)
-    if array.shape != (STATE_DIM,) or array.dtype.kind not in "iuf":
-        found = f"{array.dtype} {list(array.shape)}" if isinstance(value, np.ndarray | list) else excerpt(value)
-        raise RsdError(f"{STATE}: expected {STATE_DIM} finite numbers, found {found:.200}")
-    with np.errstate(over="ignore"):  # infinity is found out there, too
-        return array.astype(np.float32)
+    return Request(Observation(np.stack(views), real_array(STATE, content[STATE]), content[PROMPT]), bool(reset))
 
 
 def excerpt(value: Any, most: int = 100) -> str:

@@ -30,7 +30,7 @@ from rsd.sim.rendering import ArmedCamera, gl_backend
 from rsd.sim.sampling import Sampling
 from rsd.sim.scenes import kept_scenes, start_drawing
 from rsd.sim.suites import DISTRIBUTION, bddl_file, init_states, load_libero, quiet, step_limit, suite_task
-from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, Observation, RsdError
+from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, Observation, RsdError, real_array
 
 SIM_CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # our name -> LIBERO's
 BENCHMARK_SEED = 0  # the fixtures of the benchmark's initial states
@@ -131,11 +131,9 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         before_step is called before each action. info["steps"] is the number of steps executed. If success ends the
         chunk early, the images show the state right after that step (one physics substep later than a sampled image).
         """
-        chunk = np.asarray(actions, dtype=np.float64)
+        chunk = real_array("actions", actions, "float64")
         if chunk.ndim != 2 or chunk.shape[1] != ACTION_DIM or len(chunk) == 0:
             raise RsdError(f"actions: expected [H, {ACTION_DIM}] with H > 0, found {list(chunk.shape)}")
-        if not np.isfinite(chunk).all():
-            raise RsdError("actions: expected finite numbers, found NaN or infinity")
         chunk = np.clip(chunk, -1.0, 1.0)[: max(1, self.max_steps - self.steps)]
         terminated = False
         executed = 0
@@ -169,6 +167,10 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     def advance(self, action: NDArray[np.float64], draw: bool = False) -> None:
         """One control step [7] without episode bookkeeping: no limit, no termination, cameras only if `draw`."""
         self._control_step(action, draw)
+
+    def render(self) -> NDArray[np.uint8]:
+        """gymnasium's rgb_array: the third-person camera's present picture, upright, uint8 [S, S, 3]."""
+        return rotate_180(self.draw()[0])
 
     def close(self) -> None:
         """Frees the simulator."""

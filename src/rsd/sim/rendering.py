@@ -22,6 +22,7 @@ from rsd.types import RsdError
 
 BACKENDS = ("egl", "osmesa", "glfw", "glx")
 _EGL_PROBE = "import mujoco; context = mujoco.GLContext(64, 64); context.make_current(); context.free()"
+EGL_NUMBER = "MUJOCO_EGL_DEVICE_ID"
 _chosen: str | None = None
 
 
@@ -37,6 +38,7 @@ def gl_backend() -> str:
         requested = os.environ.get("MUJOCO_GL", "").strip().lower()
         if requested and requested not in BACKENDS:
             raise RsdError(f"MUJOCO_GL: expected one of {', '.join(BACKENDS)} or unset, found {requested!r}")
+        _check_egl_number()
         backend = requested or ("egl" if _nvidia_egl_works() else "osmesa")
         _require_library(backend)
         os.environ["MUJOCO_GL"] = backend
@@ -44,8 +46,17 @@ def gl_backend() -> str:
             os.environ["PYOPENGL_PLATFORM"] = backend
         if backend == "egl":
             _pin_egl_device()
+            if EGL_NUMBER in os.environ and (error := _egl_error()):
+                found = f"{EGL_NUMBER}={os.environ[EGL_NUMBER]}: expected the number of an EGL device that draws"
+                raise RsdError(f"{found}, found: {error}; unset it, or MUJOCO_GL=osmesa draws on the CPU")
         _chosen = backend
     return _chosen
+
+
+def _check_egl_number() -> None:
+    number = os.environ.get(EGL_NUMBER)
+    if number is not None and not (number.isascii() and number.isdecimal()):
+        raise RsdError(f"{EGL_NUMBER}: expected a device's number such as 0, or unset, found {number[:60]!r}")
 
 
 def _nvidia_egl_works() -> bool:
@@ -53,13 +64,20 @@ def _nvidia_egl_works() -> bool:
         return False
     if ctypes.util.find_library("EGL") is None:
         return False
+    return EGL_NUMBER in os.environ or not _egl_error()  # a number that was asked for is no reason to draw elsewhere
+
+
+def _egl_error() -> str:
+    """Why EGL does not draw here, "" if it does."""
     probe = dict(os.environ, MUJOCO_GL="egl", PYOPENGL_PLATFORM="egl")
     try:
         # a broken driver may abort the process: ask a child
-        done = subprocess.run([sys.executable, "-c", _EGL_PROBE], env=probe, capture_output=True, timeout=60)
+        command = [sys.executable, "-c", _EGL_PROBE]
+        done = subprocess.run(command, env=probe, capture_output=True, text=True, errors="replace", timeout=60)
     except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0
+        return "no answer within a minute"
+    lines = done.stderr.strip().splitlines()
+    return "" if done.returncode == 0 else lines[-1] if lines else f"exit status {done.returncode}"
 
 
 def _require_library(backend: str) -> None:
@@ -74,10 +92,10 @@ def _require_library(backend: str) -> None:
 def _pin_egl_device() -> None:
     """robosuite reads the EGL device from CUDA_VISIBLE_DEVICES and crashes on '' and on UUIDs: name one for it."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or "MUJOCO_EGL_DEVICE_ID" in os.environ:
+    if visible is None or EGL_NUMBER in os.environ:
         return
     if not all(part.strip().isdigit() for part in visible.split(",")):
-        os.environ["MUJOCO_EGL_DEVICE_ID"] = "0"
+        os.environ[EGL_NUMBER] = "0"
 
 
 class ArmedCamera:

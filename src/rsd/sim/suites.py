@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import types
 from collections.abc import Iterator
 from importlib import metadata
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.cache import private_folder
 from rsd.conventions import MAX_STEPS
 from rsd.sim.rendering import gl_backend
 from rsd.types import RsdError
@@ -51,7 +51,8 @@ def load_libero() -> types.SimpleNamespace:
     """Imports LIBERO and robosuite once: `benchmark`, `env_wrapper`, `get_libero_path`.
 
     Chooses the GL backend first (robosuite reads it at import), prints nothing, writes nothing into the home
-    directory and none of robosuite's /tmp/robosuite.log, whose owner locks every other user out.
+    directory but a cache of compiled code (`rsd.cache`), and none of robosuite's /tmp/robosuite.log, whose owner locks
+    every other user out.
     Raises RsdError if the distribution is missing.
     """
     try:
@@ -61,9 +62,9 @@ def load_libero() -> types.SimpleNamespace:
             f"LIBERO: expected the distribution {DISTRIBUTION}, found none. Install it: pip install {DISTRIBUTION}"
         ) from None
     gl_backend()
-    scratch = Path(tempfile.gettempdir()) / f"rsd-{os.getuid()}"
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(scratch / "numba"))
-    os.environ.setdefault("MPLCONFIGDIR", str(scratch / "matplotlib"))
+    for variable, folder in (("NUMBA_CACHE_DIR", "numba"), ("MPLCONFIGDIR", "matplotlib")):
+        if not os.environ.get(variable):
+            os.environ[variable] = str(private_folder(folder))
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     with quiet():

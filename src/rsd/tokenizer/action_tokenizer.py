@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rsd.exact import integers, reals
 from rsd.tokenizer.config import EncodeStatistics, TokenizerConfig
 from rsd.tokenizer.learned import Autoencoder, Refiner
 from rsd.tokenizer.rfsq import Rfsq
@@ -58,6 +59,8 @@ class ActionTokenizer:
         if self.low.shape != self.high.shape or self.low.ndim != 1 or len(self.low) == 0:
             found = f"{list(low.shape)} and {list(high.shape)}"
             raise RsdError(f"tokenizer range: expected two vectors of one length, found {found}")
+        if not (self.low <= self.high).all():  # NaN, too
+            raise RsdError(f"tokenizer range: expected low <= high, found {low.tolist()} and {high.tolist()}")
         # a constant dimension has no range: scale 1 keeps it finite and its token at zero
         width = self.high - self.low
         self.scale = torch.where(width > 1e-6, width / 2, torch.ones_like(width))
@@ -138,8 +141,9 @@ class ActionTokenizer:
 
     def normalise(self, chunk: Tensor) -> Tensor:
         """chunk float [B, H, A] -> motion [B, H, M], about [-1, 1]."""
+        chunk = reals("action chunk", chunk)
         motion = chunk[..., : len(self.low)] if self.binary_last else chunk.index_select(-1, self.motion_index)
-        return (motion.float() - self.centre) / self.scale
+        return (motion - self.centre) / self.scale
 
     def to_coefficients(self, chunk: Tensor) -> Tensor:
         """chunk float [B, H, A] -> coefficients [B, P]; over time, row k of the transform is at k*M .. k*M+M-1."""
@@ -153,9 +157,10 @@ class ActionTokenizer:
 
     def to_normalised(self, coefficients: Tensor) -> Tensor:
         """coefficients [B, P] -> normalised motion [B, H, M] over time (about [-1, 1])."""
+        coefficients = reals("coefficients", coefficients)
         if self.parts.autoencoder is not None:
             with torch.autocast(coefficients.device.type, enabled=False):
-                return self.parts.autoencoder.decode(coefficients.float())
+                return self.parts.autoencoder.decode(coefficients)
         shape = (self.config.horizon, self.motion_dim)
         if self.config.transform not in OVER_TIME:
             return ordered_product(self.matrix.T, coefficients.unsqueeze(-1)).squeeze(-1).unflatten(-1, shape)
@@ -163,6 +168,7 @@ class ActionTokenizer:
 
     def to_actions(self, coefficients: Tensor, gripper: Tensor) -> Tensor:
         """coefficients [B, P], gripper int [B, H] or [B, H, G] -> actions float32 [B, H, A] within the limit."""
+        gripper = integers("gripper tokens", gripper)
         motion = self.to_normalised(coefficients) * self.scale + self.centre
         binary = torch.where(gripper > 0, self.binary_high, self.binary_low)
         actions = torch.cat([motion, binary.unsqueeze(-1) if gripper.ndim == 2 else binary], dim=-1)
@@ -173,6 +179,7 @@ class ActionTokenizer:
 
     def gripper_symbols(self, chunk: Tensor) -> Tensor:
         """chunk [B, H, A] -> int64 [B, H] (or [B, H, G]), 1 where it is nearer to the upper of its two values."""
+        chunk = reals("action chunk", chunk)
         binary = chunk[..., len(self.low) :] if self.binary_last else chunk.index_select(-1, self.binary_index)
         symbols = (binary > self.binary_middle).long()
         return symbols.squeeze(-1) if symbols.shape[-1] == 1 else symbols
@@ -185,7 +192,7 @@ class ActionTokenizer:
 
     def decode(self, tokens: ChunkTokens, levels: int | None = None) -> Tensor:
         """tokens (optionally only their first `levels`) -> actions float32 [B, H, A] within the limit."""
-        self._check_tokens(tokens, levels)
+        tokens = self._checked_tokens(tokens, levels)
         motion = tokens.motion if levels is None else tokens.motion[:, :levels]
         value = self._refine(self.rfsq.dequantise(motion), motion.shape[1])
         return self.to_actions(value, tokens.gripper)
@@ -196,7 +203,7 @@ class ActionTokenizer:
         return tokens, self.to_actions(self._refine(z_hat, self.config.levels), tokens.gripper)
 
     def _quantise(self, chunk: Tensor) -> tuple[ChunkTokens, Tensor]:
-        expected = [self.config.horizon, self.action_dim]
+        chunk, expected = reals("action chunk", chunk), [self.config.horizon, self.action_dim]
         if chunk.ndim != 3 or list(chunk.shape[1:]) != expected:
             raise RsdError(f"action chunk: expected [B, *{expected}], found {list(chunk.shape)}")
         if not torch.isfinite(chunk).all():
@@ -213,22 +220,23 @@ class ActionTokenizer:
         refiner = self.parts.refiner
         return value if refiner is None or levels == 0 else refiner(value, levels)
 
-    def _check_tokens(self, tokens: ChunkTokens, levels: int | None) -> None:
-        motion, gripper, code = tokens.motion, tokens.gripper, self.config
+    def _checked_tokens(self, tokens: ChunkTokens, levels: int | None) -> ChunkTokens:
+        """The tokens as int64, of the code's shapes and symbols; `RsdError` for any other."""
+        motion, gripper = integers("motion tokens", tokens.motion), integers("gripper tokens", tokens.gripper)
+        code = self.config
         if motion.ndim != 3 or motion.shape[1] > code.levels or motion.shape[2] != self.scalars:
             expected = f"[B, 0..{code.levels}, {self.scalars}]"
             raise RsdError(f"motion tokens: expected {expected}, found {list(motion.shape)}")
-        if levels is not None and not 0 <= levels <= motion.shape[1]:
+        if levels is not None and not (isinstance(levels, int | np.integer) and 0 <= levels <= motion.shape[1]):
             raise RsdError(f"levels: expected 0 to {motion.shape[1]}, found {levels}")
         grippers = len(code.binary)
         shape = [len(motion), code.horizon] + ([] if grippers == 1 else [grippers])
         if list(gripper.shape) != shape:
             raise RsdError(f"gripper tokens: expected {shape}, found {list(gripper.shape)}")
-        if motion.is_floating_point() or gripper.is_floating_point():
-            raise RsdError(f"tokens: expected integers, found {motion.dtype} and {gripper.dtype}")
         self.rfsq.check(motion)
         if gripper.numel() and (gripper.min() < 0 or gripper.max() > 1):
             raise RsdError(f"gripper tokens: expected 0 or 1, found {int(gripper.min())}..{int(gripper.max())}")
+        return ChunkTokens(motion, gripper)
 
     # statistics
 

@@ -13,6 +13,7 @@ from rsd.types import RsdError
 
 NORMALISATIONS = ("reach", "quantile", "minmax", "standard")
 MAX_HORIZON = 64
+MAX_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class TokenizerConfig:
             if not holds:
                 raise RsdError(f"tokenizer: expected {expected}, found {found}")
 
+        sizes = (self.levels, self.symbols, self.channels)
+        expect(max(sizes) <= MAX_SIZE, f"levels, symbols and channels of at most {MAX_SIZE}", sizes)
         expect(1 <= self.horizon <= MAX_HORIZON, f"a horizon of 1 to {MAX_HORIZON} steps", self.horizon)
         expect(self.transform in TRANSFORMS, f"transform to be one of {', '.join(TRANSFORMS)}", self.transform)
         known = f"normalisation to be one of {', '.join(NORMALISATIONS)}"

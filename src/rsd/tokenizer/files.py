@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rsd import hub
-from rsd.json_files import read_versioned
+from rsd.json_files import check_version, from_json, read_object
 from rsd.tokenizer.config import EncodeStatistics, TokenizerConfig
-from rsd.tokenizer.learned import Autoencoder, LearnConfig, Refiner
+from rsd.tokenizer.learned import Autoencoder, Refiner
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.tokenizer.transforms import AUTOENCODERS
 from rsd.types import RsdError
@@ -36,6 +36,19 @@ VERSION_1_FIELDS = {"horizon", "transform", "levels", "symbols", "rho"}
 LATER_FIELDS: dict[str, Any] = {"binary_values": (), "limit": 1.0}
 WEIGHTS_FILE = "tokenizer.safetensors"
 REMEDY = "fit it again"
+
+
+@dataclass(frozen=True)
+class StoredTokenizer:
+    """tokenizer.json; see `to_json`."""
+
+    config: TokenizerConfig
+    low: list[float]
+    high: list[float]
+    first_step: float
+    active: list[str] | None = None
+    calibration: EncodeStatistics | None = None
+    sha256: str | None = None
 
 
 def to_json(tokenizer: ActionTokenizer) -> dict[str, Any]:
@@ -83,22 +96,16 @@ def load(directory: Path) -> ActionTokenizer:
     from rsd.tokenizer.action_tokenizer import FILE_NAME, ActionTokenizer, Parts
 
     path = directory / FILE_NAME
-    content = read_tokenizer_json(path)
-    try:
-        config = config_from_json(content["config"])
-        low, high = torch.tensor(content["low"]), torch.tensor(content["high"])
-        first_step = float(content["first_step"])
-        calibration = EncodeStatistics(**content["calibration"]) if "calibration" in content else None
-        active = read_active(content.get("active"))
-    except (TypeError, ValueError) as error:
-        raise RsdError(f"{path}: a field is unknown, missing or not a number ({error})") from None
-    if low.ndim != 1 or high.ndim != 1 or not torch.isfinite(torch.cat([low, high])).all():
-        raise RsdError(f"{path}: expected finite range limits, found {content['low']} and {content['high']}")
+    stored = read_tokenizer_json(path)
+    config, first_step, active = stored.config, float(stored.first_step), read_active(stored.active, str(path))
+    low, high = (torch.tensor(limits, dtype=torch.float32) for limits in (stored.low, stored.high))
+    if not torch.isfinite(torch.cat([low, high])).all():
+        raise RsdError(f"{path}: expected finite range limits, found {stored.low} and {stored.high}")
     learned = config.transform in AUTOENCODERS
     scalars = config.horizon * (config.channels if learned else len(low))
     if active is not None and list(active.shape) != [config.levels, scalars]:
         raise RsdError(f"{path}: active: expected [{config.levels}, {scalars}], found {list(active.shape)}")
-    tensors = read_tensors(directory / WEIGHTS_FILE, content.get("sha256"))
+    tensors = read_tensors(directory / WEIGHTS_FILE, stored.sha256)
     net, refiner = None, None
     rfsq = Rfsq(config.rfsq, first_step, active)
     if learned:
@@ -112,52 +119,28 @@ def load(directory: Path) -> ActionTokenizer:
     if tensors:
         raise RsdError(f"{directory / WEIGHTS_FILE}: unknown tensors {', '.join(sorted(tensors))}; {REMEDY}")
     tokenizer = ActionTokenizer(config, low, high, first_step, parts)
-    if calibration is not None:
-        tokenizer.calibration = calibration
+    if stored.calibration is not None:
+        tokenizer.calibration = stored.calibration
     return tokenizer
 
 
-def read_tokenizer_json(path: Path) -> dict[str, Any]:
+def read_tokenizer_json(path: Path) -> StoredTokenizer:
     """The content as format 2 has it, whichever of the two formats the file is of."""
-    try:
-        content = read_versioned(path, "tokenizer", FORMAT_VERSION, REMEDY)
-    except RsdError:
-        if not is_version_1(path):
-            raise
-        content = read_versioned(path, "tokenizer", 1, REMEDY)
-        unknown = set(content.get("config", {})) - VERSION_1_FIELDS
-        if unknown:
-            raise RsdError(f"{path}: a field is unknown in format 1: {', '.join(sorted(unknown))}") from None
-    missing = {"config", "low", "high", "first_step"} - content.keys()
-    if missing:
-        raise RsdError(f"{path}: missing {', '.join(sorted(missing))}")
-    return content
+    content = read_object(path, "a checkpoint directory")
+    if type(version := content.get("format_version")) is int and version == 1:
+        config = content.get("config")
+        if unknown := set(config if isinstance(config, dict) else {}) - VERSION_1_FIELDS:
+            raise RsdError(f"{path}: a field is unknown in format 1: {', '.join(sorted(unknown))}")
+    else:
+        check_version(content, str(path), "tokenizer", FORMAT_VERSION, REMEDY)
+    return from_json(StoredTokenizer, content, str(path), ignore=("format_version",))
 
 
-def is_version_1(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("format_version") == 1
-
-
-def config_from_json(content: dict[str, Any]) -> TokenizerConfig:
-    changes: dict[str, Any] = {}
-    if "binary" in content:
-        changes["binary"] = tuple(int(d) for d in content["binary"])
-    if "binary_values" in content:
-        changes["binary_values"] = tuple((float(low), float(high)) for low, high in content["binary_values"])
-    if "learn" in content:
-        changes["learn"] = LearnConfig(**content["learn"])
-    return TokenizerConfig(**{**content, **changes})
-
-
-def read_active(rows: list[str] | None) -> Tensor | None:
+def read_active(rows: list[str] | None, where: str) -> Tensor | None:
     if rows is None:
         return None
-    if any(set(row) - {"0", "1"} for row in rows):
-        raise ValueError("active: expected strings of 0 and 1")
+    if any(set(row) - {"0", "1"} for row in rows) or len(set(map(len, rows))) != 1:
+        raise RsdError(f"{where}: active: expected strings of 0 and 1 of one length; {REMEDY}")
     return torch.tensor([[float(cell) for cell in row] for row in rows])
 
 
@@ -174,6 +157,8 @@ def read_tensors(path: Path, digest: str | None) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise RsdError(f"{path}: not readable as safetensors ({error}); it is damaged") from None
     for name, value in tensors.items():
+        if value.dtype != torch.float32:
+            raise RsdError(f"{path}: {name} expected torch.float32, found {value.dtype}; {REMEDY}")
         if not torch.isfinite(value).all():
             raise RsdError(f"{path}: {name} holds NaN or infinity")
     return dict(tensors)

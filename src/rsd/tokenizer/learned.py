@@ -30,7 +30,8 @@ class LearnConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.hidden, self.steps, self.batch_size) < 1 or not 0.0 < self.learning_rate < 1.0:
+        sizes = self.hidden, self.steps, self.batch_size
+        if min(sizes) < 1 or self.hidden > 2**15 or not 0.0 < self.learning_rate < 1.0:
             raise RsdError(f"tokenizer learning: expected sizes >= 1 and a learning rate in (0, 1), found {self}")
 
 

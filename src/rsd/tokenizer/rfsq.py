@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rsd.exact import integers, reals
 from rsd.types import RsdError
 
 
@@ -96,7 +97,8 @@ class Rfsq:
 
     def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x float [..., P] -> symbols int64 [..., L, P] and what they `dequantise` to bit by bit [..., P]."""
-        residual, z_hat, symbols = x.float(), torch.zeros_like(x, dtype=torch.float32), []
+        residual = reals("scalars", x)
+        z_hat, symbols = torch.zeros_like(residual), []
         for level in range(1, self.config.levels + 1):
             digit = self.digit(residual, level)
             value = digit * self.step(level)
@@ -106,6 +108,7 @@ class Rfsq:
 
     def dequantise(self, symbols: Tensor) -> Tensor:
         """symbols int [..., k, P], any prefix k = 0..L of levels -> float32 [..., P]."""
+        symbols = integers("tokens", symbols)
         levels = symbols.shape[-2]
         if levels > self.config.levels:
             raise RsdError(f"RFSQ: expected at most {self.config.levels} levels, found {levels}")
@@ -116,11 +119,12 @@ class Rfsq:
 
     def value(self, symbol: Tensor, level: int) -> Tensor:
         """What symbols int [..., P] of one level contribute: D_level * t."""
-        return (symbol - self.config.half).float() * self.step(level)
+        return (integers("tokens", symbol) - self.config.half).float() * self.step(level)
 
     def continue_from(self, x: Tensor, symbols: Tensor) -> Tensor:
         """Symbols for the levels below a given prefix: x [..., P], symbols [..., k, P] -> [..., L-k, P]."""
-        residual, out = x - self.dequantise(symbols), []
+        symbols = integers("tokens", symbols)
+        residual, out = reals("scalars", x) - self.dequantise(symbols), []
         for level in range(symbols.shape[-2] + 1, self.config.levels + 1):
             digit = self.digit(residual, level)
             residual = residual - digit * self.step(level)
@@ -140,7 +144,8 @@ class Rfsq:
         return digits + finest / 2
 
     def check(self, symbols: Tensor) -> None:
-        """Raise if a symbol is outside 0..K-1."""
+        """Raise if a symbol is no integer, or outside 0..K-1."""
+        symbols = integers("tokens", symbols)
         if symbols.numel() and (symbols.min() < 0 or symbols.max() >= self.config.symbols):
             low, high = int(symbols.min()), int(symbols.max())
             raise RsdError(f"tokens: expected symbols in 0..{self.config.symbols - 1}, found {low}..{high}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rsd.checkpoint import save_checkpoint
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
+from rsd.devices import check_device
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.output import shown
 from rsd.policy import RsdPolicy
@@ -176,6 +177,5 @@ def resolve_device(name: str) -> torch.device:
     """`auto` takes CUDA where there is one; `cuda` is this process's own GPU, and without one an error."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RsdError(f"device {name}: no CUDA device is visible here; use --device cpu")
+    check_device(name)
     return torch.device(f"cuda:{parallel.local_rank()}" if name == "cuda" else name)

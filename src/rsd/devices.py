@@ -1,0 +1,22 @@
+"""Devices that a model can run on: cpu, cuda, cuda:1."""
+
+from __future__ import annotations
+
+import re
+
+from rsd.types import RsdError
+
+
+def check_device(name: str) -> str:
+    """The name itself; `RsdError` for a device that is not here or that no model computes on, such as torch's meta."""
+    import torch
+
+    found = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", str(name))
+    if found is None:
+        raise RsdError(f"device {str(name)[:60]!r}: expected cpu, cuda, or cuda with a number such as cuda:1")
+    if name != "cpu":
+        if not torch.cuda.is_available():
+            raise RsdError(f"device {name}: no CUDA device is visible here; cpu always works")
+        if (count := torch.cuda.device_count()) <= int(found[1] or 0):
+            raise RsdError(f"device {name}: {count} CUDA devices are visible here, the last is cuda:{count - 1}")
+    return name
