@@ -25,10 +25,10 @@ class MergeArguments:
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(MergeArguments, arguments, prog)
     from rsd.evaluation.merging import merge_shards
-    from rsd.evaluation.report import load_runs, rich_table
+    from rsd.evaluation.report import load_runs, print_runs
 
     summary = merge_shards(options.output, options.shards)
     if summary.success.n:
-        Console().print(rich_table(load_runs([options.output])))
+        print_runs(Console(), load_runs([options.output]))
     print(f"results: {options.output}")
     return 1 if summary.errors else 0

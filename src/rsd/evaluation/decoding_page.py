@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rsd.decoding.calibration import RealisedRisk, realised_risk
 from rsd.decoding.strategies import STRATEGIES
-from rsd.evaluation.calibrate import SCORE, chunk_stat, deviations
+from rsd.evaluation.calibrate import SCORE, chunk_stat
 from rsd.evaluation.config import DEFAULT, asked_rule
 from rsd.evaluation.deviation import UNITS, DeviationRecord
 from rsd.evaluation.latency import LatencyRecord
@@ -299,23 +299,25 @@ def risk_section(names: Sequence[str], runs: Sequence[Run], epsilon_mm: float, d
                 f"{epsilon:g} mm",
                 f"<= {calibration['alpha']:g} at {1 - calibration['delta']:g}" if calibration else "nothing",
                 f"{found.share:.3f} (<= {found.share_upper:.3f})",
-                f"{found.deviating}/{found.executed}",
+                f"{found.beyond} / {found.gripper_only} / {found.executed}",
                 f"{found.executed / found.chunks:.1%}",
                 f"{correlation[0, 1]:.2f}",
             ]
         )
     header = ["decoder", "threshold", "epsilon", "promised risk", "realised risk (upper bound)"]
-    header += ["deviating of the executed drafts", "chunks without the main", "corr(expected, true deviation)"]
+    header += ["executed drafts: beyond epsilon / only the gripper differs / all", "chunks without the main"]
+    header += ["corr(expected, true deviation)"]
     return (
         "## Skipping: the promise and what became of it\n\nRisk: mean share of an episode's executed draft chunks that "
-        "deviate by more than epsilon. The main ran beside every skipped chunk, untimed.\n\n"
+        "deviate by more than epsilon, or whose gripper differs. The main ran beside every skipped chunk, untimed.\n\n"
     ) + table(header, rows)
 
 
 def risk_of(run: Run, epsilon_mm: float, delta: float) -> RealisedRisk:
     """What an audited run of `rsd-skip` says of the risk."""
     skipped = [flags.astype(bool) for flags in columns(run, "skipped")]
-    return realised_risk(skipped, [deviations(e) for e in run.episodes], epsilon_mm=epsilon_mm, delta=delta)
+    differs = [np.array(e.chunk_stats.get("gripper_differs", [0] * e.chunks)) > 0 for e in run.episodes]
+    return realised_risk(skipped, columns(run, "deviation_mm"), differs, epsilon_mm=epsilon_mm, delta=delta)
 
 
 def deviation_section(record: DeviationRecord, path: Path) -> str:
@@ -356,8 +358,7 @@ def latency_section(record: LatencyRecord, path: Path) -> str:
         parts = ", ".join(f"{s} {percentiles(v)[0]:.1f}" for s, v in stages.items() if s != "total")
         if name not in STRATEGIES:
             continue  # of a decoder that is no more
-        whole = name in ideals and FOLLOW_UP not in stages  # the work counted is that of both
-        share = f"{ideals[name]:.2f} ({ideals[name] / p50:.0%})" if whole else ABSENT
+        share = f"{ideals[name]:.2f} ({ideals[name] / p50:.0%})" if name in ideals else ABSENT
         rows.append([f"`{name}`", f"{p50:.1f} / {p95:.1f}", f"{base / p50:.2f}x", f"{p50 / bar:.2f}", share, parts])
     count = len(record.milliseconds["ar"]["total"])
     engine = machine.get("engine", CUDA_GRAPHS if machine["device"] != "cpu" else EAGER)  # not named by older records

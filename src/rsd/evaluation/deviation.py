@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from rsd.conventions import ACTION_METRES, ACTION_RADIANS
@@ -22,6 +21,7 @@ from rsd.decoding.steps import Decoded, EpisodeMemory, Scene, Stopwatch
 from rsd.decoding.strategies import LIGHT, STRATEGIES
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
+from rsd.evaluation.tables import print_table
 from rsd.policy import RsdPolicy
 from rsd.training.dataset import FrameDataset
 from rsd.training.policy import load_folders, split
@@ -118,7 +118,7 @@ def measure_deviation(config: DeviationConfig) -> list[Row]:
     record = DeviationRecord(FORMAT, settings, versions(), dataset.episodes, len(frames), rows)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output, encode_record(record) + "\n")
-    Console().print(deviation_table(rows))
+    print_deviations(Console(), rows)
     return rows
 
 
@@ -155,11 +155,11 @@ def spread(own: NDArray[np.float32], other: NDArray[np.float32]) -> dict[str, tu
     return found
 
 
-def deviation_table(rows: list[Row]) -> Table:
-    table = Table(title="deviation of a step's command, p50 / p99 / max", title_justify="left")
-    for column in ("decoder", "acceptance", "fine", "from ar, mm", "from ar, degrees", "from the expert, mm"):
-        table.add_column(column)
+def print_deviations(console: Console, rows: list[Row]) -> None:
+    header = ["decoder", "acceptance", "fine", "from ar, mm", "from ar, degrees", "from the expert, mm"]
+    cells = []
     for row in rows:
-        cells = (row.from_ar["mm"], row.from_ar["degrees"], row.from_expert["mm"])
-        table.add_row(row.decode, row.acceptance, row.fine, *(" / ".join(f"{x:.2f}" for x in cell) for cell in cells))
-    return table
+        spreads = (row.from_ar["mm"], row.from_ar["degrees"], row.from_expert["mm"])
+        written = (" / ".join(f"{x:.2f}" for x in spread) for spread in spreads)
+        cells.append([row.decode, row.acceptance, row.fine, *written])
+    print_table(console, "deviation of a step's command, p50 / p99 / max", header, cells, "rows")

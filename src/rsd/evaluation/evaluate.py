@@ -33,6 +33,7 @@ from rsd.evaluation.results import (
     write_atomically,
 )
 from rsd.evaluation.summary import RunSummary, summarize
+from rsd.evaluation.tables import plural
 from rsd.evaluation.video import VIDEOS_DIR
 from rsd.evaluation.workers import Ready, Retry, worker_count
 from rsd.types import CUDA_GRAPHS, EAGER, RsdError
@@ -50,12 +51,13 @@ def evaluate(
     console: Console | None = None,
     time_limit_s: float = math.inf,
     note: str = "",
+    warned: set[str] | None = None,
 ) -> RunSummary:
     """Run what is missing of `config` in `config.output_dir` and return (and write) the run's summary.
 
     Episodes already there are kept, so the same call continues an interrupted run; episodes that ended in an
     error are run again. overwrite: start from nothing. time_limit_s: after so long no episode is begun any more.
-    note: printed first.
+    note: printed first. warned: cautions that were printed already; those of this run are added.
     Raises RsdError where the directory holds another run or damaged results, or the policy cannot be loaded.
     """
     console = console or Console(stderr=True)
@@ -64,6 +66,11 @@ def evaluate(
     plan = plan_episodes(config, backend)
     if note or chosen:
         console.print(note or chosen, soft_wrap=True, highlight=False)
+    warned = set() if warned is None else warned
+    for caution in backend.cautions(config) if backend.cautions else []:
+        if caution not in warned:
+            console.print(f"warning: {caution}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+            warned.add(caution)
     directory = config.output_dir
     finished = open_run(config, directory, overwrite, console)
     done = {key for key, result in finished.items() if not result.is_error}
@@ -75,7 +82,7 @@ def evaluate(
             backend.preflight(config)
         if done:
             console.print(
-                f"{directory}: {len(done)} of {len(plan)} episodes are done, {len(pending)} to go",
+                f"{directory}: {len(done)} of {plural(len(plan), 'episode')} done, {len(pending)} to go",
                 soft_wrap=True,
             )
         run_missing(config, backend, JobQueue(pending, time.monotonic() + time_limit_s), finished, workers, console)

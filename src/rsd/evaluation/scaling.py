@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from rsd.decoding.steps import EpisodeMemory, Proposal, SkipRule
 from rsd.evaluation.backend import available_cores, cpu_model
@@ -23,6 +22,7 @@ from rsd.evaluation.config import DEFAULT, asked_rule
 from rsd.evaluation.latency import observations, take_turns
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
+from rsd.evaluation.tables import print_table
 from rsd.models.rsd_model import RsdModel
 from rsd.policy import RsdPolicy
 from rsd.types import AUTO, EAGER, RsdError
@@ -143,7 +143,7 @@ def measure_scaling(config: ScalingConfig) -> ScalingRecord:
     record = ScalingRecord(FORMAT, settings, versions(), machine, sizes)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output, encode_record(record) + "\n")
-    Console().print(scaling_table(record))
+    print_scaling(Console(), record)
     return record
 
 
@@ -159,13 +159,12 @@ def count(module: torch.nn.Module | None) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
-def scaling_table(record: ScalingRecord) -> Table:
+def print_scaling(console: Console, record: ScalingRecord) -> None:
     """p50 by size and decoder, and the two ratios."""
-    table = Table(title=f"milliseconds per chunk, p50, {record.machine['device']}", title_justify="left")
-    for column in ("main", *DECODERS, RESTING, "ar / rsd-fused", "rsd-fused / l1"):
-        table.add_column(column, justify="right")
+    header = ["main", *DECODERS, RESTING, "ar / rsd-fused", "rsd-fused / l1"]
+    rows = []
     for size in record.sizes.values():
         milliseconds = [f"{size.p50(name):.2f}" for name in (*DECODERS, RESTING)]
         ratios = size.p50("ar") / size.p50("rsd-fused"), size.p50("rsd-fused") / size.p50("l1")
-        table.add_row(f"{size.parameters / 1e6:.0f} M", *milliseconds, *(f"{ratio:.2f}" for ratio in ratios))
-    return table
+        rows.append([f"{size.parameters / 1e6:.0f} M", *milliseconds, *(f"{ratio:.2f}" for ratio in ratios)])
+    print_table(console, f"milliseconds per chunk, p50, {record.machine['device']}", header, rows, "rows")

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from rsd.evaluation.roofline import Ceiling, measure_ceiling
+from rsd.evaluation.tables import print_table
 from rsd.models.openvla import OpenVlaModel
 from rsd.openvla.bench_cases import (
     CASES,
@@ -269,7 +269,7 @@ def measure_openvla(config: OpenVlaBenchConfig) -> Bench:
             bench.share_ideals()
             write(bench)
     if any(row.case in CASES for row in bench.rows):
-        Console().print(table(bench))
+        print_bench(Console(), bench)
     for note in notes(bench):
         Console().print(note, soft_wrap=True, highlight=False, markup=False)
     return bench
@@ -324,17 +324,16 @@ def write(bench: Bench) -> None:
     bench.config.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def table(bench: Bench) -> Table:
+def print_bench(console: Console, bench: Bench) -> None:
     """p50 in milliseconds (share of the roofline) by case and section."""
     sections = list(dict.fromkeys(row.section for row in bench.rows if row.case in CASES))
-    result = Table(title="milliseconds per decision, p50 (share of the bfloat16 roofline)", title_justify="left")
-    for name in ("decoder", "cameras", "batch", *sections):
-        result.add_column(name, justify="left" if name == "decoder" else "right")
     cells = {(row.case, row.cameras, row.batch, row.section): row for row in bench.rows}
+    rows = []
     for case, cameras, batch in dict.fromkeys(key[:3] for key in cells if key[0] in CASES):
         found = [cells.get((case, cameras, batch, section)) for section in sections]
-        result.add_row(case, str(cameras), str(batch), *(cell(row) for row in found))
-    return result
+        rows.append([case, str(cameras), str(batch), *(cell(row) for row in found)])
+    header = ["decoder", "cameras", "batch", *sections]
+    print_table(console, "milliseconds per decision, p50 (share of the bfloat16 roofline)", header, rows, "rows")
 
 
 def cell(row: Row | None) -> str:

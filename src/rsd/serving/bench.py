@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from rsd.evaluation.backend import available_cores, describe_checkpoint
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
+from rsd.evaluation.tables import print_table
 from rsd.serving.client import RemotePolicy
 from rsd.serving.server import PolicyServer, reserve, serve_until_signal
 from rsd.serving.service import load_policy, versions_on
@@ -76,10 +76,11 @@ def measure_serving(config: ServingBenchConfig) -> ServingRecord:
     record = ServingRecord(FORMAT, settings, versions_on(config.device), times)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output, encode_record(record) + "\n")
-    table = Table("milliseconds, p50 / p95", *(config.decode), title=config.policy, title_justify="left")
-    for name in (LOCAL, ROUND_TRIP, NETWORK):
-        table.add_row(name, *("{:.2f} / {:.2f}".format(*percentiles(times[d][name])) for d in config.decode))
-    Console().print(table)
+    rows = [
+        [name, *("{:.2f} / {:.2f}".format(*percentiles(times[d][name])) for d in config.decode)]
+        for name in (LOCAL, ROUND_TRIP, NETWORK)
+    ]
+    print_table(Console(), f"{config.policy}: milliseconds, p50 / p95", ["", *config.decode], rows)
     return record
 
 
