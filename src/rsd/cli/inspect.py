@@ -13,7 +13,7 @@ from rsd.cli.parsing import parse
 
 @dataclass(frozen=True)
 class InspectArguments:
-    """Show what a checkpoint holds (sizes, tokenizer, training data), or a run, or a folder of runs (tasks, failures)."""
+    """Show what a checkpoint holds (sizes, tokenizer, training data), or one run or several (tasks, failures)."""
 
     path: tyro.conf.Positional[str]
     """Checkpoint directory, hub id, directory written by `rsd eval`, or a folder of such."""

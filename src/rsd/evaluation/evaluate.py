@@ -102,7 +102,6 @@ def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
     """All episodes of a run, trial by trial; raises OptionError for an unknown suite, task or state."""
     jobs: list[Job] = []
     states = config.states
-    video = "" if config.videos == "none" else config.videos
     for suite in config.suites:
         try:
             listed = backend.list_tasks(suite)
@@ -119,7 +118,7 @@ def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
                     f"task {task_id} of {suite} has {available} initial states, 0 to {available - 1}"
                     f"{f'; a list such as {config.init_states}-{available - 1} takes what there is' if some else ''}"
                 )
-            jobs.extend(Job(suite, task_id, *tasks[task_id], state, video) for state in states)
+            jobs.extend(Job(suite, task_id, *tasks[task_id], state) for state in states)
     jobs.sort(key=lambda job: states.index(job.init_state))  # stable: trial by trial, the suites' own order within
     part, parts = config.shard_of()
     return jobs[part::parts]

@@ -94,7 +94,8 @@ def decoding_rows(directory: Path, content: dict[str, Any], config: Any) -> Rows
     """What it decodes by, and what its calibration promises."""
     from rsd.checkpoint import CALIBRATION_FILE, load_calibration, proven_decode
 
-    rows = [("acceptance rule", str(config.acceptance)), ("light draft", "yes" if content["policy"].get("light") else "no")]
+    light = "yes" if content["policy"].get("light") else "no"
+    rows = [("acceptance rule", str(config.acceptance)), ("light draft", light)]
     if (proven := proven_decode(directory, content)) is not None:
         rows.append((f"proven best: {proven[0]}", proven[1]))
     if (directory / CALIBRATION_FILE).is_file():
@@ -194,23 +195,20 @@ def show_runs(directories: list[Path], console: Console) -> None:
         console.print(f"\nof one alone: rsd inspect {directories[0]}", soft_wrap=True)
         return
     (run,) = runs
-    rows = []
+    rows, failed = [], []
     for task in summarize_tasks(run.episodes):
         failures = Counter(
             episode.failure_detail or episode.failure
             for episode in run.episodes
             if (episode.suite, episode.task_id) == (task.suite, task.task_id) and not episode.success
         )
-        rows.append(
-            [
-                labels[task.suite, task.task_id],
-                f"{task.success.successes}/{task.success.n}",
-                f"{100 * task.success.low:.0f} to {100 * task.success.high:.0f} %",
-                ABSENT if task.mean_success_steps is None else f"{task.mean_success_steps:.0f}",
-                ", ".join(f"{count} x {reason}" for reason, count in failures.most_common()),
-            ]
-        )
-    print_table(console, "tasks", ["task", "success", "95 % interval", "steps per success", "failures"], rows, "rows")
+        label, rate = labels[task.suite, task.task_id], task.success
+        steps = ABSENT if task.mean_success_steps is None else f"{task.mean_success_steps:.0f}"
+        rows.append([label, f"{rate.successes}/{rate.n}", f"{100 * rate.low:.0f} to {100 * rate.high:.0f} %", steps])
+        if failures:
+            failed.append((label, ", ".join(f"{count} x {reason}" for reason, count in failures.most_common())))
+    print_table(console, "tasks", ["task", "success", "95 % interval", "steps"], rows, "rows")
+    print_rows(console, "failures", failed)
     for episode in run.broken:
         where = f"{episode.suite} task {episode.task_id}, initial state {episode.init_state}"
         console.print(f"error: {where}: {episode.failure}", style="red", soft_wrap=True)

@@ -110,14 +110,15 @@ def run_directories(paths: Sequence[Path]) -> list[Path]:
         if not inside or (path / CONFIG_FILE).exists():
             found.append(path)
         elif any(part.name.startswith("shard-") for part in inside):
-            raise RsdError(f"{path}: holds {plural(len(inside), 'part')} of one run; bring them together: rsd merge {path}")
+            parts = plural(len(inside), "part")
+            raise RsdError(f"{path}: holds {parts} of one run; bring them together: rsd merge {path}")
         else:
             found += inside
     return found
 
 
 def load_runs(directories: Sequence[Path]) -> list[Run]:
-    """Read several directories, or folders of them; runs of the same decoding are told apart by the directories' names."""
+    """Read several directories, or folders of them; runs of the same decoding are told apart by their directories."""
     directories = run_directories(directories)
     runs = [load_run(directory) for directory in directories]
     names = [run.name for run in runs]
@@ -232,7 +233,7 @@ def further_rows(decodings: Sequence[DecodingSummary]) -> list[tuple[str, list[s
 
 
 def risk_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """What `--audit` found: how far drafts led away from the main's chunks, and the risk of those that were executed."""
+    """What `--audit` found: drafts that led away from the main's chunks, and the risk of those that were executed."""
     audits = [audit(run) for run in runs]
     risks, beyond, gripper = [], [], []
     for found in audits:

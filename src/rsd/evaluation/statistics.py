@@ -81,8 +81,9 @@ class PairedDifference:
     def interval(self, resamples: int = 20_000) -> tuple[float, float]:
         """Bootstrap 95 % interval of `difference`: the pairs drawn anew with replacement, percentile method.
 
-        It speaks of other initial states of these very tasks. Resampling n pairs is drawing the four counts from a multinomial, which needs no loop. Seeded, so that a
-        table does not change from one print to the next. Degenerate where no pair disagrees: McNemar speaks then.
+        It speaks of other initial states of these very tasks. Resampling n pairs is drawing the four counts from a
+        multinomial, which needs no loop. Seeded, so that a table does not change from one print to the next.
+        Degenerate where no pair disagrees: McNemar speaks then.
         """
         counts = np.array([self.both, self.only_first, self.only_second, self.neither])
         draws = np.random.default_rng(0).multinomial(self.pairs, counts / self.pairs, size=resamples)
