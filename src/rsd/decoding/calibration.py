@@ -231,7 +231,8 @@ class RealisedRisk:
     """What became of the promise on other episodes. Upper bounds hold with confidence 1 - delta each.
 
     executed, beyond, gripper_only: draft chunks over all episodes (no interval: chunks of an episode are not
-    independent): those executed, of these the ones further than epsilon, and those nearer whose gripper differs.
+    independent): those executed, of these the ones further than epsilon, and those nearer whose gripper differs
+    (None where that was not recorded).
     share, share_upper: mean loss `share` of an episode, bound of Hoeffding-Bentkus.
     any, any_upper: rate of episodes where any executed chunk deviates, bound of Clopper-Pearson.
     """
@@ -240,7 +241,7 @@ class RealisedRisk:
     chunks: int
     executed: int
     beyond: int
-    gripper_only: int
+    gripper_only: int | None
     share: float
     share_upper: float
     any: float
@@ -272,7 +273,7 @@ def realised_risk(
         chunks=sum(map(len, skipped)),
         executed=int(ran.sum()),
         beyond=int((ran & beyond).sum()),
-        gripper_only=int((ran & deviates & ~beyond).sum()),
+        gripper_only=None if gripper_differs is None else int((ran & deviates & ~beyond).sum()),
         share=float(share.mean()),
         share_upper=hoeffding_bentkus_upper(float(share.mean()), n, delta),
         any=hits / n,

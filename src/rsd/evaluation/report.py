@@ -239,7 +239,8 @@ def risk_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     for found in audits:
         risks.append(ABSENT if not found or not found[2] else f"{found[0].share:.3f} (<= {found[0].share_upper:.3f})")
         beyond.append(ABSENT if not found else f"{found[0].beyond:,} of {found[0].executed:,} ({found[1]:g} mm)")
-        gripper.append(ABSENT if not found else f"{found[0].gripper_only:,} of {found[0].executed:,}")
+        alone = None if not found else found[0].gripper_only
+        gripper.append(ABSENT if alone is None or not found else f"{alone:,} of {found[0].executed:,}")
     confidence = {1 - epsilon_and_delta(run)[1] for run in runs}
     bound = f"{100 * confidence.pop():.0f} %" if len(confidence) == 1 else "its confidence"
     return [
@@ -264,12 +265,14 @@ def audit(run: Run) -> tuple[RealisedRisk, float, bool] | None:
         stats = {name: episode.chunk_stats.get(name, [None] * episode.chunks) for name in AUDITED}
         skipped.append(np.array([bool(value) for value in stats["skipped"]]))
         apart.append(np.array([np.nan if value is None else value for value in stats["deviation_mm"]]))
-        differs.append(np.array([bool(value) for value in stats["gripper_differs"]]))
+        if "gripper_differs" in episode.chunk_stats:  # not recorded by the first audits
+            differs.append(np.array([bool(value) for value in stats["gripper_differs"]]))
     known = [np.isfinite(values) for values in apart]
     executed = any(flags.any() for flags in skipped)
     compared = [a & b for a, b in zip(skipped, known, strict=True)] if executed else known
     epsilon, delta = epsilon_and_delta(run)
-    return realised_risk(compared, apart, differs, epsilon_mm=epsilon, delta=delta), epsilon, executed
+    recorded = differs if len(differs) == len(apart) else None
+    return realised_risk(compared, apart, recorded, epsilon_mm=epsilon, delta=delta), epsilon, executed
 
 
 def epsilon_and_delta(run: Run) -> tuple[float, float]:
