@@ -7,7 +7,7 @@ main run beside every skipped chunk; `decoding.calibration` fits the threshold; 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from rich.console import Console
 from rsd.checkpoint import read_content, weights_hash
 from rsd.decoding.calibration import SkipCalibration, check_promise, episodes_needed, executed, fit_threshold
 from rsd.evaluation.backend import LIBERO, Backend, describe_checkpoint
-from rsd.evaluation.config import DEFAULT, EvalConfig, asked_rule
+from rsd.evaluation.bench_config import CalibrateConfig
+from rsd.evaluation.config import EvalConfig, asked_rule
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.failures import WatchedLibero
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
@@ -29,50 +30,6 @@ from rsd.types import RsdError
 SCORE = "expected_deviation_mm"
 FAR = 1e6  # mm
 FIRST_PLACEMENT = 1_000_000  # placement seeds of the calibration: one a trial
-
-
-@dataclass(frozen=True)
-class CalibrateConfig:
-    """Fit the skip threshold of a checkpoint: the risk that an executed draft chunk deviates stays under alpha."""
-
-    policy: str = "checkpoints/libero_spatial"
-    """Checkpoint directory; the calibration is written into it."""
-    task_suite: str = "libero_spatial"
-    """Suite of the rollouts, or several with commas between. Each is fitted by itself and the strictest threshold is
-    taken, so that no easy suite vouches for a hard one; the confidence is one suite's, not that of all at once."""
-    tasks: str = "all"
-    """As in `rsd eval`."""
-    num_trials: int = 20
-    """Rollouts per task, each from a random placement of its own."""
-    alpha: float = 0.1
-    """Promised risk: mean share of an episode's executed draft chunks that deviate."""
-    delta: float = 0.1
-    """The promise holds with confidence 1 - delta over the draw of the rollouts."""
-    epsilon_mm: float = 75.0
-    """A draft chunk deviates if its commands lead the fingertip further than this away from the main's. The arm follows
-    about a quarter of what is commanded."""
-    max_skips: int = 6
-    """Chunks in a row without the main, at most. A risk by chunk does not see where a row of them leads: without a
-    limit the draft of the shipped policy goes round in circles at times."""
-    memory_chunks: int = 2
-    """For so many chunks the draft attends to what the main left behind; after that it acts on what it sees alone."""
-    acceptance: str = DEFAULT
-    """How the main judges drafts, as in `rsd eval`; `rsd-skip` will take the same."""
-    tried_mm: float = 100.0
-    """Threshold of the rollouts. The promise is about episodes that skip as these do: run again, in another folder,
-    with the threshold that came out if it skips much more or less often."""
-    test: str = "betting"
-    """Test behind the promise: betting (arXiv 2010.09686) or hoeffding-bentkus."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    num_workers: str = "auto"
-    """Worker processes."""
-    batch: int = 0
-    """As in `rsd eval`: one policy for all workers, that many observations at once."""
-    seed: int = 11
-    """Seed of the policy's rollouts."""
-    output: Path = Path("results/scratch/calibration")
-    """Folder of the rollouts; an interrupted run continues, and other alpha, delta or epsilon need no new ones."""
 
 
 class PlacementEnv(WatchedLibero):

@@ -7,7 +7,6 @@ Do later levels take a draft's coarse error out? Compare `draft` (nothing after 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor
 from rsd.conventions import ACTION_METRES, ACTION_RADIANS
 from rsd.decoding.steps import Decoded, EpisodeMemory, Scene, Stopwatch
 from rsd.decoding.strategies import LIGHT, STRATEGIES
+from rsd.evaluation.bench_config import DeviationConfig
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.tables import print_table
@@ -43,24 +43,6 @@ VARIANTS = (  # decoder, acceptance, fine levels
     ("parallel", "margin", "regress"),
 )
 UNITS = ("normalised", "mm", "degrees")
-
-
-@dataclass(frozen=True)
-class DeviationConfig:
-    """Measure the action deviation from `ar` on held-out demonstration frames."""
-
-    data: tuple[Path, ...]
-    """Folders of rendered demonstrations (HDF5); every n-th episode is taken, as the training held it out."""
-    policy: str = "checkpoints/libero_spatial"
-    """Checkpoint directory or hub id."""
-    frames: int = 256
-    """Frames, evenly spread; one at a time."""
-    validation_every: int = 40
-    """Every n-th episode is held out: the training's own setting."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    output: Path = Path("results/scratch/deviation.json")
-    """p50, p99 and max by decoder, as JSON."""
 
 
 @dataclass(frozen=True)

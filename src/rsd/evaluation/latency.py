@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,60 +18,19 @@ from rich.console import Console
 
 from rsd.decoding.strategies import STRATEGIES
 from rsd.evaluation.backend import available_cores, cpu_model
-from rsd.evaluation.config import DEFAULT, asked_rule
+from rsd.evaluation.bench_config import LatencyConfig
+from rsd.evaluation.config import asked_rule
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.roofline import Ceiling, Work, measure_ceiling, work_of
 from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.tables import print_table
 from rsd.policy import FOLLOW_UP, RsdPolicy
 from rsd.sim.libero import LiberoEnv
-from rsd.types import AUTO, Observation, RsdError
+from rsd.types import Observation
 from rsd.versions import versions
 
 FORMAT = 2  # in 1 the work of a decoder with a follow-up was that of both, its time that of the chunk alone
 STAGES = ("preprocess", "vision", "prefill", "draft", "main", "verify", "decode", "total", FOLLOW_UP)
-
-
-@dataclass(frozen=True)
-class LatencyConfig:
-    """Time every decoder of a policy, the first one being the baseline."""
-
-    policy: str = "checkpoints/libero_spatial"
-    """Checkpoint directory or hub id."""
-    decode: tuple[str, ...] = ("ar", "l1", "parallel", "rsd", "rsd-fused")
-    """Decoders, in the order of the columns."""
-    suite: str = "libero_spatial"
-    """Suite whose tasks give the observations: initial state 0 of each, and two chunks later."""
-    num_tasks: int = 10
-    """Take the observations from the first so many tasks."""
-    acceptance: str = DEFAULT
-    """Rule for drafted levels, as in `rsd eval`."""
-    engine: str = AUTO
-    """As in `rsd eval`; eager shows more stages."""
-    rounds: int = 20
-    """Predictions per decoder and observation."""
-    warmup: int = 5
-    """Rounds thrown away first."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    threads: int = 0
-    """Torch's threads; 0 = one per core."""
-    output: Path = Path("results/scratch/latency.json")
-    """Raw milliseconds and the environment, as JSON."""
-
-    def __post_init__(self) -> None:
-        for name in self.decode:
-            if name not in STRATEGIES:
-                raise RsdError(f"--decode '{name}': expected some of {', '.join(STRATEGIES)}")
-        if "rsd-skip" in self.decode:
-            raise RsdError(
-                "--decode rsd-skip: when it skips depends on the episode; time it in one: rsd eval --num-workers 1"
-            )
-        if len(set(self.decode)) < len(self.decode):
-            raise RsdError(f"--decode {' '.join(self.decode)}: expected each decoder once")
-        if min(self.rounds, self.num_tasks) < 1 or self.warmup < 0 or self.threads < 0 or not self.decode:
-            expected = "rounds >= 1, num_tasks >= 1, warmup >= 0, threads >= 0, a decoder"
-            raise RsdError(f"latency: expected {expected}; found {self}")
 
 
 @dataclass(frozen=True)

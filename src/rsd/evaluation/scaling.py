@@ -10,7 +10,6 @@ import math
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from rich.console import Console
 
 from rsd.decoding.steps import EpisodeMemory, Proposal, SkipRule
 from rsd.evaluation.backend import available_cores, cpu_model
-from rsd.evaluation.config import DEFAULT, asked_rule
+from rsd.evaluation.bench_config import TRUNKS, ScalingConfig
+from rsd.evaluation.config import asked_rule
 from rsd.evaluation.latency import observations, take_turns
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
@@ -31,45 +31,6 @@ from rsd.versions import versions
 FORMAT = 1
 RESTING = "draft alone"  # `rsd-skip` at a chunk without the main
 DECODERS = ("ar", "l1", "rsd", "rsd-fused")
-TRUNKS = {  # dim, layers, heads; cameras and words are those of the checkpoint
-    "10M": (192, 6, 3),
-    "18M": (320, 8, 5),
-    "32M": (448, 10, 7),
-    "104M": (576, 24, 9),
-    "312M": (1024, 24, 16),
-}
-
-
-@dataclass(frozen=True)
-class ScalingConfig:
-    """Time the decoders with mains of several sizes, random weights."""
-
-    policy: str = "checkpoints/libero_spatial"
-    """Checkpoint whose tokenizer, cameras and light draft are taken."""
-    sizes: tuple[str, ...] = tuple(TRUNKS)
-    """Sizes of the main, smallest first."""
-    num_tasks: int = 2
-    """Take two observations each from the first so many tasks of libero_spatial."""
-    rounds: int = 20
-    """Predictions per decoder and observation."""
-    warmup: int = 3
-    """Rounds thrown away first."""
-    device: str = "cpu"
-    """cpu or cuda (there every decoder is replayed from CUDA graphs)."""
-    engine: str = "default"
-    """As in `rsd eval`; default: CUDA graphs on a GPU, PyTorch operation by operation on a CPU, where exporting models
-    of a gigabyte for one measurement outlasts it."""
-    acceptance: str = DEFAULT
-    """How `rsd` and `rsd-fused` verify, as in `rsd eval`."""
-    output: Path = Path("results/scratch/scaling.json")
-    """Raw milliseconds and the environment, as JSON."""
-
-    def __post_init__(self) -> None:
-        for size in self.sizes:
-            if size not in TRUNKS:
-                raise RsdError(f"--sizes {size}: expected some of {', '.join(TRUNKS)}")
-        if min(self.rounds, self.num_tasks) < 1 or self.warmup < 1 or not self.sizes:
-            raise RsdError(f"scaling: expected rounds, num_tasks and warmup >= 1 and a size; found {self}")
 
 
 @dataclass(frozen=True)

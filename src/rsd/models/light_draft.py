@@ -6,15 +6,15 @@ positions of things it has from the main's key/value cache of an earlier chunk: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsd.models.draft import DraftConfig, DraftModel
+from rsd.models.config import LightDraftConfig
+from rsd.models.draft import DraftModel
 from rsd.models.fusing import fusible
 from rsd.models.main import STATE_FEATURES, MainConfig
 from rsd.models.streams import together
@@ -22,25 +22,6 @@ from rsd.models.trunk import KVCache, Trunk
 from rsd.models.vision import CameraEncoder
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import CAMERAS, RsdError
-
-
-@dataclass(frozen=True)
-class LightDraftConfig:
-    """shrink: the main's images are averaged over shrink x shrink pixels; depth: residual blocks at each resolution;
-    levels: how its coarse tokens are drafted; the rest are sizes."""
-
-    shrink: int = 2
-    channels: tuple[int, ...] = (16, 32, 64, 96)
-    dim: int = 160
-    layers: int = 3
-    heads: int = 5
-    levels: DraftConfig = field(default_factory=lambda: DraftConfig(levels=3, dim=128, layers=1, heads=4))
-    depth: int = 2
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> LightDraftConfig:
-        levels, channels = DraftConfig(**content["levels"]), tuple(content["channels"])
-        return cls(**{**content, "channels": channels, "levels": levels})
 
 
 class Memory(NamedTuple):

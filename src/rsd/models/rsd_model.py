@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 from torch import nn
 
-from rsd.models.draft import DraftConfig, DraftModel
-from rsd.models.light_draft import LightDraft, LightDraftConfig
-from rsd.models.main import MainConfig, MainModel
+from rsd.models.config import PolicyConfig
+from rsd.models.draft import DraftModel
+from rsd.models.light_draft import LightDraft
+from rsd.models.main import MainModel
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.strategies.rsd`); without a light
-    draft the decoders that need one are refused."""
-
-    main: MainConfig = field(default_factory=MainConfig)
-    draft: DraftConfig = field(default_factory=DraftConfig)
-    light: LightDraftConfig | None = field(default_factory=LightDraftConfig)
-    acceptance: str = "margin"
-    fine: str = "regress"
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> PolicyConfig:
-        main: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in content["main"].items()
-        }
-        found = content.get("light")  # absent in checkpoints of before there was one
-        light = LightDraftConfig.from_json(found) if found else None
-        rest = {k: v for k, v in content.items() if k not in ("main", "draft", "light")}
-        return cls(MainConfig(**main), DraftConfig(**content["draft"]), light, **rest)
 
 
 class RsdModel(nn.Module):

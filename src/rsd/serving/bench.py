@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from rich.console import Console
 
 from rsd.evaluation.backend import available_cores, describe_checkpoint
+from rsd.evaluation.bench_config import ServingBenchConfig
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
@@ -31,30 +31,6 @@ from rsd.types import CAMERAS, STATE_DIM, Observation, RsdError
 FORMAT = 1
 LOCAL, ROUND_TRIP, NETWORK = "predict here", "round trip", "of it on the way"
 START_PATIENCE = 600.0  # seconds until the server listens: it may load 15 GB
-
-
-@dataclass(frozen=True)
-class ServingBenchConfig:
-    """Time chunks decided here and behind a port of this machine."""
-
-    policy: str = EvalConfig.policy
-    """Checkpoint directory or hub id."""
-    decode: tuple[str, ...] = ("l1", "rsd-fused")
-    """Decoders, in the order of the columns."""
-    rounds: int = 200
-    """Chunks per decoder."""
-    warmup: int = 20
-    """Chunks thrown away first."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    threads: int = 0
-    """Torch's threads here and in the server; 0 = one per core."""
-    output: Path = Path("results/scratch/serving.json")
-    """Raw milliseconds and the environment, as JSON."""
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1 or self.warmup < 0 or self.threads < 0 or not self.decode:
-            raise RsdError(f"serving: expected rounds >= 1, warmup >= 0, threads >= 0, a decoder; found {self}")
 
 
 @dataclass(frozen=True)

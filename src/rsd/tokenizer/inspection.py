@@ -13,30 +13,12 @@ from torch import Tensor
 
 from rsd.evaluation.tables import print_table
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.training.tokenizer import DEFAULT_TOKENIZER, demonstration_chunks
+from rsd.tokenizer.bench.config import InspectConfig
+from rsd.training.tokenizer import demonstration_chunks
 from rsd.types import RsdError
 
-SUFFIXES = (".svg", ".png", ".pdf")
 NAMES = ("x", "y", "z", "roll", "pitch", "yaw")
 MOST_CHUNKS = 20_000
-
-
-@dataclass(frozen=True)
-class InspectConfig:
-    """Plot a chunk reconstructed from 1..L levels, and each level's symbols, entropy and utilisation."""
-
-    tokenizer: str = "checkpoints/libero_spatial"
-    """Directory with tokenizer.json (a checkpoint is one) or hub id."""
-    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
-    """Folders of demonstrations: HDF5 files (states suffice) or LeRobot data sets."""
-    chunk: int = -1
-    """Number of the chunk to draw; -1 draws the one that moves most within its steps."""
-    output: Path = DEFAULT_TOKENIZER / "inspect.svg"
-    """The picture: .svg, .png or .pdf."""
-
-    def __post_init__(self) -> None:
-        if self.output.suffix not in SUFFIXES:
-            raise RsdError(f"--output {self.output}: expected a name that ends in {', '.join(SUFFIXES)}")
 
 
 @dataclass(frozen=True)

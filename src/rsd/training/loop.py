@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from rsd.training import parallel
+from rsd.training.config import LoopConfig
 from rsd.types import RsdError
 
 STATE_FILE = "training_state.pt"
 CLOCK_STEPS = 20  # how often the share of the run that is done is read off the first process's clock
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """steps: optimiser steps; minutes: end earlier, with the schedule brought to its end (0 = no limit);
-    batch_size: per process; accumulate: batches whose gradients make one step; save_every: steps between resumable
-    states (0 = only at the end); log_every: the same for TensorBoard; cuda_graph: record forward and backward once
-    and replay them, which spares a GPU the launches of thousands of small kernels (the losses must not look at a
-    tensor's content)."""
-
-    steps: int = 20_000
-    minutes: float = 0.0
-    batch_size: int = 512
-    accumulate: int = 1
-    learning_rate: float = 6e-4
-    weight_decay: float = 0.05
-    warmup: int = 300
-    ema: float = 0.999
-    save_every: int = 0
-    log_every: int = 50
-    cuda_graph: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.accumulate < 1:
-            raise RsdError(f"--loop.accumulate {self.accumulate}: expected at least 1")
 
 
 def train(

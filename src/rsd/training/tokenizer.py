@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from rsd.data.episodes import action_episodes
-from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.training.config import TrainTokenizerConfig
 from rsd.training.dataset import chunk_targets
 from rsd.types import RsdError
 
-DEFAULT_TOKENIZER = Path("runs/tokenizer")  # where `fit` writes and the trainings read
 MOST_CHUNKS = 200_000  # neighbours overlap in all but a step: more would say nothing new
-
-
-@dataclass(frozen=True)
-class TrainTokenizerConfig:
-    """Calibrate the action tokenizer on demonstrations."""
-
-    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
-    """Folders of demonstrations: HDF5 files, this package's or LIBERO's own, or LeRobot data sets."""
-    output: Path = DEFAULT_TOKENIZER
-    """Where tokenizer.json goes (and tokenizer.safetensors, where something is learned)."""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
 
 def demonstration_chunks(data: Sequence[Path], horizon: int) -> tuple[np.ndarray, int]:
