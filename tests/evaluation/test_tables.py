@@ -30,11 +30,12 @@ def test_what_does_not_fit_becomes_blocks() -> None:
     header, rows = ["", "first", "second"], [["success", "x" * 30, "y" * 30], ["speed", "-", "2x"]]
     assert "┃" in drawn(120, header, rows)
     narrow = drawn(60, header, rows).splitlines()
-    assert narrow == ["title", "", "first", f"  success  {'x' * 30}", "", "second", f"  success  {'y' * 30}", "  speed    2x"]
+    first, second = f"  success  {'x' * 30}", f"  success  {'y' * 30}"
+    assert narrow == ["title", "", "first", first, "", "second", second, "  speed    2x"]
     by_row = drawn(60, ["task", "won", "why"], [["a", "x" * 30, "y" * 30]], "rows").splitlines()
     assert by_row == ["title", "", "a", f"  won  {'x' * 30}", f"  why  {'y' * 30}"]
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 episodes"), (1, "1 episode"), (2, "2 episodes"), (4275, "4,275 episodes")])
+@pytest.mark.parametrize(("count", "text"), [(0, "0 episodes"), (1, "1 episode"), (4275, "4,275 episodes")])
 def test_plural(count: int, text: str) -> None:
     assert plural(count, "episode") == text

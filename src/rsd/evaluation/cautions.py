@@ -33,11 +33,20 @@ def trained_on(content: dict[str, Any]) -> tuple[set[str], set[str], set[int]]:
     """config.json of a checkpoint -> suites, instructions and image sizes (pixels) of its training data.
 
     Each is empty where the data does not say; suites are those of a record that names one for every source."""
-    data = content.get("provenance", {}).get("data", {})
-    sources = data.get("sources", [])
-    suites = [source.get("settings", {}).get("suite", "") for source in sources]
-    sizes = {source.get("rendering", {}).get("image_size") for source in sources}
-    return set(suites) if all(suites) else set(), set(data.get("instructions", [])), sizes - {None}
+    data = section(content, "provenance", "data")
+    sources = data.get("sources")
+    sources = sources if isinstance(sources, list) else []
+    suites = [section(source, "settings").get("suite") for source in sources]
+    sizes = {section(source, "rendering").get("image_size") for source in sources} - {None}
+    told = data.get("instructions")
+    return set(suites) if all(suites) else set(), set(told) if isinstance(told, list) else set(), sizes
+
+
+def section(record: Any, *names: str) -> dict[str, Any]:
+    """A part of a free-form record by its path; empty where there is none."""
+    for name in names:
+        record = record.get(name) if isinstance(record, dict) else None
+    return record if isinstance(record, dict) else {}
 
 
 def unseen_tasks(config: EvalConfig, content: dict[str, Any]) -> Iterable[str]:

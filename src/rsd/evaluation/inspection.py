@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from rsd.evaluation.cautions import trained_on
+from rsd.evaluation.cautions import section, trained_on
 from rsd.evaluation.report import load_runs, print_runs, run_directories, task_labels
 from rsd.evaluation.results import CONFIG_FILE as RUN_CONFIG
 from rsd.evaluation.results import EPISODES_FILE
@@ -107,16 +107,15 @@ def decoding_rows(directory: Path, content: dict[str, Any], config: Any) -> Rows
 
 def training_rows(content: dict[str, Any]) -> Rows:
     """Suites, tasks, image size, how much of it, and by which versions; without what the record does not say."""
-    made = content.get("provenance", {})
-    data = made.get("data", {})
+    data = section(content, "provenance", "data")
     suites, instructions, sizes = trained_on(content)
     rows = [
         ("suites", ", ".join(sorted(suites))),
         ("tasks", str(len(instructions) or "")),
-        ("demonstrations", f"{data['episodes']:,}" if "episodes" in data else ""),
-        ("frames", f"{data['frames']:,}" if "frames" in data else ""),
+        ("demonstrations", str(data.get("episodes", ""))),
+        ("frames", str(data.get("frames", ""))),
         ("pixels", ", ".join(map(str, sorted(sizes)))),
-        ("versions", ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in section(content, "provenance", "versions").items())),
     ]
     return [(name, value) for name, value in rows if value]
 
