@@ -54,7 +54,7 @@ def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: b
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
     content = read_content(directory)
-    tokenizer, made = ActionTokenizer.load(directory), content.get("provenance", {})
+    tokenizer, made = ActionTokenizer.load(directory), section(content, "provenance")
     config, weights = (openvla_parts if BACKBONE in content else compact_parts)(directory, content, tokenizer)
     code = tokenizer.config.rfsq
     console.print(f"[bold]{escape(str(directory))}[/bold]", soft_wrap=True)
@@ -84,7 +84,7 @@ def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: b
         return
     print_rows(console, "policy", list(flatten(content["policy"])))
     print_rows(console, "reach of each dimension", [(str(i), f"{c:+.2f}+-{s:.2f}") for i, (c, s) in reach(tokenizer)])
-    print_rows(console, "validation during training", validation_rows(made.get("validation", {})))
+    print_rows(console, "validation during training", validation_rows(section(made, "validation")))
     base = {"base": content["base"]} if "base" in content else {}
     rest = {**base, **{name: value for name, value in made.items() if name != "validation"}}
     print_rows(console, "provenance", list(flatten(rest)))
@@ -107,7 +107,7 @@ def decoding_rows(directory: Path, content: dict[str, Any], config: Any) -> Rows
 
 def training_rows(content: dict[str, Any]) -> Rows:
     """Suites, tasks, image size, how much of it, and by which versions; without what the record does not say."""
-    data = section(content, "provenance", "data")
+    data, versions = section(content, "provenance", "data"), section(content, "provenance", "versions")
     suites, instructions, sizes = trained_on(content)
     rows = [
         ("suites", ", ".join(sorted(suites))),
@@ -115,7 +115,7 @@ def training_rows(content: dict[str, Any]) -> Rows:
         ("demonstrations", str(data.get("episodes", ""))),
         ("frames", str(data.get("frames", ""))),
         ("pixels", ", ".join(map(str, sorted(sizes)))),
-        ("versions", ", ".join(f"{name} {version}" for name, version in section(content, "provenance", "versions").items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     return [(name, value) for name, value in rows if value]
 
