@@ -177,7 +177,8 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 OVERLAPS = """width => {
   const found = [], box = e => e.getBoundingClientRect(), seen = e => box(e).width > 0;
-  const before = (a, b) => a.right <= b.left + 1 || a.bottom <= b.top + 1, apart = (a, b) => before(a, b) || before(b, a);
+  const before = (a, b) => a.right <= b.left + 1 || a.bottom <= b.top + 1;
+  const apart = (a, b) => before(a, b) || before(b, a);
   const fits = c => box(c).right <= width && c.scrollWidth <= c.clientWidth + 1;
   for (const row of document.querySelectorAll('#numbers tr, #failures tr')) {
     const cells = [...row.children].filter(seen);
@@ -191,7 +192,8 @@ OVERLAPS = """width => {
     for (const line of lines)
       for (const ten of line.querySelectorAll('.ten')) columns.add(Math.round(box(ten).left - box(line).left));
   }
-  if (columns.size > 5) found.push('rows of squares that do not stand under each other: ' + [...columns]);
+  const most = box(document.querySelector('.line')).width / 128;
+  if (columns.size > most) found.push('squares that do not stand under each other: ' + [...columns]);
   const runs = new Set([...document.querySelectorAll('#numbers td')].filter(seen).map(c => c.dataset.label));
   if (runs.size != document.querySelectorAll('.tile').length) found.push('runs: ' + [...runs]);
   return found;

@@ -36,10 +36,11 @@ def trained_on(content: dict[str, Any]) -> tuple[set[str], set[str], set[int]]:
     data = section(content, "provenance", "data")
     sources = data.get("sources")
     sources = sources if isinstance(sources, list) else []
-    suites = [section(source, "settings").get("suite") for source in sources]
-    sizes = {section(source, "rendering").get("image_size") for source in sources} - {None}
+    suites = {str(section(source, "settings").get("suite", "")) for source in sources}
+    sizes = {section(source, "rendering").get("image_size") for source in sources}
     told = data.get("instructions")
-    return set(suites) if all(suites) else set(), set(told) if isinstance(told, list) else set(), sizes
+    instructions = {str(text) for text in told} if isinstance(told, list) else set()
+    return set() if "" in suites else suites, instructions, {size for size in sizes if isinstance(size, int)}
 
 
 def section(record: Any, *names: str) -> dict[str, Any]:
