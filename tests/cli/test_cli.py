@@ -1,3 +1,4 @@
+import re
 import resource
 import subprocess
 import sys
@@ -7,8 +8,11 @@ import pytest
 
 from rsd.cli import COMMANDS, dispatch
 from rsd.cli.eval import EvalArguments, check_names, plan_runs
-from rsd.cli.parsing import UsageError, check_choice, one_line
+from rsd.cli.parsing import UsageError, check_choice, one_line, parse
 from rsd.evaluation.config import EvalConfig
+from rsd.tokenizer.bench import methods as bench_methods
+from rsd.tokenizer.bench.config import METHODS
+from rsd.training.config import TrainOpenVlaConfig, TrainPolicyConfig
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
@@ -113,6 +117,50 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: rsd {name} ")
     assert "--help" in printed
+    text = " ".join(printed.replace("│", " ").split())
+    negated = re.findall(r"--(?:\w+\.)*no-[\w-]+[^-]*?\(default: True\)", text)
+    assert not negated, "an option that says the opposite of its default"
+
+
+WITHOUT_TORCH = """
+import sys
+from rsd.cli import COMMANDS, dispatch
+lines = [[*name.split(), "--help"] for name in COMMANDS] + [["train", "policy", "--backbone", "openvla", "--help"]]
+for line in lines:
+    try:
+        dispatch(line)
+    except SystemExit:
+        pass
+    if "torch" in sys.modules:
+        sys.exit(f"{' '.join(line)} loads torch")
+"""
+
+
+def test_help_and_mistakes_of_every_command_are_quick() -> None:
+    start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # of all commands together, processor time; torch alone would take two seconds for each
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start < 10.0
+
+
+@pytest.mark.parametrize("command", ["train policy", "train draft", "calibrate", "bench openvla", "tokenizer bench"])
+def test_a_mistake_in_the_command_line_is_found_before_torch_is_loaded(command: str) -> None:
+    line = [*command.split(), "--no-such-option"]
+    code = f"import sys; from rsd.cli import dispatch; dispatch({line}); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"rsd {command}")
+    assert "Unrecognized options: --no-such-option" in done.stderr
+
+
+def test_what_is_on_by_default_is_turned_off_by_name() -> None:
+    data = ["--loop.steps", "3"]
+    assert parse(TrainPolicyConfig, data, "").loop.cuda_graph
+    assert not parse(TrainPolicyConfig, [*data, "--loop.cuda-graph", "False"], "").loop.cuda_graph
+    openvla = parse(TrainOpenVlaConfig, ["--from", "there", "--checkpointing", "False"], "")
+    assert (openvla.checkpointing, openvla.loop.cuda_graph) == (False, False)
+    assert list(METHODS) == list(bench_methods.METHODS)  # what help names is what there is
 
 
 def arguments(config: EvalConfig | None = None, **options: bool) -> EvalArguments:

@@ -266,11 +266,19 @@ def test_realised_risk_by_hand() -> None:
     nan = np.nan
     apart = [np.array([1.0, 11.0, nan]), np.array([10.0, 1.0, 1.0, 30.0]), np.array([99.0, nan])]
     found = realised_risk(skipped, apart, epsilon_mm=EPSILON, delta=0.1)
-    assert (found.episodes, found.chunks, found.executed, found.deviating) == (3, 9, 6, 2)
+    assert (found.episodes, found.chunks, found.executed, found.beyond, found.gripper_only) == (3, 9, 6, 2, None)
     assert found.share == pytest.approx((1 / 2 + 1 / 4 + 0) / 3)
     assert found.any == pytest.approx(2 / 3)
     assert found.share < found.share_upper <= 1.0
     assert found.any_upper == pytest.approx(clopper_pearson_upper(2, 3, 0.1))
+
+
+def test_a_gripper_that_differs_deviates_and_is_counted_apart() -> None:
+    skipped, apart = [np.array([True, True, True, False])], [np.array([11.0, 1.0, 1.0, 1.0])]
+    differs = [np.array([True, True, False, True])]  # the first is beyond epsilon anyway, the last was not executed
+    found = realised_risk(skipped, apart, differs, epsilon_mm=EPSILON, delta=0.1)
+    assert (found.executed, found.beyond, found.gripper_only) == (3, 1, 1)
+    assert found.share == pytest.approx(2 / 3)
 
 
 def test_realised_risk_of_the_calibration_set_is_its_empirical_risk() -> None:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from rsd import manifest
 from rsd.checkpoint import CONFIG_FILE, weights_hash
 from rsd.decoding.calibration import SkipCalibration
-from rsd.evaluation.backend import describe_checkpoint, rsd_policy, settle
+from rsd.evaluation.backend import describe_checkpoint, rsd_policy
 from rsd.evaluation.config import EvalConfig
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
@@ -86,15 +85,3 @@ def calibrate(checkpoint: Path, suites: str) -> None:
     counted = {"empirical_risk": 0.1, "skip_share": 0.5, "episodes": 9, "chunks": 90, "suites": suites}
     names = {"score": "mm", "acceptance": "margin", "weights_sha256": weights_hash(checkpoint)}
     SkipCalibration(threshold=20.0, max_skips=2, memory_chunks=2, **promise, **counted, **names).save(checkpoint)
-
-
-def test_a_run_says_where_its_calibration_promises_nothing(checkpoint: Path) -> None:
-    calibrate(checkpoint, "libero_goal,libero_10")
-    config = EvalConfig(policy=str(checkpoint), decode="rsd-skip", task_suite="libero_10,libero_spatial,libero_object")
-    settled, note = settle(config)
-    assert settled == config
-    expected = "calibrated for libero_goal, libero_10, not for libero_spatial, libero_object, where it promises nothing"
-    assert f"{checkpoint} rsd-skip: {expected}; --audit" in note
-    goal, given = replace(config, task_suite="libero_goal"), replace(config, skip_threshold_mm=20.0)
-    for silent in (goal, given, replace(config, decode="l1")):
-        assert settle(silent) == (silent, "")

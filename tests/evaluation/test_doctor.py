@@ -98,7 +98,7 @@ def test_a_policy_that_sees_nothing_is_red(
 
 
 def test_a_checkpoint_is_shown(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert dispatch(["inspect", str(checkpoint), "--keys"]) == 0
+    assert dispatch(["inspect", str(checkpoint), "--keys", "--provenance"]) == 0
     printed = capsys.readouterr().out
     for expected in (
         *("8 x 7, steps shrink by rho = 2", "2, 2, 2, 2, 2, 1, 1, 0", "l1_error 0.123", "draft.level_head"),
@@ -120,3 +120,26 @@ def test_a_run_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_what_is_neither_is_refused(tmp_path: Path) -> None:
     assert dispatch(["inspect", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("name", ["libero_spatial", "libero_object_goal_10"])
+def test_a_shipped_checkpoint_is_shown_on_one_screen(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["inspect", f"checkpoints/{name}"]) == 0
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) <= 40
+    for expected in ("total", "trained on", "demonstrations", "--provenance shows all", name.split("_")[1]):
+        assert expected in printed, expected
+    assert "data.sources" not in printed
+
+
+def test_a_folder_of_runs_is_shown_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for decode, lost in (("ar", {0, 1}), ("l1", {1})):
+        write_run(tmp_path / decode, decode, lost, 40.0, range(3))
+    assert dispatch(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("1/3 = 33.3 %", "2/3 = 66.7 %", "success by task", f"rsd inspect {tmp_path / 'ar'}"):
+        assert expected in printed, expected
+    assert dispatch(["compare", str(tmp_path)]) == 0
+    assert "paired difference" in capsys.readouterr().out
+    assert dispatch(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").is_file()

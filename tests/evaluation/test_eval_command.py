@@ -86,7 +86,7 @@ def test_ctrl_c_keeps_what_is_finished(
     assert "finished episodes are kept" in capsys.readouterr().err
     monkeypatch.setattr(evaluation, "record_outcome", record)
     assert dispatch(["eval", "--resume", str(output)]) == 0
-    assert "1 of 2 episodes are done, 1 to go" in capsys.readouterr().err
+    assert "1 of 2 episodes done, 1 to go" in capsys.readouterr().err
     assert dispatch(["eval", "--resume", str(output), "--num-trials", "9"]) == 2
     assert "leave --num-trials out" in capsys.readouterr().err
     assert dispatch(["eval", "--resume", str(output.parent)]) == 2

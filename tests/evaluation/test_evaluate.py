@@ -19,10 +19,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from scripted import SCRIPTED, make_patient_batch_policy
+from scripted import SCRIPTED, episode, make_patient_batch_policy
 
 from rsd.evaluation.config import EvalConfig, OptionError
-from rsd.evaluation.episodes import Job, JobQueue
+from rsd.evaluation.episodes import Job, JobQueue, Outcome, VideoBudget, wants_video
 from rsd.evaluation.evaluate import evaluate, plan_episodes
 from rsd.evaluation.report import load_run
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes, read_run_record
@@ -113,7 +113,7 @@ def test_a_killed_run_continues_where_it_was_cut_off(config: EvalConfig) -> None
     path.write_text("".join(kept) + path.read_text().splitlines()[2][:50])
     summary, log = run(config)
     assert "cut off" in log
-    assert "2 of 6 episodes are done, 4 to go" in log
+    assert "2 of 6 episodes done, 4 to go" in log
     assert path.read_text().startswith("".join(kept))
     assert outcomes(config) == whole
     assert summary.episodes == 6
@@ -287,8 +287,8 @@ def test_a_policy_in_a_process_of_its_own_gives_the_same_episodes(config: EvalCo
     assert summary.versions["simulator"] == "scripted 1"
     together = outcomes(batched)
     assert {key: replace(episode, chunk_stats={}) for key, episode in together.items()} == outcomes(config)
-    for episode in together.values():  # the scripted memory counts an episode's chunks: none is mixed with another's
-        assert episode.chunk_stats["expected_deviation_mm"] == list(range(1, episode.chunks + 1))
+    for one in together.values():  # the scripted memory counts an episode's chunks: none is mixed with another's
+        assert one.chunk_stats["expected_deviation_mm"] == list(range(1, one.chunks + 1))
     latencies = [e.latency_ms for e in read_episodes(batched.output_dir / EPISODES_FILE).values()]
     assert all(set(found) == {"queue", "total", "prefill"} for found in latencies)
 
@@ -357,7 +357,40 @@ def test_videos_follow_their_condition_and_never_exceed_their_number(
     filmed = replace(filmed, num_workers="2")
     summary, _ = run(filmed)
     assert (summary.errors, summary.success.successes) == (0, 3)
-    assert len(list((filmed.output_dir / "videos").iterdir())) == expected
+    names = [path.name for path in (filmed.output_dir / "videos").iterdir()]
+    assert len(names) == expected
+    assert sum(name.endswith("_failure.mp4") for name in names) == 1  # of the last task: in the place of a success
+
+
+def test_failures_are_filmed_in_the_place_of_successes(tmp_path: Path) -> None:
+    (tmp_path / "old_success.mp4").touch()
+    budget = VideoBudget("all", 1, tmp_path)
+    jobs = [budget.allot(Job("suite", task, "", "", 0)) for task in range(4)]
+    assert [job.video for job in jobs] == ["all", "instead", "", ""]  # one place is free, one could be made free
+
+    def end(job: Job, success: bool) -> None:
+        wanted = wants_video(job.video, episode(success=success, failure="" if success else "step limit"))
+        video = tmp_path / f"{job.task_id}_{'success' if success else 'failure'}.mp4"
+        if wanted:
+            video.touch()
+        result = episode(job.task_id, success=success, failure="" if success else "step limit")
+        budget.settle(Outcome(job, result, video=video if wanted else None))
+
+    end(jobs[0], success=True)
+    end(jobs[1], success=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0_success.mp4", "1_failure.mp4"]
+    again = budget.allot(jobs[2])
+    assert again.video == "instead"
+    end(again, success=True)  # nothing to film, so the place is given back
+    last = budget.allot(jobs[3])
+    end(last, success=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1_failure.mp4", "3_failure.mp4"]
+    assert budget.allot(jobs[0]).video == ""  # no failure gives way to another
+
+
+@pytest.mark.parametrize(("condition", "left"), [("none", 3), ("all", 0), ("failures", 0)])
+def test_where_no_video_is_wanted_or_left_none_is_made(condition: str, left: int, tmp_path: Path) -> None:
+    assert VideoBudget(condition, left, tmp_path).allot(Job("suite", 0, "", "", 0)).video == ""
 
 
 def test_a_policy_that_cannot_be_loaded_stops_the_run(config: EvalConfig) -> None:

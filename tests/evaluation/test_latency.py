@@ -13,10 +13,16 @@ import pytest
 from rich.console import Console
 
 from rsd.evaluation import latency, scaling
-from rsd.evaluation.latency import LatencyConfig, LatencyRecord, latency_table, measure_latency
+from rsd.evaluation.latency import LatencyConfig, LatencyRecord, measure_latency, print_latencies
 from rsd.evaluation.scaling import RESTING, ScalingConfig, ScalingRecord, measure_scaling
-from rsd.policy import RsdPolicy
+from rsd.policy import FOLLOW_UP, RsdPolicy
 from rsd.types import Observation, RsdError
+
+
+def printed(record: LatencyRecord) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    print_latencies(console, record)
+    return console.export_text()
 
 
 def test_the_ratio_is_that_of_the_medians() -> None:
@@ -24,9 +30,7 @@ def test_the_ratio_is_that_of_the_medians() -> None:
         return {"prefill": [1.0, 1.0, 1.0], "total": [total, 2 * total, 100.0]}
 
     record = LatencyRecord(1, {}, {}, {"device": "cpu"}, {"ar": stages(3.0), "rsd": stages(2.0)})
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(latency_table(record))
-    text = console.export_text()
+    text = printed(record)
     assert "1.50x" in text
     assert "6.0 / " in text
 
@@ -62,6 +66,35 @@ def test_every_decoder_is_timed_equally_often(tmp_path: Path, monkeypatch: pytes
     assert record.work["l1"]["flops"] < record.work["rsd-fused"]["flops"] < record.work["ar"]["flops"]
     assert record.work["l1"]["weight_bytes"] < record.work["rsd"]["weight_bytes"] < record.work["ar"]["weight_bytes"]
     assert all(ideal > 0 for ideal in record.ideal_ms().values())
+
+
+def test_the_roofline_is_of_the_work_that_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "observations", one_observation)
+    checkpoint = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
+    config = LatencyConfig(
+        policy=str(checkpoint), decode=("l1", "rsd-ahead", "light-alone"), engine="eager", rounds=2, threads=1
+    )
+    record = measure_latency(replace(config, warmup=1, output=tmp_path / "latency.json"))
+    # what comes after the chunk, the main's pass, is in neither the time nor the work of rsd-ahead
+    assert FOLLOW_UP in record.milliseconds["rsd-ahead"]
+    assert record.work["rsd-ahead"]["flops"] < 0.5 * record.work["l1"]["flops"]
+    assert record.work["rsd-ahead"]["flops"] == pytest.approx(record.work["light-alone"]["flops"], rel=0.2)
+    shares = {name: ideal / np.median(record.milliseconds[name]["total"]) for name, ideal in record.ideal_ms().items()}
+    assert set(shares) == set(config.decode)
+    assert all(0 < share < 1.05 for share in shares.values()), shares
+    assert f"{FOLLOW_UP}, after the chunk" in printed(record)
+
+
+def test_an_older_record_has_no_share_where_its_work_was_of_more_than_its_time() -> None:
+    work = {"flops": 1e9, "weight_bytes": 1e6}
+    times = {"l1": {"total": [4.0]}, "rsd-ahead": {"total": [1.0], FOLLOW_UP: [4.0]}}
+    ceiling = {"flops": 1e12, "bandwidth": 1e12}
+    works = dict.fromkeys(times, work)
+    old, new = (LatencyRecord(form, {}, {}, {"device": "cpu"}, times, ceiling, works) for form in (1, 2))
+    assert set(old.ideal_ms()) == {"l1"}
+    assert set(new.ideal_ms()) == {"l1", "rsd-ahead"}
+    assert "100%" not in printed(old)
+    assert "100%" in printed(new)
 
 
 def test_a_larger_main_takes_longer_and_its_draft_does_not_grow(

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from rsd.evaluation.decoding_page import risk_of
-from rsd.evaluation.report import Run, load_run
+from rsd.evaluation.report import Run, interval_cell, load_run
+from rsd.evaluation.report import paired as runs_paired
 from rsd.evaluation.statistics import PairedDifference, paired_difference, percentiles
 from rsd.evaluation.summary import success_rate, summarize_decoding
 from rsd.policy import FOLLOW_UP
@@ -351,6 +352,9 @@ def test_acting_first_in_short() -> None:
     )
     points, p = difference(ON_H100["l1"], ON_H100["rsd-ahead"])
     assert said == (f"{mean_ms(IN_TURN['l1']) / mean_ms(IN_TURN['rsd-ahead']):.2f}", points.lstrip("+"), p)
+    first, second = run(ON_H100["l1"]), run(ON_H100["rsd-ahead"])
+    interval = interval_cell(runs_paired(first, second).clustered_interval()).removesuffix(" points")
+    assert f"with whole tasks drawn anew the 95 % interval holds zero, {interval}" in flat(README)
     assert f"`light-alone` solves {solved(ON_H100['light-alone'])} of 500" in flat(README)
 
 

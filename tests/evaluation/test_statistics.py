@@ -1,9 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
 from rsd.evaluation.statistics import PairedDifference, mcnemar_exact, paired_difference, percentiles, wilson
 from rsd.types import RsdError
@@ -85,3 +86,23 @@ def test_the_bootstrap_interval_is_the_normal_one_where_that_holds() -> None:
     assert (low, high) == pytest.approx((0.05 - spread, 0.05 + spread), abs=0.002)
     assert pair.distinguishable
     assert not PairedDifference(both=7, only_first=1, only_second=2, neither=0).distinguishable
+
+
+def test_with_tasks_as_the_unit_the_interval_is_scipys_and_wider_where_tasks_agree_with_themselves() -> None:
+    gained = {0: 9, 1: 0, 2: -1, 3: 8, 4: 0, 5: 1}  # of 10 states each: a task wins or it does not
+    first = {(task, state): state < -gain for task, gain in gained.items() for state in range(10)}
+    second = {(task, state): state < gain for task, gain in gained.items() for state in range(10)}
+    pair = paired_difference(first, second, cluster=lambda key: key[0])
+    found = pair.clustered_interval()
+    assert found is not None
+    shares = (np.array(list(gained.values())) / 10,)
+    expected = bootstrap(shares, np.mean, n_resamples=20_000, method="percentile", random_state=1).confidence_interval
+    assert found == pytest.approx((expected.low, expected.high), abs=0.01)
+    assert found[1] - found[0] > 1.5 * (pair.interval()[1] - pair.interval()[0])
+    assert found == pair.clustered_interval()
+
+
+def test_one_task_or_none_named_has_no_interval_over_tasks() -> None:
+    outcomes = {(0, state): state % 2 == 0 for state in range(8)}
+    assert paired_difference(outcomes, outcomes, cluster=lambda key: key[0]).clustered_interval() is None
+    assert paired_difference(outcomes, outcomes).clustered_interval() is None

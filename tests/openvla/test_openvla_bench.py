@@ -11,7 +11,8 @@ from rsd.cli import dispatch
 from rsd.evaluation.roofline import Ceiling
 from rsd.models.lora import LoraConfig
 from rsd.openvla.bench import Bench, OpenVlaBenchConfig, Row, measure_openvla
-from rsd.openvla.bench_cases import CASES, Inputs, full_config, ideal_ms, openvla_cases, random_model
+from rsd.openvla.bench_cases import Inputs, full_config, ideal_ms, openvla_cases, random_model
+from rsd.openvla.bench_config import CASES
 from rsd.openvla.bench_train import training_step
 from rsd.openvla.precision import Fp8Linear, use_fp8
 from rsd.openvla.rsd_policy import OpenVlaRsdConfig

@@ -232,7 +232,7 @@ def test_a_base_that_moved_is_found_by_its_link(copy: Path, base: Path) -> None:
 def test_inspect_and_doctor_know_it(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rsd.evaluation.doctor import checkpoint_files
 
-    assert dispatch(["inspect", str(directory)]) == 0
+    assert dispatch(["inspect", str(directory), "--keys", "--provenance"]) == 0
     printed = capsys.readouterr().out
     assert "lora_adapter.language_model" in printed
     assert "base.fingerprint" in printed

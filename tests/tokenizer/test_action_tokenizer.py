@@ -12,9 +12,8 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, ChunkTokens, TokenizerConfig
-from rsd.tokenizer.config import NORMALISATIONS
+from rsd.tokenizer.config import AUTOENCODERS, LINEAR, NORMALISATIONS
 from rsd.tokenizer.learned import LearnConfig, train
-from rsd.tokenizer.transforms import AUTOENCODERS, LINEAR
 from rsd.types import RsdError
 
 chunk_arrays = hnp.arrays(np.float32, (8, 7), elements=st.floats(-1.0, 1.0, width=32))

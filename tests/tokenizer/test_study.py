@@ -11,11 +11,11 @@ import torch
 
 from rsd.cli import dispatch
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
+from rsd.tokenizer.bench.config import TIMING
 from rsd.tokenizer.bench.methods import METHODS, Effort
 from rsd.tokenizer.bench.report import READING, write_report
 from rsd.tokenizer.bench.study import BenchConfig, bench
 from rsd.tokenizer.bench.tables import envelope, rmse_at, verdict
-from rsd.tokenizer.bench.timing import TIMING
 from rsd.tokenizer.inspection import InspectConfig, entropy, inspect_tokenizer, level_statistics
 from rsd.tokenizer.learned import LearnConfig
 from rsd.types import RsdError

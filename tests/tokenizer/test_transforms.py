@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.fft import dct
 
-from rsd.tokenizer.transforms import OVER_TIME, ordered_product, principal_components, transform_matrix
+from rsd.tokenizer.config import OVER_TIME
+from rsd.tokenizer.transforms import ordered_product, principal_components, transform_matrix
 from rsd.types import RsdError
 
 

@@ -22,8 +22,9 @@ from rsd.types import RsdError
 class Command:
     """A module and what to call in it.
 
-    With `config`, the name of a dataclass there, the command line fills that and `function` gets it. Without,
-    the module is a command's own and `function(arguments, prog)` returns the exit status.
+    With `config`, a dataclass as `module:name`, the command line fills that and `function` gets it: its module loads
+    no torch, so that help and mistakes in the command line are quick. Without, the module is a command's own and
+    `function(arguments, prog)` returns the exit status.
     """
 
     help: str
@@ -32,11 +33,11 @@ class Command:
     config: str = ""
 
     def run(self, arguments: list[str], prog: str) -> int:
-        module = importlib.import_module(self.module)
-        function = getattr(module, self.function)
         if not self.config:
-            return int(function(arguments, prog))
-        function(parse(getattr(module, self.config), arguments, prog))
+            return int(getattr(importlib.import_module(self.module), self.function)(arguments, prog))
+        where, _, name = self.config.partition(":")
+        config = parse(getattr(importlib.import_module(where), name), arguments, prog)
+        getattr(importlib.import_module(self.module), self.function)(config)
         return 0
 
 
@@ -54,75 +55,86 @@ COMMANDS = {
         "milliseconds per chunk of every decoder, in one run",
         "rsd.evaluation.latency",
         "measure_latency",
-        "LatencyConfig",
+        "rsd.evaluation.bench_config:LatencyConfig",
     ),
     "bench scaling": Command(
         "milliseconds per chunk against the size of the main model",
         "rsd.evaluation.scaling",
         "measure_scaling",
-        "ScalingConfig",
+        "rsd.evaluation.bench_config:ScalingConfig",
     ),
     "bench deviation": Command(
         "how far every decoder's chunks are from the baseline's, on held-out frames",
         "rsd.evaluation.deviation",
         "measure_deviation",
-        "DeviationConfig",
+        "rsd.evaluation.bench_config:DeviationConfig",
     ),
     "bench openvla": Command(
         "milliseconds per decision of OpenVLA 7B on random weights, beside the published way to run it",
         "rsd.openvla.bench",
         "measure_openvla",
-        "OpenVlaBenchConfig",
+        "rsd.openvla.bench_config:OpenVlaBenchConfig",
     ),
     "bench serving": Command(
-        "milliseconds that a network port adds to a chunk", "rsd.serving.bench", "measure_serving", "ServingBenchConfig"
+        "milliseconds that a network port adds to a chunk",
+        "rsd.serving.bench",
+        "measure_serving",
+        "rsd.evaluation.bench_config:ServingBenchConfig",
     ),
     "calibrate": Command(
         "fit when rsd-skip may leave the main model idle",
         "rsd.evaluation.calibrate",
         "calibrate",
-        "CalibrateConfig",
+        "rsd.evaluation.bench_config:CalibrateConfig",
     ),
     "bench eval": Command(
         "episodes per minute of `rsd eval` against a plain loop",
         "rsd.evaluation.throughput",
         "measure_throughput",
-        "ThroughputConfig",
+        "rsd.evaluation.throughput:ThroughputConfig",
     ),
     "tokenizer fit": Command(
         "calibrate the residual action tokenizer",
         "rsd.training.tokenizer",
         "train_tokenizer",
-        "TrainTokenizerConfig",
+        "rsd.training.config:TrainTokenizerConfig",
     ),
     "tokenizer bench": Command(
-        "compare action tokenizers at matched bits", "rsd.tokenizer.bench.study", "bench", "BenchConfig"
+        "compare action tokenizers at matched bits",
+        "rsd.tokenizer.bench.study",
+        "bench",
+        "rsd.tokenizer.bench.config:BenchConfig",
     ),
     "tokenizer inspect": Command(
         "plot a chunk from 1..L levels, symbols, entropy and utilisation",
         "rsd.tokenizer.inspection",
         "inspect_tokenizer",
-        "InspectConfig",
+        "rsd.tokenizer.bench.config:InspectConfig",
     ),
     "demos collect": Command(
-        "record demonstrations of the scripted expert", "rsd.data.collect", "collect", "CollectConfig"
+        "record demonstrations of the scripted expert", "rsd.data.collect", "collect", "rsd.data.collect:CollectConfig"
     ),
     "demos render": Command(
         "add camera images to demonstrations recorded without them",
         "rsd.data.render",
         "render",
-        "RenderConfig",
+        "rsd.data.render:RenderConfig",
     ),
     "train tokenizer": Command(
         "the same as `rsd tokenizer fit`",
         "rsd.training.tokenizer",
         "train_tokenizer",
-        "TrainTokenizerConfig",
+        "rsd.training.config:TrainTokenizerConfig",
     ),
     "train policy": Command("train the main model and its drafts, compact or on OpenVLA", "rsd.cli.train_policy"),
-    "train draft": Command("train a draft alone", "rsd.training.draft", "train_draft", "TrainDraftConfig"),
+    "train draft": Command(
+        "train a draft alone", "rsd.training.draft", "train_draft", "rsd.training.config:TrainDraftConfig"
+    ),
     "import-legacy": Command(
-        "read the original experiment's checkpoints", "rsd.openvla.legacy", "import_legacy", "ImportLegacyConfig"
+        "read the original experiment's checkpoints",
+        "rsd.openvla.legacy",
+        "import_legacy",
+        "rsd.openvla.bench_config:ImportLegacyConfig",
     ),
 }
 EXAMPLES = """\

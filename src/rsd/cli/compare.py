@@ -14,10 +14,10 @@ from rsd.cli.parsing import UsageError, parse
 
 @dataclass(frozen=True)
 class CompareArguments:
-    """Results directories side by side; each is held against the first, on the initial states both have."""
+    """Runs side by side; each is held against the first, on the initial states both have."""
 
     directories: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories written by `rsd eval`; the first one is the baseline."""
+    """Directories written by `rsd eval`, or folders of them; the first run is the baseline."""
     markdown: bool = False
     """Print the table as Markdown."""
 
@@ -26,11 +26,11 @@ def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(CompareArguments, arguments, prog)
     if not options.directories:
         raise UsageError("expected at least one results directory")
-    from rsd.evaluation.report import load_runs, markdown_table, rich_table
+    from rsd.evaluation.report import load_runs, markdown_table, print_runs
 
     runs = load_runs(options.directories)
     if options.markdown:
         print(markdown_table(runs), end="")
     else:
-        Console().print(rich_table(runs))
+        print_runs(Console(), runs)
     return 0

@@ -45,14 +45,16 @@ def run(arguments: Sequence[str], prog: str) -> int:
         check_names(config)
 
     from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
-    from rsd.evaluation.report import load_runs, markdown_table, rich_table
+    from rsd.evaluation.report import load_runs, markdown_table, print_runs
     from rsd.evaluation.results import write_atomically
+    from rsd.evaluation.tables import plural
 
     console = Console(stderr=True)
     summaries = []
+    warned: set[str] = set()
     for config, note in planned:
         try:
-            summary = evaluate(config, overwrite=options.overwrite, console=console, note=note)
+            summary = evaluate(config, overwrite=options.overwrite, console=console, note=note, warned=warned)
         except KeyboardInterrupt:
             console.print(
                 f"interrupted: finished episodes are kept in {config.output_dir}; "
@@ -63,15 +65,15 @@ def run(arguments: Sequence[str], prog: str) -> int:
         summaries.append(summary)
         if summary.errors:
             console.print(
-                f"{summary.errors} of {summary.episodes} episodes ended in an error and do not count: see "
-                f"{config.output_dir / ERRORS_FILE}; the same command without --overwrite runs them again",
+                f"{summary.errors} of {plural(summary.episodes, 'episode')} ended in an error, not counted: see "
+                f"{config.output_dir / ERRORS_FILE}; the same command without --overwrite runs what is missing",
                 style="red",
                 soft_wrap=True,
             )
     directories = [config.output_dir for config, _ in planned]
     if all(summary.success.n for summary in summaries):
         runs = load_runs(directories)
-        Console().print(rich_table(runs))
+        print_runs(Console(), runs)
         if options.compare and options.config.output:
             write_atomically(options.config.output_dir / COMPARISON_FILE, markdown_table(runs))
     console.print("results: " + ", ".join(map(str, directories)), soft_wrap=True, highlight=False)

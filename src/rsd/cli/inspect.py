@@ -13,17 +13,19 @@ from rsd.cli.parsing import parse
 
 @dataclass(frozen=True)
 class InspectArguments:
-    """Show what a checkpoint holds (sizes, tokenizer, validation, provenance), or a run (tasks, failures)."""
+    """Show what a checkpoint holds (sizes, tokenizer, training data), or one run or several (tasks, failures)."""
 
     path: tyro.conf.Positional[str]
-    """Checkpoint directory, hub id, or directory written by `rsd eval`."""
+    """Checkpoint directory, hub id, directory written by `rsd eval`, or a folder of such."""
     keys: bool = False
     """List every tensor of the checkpoint with its shape."""
+    provenance: bool = False
+    """Show all that the checkpoint knows of its making: data, settings, versions, validation."""
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(InspectArguments, arguments, prog)
     from rsd.evaluation.inspection import inspect
 
-    inspect(options.path, Console(highlight=False), options.keys)
+    inspect(options.path, Console(highlight=False), options.keys, options.provenance)
     return 0

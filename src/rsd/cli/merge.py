@@ -26,11 +26,11 @@ class MergeArguments:
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(MergeArguments, arguments, prog)
     from rsd.evaluation.merging import merge_shards, missing_parts
-    from rsd.evaluation.report import load_runs, rich_table
+    from rsd.evaluation.report import load_runs, print_runs
 
     summary = merge_shards(options.output, options.shards)
     if summary.success.n:
-        Console().print(rich_table(load_runs([options.output])))
+        print_runs(Console(), load_runs([options.output]))
     print(f"results: {options.output}")
     if missing := missing_parts(options.output):
         print(f"warning: {missing}; run them and merge again", file=sys.stderr)

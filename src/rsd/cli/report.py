@@ -17,7 +17,7 @@ class ReportArguments:
     """Write one self-contained HTML page about runs of `rsd eval`, and its figures as SVG and PDF."""
 
     directories: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories written by `rsd eval`; the first one is the baseline."""
+    """Directories written by `rsd eval`, or folders of them; the first run is the baseline."""
     output: Path | None = None
     """The page; default report.html in the run's directory, or in the one that all runs share."""
     videos: Literal["embed", "link", "none"] = "embed"

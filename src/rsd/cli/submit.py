@@ -40,7 +40,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     config = options.config
     if config.shard:
         raise UsageError("--shard is what the jobs get; ask for a number of --shards")
-    from rsd.evaluation.backend import settle
+    from rsd.evaluation.backend import libero_cautions, settle
     from rsd.evaluation.launchers import submit_shards
 
     config, chosen = settle(config)
@@ -57,6 +57,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if chosen:
         console.print(chosen)
+    for caution in libero_cautions(config):
+        console.print(f"warning: {caution}", style="yellow", markup=False)
     console.print(f"jobs {', '.join(str(job.job_id) for job in jobs)}; logs in {config.output_dir / 'jobs'}")
     if not options.wait:
         console.print(f"when they are done: rsd merge {config.output_dir}")

@@ -6,19 +6,20 @@ import importlib
 from collections.abc import Sequence
 
 from rsd.cli.parsing import UsageError, check_choice, parse
+from rsd.training.config import TrainOpenVlaConfig, TrainPolicyConfig
 
 OPTION = "--backbone"
-BACKBONES = {
-    "compact": ("rsd.training.policy", "train_policy", "TrainPolicyConfig"),
-    "openvla": ("rsd.training.openvla", "train_openvla", "TrainOpenVlaConfig"),
+BACKBONES: dict[str, tuple[str, str, type]] = {
+    "compact": ("rsd.training.policy", "train_policy", TrainPolicyConfig),
+    "openvla": ("rsd.training.openvla", "train_openvla", TrainOpenVlaConfig),
 }
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
     backbone, rest = take_backbone(arguments)
     module, function, config = BACKBONES[backbone]
-    loaded = importlib.import_module(module)
-    getattr(loaded, function)(parse(getattr(loaded, config), rest, f"{prog} {OPTION} {backbone}"))
+    options: object = parse(config, rest, f"{prog} {OPTION} {backbone}")  # before the module, which loads torch
+    getattr(importlib.import_module(module), function)(options)
     return 0
 
 

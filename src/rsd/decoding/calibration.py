@@ -225,7 +225,9 @@ def episodes_needed(alpha: float, delta: float, test: str) -> int:
 class RealisedRisk:
     """What became of the promise on other episodes. Upper bounds hold with confidence 1 - delta each.
 
-    executed, deviating: draft chunks over all episodes (no interval: chunks of an episode are not independent).
+    executed, beyond, gripper_only: draft chunks over all episodes (no interval: chunks of an episode are not
+    independent): those executed, of these the ones further than epsilon, and those nearer whose gripper differs
+    (None where that was not recorded).
     share, share_upper: mean loss `share` of an episode, bound of Hoeffding-Bentkus.
     any, any_upper: rate of episodes where any executed chunk deviates, bound of Clopper-Pearson.
     """
@@ -233,7 +235,8 @@ class RealisedRisk:
     episodes: int
     chunks: int
     executed: int
-    deviating: int
+    beyond: int
+    gripper_only: int | None
     share: float
     share_upper: float
     any: float
@@ -241,23 +244,31 @@ class RealisedRisk:
 
 
 def realised_risk(
-    skipped: Sequence[Bools], deviations: Sequence[Floats], *, epsilon_mm: float, delta: float
+    skipped: Sequence[Bools],
+    deviations: Sequence[Floats],
+    gripper_differs: Sequence[Bools] | None = None,
+    *,
+    epsilon_mm: float,
+    delta: float,
 ) -> RealisedRisk:
     """Per episode: skipped bool [T], chunks that went without the main; deviations [T] in mm, computed beside the
-    control for those (NaN allowed for the others)."""
+    control for those (NaN allowed for the others); gripper_differs bool [T], of chunks with another gripper symbol
+    than the main's, which deviate however near they are."""
     if not len(skipped) or any(len(a) != len(b) for a, b in zip(skipped, deviations, strict=True)):
         raise RsdError("realised risk: expected episodes with one flag and one deviation a chunk")
     ran, apart = _pad(skipped, False), _pad(deviations, np.nan)
     if not np.isfinite(apart[ran]).all():
         raise RsdError("realised risk: an executed draft chunk has no finite deviation; compute the main's beside it")
-    deviates = apart > epsilon_mm
+    beyond = apart > epsilon_mm
+    deviates = beyond if gripper_differs is None else beyond | _pad(gripper_differs, False)
     share, touched = (_losses(ran, deviates, loss) for loss in LOSSES)
     n, hits = len(skipped), int(touched.sum())
     return RealisedRisk(
         episodes=n,
         chunks=sum(map(len, skipped)),
         executed=int(ran.sum()),
-        deviating=int((ran & deviates).sum()),
+        beyond=int((ran & beyond).sum()),
+        gripper_only=None if gripper_differs is None else int((ran & deviates & ~beyond).sum()),
         share=float(share.mean()),
         share_upper=hoeffding_bentkus_upper(float(share.mean()), n, delta),
         any=hits / n,

@@ -43,6 +43,8 @@ class Backend:
     """suite, task number -> what a simulator's process can do of `make_env` while its policy still loads elsewhere."""
     preflight: Callable[[EvalConfig], None] | None = None
     """Raises RsdError where the machine lacks something; cheap, run before anything is started."""
+    cautions: Callable[[EvalConfig], list[str]] | None = None
+    """What a user should know before a run that asks more of the policy than it was made for, a sentence each."""
 
 
 def libero_tasks(suite: str) -> list[tuple[int, str, str]]:
@@ -142,6 +144,12 @@ def check_machine(config: EvalConfig) -> None:
     preflight(config)
 
 
+def libero_cautions(config: EvalConfig) -> list[str]:
+    from rsd.evaluation.cautions import cautions
+
+    return cautions(config)
+
+
 def libero_versions(device: str) -> dict[str, str]:
     import torch
 
@@ -226,27 +234,13 @@ LIBERO = Backend(
     make_batch_policy=batched_rsd_policy,
     prepare=prepare_libero,
     preflight=check_machine,
+    cautions=libero_cautions,
 )
 
 
-def beyond_calibration(config: EvalConfig) -> str:
-    """That `rsd-skip` runs where its checkpoint's calibration promises nothing; "" where that is not so."""
-    if config.decode != "rsd-skip" or config.skip_threshold_mm >= 0 or config.served:
-        return ""
-    from rsd.checkpoint import load_calibration, locate_checkpoint
-
-    calibrated = load_calibration(locate_checkpoint(config.policy)).suites.split(",")
-    beyond = [suite for suite in config.suites if suite not in calibrated]
-    if not beyond:
-        return ""
-    found = f"calibrated for {', '.join(calibrated)}, not for {', '.join(beyond)}, where it promises nothing"
-    return f"{config.policy} rsd-skip: {found}; --audit tells the risk there, `rsd calibrate` makes a promise"
-
-
 def settle(config: EvalConfig, backend: Backend = LIBERO) -> tuple[EvalConfig, str]:
-    """The run with `--decode best` made a decoder, and a line on which and why; where one was asked for by name, on
-    what nobody promised of it, "" if there is nothing."""
+    """The run with `--decode best` made a decoder, and a line on which and why; "" where it was asked for by name."""
     if config.decode != BEST:
-        return config, beyond_calibration(config)
+        return config, ""
     choice = backend.choose_decode(config)
     return replace(config, decode=choice.decode), f"{config.policy} {choice}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from rich.console import Console
 from rsd.checkpoint import read_content, weights_hash
 from rsd.decoding.calibration import FILE_NAME, SkipCalibration, check_promise, episodes_needed, executed, fit_threshold
 from rsd.evaluation.backend import LIBERO, Backend, describe_checkpoint
-from rsd.evaluation.config import DEFAULT, EvalConfig, OptionError, asked_rule
+from rsd.evaluation.bench_config import CalibrateConfig
+from rsd.evaluation.config import EvalConfig, asked_rule
 from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
 from rsd.evaluation.failures import WatchedLibero
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored, write_atomically
@@ -30,60 +31,8 @@ from rsd.types import RsdError
 
 SCORE = "expected_deviation_mm"
 FAR = 1e6  # mm
-MOST_TRIALS = 10_000
 MOST_ERRORS = 0.05  # of the rollouts; what is left out of more of them could be what deviates
 FIRST_PLACEMENT = 1_000_000  # placement seeds of the calibration: one a trial
-
-
-@dataclass(frozen=True)
-class CalibrateConfig:
-    """Fit the skip threshold of a checkpoint: the risk that an executed draft chunk deviates stays under alpha."""
-
-    policy: str = "checkpoints/libero_spatial"
-    """Checkpoint directory; the calibration is written into it, if it has none yet or with `overwrite`."""
-    task_suite: str = "libero_spatial"
-    """Suite of the rollouts, or several with commas between. Each is fitted by itself and the strictest threshold is
-    taken, so that no easy suite vouches for a hard one; the confidence is one suite's, not that of all at once."""
-    tasks: str = "all"
-    """As in `rsd eval`."""
-    num_trials: int = 20
-    """Rollouts per task, each from a random placement of its own."""
-    alpha: float = 0.1
-    """Promised risk: mean share of an episode's executed draft chunks that deviate."""
-    delta: float = 0.1
-    """The promise holds with confidence 1 - delta over the draw of the rollouts."""
-    epsilon_mm: float = 75.0
-    """A draft chunk deviates if its commands lead the fingertip further than this away from the main's. The arm follows
-    about a quarter of what is commanded."""
-    max_skips: int = 6
-    """Chunks in a row without the main, at most. A risk by chunk does not see where a row of them leads: without a
-    limit the draft of the shipped policy goes round in circles at times."""
-    memory_chunks: int = 2
-    """For so many chunks the draft attends to what the main left behind; after that it acts on what it sees alone."""
-    acceptance: str = DEFAULT
-    """How the main judges drafts, as in `rsd eval`; `rsd-skip` will take the same."""
-    tried_mm: float = 100.0
-    """Threshold of the rollouts. The promise is about episodes that skip as these do: run again, in another folder,
-    with the threshold that came out if it skips much more or less often."""
-    test: str = "betting"
-    """Test behind the promise: betting (arXiv 2010.09686) or hoeffding-bentkus."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    num_workers: str = "auto"
-    """Worker processes."""
-    batch: int = 0
-    """As in `rsd eval`: one policy for all workers, that many observations at once."""
-    seed: int = 11
-    """Seed of the policy's rollouts."""
-    output: Path = Path("runs/calibration")
-    """Folder of the rollouts and of the calibration; an interrupted run continues, and other alpha, delta or epsilon
-    need no new ones."""
-    overwrite: bool = False
-    """Replace the calibration that the checkpoint has."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_trials <= MOST_TRIALS:
-            raise OptionError(f"--num-trials {self.num_trials}: expected 1 to {MOST_TRIALS}")
 
 
 class PlacementEnv(WatchedLibero):

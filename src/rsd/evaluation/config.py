@@ -98,7 +98,7 @@ class EvalConfig:
     videos: Literal["none", "failures", "all"] = "none"
     """Which episodes get a video, replayed from their actions after the episode is over."""
     max_videos: int = 10
-    """At most so many videos a run."""
+    """At most so many videos a run; of all episodes, failures first."""
     output: str = ""
     """Results directory; default runs/eval/<suite>-<decode>-<hash of the options>."""
 

@@ -20,11 +20,20 @@ from numpy.typing import NDArray
 
 from rsd.decoding.calibration import RealisedRisk, realised_risk
 from rsd.decoding.strategies import STRATEGIES
-from rsd.evaluation.calibrate import SCORE, chunk_stat, deviations
+from rsd.evaluation.calibrate import SCORE, chunk_stat
 from rsd.evaluation.config import DEFAULT, asked_rule
 from rsd.evaluation.deviation import UNITS, DeviationRecord
 from rsd.evaluation.latency import LatencyRecord
-from rsd.evaluation.report import Run, difference_cell, level_cell, load_run, success_cell, task_labels
+from rsd.evaluation.report import (
+    Run,
+    difference_cell,
+    interval_cell,
+    level_cell,
+    load_run,
+    paired,
+    success_cell,
+    task_labels,
+)
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.statistics import PairedDifference, paired_difference, percentiles
 from rsd.evaluation.summary import success_rate, summarize_decoding
@@ -184,8 +193,9 @@ def success_section(names: Sequence[str], runs: Sequence[Run]) -> str:
     device, counts = versions.get("device", "?"), " or ".join(map(str, sorted({len(run.episodes) for run in runs})))
     return (
         f"## Success, policy on {device}\n\n{counts} episodes each on the benchmark's fixed initial states, the "
-        f"same for all where both have them (exact McNemar test). {made}. Deviation: commanded "
-        f"fingertip displacement over a chunk, p50 / p99 (the arm follows about a quarter of it).\n\n"
+        "same for all where both have them: exact McNemar test, which speaks of these tasks, and the 95 % bootstrap "
+        f"interval with whole tasks drawn anew, which speaks of other tasks like these. {made}. Deviation: commanded "
+        "fingertip displacement over a chunk, p50 / p99 (the arm follows about a quarter of it).\n\n"
     ) + success_table(names, runs)
 
 
@@ -195,7 +205,7 @@ def success_table(names: Sequence[str], runs: Sequence[Run]) -> str:
     for name, run in zip(names, runs, strict=True):
         decoding, deviations = summarize_decoding(run.episodes), deviation_of(run)
         against = [
-            ABSENT if run is other else against_cell(paired_difference(other.successes, run.successes))
+            ABSENT if run is other else against_cell(paired(other, run))
             for other in runs[:2]
         ]
         rows.append(
@@ -230,7 +240,10 @@ def alike_phrase(run: Run, other: Run) -> str:
 
 
 def against_cell(pair: PairedDifference) -> str:
-    return f"{difference_cell(pair)}, p {pair.p_value:.2g}"
+    """The difference, its p, and where it is known of tasks what it may be of others like them."""
+    tasks = pair.clustered_interval()
+    unit = "" if tasks is None else f"; tasks drawn anew {interval_cell(tasks)}"
+    return f"{difference_cell(pair)}, p {pair.p_value:.2g}{unit}"
 
 
 def task_section(names: Sequence[str], runs: Sequence[Run]) -> str:
@@ -299,23 +312,27 @@ def risk_section(names: Sequence[str], runs: Sequence[Run], epsilon_mm: float, d
                 f"{epsilon:g} mm",
                 f"<= {calibration['alpha']:g} at {1 - calibration['delta']:g}" if calibration else "nothing",
                 f"{found.share:.3f} (<= {found.share_upper:.3f})",
-                f"{found.deviating}/{found.executed}",
+                f"{found.beyond} / {'?' if found.gripper_only is None else found.gripper_only} / {found.executed}",
                 f"{found.executed / found.chunks:.1%}",
                 f"{correlation[0, 1]:.2f}",
             ]
         )
     header = ["decoder", "threshold", "epsilon", "promised risk", "realised risk (upper bound)"]
-    header += ["deviating of the executed drafts", "chunks without the main", "corr(expected, true deviation)"]
+    header += ["executed drafts: beyond epsilon / only the gripper differs / all", "chunks without the main"]
+    header += ["corr(expected, true deviation)"]
     return (
         "## Skipping: the promise and what became of it\n\nRisk: mean share of an episode's executed draft chunks that "
-        "deviate by more than epsilon. The main ran beside every skipped chunk, untimed.\n\n"
+        "deviate by more than epsilon, or whose gripper differs (?: not "
+        "recorded, and in no risk). The main ran beside every skipped chunk, untimed.\n\n"
     ) + table(header, rows)
 
 
 def risk_of(run: Run, epsilon_mm: float, delta: float) -> RealisedRisk:
     """What an audited run of `rsd-skip` says of the risk."""
     skipped = [flags.astype(bool) for flags in columns(run, "skipped")]
-    return realised_risk(skipped, [deviations(e) for e in run.episodes], epsilon_mm=epsilon_mm, delta=delta)
+    recorded = all("gripper_differs" in episode.chunk_stats for episode in run.episodes)  # not by the first audits
+    differs = [column > 0 for column in columns(run, "gripper_differs")] if recorded else None
+    return realised_risk(skipped, columns(run, "deviation_mm"), differs, epsilon_mm=epsilon_mm, delta=delta)
 
 
 def deviation_section(record: DeviationRecord, path: Path) -> str:
@@ -356,8 +373,7 @@ def latency_section(record: LatencyRecord, path: Path) -> str:
         parts = ", ".join(f"{s} {percentiles(v)[0]:.1f}" for s, v in stages.items() if s != "total")
         if name not in STRATEGIES:
             continue  # of a decoder that is no more
-        whole = name in ideals and FOLLOW_UP not in stages  # the work counted is that of both
-        share = f"{ideals[name]:.2f} ({ideals[name] / p50:.0%})" if whole else ABSENT
+        share = f"{ideals[name]:.2f} ({ideals[name] / p50:.0%})" if name in ideals else ABSENT
         rows.append([f"`{name}`", f"{p50:.1f} / {p95:.1f}", f"{base / p50:.2f}x", f"{p50 / bar:.2f}", share, parts])
     count = len(record.milliseconds["ar"]["total"])
     engine = machine.get("engine", CUDA_GRAPHS if machine["device"] != "cpu" else EAGER)  # not named by older records

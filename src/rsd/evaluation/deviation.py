@@ -7,22 +7,22 @@ Do later levels take a draft's coarse error out? Compare `draft` (nothing after 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from rsd import output
 from rsd.conventions import ACTION_METRES, ACTION_RADIANS
 from rsd.decoding.steps import Decoded, EpisodeMemory, Scene, Stopwatch
 from rsd.decoding.strategies import LIGHT, STRATEGIES
+from rsd.evaluation.bench_config import DeviationConfig
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
+from rsd.evaluation.tables import print_table
 from rsd.policy import RsdPolicy
 from rsd.training.dataset import FrameDataset
 from rsd.training.policy import load_folders, split
@@ -44,24 +44,6 @@ VARIANTS = (  # decoder, acceptance, fine levels
     ("parallel", "margin", "regress"),
 )
 UNITS = ("normalised", "mm", "degrees")
-
-
-@dataclass(frozen=True)
-class DeviationConfig:
-    """Measure the action deviation from `ar` on held-out demonstration frames."""
-
-    data: tuple[Path, ...]
-    """Folders of rendered demonstrations (HDF5); every n-th episode is taken, as the training held it out."""
-    policy: str = "checkpoints/libero_spatial"
-    """Checkpoint directory or hub id."""
-    frames: int = 256
-    """Frames, evenly spread; one at a time."""
-    validation_every: int = 40
-    """Every n-th episode is held out: the training's own setting."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    output: Path = Path("runs/bench/deviation.json")
-    """p50, p99 and max by decoder, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +101,7 @@ def measure_deviation(config: DeviationConfig) -> list[Row]:
     settings = {**asdict(config), "data": [str(path) for path in config.data], "output": str(config.output)}
     record = DeviationRecord(FORMAT, settings, versions(), dataset.episodes, len(frames), rows)
     write_atomically(config.output, encode_record(record) + "\n")
-    Console().print(deviation_table(rows))
+    print_deviations(Console(), rows)
     print(f"results: {config.output}")
     return rows
 
@@ -157,11 +139,11 @@ def spread(own: NDArray[np.float32], other: NDArray[np.float32]) -> dict[str, tu
     return found
 
 
-def deviation_table(rows: list[Row]) -> Table:
-    table = Table(title="deviation of a step's command, p50 / p99 / max", title_justify="left")
-    for column in ("decoder", "acceptance", "fine", "from ar, mm", "from ar, degrees", "from the expert, mm"):
-        table.add_column(column)
+def print_deviations(console: Console, rows: list[Row]) -> None:
+    header = ["decoder", "acceptance", "fine", "from ar, mm", "from ar, degrees", "from the expert, mm"]
+    cells = []
     for row in rows:
-        cells = (row.from_ar["mm"], row.from_ar["degrees"], row.from_expert["mm"])
-        table.add_row(row.decode, row.acceptance, row.fine, *(" / ".join(f"{x:.2f}" for x in cell) for cell in cells))
-    return table
+        spreads = (row.from_ar["mm"], row.from_ar["degrees"], row.from_expert["mm"])
+        written = (" / ".join(f"{x:.2f}" for x in spread) for spread in spreads)
+        cells.append([row.decode, row.acceptance, row.fine, *written])
+    print_table(console, "deviation of a step's command, p50 / p99 / max", header, cells, "rows")

@@ -16,12 +16,13 @@ from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.results import ERROR_PREFIX, EpisodeResult
 from rsd.types import Policy
 
+INSTEAD = "instead"  # a video of a failure takes the place of a success's
 MAX_ATTEMPTS = 3  # an episode that ends in an error is begun anew at most twice
 
 
 @dataclass(frozen=True)
 class Job:
-    """One episode to run. video: "" or the condition ("all", "failures") under which it gets one.
+    """One episode to run. video: "" or the condition ("all", "failures", "instead") under which it gets one.
 
     attempt: 1 for the first; the attempts before it ended in an error.
     """
@@ -143,7 +144,38 @@ class EpisodeRunner:
 
 
 def wants_video(condition: str, result: EpisodeResult) -> bool:
-    return condition == "all" or (condition == "failures" and not result.success)
+    return condition == "all" or (condition in ("failures", INSTEAD) and not result.success)
+
+
+class VideoBudget:
+    """Who may be filmed: so many episodes more, then failures in the place of successes. Asked before an episode, for
+    it is replayed by the worker that ran it, and told of its outcome."""
+
+    def __init__(self, condition: str, left: int, folder: Path) -> None:
+        """condition: `--videos`; folder: where the run's videos are."""
+        self._condition, self._left = "" if condition == "none" else condition, left
+        self._replaceable, self._reserved = sorted(folder.glob("*_success.mp4")), list[Path]()
+
+    def allot(self, job: Job) -> Job:
+        if self._condition and self._left > 0:
+            self._left -= 1
+            return replace(job, video=self._condition)
+        if self._condition and self._replaceable:
+            self._reserved.append(self._replaceable.pop())
+            return replace(job, video=INSTEAD)
+        return replace(job, video="")
+
+    def settle(self, outcome: Outcome) -> None:
+        if outcome.job.video == INSTEAD:
+            reserved = self._reserved.pop()
+            if outcome.video is None:
+                self._replaceable.append(reserved)
+            else:
+                reserved.unlink(missing_ok=True)
+        elif outcome.video is not None and outcome.result.success:
+            self._replaceable.append(outcome.video)
+        elif outcome.job.video and outcome.video is None:
+            self._left += 1
 
 
 def broken_off(config: EvalConfig, job: Job, reason: str) -> Outcome:

@@ -33,6 +33,7 @@ from rsd.evaluation.results import (
     write_atomically,
 )
 from rsd.evaluation.summary import RunSummary, summarize
+from rsd.evaluation.tables import plural
 from rsd.evaluation.video import VIDEOS_DIR
 from rsd.evaluation.workers import Ready, Retry, worker_count
 from rsd.locks import exclusive
@@ -53,12 +54,13 @@ def evaluate(
     console: Console | None = None,
     time_limit_s: float = math.inf,
     note: str = "",
+    warned: set[str] | None = None,
 ) -> RunSummary:
     """Run what is missing of `config` in `config.output_dir` and return (and write) the run's summary.
 
     Episodes already there are kept, so the same call continues an interrupted run; episodes that ended in an
     error are run again. overwrite: start from nothing. time_limit_s: after so long no episode is begun any more.
-    note: printed first.
+    note: printed first. warned: cautions that were printed already; those of this run are added.
     Raises RsdError where the directory holds another run or damaged results, or the policy cannot be loaded.
     """
     console = console or Console(stderr=True)
@@ -67,6 +69,11 @@ def evaluate(
     plan = plan_episodes(config, backend)
     if note or chosen:
         console.print(note or chosen, soft_wrap=True, highlight=False)
+    warned = set() if warned is None else warned
+    for caution in backend.cautions(config) if backend.cautions else []:
+        if caution not in warned:
+            console.print(f"warning: {caution}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+            warned.add(caution)
     directory = config.output_dir
     refuse_mixture(directory, bool(config.shard))
     with exclusive(directory):
@@ -80,7 +87,7 @@ def evaluate(
                 backend.preflight(config)
             if done:
                 console.print(
-                    f"{directory}: {len(done)} of {len(plan)} episodes are done, {len(pending)} to go",
+                    f"{directory}: {len(done)} of {plural(len(plan), 'episode')} done, {len(pending)} to go",
                     soft_wrap=True,
                 )
             run_missing(config, backend, JobQueue(pending, time.monotonic() + time_limit_s), finished, workers, console)
@@ -101,7 +108,6 @@ def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
     jobs: list[Job] = []
     states = config.states
     order = {state: trial for trial, state in enumerate(states)}
-    video = "" if config.videos == "none" else config.videos
     for suite in config.suites:
         try:
             listed = backend.list_tasks(suite)
@@ -118,7 +124,7 @@ def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
                     f"task {task_id} of {suite} has {available} initial states, 0 to {available - 1}"
                     f"{f'; a list such as {config.init_states}-{available - 1} takes what there is' if some else ''}"
                 )
-            jobs.extend(Job(suite, task_id, *tasks[task_id], state, video) for state in states)
+            jobs.extend(Job(suite, task_id, *tasks[task_id], state) for state in states)
     jobs.sort(key=lambda job: order[job.init_state])  # stable: trial by trial, the suites' own order within
     part, parts = config.shard_of()
     return jobs[part::parts]

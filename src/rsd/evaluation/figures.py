@@ -27,9 +27,15 @@ WIDTH = 5.0  # inches
 INK, MUTED, LINE = "#1d232b", "#68727f", "#dde2e8"
 # One hue a run, told apart by the colour-blind too; the page has a lighter set of them for dark screens.
 SERIES = ("#2f6db5", "#d9772b", "#2a9d78", "#a552b3", "#b3870a", "#c8415d")
-# One hue a stage of the policy, in the order in which they happen.
-STAGES = ("preprocess", "vision", "prefill", "draft", "verify", "decode")
-STAGE_COLOURS = ("#9aa5b1", "#5b8fd0", "#31588f", "#e2954b", "#2c9c85", "#8d64b8", "#b9a13b", "#bb5c74")
+# One hue a stage of the policy, in the order in which they happen; a stage has the same one in every report.
+AFTER = "follow-up"  # while the chunk is executed: in no `total`
+STAGES = (
+    *("preprocess", "vision", "prefill", "draft", "main", "verify", "decode", "wait", "network", "queue", AFTER),
+)
+STAGE_COLOURS = (
+    *("#9aa5b1", "#5b8fd0", "#31588f", "#e2954b", "#3d7f9e", "#2c9c85", "#8d64b8", "#bb5c74", "#7a8f3c", "#c27ba0"),
+    *("#b9a13b", "#8a8f99"),
+)
 BINS = 10  # an episode's time, in tenths
 STYLE: Any = {
     "font.size": 9,
@@ -51,6 +57,11 @@ STYLE: Any = {
 
 def series_colour(index: int) -> str:
     return SERIES[index % len(SERIES)]
+
+
+def stage_colour(stage: str) -> str:
+    """By the stage's name alone; those nobody knows share the last one."""
+    return STAGE_COLOURS[STAGES.index(stage)] if stage in STAGES else STAGE_COLOURS[-1]
 
 
 def success_figure(runs: Sequence[Run]) -> Figure | None:
@@ -84,19 +95,20 @@ def success_figure(runs: Sequence[Run]) -> Figure | None:
 def latency_figure(runs: Sequence[Run]) -> Figure | None:
     """Where the time of a chunk goes: mean milliseconds by stage, stacked."""
     by_run = [stage_samples(run) for run in runs]
-    stages = ordered_stages(by_run)
+    stages = [stage for stage in ordered_stages(by_run) if stage != AFTER]
     if not stages:
         return None
     figure, axes = new_figure(0.42 * len(runs) + 1.25)
     for row, samples in enumerate(by_run):
         left = 0.0
-        for index, stage in enumerate(stages):
+        for stage in stages:
             mean = float(np.mean(samples[stage])) if samples.get(stage) else 0.0
-            axes.barh(row, mean, left=left, height=0.62, color=STAGE_COLOURS[index % len(STAGE_COLOURS)])
+            axes.barh(row, mean, left=left, height=0.62, color=stage_colour(stage))
             left += mean
-        axes.text(left, row, f" {left:.1f} ms", va="center", color=INK)
-    for index, stage in enumerate(stages):
-        axes.barh(0, 0, color=STAGE_COLOURS[index % len(STAGE_COLOURS)], label=stage)
+        said = f"not shown: {runs[row].queued}" if runs[row].queued else f"{left:.1f} ms"
+        axes.text(left, row, f" {said}", va="center", color=INK)
+    for stage in stages:
+        axes.barh(0, 0, color=stage_colour(stage), label=stage)
     axes.set_yticks(range(len(runs)), [run.name for run in runs], color=INK)
     axes.invert_yaxis()
     axes.tick_params(left=False)
@@ -256,9 +268,9 @@ def themed_svg(figure: Figure, name: str, title: str) -> str:
 
 
 def stage_samples(run: Run) -> dict[str, list[float]]:
-    """Stage -> milliseconds of every chunk of the run."""
+    """Stage -> milliseconds of every chunk of the run; empty where they hold waiting for others."""
     samples: dict[str, list[float]] = {}
-    for episode in run.episodes:
+    for episode in run.episodes if not run.queued else ():
         for stage, values in episode.latency_ms.items():
             samples.setdefault(stage, []).extend(values)
     return samples

@@ -25,14 +25,17 @@ from rsd.evaluation.report import (
     difference_cell,
     interval_cell,
     load_runs,
+    paired,
+    run_directories,
+    speedup,
     table_rows,
     task_labels,
     title,
     verdict,
 )
 from rsd.evaluation.results import EpisodeResult, write_atomically
-from rsd.evaluation.statistics import paired_difference
 from rsd.evaluation.summary import success_rate, summarize_decoding, summarize_tasks
+from rsd.evaluation.tables import ABSENT, plural
 from rsd.evaluation.video import VIDEOS_DIR, video_name
 from rsd.types import RsdError
 
@@ -40,7 +43,10 @@ REPORT_FILE, FIGURES_DIR = "report.html", "figures"
 Videos = Literal["embed", "link", "none"]
 # Lighter than SERIES and STAGE_COLOURS: the same hues on a dark page.
 DARK_SERIES = ("#74ace8", "#f0a05e", "#54c9a2", "#d18fdd", "#dbb649", "#ec7a90")
-DARK_STAGES = ("#77828e", "#8db8ee", "#4f80bd", "#eda968", "#4bbfa6", "#ad8ad6", "#d3bd5c", "#d97b92")
+DARK_STAGES = (
+    *("#77828e", "#8db8ee", "#4f80bd", "#eda968", "#66a8c6", "#4bbfa6", "#ad8ad6", "#d97b92", "#a3b866", "#dba3c3"),
+    *("#d3bd5c", "#9ba0a9"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ def write_report(directories: Sequence[Path], output: Path | None = None, videos
     videos: inside the page, linked relative to it, or left out.
     Raises RsdError where a directory is no run, or runs share no episode.
     """
+    directories = run_directories(directories)
     runs = load_runs(directories)
     if output is None:
         shared = Path(os.path.commonpath([Path(directory).absolute() for directory in directories]))
@@ -100,6 +107,7 @@ def render(runs: Sequence[Run], drawings: dict[str, Markup], base: Path, videos:
         loader=jinja2.PackageLoader("rsd.evaluation", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.trim_blocks = environment.lstrip_blocks = True
+    environment.filters["plural"] = plural
     labels = task_labels(runs)
     tasks = task_rows(runs, labels)
     return environment.get_template("report.html.jinja").render(
@@ -107,6 +115,7 @@ def render(runs: Sequence[Run], drawings: dict[str, Markup], base: Path, videos:
         names=[run.name for run in runs],
         tiles=[tile(runs[0], run, len(runs) > 1) for run in runs],
         rows=table_rows(runs),
+        queued=any(run.queued for run in runs),
         real_time=any("pause_ms" in episode.chunk_stats for run in runs for episode in run.episodes),
         figures=drawings,
         figure_titles={name: heading for name, (heading, _) in FIGURES.items()},
@@ -134,18 +143,20 @@ def tile(first: Run, run: Run, several: bool) -> Tile:
     total = decoding.latency_ms.get("total")
     sentence = "the others are held against this one" if several else ""
     if run is not first:
-        pair = paired_difference(first.successes, run.successes)
-        sentence = f"{difference_cell(pair)} against {first.name}, bootstrap {interval_cell(pair)}: {verdict(pair)}"
-        before = summarize_decoding(first.episodes).latency_ms.get("total")
-        if total and before and total["p50"]:
-            sentence += f"; {before['p50'] / total['p50']:.2f}x the speed per chunk"
+        pair = paired(first, run)
+        tasks = pair.clustered_interval()
+        interval = interval_cell(pair.interval() if tasks is None else tasks)
+        unit = "" if tasks is None else ", tasks drawn anew"
+        sentence = f"{difference_cell(pair)} against {first.name}, bootstrap {interval}{unit}: {verdict(pair)}"
+        faster = speedup((first, summarize_decoding(first.episodes)), (run, decoding))
+        sentence += "" if faster == ABSENT else f"; {faster} the speed per chunk"
     return Tile(
         name=run.name,
         success=f"{100 * rate.successes / rate.n:.1f}",
         low=round(100 * rate.low, 2),
         high=round(100 * rate.high, 2),
         interval=f"{rate.successes} of {rate.n}, 95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f}",
-        latency=f"{total['p50']:.1f} ms" if total else "",
+        latency=f"{total['p50']:.1f} ms" if total and not run.queued else "",
         acceptance="" if decoding.acceptance_rate is None else f"{100 * decoding.acceptance_rate:.1f} %",
         sentence=sentence,
     )
@@ -228,7 +239,7 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
         for name in dict.fromkeys(name for column in columns for name in column):
             values = [str(column.get(name, "")) for column in columns]
             if any(values):
-                rows.append((f"{prefix}{name}", values, len(set(values)) > 1))
+                rows.append((f"{prefix}{name.replace('_', ' ')}", values, len(set(values)) > 1))
     return rows
 
 

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from rsd.evaluation.cautions import section, trained_on
+from rsd.evaluation.report import load_runs, print_runs, run_directories, task_labels
 from rsd.evaluation.results import CONFIG_FILE as RUN_CONFIG
 from rsd.evaluation.results import EPISODES_FILE
+from rsd.evaluation.summary import summarize_tasks
+from rsd.evaluation.tables import ABSENT, print_table
 from rsd.types import RsdError
 
 Rows = list[tuple[str, str]]
 
 
-def inspect(path: str, console: Console, keys: bool = False) -> None:
-    """A checkpoint (directory or hub id) or a run, told apart by their files. Raises RsdError for anything else."""
-    if (Path(path) / RUN_CONFIG).is_file() and (Path(path) / EPISODES_FILE).is_file():
-        show_run(Path(path), console)
+def inspect(path: str, console: Console, keys: bool = False, provenance: bool = False) -> None:
+    """A checkpoint (directory or hub id), a run or a folder of runs, told apart by their files. Raises RsdError for
+    anything else. keys, provenance: of a checkpoint, every tensor and all that is known of its making."""
+    runs = run_directories([Path(path)]) if Path(path).is_dir() else []
+    if all((run / RUN_CONFIG).is_file() and (run / EPISODES_FILE).is_file() for run in runs) and runs:
+        show_runs(runs, console)
         return
     from rsd.checkpoint import WEIGHTS_FILE, locate_checkpoint
 
     directory = locate_checkpoint(path)
     if not (directory / WEIGHTS_FILE).is_file():
         raise RsdError(
-            f"{path}: neither a checkpoint ({WEIGHTS_FILE} is missing) nor a results directory ({EPISODES_FILE} is)"
+            f"{path}: neither a checkpoint ({WEIGHTS_FILE} is missing) nor a results directory ({EPISODES_FILE} is) "
+            "nor a folder of such"
         )
-    show_checkpoint(directory, console, keys)
+    show_checkpoint(directory, console, keys, provenance)
 
 
 def print_rows(console: Console, heading: str, rows: Rows) -> None:
@@ -41,17 +48,23 @@ def print_rows(console: Console, heading: str, rows: Rows) -> None:
         console.print(f"  {name.ljust(width)}  {escape(value)}", soft_wrap=True)
 
 
-def show_checkpoint(directory: Path, console: Console, keys: bool) -> None:
-    """Sizes, tokenizer, weights, validation, provenance. The weights are read, so that damage is found."""
+def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: bool) -> None:
+    """Sizes, decoding, tokenizer, training data. The weights are read, so that damage is found."""
     from rsd.checkpoint import BACKBONE, CONFIG_FILE, checkpoint_hash, read_content
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
     content = read_content(directory)
-    tokenizer, provenance = ActionTokenizer.load(directory), content.get("provenance", {})
+    tokenizer, made = ActionTokenizer.load(directory), section(content, "provenance")
     config, weights = (openvla_parts if BACKBONE in content else compact_parts)(directory, content, tokenizer)
     code = tokenizer.config.rfsq
-    console.print(f"[bold]{directory}[/bold], sha256 of {CONFIG_FILE} {checkpoint_hash(directory)}")
-    print_rows(console, "policy", [(name, str(value)) for name, value in vars(config).items()])
+    console.print(f"[bold]{escape(str(directory))}[/bold]", soft_wrap=True)
+    console.print(f"sha256 of {CONFIG_FILE}: {checkpoint_hash(directory)}", soft_wrap=True)
+    sizes: Counter[str] = Counter()
+    for name, value in weights.items():
+        sizes[name.split(".")[0]] += value.numel()
+    rows = [(name, f"{count:,}") for name, count in sizes.items()]
+    print_rows(console, "parameters", [*rows, ("total", f"{sum(sizes.values()):,}")])
+    print_rows(console, "decoding", [*decoding_rows(directory, content, config)])
     print_rows(
         console,
         "tokenizer",
@@ -59,23 +72,52 @@ def show_checkpoint(directory: Path, console: Console, keys: bool) -> None:
             ("chunk", f"{tokenizer.config.horizon} steps, {tokenizer.motion_dim} motion dimensions and a gripper"),
             ("transform over time", tokenizer.config.transform),
             ("levels x symbols", f"{code.levels} x {code.symbols}, steps shrink by rho = {code.rho:g}"),
-            ("steps", ", ".join(f"{tokenizer.first_step * code.weight(i):.3g}" for i in range(1, code.levels + 1))),
-            ("digit errors that finer levels take out", ", ".join(map(str, margins(code)))),
-            ("reach of each dimension", ", ".join(f"{c:+.2f}+-{s:.2f}" for c, s in reach(tokenizer))),
+            ("correctable digit errors, by level", ", ".join(map(str, margins(code)))),
         ],
     )
-    sizes: Counter[str] = Counter()
-    for name, value in weights.items():
-        sizes[".".join(name.split(".")[:2])] += value.numel()
-    rows = [(name, f"{count:,}") for name, count in sizes.items()]
-    print_rows(console, "parameters", [*rows, ("total", f"{sum(sizes.values()):,}")])
+    print_rows(console, "trained on", training_rows(content))
     if keys:
         shapes = [(name, str(list(value.shape))) for name, value in weights.items()]
         print_rows(console, f"{len(shapes)} keys", shapes)
-    print_rows(console, "validation during training", validation_rows(provenance.get("validation", {})))
+    if not provenance:
+        console.print("\n--provenance shows all that is known of its making, --keys every tensor", soft_wrap=True)
+        return
+    print_rows(console, "policy", list(flatten(content["policy"])))
+    print_rows(console, "reach of each dimension", [(str(i), f"{c:+.2f}+-{s:.2f}") for i, (c, s) in reach(tokenizer)])
+    print_rows(console, "validation during training", validation_rows(section(made, "validation")))
     base = {"base": content["base"]} if "base" in content else {}
-    rest = {**base, **{name: value for name, value in provenance.items() if name != "validation"}}
+    rest = {**base, **{name: value for name, value in made.items() if name != "validation"}}
     print_rows(console, "provenance", list(flatten(rest)))
+
+
+def decoding_rows(directory: Path, content: dict[str, Any], config: Any) -> Rows:
+    """What it decodes by, and what its calibration promises."""
+    from rsd.checkpoint import CALIBRATION_FILE, load_calibration, proven_decode
+
+    light = "yes" if content["policy"].get("light") else "no"
+    rows = [("acceptance rule", str(config.acceptance)), ("light draft", light)]
+    if (proven := proven_decode(directory, content)) is not None:
+        rows.append((f"proven best: {proven[0]}", proven[1]))
+    if (directory / CALIBRATION_FILE).is_file():
+        found = load_calibration(directory)
+        promise = f"risk <= {found.alpha:g} at confidence {1 - found.delta:g}, epsilon {found.epsilon_mm:g} mm"
+        rows.append(("rsd-skip calibrated for", f"{found.suites.replace(',', ', ')}: {promise}"))
+    return rows
+
+
+def training_rows(content: dict[str, Any]) -> Rows:
+    """Suites, tasks, image size, how much of it, and by which versions; without what the record does not say."""
+    data, versions = section(content, "provenance", "data"), section(content, "provenance", "versions")
+    suites, instructions, sizes = trained_on(content)
+    rows = [
+        ("suites", ", ".join(sorted(suites))),
+        ("tasks", str(len(instructions) or "")),
+        ("demonstrations", str(data.get("episodes", ""))),
+        ("frames", str(data.get("frames", ""))),
+        ("pixels", ", ".join(map(str, sorted(sizes)))),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+    return [(name, value) for name, value in rows if value]
 
 
 def compact_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
@@ -103,8 +145,8 @@ def margins(code: Any) -> list[int]:
     return [code.margin(level) for level in range(1, code.levels + 1)]
 
 
-def reach(tokenizer: Any) -> list[tuple[float, float]]:
-    return list(zip(tokenizer.centre.tolist(), tokenizer.scale.tolist(), strict=True))
+def reach(tokenizer: Any) -> Iterable[tuple[int, tuple[float, float]]]:
+    return enumerate(zip(tokenizer.centre.tolist(), tokenizer.scale.tolist(), strict=True))
 
 
 def validation_rows(validation: dict[str, Any]) -> Rows:
@@ -136,31 +178,36 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Rows:
     return rows
 
 
-def show_run(directory: Path, console: Console) -> None:
-    """The run's table, its success per task, and what its failures look like."""
-    from rsd.evaluation.report import load_run, rich_table, task_labels
-    from rsd.evaluation.summary import summarize_tasks
-
-    run = load_run(directory)
-    console.print(rich_table([run]))
-    table = Table(title="tasks", title_justify="left")
-    for column in ("task", "success", "95 % interval", "steps per success", "failures"):
-        table.add_column(column, justify="left" if column in ("task", "failures") else "right")
-    labels = task_labels([run])
+def show_runs(directories: list[Path], console: Console) -> None:
+    """The table of the runs, success per task, and what failures look like; of a single one its options, too."""
+    runs = load_runs(directories)
+    print_runs(console, runs)
+    labels = task_labels(runs)
+    console.print()
+    if len(runs) > 1:
+        by_run = [{(s.suite, s.task_id): s.success for s in summarize_tasks(run.episodes)} for run in runs]
+        cells = [
+            [label, *(f"{found[task].successes}/{found[task].n}" if task in found else ABSENT for found in by_run)]
+            for task, label in sorted(labels.items())
+        ]
+        print_table(console, "success by task", ["task", *(run.name for run in runs)], cells, "rows")
+        console.print(f"\nof one alone: rsd inspect {directories[0]}", soft_wrap=True)
+        return
+    (run,) = runs
+    rows, failed = [], []
     for task in summarize_tasks(run.episodes):
         failures = Counter(
             episode.failure_detail or episode.failure
             for episode in run.episodes
             if (episode.suite, episode.task_id) == (task.suite, task.task_id) and not episode.success
         )
-        table.add_row(
-            labels[task.suite, task.task_id],
-            f"{task.success.successes}/{task.success.n}",
-            f"{100 * task.success.low:.0f} to {100 * task.success.high:.0f} %",
-            "-" if task.mean_success_steps is None else f"{task.mean_success_steps:.0f}",
-            ", ".join(f"{count} x {reason}" for reason, count in failures.most_common()),
-        )
-    console.print(table)
+        label, rate = labels[task.suite, task.task_id], task.success
+        steps = ABSENT if task.mean_success_steps is None else f"{task.mean_success_steps:.0f}"
+        rows.append([label, f"{rate.successes}/{rate.n}", f"{100 * rate.low:.0f} to {100 * rate.high:.0f} %", steps])
+        if failures:
+            failed.append((label, ", ".join(f"{count} x {reason}" for reason, count in failures.most_common())))
+    print_table(console, "tasks", ["task", "success", "95 % interval", "steps"], rows, "rows")
+    print_rows(console, "failures", failed)
     for episode in run.broken:
         where = f"{episode.suite} task {episode.task_id}, initial state {episode.init_state}"
         console.print(f"error: {where}: {episode.failure}", style="red", soft_wrap=True)

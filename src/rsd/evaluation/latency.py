@@ -11,76 +11,35 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from rsd.decoding.strategies import STRATEGIES
 from rsd.evaluation.backend import available_cores, cpu_model
-from rsd.evaluation.config import DEFAULT, asked_rule
+from rsd.evaluation.bench_config import LatencyConfig
+from rsd.evaluation.config import asked_rule
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.roofline import Ceiling, Work, measure_ceiling, work_of
 from rsd.evaluation.statistics import percentiles
+from rsd.evaluation.tables import print_table
 from rsd.output import shown
-from rsd.policy import RsdPolicy
+from rsd.policy import FOLLOW_UP, RsdPolicy
 from rsd.sim.libero import LiberoEnv
-from rsd.types import AUTO, Observation, RsdError
+from rsd.types import Observation
 from rsd.versions import versions
 
-FORMAT = 1
-STAGES = ("preprocess", "vision", "prefill", "draft", "main", "verify", "decode", "total")
-
-
-@dataclass(frozen=True)
-class LatencyConfig:
-    """Time every decoder of a policy, the first one being the baseline."""
-
-    policy: str = "checkpoints/libero_spatial"
-    """Checkpoint directory or hub id."""
-    decode: tuple[str, ...] = ("ar", "l1", "parallel", "rsd", "rsd-fused")
-    """Decoders, in the order of the columns."""
-    suite: str = "libero_spatial"
-    """Suite whose tasks give the observations: initial state 0 of each, and two chunks later."""
-    num_tasks: int = 10
-    """Take the observations from the first so many tasks."""
-    acceptance: str = DEFAULT
-    """Rule for drafted levels, as in `rsd eval`."""
-    engine: str = AUTO
-    """As in `rsd eval`; eager shows more stages."""
-    rounds: int = 20
-    """Predictions per decoder and observation."""
-    warmup: int = 5
-    """Rounds thrown away first."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    threads: int = 0
-    """Torch's threads; 0 = one per core."""
-    output: Path = Path("runs/bench/latency.json")
-    """Raw milliseconds and the environment, as JSON."""
-
-    def __post_init__(self) -> None:
-        for name in self.decode:
-            if name not in STRATEGIES:
-                raise RsdError(f"--decode '{name}': expected some of {', '.join(STRATEGIES)}")
-        if "rsd-skip" in self.decode:
-            raise RsdError(
-                "--decode rsd-skip: when it skips depends on the episode; time it in one: rsd eval --num-workers 1"
-            )
-        if len(set(self.decode)) < len(self.decode):
-            raise RsdError(f"--decode {' '.join(self.decode)}: expected each decoder once")
-        if min(self.rounds, self.num_tasks) < 1 or self.warmup < 0 or self.threads < 0 or not self.decode:
-            expected = "rounds >= 1, num_tasks >= 1, warmup >= 0, threads >= 0, a decoder"
-            raise RsdError(f"latency: expected {expected}; found {self}")
+FORMAT = 2  # in 1 the work of a decoder with a follow-up was that of both, its time that of the chunk alone
+STAGES = ("preprocess", "vision", "prefill", "draft", "main", "verify", "decode", "total", FOLLOW_UP)
 
 
 @dataclass(frozen=True)
 class LatencyRecord:
     """milliseconds: decoder -> stage it has -> one number per prediction, in the order of time.
 
-    ceiling: FLOP/s and bytes/s of this device; work: decoder -> FLOPs and bytes of weights read (see `roofline`)."""
+    ceiling: FLOP/s and bytes/s of this device; work: decoder -> FLOPs and bytes of weights read (see `roofline`), of
+    what `total` times: from the observation to the chunk, without what follows up."""
 
     format: int
     config: dict[str, Any]
@@ -91,8 +50,12 @@ class LatencyRecord:
     work: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def ideal_ms(self) -> dict[str, float]:
-        """The roofline's milliseconds by decoder; empty if it was not measured."""
-        return {name: Work(**work).ideal_ms(Ceiling(**self.ceiling)) for name, work in self.work.items()}
+        """The roofline's milliseconds of `total` by decoder; without those of which it was not measured."""
+        return {
+            name: Work(**work).ideal_ms(Ceiling(**self.ceiling))
+            for name, work in self.work.items()
+            if self.format > 1 or FOLLOW_UP not in self.milliseconds[name]
+        }
 
 
 def observations(suite: str, num_tasks: int, policy: RsdPolicy) -> list[Observation]:
@@ -123,11 +86,7 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     first = next(iter(policies.values()))
     seen = observations(config.suite, config.num_tasks, first)
     ceiling = measure_ceiling(first.device)
-    work = {}
-    for name, policy in policies.items():
-        plain = without_graphs(policy)
-        plain.predict(seen[0])  # encodes the instruction, fills the memory
-        work[name] = work_of(partial(plain.predict, seen[0]), plain.model)
+    work = {name: work_to_the_chunk(policy, seen[0]) for name, policy in policies.items()}
     start = time.perf_counter()
     times = take_turns(policies, seen, config.warmup, config.rounds)
     machine = {
@@ -142,9 +101,17 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     counted = {name: asdict(one) for name, one in work.items()}
     record = LatencyRecord(FORMAT, settings, versions(), machine, times, asdict(ceiling), counted)
     write_atomically(config.output, encode_record(record) + "\n")
-    Console().print(latency_table(record))
+    print_latencies(Console(), record)
     print(f"results: {config.output}")
     return record
+
+
+def work_to_the_chunk(policy: RsdPolicy, observation: Observation) -> Work:
+    """What `total` times: a prediction alone, without the follow-up of the one before or its own."""
+    plain = without_graphs(policy)
+    plain.predict(observation)  # encodes the instruction, fills the memory
+    plain.follow_up()
+    return work_of(partial(plain.predict, observation), plain.model)
 
 
 def without_graphs(policy: RsdPolicy) -> RsdPolicy:
@@ -172,23 +139,20 @@ def take_turns(
     return times
 
 
-def latency_table(record: LatencyRecord) -> Table:
+def print_latencies(console: Console, record: LatencyRecord) -> None:
     """p50 / p95 by stage and decoder, and the ratio of the first decoder's p50 to each other's."""
-    table = Table(title=f"milliseconds per chunk, p50 / p95, {record.machine['device']}", title_justify="left")
-    table.add_column("stage")
-    for name in record.milliseconds:
-        table.add_column(name, justify="right")
+    rows = []
     for stage in STAGES:
-        cells = []
-        for by_stage in record.milliseconds.values():
-            present = by_stage.get(stage)
-            cells.append("{:.1f} / {:.1f}".format(*percentiles(present)) if present else "")
-        if any(cells):
-            table.add_row(stage, *cells)
-    totals = [percentiles(by_stage["total"])[0] for by_stage in record.milliseconds.values()]
+        found = [by_stage.get(stage) for by_stage in record.milliseconds.values()]
+        if any(found):
+            label = f"{stage}, after the chunk" if stage == FOLLOW_UP else stage
+            rows.append([label, *("{:.1f} / {:.1f}".format(*percentiles(ms)) if ms else "" for ms in found)])
+    totals = {name: percentiles(by_stage["total"])[0] for name, by_stage in record.milliseconds.items()}
     if ideals := record.ideal_ms():
-        table.add_row("roofline", *(f"{ideals[name]:.2f}" for name in record.milliseconds))
-        shares = (ideals[name] / total for name, total in zip(record.milliseconds, totals, strict=True))
-        table.add_row("share of it reached", *(f"{share:.0%}" for share in shares))
-    table.add_row("speed-up of p50", "", *(f"{totals[0] / total:.2f}x" for total in totals[1:]))
-    return table
+        rows.append(["roofline of total", *(f"{ideals[name]:.2f}" if name in ideals else "" for name in totals)])
+        shares = (f"{ideals[name] / total:.0%}" if name in ideals else "" for name, total in totals.items())
+        rows.append(["share of it reached", *shares])
+    first, *others = totals.values()
+    rows.append(["speed-up of p50", "", *(f"{first / total:.2f}x" for total in others)])
+    title = f"milliseconds per chunk, p50 / p95, {record.machine['device']}"
+    print_table(console, title, ["stage", *record.milliseconds], rows)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.episodes import Job
 from rsd.evaluation.results import EpisodeResult
+from rsd.evaluation.tables import plural
 
 
 def last_line(log: str) -> str:
@@ -60,14 +61,14 @@ class EpisodeProgress:
         self._successes += result.success
         status = f"{self._successes}/{self._scored} succeeded, {self.episodes_per_minute:.1f} a minute"
         if self._errors:
-            status += f", {self._errors} errors"
+            status += f", {plural(self._errors, 'error')}"
         self._bar.update(self._task, advance=1, status=status)
         if result.is_error or not self._console.is_terminal:
             where = "task" if result.suite == self._label.split()[0] else f"{result.suite} task"
             outcome = "success" if result.success else result.failure
             self._console.print(
                 f"{self._label} {self._new}/{self._pending}: {where} {result.task_id}, initial state "
-                f"{result.init_state}: {outcome} after {result.steps} steps; {status}",
+                f"{result.init_state}: {outcome} after {plural(result.steps, 'step')}; {status}",
                 highlight=False,
                 soft_wrap=True,
             )

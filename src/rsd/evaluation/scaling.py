@@ -10,19 +10,19 @@ import math
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from rsd.decoding.steps import EpisodeMemory, Proposal, SkipRule
 from rsd.evaluation.backend import available_cores, cpu_model
-from rsd.evaluation.config import DEFAULT, asked_rule
+from rsd.evaluation.bench_config import TRUNKS, ScalingConfig
+from rsd.evaluation.config import asked_rule
 from rsd.evaluation.latency import observations, take_turns
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
+from rsd.evaluation.tables import print_table
 from rsd.models.rsd_model import RsdModel
 from rsd.policy import RsdPolicy
 from rsd.types import AUTO, EAGER, RsdError
@@ -31,45 +31,6 @@ from rsd.versions import versions
 FORMAT = 1
 RESTING = "draft alone"  # `rsd-skip` at a chunk without the main
 DECODERS = ("ar", "l1", "rsd", "rsd-fused")
-TRUNKS = {  # dim, layers, heads; cameras and words are those of the checkpoint
-    "10M": (192, 6, 3),
-    "18M": (320, 8, 5),
-    "32M": (448, 10, 7),
-    "104M": (576, 24, 9),
-    "312M": (1024, 24, 16),
-}
-
-
-@dataclass(frozen=True)
-class ScalingConfig:
-    """Time the decoders with mains of several sizes, random weights."""
-
-    policy: str = "checkpoints/libero_spatial"
-    """Checkpoint whose tokenizer, cameras and light draft are taken."""
-    sizes: tuple[str, ...] = tuple(TRUNKS)
-    """Sizes of the main, smallest first."""
-    num_tasks: int = 2
-    """Take two observations each from the first so many tasks of libero_spatial."""
-    rounds: int = 20
-    """Predictions per decoder and observation."""
-    warmup: int = 3
-    """Rounds thrown away first."""
-    device: str = "cpu"
-    """cpu or cuda (there every decoder is replayed from CUDA graphs)."""
-    engine: str = "default"
-    """As in `rsd eval`; default: CUDA graphs on a GPU, PyTorch operation by operation on a CPU, where exporting models
-    of a gigabyte for one measurement outlasts it."""
-    acceptance: str = DEFAULT
-    """How `rsd` and `rsd-fused` verify, as in `rsd eval`."""
-    output: Path = Path("runs/bench/scaling.json")
-    """Raw milliseconds and the environment, as JSON."""
-
-    def __post_init__(self) -> None:
-        for size in self.sizes:
-            if size not in TRUNKS:
-                raise RsdError(f"--sizes {size}: expected some of {', '.join(TRUNKS)}")
-        if min(self.rounds, self.num_tasks) < 1 or self.warmup < 1 or not self.sizes:
-            raise RsdError(f"scaling: expected rounds, num_tasks and warmup >= 1 and a size; found {self}")
 
 
 @dataclass(frozen=True)
@@ -142,7 +103,7 @@ def measure_scaling(config: ScalingConfig) -> ScalingRecord:
     settings = {**asdict(config), "engine": policies["l1"].engine, "output": str(config.output)}
     record = ScalingRecord(FORMAT, settings, versions(), machine, sizes)
     write_atomically(config.output, encode_record(record) + "\n")
-    Console().print(scaling_table(record))
+    print_scaling(Console(), record)
     print(f"results: {config.output}")
     return record
 
@@ -159,13 +120,12 @@ def count(module: torch.nn.Module | None) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
-def scaling_table(record: ScalingRecord) -> Table:
+def print_scaling(console: Console, record: ScalingRecord) -> None:
     """p50 by size and decoder, and the two ratios."""
-    table = Table(title=f"milliseconds per chunk, p50, {record.machine['device']}", title_justify="left")
-    for column in ("main", *DECODERS, RESTING, "ar / rsd-fused", "rsd-fused / l1"):
-        table.add_column(column, justify="right")
+    header = ["main", *DECODERS, RESTING, "ar / rsd-fused", "rsd-fused / l1"]
+    rows = []
     for size in record.sizes.values():
         milliseconds = [f"{size.p50(name):.2f}" for name in (*DECODERS, RESTING)]
         ratios = size.p50("ar") / size.p50("rsd-fused"), size.p50("rsd-fused") / size.p50("l1")
-        table.add_row(f"{size.parameters / 1e6:.0f} M", *milliseconds, *(f"{ratio:.2f}" for ratio in ratios))
-    return table
+        rows.append([f"{size.parameters / 1e6:.0f} M", *milliseconds, *(f"{ratio:.2f}" for ratio in ratios)])
+    print_table(console, f"milliseconds per chunk, p50, {record.machine['device']}", header, rows, "rows")

@@ -17,6 +17,7 @@ import tyro
 from rsd.evaluation.decoding_page import (
     DELTA,
     EPSILON_MM,
+    against_cell,
     deviation_section,
     latency_record,
     latency_section,
@@ -31,9 +32,9 @@ from rsd.evaluation.decoding_page import (
 from rsd.evaluation.deviation import DeviationRecord
 from rsd.evaluation.latency import LatencyRecord
 from rsd.evaluation.modes import shares
-from rsd.evaluation.report import Run, load_run
+from rsd.evaluation.report import Run, load_run, paired
 from rsd.evaluation.results import write_atomically
-from rsd.evaluation.statistics import paired_difference, percentiles
+from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.studies_page import training_of
 from rsd.evaluation.summary import success_rate
 
@@ -199,9 +200,7 @@ def share(run: Run) -> float:
 
 
 def points(runs: dict[str, Run], before: str, after: str) -> str:
-    pair = paired_difference(runs[before].successes, runs[after].successes)
-    moved = f"+{pair.only_second} -{pair.only_first} of {pair.pairs}"
-    return f"{100 * pair.difference:+.1f} points ({moved}), p {pair.p_value:.2g}"
+    return against_cell(paired(runs[before], runs[after]))
 
 
 if __name__ == "__main__":

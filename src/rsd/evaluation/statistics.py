@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -52,12 +52,14 @@ class PairedDifference:
     """Two runs on the same initial states.
 
     difference: success rate of the second minus that of the first, in [-1, 1], over the common pairs.
+    clusters: of each cluster of pairs, such as a task, (only_second - only_first, pairs); empty if nobody named any.
     """
 
     both: int
     only_first: int
     only_second: int
     neither: int
+    clusters: tuple[tuple[int, int], ...] = ()
 
     @property
     def pairs(self) -> int:
@@ -79,31 +81,54 @@ class PairedDifference:
     def interval(self, resamples: int = 20_000) -> tuple[float, float]:
         """Bootstrap 95 % interval of `difference`: the pairs drawn anew with replacement, percentile method.
 
-        Resampling n pairs is drawing the four counts from a multinomial, which needs no loop. Seeded, so that a
-        table does not change from one print to the next. Degenerate where no pair disagrees: McNemar speaks then.
+        It speaks of other initial states of these very tasks. Resampling n pairs is drawing the four counts from a
+        multinomial, which needs no loop. Seeded, so that a table does not change from one print to the next.
+        Degenerate where no pair disagrees: McNemar speaks then.
         """
         counts = np.array([self.both, self.only_first, self.only_second, self.neither])
         draws = np.random.default_rng(0).multinomial(self.pairs, counts / self.pairs, size=resamples)
         low, high = np.percentile((draws[:, 2] - draws[:, 1]) / self.pairs, [2.5, 97.5])
         return float(low), float(high)
 
+    def clustered_interval(self, resamples: int = 20_000) -> tuple[float, float] | None:
+        """The same with whole clusters drawn anew, so that it speaks of other tasks like these; None below two.
 
-def paired_difference(first: Mapping[Key, bool], second: Mapping[Key, bool]) -> PairedDifference:
+        Episodes of one task succeed and fail together, so pairs drawn one by one promise too much about new tasks. With
+        few clusters it is too narrow still, as every bootstrap is. Seeded, percentile method.
+        """
+        n = len(self.clusters)
+        if n < 2:
+            return None
+        drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)  # [resamples, clusters]
+        differences, pairs = (drawn @ np.array(self.clusters)).T
+        low, high = np.percentile(differences / pairs, [2.5, 97.5])
+        return float(low), float(high)
+
+
+def paired_difference(
+    first: Mapping[Key, bool], second: Mapping[Key, bool], cluster: Callable[[Key], Hashable] | None = None
+) -> PairedDifference:
     """Success by episode key (task, initial state) of two runs -> counts over the keys that both have.
 
+    cluster: what of a key names its cluster, for `clustered_interval`.
     Raises RsdError where the runs share no key: such runs cannot be paired.
     """
     common = first.keys() & second.keys()
     if not common:
         raise RsdError("cannot pair the runs: they have no finished episode (task, initial state) in common")
     counts = dict.fromkeys(((True, True), (True, False), (False, True), (False, False)), 0)
+    clusters: dict[Hashable, tuple[int, int]] = {}
     for key in common:
         counts[bool(first[key]), bool(second[key])] += 1
+        if cluster is not None:
+            difference, pairs = clusters.get(cluster(key), (0, 0))
+            clusters[cluster(key)] = (difference + bool(second[key]) - bool(first[key]), pairs + 1)
     return PairedDifference(
         both=counts[True, True],
         only_first=counts[True, False],
         only_second=counts[False, True],
         neither=counts[False, False],
+        clusters=tuple(sorted(clusters.values())),
     )
 
 

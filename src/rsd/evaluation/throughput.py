@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from rsd.evaluation.backend import LIBERO, Backend, settle
 from rsd.evaluation.config import EvalConfig, OptionError
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes, write_atomically
 from rsd.evaluation.rollout import Environment
+from rsd.evaluation.tables import plural, print_table
 from rsd.types import BEST, RsdError
 
 FORMAT = 2
@@ -134,7 +134,7 @@ def measure_throughput(config: ThroughputConfig, fast: Backend = LIBERO, plain: 
     record["same"] = agreement(outcomes[FAST], outcomes[PLAIN_LOOP])
     record["ratios"] = ratios(measured)
     save(config.output, record)
-    Console().print(throughput_table(measured, record["ratios"], record["same"]), soft_wrap=True)
+    print_throughput(Console(), measured, record["ratios"], record["same"])
     return record
 
 
@@ -171,24 +171,26 @@ def ratios(measured: Mapping[str, Measured]) -> dict[str, float]:
     }
 
 
-def throughput_table(measured: Mapping[str, Measured], ratios: Mapping[str, float], same: Mapping[str, Any]) -> Table:
+def print_throughput(
+    console: Console, measured: Mapping[str, Measured], ratios: Mapping[str, float], same: Mapping[str, Any]
+) -> None:
     plain, fast = measured[PLAIN_LOOP], measured[FAST]
-    table = Table(title=f"{fast.episodes} episodes, {plain.workers} and {fast.workers} workers", title_justify="left")
-    for column in ("", PLAIN_LOOP, FAST, "ratio"):
-        table.add_column(column, justify="left" if not column else "right")
     walls = plain.wall_for(fast.steps), fast.wall_s
     rates = [60 * fast.episodes / wall for wall in walls]
     running = [60 * side.steps_per_second * fast.episodes / fast.steps for side in (plain, fast)]
     processor = [side.cpu_s * fast.steps / side.steps / fast.episodes for side in (plain, fast)]
-    table.add_row("episodes per minute, start-up included", *(f"{r:.2f}" for r in rates), f"{ratios['wall']:.2f}x")
-    table.add_row("episodes per minute, running", *(f"{rate:.2f}" for rate in running), f"{ratios['running']:.2f}x")
-    table.add_row("processor seconds per episode", *(f"{value:.2f}" for value in processor), f"{ratios['cpu']:.2f}x")
-    table.add_row("wall time", *(f"{wall:.1f} s" for wall in walls), "")
+    rows = [
+        ["episodes per minute, start-up included", *(f"{rate:.2f}" for rate in rates), f"{ratios['wall']:.2f}x"],
+        ["episodes per minute, running", *(f"{rate:.2f}" for rate in running), f"{ratios['running']:.2f}x"],
+        ["processor seconds per episode", *(f"{value:.2f}" for value in processor), f"{ratios['cpu']:.2f}x"],
+        ["wall time", *(f"{wall:.1f} s" for wall in walls), ""],
+    ]
     if plain.episodes < fast.episodes:
         done = f"{plain.episodes} in {plain.wall_s:.1f} s"
-        table.add_row("episodes run (the rest extrapolated)", done, f"{fast.episodes}", "")
-    table.add_row("same success, same steps", "", f"{same['success']}, {same['steps']} of {same['episodes']}", "")
+        rows.append(["episodes run (the rest extrapolated)", done, f"{fast.episodes}", ""])
+    rows.append(["same success, same steps", "", f"{same['success']}, {same['steps']} of {same['episodes']}", ""])
     if same["different"]:
         other = ", ".join(f"{task}.{state}" for _, task, state in same["different"])
-        table.add_row("task.state with another success", "", other, "")
-    return table
+        rows.append(["task.state with another success", "", other, ""])
+    workers = f"{plain.workers} and {plural(fast.workers, 'worker')}"
+    print_table(console, f"{plural(fast.episodes, 'episode')}, {workers}", ["", PLAIN_LOOP, FAST, "ratio"], rows)

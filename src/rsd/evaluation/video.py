@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.conventions import CONTROL_HZ
 from rsd.evaluation.results import EpisodeResult
 from rsd.evaluation.rollout import Environment, Rollout
 from rsd.types import RsdError
 
-CONTROL_HZ = 20  # LIBERO's control frequency
 FRAME_STEPS = 2  # control steps a frame: drawing costs ten times as much as physics without a GPU
 PANEL = 256  # side of one camera's panel in pixels
 STRIP = 16  # height of the strip below the panels

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from rsd.evaluation.backend import Backend, available_cores
 from rsd.evaluation.config import EvalConfig
-from rsd.evaluation.episodes import EpisodeRunner, Job, JobQueue, Outcome, broken_off
+from rsd.evaluation.episodes import EpisodeRunner, Job, JobQueue, Outcome, VideoBudget, broken_off
 from rsd.evaluation.socket_folder import socket_folder
 from rsd.types import Policy, RsdError
 
@@ -251,7 +251,7 @@ class WorkerPool:
 
         A worker that dies or hangs is replaced and its episode begun anew. Raises RsdError if set-up fails.
         """
-        busy = list(self._workers)
+        busy, videos = list(self._workers), VideoBudget(self.config.videos, videos_left, self.videos)
         while busy:
             for worker, message in self._messages(busy):
                 if isinstance(message, str):  # why the worker is no more
@@ -269,7 +269,7 @@ class WorkerPool:
                     yield message
                 else:
                     worker.job = None
-                    videos_left += bool(message.job.video) and message.video is None
+                    videos.settle(message)
                     again = queue.again(message.job) if message.result.is_error else None
                     yield message if again is None else Retry(message.job, message.log or message.result.failure)
                 if not worker.ready:
@@ -280,10 +280,7 @@ class WorkerPool:
                         worker.connection.send(None)
                     busy.remove(worker)
                     continue
-                if videos_left <= 0:
-                    job = replace(job, video="")
-                # Reserved here and given back above if the episode turns out to need none: never too many.
-                videos_left -= bool(job.video)
+                job = videos.allot(job)
                 worker.job, worker.task = job, job.task
                 worker.deadline = time.monotonic() + self.config.episode_timeout
                 with contextlib.suppress(BrokenPipeError):  # it died just now: the next round notices

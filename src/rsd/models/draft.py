@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
+from rsd.models.config import DraftConfig
 from rsd.models.main import BlockEmbedding, LevelHead
-from rsd.models.trunk import KVCache, Trunk, check_sizes
+from rsd.models.trunk import KVCache, Trunk
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
-
-
-@dataclass(frozen=True)
-class DraftConfig:
-    """levels: how many coarse levels are drafted; the rest are sizes."""
-
-    levels: int = 3
-    dim: int = 128
-    layers: int = 2
-    heads: int = 4
-
-    def __post_init__(self) -> None:
-        check_sizes("draft", self.dim, self.layers, self.heads)
 
 
 class DraftModel(nn.Module):

@@ -6,7 +6,6 @@ positions of things it has from the main's key/value cache of an earlier chunk: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -14,34 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsd.models.draft import DraftConfig, DraftModel
+from rsd.models.config import LightDraftConfig
+from rsd.models.draft import DraftModel
 from rsd.models.fusing import fusible
 from rsd.models.main import STATE_FEATURES, MainConfig
 from rsd.models.streams import together
-from rsd.models.trunk import MAX_LAYERS, KVCache, Trunk, check_sizes
-from rsd.models.vision import CameraEncoder, check_channels
+from rsd.models.trunk import KVCache, Trunk
+from rsd.models.vision import CameraEncoder
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import CAMERAS, RsdError
-
-
-@dataclass(frozen=True)
-class LightDraftConfig:
-    """shrink: the main's images are averaged over shrink x shrink pixels; depth: residual blocks at each resolution;
-    levels: how its coarse tokens are drafted; the rest are sizes."""
-
-    shrink: int = 2
-    channels: tuple[int, ...] = (16, 32, 64, 96)
-    dim: int = 160
-    layers: int = 3
-    heads: int = 5
-    levels: DraftConfig = field(default_factory=lambda: DraftConfig(levels=3, dim=128, layers=1, heads=4))
-    depth: int = 2
-
-    def __post_init__(self) -> None:
-        check_sizes("light draft", self.dim, self.layers, self.heads)
-        if not (1 <= self.shrink <= 64 and 1 <= self.depth <= MAX_LAYERS):
-            raise RsdError(f"light draft: expected shrink and depth of at least 1, found {self.shrink}, {self.depth}")
-        check_channels("light draft", self.channels)
 
 
 class Memory(NamedTuple):

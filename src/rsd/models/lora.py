@@ -14,24 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rsd.models.config import LoraConfig
 from rsd.models.openvla import OpenVlaModel
 from rsd.models.openvla_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rsd.models.openvla_loading import Slot, slots
-from rsd.types import RsdError
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """rank: of every update; alpha: their scale is alpha / rank; vision: also the vision towers and the projector,
-    which then take part in the backward pass (more time and memory)."""
-
-    rank: int = 32
-    alpha: float = 16.0
-    vision: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise RsdError(f"lora: expected rank >= 1 and alpha > 0, found {self}")
 
 
 class LowRank(nn.Module):

@@ -9,54 +9,22 @@ Next-scale prediction as in VAR (arXiv 2404.02905), here over action residuals.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from rsd.models.config import MainConfig
 from rsd.models.fusing import fusible
 from rsd.models.streams import together
-from rsd.models.text import TEXT_HEADS, TextEncoder
-from rsd.models.trunk import KVCache, Trunk, check_sizes
-from rsd.models.vision import CameraEncoder, check_channels
+from rsd.models.text import TextEncoder
+from rsd.models.trunk import KVCache, Trunk
+from rsd.models.vision import CameraEncoder
 from rsd.tokenizer.rfsq import RfsqConfig
-from rsd.types import CAMERAS, STATE_DIM, RsdError
+from rsd.types import CAMERAS, STATE_DIM
 
 STATE_FEATURES = STATE_DIM + 3  # position 3, two columns of the rotation matrix 6, gripper 2
 FOURIER = 4  # octaves in which a prefix value is shown to a block
-
-
-@dataclass(frozen=True)
-class MainConfig:
-    """Sizes of the main model. image_size in pixels, a multiple of 32; merge: of each camera, n x n image tokens become
-    one position of the trunk; whole_block: it is trained to judge a whole draft by one block in the place of block 1 as
-    well."""
-
-    image_size: int = 128
-    channels: tuple[int, ...] = (32, 64, 128, 256)
-    dim: int = 320
-    layers: int = 8
-    heads: int = 5
-    text_dim: int = 128
-    text_tokens: int = 4
-    dropout: float = 0.1
-    whole_block: bool = False
-    merge: tuple[int, ...] = (1, 2)
-
-    def __post_init__(self) -> None:
-        if self.image_size % 32 or not 32 <= self.image_size <= 1024:
-            raise RsdError(f"main model: expected image_size a multiple of 32, at most 1024, found {self.image_size}")
-        check_channels("main model", self.channels)
-        check_sizes("main model", self.dim, self.layers, self.heads)
-        check_sizes("main model's words", self.text_dim, 1, TEXT_HEADS)
-        if not (0.0 <= self.dropout < 1.0 and 1 <= self.text_tokens <= 64):
-            expected = "dropout in [0, 1) and 1 to 64 text_tokens"
-            raise RsdError(f"main model: expected {expected}, found {self.dropout} and {self.text_tokens}")
-        side = self.image_size // 16
-        if len(self.merge) != len(CAMERAS) or any(n < 1 or side % n for n in self.merge):
-            expected = f"merge with {len(CAMERAS)} divisors of {side}, the image tokens of a side"
-            raise RsdError(f"main model: expected {expected}, found {self.merge}")
 
 
 class BlockEmbedding(nn.Module):

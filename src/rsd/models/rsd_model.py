@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from torch import nn
 
-from rsd.models.draft import DraftConfig, DraftModel
-from rsd.models.light_draft import LightDraft, LightDraftConfig
-from rsd.models.main import MainConfig, MainModel
+from rsd.models.config import PolicyConfig
+from rsd.models.draft import DraftModel
+from rsd.models.light_draft import LightDraft
+from rsd.models.main import MainModel
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.strategies.rsd`); without a light
-    draft the decoders that need one are refused."""
-
-    main: MainConfig = field(default_factory=MainConfig)
-    draft: DraftConfig = field(default_factory=DraftConfig)
-    light: LightDraftConfig | None = field(default_factory=LightDraftConfig)
-    acceptance: str = "margin"
-    fine: str = "regress"
 
 
 class RsdModel(nn.Module):

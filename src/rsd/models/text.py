@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsd.models.config import TEXT_HEADS
 from rsd.types import RsdError
 
 MAX_WORDS = 32
 BUCKETS = 4096  # id 0 is the padding
-TEXT_HEADS = 4
 
 
 def word_ids(instructions: list[str]) -> Tensor:

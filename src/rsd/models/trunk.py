@@ -9,16 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsd.models.fusing import fusible
-from rsd.types import RsdError
-
-MAX_DIM, MAX_LAYERS = 2**15, 256  # beyond is a slip, found before memory is taken for it
-
-
-def check_sizes(kind: str, dim: int, layers: int, heads: int) -> None:
-    """`RsdError` for sizes that make no trunk; kind: names the model in its message."""
-    if not (1 <= layers <= MAX_LAYERS and 1 <= heads <= dim <= MAX_DIM) or dim % heads:
-        expected = f"1 to {MAX_LAYERS} layers, a dim of 1 to {MAX_DIM} and heads that divide it"
-        raise RsdError(f"{kind}: expected {expected}, found layers {layers}, dim {dim}, heads {heads}")
 
 
 @dataclass

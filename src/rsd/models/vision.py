@@ -10,17 +10,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsd.models.config import GROUPS
 from rsd.models.fusing import fusible
-from rsd.types import RsdError
-
-GROUPS = 8  # of GroupNorm
-
-
-def check_channels(kind: str, channels: tuple[int, ...]) -> None:
-    """`RsdError` unless a `CameraEncoder` can have these; kind: names the model in its message."""
-    # one channel a group crashes PyTorch's CPU backward of GroupNorm on channels-last input (with 2.13)
-    if len(channels) != 4 or any(c % (2 * GROUPS) or not 0 < c <= 4096 for c in channels):
-        raise RsdError(f"{kind}: expected four channels that are multiples of 16, at most 4096, found {channels}")
 
 
 def unit_images(pixels: Tensor) -> Tensor:

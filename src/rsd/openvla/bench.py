@@ -16,66 +16,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from rsd.devices import check_device
 from rsd.evaluation.roofline import Ceiling, measure_ceiling
+from rsd.evaluation.tables import print_table
 from rsd.models.openvla import OpenVlaModel
-from rsd.openvla.bench_cases import (
-    CASES,
-    Case,
-    Inputs,
-    full_config,
-    ideal_ms,
-    openvla_cases,
-    random_model,
-    rfsq_cases,
-)
+from rsd.openvla.bench_cases import Case, Inputs, full_config, ideal_ms, openvla_cases, random_model, rfsq_cases
+from rsd.openvla.bench_config import CASES, OpenVlaBenchConfig
 from rsd.openvla.graphs import Captured
 from rsd.openvla.precision import compile_layers, use_fp8
-from rsd.types import RsdError
 
-SECTIONS = ("reference", "eager", "graph", "compiled", "fp8", "load", "train")
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class OpenVlaBenchConfig:
-    """Time OpenVLA's decoders on full-size random weights."""
-
-    sections: tuple[str, ...] = ("reference", "eager", "graph", "compiled", "fp8")
-    """reference (transformers and timm, as the published code runs); on one native model, always in this order: eager,
-    graph (CUDA graphs), compiled (and graphs), fp8 (compiled, graphs and FP8 matrices); load writes a 15 GB checkpoint
-    and loads it; train times LoRA training steps with two cameras."""
-    cases: tuple[str, ...] = CASES
-    """Of vision, l1, prefill, ar7, rfsq-ar, rsd, rsd-fused, light (the draft's own chunk)."""
-    cameras: tuple[int, ...] = (2, 1)
-    """Cameras at batch 1 for reference, graph and fp8; the other sections and larger batches take the first."""
-    batches: tuple[int, ...] = (1, 4, 16)
-    """Batch sizes; those after the first are timed for prefill, l1 and rsd, graph and fp8 only."""
-    train_batches: tuple[int, ...] = (16,)
-    """Chunks in the batch of a training step, even numbers: half of them are earlier moments of the others."""
-    prompt_tokens: int = 30
-    repeats: int = 20
-    warmup: int = 3
-    max_seconds: float = 270.0
-    """No new row is begun later than this; what is left out says so."""
-    device: str = "cuda"
-    size: str = "7b"
-    """7b, or tiny for a check on a CPU."""
-    checkpoint: Path = Path("runs/bench/openvla-random")
-    """Where `load` writes its checkpoint, which it deletes again."""
-    output: Path = Path("runs/bench/openvla.json")
-
-    def __post_init__(self) -> None:
-        for name, given, allowed in (("sections", self.sections, SECTIONS), ("cases", self.cases, CASES)):
-            if unknown := [value for value in given if value not in allowed]:
-                raise RsdError(f"--{name} {' '.join(unknown)}: expected some of {', '.join(allowed)}")
-        if self.repeats < 1 or self.warmup < 1 or not self.cameras or not self.batches or min(self.batches) < 1:
-            raise RsdError(f"bench: expected repeats, warmup and batches of at least 1, found {self}")
-        if not self.train_batches or any(size < 2 or size % 2 for size in self.train_batches):
-            raise RsdError(f"--train-batches: expected even numbers of at least 2, found {self.train_batches}")
 
 
 @dataclass
@@ -269,7 +221,7 @@ def measure_openvla(config: OpenVlaBenchConfig) -> Bench:
             bench.share_ideals()
             write(bench)
     if any(row.case in CASES for row in bench.rows):
-        Console().print(table(bench))
+        print_bench(Console(), bench)
     for note in notes(bench):
         Console().print(note, soft_wrap=True, highlight=False, markup=False)
     return bench
@@ -324,17 +276,16 @@ def write(bench: Bench) -> None:
     bench.config.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def table(bench: Bench) -> Table:
+def print_bench(console: Console, bench: Bench) -> None:
     """p50 in milliseconds (share of the roofline) by case and section."""
     sections = list(dict.fromkeys(row.section for row in bench.rows if row.case in CASES))
-    result = Table(title="milliseconds per decision, p50 (share of the bfloat16 roofline)", title_justify="left")
-    for name in ("decoder", "cameras", "batch", *sections):
-        result.add_column(name, justify="left" if name == "decoder" else "right")
     cells = {(row.case, row.cameras, row.batch, row.section): row for row in bench.rows}
+    rows = []
     for case, cameras, batch in dict.fromkeys(key[:3] for key in cells if key[0] in CASES):
         found = [cells.get((case, cameras, batch, section)) for section in sections]
-        result.add_row(case, str(cameras), str(batch), *(cell(row) for row in found))
-    return result
+        rows.append([case, str(cameras), str(batch), *(cell(row) for row in found)])
+    header = ["decoder", "cameras", "batch", *sections]
+    print_table(console, "milliseconds per decision, p50 (share of the bfloat16 roofline)", header, rows, "rows")
 
 
 def cell(row: Row | None) -> str:

@@ -26,7 +26,6 @@ from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
 from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, RsdError
 
 MOTION_DIM = ACTION_DIM - 1
-CASES = ("vision", "l1", "prefill", "ar7", "rfsq-ar", "rsd", "rsd-fused", "light")
 
 
 @dataclass(frozen=True)

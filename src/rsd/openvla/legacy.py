@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,13 @@ from rsd.decoding.acceptance import AcceptanceRule, acceptance_rule, accepted_pr
 from rsd.decoding.steps import Stopwatch
 from rsd.json_files import read_versioned
 from rsd.models.legacy import Autoencoder, ChunkDraft, ChunkHead, LevelDraft, Weights, read_autoencoder, read_network
+from rsd.openvla.bench_config import ImportLegacyConfig
 from rsd.openvla.policy import OpenVlaPolicy
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 FORMAT_VERSION = 1
 SETTINGS_FILE, WEIGHTS_FILE = "legacy.json", "legacy.safetensors"
-
-
-@dataclass(frozen=True)
-class ImportLegacyConfig:
-    """Read the files of the original experiment and write them as one checkpoint without pickle."""
-
-    autoencoder: Path
-    """rfsq_robust_best.pt"""
-    head: Path
-    """best_rfsq_head.pt"""
-    draft: Path | None = None
-    """best_draft_with_projection.pt; without it the head decodes alone, if it is not conditioned."""
-    layernorm: bool | None = None
-    """Whether the autoencoder was trained with LayerNorm; needed where its file does not say."""
-    calibration: Path | None = None
-    """Demonstrations (HDF5), or a .npy file of action chunks [N, 8, 7], in the units the autoencoder was trained on."""
-    output: Path = Path("runs/legacy")
 
 
 class LegacyDecoder:

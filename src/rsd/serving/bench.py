@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from rsd.evaluation.backend import available_cores, describe_checkpoint
+from rsd.evaluation.bench_config import ServingBenchConfig
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
+from rsd.evaluation.tables import print_table
 from rsd.output import shown
 from rsd.serving.client import RemotePolicy
 from rsd.serving.server import PolicyServer, reserve, serve_until_signal
@@ -32,30 +32,6 @@ from rsd.types import CAMERAS, STATE_DIM, Observation, RsdError
 FORMAT = 1
 LOCAL, ROUND_TRIP, NETWORK = "predict here", "round trip", "of it on the way"
 START_PATIENCE = 600.0  # seconds until the server listens: it may load 15 GB
-
-
-@dataclass(frozen=True)
-class ServingBenchConfig:
-    """Time chunks decided here and behind a port of this machine."""
-
-    policy: str = EvalConfig.policy
-    """Checkpoint directory or hub id."""
-    decode: tuple[str, ...] = ("l1", "rsd-fused")
-    """Decoders, in the order of the columns."""
-    rounds: int = 200
-    """Chunks per decoder."""
-    warmup: int = 20
-    """Chunks thrown away first."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    threads: int = 0
-    """Torch's threads here and in the server; 0 = one per core."""
-    output: Path = Path("runs/bench/serving.json")
-    """Raw milliseconds and the environment, as JSON."""
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1 or self.warmup < 0 or self.threads < 0 or not self.decode:
-            raise RsdError(f"serving: expected rounds >= 1, warmup >= 0, threads >= 0, a decoder; found {self}")
 
 
 @dataclass(frozen=True)
@@ -76,10 +52,11 @@ def measure_serving(config: ServingBenchConfig) -> ServingRecord:
     settings = {**asdict(config), "output": str(config.output), "threads": threads}
     record = ServingRecord(FORMAT, settings, versions_on(config.device), times)
     write_atomically(config.output, encode_record(record) + "\n")
-    table = Table("milliseconds, p50 / p95", *(config.decode), title=config.policy, title_justify="left")
-    for name in (LOCAL, ROUND_TRIP, NETWORK):
-        table.add_row(name, *("{:.2f} / {:.2f}".format(*percentiles(times[d][name])) for d in config.decode))
-    Console().print(table)
+    rows = [
+        [name, *("{:.2f} / {:.2f}".format(*percentiles(times[d][name])) for d in config.decode)]
+        for name in (LOCAL, ROUND_TRIP, NETWORK)
+    ]
+    print_table(Console(), f"{config.policy}: milliseconds, p50 / p95", ["", *config.decode], rows)
     print(f"results: {config.output}")
     return record
 

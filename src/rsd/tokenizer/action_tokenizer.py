@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from rsd.exact import integers, reals
-from rsd.tokenizer.config import EncodeStatistics, TokenizerConfig
+from rsd.tokenizer.config import AUTOENCODERS, OVER_TIME, EncodeStatistics, TokenizerConfig
 from rsd.tokenizer.learned import Autoencoder, Refiner
 from rsd.tokenizer.rfsq import Rfsq
-from rsd.tokenizer.transforms import AUTOENCODERS, OVER_TIME, ordered_product, transform_matrix
+from rsd.tokenizer.transforms import ordered_product, transform_matrix
 from rsd.types import RsdError
 
 FILE_NAME = "tokenizer.json"

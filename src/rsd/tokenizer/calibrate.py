@@ -10,10 +10,10 @@ from torch import Tensor
 
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, Parts, binary_dimensions
 from rsd.tokenizer.allocation import active_cells, allocate
-from rsd.tokenizer.config import TokenizerConfig
+from rsd.tokenizer.config import AUTOENCODERS, OVER_TIME, TokenizerConfig
 from rsd.tokenizer.learned import Autoencoder, Refiner, quantise_prefix, train_autoencoder, train_refiner
 from rsd.tokenizer.rfsq import Rfsq
-from rsd.tokenizer.transforms import AUTOENCODERS, OVER_TIME, principal_components, transform_matrix
+from rsd.tokenizer.transforms import principal_components, transform_matrix
 from rsd.types import RsdError
 
 MIN_CHUNKS = 100  # fewer cannot place the 1 % and 99 % quantiles

@@ -6,14 +6,75 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rsd.conventions import CHUNK_SIZE
-from rsd.tokenizer.learned import LearnConfig
-from rsd.tokenizer.rfsq import RfsqConfig
-from rsd.tokenizer.transforms import AUTOENCODERS, TRANSFORMS
 from rsd.types import RsdError
 
+OVER_TIME = ("dct", "identity")  # fixed, the same matrix for every dimension
+LINEAR = (*OVER_TIME, "pca")
+AUTOENCODERS = ("step-autoencoder", "chunk-autoencoder")
+TRANSFORMS = (*LINEAR, *AUTOENCODERS)
 NORMALISATIONS = ("reach", "quantile", "minmax", "standard")
 MAX_HORIZON = 64
 MAX_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class RfsqConfig:
+    """levels L, symbols K (odd) per level, redundancy rho in (1, K]."""
+
+    levels: int = 8
+    symbols: int = 7
+    rho: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.levels < 1 or self.symbols < 3 or self.symbols % 2 == 0 or not 1.0 < self.rho <= self.symbols:
+            expected = "levels >= 1, an odd number of symbols >= 3 and 1 < rho <= symbols"
+            raise RsdError(f"RFSQ: expected {expected}, found {self}")
+
+    @property
+    def half(self) -> int:
+        """Largest digit (K-1)/2."""
+        return (self.symbols - 1) // 2
+
+    def weight(self, level: int) -> float:
+        """D_level / D_1 for level = 1..L."""
+        return float(self.rho ** -(level - 1))
+
+    def tail_reach(self, level: int) -> float:
+        """How far the levels below `level` can reach, in units of D_1: (K-1)/2 * sum_{j > level} D_j."""
+        return self.half * sum(self.weight(j) for j in range(level + 1, self.levels + 1))
+
+    def reach(self, level: int) -> float:
+        """Largest |residual after `level` levels| that the finer ones take out to within half the last step, in D_1."""
+        return self.tail_reach(level) + 0.5 * self.weight(self.levels)
+
+    def span(self) -> float:
+        """Largest |scalar| whose residual stays within half the last step, in units of D_1."""
+        return self.reach(0)
+
+    def margin(self, level: int) -> int:
+        """Largest error of a digit at `level` that the finer levels take out whatever the scalar (0 if none).
+
+        A rounded residual is within D_l/2; a digit wrong by m leaves (m + 1/2) D_l, which the tail plus half
+        of the last step must reach.
+        """
+        return max(0, int((self.reach(level) / self.weight(level)) - 0.5 + 1e-9))
+
+
+@dataclass(frozen=True)
+class LearnConfig:
+    """Sizes and training of the learned parts, on the CPU in a minute or two."""
+
+    hidden: int = 256
+    """Width of the hidden layers (the step autoencoder keeps the 64 of the original)."""
+    steps: int = 4000
+    batch_size: int = 1024
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = self.hidden, self.steps, self.batch_size
+        if min(sizes) < 1 or self.hidden > 2**15 or not 0.0 < self.learning_rate < 1.0:
+            raise RsdError(f"tokenizer learning: expected sizes >= 1 and a learning rate in (0, 1), found {self}")
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from rsd import hub
 from rsd.json_files import check_version, from_json, read_object
-from rsd.tokenizer.config import EncodeStatistics, TokenizerConfig
+from rsd.tokenizer.config import AUTOENCODERS, EncodeStatistics, TokenizerConfig
 from rsd.tokenizer.learned import Autoencoder, Refiner
 from rsd.tokenizer.rfsq import Rfsq
-from rsd.tokenizer.transforms import AUTOENCODERS
 from rsd.types import RsdError
 
 if TYPE_CHECKING:

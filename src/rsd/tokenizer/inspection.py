@@ -9,34 +9,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from rsd.evaluation.tables import print_table
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.training.tokenizer import DEFAULT_TOKENIZER, demonstration_chunks
+from rsd.tokenizer.bench.config import InspectConfig
+from rsd.training.tokenizer import demonstration_chunks
 from rsd.types import RsdError
 
-SUFFIXES = (".svg", ".png", ".pdf")
 NAMES = ("x", "y", "z", "roll", "pitch", "yaw")
 MOST_CHUNKS = 20_000
-
-
-@dataclass(frozen=True)
-class InspectConfig:
-    """Plot a chunk reconstructed from 1..L levels, and each level's symbols, entropy and utilisation."""
-
-    tokenizer: str = "checkpoints/libero_spatial"
-    """Directory with tokenizer.json (a checkpoint is one) or hub id."""
-    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
-    """Folders of demonstrations: HDF5 files (states suffice) or LeRobot data sets."""
-    chunk: int = -1
-    """Number of the chunk to draw; -1 draws the one that moves most within its steps."""
-    output: Path = DEFAULT_TOKENIZER / "inspect.svg"
-    """The picture: .svg, .png or .pdf."""
-
-    def __post_init__(self) -> None:
-        if self.output.suffix not in SUFFIXES:
-            raise RsdError(f"--output {self.output}: expected a name that ends in {', '.join(SUFFIXES)}")
 
 
 @dataclass(frozen=True)
@@ -100,7 +82,7 @@ def inspect_tokenizer(config: InspectConfig) -> list[LevelStatistics]:
     statistics = level_statistics(tokenizer, torch.from_numpy(chunks[:: max(1, len(chunks) // MOST_CHUNKS)]))
     seen = tokenizer.statistics
     console = Console()
-    console.print(statistics_table(statistics))
+    print_statistics(console, statistics)
     console.print(
         f"{seen.chunks} chunks; {seen.clipped_chunks} of them reach beyond the code "
         f"({100 * seen.clipped_share:.4f} % of the coefficients) and are clipped"
@@ -116,14 +98,13 @@ def liveliest(motion: NDArray[np.float32]) -> int:
     return int(motion.std(axis=1).sum(-1).argmax())
 
 
-def statistics_table(statistics: list[LevelStatistics]) -> Table:
-    table = Table(title="levels", title_justify="left")
-    for name in ("level", "entropy, bits a token", "utilisation", "mean error", "max error"):
-        table.add_column(name, justify="right")
+def print_statistics(console: Console, statistics: list[LevelStatistics]) -> None:
+    header = ["level", "entropy, bits a token", "utilisation", "mean error", "max error"]
+    rows = []
     for each in statistics:
         errors = f"{each.mean_error:.5f}", f"{each.max_error:.4f}"
-        table.add_row(str(each.level), f"{each.entropy:.3f}", f"{100 * each.utilisation:.0f} %", *errors)
-    return table
+        rows.append([str(each.level), f"{each.entropy:.3f}", f"{100 * each.utilisation:.0f} %", *errors])
+    print_table(console, "levels", header, rows, "rows")
 
 
 def draw(

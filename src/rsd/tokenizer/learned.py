@@ -8,31 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsd.tokenizer.config import LearnConfig
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.types import RsdError
-
-
-@dataclass(frozen=True)
-class LearnConfig:
-    """Sizes and training of the learned parts, on the CPU in a minute or two."""
-
-    hidden: int = 256
-    """Width of the hidden layers (the step autoencoder keeps the 64 of the original)."""
-    steps: int = 4000
-    batch_size: int = 1024
-    learning_rate: float = 2e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        sizes = self.hidden, self.steps, self.batch_size
-        if min(sizes) < 1 or self.hidden > 2**15 or not 0.0 < self.learning_rate < 1.0:
-            raise RsdError(f"tokenizer learning: expected sizes >= 1 and a learning rate in (0, 1), found {self}")
 
 
 class Autoencoder(nn.Module):

@@ -8,12 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rsd.tokenizer.config import TRANSFORMS
 from rsd.types import RsdError
 
-OVER_TIME = ("dct", "identity")  # fixed, the same matrix for every dimension
-LINEAR = (*OVER_TIME, "pca")
-AUTOENCODERS = ("step-autoencoder", "chunk-autoencoder")
-TRANSFORMS = (*LINEAR, *AUTOENCODERS)
 BLOCK = 64  # products summed as one tree: bounds the memory of long chunks
 
 

@@ -13,6 +13,7 @@ from rsd.data.demonstrations import Demonstration
 from rsd.models.main import state_features
 from rsd.models.text import word_ids
 from rsd.models.vision import unit_images
+from rsd.training.config import Augmentation
 from rsd.training.paraphrase import paraphrases
 from rsd.types import RsdError
 
@@ -31,17 +32,6 @@ class Batch:
     words: Tensor
     chunk: Tensor
     paired: bool = False
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """shift: pixels each way; brightness, contrast, colour: relative; state_noise: in standard deviations."""
-
-    shift: int = 4
-    brightness: float = 0.12
-    contrast: float = 0.15
-    colour: float = 0.05
-    state_noise: float = 0.02
 
 
 class FrameDataset:

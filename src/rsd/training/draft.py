@@ -2,59 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rsd.checkpoint import save_checkpoint
-from rsd.models.draft import DraftConfig
-from rsd.models.light_draft import LightDraftConfig
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training import parallel
-from rsd.training.dataset import Augmentation, Batch, FrameDataset
-from rsd.training.loop import LoopConfig, describe, train
-from rsd.training.losses import LossConfig, MainRun, draft_losses, light_draft_losses, light_total
+from rsd.training.config import TrainDraftConfig
+from rsd.training.dataset import Batch, FrameDataset
+from rsd.training.loop import describe, train
+from rsd.training.losses import MainRun, draft_losses, light_draft_losses, light_total
 from rsd.training.policy import data_provenance, load_folders, resolve_device, split
 from rsd.training.run_folder import one_run_a_folder, save_then_validate
 from rsd.training.validation import validate
 from rsd.types import EAGER, RsdError
 from rsd.versions import versions
-
-
-@dataclass(frozen=True)
-class TrainDraftConfig:
-    """Train another draft for a finished main model."""
-
-    policy: str = "checkpoints/libero_spatial"
-    """Checkpoint directory or hub id whose main model is kept."""
-    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
-    """Folders of rendered demonstrations (HDF5)."""
-    output: Path = Path("runs/draft")
-    """Run folder; the checkpoint with the new draft goes to `checkpoint/` in it."""
-    device: str = "auto"
-    """cuda, cpu or auto."""
-    validation_every: int = 40
-    """Every n-th episode is kept out of training for the offline validation."""
-    kind: Literal["draft", "light"] = "draft"
-    """draft: the one that reads the main's prefill; light: the one with its own perception."""
-    resume_weights: bool = False
-    """Start from the checkpoint's own draft (and its sizes) instead of afresh."""
-    draft: DraftConfig = field(default_factory=DraftConfig)
-    light: LightDraftConfig = field(default_factory=LightDraftConfig)
-    own_prefix: float = 0.5
-    """Share of the batch on which a draft that reads the prefill continues its own digits."""
-    remembered_chunks: int = 4
-    """The light draft is trained to remember the main's run of 1 to this many chunks before."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    """For the light draft: `blind` (1: it never has a memory), `regress` and `deviation`."""
-    augment: Augmentation = field(default_factory=Augmentation)
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5_000))
 
 
 @one_run_a_folder

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +19,12 @@ from torch import Tensor, nn
 from rsd.output import writing
 from rsd.pt_files import read_pt
 from rsd.training import parallel
+from rsd.training.config import LoopConfig
 from rsd.training.run_folder import STATE_FILE, stop_asked
 from rsd.types import RsdError
 
 CLOCK_STEPS = 20  # how often the processes ask the first one for its clock, and whether it was told to stop
-POSITIVE, NOT_NEGATIVE = ("accumulate", "batch_size", "log_every"), ("steps", "minutes", "warmup", "save_every")
 SHOW_SECONDS, LINE_SECONDS = 1.0, 60.0  # between updates of the bar, and between lines of the log
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """steps: optimiser steps; minutes: end earlier, with the schedule brought to its end (0 = no limit);
-    batch_size: per process; accumulate: batches whose gradients make one step; save_every: steps between resumable
-    states (0 = only at the end); log_every: the same for TensorBoard; cuda_graph: record forward and backward once
-    and replay them, which spares a GPU the launches of thousands of small kernels (the losses must not look at a
-    tensor's content)."""
-
-    steps: int = 20_000
-    minutes: float = 0.0
-    batch_size: int = 512
-    accumulate: int = 1
-    learning_rate: float = 6e-4
-    weight_decay: float = 0.05
-    warmup: int = 300
-    ema: float = 0.999
-    save_every: int = 0
-    log_every: int = 50
-    cuda_graph: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in {**dict.fromkeys(POSITIVE, 1), **dict.fromkeys(NOT_NEGATIVE, 0)}.items():
-            if not getattr(self, name) >= least:
-                found = f"--loop.{name.replace('_', '-')} {getattr(self, name)}"
-                raise RsdError(f"{found}: expected at least {least}")
-        if not 0 <= self.ema <= 1 or not self.learning_rate > 0:
-            expected = "--loop.ema from 0 to 1 and --loop.learning-rate above 0"
-            raise RsdError(f"expected {expected}, found {self.ema} and {self.learning_rate}")
 
 
 def train(

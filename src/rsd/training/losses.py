@@ -7,7 +7,6 @@ after them), and part has its digits jittered within the code's margin, targets 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,24 +20,9 @@ from rsd.models.main import MainModel
 from rsd.models.trunk import KVCache
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
+from rsd.training.config import LossConfig
 from rsd.training.dataset import Batch
 from rsd.types import RsdError
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """draft_share: part of the batch on a draft's prefixes; jitter: largest share of digits disturbed in the rest;
-    level_decay: weight of a level's loss relative to the one above, past the coarse ones; blind: share of the light
-    draft's samples without a memory of the main; the others are weights."""
-
-    draft_share: float = 0.5
-    jitter: float = 0.4
-    level_decay: float = 0.7
-    regress: float = 5.0
-    parallel: float = 0.5
-    gripper: float = 1.0
-    blind: float = 0.1
-    deviation: float = 0.2
 
 
 def policy_losses(

@@ -7,18 +7,14 @@ checkpoint of the training holds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 
 from rsd.data.demonstrations import folder_provenance
-from rsd.models.draft import DraftConfig
-from rsd.models.light_draft import LightDraftConfig
 from rsd.models.lora import Adapter, LoraConfig
 from rsd.models.main import state_features
 from rsd.models.openvla import OpenVlaModel
@@ -31,63 +27,17 @@ from rsd.openvla.rsd_policy import BASE_FILES, OpenVlaRsdConfig, OpenVlaRsdModel
 from rsd.openvla.statistics import Statistics
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
-from rsd.training.dataset import Augmentation
-from rsd.training.loop import LoopConfig, describe, train
-from rsd.training.losses import LossConfig, policy_losses
+from rsd.training.config import TrainOpenVlaConfig
+from rsd.training.loop import describe, train
+from rsd.training.losses import policy_losses
 from rsd.training.openvla_frames import OpenVlaFrames, Survey, episode_numbers, pick, survey
 from rsd.training.policy import resolve_device
 from rsd.training.run_folder import one_run_a_folder, save_then_validate
-from rsd.training.tokenizer import DEFAULT_TOKENIZER
 from rsd.training.validation import validate
 from rsd.types import RsdError
 from rsd.versions import versions
 
 VALIDATION_BATCH = 8
-
-
-@dataclass(frozen=True)
-class TrainOpenVlaConfig:
-    """Train residual tokens and drafts on an OpenVLA or OpenVLA-OFT checkpoint."""
-
-    source: Annotated[str, tyro.conf.arg(name="from")]
-    """Directory or hub id in OpenVLA's published format."""
-    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
-    """Folders of demonstrations (HDF5) with images of 256 px."""
-    tokenizer: Path = DEFAULT_TOKENIZER
-    """Folder with tokenizer.json, from `rsd train tokenizer`."""
-    output: Path = Path("runs/openvla")
-    """Run folder: resumable state, TensorBoard and, at the end, `checkpoint/`. The same command continues a run."""
-    device: str = "auto"
-    """cuda, cpu or auto."""
-    cameras: int = 0
-    """Cameras that the main reads, 1 or 2; 0: as many as the checkpoint was trained with, 2 if its files do not say."""
-    unnorm_key: str = ""
-    """Which data set's statistics the checkpoint's proprioception projector was trained with, if it has several."""
-    validation_every: int = 40
-    """Every n-th episode is kept out of training for the offline validation."""
-    validation_frames: int = 256
-    """At most so many of their frames are decoded, once by every decoder."""
-    remembered_chunks: int = 4
-    """The light draft is trained to remember the main's run of 1 to this many chunks before."""
-    checkpointing: bool = True
-    """Keep only every layer's input and compute its inside again in the backward pass: less memory, a third more
-    time."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    draft: DraftConfig = field(default_factory=lambda: DraftConfig(dim=256))
-    light: LightDraftConfig | None = field(default_factory=LightDraftConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    augment: Augmentation = field(default_factory=Augmentation)
-    loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(
-            batch_size=16, learning_rate=3e-4, weight_decay=0.0, save_every=500, cuda_graph=False
-        )
-    )
-
-    def __post_init__(self) -> None:
-        if self.cameras not in (0, 1, 2):
-            raise RsdError(f"--cameras {self.cameras}: expected 1 or 2, or 0 for what the checkpoint says")
-        if self.loop.cuda_graph:
-            raise RsdError("--loop.cuda-graph: batches have prompts of several lengths; leave it out")
 
 
 @dataclass

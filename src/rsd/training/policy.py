@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -13,47 +12,19 @@ from torch import Tensor
 from rsd.checkpoint import save_checkpoint
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
 from rsd.devices import check_device
-from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.models.rsd_model import RsdModel
 from rsd.output import shown
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
-from rsd.training.dataset import Augmentation, FrameDataset
-from rsd.training.loop import LoopConfig, describe, train
-from rsd.training.losses import LossConfig, policy_losses
+from rsd.training.config import DEFAULT_TOKENIZER, TrainPolicyConfig
+from rsd.training.dataset import FrameDataset
+from rsd.training.loop import describe, train
+from rsd.training.losses import policy_losses
 from rsd.training.run_folder import one_run_a_folder, save_then_validate
-from rsd.training.tokenizer import DEFAULT_TOKENIZER
 from rsd.training.validation import validate
 from rsd.types import EAGER, RsdError
 from rsd.versions import versions
-
-
-@dataclass(frozen=True)
-class TrainPolicyConfig:
-    """Train main and drafts on demonstrations (--backbone openvla has other options: see its --help)."""
-
-    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
-    """Folders of rendered demonstrations (HDF5)."""
-    tokenizer: Path | None = None
-    """Folder with tokenizer.json, from `rsd tokenizer fit`; left out: runs/tokenizer, or with `init` the one there."""
-    output: Path = Path("runs/policy")
-    """Run folder: resumable state, TensorBoard and, at the end, `checkpoint/`."""
-    device: str = "auto"
-    """cuda, cpu or auto."""
-    init: str = ""
-    """Checkpoint directory or hub id whose weights to start from, with its tokenizer; empty = from scratch."""
-    init_matching: bool = False
-    """With `init`: take over what has the same name and shape there, and start the rest afresh (another size)."""
-    init_fresh: tuple[str, ...] = ()
-    """With `init_matching`: parts that start afresh all the same, e.g. draft main.level_head (another tokenizer)."""
-    validation_every: int = 40
-    """Every n-th episode is kept out of training for the offline validation."""
-    remembered_chunks: int = 4
-    """The light draft is trained to remember the main's run of 1 to this many chunks before."""
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    augment: Augmentation = field(default_factory=Augmentation)
-    loop: LoopConfig = field(default_factory=LoopConfig)
 
 
 @one_run_a_folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +11,13 @@ from safetensors import SafetensorError
 
 from rsd.data.episodes import action_episodes
 from rsd.output import refuse_to_replace, shown, writing
-from rsd.tokenizer.action_tokenizer import FILE_NAME, ActionTokenizer, TokenizerConfig
+from rsd.tokenizer.action_tokenizer import FILE_NAME, ActionTokenizer
+from rsd.training.config import TrainTokenizerConfig
 from rsd.training.dataset import chunk_targets
 from rsd.training.run_folder import one_run_a_folder
 from rsd.types import RsdError
 
-DEFAULT_TOKENIZER = Path("runs/tokenizer")  # where `fit` writes and the trainings read
 MOST_CHUNKS = 200_000  # neighbours overlap in all but a step: more would say nothing new
-
-
-@dataclass(frozen=True)
-class TrainTokenizerConfig:
-    """Calibrate the action tokenizer on demonstrations."""
-
-    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
-    """Folders of demonstrations: HDF5 files, this package's or LIBERO's own, or LeRobot data sets."""
-    output: Path = DEFAULT_TOKENIZER
-    """Where tokenizer.json goes (and tokenizer.safetensors, where something is learned)."""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    overwrite: bool = False
-    """Replace the tokenizer that is there; what was trained with it goes on having its own copy."""
 
 
 def demonstration_chunks(data: Sequence[Path], horizon: int) -> tuple[np.ndarray, int]:

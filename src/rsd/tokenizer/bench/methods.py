@@ -11,9 +11,8 @@ import numpy as np
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.bench.codecs import Bins, Codec, LayerNormRfsq, ResidualCode, Splines
 from rsd.tokenizer.bench.metrics import Chunks, rms
-from rsd.tokenizer.config import TokenizerConfig
+from rsd.tokenizer.config import AUTOENCODERS, TokenizerConfig
 from rsd.tokenizer.learned import LearnConfig
-from rsd.tokenizer.transforms import AUTOENCODERS
 from rsd.types import RsdError
 
 

@@ -19,7 +19,6 @@ from rsd.tokenizer.bench.methods import QUICK, our_entry
 from rsd.tokenizer.bench.metrics import Chunks
 from rsd.tokenizer.config import TokenizerConfig
 
-TIMING = "timing"
 BATCHES = (1, 256)
 ROUNDS, WARMUP = 200, 20
 

@@ -1,0 +1,190 @@
+"""What the trainings are told, without the trainings: the command line reads it before torch is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from rsd.models.config import DraftConfig, LightDraftConfig, LoraConfig, PolicyConfig
+from rsd.tokenizer.config import TokenizerConfig
+from rsd.types import RsdError
+
+DEFAULT_TOKENIZER = Path("runs/tokenizer")  # where `fit` writes and the trainings read
+POSITIVE, NOT_NEGATIVE = ("accumulate", "batch_size", "log_every"), ("steps", "minutes", "warmup", "save_every")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """steps: optimiser steps; minutes: end earlier, with the schedule brought to its end (0 = no limit);
+    batch_size: per process; accumulate: batches whose gradients make one step; save_every: steps between resumable
+    states (0 = only at the end); log_every: the same for TensorBoard; cuda_graph: record forward and backward once
+    and replay them, which spares a GPU the launches of thousands of small kernels (the losses must not look at a
+    tensor's content)."""
+
+    steps: int = 20_000
+    minutes: float = 0.0
+    batch_size: int = 512
+    accumulate: int = 1
+    learning_rate: float = 6e-4
+    weight_decay: float = 0.05
+    warmup: int = 300
+    ema: float = 0.999
+    save_every: int = 0
+    log_every: int = 50
+    cuda_graph: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {**dict.fromkeys(POSITIVE, 1), **dict.fromkeys(NOT_NEGATIVE, 0)}.items():
+            if not getattr(self, name) >= least:
+                found = f"--loop.{name.replace('_', '-')} {getattr(self, name)}"
+                raise RsdError(f"{found}: expected at least {least}")
+        if not 0 <= self.ema <= 1 or not self.learning_rate > 0:
+            expected = "--loop.ema from 0 to 1 and --loop.learning-rate above 0"
+            raise RsdError(f"expected {expected}, found {self.ema} and {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """draft_share: part of the batch on a draft's prefixes; jitter: largest share of digits disturbed in the rest;
+    level_decay: weight of a level's loss relative to the one above, past the coarse ones; blind: share of the light
+    draft's samples without a memory of the main; the others are weights."""
+
+    draft_share: float = 0.5
+    jitter: float = 0.4
+    level_decay: float = 0.7
+    regress: float = 5.0
+    parallel: float = 0.5
+    gripper: float = 1.0
+    blind: float = 0.1
+    deviation: float = 0.2
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """shift: pixels each way; brightness, contrast, colour: relative; state_noise: in standard deviations."""
+
+    shift: int = 4
+    brightness: float = 0.12
+    contrast: float = 0.15
+    colour: float = 0.05
+    state_noise: float = 0.02
+
+
+@dataclass(frozen=True)
+class TrainTokenizerConfig:
+    """Calibrate the action tokenizer on demonstrations."""
+
+    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
+    """Folders of demonstrations: HDF5 files, this package's or LIBERO's own, or LeRobot data sets."""
+    output: Path = DEFAULT_TOKENIZER
+    """Where tokenizer.json goes (and tokenizer.safetensors, where something is learned)."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    overwrite: bool = False
+    """Replace the tokenizer that is there; what was trained with it goes on having its own copy."""
+
+
+@dataclass(frozen=True)
+class TrainPolicyConfig:
+    """Train main and drafts on demonstrations (--backbone openvla has other options: see its --help)."""
+
+    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
+    """Folders of rendered demonstrations (HDF5)."""
+    tokenizer: Path | None = None
+    """Folder with tokenizer.json, from `rsd tokenizer fit`; left out: runs/tokenizer, or with `init` the one there."""
+    output: Path = Path("runs/policy")
+    """Run folder: resumable state, TensorBoard and, at the end, `checkpoint/`."""
+    device: str = "auto"
+    """cuda, cpu or auto."""
+    init: str = ""
+    """Checkpoint directory or hub id whose weights to start from, with its tokenizer; empty = from scratch."""
+    init_matching: bool = False
+    """With `init`: take over what has the same name and shape there, and start the rest afresh (another size)."""
+    init_fresh: tuple[str, ...] = ()
+    """With `init_matching`: parts that start afresh all the same, e.g. draft main.level_head (another tokenizer)."""
+    validation_every: int = 40
+    """Every n-th episode is kept out of training for the offline validation."""
+    remembered_chunks: int = 4
+    """The light draft is trained to remember the main's run of 1 to this many chunks before."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    augment: Augmentation = field(default_factory=Augmentation)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True)
+class TrainDraftConfig:
+    """Train another draft for a finished main model."""
+
+    policy: str = "checkpoints/libero_spatial"
+    """Checkpoint directory or hub id whose main model is kept."""
+    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
+    """Folders of rendered demonstrations (HDF5)."""
+    output: Path = Path("runs/draft")
+    """Run folder; the checkpoint with the new draft goes to `checkpoint/` in it."""
+    device: str = "auto"
+    """cuda, cpu or auto."""
+    validation_every: int = 40
+    """Every n-th episode is kept out of training for the offline validation."""
+    kind: Literal["draft", "light"] = "draft"
+    """draft: the one that reads the main's prefill; light: the one with its own perception."""
+    resume_weights: bool = False
+    """Start from the checkpoint's own draft (and its sizes) instead of afresh."""
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    light: LightDraftConfig = field(default_factory=LightDraftConfig)
+    own_prefix: float = 0.5
+    """Share of the batch on which a draft that reads the prefill continues its own digits."""
+    remembered_chunks: int = 4
+    """The light draft is trained to remember the main's run of 1 to this many chunks before."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """For the light draft: `blind` (1: it never has a memory), `regress` and `deviation`."""
+    augment: Augmentation = field(default_factory=Augmentation)
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5_000))
+
+
+@dataclass(frozen=True)
+class TrainOpenVlaConfig:
+    """Train residual tokens and drafts on an OpenVLA or OpenVLA-OFT checkpoint."""
+
+    source: Annotated[str, tyro.conf.arg(name="from")]
+    """Directory or hub id in OpenVLA's published format."""
+    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
+    """Folders of demonstrations (HDF5) with images of 256 px."""
+    tokenizer: Path = DEFAULT_TOKENIZER
+    """Folder with tokenizer.json, from `rsd train tokenizer`."""
+    output: Path = Path("runs/openvla")
+    """Run folder: resumable state, TensorBoard and, at the end, `checkpoint/`. The same command continues a run."""
+    device: str = "auto"
+    """cuda, cpu or auto."""
+    cameras: int = 0
+    """Cameras that the main reads, 1 or 2; 0: as many as the checkpoint was trained with, 2 if its files do not say."""
+    unnorm_key: str = ""
+    """Which data set's statistics the checkpoint's proprioception projector was trained with, if it has several."""
+    validation_every: int = 40
+    """Every n-th episode is kept out of training for the offline validation."""
+    validation_frames: int = 256
+    """At most so many of their frames are decoded, once by every decoder."""
+    remembered_chunks: int = 4
+    """The light draft is trained to remember the main's run of 1 to this many chunks before."""
+    checkpointing: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    """Keep only every layer's input and compute its inside again in the backward pass: less memory, a third more
+    time."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    draft: DraftConfig = field(default_factory=lambda: DraftConfig(dim=256))
+    light: LightDraftConfig | None = field(default_factory=LightDraftConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    augment: Augmentation = field(default_factory=Augmentation)
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(
+            batch_size=16, learning_rate=3e-4, weight_decay=0.0, save_every=500, cuda_graph=False
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if self.cameras not in (0, 1, 2):
+            raise RsdError(f"--cameras {self.cameras}: expected 1 or 2, or 0 for what the checkpoint says")
+        if self.loop.cuda_graph:
+            raise RsdError("--loop.cuda-graph True: batches have prompts of several lengths; leave it out")

@@ -1,0 +1,106 @@
+"""A run says where it asks for what the policy was not made for; what it was made for passes without a word."""
+
+import io
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from scripted import SCRIPTED
+from test_backend import calibrate
+
+from rsd.checkpoint import CONFIG_FILE
+from rsd.cli.eval import EvalArguments, plan_runs
+from rsd.cli.parsing import parse
+from rsd.evaluation.backend import LIBERO
+from rsd.evaluation.cautions import cautions
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.evaluate import evaluate, plan_episodes
+
+SPATIAL, OTHERS = "checkpoints/libero_spatial", "checkpoints/libero_object_goal_10"
+SPATIAL_ONLY, UNSEEN = "trained on libero_spatial, not on ", "its training data holds no demonstration of "
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, []),
+        ({"decode": "rsd-skip"}, []),
+        ({"control_hz": 20.0}, []),
+        ({"policy": OTHERS, "task_suite": "libero_object"}, []),
+        ({"policy": OTHERS, "task_suite": "libero_10", "tasks": "0,1"}, []),
+        ({"task_suite": "libero_goal"}, [f"{SPATIAL}: {SPATIAL_ONLY}libero_goal; expect it to fail there"]),
+        ({"task_suite": "libero_spatial_swap"}, [f"{SPATIAL}: {SPATIAL_ONLY}libero_spatial_swap"]),
+        (
+            {"policy": OTHERS, "task_suite": "libero_10"},
+            [f"{OTHERS}: {UNSEEN}tasks 3, 5, 9 of libero_10; --tasks 0,1,2,4,6,7,8"],
+        ),
+        (
+            {"policy": OTHERS, "task_suite": "libero_10,libero_goal", "tasks": "libero_10:3;libero_goal:1"},
+            [f"{OTHERS}: {UNSEEN}task 3 of libero_10"],
+        ),
+        ({"control_hz": 10.0}, [f"{SPATIAL}: --control-hz 10: it was taught at 20 actions a second"]),
+        (
+            {"decode": "rsd-skip", "task_suite": "libero_goal"},
+            [f"{SPATIAL_ONLY}libero_goal", "calibrated for libero_spatial, not for libero_goal"],
+        ),
+        ({"decode": "rsd-skip", "skip_threshold_mm": 20.0, "max_skips": 2}, []),
+        ({"policy": "ws://127.0.0.1:1", "task_suite": "libero_goal"}, []),  # the server's own affair
+    ],
+)
+def test_what_was_not_taught_or_promised_is_said(options: dict[str, object], expected: list[str]) -> None:
+    found = cautions(EvalConfig(**{"decode": "l1", **options}))  # type: ignore[arg-type]
+    assert len(found) == len(expected), found
+    assert all(part in caution for part, caution in zip(expected, found, strict=True)), found
+
+
+def test_an_image_size_that_the_data_did_not_have(checkpoint: Path) -> None:
+    path = checkpoint / CONFIG_FILE
+    content = json.loads(path.read_text())
+    size = content["policy"]["main"]["image_size"]
+    content["provenance"] = {"data": {"sources": [{"rendering": {"image_size": size}}]}}
+    path.write_text(json.dumps(content))
+    config = EvalConfig(policy=str(checkpoint), decode="l1", task_suite="libero_goal")
+    assert cautions(config) == []  # nothing is known of suites and tasks, so nothing is said of them
+    content["provenance"]["data"]["sources"][0]["rendering"]["image_size"] = 2 * size
+    path.write_text(json.dumps(content))
+    assert cautions(config) == [f"{checkpoint}: looks at images of {size} pixels, trained on {2 * size}"]
+
+
+def test_a_run_says_where_its_calibration_promises_nothing(checkpoint: Path) -> None:
+    calibrate(checkpoint, "libero_goal,libero_10")
+    config = EvalConfig(policy=str(checkpoint), decode="rsd-skip", task_suite="libero_10,libero_90,libero_object")
+    expected = "calibrated for libero_goal, libero_10, not for libero_90, libero_object, where it promises nothing"
+    assert f"{checkpoint}: rsd-skip: {expected}; --audit" in cautions(config)[-1]
+    goal, given = replace(config, task_suite="libero_goal"), replace(config, skip_threshold_mm=20.0)
+    for silent in (goal, given, replace(config, decode="l1")):
+        assert not any("calibrated" in caution for caution in cautions(silent))
+
+
+def told(config: EvalConfig) -> list[str]:
+    return ["taught [something] else"]
+
+
+def test_an_evaluation_prints_each_caution_once(tmp_path: Path) -> None:
+    backend = replace(SCRIPTED, cautions=told)
+    console, warned = Console(file=io.StringIO(), record=True), set[str]()
+    for name in ("a", "b"):
+        config = EvalConfig(num_trials=1, tasks="1", policy="good", num_workers="1", output=str(tmp_path / name))
+        evaluate(config, backend=backend, console=console, warned=warned)
+    assert console.export_text().count("warning: taught [something] else\n") == 1
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md"])
+def test_the_examples_ask_for_what_the_policies_can_do(page: str) -> None:
+    text = Path(page).read_text().replace("\\\n", " ")
+    lines = [line.split("#")[0].split(" ", 2)[2] for line in re.findall(r"^rsd eval .*$", text, re.MULTILINE)]
+    assert len(lines) >= 5
+    for line in lines:
+        options = parse(EvalArguments, [] if "ws://" in line or "DIR" in line else shlex.split(line), "rsd eval")
+        for config, _ in plan_runs(options):
+            assert len(plan_episodes(config, LIBERO)) <= 500, line
+            foreign = [caution for caution in cautions(config) if "_lan" not in caution]
+            assert not foreign, (line, foreign)
