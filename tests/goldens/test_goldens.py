@@ -2,12 +2,14 @@
 
 The files were made by `eager` on one core of an x86-64 CPU. Where two symbols are nearly as likely, another kernel or
 processor may take the other one: then a token differs, and with it what is built on it. So each engine has a share of
-numbers that may, and the rest must agree to `apart`.
+numbers that may, and the rest must agree to `apart`. As ONNX graphs one decoder is compared, which has all of its kinds
+of graph; RSD_ALL_GOLDENS=1 compares all, whose export takes minutes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +92,7 @@ def test_a_decoder_gives_the_frozen_chunks_tokens_and_statistics(name: str) -> N
     compare(name, decode_case(CASES[name], EAGER), TOLERANCES[EAGER])
 
 
-@pytest.mark.parametrize("decode", DECODERS)
+@pytest.mark.parametrize("decode", DECODERS if os.environ.get("RSD_ALL_GOLDENS") else ["rsd-skip"])
 def test_so_it_does_as_onnx_graphs(decode: str) -> None:
     compare(decode, decode_case(Case(decode), ONNX), TOLERANCES[ONNX])
 

@@ -111,12 +111,6 @@ COMMANDS = {
         "render",
         "RenderConfig",
     ),
-    "train tokenizer": Command(
-        "the same as `rsd tokenizer fit`",
-        "rsd.training.tokenizer",
-        "train_tokenizer",
-        "TrainTokenizerConfig",
-    ),
     "train policy": Command("train the main model and its drafts, compact or on OpenVLA", "rsd.cli.train_policy"),
     "train draft": Command("train a draft alone", "rsd.training.draft", "train_draft", "TrainDraftConfig"),
     "import-legacy": Command(

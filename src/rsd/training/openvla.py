@@ -54,7 +54,7 @@ class TrainOpenVlaConfig:
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of demonstrations (HDF5) with images of 256 px."""
     tokenizer: Path = DEFAULT_TOKENIZER
-    """Folder with tokenizer.json, from `rsd train tokenizer`."""
+    """Folder with tokenizer.json, from `rsd tokenizer fit`."""
     output: Path = Path("runs/openvla")
     """Run folder: resumable state, TensorBoard and, at the end, `checkpoint/`. The same command continues a run."""
     device: str = "auto"
