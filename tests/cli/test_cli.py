@@ -35,7 +35,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
             ["evl"],
             "rsd: error: unknown command 'evl': expected one of eval, compare, report, ",
         ),
-        (["train", "polcy"], "rsd: error: 'train polcy': expected train tokenizer or policy or draft"),
+        (["train", "polcy"], "rsd: error: 'train polcy': expected train policy or draft"),
         (["eval", "--num-trials", "x"], "rsd eval: error: Error parsing --num-trials: invalid literal"),
         (["eval", "--num-trials", "0"], "rsd eval: error: --num-trials 0: expected at least 1"),
         (["eval", "--tasks", "0,x"], "rsd eval: error: --tasks '0,x': expected all or numbers such as 0,3,5"),

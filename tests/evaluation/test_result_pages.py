@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 
-from rsd.evaluation import decoding_page, perturbed_page, scaling_page, shipped_page, studies_page, suites_page
+from rsd.evaluation import scaling_page, shipped_page, studies_page, suites_page
 
 PAGES = {
     "decoding": (shipped_page, shipped_page.ShippedPageConfig()),
-    "decoding-18M": (decoding_page, decoding_page.PageConfig()),
-    "perturbed": (perturbed_page, perturbed_page.PerturbedPageConfig()),
     "scaling": (scaling_page, scaling_page.ScalingPageConfig()),
     "studies": (studies_page, studies_page.StudiesPageConfig()),
     "suites": (suites_page, suites_page.SuitesPageConfig()),

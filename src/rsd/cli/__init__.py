@@ -120,12 +120,6 @@ COMMANDS = {
         "render",
         "rsd.data.render:RenderConfig",
     ),
-    "train tokenizer": Command(
-        "the same as `rsd tokenizer fit`",
-        "rsd.training.tokenizer",
-        "train_tokenizer",
-        "rsd.training.config:TrainTokenizerConfig",
-    ),
     "train policy": Command("train the main model and its drafts, compact or on OpenVLA", "rsd.cli.train_policy"),
     "train draft": Command(
         "train a draft alone", "rsd.training.draft", "train_draft", "rsd.training.config:TrainDraftConfig"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from rsd.evaluation.archive import located
 from rsd.evaluation.config import planned_states, planned_tasks
 from rsd.evaluation.results import (
     CONFIG_FILE,
@@ -92,8 +93,9 @@ class Run:
 
 def load_run(directory: Path) -> Run:
     """Read and check a results directory; raises RsdError if it is none or holds no counted episode."""
-    record = read_run_record(directory)
-    results = list(read_episodes(directory / EPISODES_FILE).values())
+    folder = located(directory)
+    record = read_run_record(folder)
+    results = list(read_episodes(folder / EPISODES_FILE).values())
     episodes = scored(results)
     if not episodes:
         raise RsdError(f"{directory}: no finished episode; run the `rsd eval` command that made it again")

@@ -7,13 +7,13 @@ Nothing on the page but its prose is typed in by hand; the prose names no time.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from rsd.evaluation.decoding_page import rule_phrase, table, timed_table
+from rsd.evaluation.archive import read_json
+from rsd.evaluation.page_tables import rule_phrase, table, timed_table
 from rsd.evaluation.report import load_run
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.scaling import DECODERS, RESTING, ScalingRecord, SizeRecord
@@ -37,7 +37,7 @@ mains on a CPU ran by PyTorch operation by operation. How well mains of these si
 [studies.md](studies.md).
 
 Small mains on a GPU are a chain of small kernels, and their times vary from run to run: at 18 M `rsd-fused / l1` came
-out anywhere between a quarter and six tenths above 1, here and in [decoding-18M.md](decoding-18M.md), by more than the
+out anywhere between a quarter and six tenths above 1, here and with the policy of 18 M, by more than the
 acceptance rule moves it. Ratios compare within one table.
 
 Speculation stops paying where a pass of the main costs little more than the draft: there `l1` is the better choice
@@ -85,7 +85,7 @@ def main(config: ScalingPageConfig) -> None:
     share = 1 - summarize_decoding(load_run(config.skipping).episodes).prefills_per_chunk
     parts = [PROSE]
     for path in config.records:
-        record = ScalingRecord.from_json(json.loads(path.read_text()))
+        record = ScalingRecord.from_json(read_json(path))
         machine = record.machine
         where = machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['cores']} cores"
         graphs = "" if machine["device"] == "cpu" else ", every decoder replayed from CUDA graphs"
@@ -101,7 +101,7 @@ def main(config: ScalingPageConfig) -> None:
         versions = runs[0].record.versions
         where = f"{size}, {versions['cpu']}, torch {versions['torch']}"
         parts.append(f"### {where}\n\n" + timed_table(decoders, runs))
-    content = json.loads(config.openvla.read_text())
+    content = read_json(config.openvla)
     sections = [name for name in ("graph", "compiled", "fp8") if any(row["section"] == name for row in content["rows"])]
     rows = [(f"{name}, {cameras} camera{'s' * (cameras > 1)}", openvla_size(content, name, cameras))
             for name in sections for cameras in (1, 2)]

@@ -7,14 +7,17 @@ Nothing on the page but its prose is typed in by hand; the prose names no measur
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
 
-from rsd.evaluation.decoding_page import (
+from rsd.evaluation.archive import read_json
+from rsd.evaluation.deviation import DeviationRecord
+from rsd.evaluation.latency import LatencyRecord
+from rsd.evaluation.modes import shares
+from rsd.evaluation.page_tables import (
     DELTA,
     EPSILON_MM,
     against_cell,
@@ -29,9 +32,6 @@ from rsd.evaluation.decoding_page import (
     timed_section,
     totals_of,
 )
-from rsd.evaluation.deviation import DeviationRecord
-from rsd.evaluation.latency import LatencyRecord
-from rsd.evaluation.modes import shares
 from rsd.evaluation.report import Run, load_run, paired
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.statistics import percentiles
@@ -42,7 +42,6 @@ PROSE = """\
 # Decoders compared in closed loop: the policy that ships
 
 Made by `python -m rsd.evaluation.shipped_page` from the raw results named below; run it again after replacing them.
-What an earlier and smaller policy did by the same decoders, and more of them, is in [decoding-18M.md](decoding-18M.md).
 
 `ar` decodes level by level and is the baseline; `l1` regresses the chunk in one pass (the OpenVLA-OFT way) and is the
 bar. `rsd-fused` lets a light draft propose the coarse levels before the main model looks; one block of the main's
@@ -129,7 +128,7 @@ def main(config: ShippedPageConfig) -> None:
     by_name = dict(zip(config.order, runs, strict=True))
     skipping = by_name["rsd-skip"]
     training = training_of(config.checkpoint)
-    two = json.loads((config.results / "two_sided_late" / "checkpoint.json").read_text())
+    two = read_json(config.results / "two_sided_late" / "checkpoint.json")
     deviation = config.results / "deviation.json"
     parts = [PROSE.format(training=training), success_section(config.order, runs), HOST]
     parts.append(ASKED + asked_table(by_name, dict(zip(config.timed, timed, strict=True)), records))
@@ -139,7 +138,7 @@ def main(config: ShippedPageConfig) -> None:
     parts.append(risk_section(*risks, EPSILON_MM, DELTA))
     parts.append(timed_section(config.timed, timed))
     parts += [latency_section(record, config.results / name) for name, record in records.items()]
-    parts.append(deviation_section(DeviationRecord.from_json(json.loads(deviation.read_text())), deviation))
+    parts.append(deviation_section(DeviationRecord.from_json(read_json(deviation)), deviation))
     demonstrations = two["provenance"]["data"]["episodes"]
     parts.append(GRASPS.format(demonstrations=demonstrations) + nested(success_section(config.grasps, grasps)))
     parts.append(nested(task_section(config.grasps, grasps)))
@@ -158,7 +157,7 @@ def nested(section: str) -> str:
 
 
 def modes_section(path: Path) -> str:
-    measured = json.loads(path.read_text())
+    measured = read_json(path)
     places, left_out = measured["places"], measured["config"]["left_out"]
     rows = [
         [f"`{decode}`", *(f"{share:.0%}" for share in shares(found).values())] for decode, found in places.items()

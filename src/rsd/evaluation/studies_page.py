@@ -7,15 +7,15 @@ Nothing on the page but its prose is typed in by hand; the prose names no succes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from rsd.evaluation.decoding_page import ABSENT, FORMER, success_section, table, task_section
+from rsd.evaluation.archive import read_json
 from rsd.evaluation.deviation import DeviationRecord
+from rsd.evaluation.page_tables import ABSENT, FORMER, success_section, table, task_section
 from rsd.evaluation.report import level_cell, load_run
 from rsd.evaluation.results import write_atomically
 
@@ -24,8 +24,8 @@ TITLE = """\
 # Studies: other data, another size
 
 Made by `python -m rsd.evaluation.studies_page` from the raw results in the folder named below. None of these policies
-ships; what was tried and did not help stands here as well. "Shipped" is on this page the policy of 18 M of
-[decoding-18M.md](decoding-18M.md), which shipped when these were trained.
+ships; what was tried and did not help stands here as well. "Shipped" is on this page a policy of 18 M, which
+shipped when these were trained; its raw results are in the same archive.
 """
 DAGGER = """\
 598 demonstrations more, driven by the shipped policy under `rsd-skip` with up to four chunks in a row without the main,
@@ -204,7 +204,7 @@ def main(config: StudiesPageConfig) -> None:
 
 def training_of(path: Path) -> str:
     """What a checkpoint's own record, its config.json, says of its training."""
-    provenance = json.loads(path.read_text())["provenance"]
+    provenance = read_json(path)["provenance"]
     data, loop = provenance["data"], provenance["training"]["loop"]
     length = f"{loop['minutes']:g} minutes" if loop["minutes"] else f"{loop['steps']} steps"
     processes = f" x {provenance['processes']}" if "processes" in provenance else ""
@@ -217,7 +217,7 @@ def training_of(path: Path) -> str:
 def deviations_table(records: Sequence[tuple[str, Path]]) -> str:
     """What a draft's chunk and what is made of it deviate from `ar` under the same code."""
     rows, header = [], ["decoder", "acceptance", "fine", *(f"{name}, mm" for name, _ in records)]
-    loaded = [DeviationRecord.from_json(json.loads(path.read_text())) for _, path in records]
+    loaded = [DeviationRecord.from_json(read_json(path)) for _, path in records]
     for own in zip(*(record.rows for record in loaded), strict=True):
         speculates = own[0].decode.startswith("rsd")
         name = FORMER.get(own[0].decode, own[0].decode)
@@ -234,7 +234,7 @@ def validation_table(results: Path, checkpoints: Sequence[tuple[str, str]]) -> s
     reports = []
     for _, name in checkpoints:
         path = results / "studies" / f"{name}-checkpoint.json"
-        reports.append(json.loads(path.read_text())["provenance"]["validation"])
+        reports.append(read_json(path)["provenance"]["validation"])
     rows = [[f"`{decode}`", *(f"{report[decode]['l1_error']:.4f}" for report in reports)] for decode in VALIDATED]
     for decode in ("rsd margin", "rsd-fused margin"):
         shares = [report[decode]["tokens_accepted_by_level"] for report in reports]

@@ -7,7 +7,6 @@ Nothing on the page but its prose is typed in by hand; the prose names no succes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 import tyro
 
 from rsd.decoding.calibration import SkipCalibration
+from rsd.evaluation.archive import located, read_json
 from rsd.evaluation.calibrate import CalibrateConfig, fit, share_at, skipped_share
-from rsd.evaluation.decoding_page import (
+from rsd.evaluation.page_tables import (
     DELTA,
     EPSILON_MM,
     against_cell,
@@ -128,7 +128,7 @@ def four_suites(results: Path, name: str, order: Sequence[str]) -> list[str]:
     folder = results / name
     runs = [load_run(folder / decode) for decode in order]
     suites = suites_of(runs)
-    loop = json.loads((folder / "checkpoint.json").read_text())["provenance"]["training"]["loop"]
+    loop = read_json(folder / "checkpoint.json")["provenance"]["training"]["loop"]
     parts = [FOUR.format(training=f"{loop['minutes']:g} minutes of batches of {loop['batch_size']}")]
     parts += [training_of(folder / "checkpoint.json") + "\n", success_table(order, runs), by_suite(order, runs, suites)]
     own = [of_suite(run, "libero_10") for run in runs]
@@ -146,7 +146,7 @@ def four_suites(results: Path, name: str, order: Sequence[str]) -> list[str]:
 def thresholds(folder: Path, suites: Sequence[str]) -> list[str]:
     """What the calibration in the folder would have been for each suite alone."""
     rollouts, rows = load_run(folder / "calibration").episodes, []
-    written = SkipCalibration.load(folder)
+    written = SkipCalibration.load(located(folder))
     names = ("alpha", "delta", "epsilon_mm", "max_skips", "memory_chunks", "test")
     promise = CalibrateConfig(**{name: getattr(written, name) for name in names})
     for suite in suites:
