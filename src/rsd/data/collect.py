@@ -37,7 +37,7 @@ from rsd.data.workers import part_files, progress_bar, worker_environment, worke
 from rsd.json_files import read_object
 from rsd.locks import exclusive
 from rsd.output import Faults, attempt, writing
-from rsd.sim import expert
+from rsd.sim import expert, permuted
 from rsd.sim.goals import Goals, solvable_tasks, swapped_goals, task_goals
 from rsd.sim.grasps import GraspMode
 from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
@@ -45,7 +45,7 @@ from rsd.sim.noise import ActionNoise, Disturbance, NoiseConfig
 from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
 from rsd.types import CAMERAS, Policy, RsdError
 
-SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")  # where the expert has been measured
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", *permuted.SUITES)  # the expert is measured
 PARTS = ".parts"
 BATCH = 5  # demonstrations a worker makes of one task before the next: balanced, few environments built
 MAX_TRIES = 30
@@ -59,7 +59,7 @@ class CollectConfig:
     out: Path
     """Folder for `<task>_demo.hdf5`."""
     suite: str = "libero_spatial"
-    """libero_spatial, libero_object, libero_goal or libero_10."""
+    """libero_spatial, libero_object, libero_goal or libero_10; or one of the first three with _permuted behind."""
     tasks: tuple[int, ...] = ()
     """Task ids; empty = all that the expert can do (of libero_goal 8 of 10, of libero_10 7 of 10)."""
     num_demos: int = 50
@@ -185,6 +185,9 @@ def _try_placement(
     placement_seed = int(rng.integers(2**31))
     level = 0.0 if rng.random() < config.clean_fraction else float(rng.random())
     _, info = env.reset(options={"placement_seed": placement_seed})
+    if permuted.is_permuted(config.suite):
+        goals, instruction = expert.asked_goals(env), env.instruction
+        alike = [goals]
     if any(all(env.holds(*goal.words) for goal in each) for each in alike):
         return None  # nothing to do, or a scene that the instruction does not describe
     body_pos, body_quat = env.fixture_poses()

@@ -62,7 +62,7 @@ class MeasureExpertConfig:
 def run_batch(config: MeasureExpertConfig, task_id: int, seeds: range) -> list[dict[str, Any]]:
     """One record per placement seed: seed, success, steps, attempts, and why the expert refused it if it did."""
     env = worker_environment(config.suite, task_id, 64, cameras=False)
-    goals = (swapped_goals if config.swapped else task_goals)(config.suite, task_id)
+    goals = swapped_goals(config.suite, task_id) if config.swapped else None
     records = []
     for seed in seeds:
         rng = np.random.default_rng(seed)

@@ -8,12 +8,14 @@ from typing import Protocol
 import numpy as np
 
 from rsd.sim.articulated import MovePart
-from rsd.sim.goals import Goals, task_goals
+from rsd.sim.goals import Goals, goals_of, task_goals
 from rsd.sim.grasps import TIP_BELOW_SITE, GraspMode
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.noise import Disturbance
+from rsd.sim.permuted import is_permuted
 from rsd.sim.pick_and_place import PickAndPlace
 from rsd.sim.scene import Scene, Vector
+from rsd.types import RsdError
 
 CRAMPED_NOISE = 0.4  # strength of the noise in the drawer
 CLEAR = 0.02  # m of the open fingertips over whatever is under the hand; then it may turn to the next goal
@@ -99,6 +101,17 @@ class Chain:
         return bool(eef[2] > self.scene.corridor_top(eef, eef, ignore=()) + TIP_BELOW_SITE + CLEAR)
 
 
+def asked_goals(env: LiberoEnv) -> Goals:
+    """What the present episode asks for. Raises RsdError where the expert cannot do it."""
+    if not is_permuted(env.suite):
+        return task_goals(env.suite, env.task.task_id)
+    goals = goals_of(env.goal)
+    if goals is None:
+        wanted = " and ".join(" ".join(words) for words in env.goal)
+        raise RsdError(f"scripted expert: {env.instruction!r} asks for {wanted}, which it cannot do; take another task")
+    return goals
+
+
 def run(
     env: LiberoEnv,
     goals: Goals | None = None,
@@ -115,7 +128,7 @@ def run(
     steps are executed and recorded (the fingers open and rise). `draw`: cameras draw every step, for a recorder that
     keeps images. Raises RsdError for a task that the expert cannot do.
     """
-    goals = goals or task_goals(env.suite, env.task.task_id)
+    goals = goals or asked_goals(env)
     law = Chain(Scene(env), goals, mode, rng)
     success_at: int | None = None
     step = 0

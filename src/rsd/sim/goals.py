@@ -8,11 +8,13 @@ a narrow slot and what is pushed are beyond it, and `task_goals` says so by name
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 
 from rsd.sim.grasps import BOWL, WHOLE, Rim, Span
+from rsd.sim.permuted import is_permuted
 from rsd.sim.scene import Scene, Vector
 from rsd.sim.suites import bddl_file, start_regions, suite_task, suite_tasks
 from rsd.types import RsdError
@@ -97,7 +99,12 @@ def predicates(suite: str, task_id: int) -> list[tuple[str, ...]]:
 
 def solvable_goals(suite: str, task_id: int) -> Goals | None:
     """The goals of a task in the order of doing if the expert can reach them all, else None."""
-    goals = tuple(sorted((Goal(*words) for words in predicates(suite, task_id)), key=_turn))
+    return goals_of(predicates(suite, task_id))
+
+
+def goals_of(wanted: Sequence[tuple[str, ...]]) -> Goals | None:
+    """The same of predicates such as ("on", "akita_black_bowl_1", "plate_1")."""
+    goals = tuple(sorted((Goal(*words) for words in wanted), key=_turn))
     return _spread(goals) if goals and all(_solvable(goal) for goal in goals) else None
 
 
@@ -143,7 +150,7 @@ def swapped_goals(suite: str, task_id: int) -> Goals | None:
     """The same with the scene's other object of the target's kind (the other bowl), or None if there is one only or
     the task has several goals."""
     goals = task_goals(suite, task_id)
-    if len(goals) > 1:
+    if len(goals) > 1 or is_permuted(suite):  # there a layout says which bowl is asked for
         return None
     goal = goals[0]
     others = [name for name in sorted(start_regions(suite, task_id)) if kind(name) == kind(goal.target)]

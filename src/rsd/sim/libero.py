@@ -26,10 +26,22 @@ from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
 from rsd.sim.compiling import compile_maths
 from rsd.sim.contacts import Contacts
 from rsd.sim.control import ArmControl
+from rsd.sim.permuted import Layout, Predicate, is_permuted
 from rsd.sim.rendering import ArmedCamera, gl_backend
 from rsd.sim.sampling import Sampling
 from rsd.sim.scenes import kept_scenes, start_drawing
-from rsd.sim.suites import DISTRIBUTION, bddl_file, init_states, load_libero, quiet, step_limit, suite_task
+from rsd.sim.suites import (
+    DISTRIBUTION,
+    bddl_file,
+    fixed_layout,
+    init_states,
+    load_libero,
+    permuted_layout,
+    quiet,
+    scene_file,
+    step_limit,
+    suite_task,
+)
 from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, Observation, RsdError, real_array
 
 SIM_CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # our name -> LIBERO's
@@ -47,6 +59,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     Observations: `agentview`, `wrist` uint8 [S, S, 3] upright (absent with cameras=False) and `state` float32 [8].
     Actions: 7 numbers in [-1, 1], gripper -1 = open, +1 = close.
     fast=False is the plain path: the model is rebuilt at every reset and every step draws.
+    instruction: what is asked for; of a permuted suite it changes with every reset, as does `goal`.
     """
 
     def __init__(
@@ -94,6 +107,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
                 self._armed[name] = ArmedCamera(observable._sensor, image_size)
                 observable._sensor = self._armed[name]
         self._unplaced_fixtures = self._read_unplaced_fixtures()
+        self._scene_regions = dict(self.simulation.parsed_problem["regions"])
+        self.goal: tuple[Predicate, ...] = scene_file(suite, task_id).goal
 
     # -- gymnasium ------------------------------------------------------------------------------------------------
 
@@ -283,9 +298,26 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         states = init_states(self.suite, self.task.task_id)
         if not 0 <= k < len(states):
             raise RsdError(f"init_state of {self.task.name}: expected 0 to {len(states) - 1}, found {k}")
+        if is_permuted(self.suite):
+            self._arrange(fixed_layout(self.suite, self.task.task_id, k))
         self._rebuild(BENCHMARK_SEED)
         self._settle(states[k])
         return {"init_state": k}
+
+    def _arrange(self, layout: Layout) -> None:
+        """From the next rebuild on things start as the layout says, and its goal is what counts."""
+        simulation = self.simulation
+        problem = simulation.parsed_problem
+        problem["initial_state"] = [list(words) for words in layout.start]
+        problem["goal_state"] = [list(words) for words in layout.goal]
+        problem["regions"] = {
+            **self._scene_regions,
+            **{name: region.as_problem() for name, region in layout.regions.items()},
+        }
+        if self.fast:  # else the rebuild reads the problem
+            simulation.object_property_initializers.clear()
+            simulation._setup_placement_initializer(None)
+        self.goal, self.instruction = layout.goal, layout.instruction
 
     def _start_placement(self, seed: int) -> dict[str, Any]:
         from robosuite.utils.errors import RandomizationError
@@ -293,17 +325,12 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         moved = np.inf
         for rejections in range(PLACEMENT_TRIES):
             draws = np.random.default_rng([seed, rejections])
+            if is_permuted(self.suite):
+                self._arrange(permuted_layout(self.suite, self.task.task_id, draws))
             try:
-                self._rebuild(int(draws.integers(2**32)))
-                state = self.sim_state()
-                # the benchmark's states were drawn with other fixture poses than its reset draws: a bowl stands up to
-                # 2 cm off the middle of its drawer. Two draws here give the same offsets.
-                self._rebuild(int(draws.integers(2**32)))
+                state = self._draw_state(draws, draws.integers(2**32))
             except RandomizationError:  # these draws leave no room for one of the objects
                 continue
-            joints = self.simulation.robots[0]._ref_joint_pos_indexes
-            # the benchmark's reset leaves the nominal arm pose; its noise comes with the stored state, as here
-            state[1 + np.asarray(joints)] += draws.normal(0.0, ARM_JOINT_NOISE, len(joints))
             moved = self._settle(state)
             if moved <= UNSTABLE_DISTANCE:
                 return {"placement_seed": seed, "placement_rejections": rejections}
@@ -311,6 +338,26 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             f"placement of {self.task.name}, seed {seed}: expected a stable one within {PLACEMENT_TRIES} draws, "
             f"the last still moved {moved * 100:.1f} cm; choose another seed"
         )
+
+    def draw_fixed_state(self, k: int, attempt: int) -> NDArray[np.float64] | None:
+        """A state for the fixed layout k of a permuted suite, [1 + nq + nv], in which nothing slides; else None. The
+        episode has begun there when it returns."""
+        self._arrange(fixed_layout(self.suite, self.task.task_id, k))
+        state = self._draw_state(np.random.default_rng([self.task.task_id, k, attempt]), BENCHMARK_SEED)
+        start = state.copy()
+        return start if self._settle(state) <= UNSTABLE_DISTANCE else None
+
+    def _draw_state(self, draws: np.random.Generator, fixtures_seed: int | np.integer[Any]) -> NDArray[np.float64]:
+        """Poses of objects and arm; the fixtures stand as `fixtures_seed` draws them when it returns."""
+        self._rebuild(int(draws.integers(2**32)))
+        state = self.sim_state()
+        # the benchmark's states were drawn with other fixture poses than its reset draws: a bowl stands up to
+        # 2 cm off the middle of its drawer. Two draws here give the same offsets.
+        self._rebuild(int(fixtures_seed))
+        joints = self.simulation.robots[0]._ref_joint_pos_indexes
+        # the benchmark's reset leaves the nominal arm pose; its noise comes with the stored state, as here
+        state[1 + np.asarray(joints)] += draws.normal(0.0, ARM_JOINT_NOISE, len(joints))
+        return state
 
     def _rebuild(self, seed: int) -> None:
         """Resets fixtures, objects, arm and controller; `seed` draws the fixtures' and objects' poses."""

