@@ -342,8 +342,13 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     def draw_fixed_state(self, k: int, attempt: int) -> NDArray[np.float64] | None:
         """A state for the fixed layout k of a permuted suite, [1 + nq + nv], in which nothing slides; else None. The
         episode has begun there when it returns."""
+        from robosuite.utils.errors import RandomizationError
+
         self._arrange(fixed_layout(self.suite, self.task.task_id, k))
-        state = self._draw_state(np.random.default_rng([self.task.task_id, k, attempt]), BENCHMARK_SEED)
+        try:
+            state = self._draw_state(np.random.default_rng([self.task.task_id, k, attempt]), BENCHMARK_SEED)
+        except RandomizationError:
+            return None
         start = state.copy()
         return start if self._settle(state) <= UNSTABLE_DISTANCE else None
 
