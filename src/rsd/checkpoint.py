@@ -20,16 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rsd import hub
-from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration
-from rsd.decoding.steps import SkipRule
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.strategies import DECODERS
 from rsd.json_files import read_versioned
 from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.options import Checkpoint
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
 
 FORMAT_VERSION = 1
@@ -118,12 +116,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict({name: value.float() for name, value in weights.items()})
 
 
-def load_calibration(directory: Path) -> SkipCalibration:
-    """The skip calibration of a checkpoint directory; `RsdError` without one, or if it is of other weights."""
+def load_calibration(directory: Path, weights_sha256: str | None = None) -> SkipCalibration:
+    """The skip calibration of a checkpoint directory; `RsdError` without one, or if it is of other weights, whose hash
+    may be known."""
     if not (directory / CALIBRATION_FILE).is_file():
         raise RsdError(f"{directory}: rsd-skip needs a {CALIBRATION_FILE}, found none; make it with `rsd calibrate`")
     calibration = SkipCalibration.load(directory)
-    calibration.check_belongs(_sha256(directory / WEIGHTS_FILE))
+    calibration.check_belongs(weights_sha256 or _sha256(directory / WEIGHTS_FILE))
     return calibration
 
 
@@ -138,8 +137,8 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
         return None
     proven = read_versioned(path, "proven decoder", 1, "write it anew")
     decode, found, weights = (proven.get(name) for name in ("decode", "found", "weights_sha256"))
-    if decode not in STRATEGIES or not isinstance(found, str):
-        expected = f"'decode' as one of {', '.join(STRATEGIES)} and 'found' as a text"
+    if decode not in DECODERS or not isinstance(found, str):
+        expected = f"'decode' as one of {', '.join(DECODERS)} and 'found' as a text"
         raise RsdError(f"{path}: expected {expected}, found {decode!r} and {found!r}; write it anew, or delete it")
     if weights != content["sha256"][WEIGHTS_FILE]:
         remedy = "evaluate these and write it anew, or delete it"
@@ -147,19 +146,21 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
     return str(decode), found
 
 
-def with_calibration(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The options for `RsdPolicy`; where `rsd-skip` is asked for without a rule, with the rule and the acceptance of
-    the checkpoint's own calibration. `RsdError` where it does not hold."""
-    if options["decode"] != "rsd-skip" or options["skip"] is not None:
-        return options
-    calibration = load_calibration(directory)
-    asked = options["acceptance"] and acceptance_rule(options["acceptance"], RfsqConfig()).name
-    if asked not in (None, calibration.acceptance) or options["fine"] not in (None, "regress"):
-        found = ", ".join(f"{name} {options[name]}" for name in ("acceptance", "fine") if options[name])
-        expected = f"acceptance {calibration.acceptance} and fine regress"
-        raise RsdError(f"rsd-skip: calibrated with {expected}, found {found}; leave it out")
-    rule = SkipRule(calibration.threshold, calibration.max_skips, calibration.memory_chunks)
-    return {**options, "skip": rule, "acceptance": calibration.acceptance, "fine": "regress"}
+def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
+    """What of a checkpoint decides how it may decode; content: its config.json, checked."""
+    policy, calibration = content["policy"], None
+    try:
+        calibration = load_calibration(directory, content["sha256"][WEIGHTS_FILE])
+    except RsdError as error:  # to be raised where `rsd-skip` is asked for
+        calibration = str(error)
+    return Checkpoint(
+        visual_drafter=bool(policy.get("light")),
+        acceptance=policy.get("acceptance", PolicyConfig.acceptance),
+        fine=policy.get("fine", PolicyConfig.fine),
+        proven=proven_decode(directory, content),
+        calibration=calibration,
+        compact=BACKBONE not in content,
+    )
 
 
 def save_checkpoint(

@@ -25,15 +25,23 @@ from rsd.types import RsdError
 @dataclass(frozen=True)
 class AcceptanceRule:
     """accept(drafted, logits) -> bool [B, c, P]; see the module's docstring. None: the draft is judged as a whole, by
-    what the main finds that it misses (`strategies.accept_as_a_whole`)."""
+    what the main finds that it misses (`verification.accept_as_a_whole`), or, with a `share`, by what the main means
+    without having been told of it (`within_reach`)."""
 
     name: str
     accept: Callable[[Tensor, Tensor], Tensor] | None
     per_scalar: bool = False
+    share: float | None = None
+    reach: float = 1.0
 
     @property
     def as_a_whole(self) -> bool:
         return self.accept is None
+
+    @property
+    def blind(self) -> bool:
+        """Whether the judge must not have been told of the draft."""
+        return self.share is not None
 
 
 def exact(drafted: Tensor, logits: Tensor) -> Tensor:
@@ -71,14 +79,26 @@ def agreement(drafted: Tensor, logits: Tensor, share: float) -> Tensor:
     return (equal.float().mean(-1, keepdim=True) >= share).expand_as(equal)
 
 
-ACCEPTANCE_RULES = ("exact", "margin", "residual", "distance(D)", "typical(EPSILON)", "agreement(SHARE)")
+def within_reach(draft: Tensor, own: Tensor, reach: float, share: float) -> Tensor:
+    """Whether the draft as a whole means what the main means: at least `share` of the scalars that carry motion lie
+    within `reach` of the main's own. draft, own: what they decode to [B, P] -> bool [B].
+
+    Scalars that are within reach of nothing in both carry none: most cosine coefficients are, whatever is meant, and
+    would vote for any draft. A chunk without any motion stands."""
+    carries = torch.maximum(draft.abs(), own.abs()) > reach
+    agrees = ((draft - own).abs() <= reach) & carries
+    return agrees.sum(-1) >= share * carries.sum(-1)
+
+
+ACCEPTANCE_RULES = ("exact", "margin", "residual", "blind(SHARE)", "distance(D)", "typical(EPSILON)", "agreement(SHARE)")
 NUMBER = r"(\d+\.?\d*|\.\d+)"
 
 
 def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
     """The rule of that name for a code; a setting left out takes the default named here.
 
-    `exact`; `margin`; `residual`; `distance(D)`, D >= 0 bins (1); `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both
+    `exact`; `margin`; `residual`; `blind(SHARE)` or `blind(SHARE,REACH)`, 0 < SHARE <= 1 (0.95) of the scalars that
+    carry motion within REACH > 0 times the code's reach (1) of block 1's own estimate; `distance(D)`, D >= 0 bins (1); `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both
     in (0, 1] (Medusa's 0.09, and the root of EPSILON as its authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7).
     """
     if name == "exact":
@@ -87,6 +107,11 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
         return AcceptanceRule(name, lambda d, logits: margin(d, logits, code), per_scalar=True)
     if name == "residual":
         return AcceptanceRule(name, None, per_scalar=True)
+    if match := re.fullmatch(rf"blind(?:\({NUMBER}(?:, ?{NUMBER})?\))?", name):
+        share, reach = float(match[1] or 0.95), float(match[2] or 1.0)
+        if 0.0 < share <= 1.0 and reach > 0.0:
+            name = f"blind({share:g},{reach:g})" if match[2] else f"blind({share:g})"
+            return AcceptanceRule(name, None, share=share, reach=reach)
     if match := re.fullmatch(r"distance(?:\((\d+)\))?", name):
         bins = int(match[1] or 1)
         return AcceptanceRule(f"distance({bins})", lambda d, logits: distance(d, logits, bins), per_scalar=True)
@@ -100,7 +125,7 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
         share = float(match[1] or 0.7)
         if 0.0 < share <= 1.0:
             return AcceptanceRule(f"agreement({share:g})", lambda d, logits: agreement(d, logits, share))
-    allowed = "D a whole number, 0 < EPSILON <= 1, 0 < SHARE <= 1"
+    allowed = "D a whole number, 0 < EPSILON <= 1, 0 < SHARE <= 1, REACH > 0"
     raise RsdError(f"acceptance {name!r}: expected {', '.join(ACCEPTANCE_RULES)} with {allowed}")
 
 

@@ -31,7 +31,7 @@ from rsd.openvla.bench_cases import (
     random_model,
     rfsq_cases,
 )
-from rsd.openvla.graphs import Captured
+from rsd.decoding.cuda_graph import Captured
 from rsd.openvla.precision import compile_layers, use_fp8
 from rsd.types import RsdError
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rsd.conventions import CHUNK_SIZE
 from rsd.decoding.acceptance import AcceptanceRule, acceptance_rule, accepted_prefix
-from rsd.decoding.steps import Stopwatch
+from rsd.decoding.timing import Stopwatch
 from rsd.json_files import read_versioned
 from rsd.models.legacy import Autoencoder, ChunkDraft, ChunkHead, LevelDraft, Weights, read_autoencoder, read_network
 from rsd.openvla.policy import OpenVlaPolicy
