@@ -1,0 +1,78 @@
+"""Freeze the goldens anew: `python tests/goldens/make.py`, two minutes on one core; `--observations`: render, too.
+
+Do it only where a difference is meant, and say in the commit which one and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from golden_cases import (
+    CASES,
+    CHECKPOINT,
+    CHUNKS,
+    CHUNKS_PER_EPISODE,
+    OBSERVATIONS,
+    STATISTICS,
+    TASKS,
+    TRAINING,
+    decode_case,
+    train_tiny,
+    write,
+)
+
+from rsd.policy import RsdPolicy
+from rsd.sim.libero import LiberoEnv
+from rsd.types import EAGER
+
+
+def render() -> None:
+    """Two episodes acted out by `l1`, seen at the policy's size before every chunk."""
+    policy = RsdPolicy.from_pretrained(CHECKPOINT, decode="l1", engine=EAGER)
+    seen = []
+    for task in TASKS:
+        env = LiberoEnv("libero_spatial", task, image_size=policy.image_size)
+        env.reset(options={"init_state": 0})
+        for _ in range(CHUNKS_PER_EPISODE):
+            seen.append(env.observation())
+            env.step_chunk(policy.predict(seen[-1]).actions)
+        env.close()
+    images, states = np.stack([o.images for o in seen]), np.stack([o.state for o in seen])
+    np.savez_compressed(
+        OBSERVATIONS, images=images, states=states, instructions=np.array([o.instruction for o in seen])
+    )
+
+
+def decode() -> None:
+    arrays, statistics = {}, {}
+    for name, case in CASES.items():
+        found = decode_case(case, EAGER)
+        arrays[f"{name}/actions"] = np.stack([decoding.actions for decoding in found])
+        for key in found[0].statistics:
+            statistics[f"{name}/{key}"] = [decoding.statistics[key] for decoding in found]
+        for index, decoding in enumerate(found):
+            if decoding.tokens is not None:  # a decoder may give some for one chunk and none for another
+                arrays[f"{name}/{index}/tokens"] = decoding.tokens
+        print(name, flush=True)
+    np.savez_compressed(CHUNKS, **arrays)
+    write(STATISTICS, statistics)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--observations", action="store_true", help="render the observations first (simulator)")
+    torch.set_num_threads(1)
+    if parser.parse_args().observations:
+        render()
+    decode()
+    with tempfile.TemporaryDirectory() as run:
+        runs = {f"whole_block={whole}": train_tiny(Path(run) / f"{whole}", whole) for whole in (False, True)}
+    write(TRAINING, runs)
+
+
+if __name__ == "__main__":
+    main()
