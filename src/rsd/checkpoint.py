@@ -148,7 +148,8 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
 
 def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
     """What of a checkpoint decides how it may decode; content: its config.json, checked."""
-    policy, calibration = content["policy"], None
+    policy: dict[str, Any] = content["policy"]
+    calibration: SkipCalibration | str
     try:
         calibration = load_calibration(directory, content["sha256"][WEIGHTS_FILE])
     except RsdError as error:  # to be raised where `rsd-skip` is asked for

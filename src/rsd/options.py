@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 from rsd.decoding.acceptance import AcceptanceRule, acceptance_rule
 from rsd.decoding.calibration import SkipCalibration
@@ -51,7 +51,7 @@ class RuntimeOptions:
 
 def options_of(**asked: Any) -> tuple[DecodeOptions, RuntimeOptions]:
     """Both kinds from keywords, as a script gives them; `RsdError` for a name that is no option."""
-    known = [{field.name for field in fields(kind)} for kind in (DecodeOptions, RuntimeOptions)]
+    known = [{one.name for one in fields(kind)} for kind in (DecodeOptions, RuntimeOptions)]
     if unknown := sorted(asked.keys() - known[0] - known[1]):
         raise RsdError(f"option {', '.join(unknown)}: expected some of {', '.join(sorted(known[0] | known[1]))}")
     decode, runtime = ({name: value for name, value in asked.items() if name in own} for own in known)
@@ -72,7 +72,7 @@ class Checkpoint:
     fine: str
     proven: tuple[str, str] | None = None
     calibration: SkipCalibration | str | None = None
-    code: RfsqConfig = RfsqConfig()
+    code: RfsqConfig = field(default_factory=RfsqConfig)
     compact: bool = True
 
 
@@ -122,15 +122,25 @@ def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
     return Decoding(decode, why, rule, fine, options.temperature, skip, options.audit)
 
 
-def best_decode(checkpoint: Checkpoint, options: DecodeOptions) -> tuple[str, str]:
-    """What `best` stands for, by what is proven in closed loop, and why."""
+class Choice(NamedTuple):
+    """The decoder that `best` stands for, and why."""
+
+    decode: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"decodes by {self.decode}: {self.why}"
+
+
+def best_decode(checkpoint: Checkpoint, options: DecodeOptions) -> Choice:
+    """What `best` is, by what is proven in closed loop."""
     if not checkpoint.visual_drafter:
-        return "rsd", "the best without a light draft"
+        return Choice("rsd", "the best without a light draft")
     if options.temperature:
-        return "rsd-fused", "the best that draws its tokens"
+        return Choice("rsd-fused", "the best that draws its tokens")
     if options.skip:
-        return "rsd-skip", "a skip threshold is given"
-    return checkpoint.proven or ("rsd-ahead", "the best")
+        return Choice("rsd-skip", "a skip threshold is given")
+    return Choice(*checkpoint.proven) if checkpoint.proven else Choice("rsd-ahead", "the best")
 
 
 def check_sampling(temperature: float, decode: str, acceptance: str | None, fine: str | None) -> None:

@@ -95,7 +95,7 @@ class CompactBody:
 
 @dataclass(frozen=True)
 class Pending:
-    """What `verify_pending` goes on from: what was seen and drafted, the episodes, and what is known of their chunks."""
+    """What `verify_pending` goes on from: what was seen and drafted, the episodes and their chunks."""
 
     seen: PolicyInput
     draft: Draft
@@ -163,6 +163,7 @@ class SpeculativePolicy:
             engine=make_engine(self.engine),
             rows=runtime.batch,
         )
+        self._decode = DECODERS[self.decode].decode
         self._rehearsed = self.ops.engine is None
         self._turn = threading.RLock()
 
@@ -210,7 +211,7 @@ class SpeculativePolicy:
                 begun = [self._begun(o, s) for o, s in zip(observations, states or [None] * count, strict=True)]
                 if not self._rehearsed:
                     self._rehearse(seen, count)
-                result = DECODERS[self.decode].decode(self.ops, seen, self._together(begun))
+                result = self._decode(self.ops, seen, self._together(begun))
                 self.ops.check()
                 actions = self._to_actions(result.value, result.gripper)
             latency = watch.ms
@@ -265,10 +266,10 @@ class SpeculativePolicy:
 
     def _rehearse(self, seen: PolicyInput, count: int) -> None:
         """Record everything that an episode will need, so that no later chunk has to wait for it."""
-        entry, given, self.ops.skip = DECODERS[self.decode], self.ops.skip, SkipRule()
+        given, self.ops.skip = self.ops.skip, SkipRule()
         states = [EpisodeState()] * count
-        for _ in range(2 if entry.remembers else 1):
-            result = entry.decode(self.ops, seen, self._together(states))
+        for _ in range(2 if DECODERS[self.decode].remembers else 1):
+            result = self._decode(self.ops, seen, self._together(states))
             if result.pending:
                 assert result.draft is not None
                 result = look(self.ops, seen, kept(result.draft))
@@ -315,7 +316,7 @@ class SpeculativePolicy:
         )
 
     def _audited(self, seen: PolicyInput, result: DecodeResult, stats: list[ChunkStats]) -> list[ChunkStats]:
-        """With how far each draft leads the fingertip away from the target's chunk (mm), and whether the gripper differs.
+        """With how far each draft leads the fingertip away from the target's chunk, mm, and whether grippers differ.
 
         The target's chunk is the one it gives after reading the draft, as when it is asked; where it was not, it looks
         for it."""
@@ -401,10 +402,23 @@ class RsdPolicy:
         self.core, self.model, self.tokenizer, self.config = core, core.model, core.tokenizer, core.config
         self.decode, self.acceptance, self.engine = core.decode, core.acceptance, core.engine
         self.image_size, self.cameras, self.device = core.image_size, core.cameras, core.device
-        self.provenance, self.save_pretrained, self.push_to_hub = core.provenance, core.save_pretrained, core.push_to_hub
+        self.provenance, self.save_pretrained = core.provenance, core.save_pretrained
+        self.push_to_hub = core.push_to_hub
         self._state: EpisodeState | None = None
         self._pending: Pending | None = None
         self._turn = threading.RLock()  # `verify` may come from another thread
+
+    @classmethod
+    def of(
+        cls,
+        model: RsdModel,
+        tokenizer: ActionTokenizer,
+        config: PolicyConfig,
+        provenance: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> RsdPolicy:
+        """A policy of models at hand; options: as of `from_pretrained`, but for the device, which is the models'."""
+        return cls(SpeculativePolicy(model, tokenizer, config, *options_of(**options), provenance=provenance))
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, **options: Any) -> RsdPolicy:

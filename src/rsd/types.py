@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # half of the time that `rsd --help` would take
     import numpy as np
@@ -49,7 +50,7 @@ class Observation:
             raise RsdError("observation instruction: expected text, found an empty string")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ChunkStats:
     """How one action chunk was decoded. Counts per level use vLLM's words (levels = positions).
 
@@ -104,8 +105,27 @@ class Policy(Protocol):
     def predict(self, observation: Observation) -> ActionChunk: ...
 
 
-@runtime_checkable
-class FollowsUp(Protocol):
-    """A policy that has something left to do while its chunk is executed."""
+class ChunkPolicy(Protocol):
+    """One path for a robot, a batch and a server's sessions: what episodes remember goes in and comes out."""
 
-    def follow_up(self) -> None: ...
+    @property
+    def image_size(self) -> int: ...
+
+    def predict(
+        self, observations: Sequence[Observation], states: Sequence[Any]
+    ) -> tuple[list[ActionChunk], list[Any], Any]:
+        """One observation and one state of each episode, None at its start -> chunks, states, and what is pending."""
+        ...
+
+    def verify_pending(self, pending: Any) -> tuple[list[ChunkStats], list[Any]]:
+        """What was pending of a prediction -> its chunks' complete statistics, and states."""
+        ...
+
+
+@runtime_checkable
+class VerifiesLater(Protocol):
+    """A policy that may have something left to find out of a chunk while it is executed."""
+
+    def verify(self) -> ChunkStats | None:
+        """The last chunk's statistics, complete now; None if nothing was left."""
+        ...

@@ -11,7 +11,7 @@ from rsd.decoding import engines
 from rsd.decoding.engines import VARIABLE, choose_engine, strategy_on
 from rsd.decoding.recorded import Call, RecordedStrategy
 from rsd.decoding.steps import Decoder, SkipRule
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.strategies import DECODERS
 from rsd.models.light_draft import LightDraft
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
@@ -69,7 +69,7 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, ca
         choose_engine(ONNX, "cpu", recordable=True)
 
 
-@pytest.mark.parametrize("decode", STRATEGIES)
+@pytest.mark.parametrize("decode", DECODERS)
 def test_all_that_an_episode_needs_is_recorded_by_its_first_prediction(
     decode: str,
     make_steady_model: Callable[[], RsdModel],
@@ -84,7 +84,7 @@ def test_all_that_an_episode_needs_is_recorded_by_its_first_prediction(
         return call
 
     plain, graphs = (
-        RsdPolicy(make_steady_model(), tokenizer, tiny_config, decode=decode, skip=SkipRule(1e9, 3), engine=EAGER)
+        RsdPolicy.of(make_steady_model(), tokenizer, tiny_config, decode=decode, skip=SkipRule(1e9, 3), engine=EAGER)
         for _ in range(2)
     )
     graphs._strategy = RecordedStrategy(decode, record)
@@ -98,7 +98,7 @@ def test_all_that_an_episode_needs_is_recorded_by_its_first_prediction(
 
 
 def test_eager_is_the_plain_strategy() -> None:
-    assert strategy_on(EAGER, "rsd") is STRATEGIES["rsd"]
+    assert strategy_on(EAGER, "rsd") is DECODERS["rsd"]
     assert isinstance(strategy_on(ONNX, "rsd"), RecordedStrategy)
 
 
@@ -108,7 +108,7 @@ def test_a_draft_that_is_corrected_anyway_is_not_completed(
 ) -> None:
     """`rsd-fused` needs the coarse tokens alone; its chunks are those of a policy that has the rest as well."""
     plain, audited = (
-        RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="rsd-fused", audit=audit, engine=engine)
+        RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="rsd-fused", audit=audit, engine=engine)
         for audit in (False, True)
     )
     foreseen = list[bool]()

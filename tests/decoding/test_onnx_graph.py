@@ -12,7 +12,7 @@ from rsd.decoding import onnx_graph
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.onnx_graph import OnnxGraph, graph_folder
 from rsd.decoding.steps import Decoded, Decoder, SkipRule
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.strategies import DECODERS
 from rsd.evaluation.batched_policy import BatchedRsdPolicy
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
@@ -36,7 +36,7 @@ def make_policy(
 ) -> MakePolicy:
     def make(decode: str, **options: object) -> RsdPolicy:
         options = {"engine": ONNX, "skip": SkipRule(1e9, 3), **options}
-        return RsdPolicy(make_steady_model(), tokenizer, tiny_config, decode=decode, **options)
+        return RsdPolicy.of(make_steady_model(), tokenizer, tiny_config, decode=decode, **options)
 
     return make
 
@@ -50,7 +50,7 @@ def episode(policy: RsdPolicy, make_observation: MakeObservation, chunks: int = 
     return found
 
 
-@pytest.mark.parametrize("decode", STRATEGIES)
+@pytest.mark.parametrize("decode", DECODERS)
 def test_a_graph_acts_and_counts_as_pytorch_does(
     decode: str, make_policy: MakePolicy, make_observation: MakeObservation
 ) -> None:

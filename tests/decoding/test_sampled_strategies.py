@@ -14,7 +14,7 @@ from rsd.decoding import sampling, strategies
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.sampling import Sampler, Verified
 from rsd.decoding.steps import Decoder, Scene, Stopwatch
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.strategies import DECODERS
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.light_draft import LightDraft, LightDraftConfig
 from rsd.models.main import MainConfig, MainModel
@@ -70,7 +70,7 @@ def draw(name: str, decoder: Decoder, runs: int) -> Tensor:
     """-> motion tokens [runs, L, P] of one and the same observation."""
     watch, batch = Stopwatch(torch.device("cpu")), 1 if name.startswith("rsd") else runs
     rounds = runs // batch
-    decoded = [STRATEGIES[name](decoder, Given(PREFIX.expand(batch, -1, -1)), watch) for _ in range(rounds)]
+    decoded = [DECODERS[name](decoder, Given(PREFIX.expand(batch, -1, -1)), watch) for _ in range(rounds)]
     decoder.check()
     return torch.cat([one.motion for one in decoded if one.motion is not None])
 
@@ -160,7 +160,7 @@ def test_some_levels_stand_and_some_do_not(monkeypatch: pytest.MonkeyPatch) -> N
     scene, watch = Given(PREFIX), Stopwatch(torch.device("cpu"))
     with torch.no_grad():
         for name in ("rsd", "rsd-fused"):
-            decoded = [STRATEGIES[name](decoder, scene, watch) for _ in range(60)]
+            decoded = [DECODERS[name](decoder, scene, watch) for _ in range(60)]
             lengths = [int(one.accepted_levels) for one in decoded if one.accepted_levels is not None]
             assert min(np.bincount(lengths, minlength=3)) > 3
             for one, length in zip(decoded, lengths, strict=True):
@@ -181,7 +181,7 @@ def test_a_vanishing_temperature_takes_the_likeliest(name: str, make_model: Call
             cold = replace(greedy, sampler=Sampler(temperature, generator), checks=[])
             with torch.no_grad():
                 found, expected = (
-                    STRATEGIES[name](decoder, Scene(images, torch.full((1, 11), 0.1 * index).double(), text), watch)
+                    DECODERS[name](decoder, Scene(images, torch.full((1, 11), 0.1 * index).double(), text), watch)
                     for decoder in (cold, greedy)
                 )
             assert found.motion is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 from rsd.decoding import strategies
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch, as_drafted, requantise
-from rsd.decoding.strategies import LIGHT, STRATEGIES
+from rsd.decoding.strategies import LIGHT, DECODERS
 from rsd.models.main import MainModel, state_features
 from rsd.models.rsd_model import RsdModel
 from rsd.models.text import word_ids
@@ -46,7 +46,7 @@ def decoder_of(model: RsdModel, rule: str = "exact", fine: str = "regress") -> D
 @torch.no_grad()
 def decode(name: str, decoder: Decoder, prefix: Tensor) -> Decoded:
     scene = Blindfolded(prefix)
-    decoded = STRATEGIES[name](decoder, scene, Stopwatch(torch.device("cpu")))
+    decoded = DECODERS[name](decoder, scene, Stopwatch(torch.device("cpu")))
     decoder.check()
     return decoded
 
@@ -349,7 +349,7 @@ def test_a_draft_that_is_right_decides_the_draft_strategy(
 
 @pytest.mark.parametrize(
     ("name", "rule"),
-    [(name, "exact") for name in STRATEGIES if name not in LIGHT]
+    [(name, "exact") for name in DECODERS if name not in LIGHT]
     + [("rsd", rule) for rule in ("margin", "residual", "agreement(0.3)")],
 )
 def test_a_batch_decodes_as_its_samples_do_alone(model: RsdModel, name: str, rule: str) -> None:
@@ -428,7 +428,7 @@ def seen(model: RsdModel, seed: int) -> Scene:
 
 @torch.no_grad()
 def run(name: str, decoder: Decoder, scene: Scene) -> Decoded:
-    return STRATEGIES[name](decoder, scene, Stopwatch(torch.device("cpu")))
+    return DECODERS[name](decoder, scene, Stopwatch(torch.device("cpu")))
 
 
 def test_fused_and_exact_gives_the_tokens_of_ar_whatever_the_light_draft_proposes(model: RsdModel) -> None:

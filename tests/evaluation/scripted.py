@@ -18,7 +18,7 @@ import numpy as np
 from rsd.evaluation.backend import Backend
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.results import EpisodeResult
-from rsd.policy import Choice
+from rsd.options import Choice
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 STEP_LIMIT = 20

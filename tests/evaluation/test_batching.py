@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsd.decoding.steps import SkipRule
+from rsd.decoding.gate import SkipRule
 from rsd.evaluation.batched_policy import BatchedRsdPolicy
 from rsd.models.main import MainModel
 from rsd.models.rsd_model import PolicyConfig, RsdModel
@@ -22,7 +22,7 @@ def make_policy(
     make_steady_model: Callable[[], RsdModel], tokenizer: ActionTokenizer, tiny_config: PolicyConfig
 ) -> Callable[..., RsdPolicy]:
     def make(device: str = "cpu", **options: Any) -> RsdPolicy:
-        return RsdPolicy(make_steady_model().to(device), tokenizer, tiny_config, **options)
+        return RsdPolicy.of(make_steady_model().to(device), tokenizer, tiny_config, **options)
 
     return make
 

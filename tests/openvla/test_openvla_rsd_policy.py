@@ -15,7 +15,7 @@ from evaluation.scripted import SCRIPTED
 from openvla_checkpoint import block_image, write_checkpoint, write_heads, write_json, write_rsd_policy
 from rsd.cli import dispatch
 from rsd.decoding.steps import Scene, SkipRule, Stopwatch
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.strategies import DECODERS
 from rsd.evaluation.backend import batched_rsd_policy, describe_checkpoint, rsd_policy
 from rsd.evaluation.calibrate import CalibrateConfig, calibrate
 from rsd.evaluation.config import EvalConfig
@@ -83,7 +83,7 @@ def test_every_strategy_decodes(directory: Path, seen: list[Observation]) -> Non
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
-@pytest.mark.parametrize("decode", STRATEGIES)
+@pytest.mark.parametrize("decode", DECODERS)
 def test_a_recorded_strategy_acts_as_the_plain_one(directory: Path, seen: list[Observation], decode: str) -> None:
     plain, recorded = (
         RsdPolicy.from_pretrained(directory, device="cuda", decode=decode, skip=SkipRule(1e9, 2), engine=engine)
@@ -268,7 +268,7 @@ def test_a_bfloat16_base_trains_in_float32_beside_it_and_decodes(base: Path, tok
     assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
     scene = Scene(batch.images[:1], batch.state[:1], (words[:1, 32:], words[:1, :32]))
     with torch.inference_mode():
-        for strategy in STRATEGIES.values():
+        for strategy in DECODERS.values():
             decoded = strategy(policy.decoder, scene, Stopwatch(torch.device("cpu")))
             policy.decoder.check()
             assert decoded.value.shape == (1, 48)

@@ -32,7 +32,7 @@ class AcceptanceRule:
     accept: Callable[[Tensor, Tensor], Tensor] | None
     per_scalar: bool = False
     share: float | None = None
-    reach: float = 1.0
+    moving: bool = False
 
     @property
     def as_a_whole(self) -> bool:
@@ -79,27 +79,31 @@ def agreement(drafted: Tensor, logits: Tensor, share: float) -> Tensor:
     return (equal.float().mean(-1, keepdim=True) >= share).expand_as(equal)
 
 
-def within_reach(draft: Tensor, own: Tensor, reach: float, share: float) -> Tensor:
-    """Whether the draft as a whole means what the main means: at least `share` of the scalars that carry motion lie
-    within `reach` of the main's own. draft, own: what they decode to [B, P] -> bool [B].
+def within_reach(draft: Tensor, own: Tensor, reach: float, share: float, moving: bool = False) -> Tensor:
+    """Whether the draft as a whole means what the main means that was not told of it: at least `share` of its scalars
+    lie within `reach` of the main's own. draft, own: what they decode to [B, P] -> bool [B].
 
-    Scalars that are within reach of nothing in both carry none: most cosine coefficients are, whatever is meant, and
-    would vote for any draft. A chunk without any motion stands."""
-    carries = torch.maximum(draft.abs(), own.abs()) > reach
-    agrees = ((draft - own).abs() <= reach) & carries
-    return agrees.sum(-1) >= share * carries.sum(-1)
+    One scalar for itself could be near by chance, and a mixture of two intentions is neither. moving: only scalars that
+    carry motion count, those beyond reach of nothing in one of the two: most cosine coefficients are near zero whatever
+    is meant, and vote for any draft."""
+    counts = torch.maximum(draft.abs(), own.abs()) > reach if moving else torch.ones_like(draft, dtype=torch.bool)
+    agrees = ((draft - own).abs() <= reach) & counts
+    return agrees.sum(-1) >= share * counts.sum(-1)
 
 
-ACCEPTANCE_RULES = ("exact", "margin", "residual", "blind(SHARE)", "distance(D)", "typical(EPSILON)", "agreement(SHARE)")
+ACCEPTANCE_RULES = (
+    *("exact", "margin", "residual", "blind(SHARE)", "distance(D)", "typical(EPSILON)", "agreement(SHARE)"),
+)
 NUMBER = r"(\d+\.?\d*|\.\d+)"
 
 
 def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
     """The rule of that name for a code; a setting left out takes the default named here.
 
-    `exact`; `margin`; `residual`; `blind(SHARE)` or `blind(SHARE,REACH)`, 0 < SHARE <= 1 (0.95) of the scalars that
-    carry motion within REACH > 0 times the code's reach (1) of block 1's own estimate; `distance(D)`, D >= 0 bins (1); `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both
-    in (0, 1] (Medusa's 0.09, and the root of EPSILON as its authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7).
+    `exact`; `margin`; `residual`; `blind(SHARE)`, 0 < SHARE <= 1 (0.95) of the chunk's scalars within the code's reach
+    of block 1's own estimate, or `blind(SHARE,moving)` of those that carry motion; `distance(D)`, D >= 0 bins (1);
+    `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both in (0, 1] (Medusa's 0.09, and the root of EPSILON as its
+    authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7).
     """
     if name == "exact":
         return AcceptanceRule(name, exact)
@@ -107,11 +111,11 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
         return AcceptanceRule(name, lambda d, logits: margin(d, logits, code), per_scalar=True)
     if name == "residual":
         return AcceptanceRule(name, None, per_scalar=True)
-    if match := re.fullmatch(rf"blind(?:\({NUMBER}(?:, ?{NUMBER})?\))?", name):
-        share, reach = float(match[1] or 0.95), float(match[2] or 1.0)
-        if 0.0 < share <= 1.0 and reach > 0.0:
-            name = f"blind({share:g},{reach:g})" if match[2] else f"blind({share:g})"
-            return AcceptanceRule(name, None, share=share, reach=reach)
+    if match := re.fullmatch(rf"blind(?:\({NUMBER}(, ?moving)?\))?", name):
+        share = float(match[1] or 0.95)
+        if 0.0 < share <= 1.0:
+            name = f"blind({share:g}{',moving' if match[2] else ''})"
+            return AcceptanceRule(name, None, share=share, moving=bool(match[2]))
     if match := re.fullmatch(r"distance(?:\((\d+)\))?", name):
         bins = int(match[1] or 1)
         return AcceptanceRule(f"distance({bins})", lambda d, logits: distance(d, logits, bins), per_scalar=True)
@@ -125,7 +129,7 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
         share = float(match[1] or 0.7)
         if 0.0 < share <= 1.0:
             return AcceptanceRule(f"agreement({share:g})", lambda d, logits: agreement(d, logits, share))
-    allowed = "D a whole number, 0 < EPSILON <= 1, 0 < SHARE <= 1, REACH > 0"
+    allowed = "D a whole number, 0 < EPSILON <= 1, 0 < SHARE <= 1"
     raise RsdError(f"acceptance {name!r}: expected {', '.join(ACCEPTANCE_RULES)} with {allowed}")
 
 

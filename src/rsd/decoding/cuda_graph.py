@@ -25,7 +25,7 @@ WARM_UP = 2  # calls before a capture: libraries choose algorithms and allocate 
 def capture(
     call: Callable[[], T], warm_up: int = WARM_UP, between: Callable[[], None] | None = None
 ) -> Callable[[], T]:
-    """The call as one CUDA graph: every replay gives the same tensors, with new contents; random numbers are drawn anew.
+    """The call as one CUDA graph: replays give the same tensors, with new contents; random numbers are drawn anew.
 
     between: what is to be done after every call that only warms up."""
     aside = torch.cuda.Stream()

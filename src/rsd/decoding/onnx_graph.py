@@ -190,9 +190,11 @@ def export(
 
 def say(line: str) -> None:
     """A line of progress, which gives way to the next where somebody watches."""
-    watched = sys.stderr.isatty()
-    if watched or not line.endswith("..."):
-        print(f"\r{line}\033[K" if watched else line, end="" if watched and line.endswith("...") else "\n", file=sys.stderr)
+    begins = line.endswith("...")
+    if sys.stderr.isatty():
+        print(f"\r{line}\033[K", end="" if begins else "\n", file=sys.stderr, flush=True)
+    elif not begins:
+        print(line, file=sys.stderr, flush=True)
     LOG.info(line)
 
 
@@ -216,7 +218,7 @@ def write_graph(proto: Any, file: Path, weights: Path) -> None:
 
 
 def make_room(current: Path) -> None:
-    """Delete policies' graphs, those used longest ago first and the current one never, until the rest is in the limit."""
+    """Delete policies' graphs, used longest ago first and the current one never, until the rest fits."""
     folders = [folder for folder in current.parent.iterdir() if folder.is_dir() and folder != current]
     sizes = {folder: _bytes(folder) for folder in [*folders, current]}
     for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime):
@@ -259,4 +261,5 @@ def _session(path: Path, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime has a class of its own for every kind of damage
-        raise RsdError(f"ONNX graph {path}: cannot be loaded ({error}); delete {path.parent}, it will be made anew") from error
+        remedy = f"delete {path.parent}, it will be made anew"
+        raise RsdError(f"ONNX graph {path}: cannot be loaded ({error}); {remedy}") from error

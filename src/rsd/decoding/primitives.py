@@ -114,7 +114,8 @@ class Primitives:
     def drafter(self) -> LightDraft:
         """The visual drafter, which a checkpoint may lack."""
         if self.visual_drafter is None:
-            raise RsdError("this checkpoint has no light draft: decode with rsd, l1 or ar, or train one (`policy.light`)")
+            remedy = "decode with rsd, l1 or ar, or train one (`policy.light`)"
+            raise RsdError(f"this checkpoint has no light draft: {remedy}")
         return self.visual_drafter
 
     # how a primitive is run
@@ -179,8 +180,9 @@ class Primitives:
 
     @primitive("prefill", by_rule=True)
     def prefill_with(self, prefix: Tensor, draft: Draft) -> Blocks:
-        """One pass over what is seen and what was drafted -> block 1 and those that are told of the draft, what the drafter
-        reads of the cache, and the cache if levels are to be decoded over it; where the rule needs no block 1, the told block alone."""
+        """One pass over what is seen and what was drafted -> block 1 and those that are told of the draft (the told
+        block alone where the rule needs no block 1), what the drafter reads of the cache, and the cache if levels are
+        to be decoded over it."""
         if not self.judges_in_place:
             told, level = self._told(draft)
             features, cache = self.main.prefill_blocks(prefix, told, draft.gripper, level)

@@ -144,8 +144,13 @@ def stacked(states: Sequence[EpisodeState]) -> EpisodeState:
         blank = with_tensors(some, (torch.zeros_like(tensor) for tensor in tensors_of(some)))
         known = torch.tensor([each is not None for each in memories], device=some.keys[0].device)
         memory = joined([blank if each is None else each for each in memories])._replace(known=known)
-    rows = (tuple(getattr(state, name)[0] for state in states) for name in ("skipped", "gripper", "seen"))
-    return EpisodeState(memory, *rows, states[0].instruction)
+    return EpisodeState(
+        memory,
+        tuple(state.skipped[0] for state in states),
+        tuple(state.gripper[0] for state in states),
+        tuple(state.seen[0] for state in states),
+        states[0].instruction,
+    )
 
 
 def joined(parts: Sequence[Tree]) -> Tree:

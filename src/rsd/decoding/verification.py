@@ -46,17 +46,16 @@ def accept_as_a_whole(ops: Primitives, draft: Draft, blocks: list[Tensor]) -> Ve
     """The last block was told all that was drafted and says what is missing, which is added where the draft stands;
     elsewhere block 1's own estimate is executed, or, if there is no block 1, the tokens follow the correction alone.
 
-    Under `blind` the draft stands as a whole chunk, by block 1, which was told nothing. Under `residual` a scalar's
-    draft stands if what is missing is within what the finer levels take out."""
-    count, reach, told = draft.motion.shape[1], ops.code.config.reach(draft.motion.shape[1]), draft.prefixes[-1]
+    A scalar's draft stands if what is missing is within what the finer levels take out. Under `blind` block 1, which
+    was told nothing, has the first word, on the chunk as a whole."""
+    count, rule, told = draft.motion.shape[1], ops.rule, draft.prefixes[-1]
+    reach = ops.main.code.reach(count)
     missing = ops.finite(ops.main.residual(blocks[-1], count + 1))
     own = ops.finite(ops.main.residual(blocks[0], 1)) if len(blocks) > 1 else told + missing
-    if ops.rule.share is not None:
-        chunks = within_reach(told, own, ops.rule.reach * reach, ops.rule.share)
-        stands = chunks[:, None].expand_as(told)
-    else:
-        stands = missing.abs() <= reach  # [B, P]
-    wanted = torch.where(stands, told + missing, own)
+    stands = near = missing.abs() <= reach  # [B, P]
+    if rule.share is not None:
+        stands = within_reach(told, own, reach, rule.share, rule.moving)[:, None].expand_as(near)
+    wanted = torch.where(stands & near, told + missing, own)
     tokens, value = requantise(ops.code, wanted, draft.motion, count * stands.long())
     accepted = stands[:, None].expand(-1, count, -1)
     return Verification(value, tokens, accepted, accepted_prefix(accepted))

@@ -16,14 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from rsd.checkpoint import read_content, weights_hash
+from rsd.checkpoint import facts_of, read_content, weights_hash
 from rsd.decoding.calibration import SkipCalibration, check_promise, episodes_needed, executed, fit_threshold
+from rsd.decoding.gate import SkipRule
 from rsd.evaluation.backend import LIBERO, Backend, describe_checkpoint
 from rsd.evaluation.config import DEFAULT, EvalConfig, asked_rule
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.failures import WatchedLibero
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
-from rsd.policy import own_verification, settle_verification
+from rsd.options import DecodeOptions, resolve
 from rsd.types import RsdError
 
 SCORE = "expected_deviation_mm"
@@ -51,10 +52,10 @@ class CalibrateConfig:
     epsilon_mm: float = 75.0
     """A draft chunk deviates if its commands lead the fingertip further than this away from the main's. The arm follows
     about a quarter of what is commanded."""
-    max_skips: int = 6
+    max_skips: int = SkipRule.max_skips
     """Chunks in a row without the main, at most. A risk by chunk does not see where a row of them leads: without a
     limit the draft of the shipped policy goes round in circles at times."""
-    memory_chunks: int = 2
+    memory_chunks: int = SkipRule.memory_chunks
     """For so many chunks the draft attends to what the main left behind; after that it acts on what it sees alone."""
     acceptance: str = DEFAULT
     """How the main judges drafts, as in `rsd eval`; `rsd-skip` will take the same."""
@@ -108,10 +109,11 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     content = read_content(directory)
     if not content["policy"].get("light"):
         raise RsdError(f"calibrate: {directory} has no light draft, whose chunks rsd-skip executes; train one with it")
-    asked = asked_rule(config.acceptance)
-    rule, fine = settle_verification(own_verification(content["policy"]), asked, None, 0.0)
-    if fine != "regress":
-        raise RsdError(f"calibrate: acceptance {rule!r} decodes the fine levels one after another; take another rule")
+    asked = DecodeOptions("rsd-skip", asked_rule(config.acceptance), skip=SkipRule())
+    decoding = resolve(facts_of(directory, content), asked)
+    if decoding.fine != "regress":
+        found = f"acceptance {decoding.rule.name!r} decodes the fine levels one after another"
+        raise RsdError(f"calibrate: {found}; take another rule")
     sha256 = weights_hash(directory)
     check_promise(config.alpha, config.delta, config.epsilon_mm, config.max_skips, "share", config.test)
     rollouts = EvalConfig(

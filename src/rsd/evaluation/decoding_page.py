@@ -19,7 +19,7 @@ import tyro
 from numpy.typing import NDArray
 
 from rsd.decoding.calibration import RealisedRisk, realised_risk
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.strategies import DECODERS
 from rsd.evaluation.calibrate import SCORE, chunk_stat, deviations
 from rsd.evaluation.config import DEFAULT, asked_rule
 from rsd.evaluation.deviation import UNITS, DeviationRecord
@@ -354,7 +354,7 @@ def latency_section(record: LatencyRecord, path: Path) -> str:
     for name, stages in record.milliseconds.items():
         p50, p95 = percentiles(stages["total"])
         parts = ", ".join(f"{s} {percentiles(v)[0]:.1f}" for s, v in stages.items() if s != "total")
-        if name not in STRATEGIES:
+        if name not in DECODERS:
             continue  # of a decoder that is no more
         whole = name in ideals and FOLLOW_UP not in stages  # the work counted is that of both
         share = f"{ideals[name]:.2f} ({ideals[name] / p50:.0%})" if whole else ABSENT

@@ -6,7 +6,6 @@ of two columns means something even where the milliseconds themselves wander.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.strategies import DECODERS, names
 from rsd.evaluation.backend import available_cores, cpu_model
 from rsd.evaluation.config import DEFAULT, asked_rule
 from rsd.evaluation.results import encode_record, write_atomically
@@ -26,7 +25,7 @@ from rsd.evaluation.roofline import Ceiling, Work, measure_ceiling, work_of
 from rsd.evaluation.statistics import percentiles
 from rsd.policy import RsdPolicy
 from rsd.sim.libero import LiberoEnv
-from rsd.types import AUTO, Observation, RsdError
+from rsd.types import AUTO, EAGER, Observation, RsdError
 from rsd.versions import versions
 
 FORMAT = 1
@@ -62,11 +61,11 @@ class LatencyConfig:
 
     def __post_init__(self) -> None:
         for name in self.decode:
-            if name not in STRATEGIES:
-                raise RsdError(f"--decode '{name}': expected some of {', '.join(STRATEGIES)}")
-        if "rsd-skip" in self.decode:
+            if name not in DECODERS:
+                raise RsdError(f"--decode '{name}': expected some of {', '.join(DECODERS)}")
+        if gated := [name for name in self.decode if name in names(gated=True)]:
             raise RsdError(
-                "--decode rsd-skip: when it skips depends on the episode; time it in one: rsd eval --num-workers 1"
+                f"--decode {gated[0]}: when it skips depends on the episode; time it in one: rsd eval --num-workers 1"
             )
         if len(set(self.decode)) < len(self.decode):
             raise RsdError(f"--decode {' '.join(self.decode)}: expected each decoder once")
@@ -146,11 +145,9 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
 
 
 def without_graphs(policy: RsdPolicy) -> RsdPolicy:
-    """The same models with a memory of their own, every operation run: a replayed graph shows none to count."""
-    plain = copy.copy(policy)
-    plain._strategy = STRATEGIES[policy.decode]
-    plain.reset()
-    return plain
+    """The same models, every operation run: a replayed graph shows none to count."""
+    same: dict[str, Any] = {"decode": policy.decode, "acceptance": policy.acceptance or None}
+    return RsdPolicy.of(policy.model, policy.tokenizer, policy.config, engine=EAGER, **same)
 
 
 def take_turns(
@@ -163,7 +160,7 @@ def take_turns(
         for observation in seen:
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
                 spent = policies[name].predict(observation).stats.latency_ms
-                policies[name].follow_up()
+                policies[name].verify()
                 if turn >= warmup:
                     for stage, milliseconds in spent.items():
                         times[name].setdefault(stage, []).append(round(milliseconds, 4))

@@ -87,7 +87,8 @@ class LightDraft(nn.Module):
     @fusible
     def remember(self, read: list[Tensor]) -> Memory:
         """What `reads` takes of the main's cache -> what this draft attends to."""
-        both = self.memory_in(torch.cat([values.transpose(1, 2).flatten(2) for values in read], dim=-1))  # [B, S, 2 * layers * d]
+        seen = torch.cat([values.transpose(1, 2).flatten(2) for values in read], dim=-1)
+        both = self.memory_in(seen)  # [B, S, 2 * layers * d]
         keys, values = both.unflatten(-1, (2, self.config.layers, self.config.heads, -1)).permute(2, 3, 0, 4, 1, 5)
         return Memory(list(keys), list(values))
 

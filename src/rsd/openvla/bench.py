@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from rsd.decoding.cuda_graph import Captured
 from rsd.evaluation.roofline import Ceiling, measure_ceiling
 from rsd.models.openvla import OpenVlaModel
 from rsd.openvla.bench_cases import (
@@ -31,7 +32,6 @@ from rsd.openvla.bench_cases import (
     random_model,
     rfsq_cases,
 )
-from rsd.decoding.cuda_graph import Captured
 from rsd.openvla.precision import compile_layers, use_fp8
 from rsd.types import RsdError
 

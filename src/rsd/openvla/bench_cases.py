@@ -133,8 +133,9 @@ def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
     main = OpenVlaMain(model, code, CHUNK_SIZE, MOTION_DIM, cameras).eval()
     draft = DraftModel(DraftConfig(), code, CHUNK_SIZE, MOTION_DIM, model.config.llama.dim)
     light = OpenVlaLight(own, code, CHUNK_SIZE, MOTION_DIM, model.config.llama.dim)
-    drafters = (part.to(model.device, model.dtype).eval() for part in (draft, light))
-    ops = Primitives(main, next(drafters), acceptance_rule("margin", code), light=next(drafters))
+    for part in (draft, light):
+        part.to(model.device, model.dtype).eval()
+    ops = Primitives(main, draft, acceptance_rule("margin", code), light=light)
 
     def decide(name: str, *values: Tensor) -> tuple[Tensor, ...]:
         pixels, prompt, state, condition, *memory = values
@@ -145,11 +146,15 @@ def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
         return tuple(tensors_of(result))
 
     h, length, coarse = CHUNK_SIZE, inputs.prefix_length, draft.config.levels
-    like = {"device": model.device, "dtype": model.dtype}
-    condition = torch.randn(batch, MainConfig().text_dim, **like)
+
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=model.device, dtype=model.dtype)
+
+    condition = noise(batch, MainConfig().text_dim)
     features = torch.randn(batch, STATE_DIM + STATE_FEATURES, device=model.device)
-    both = torch.randn(batch, len(CAMERAS), *inputs.pixels.shape[2:], **like)  # the drafter always has two cameras
-    past = [torch.randn(batch, own.heads, length + h, own.dim // own.heads, **like) for _ in range(2 * own.layers)]
+    both = noise(batch, len(CAMERAS), *inputs.pixels.shape[2:])  # the drafter always has two cameras
+    past = [noise(batch, own.heads, length + h, own.dim // own.heads) for _ in range(2 * own.layers)]
     alone, beside = [*inputs.all(), condition], [both, inputs.prompt, features, condition, *past]
     first = Pass(length + h)
     levels = [Pass(h, length + h * level) for level in range(1, code.levels)]

@@ -5,21 +5,19 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rsd.evaluation.config import EvalConfig, option
 from rsd.serving.request import IMAGES, PROMPT, RESET, STATE
 from rsd.serving.server import Welcome
 from rsd.serving.wire import pack, unpack
-from rsd.types import AUTO, ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 try:
     from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
     from websockets.sync.client import ClientConnection, connect
 except ImportError as error:
     raise RsdError("serving needs websockets, found none: pip install 'rsd-vla[serve]'") from error
-
-if TYPE_CHECKING:
-    from rsd.evaluation.config import EvalConfig
 
 
 class RemotePolicy:
@@ -115,11 +113,9 @@ def read_welcome(address: str, message: bytes | str) -> Welcome:
 
 def policy_for(config: EvalConfig) -> RemotePolicy:
     """The policy served at `config.policy`; `RsdError` where the options ask for another one."""
-    mine = {
-        **{"acceptance": "default", "temperature": 0.0, "skip_threshold_mm": -1.0, "audit": False},
-        **{"device": "cpu", "batch": 0, "engine": AUTO, "memory_chunks": 2},
-    }
-    if given := [f"--{name.replace('_', '-')}" for name, value in mine.items() if getattr(config, name) != value]:
+    own = ("acceptance", "temperature", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset", "audit")
+    mine = (*own, "device", "batch", "engine")  # of the server
+    if given := [option(name) for name in mine if getattr(config, name) != getattr(EvalConfig, name)]:
         raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here; give it to `rsd serve`")
     remote = RemotePolicy(config.policy)
     if remote.decode != config.decode:

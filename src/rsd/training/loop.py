@@ -15,6 +15,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from rsd.decoding.cuda_graph import capture
 from rsd.training import parallel
 from rsd.types import RsdError
 
