@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from rsd.decoding.steps import Decoded, Proposal
+
 from rsd.models.light_draft import Memory
 from rsd.nested import tensors_of, with_tensors
 

@@ -35,6 +35,8 @@ def test_a_recorded_strategy_acts_as_the_plain_one(
         expected, found = (policy.predict(make_observation(seed)) for policy in (plain, recorded))
         assert np.allclose(found.actions, expected.actions, atol=1e-5)
         assert found.stats.prefills == expected.stats.prefills
+        for policy in (plain, recorded):
+            policy.verify()
 
 
 def test_a_recording_is_right_on_whatever_streams_it_gets(

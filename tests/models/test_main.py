@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rsd.decoding.steps import Scene
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from rsd.decoding.steps import Scene
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.main import STATE_FEATURES, MainConfig, MainModel, merged, state_features
 from rsd.models.rsd_model import PolicyConfig, RsdModel

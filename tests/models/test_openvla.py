@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from rsd.decoding.steps import Decoder, Scene, Stopwatch
 from safetensors.torch import load_file, save_file
 
 from openvla_checkpoint import write_adapter, write_checkpoint, write_heads, write_json
 from rsd.decoding.acceptance import acceptance_rule
-from rsd.decoding.steps import Decoder, Scene, Stopwatch
 from rsd.decoding.strategies import DECODERS
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.openvla import OpenVlaConfig, OpenVlaModel

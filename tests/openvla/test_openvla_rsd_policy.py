@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rsd.decoding.steps import Scene, SkipRule, Stopwatch
 
 from evaluation.scripted import SCRIPTED
 from openvla_checkpoint import block_image, write_checkpoint, write_heads, write_json, write_rsd_policy
 from rsd.cli import dispatch
-from rsd.decoding.steps import Scene, SkipRule, Stopwatch
 from rsd.decoding.strategies import DECODERS
 from rsd.evaluation.backend import batched_rsd_policy, describe_checkpoint, rsd_policy
 from rsd.evaluation.calibrate import CalibrateConfig, calibrate

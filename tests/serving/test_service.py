@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from messages import content_of
+from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch
 
 from openvla_checkpoint import block_image, write_checkpoint, write_heads, write_rsd_policy
-from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch
 from rsd.models.light_draft import Memory
 from rsd.openvla.policy import OpenVlaPolicy
 from rsd.policy import RsdPolicy
