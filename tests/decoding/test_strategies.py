@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.gate import SkipRule
-from rsd.decoding.primitives import Primitives, as_draft
+from rsd.decoding.primitives import Primitives, as_draft, likelier_gripper
 from rsd.decoding.state import Blocks, DecodeResult, Draft, EpisodeState, PolicyInput, stacked
 from rsd.decoding.strategies import DECODERS, look, names, proposed
 from rsd.decoding.timing import Stopwatch
@@ -205,8 +206,8 @@ def test_regressed_margin_takes_each_scalar_from_the_block_after_its_own_accepte
     with torch.no_grad():
         features, cache = model.main.prefill(prefix)
         proposed = decoder.draft_from(features)
-        drafted, gripper = proposed.motion, decoder.gripper(features)
-        blocks = decoder.verify(proposed, gripper, Blocks([features], cache)).features
+        drafted, gripper = proposed.motion, likelier_gripper(decoder, features)
+        blocks = decoder.verify(proposed, Blocks([features], gripper, cache)).features
         own = torch.stack([model.main.logits(blocks[i], i + 1).argmax(-1) for i in range(C)], dim=1)
         missing = [model.main.residual(block, k + 1) for k, block in enumerate(blocks)]
     within = (drafted - own).abs() <= 2
@@ -232,7 +233,7 @@ def test_a_draft_judged_as_a_whole_stands_where_the_finer_levels_take_out_what_i
     with torch.no_grad():
         features, cache = model.main.prefill(prefix)
         proposed = decoder.draft_from(features)
-        gripper = decoder.gripper(features)
+        gripper = likelier_gripper(decoder, features)
         (last,) = model.main.extend(proposed.prefixes[-1:], gripper, C + 1, cache)  # one block, told everything
         missing, alone = model.main.residual(last, C + 1), model.main.residual(features, 1)
     within = missing.abs() <= decoder.code.config.reach(C)
@@ -380,7 +381,7 @@ def test_a_batch_accepts_sample_by_sample_and_regresses_what_the_accepted_levels
     with torch.no_grad():
         features, cache = model.main.prefill(prefix)
         given = as_draft(decoder.code, drafted, expected.gripper)
-        blocks = decoder.verify(given, expected.gripper, Blocks([features], cache)).features
+        blocks = decoder.verify(given, Blocks([features], expected.gripper, cache)).features
         missing = [model.main.residual(block, level) for level, block in enumerate(blocks, start=1)]
     for kept in range(C + 1):
         accepted = drafted[kept, :kept]
@@ -455,12 +456,14 @@ def test_riding_in_the_prefill_is_prefill_and_verification_in_one(model: RsdMode
     with torch.no_grad():
         prefix, given = decoder.embed(scene), decoder.draft(scene, None)
         looked = decoder.prefill(prefix, True)
-        two = decoder.verify(given, given.gripper, looked).features
+        two = decoder.verify(given, replace(looked, gripper=given.gripper)).features
         fused = decoder.prefill_with(prefix, given)
-        one, read = fused.features, decoder.drafter.reads(looked.cache, model.main.remembered(prefix.shape[1]))
+        read = decoder.drafter.reads(looked.cache, model.main.remembered(prefix.shape[1]))
+        one, memory = fused.features, decoder.drafter.remember(read)
     assert len(one) == (2 if rule == "residual" else C + 1)
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(one, two, strict=True))
-    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(fused.reads, read, strict=True))
+    assert fused.memory is not None
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(fused.memory.keys, memory.keys, strict=True))
     assert run("rsd-fused", decoder, scene).main_passes == 0
 
 

@@ -149,7 +149,7 @@ def policy_name(ops: Primitives) -> str:
 def graph_name(step: Step, ops: Primitives, inputs: Sequence[Tensor]) -> str:
     """A file's name that changes with everything else that the graph depends on."""
     kind: list[object] = [(tuple(x.shape), x.dtype) for x in inputs]
-    kind += [ops.fine, ops.rule.name] if step.by_rule else []
+    kind += {"rule": [ops.rule.name], "telling": [ops.fine, ops.telling]}.get(step.by, [])
     return f"{step.name}-{hashlib.sha256(repr(kind).encode()).hexdigest()[:16]}"
 
 

@@ -40,13 +40,13 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Step:
     """What an engine has to know of a primitive. stage: under which its time is counted. small: of operations too
-    small for two threads to meet after each. by_rule: it depends on the acceptance rule. whole: a composition of other
-    primitives, recorded as one by engines that gain by it."""
+    small for two threads to meet after each. by: what it depends on beside its inputs, `rule` or `telling` of
+    `Primitives`. whole: a composition of other primitives, recorded as one by engines that gain by it."""
 
     name: str
     stage: str
     small: bool = False
-    by_rule: bool = False
+    by: str = ""
     whole: bool = False
 
 
@@ -61,12 +61,12 @@ class Engine(Protocol):
 
 
 def primitive(
-    stage: str, *, name: str = "", small: bool = False, by_rule: bool = False, whole: bool = False
+    stage: str, *, name: str = "", small: bool = False, by: str = "", whole: bool = False
 ) -> Callable[[Callable[Concatenate[Primitives, P], T]], Callable[Concatenate[Primitives, P], T]]:
     """Make a function of `Primitives` and tensors a primitive; see `Step`."""
 
     def decorate(body: Callable[Concatenate[Primitives, P], T]) -> Callable[Concatenate[Primitives, P], T]:
-        step = Step(name or body.__name__, stage, small, by_rule, whole)
+        step = Step(name or body.__name__, stage, small, by, whole)
 
         @functools.wraps(body)
         def call(ops: Primitives, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -176,54 +176,53 @@ class Primitives:
     def prefill(self, prefix: Tensor, keep: int) -> Blocks:
         """One pass over what is seen -> block 1, which is told nothing, and the cache if it is to be kept."""
         features, cache = self.main.prefill(prefix)
-        return Blocks([features], cache if keep else None)
+        return Blocks([features], likelier_gripper(self, features), cache if keep else None)
 
-    @primitive("prefill", by_rule=True)
+    @primitive("prefill", by="telling")
     def prefill_with(self, prefix: Tensor, draft: Draft) -> Blocks:
         """One pass over what is seen and what was drafted -> block 1 and those that are told of the draft (the told
-        block alone where the rule needs no block 1), what the drafter reads of the cache, and the cache if levels are
-        to be decoded over it."""
-        if not self.judges_in_place:
+        block alone where the rule needs no block 1), what the drafter will remember, and the cache if levels are to be
+        decoded over it."""
+        if self.telling in ("levels", "last"):
             told, level = self._told(draft)
             features, cache = self.main.prefill_blocks(prefix, told, draft.gripper, level)
-        elif self.rule.blind:
+        elif self.telling == "blind":
             features, cache = self.main.prefill_blind(prefix, draft.prefixes[-1])
         else:
             block, cache = self.main.prefill_whole(prefix, draft.prefixes[-1])
             features = [block]
         reads = self.drafter.reads(cache, self.main.remembered(prefix.shape[1]))
-        return Blocks(features, cache if self.fine == "sequential" else None, reads)
+        memory = fork(lambda: self.drafter.remember(reads), prefix.device)
+        gripper = likelier_gripper(self, features[0])
+        return Blocks(features, gripper, cache if self.fine == "sequential" else None, memory())
 
-    @primitive("verify", by_rule=True)
-    def verify(self, draft: Draft, gripper: Tensor, looked: Blocks) -> Blocks:
-        """One pass over the blocks that are told of the draft, and of the target's gripper [B, H], after a prefill ->
-        its block 1 and theirs."""
+    @primitive("verify", by="telling")
+    def verify(self, draft: Draft, looked: Blocks) -> Blocks:
+        """One pass over the blocks that are told of the draft, and of the target's gripper, after a prefill -> its
+        block 1 and theirs."""
         assert looked.cache is not None
         cache = grown_apart(looked.cache)
-        if self.judges_in_place:
-            length = cache.length - self.main.horizon
-            return Blocks([looked.features[0], self.main.whole(draft.prefixes[-1], cache, length)])
-        told, level = self._told(draft)
-        blocks = self.main.extend(told, gripper, level, cache)
-        return Blocks([looked.features[0], *blocks], cache if self.fine == "sequential" else None)
+        if self.telling in ("levels", "last"):
+            told, level = self._told(draft)
+            blocks = self.main.extend(told, looked.gripper, level, cache)
+        else:
+            blocks = [self.main.whole(draft.prefixes[-1], cache, cache.length - self.main.horizon)]
+        left = cache if self.fine == "sequential" else None
+        return Blocks([looked.features[0], *blocks], looked.gripper, left, looked.memory)
 
     @property
-    def judges_in_place(self) -> bool:
-        """Whether a block that sees the prefix alone judges a draft as a whole, for which the target is trained."""
-        return self.rule.as_a_whole and self.main.whole_block
+    def telling(self) -> str:
+        """How the target is told of a draft: `levels`, a block a level; `last`, the last of these alone; or, if it is
+        trained for that, a block that sees the prefix alone, `in-place` of block 1 or `blind`, beside it."""
+        if not self.rule.as_a_whole:
+            return "levels"
+        if not self.main.whole_block:
+            return "last"
+        return "blind" if self.rule.blind else "in-place"
 
     def _told(self, draft: Draft) -> tuple[list[Tensor], int]:
-        """What blocks after block 1 are told of a draft, and the level of the first of them: a block a level, or,
-        under a rule that judges the draft as a whole, the last one alone."""
-        return (draft.prefixes[-1:], len(draft.prefixes) + 1) if self.rule.as_a_whole else (draft.prefixes, 2)
-
-    @primitive("decode", small=True)
-    def gripper(self, features: Tensor) -> Tensor:
-        """Block-1 features -> int64 [B, H], 1 = close.
-
-        The likeliest also where motion is drawn: the next chunk takes back a digit, but not a bowl let go. (At 99 %
-        certainty a step, one chunk of eight steps in thirteen would draw such a step.)"""
-        return likelier_gripper(self, features)
+        """What blocks after block 1 are told of a draft, and the level of the first of them."""
+        return (draft.prefixes, 2) if self.telling == "levels" else (draft.prefixes[-1:], len(draft.prefixes) + 1)
 
     @primitive("decode", small=True)
     def regress(self, features: Tensor) -> Tensor:
@@ -275,12 +274,7 @@ class Primitives:
         """The feature drafter's coarse tokens, read from the target's block 1."""
         return draft_levels(self, self.feature_drafter, features)
 
-    @primitive("draft", small=True)
-    def remember(self, reads: list[Tensor]) -> Memory:
-        """What the visual drafter will attend to of the target's pass."""
-        return self.drafter.remember(reads)
-
-    @primitive("decode", small=True, by_rule=True)
+    @primitive("decode", small=True, by="rule")
     def accept(self, draft: Draft, blocks: Sequence[Tensor]) -> Verification:
         """The draft and the target's features of the blocks that judge it -> the chunk; see `verification`."""
         return accept(self, draft, list(blocks))
@@ -296,6 +290,10 @@ class Primitives:
 
 @fusible
 def likelier_gripper(ops: Primitives, features: Tensor) -> Tensor:
+    """Features of block 1 -> int64 [B, H], 1 = close.
+
+    The likeliest also where motion is drawn: the next chunk takes back a digit, but not a bowl let go. (At 99 %
+    certainty a step, one chunk of eight steps in thirteen would draw such a step.)"""
     return (ops.finite(ops.main.gripper_logits(features)) > 0).long()
 
 

@@ -64,13 +64,13 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Features [B, H, D] of blocks that the target has read in one pass, and its cache after it (None: not kept).
-
-    reads: what the visual drafter reads of the cache, where it is to remember it."""
+    """Features [B, H, D] of blocks that the target has read in one pass, the gripper int [B, H] that the first of them
+    gives, 1 = close, and the cache after it (None: not kept). memory: what the visual drafter will attend to of it."""
 
     features: list[Tensor]
+    gripper: Tensor
     cache: KVCache | None = None
-    reads: list[Tensor] = field(default_factory=list)
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True)

@@ -86,23 +86,22 @@ def names(**properties: bool) -> tuple[str, ...]:
 def ar(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
     """The baseline: level by level, one pass of the target a level (the first rides in the prefill)."""
     looked = ops.prefill(ops.embed(seen), True)
-    (features,), gripper = looked.features, ops.gripper(looked.features[0])
-    return continued(ops, ops.first_level(features), gripper, looked)
+    return continued(ops, ops.first_level(looked.features[0]), looked)
 
 
 @decoder("parallel", samples=True)
 def parallel(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
     """All levels at once from the prefill (the original RFSQ head)."""
-    (features,) = ops.prefill(ops.embed(seen), False).features
-    motion, value = ops.all_levels(features)
-    return DecodeResult(value, ops.gripper(features), motion)
+    looked = ops.prefill(ops.embed(seen), False)
+    motion, value = ops.all_levels(looked.features[0])
+    return DecodeResult(value, looked.gripper, motion)
 
 
 @decoder("l1")
 def l1(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
     """Continuous regression in one pass, the bar that OpenVLA-OFT's L1 head sets (arXiv 2502.19645)."""
-    (features,) = ops.prefill(ops.embed(seen), False).features
-    return DecodeResult(ops.regress(features), ops.gripper(features))
+    looked = ops.prefill(ops.embed(seen), False)
+    return DecodeResult(ops.regress(looked.features[0]), looked.gripper)
 
 
 @decoder("rsd", drafts=True, samples=True, lossless=True)
@@ -113,9 +112,8 @@ def rsd(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult
     stand (if all do, it adds the next), the rest takes one pass a level; with the rule `exact` the tokens are those of
     `ar`, and distributed as those of `ar` where they are drawn."""
     looked = ops.prefill(ops.embed(seen), True)
-    gripper = ops.gripper(looked.features[0])  # zero tolerance: the target's own, free with the prefill
     draft = ops.draft_from(looked.features[0])
-    return judged(ops, draft, ops.verify(draft, gripper, looked), gripper, passes=1)
+    return judged(ops, draft, ops.verify(draft, looked), passes=1)
 
 
 @decoder("rsd-fused", drafts=True, visual=True, remembers=True, samples=True, lossless=True)
@@ -145,8 +143,7 @@ def rsd_ahead(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> Decode
 @decoder("draft")
 def draft(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
     """The feature drafter's coarse levels and nothing more: what acceptance without verification would give."""
-    (features,) = ops.prefill(ops.embed(seen), False).features
-    drafted = ops.draft_from(features)
+    drafted = ops.draft_from(ops.prefill(ops.embed(seen), False).features[0])
     return DecodeResult(drafted.prefixes[-1], drafted.gripper, drafted.motion)
 
 
@@ -179,23 +176,20 @@ def unverified(draft: Draft, forecast: Forecast) -> DecodeResult:
 
 def verified_in_prefill(ops: Primitives, prefix: Tensor, draft: Draft) -> DecodeResult:
     """`look` from the target's prefix tokens [B, N, D] on; refreshes what the drafter remembers."""
-    looked = ops.prefill_with(prefix, draft)
-    gripper, reads, passes = ops.gripper(looked.features[0]), looked.reads, 0
-    memory = ops.beside(lambda: ops.remember(reads))
-    if ops.fine == "sequential" and not torch.equal(gripper, draft.gripper):
+    looked, passes = ops.prefill_with(prefix, draft), 0
+    if ops.fine == "sequential" and not torch.equal(looked.gripper, draft.gripper):
         # every token is to be the target's own: the blocks have to know its gripper
         assert looked.cache is not None
         looked.cache.truncate(prefix.shape[1] + ops.main.horizon)
-        looked, passes = ops.verify(draft, gripper, looked), 1
-    result = judged(ops, draft, looked, gripper, passes)
-    return replace(result, draft=draft, memory=memory())
+        looked, passes = ops.verify(draft, looked), 1
+    return replace(judged(ops, draft, looked, passes), draft=draft, memory=looked.memory)
 
 
-def judged(ops: Primitives, draft: Draft, blocks: Blocks, gripper: Tensor, passes: int) -> DecodeResult:
+def judged(ops: Primitives, draft: Draft, blocks: Blocks, passes: int) -> DecodeResult:
     """The target has read the draft -> the chunk; `fine` says how its fine levels come."""
     if ops.fine == "regress":
         verified = ops.accept(draft, blocks.features)
-        result = DecodeResult(verified.value, gripper, verified.motion)
+        result = DecodeResult(verified.value, blocks.gripper, verified.motion)
         accepted, levels = verified.accepted, verified.levels
     else:
         found = judge(ops, draft, torch.stack(blocks.features, dim=1))
@@ -204,22 +198,22 @@ def judged(ops: Primitives, draft: Draft, blocks: Blocks, gripper: Tensor, passe
         tokens = torch.cat([found.tokens, following], dim=1)[:, : single(levels) + 1]
         assert blocks.cache is not None
         blocks.cache.truncate(blocks.cache.length - (len(blocks.features) - tokens.shape[1]) * ops.main.horizon)
-        result = continued(ops, tokens, gripper, blocks)
+        result = continued(ops, tokens, blocks)
     return replace(
         result,
         main_passes=result.main_passes + passes,
         num_draft_tokens=[draft.motion.shape[2]] * draft.motion.shape[1],
         accepted=accepted,
         accepted_levels=levels,
-        accepted_gripper=draft.gripper == gripper,
+        accepted_gripper=draft.gripper == blocks.gripper,  # zero tolerance: the target's own is executed
     )
 
 
-def continued(ops: Primitives, motion: Tensor, gripper: Tensor, blocks: Blocks) -> DecodeResult:
+def continued(ops: Primitives, motion: Tensor, blocks: Blocks) -> DecodeResult:
     """The levels that `motion` [B, k, P] lacks, one pass of the target each."""
     assert blocks.cache is not None
-    tokens, value = ops.extend(motion, gripper, blocks.cache)
-    return DecodeResult(value, gripper, tokens, main_passes=tokens.shape[1] - motion.shape[1])
+    tokens, value = ops.extend(motion, blocks.gripper, blocks.cache)
+    return DecodeResult(value, blocks.gripper, tokens, main_passes=tokens.shape[1] - motion.shape[1])
 
 
 def merged(
