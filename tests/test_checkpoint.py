@@ -44,9 +44,9 @@ def test_defaults_come_with_the_checkpoint(policy: RsdPolicy, tmp_path: Path) ->
     config = replace(policy.config, acceptance="agreement(0.5)", fine="sequential")
     RsdPolicy.of(policy.model, policy.tokenizer, config).save_pretrained(tmp_path)
     loaded = RsdPolicy.from_pretrained(tmp_path)
-    assert (loaded.acceptance, loaded.decoder.fine) == ("agreement(0.5)", "sequential")
+    assert (loaded.acceptance, loaded.core.decoding.fine) == ("agreement(0.5)", "sequential")
     loaded = RsdPolicy.from_pretrained(tmp_path, acceptance="exact", fine="regress")
-    assert (loaded.acceptance, loaded.decoder.fine) == ("exact", "regress")
+    assert (loaded.acceptance, loaded.core.decoding.fine) == ("exact", "regress")
 
 
 def sign(checkpoint: Path) -> None:
