@@ -26,13 +26,13 @@ from rsd.decoding.engines import choose_engine, make_engine
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.primitives import Primitives
 from rsd.decoding.sampling import Sampler
-from rsd.decoding.state import DecodeResult, Draft, EpisodeState, PolicyInput, kept, rows_of, stacked
+from rsd.decoding.state import DecodeResult, Draft, EpisodeState, Forecast, PolicyInput, kept, rows_of, stacked
 from rsd.decoding.strategies import DECODERS, look
 from rsd.decoding.timing import Stopwatch
 from rsd.models.main import state_features
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.models.text import word_ids
-from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions, options_of, resolve
+from rsd.options import Checkpoint, DecodeOptions, Decoding, RuntimeOptions, options_of, resolve
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
@@ -99,9 +99,9 @@ class Pending:
 
     seen: PolicyInput
     draft: Draft
+    forecast: Forecast | None
     states: tuple[EpisodeState, ...]
     chunks: tuple[ActionChunk, ...]
-    expected: DecodeResult
 
 
 class Prediction(NamedTuple):
@@ -140,18 +140,22 @@ class SpeculativePolicy:
             model.light is not None, config.acceptance, config.fine, code=tokenizer.config.rfsq
         )
         self.decoding = decoding = resolve(facts, options or DecodeOptions())
+        self.decode, self.temperature = decoding.decode, decoding.temperature
+        self.acceptance = decoding.rule.name if DECODERS[self.decode].drafts else ""  # of one that accepts nothing
         self.model, self.config, self.provenance = model.eval(), config, provenance or {}
+        self.device = model.main.state_mean.device
         self.tokenizer = tokenizer.to(self.device)
         self.body: Body = body or CompactBody(model, tokenizer, config, self.provenance)
+        self.image_size, self.cameras = self.body.image_size, self.body.cameras
         if runtime.batch > 1:
-            check_batch(runtime.batch, self.decoding.temperature, self.decoding.fine, self.decode, self.acceptance)
+            check_batch(runtime.batch, decoding)
         if self.device.type == "cuda":  # TF32: ten bits of mantissa, as many as the fp16 on disk; a third off a pass
             torch.set_float32_matmul_precision("high")
         recordable = decoding.recordable(facts.compact, str(self.device))
         self.engine = choose_engine(runtime.engine, str(self.device), recordable, compact=facts.compact)
-        self.temperature, sampler = decoding.temperature, None
-        if decoding.temperature:
-            sampler = Sampler(decoding.temperature, torch.Generator(self.device).manual_seed(0))
+        sampler = None
+        if self.temperature:
+            sampler = Sampler(self.temperature, torch.Generator(self.device).manual_seed(0))
         self.ops = Primitives(
             model.main,
             model.draft,
@@ -166,27 +170,6 @@ class SpeculativePolicy:
         self._decode = DECODERS[self.decode].decode
         self._rehearsed = self.ops.engine is None
         self._turn = threading.RLock()
-
-    @property
-    def decode(self) -> str:
-        return self.decoding.decode
-
-    @property
-    def acceptance(self) -> str:
-        """The rule's name, "" for a decoder that accepts nothing."""
-        return self.decoding.rule.name if DECODERS[self.decode].drafts else ""
-
-    @property
-    def image_size(self) -> int:
-        return self.body.image_size
-
-    @property
-    def cameras(self) -> int:
-        return self.body.cameras
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.main.state_mean.device
 
     def seed(self, seed: int) -> None:
         """Of what is drawn from now on at a temperature; in a new policy it is 0."""
@@ -214,17 +197,14 @@ class SpeculativePolicy:
                 result = self._decode(self.ops, seen, self._together(begun))
                 self.ops.check()
                 actions = self._to_actions(result.value, result.gripper)
-            latency = watch.ms
-            stats = [replace(self._stats(result, row), latency_ms=dict(latency)) for row in range(count)]
+                after = begun if result.pending else self._after(begun, result)
+            stats = [replace(self._stats(result, row), latency_ms=dict(watch.ms)) for row in range(count)]
             if self.decoding.audit and result.draft is not None and not result.pending:
                 stats = self._audited(seen, result, stats)
-            after = begun if result.pending else self._after(begun, result)
-            pending = None
-            chunks = [ActionChunk(actions[row], stats[row]) for row in range(count)]
+            chunks, pending = [ActionChunk(actions[row], stats[row]) for row in range(count)], None
             if result.pending:
                 assert result.draft is not None
-                expected = kept(replace(result, draft=None))
-                pending = Pending(seen, kept(result.draft), tuple(begun), tuple(chunks), expected)
+                pending = Pending(seen, kept(result.draft), kept(result.forecast), tuple(begun), tuple(chunks))
         return Prediction(chunks, after, pending)
 
     def verify_pending(self, pending: Pending) -> Verified:
@@ -232,18 +212,16 @@ class SpeculativePolicy:
         that remember it."""
         with self._computing() as watch:
             with watch.stage(FOLLOW_UP):
-                result = replace(look(self.ops, pending.seen, pending.draft), draft=pending.draft)
+                result = look(self.ops, pending.seen, pending.draft)
                 self.ops.check()
-            latency = watch.ms[FOLLOW_UP]
-            result = replace(result, forecast=pending.expected.forecast)
-            stats = []
+                after = self._after(pending.states, result)
+            result, stats = replace(result, draft=pending.draft, forecast=pending.forecast), []
             for row, chunk in enumerate(pending.chunks):
-                known = chunk.stats
-                found = replace(self._stats(result, row), expected_deviation_mm=known.expected_deviation_mm)
-                stats.append(replace(found, latency_ms={**known.latency_ms, FOLLOW_UP: latency}))
+                times = {**chunk.stats.latency_ms, FOLLOW_UP: watch.ms[FOLLOW_UP]}
+                stats.append(replace(self._stats(result, row), latency_ms=times))
             if self.decoding.audit:
                 stats = self._audited(pending.seen, result, stats)
-            return Verified(stats, self._after(pending.states, result))
+            return Verified(stats, after)
 
     # the parts of it
 
@@ -331,15 +309,9 @@ class SpeculativePolicy:
                 self.ops.check()
             targets = self._to_actions(asked.value, asked.gripper)
             differs = not torch.equal(draft.gripper[row], asked.gripper[0])
-            deviation, expected = fingertip_deviation(drafted[row], targets[0]), float(forecast.deviation_mm[row])
-            audited.append(
-                replace(
-                    known,
-                    deviation_mm=float(deviation),
-                    gripper_differs=differs,
-                    expected_deviation_mm=expected,
-                )
-            )
+            found = replace(known, deviation_mm=float(fingertip_deviation(drafted[row], targets[0])))
+            expected = float(forecast.deviation_mm[row])
+            audited.append(replace(found, gripper_differs=differs, expected_deviation_mm=expected))
         return audited
 
     # checkpoint
@@ -353,18 +325,16 @@ class SpeculativePolicy:
         hub.upload(self.save_pretrained, repo_id, private)
 
 
-def check_batch(batch: int, temperature: float, fine: str, decode: str, acceptance: str) -> None:
+def check_batch(batch: int, decoding: Decoding) -> None:
     """Raise unless several observations can be decoded at once."""
-    if temperature:
-        raise RsdError(
-            f"--batch {batch}: --temperature {temperature:g} draws each episode from its own seed, one "
-            "observation at a time; leave --batch out"
-        )
-    if fine == "sequential" and DECODERS[decode].drafts:
-        raise RsdError(
-            f"--batch {batch}: --acceptance {acceptance} decodes the fine levels one after another, each "
-            "observation at its own pace; leave --batch out"
-        )
+    why = ""
+    if decoding.temperature:
+        why = f"--temperature {decoding.temperature:g} draws each episode from its own seed, one observation at a time"
+    elif decoding.fine == "sequential" and DECODERS[decoding.decode].drafts:
+        rule = decoding.rule.name
+        why = f"--acceptance {rule} decodes the fine levels one after another, each observation at its own pace"
+    if why:
+        raise RsdError(f"--batch {batch}: {why}; leave --batch out")
 
 
 def load_policy(

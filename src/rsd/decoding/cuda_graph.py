@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rsd.decoding.primitives import Primitives, Step
 
 T = TypeVar("T")
+Call = Callable[[Sequence[Tensor]], Any]
 WARM_UP = 2  # calls before a capture: libraries choose algorithms and allocate workspaces
 
 
@@ -65,29 +66,19 @@ class Captured(Generic[T]):
         return self.replay()
 
 
-class CudaGraph:
-    """A `Recorder`: primitives as CUDA graphs. Inputs have to be on a GPU."""
-
-    def __init__(
-        self, step: Step, ops: Primitives, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
-    ) -> None:
-        self.captured = Captured(lambda *values: call(values), inputs)
-
-    def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        return self.captured(*inputs)
+def cuda_graph(step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> Call:
+    """A `Recorder`: primitives as CUDA graphs."""
+    captured = Captured(lambda *values: call(values), inputs)
+    return lambda given: captured(*given)
 
 
-class CompiledGraph(CudaGraph):
-    """A `CudaGraph` in which everything `fusible` is compiled: seconds for every new shape, then fewer kernels.
+def compiled_graph(step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> Call:
+    """A `cuda_graph` in which everything `fusible` is compiled: seconds for every new shape, then fewer kernels.
 
     `RsdError` if PyTorch cannot compile here (it needs a C compiler and Triton)."""
-
-    def __init__(
-        self, step: Step, ops: Primitives, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
-    ) -> None:
-        try:
-            with fusing():
-                super().__init__(step, ops, call, inputs)
-        except RuntimeError as error:  # the compiler's own are of this kind
-            found = f"{step.name} not compiled ({error})"
-            raise RsdError(f"engine 'compiled': {found}; take the engine 'cuda-graphs'") from error
+    try:
+        with fusing():
+            return cuda_graph(step, ops, call, inputs)
+    except RuntimeError as error:  # the compiler's own are of this kind
+        found = f"{step.name} not compiled ({error})"
+        raise RsdError(f"engine 'compiled': {found}; take the engine 'cuda-graphs'") from error

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from rsd.decoding.cuda_graph import CompiledGraph, CudaGraph
+from rsd.decoding.cuda_graph import compiled_graph, cuda_graph
 from rsd.decoding.onnx_graph import OnnxGraphs, missing_packages
 from rsd.decoding.recorded import Recordings
 from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ENGINES, ONNX, RsdError
@@ -64,4 +64,4 @@ def make_engine(engine: str) -> Recordings | None:
     return Recordings(OnnxGraphs(), whole=False) if engine == ONNX else Recordings(CUDA[engine], whole=True)
 
 
-CUDA = {CUDA_GRAPHS: CudaGraph, COMPILED: CompiledGraph}
+CUDA = {CUDA_GRAPHS: cuda_graph, COMPILED: compiled_graph}

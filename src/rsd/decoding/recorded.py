@@ -21,7 +21,7 @@ KEPT = 128  # recordings of other shapes, as prompts of other lengths have them;
 
 
 class Recorder(Protocol):
-    """Makes of a call on tensors of fixed shapes another one that gives the same; see `CudaGraph` and `OnnxGraph`."""
+    """Makes of a call on tensors of fixed shapes another one that gives the same; see `cuda_graph` and `OnnxGraphs`."""
 
     def __call__(self, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> Call:
         """step: names the call among all calls with the models and the rule of these primitives."""

@@ -54,8 +54,8 @@ class EvalConfig:
     """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, rsd-ahead, draft, light-alone;
     best: rsd-ahead, without a light draft rsd, at a temperature rsd-fused."""
     acceptance: str = DEFAULT
-    """Rule for drafted levels: exact, margin, residual, distance(1), typical(0.09), agreement(0.7); default: the
-    checkpoint's, with rsd-skip its calibration's, or exact with a --temperature."""
+    """Rule for drafted levels: exact, margin, residual, blind(0.95), distance(1), typical(0.09), agreement(0.7);
+    default: the checkpoint's, with rsd-skip its calibration's, or exact with a --temperature."""
     temperature: float = 0.0
     """Above 0, ar, parallel, rsd and rsd-fused draw motion tokens from softmax(logits / temperature); 0 takes the
     likeliest."""
