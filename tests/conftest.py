@@ -91,7 +91,7 @@ def make_steady_model(make_model: Callable[[int], RsdModel]) -> Callable[[], Rsd
 @pytest.fixture
 def policy(make_model: Callable[[int], RsdModel], tokenizer: ActionTokenizer, tiny_config: PolicyConfig) -> RsdPolicy:
     provenance = {"data": "random weights"}
-    return RsdPolicy(make_model(0), tokenizer, tiny_config, decode="rsd", provenance=provenance)
+    return RsdPolicy.of(make_model(0), tokenizer, tiny_config, decode="rsd", provenance=provenance)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ Damage = Callable[[Path], object]
 def test_half_precision_on_disk_costs_little(
     policy: RsdPolicy, checkpoint: Path, make_observation: MakeObservation
 ) -> None:
-    original = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="l1")
+    original = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="l1")
     loaded = RsdPolicy.from_pretrained(checkpoint, decode="l1")
     before, after = (p.predict(make_observation()).actions for p in (original, loaded))
     assert np.abs(before - after).max() < 5e-3
@@ -47,11 +47,11 @@ def test_weights_that_are_not_finite_are_not_saved(policy: RsdPolicy, tmp_path: 
 
 def test_defaults_come_with_the_checkpoint(policy: RsdPolicy, tmp_path: Path) -> None:
     config = replace(policy.config, acceptance="agreement(0.5)", fine="sequential")
-    RsdPolicy(policy.model, policy.tokenizer, config).save_pretrained(tmp_path)
+    RsdPolicy.of(policy.model, policy.tokenizer, config).save_pretrained(tmp_path)
     loaded = RsdPolicy.from_pretrained(tmp_path)
-    assert (loaded.acceptance, loaded.decoder.fine) == ("agreement(0.5)", "sequential")
+    assert (loaded.acceptance, loaded.core.decoding.fine) == ("agreement(0.5)", "sequential")
     loaded = RsdPolicy.from_pretrained(tmp_path, acceptance="exact", fine="regress")
-    assert (loaded.acceptance, loaded.decoder.fine) == ("exact", "regress")
+    assert (loaded.acceptance, loaded.core.decoding.fine) == ("exact", "regress")
 
 
 def sign(checkpoint: Path) -> None:
@@ -244,7 +244,7 @@ def test_to_the_hub_and_back(policy: RsdPolicy, hub_folder: Path) -> None:
 
 
 def test_config_survives_json(tiny_config: PolicyConfig, tokenizer: ActionTokenizer, tmp_path: Path) -> None:
-    policy = RsdPolicy(RsdModel(tiny_config, tokenizer), tokenizer, tiny_config)
+    policy = RsdPolicy.of(RsdModel(tiny_config, tokenizer), tokenizer, tiny_config)
     policy.save_pretrained(tmp_path)
     content = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert from_json(PolicyConfig, content["policy"], "policy") == tiny_config

@@ -11,7 +11,7 @@ import pytest
 from rsd import manifest
 from rsd.checkpoint import PROVEN_FILE, WEIGHTS_FILE
 from rsd.decoding.calibration import SkipCalibration
-from rsd.decoding.steps import SkipRule
+from rsd.decoding.gate import SkipRule
 from rsd.models.rsd_model import RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -73,8 +73,8 @@ def test_the_default_is_the_best_that_the_checkpoint_supports(
 
 def test_the_default_of_a_model_at_hand(policy: RsdPolicy, tokenizer: ActionTokenizer) -> None:
     parts = policy.model, tokenizer, policy.config
-    assert RsdPolicy(*parts).decode == "rsd-ahead"
-    assert RsdPolicy(*parts, temperature=1.0).decode == "rsd-fused"
-    assert RsdPolicy(*parts, skip=SkipRule(10.0)).decode == "rsd-skip"
+    assert RsdPolicy.of(*parts).decode == "rsd-ahead"
+    assert RsdPolicy.of(*parts, temperature=1.0).decode == "rsd-fused"
+    assert RsdPolicy.of(*parts, skip=SkipRule(10.0)).decode == "rsd-skip"
     config = replace(policy.config, light=None)
-    assert RsdPolicy(RsdModel(config, tokenizer), tokenizer, config, skip=SkipRule(10.0)).decode == "rsd"
+    assert RsdPolicy.of(RsdModel(config, tokenizer), tokenizer, config, skip=SkipRule(10.0)).decode == "rsd"

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsd.decoding.steps import Scene, SkipRule, Stopwatch
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.gate import SkipRule
+from rsd.decoding.state import EpisodeState
+from rsd.decoding.strategies import DECODERS
 from rsd.models.light_draft import LightDraft
 from rsd.models.main import MainModel
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import Observation, RsdError
+from rsd.types import ActionChunk, Observation, RsdError
 
-WAYS = [(name, "regress") for name in STRATEGIES] + [("rsd", "sequential")]
+WAYS = [(name, "regress") for name in DECODERS] + [("rsd", "sequential")]
 MakeObservation = Callable[..., Observation]
 
 
@@ -27,7 +28,7 @@ MakeObservation = Callable[..., Observation]
 def test_actions_are_environment_ready(
     policy: RsdPolicy, make_observation: MakeObservation, decode: str, fine: str
 ) -> None:
-    policy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode, fine=fine)
+    policy = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode=decode, fine=fine)
     grippers = set()
     for seed in range(5):
         chunk = policy.predict(make_observation(seed))
@@ -36,16 +37,16 @@ def test_actions_are_environment_ready(
         assert np.isfinite(chunk.actions).all()
         assert np.abs(chunk.actions).max() <= 1.0
         grippers |= set(chunk.actions[:, -1].tolist())
-        policy.follow_up()
-        assert chunk.stats.decode == decode
-        assert chunk.stats.prefills == (decode != "light-alone")
-        before = [ms for stage, ms in chunk.stats.latency_ms.items() if stage != "follow-up"]
-        assert chunk.stats.latency_ms["total"] >= max(before)
+        stats = policy.verify() or chunk.stats
+        assert stats.decode == decode
+        assert stats.prefills == (decode != "light-alone")
+        before = [ms for stage, ms in stats.latency_ms.items() if stage != "follow-up"]
+        assert stats.latency_ms["total"] >= max(before)
     assert grippers <= {-1.0, 1.0}
 
 
 def test_the_chunk_depends_on_everything_observed(policy: RsdPolicy, make_observation: MakeObservation) -> None:
-    policy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="l1")
+    policy = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="l1")
     observation = make_observation()
     base = policy.predict(observation).actions
     assert np.array_equal(policy.predict(observation).actions, base)
@@ -68,7 +69,7 @@ def test_statistics_of_a_chunk(policy: RsdPolicy, make_observation: MakeObservat
     assert stats.accepted_levels == (full.index(False) if False in full else 3)
     assert {"preprocess", "vision", "prefill", "draft", "verify", "decode", "total"} == set(stats.latency_ms)
     assert stats.gripper_acceptance in {n / 8 for n in range(9)}
-    plain = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="ar")
+    plain = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="ar")
     stats = plain.predict(make_observation()).stats
     assert (stats.acceptance, stats.main_passes, stats.num_draft_tokens) == ("", 7, [])
     assert stats.gripper_acceptance is None
@@ -82,7 +83,7 @@ def test_the_grippers_acceptance_is_that_of_the_draft_by_the_main(
     policy.model.main.gripper_head.bias.data.fill_(100.0)
     for draft in (policy.model.draft, policy.model.light.levels):
         draft.gripper_head.bias.data.fill_(bias)
-    policy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode)
+    policy = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode=decode)
     chunk = policy.predict(make_observation())
     assert chunk.stats.gripper_acceptance == accepted
     assert (chunk.actions[:, -1] == 1).all()  # the main has the last word
@@ -92,7 +93,7 @@ def test_every_instruction_is_answered_by_its_own_encoding(
     policy: RsdPolicy, make_observation: MakeObservation
 ) -> None:
     """More instructions than the cache of encodings holds."""
-    policy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="l1")
+    policy = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="l1")
     texts = [" ".join(words) for words in islice(permutations(["put", "bowl", "plate", "wine", "rack"]), 70)]
     first = [policy.predict(make_observation(instruction=text)).actions for text in texts]
     again = [policy.predict(make_observation(instruction=text)).actions for text in texts]
@@ -150,7 +151,7 @@ def test_a_state_that_turned_nan_raises(
 ) -> None:
     observation = make_observation()
     observation.state[2] = np.nan  # after it was checked: arrays can be written to
-    policy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode, fine=fine)
+    policy = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode=decode, fine=fine)
     with pytest.raises(RsdError, match="non-finite"):
         policy.predict(observation)
 
@@ -203,7 +204,7 @@ def test_non_finite_model_output_raises(
     policy: RsdPolicy, make_observation: MakeObservation, decode: str, fine: str, head: str, poison: float
 ) -> None:
     """A NaN wins an argmax, an infinity is clamped into the range of an action: both would go unnoticed."""
-    policy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode, fine=fine)
+    policy = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode=decode, fine=fine)
     policy.predict(make_observation())
     with torch.no_grad():
         last_linear(policy.model, head)[..., -1] = poison
@@ -222,7 +223,7 @@ def test_an_episodes_seed_decides_what_is_drawn(
     policy: RsdPolicy, make_observation: MakeObservation, decode: str
 ) -> None:
     first, second = (
-        RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode, temperature=1.0) for _ in range(2)
+        RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode=decode, temperature=1.0) for _ in range(2)
     )
 
     def episode(drawing: RsdPolicy, seed: int | None) -> list[np.ndarray]:
@@ -237,7 +238,7 @@ def test_an_episodes_seed_decides_what_is_drawn(
     assert np.array_equal(once, episode(second, 5))
     assert np.array_equal(once, episode(first, 5))
     assert not np.array_equal(once, episode(first, 6))
-    greedy = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode)
+    greedy = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode=decode)
     assert np.array_equal(episode(greedy, 5), episode(greedy, 6))
     stats = first.predict(make_observation()).stats
     assert stats.acceptance == ("exact" if decode.startswith("rsd") else "")
@@ -249,7 +250,7 @@ def test_an_episodes_seed_decides_what_is_drawn(
 def test_no_symbol_is_drawn_from_what_is_not_finite(
     policy: RsdPolicy, make_observation: MakeObservation, head: str
 ) -> None:
-    drawing = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="rsd", temperature=1.0)
+    drawing = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="rsd", temperature=1.0)
     with torch.no_grad():
         last_linear(policy.model, head)[..., -1] = float("nan")
     with pytest.raises(RsdError, match="non-finite"):
@@ -263,7 +264,7 @@ def test_no_symbol_is_drawn_from_what_is_not_finite(
         ({"temperature": float("inf")}, "temperature inf: expected a finite number >= 0"),
         *(
             ({"decode": decode}, f"expected decode ar, parallel, rsd, rsd-fused, found '{decode}'.*temperature 0")
-            for decode in STRATEGIES
+            for decode in DECODERS
             if decode not in DRAWN
         ),
         ({"acceptance": "margin"}, "expected acceptance 'exact' .* found acceptance 'margin'.* leave it out"),
@@ -299,7 +300,7 @@ def test_unknown_options_are_refused(checkpoint: Path, options: dict[str, Any], 
 
 
 def light_policy(policy: RsdPolicy, decode: str, **options: Any) -> RsdPolicy:
-    return RsdPolicy(policy.model, policy.tokenizer, policy.config, decode=decode, **options)
+    return RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode=decode, **options)
 
 
 def test_skipping_leaves_the_main_idle_until_it_has_to_look_again(
@@ -330,7 +331,7 @@ def test_a_memory_of_the_main_is_of_use_for_a_while(
         gripper.bias.data.fill_(-100.0)
     known = list[bool]()
     perceive = LightDraft.perceive
-    monkeypatch.setattr(LightDraft, "perceive", lambda *a: known.append(a[-1] is not None) or perceive(*a))
+    monkeypatch.setattr(LightDraft, "perceive", lambda *a: known.append(a[4] is not None) or perceive(*a))
     skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=3, memory_chunks=2))
     stats = [skipping.predict(make_observation(seed)).stats for seed in range(8)]
     assert [s.prefills for s in stats] == [0, 0, 0, 1, 0, 0, 0, 1]
@@ -379,7 +380,7 @@ def test_a_checkpoint_without_light_draft_decodes_the_other_ways(
     tiny_config: PolicyConfig, tokenizer: ActionTokenizer, make_observation: MakeObservation, tmp_path: Path
 ) -> None:
     config = replace(tiny_config, light=None)
-    RsdPolicy(RsdModel(config, tokenizer), tokenizer, config).save_pretrained(tmp_path)
+    RsdPolicy.of(RsdModel(config, tokenizer), tokenizer, config).save_pretrained(tmp_path)
     RsdPolicy.from_pretrained(tmp_path, decode="rsd").predict(make_observation())
     assert RsdPolicy.from_pretrained(tmp_path).decode == "rsd"
     with pytest.raises(RsdError, match=r"decode 'rsd-fused': this checkpoint has no light draft; use rsd"):
@@ -390,31 +391,32 @@ def test_a_checkpoint_without_light_draft_decodes_the_other_ways(
 
 
 def acting_ahead(policy: RsdPolicy, **options: Any) -> RsdPolicy:
-    return RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="rsd-ahead", **options)
+    return RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="rsd-ahead", **options)
 
 
 def test_ahead_of_the_main_the_drafts_own_chunk_is_executed(
     policy: RsdPolicy, make_observation: MakeObservation
 ) -> None:
     """Beside `rsd-fused`, which drafts with the same memory of the main."""
-    fused = light_policy(policy, "rsd-fused", audit=True)
+    fused = light_policy(policy, "rsd-fused").core
     told, left_alone = acting_ahead(policy), acting_ahead(policy)
+    state = EpisodeState()
     for i in range(4):
         observation = make_observation(i)
-        scene = Scene(*fused._preprocess([observation]), fused._memory)
         with torch.inference_mode():
-            proposal = fused._strategy(fused.decoder, scene, Stopwatch(fused.device)).proposal
-        assert proposal is not None
-        expected = fused._to_actions(proposal.value, proposal.gripper)[0]
+            draft = fused.ops.draft(fused.body([observation]), state.memory)
+            forecast = fused.ops.forecast(draft)
+        expected = fused._to_actions(forecast.value, draft.gripper)[0]
+        _, (state,), _ = fused.predict([observation], [state])
         for other in (told, left_alone):
             assert np.allclose(other.predict(observation).actions, expected, atol=1e-6)
-        told.follow_up()
+        told.verify()
 
 
 def test_alone_the_light_draft_always_acts_as_at_an_episodes_start(
     policy: RsdPolicy, make_observation: MakeObservation
 ) -> None:
-    alone = RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="light-alone")
+    alone = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="light-alone")
     for i in range(3):
         chunk = alone.predict(make_observation(i))
         assert np.array_equal(chunk.actions, acting_ahead(policy).predict(make_observation(i)).actions)
@@ -422,27 +424,37 @@ def test_alone_the_light_draft_always_acts_as_at_an_episodes_start(
         assert set(chunk.stats.latency_ms) == {"preprocess", "draft", "total"}
 
 
-def test_the_follow_up_judges_the_chunk(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+def test_the_verification_judges_the_chunk(policy: RsdPolicy, make_observation: MakeObservation) -> None:
     ahead = acting_ahead(policy, audit=True)
-    stats = ahead.predict(make_observation(0)).stats
-    assert (stats.prefills, stats.skipped, stats.num_draft_tokens, stats.deviation_mm) == (0, False, [], None)
-    assert set(stats.latency_ms) == {"preprocess", "draft", "total"}
-    total = stats.latency_ms["total"]
-    ahead.follow_up()
+    first = ahead.predict(make_observation(0)).stats
+    assert (first.prefills, first.skipped, first.num_draft_tokens, first.deviation_mm) == (0, False, [], None)
+    assert set(first.latency_ms) == {"preprocess", "draft", "total"}
+    before = replace(first, latency_ms=dict(first.latency_ms))
+    stats = ahead.verify()
+    assert first == before  # what was returned stays as it was
+    assert stats is not None
     assert (stats.prefills, stats.main_passes, stats.skipped) == (1, 0, False)
     assert stats.num_draft_tokens == [48] * 3
     assert 0 < sum(stats.num_accepted_tokens) <= 144
     assert stats.deviation_mm is not None
     assert stats.deviation_mm > 0
+    assert stats.expected_deviation_mm == first.expected_deviation_mm
     assert stats.latency_ms["follow-up"] > 0
-    assert stats.latency_ms["total"] == total
-    judged = replace(stats)
-    ahead.follow_up()  # nothing is left
-    assert stats == judged
+    assert stats.latency_ms["total"] == first.latency_ms["total"]
+    assert ahead.verify() is None  # nothing is left
     unaware = acting_ahead(policy)
-    first = unaware.predict(make_observation(0)).stats
-    unaware.predict(make_observation(1))  # begins with it
-    assert (first.prefills, first.num_accepted_tokens) == (1, stats.num_accepted_tokens)
+    unaware.predict(make_observation(0))
+    ahead.predict(make_observation(1))
+    # begins with what was left, so its draft remembers the same
+    assert np.array_equal(unaware.predict(make_observation(1)).actions, acting_after(policy, make_observation).actions)
+
+
+def acting_after(policy: RsdPolicy, make_observation: MakeObservation) -> ActionChunk:
+    """The second chunk of an episode of which the first was verified at once."""
+    ahead = acting_ahead(policy)
+    ahead.predict(make_observation(0))
+    ahead.verify()
+    return ahead.predict(make_observation(1))
 
 
 def test_what_is_left_to_do_ends_with_its_episode(policy: RsdPolicy, make_observation: MakeObservation) -> None:
@@ -452,31 +464,72 @@ def test_what_is_left_to_do_ends_with_its_episode(policy: RsdPolicy, make_observ
     assert np.array_equal(ahead.predict(make_observation(0)).actions, fresh)
     remembering = ahead.predict(make_observation(0)).actions
     assert not np.array_equal(remembering, fresh)
-    mine = ahead.swap_memory()
-    assert np.array_equal(ahead.predict(make_observation(0)).actions, fresh)
-    ahead.swap_memory(mine)
-    alone = acting_ahead(policy)
-    expected = [alone.predict(make_observation(0)).actions for _ in range(3)]
-    assert np.array_equal(ahead.predict(make_observation(0)).actions, expected[2])
 
 
-def test_a_failing_follow_up_forgets_the_episode(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+def test_a_prediction_leaves_nothing_in_the_policy_and_nothing_changes_what_was_given(
+    policy: RsdPolicy, make_observation: MakeObservation
+) -> None:
+    """The same states give the same chunks, whatever was predicted in between, by whom."""
+    core = light_policy(policy, "rsd-fused").core
+    one, other = make_observation(0), make_observation(1)
+    (first,), (state,), pending = core.predict([one])
+    assert pending is None
+    assert state.memory is not None
+    held = [tensor.clone() for tensor in state.memory.keys]
+    (second,), (later,), _ = core.predict([other], [state])
+    core.predict([other])
+    core.predict([one], [later])
+    assert all(torch.equal(a, b) for a, b in zip(held, state.memory.keys, strict=True))
+    assert np.array_equal(core.predict([other], [state]).chunks[0].actions, second.actions)
+    assert np.array_equal(core.predict([one], [None]).chunks[0].actions, first.actions)
+    assert not np.array_equal(core.predict([other]).chunks[0].actions, second.actions)
+
+
+def test_pending_verifications_of_two_episodes_do_not_meet(
+    policy: RsdPolicy, make_observation: MakeObservation
+) -> None:
+    core = acting_ahead(policy).core
+    pending, alone = [], []
+    for seed in range(2):
+        pending.append(core.predict([make_observation(seed)]).pending)
+        alone.append(core.verify_pending(acting_ahead(policy).core.predict([make_observation(seed)]).pending))
+    for found, expected in zip(reversed(pending), reversed(alone), strict=True):
+        (stats,), (state,) = core.verify_pending(found)
+        assert stats.num_accepted_tokens == expected.stats[0].num_accepted_tokens
+        assert all(torch.equal(a, b) for a, b in zip(state.memory.keys, expected.states[0].memory.keys, strict=True))
+
+
+def test_a_failing_verification_forgets_the_episode(policy: RsdPolicy, make_observation: MakeObservation) -> None:
     ahead = acting_ahead(policy)
     fresh = ahead.predict(make_observation(0)).actions
     kept = policy.model.main.level_head.bias.clone()
     with torch.no_grad():
         policy.model.main.level_head.bias.fill_(float("nan"))
     with pytest.raises(RsdError, match="non-finite"):
-        ahead.follow_up()
+        ahead.verify()
     with torch.no_grad():
         policy.model.main.level_head.bias.copy_(kept)
     assert np.array_equal(ahead.predict(make_observation(0)).actions, fresh)
 
 
-def test_a_follow_up_may_come_from_another_thread(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+def test_a_verification_may_come_from_another_thread(policy: RsdPolicy, make_observation: MakeObservation) -> None:
     ahead, alone = acting_ahead(policy), acting_ahead(policy)
     with ThreadPoolExecutor(1) as aside:
         for i in range(6):
             chunk = ahead.predict(make_observation(i))
-            aside.submit(ahead.follow_up)  # not waited for: the next prediction does it, or waits for it
+            aside.submit(ahead.verify)  # not waited for: the next prediction does it, or waits for it
             assert np.array_equal(chunk.actions, alone.predict(make_observation(i)).actions)
+
+
+# the target at an episode's first observation
+
+
+def test_the_target_runs_at_reset_if_asked(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+    for gripper in (policy.model.main.gripper_head, policy.model.light.levels.gripper_head):
+        gripper.bias.data.fill_(-100.0)  # open throughout: no switch forces the main
+    skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=2), target_at_reset=True)
+    stats = [skipping.predict(make_observation(seed)).stats for seed in range(5)]
+    assert [s.prefills for s in stats] == [1, 0, 0, 1, 0]
+    assert [s.forced for s in stats] == [True, False, False, False, False]
+    skipping.reset()
+    assert skipping.predict(make_observation(9)).stats.prefills == 1

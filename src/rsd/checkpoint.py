@@ -22,17 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rsd import hub, manifest
-from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration
-from rsd.decoding.steps import SkipRule
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.strategies import DECODERS
 from rsd.json_files import from_json, read_versioned, write_atomically
 from rsd.manifest import file_sha256
 from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.options import Checkpoint
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
 
 FORMAT_VERSION = 1
@@ -200,12 +198,13 @@ def check_fit(weights: Mapping[str, Tensor], model: nn.Module, path: Path) -> No
             raise RsdError(f"{path}: {name} expected {list(expected[name].shape)}, found {list(value.shape)}")
 
 
-def load_calibration(directory: Path) -> SkipCalibration:
-    """The skip calibration of a checkpoint directory; `RsdError` without one, or if it is of other weights."""
+def load_calibration(directory: Path, weights_sha256: str | None = None) -> SkipCalibration:
+    """The skip calibration of a checkpoint directory; `RsdError` without one, or if it is of other weights, whose hash
+    may be known."""
     if not (directory / CALIBRATION_FILE).exists():
         raise RsdError(f"{directory}: rsd-skip needs a {CALIBRATION_FILE}, found none; make it with `rsd calibrate`")
     calibration = SkipCalibration.load(directory)
-    calibration.check_belongs(file_sha256(directory / WEIGHTS_FILE))
+    calibration.check_belongs(weights_sha256 or file_sha256(directory / WEIGHTS_FILE))
     return calibration
 
 
@@ -220,8 +219,8 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
         return None
     raw = read_versioned(path, "proven decoder", 1, "write it anew")
     proven = from_json(Proven, raw, str(path), ignore=("format_version",))
-    if proven.decode not in STRATEGIES:
-        expected = f"'decode' as one of {', '.join(STRATEGIES)}"
+    if proven.decode not in DECODERS:
+        expected = f"'decode' as one of {', '.join(DECODERS)}"
         raise RsdError(f"{path}: expected {expected}, found {proven.decode!r}; write it anew, or delete it")
     if proven.weights_sha256 != content["sha256"][WEIGHTS_FILE]:
         remedy = "evaluate these and write it anew, or delete it"
@@ -229,19 +228,22 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
     return proven.decode, proven.found
 
 
-def with_calibration(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The options for `RsdPolicy`; where `rsd-skip` is asked for without a rule, with the rule and the acceptance of
-    the checkpoint's own calibration. `RsdError` where it does not hold."""
-    if options["decode"] != "rsd-skip" or options["skip"] is not None:
-        return options
-    calibration = load_calibration(directory)
-    asked = options["acceptance"] and acceptance_rule(options["acceptance"], RfsqConfig()).name
-    if asked not in (None, calibration.acceptance) or options["fine"] not in (None, "regress"):
-        found = ", ".join(f"{name} {options[name]}" for name in ("acceptance", "fine") if options[name])
-        expected = f"acceptance {calibration.acceptance} and fine regress"
-        raise RsdError(f"rsd-skip: calibrated with {expected}, found {found}; leave it out")
-    rule = SkipRule(calibration.threshold, calibration.max_skips, calibration.memory_chunks)
-    return {**options, "skip": rule, "acceptance": calibration.acceptance, "fine": "regress"}
+def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
+    """What of a checkpoint decides how it may decode; content: its config.json, checked."""
+    policy: dict[str, Any] = content["policy"]
+    calibration: SkipCalibration | str
+    try:
+        calibration = load_calibration(directory, content["sha256"][WEIGHTS_FILE])
+    except RsdError as error:  # to be raised where `rsd-skip` is asked for
+        calibration = str(error)
+    return Checkpoint(
+        visual_drafter=bool(policy.get("light")),
+        acceptance=policy.get("acceptance", PolicyConfig.acceptance),
+        fine=policy.get("fine", PolicyConfig.fine),
+        proven=proven_decode(directory, content),
+        calibration=calibration,
+        compact=BACKBONE not in content,
+    )
 
 
 def save_checkpoint(

@@ -34,3 +34,14 @@ def with_tensors(result: Any, tensors: Iterator[Tensor]) -> Any:
     if is_dataclass(result) and not isinstance(result, type):
         return replace(result, **{f.name: with_tensors(getattr(result, f.name), tensors) for f in fields(result)})
     return result
+
+
+def signature(tree: Any) -> Any:
+    """What two trees have in common for which one recording does: shapes and kinds of tensors, and everything else."""
+    if isinstance(tree, Tensor):
+        return tuple(tree.shape), tree.dtype
+    if isinstance(tree, list | tuple):
+        return tuple(signature(part) for part in tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return tuple(signature(getattr(tree, field.name)) for field in fields(tree))
+    return tree

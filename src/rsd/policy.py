@@ -1,221 +1,290 @@
-"""The policy: observation in, action chunk out. Its files are in `checkpoint`, its models in `models.rsd_model`."""
+"""The policy: observations in, action chunks out. Its files are in `checkpoint`, its models in `models.rsd_model`.
+
+There is one path. `SpeculativePolicy.predict` takes one observation each of any number of robots with what their
+episodes left behind, and keeps nothing: a robot is a batch of one, a server holds one state a session, a worker pool
+many. `RsdPolicy` keeps one episode for a script.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rsd import hub
-from rsd.checkpoint import (
-    BACKBONE,
-    load_model,
-    locate_checkpoint,
-    proven_decode,
-    read_content,
-    save_checkpoint,
-    with_calibration,
-)
-from rsd.decoding.acceptance import acceptance_rule
+from rsd.checkpoint import BACKBONE, facts_of, load_model, locate_checkpoint, read_content, save_checkpoint
 from rsd.decoding.calibration import fingertip_deviation
-from rsd.decoding.engines import choose_engine, strategy_on
+from rsd.decoding.engines import choose_engine, make_engine
+from rsd.decoding.gate import SkipRule
+from rsd.decoding.primitives import Primitives
 from rsd.decoding.sampling import Sampler
-from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Proposal, Scene, SkipRule, Stopwatch
-from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy, check_sampling, in_prefill
+from rsd.decoding.state import DecodeResult, Draft, EpisodeState, Forecast, PolicyInput, kept, rows_of, stacked
+from rsd.decoding.strategies import DECODERS, look
+from rsd.decoding.timing import Stopwatch
 from rsd.devices import check_device
-from rsd.models.light_draft import Memory
 from rsd.models.main import state_features
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.models.text import word_ids
+from rsd.options import Checkpoint, DecodeOptions, Decoding, RuntimeOptions, options_of, resolve
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import AUTO, BEST, ActionChunk, ChunkStats, Observation, RsdError, check_observation
+from rsd.types import ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 TEXT_CACHE = 64  # instructions whose encoding is kept
 CACHED_CHARACTERS = 1000  # longer instructions are encoded every time: a client could send 64 of any length
 LOG = logging.getLogger(__name__)
 FOLLOW_UP = "follow-up"  # the stage of what is done while the chunk is executed
-JUDGED = (  # statistics of a chunk that its follow-up knows
-    *("prefills", "main_passes", "num_draft_tokens", "num_accepted_tokens", "accepted_levels"),
-    *("gripper_acceptance", "skipped"),
-)
 
 
-class RsdPolicy:
-    """A loaded policy. `predict` is the whole path of a control decision."""
+class Body(Protocol):
+    """What differs between the compact models and OpenVLA's: how observations become their input.
 
-    exportable = True  # whether its models can become ONNX graphs
+    image_size in pixels a side; cameras: how many of an observation's are looked at, the first ones; compact: whether
+    the models are the compact ones; prompted: whether a memory is of one instruction only."""
+
+    image_size: int
+    cameras: int
+    compact: bool
+    prompted: bool
+
+    def __call__(self, observations: Sequence[Observation]) -> PolicyInput: ...
+
+    def save(self, directory: Path) -> None:
+        """Write the checkpoint directory."""
+        ...
+
+
+class TextCache:
+    """What instructions were encoded to, of the last TEXT_CACHE short ones."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def get(self, instruction: str, encode: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What it was encoded to, or `encode()`, which is kept for the next chunks."""
+        found = self._known.get(instruction)
+        if found is None:
+            found = encode()
+            if len(self._known) >= TEXT_CACHE:
+                self._known.clear()
+            if len(instruction) <= CACHED_CHARACTERS:
+                self._known[instruction] = found
+        return found
+
+
+class CompactBody:
+    """The compact models: pixels uint8 [B, 2, S, S, 3], state features [B, 11], encoded instructions."""
+
+    compact, prompted, cameras = True, False, 2
+
+    def __init__(
+        self, model: RsdModel, tokenizer: ActionTokenizer, config: PolicyConfig, provenance: dict[str, Any]
+    ) -> None:
+        self.model, self.tokenizer, self.config, self.provenance = model, tokenizer, config, provenance
+        self.image_size = config.main.image_size
+        self._texts = TextCache()
+
+    def __call__(self, observations: Sequence[Observation]) -> PolicyInput:
+        size, device = self.image_size, self.model.main.state_mean.device
+        for observation in observations:
+            if observation.images.shape[1:3] != (size, size):
+                found = " x ".join(map(str, observation.images.shape[1:3]))
+                raise RsdError(f"observation images: expected {size} x {size} pixels, found {found}")
+        pixels = torch.from_numpy(np.stack([o.images for o in observations])).to(device)
+        state = state_features(torch.from_numpy(np.stack([o.state for o in observations]))).to(device)
+        texts = [self._encode(o.instruction, device) for o in observations]
+        return PolicyInput(pixels, state, (torch.cat([t for t, _ in texts]), torch.cat([c for _, c in texts])))
+
+    def _encode(self, instruction: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        encode = self.model.main.encode_text
+        return self._texts.get(instruction, lambda: encode(word_ids([instruction]).to(device)))
+
+    def save(self, directory: Path) -> None:
+        save_checkpoint(self.model, self.tokenizer, self.config, self.provenance, directory)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What `verify_pending` goes on from: what was seen and drafted, the episodes and their chunks."""
+
+    seen: PolicyInput
+    draft: Draft
+    forecast: Forecast | None
+    states: tuple[EpisodeState, ...]
+    chunks: tuple[ActionChunk, ...]
+
+
+class Prediction(NamedTuple):
+    """Chunks and the episodes' states after them; pending: what the target has yet to verify, if anything."""
+
+    chunks: list[ActionChunk]
+    states: list[EpisodeState]
+    pending: Pending | None
+
+
+class Verified(NamedTuple):
+    """What the target found of each chunk, and the episodes' states after it."""
+
+    stats: list[ChunkStats]
+    states: list[EpisodeState]
+
+
+class SpeculativePolicy:
+    """A loaded policy without an episode: safe to share between robots, sessions and threads."""
 
     def __init__(
         self,
         model: RsdModel,
         tokenizer: ActionTokenizer,
         config: PolicyConfig,
+        options: DecodeOptions | None = None,
+        runtime: RuntimeOptions | None = None,
         *,
-        decode: str = BEST,
-        acceptance: str | None = None,
-        fine: str | None = None,
-        temperature: float = 0.0,
-        skip: SkipRule | None = None,
-        engine: str = AUTO,
-        audit: bool = False,
+        body: Body | None = None,
+        facts: Checkpoint | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> None:
-        """temperature: draw the motion tokens from softmax(logits / temperature), see `reset`; 0 takes the likeliest.
-        skip: when `rsd-skip` leaves the main idle (never without one). audit: know of every chunk how far the light
-        draft's led away from the main's; beside a skipped one the main is run for that, outside the latencies.
-        engine: what it runs on, see `decoding.engines`."""
-        if decode == BEST:
-            decode = choose_decode(model.light is not None, temperature, skip).decode
-        check_decode(decode, model.light is not None)
-        check_sampling(temperature, decode, acceptance, fine)
-        name, fine = settle_verification((config.acceptance, config.fine), acceptance, fine, temperature)
-        rule = acceptance_rule(name, tokenizer.config.rfsq)
-        if rule.as_a_whole and fine == "sequential":
-            raise RsdError(f"acceptance {rule.name!r}: expected fine 'regress', found 'sequential'; leave it out")
-        self.model, self.config = model.eval(), config
+        """body: None takes the compact models'; facts: what of the checkpoint decides, None where none was read."""
+        runtime = runtime or RuntimeOptions()
+        facts = facts or Checkpoint(
+            model.light is not None, config.acceptance, config.fine, code=tokenizer.config.rfsq
+        )
+        self.decoding = decoding = resolve(facts, options or DecodeOptions())
+        self.decode, self.temperature = decoding.decode, decoding.temperature
+        self.acceptance = decoding.rule.name if DECODERS[self.decode].drafts else ""  # of one that accepts nothing
+        self.model, self.config, self.provenance = model.eval(), config, provenance or {}
+        self.device = model.main.state_mean.device
+        self.tokenizer = tokenizer.to(self.device)
+        self.body: Body = body or CompactBody(model, tokenizer, config, self.provenance)
+        self.image_size, self.cameras = self.body.image_size, self.body.cameras
+        if runtime.batch > 1:
+            check_batch(runtime.batch, decoding)
         if self.device.type == "cuda":  # TF32: ten bits of mantissa, as many as the fp16 on disk; a third off a pass
             torch.set_float32_matmul_precision("high")
-        self.tokenizer = tokenizer.to(self.device)
-        self.provenance = provenance or {}
-        self.decode, self.temperature, self.audit = decode, temperature, audit
-        self.acceptance = rule.name if decode.startswith("rsd") else ""
-        sampler = Sampler(temperature, torch.Generator(self.device).manual_seed(0)) if temperature else None
-        foresees = audit or decode != "rsd-fused"
-        self.decoder = Decoder(model.main, model.draft, rule, fine, model.light, skip or SkipRule(), sampler, foresees)
-        graphs = recordable(fine, temperature, self.exportable, self.device)
-        self.engine = choose_engine(engine, str(self.device), graphs, compact=self.exportable)
-        self._strategy: Strategy = strategy_on(self.engine, decode)
-        self._memory = EpisodeMemory()
-        self._to_do: Callable[[], None] | None = None
-        self._turn = threading.RLock()  # `follow_up` may come from another thread
-        self._texts: dict[str, tuple[Tensor, Tensor]] = {}
+        recordable = decoding.recordable(facts.compact, str(self.device))
+        self.engine = choose_engine(runtime.engine, str(self.device), recordable, compact=facts.compact)
+        sampler = None
+        if self.temperature:
+            sampler = Sampler(self.temperature, torch.Generator(self.device).manual_seed(0))
+        self.ops = Primitives(
+            model.main,
+            model.draft,
+            decoding.rule,
+            decoding.fine,
+            model.light,
+            skip=decoding.skip,
+            sampler=sampler,
+            engine=make_engine(self.engine),
+            rows=runtime.batch,
+        )
+        self._decode = DECODERS[self.decode].decode
+        self._rehearsed = self.ops.engine is None
+        self._turn = threading.RLock()
 
-    @property
-    def image_size(self) -> int:
-        return self.config.main.image_size
+    def seed(self, seed: int) -> None:
+        """Of what is drawn from now on at a temperature; in a new policy it is 0."""
+        if self.ops.sampler is not None:
+            self.ops.sampler.generator.manual_seed(seed)
 
-    @property
-    def cameras(self) -> int:
-        """How many of an observation's cameras are looked at, the first ones."""
-        return 2
+    def predict(
+        self, observations: Sequence[Observation], states: Sequence[EpisodeState | None] | None = None
+    ) -> Prediction:
+        """One observation each of several episodes -> their chunks, float32 [H, 7], environment-ready.
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.main.state_mean.device
+        states: of an earlier prediction of the same episodes, None at an episode's start; what is given stays as it
+        is. latency_ms is that of the whole batch. `RsdError` for a model output that is not finite."""
+        observations = [check_observation(observation) for observation in observations]
+        count, rows = len(observations), self.ops.rows
+        if not 0 < count <= rows or (states is not None and len(states) != count):
+            found = f"{count} with {count if states is None else len(states)} states"
+            raise RsdError(f"batch: expected 1 to {rows} observations and a state of each, found {found}")
+        with self._computing() as watch:
+            with watch.stage("total"):
+                with watch.stage("preprocess"):
+                    seen = self.body(observations)
+                begun = [self._begun(o, s) for o, s in zip(observations, states or [None] * count, strict=True)]
+                if not self._rehearsed:
+                    self._rehearse(seen, count)
+                result = self._decode(self.ops, seen, self._together(begun))
+                self.ops.check()
+                actions = self._to_actions(result.value, result.gripper)
+                after = begun if result.pending else self._after(begun, result)
+            stats = [replace(self._stats(result, row), latency_ms=dict(watch.ms)) for row in range(count)]
+            if self.decoding.audit and result.draft is not None and not result.pending:
+                stats = self._audited(seen, result, stats)
+            chunks, pending = [ActionChunk(actions[row], stats[row]) for row in range(count)], None
+            if result.pending:
+                assert result.draft is not None
+                pending = Pending(seen, kept(result.draft), kept(result.forecast), tuple(begun), tuple(chunks))
+        return Prediction(chunks, after, pending)
 
-    # observation -> chunk
+    def verify_pending(self, pending: Pending) -> Verified:
+        """The target's pass over what was seen for chunks that are being executed: what it finds of them, and states
+        that remember it."""
+        with self._computing() as watch:
+            with watch.stage(FOLLOW_UP):
+                result = look(self.ops, pending.seen, pending.draft)
+                self.ops.check()
+                after = self._after(pending.states, result)
+            result, stats = replace(result, draft=pending.draft, forecast=pending.forecast), []
+            for row, chunk in enumerate(pending.chunks):
+                times = {**chunk.stats.latency_ms, FOLLOW_UP: watch.ms[FOLLOW_UP]}
+                stats.append(replace(self._stats(result, row), latency_ms=times))
+            if self.decoding.audit:
+                stats = self._audited(pending.seen, result, stats)
+            return Verified(stats, after)
 
-    def reset(self, seed: int | None = None) -> None:
-        """Forget the episode so far; call it before an episode's first observation.
-
-        seed: of what is drawn from now on at a temperature; without one the random numbers go on where they were
-        (in a new policy: as from seed 0).
-        """
-        with self._turn:
-            self._memory, self._to_do = EpisodeMemory(), None
-        if seed is not None and self.decoder.sampler is not None:
-            self.decoder.sampler.generator.manual_seed(seed)
-
-    def swap_memory(self, memory: Any = None) -> Any:
-        """Turn to another episode: what an earlier call returned of it, or None at its start -> this episode's."""
-        with self._turn:
-            self.follow_up()
-            mine, self._memory = self._memory, memory or EpisodeMemory()
-        if mine.main is not None:
-            # copies: a CUDA graph's next run, of the other episode, writes where these stand
-            mine.main = Memory(*([tensor.clone() for tensor in tensors] for tensors in mine.main))
-        return mine
-
-    @torch.inference_mode()
-    def predict(self, observation: Observation) -> ActionChunk:
-        """Observation -> chunk float32 [H, 7], environment-ready; non-finite output raises `RsdError`.
-
-        The decoders with a light draft remember the chunks since `reset`; to the others every observation is new.
-        What `rsd-ahead` has left to do is done first, unless `follow_up` has been called since.
-        """
-        check_observation(observation)
-        watch = Stopwatch(self.device)
-        with self._turn, self._forgetting_errors(), watch.stage("total"):
-            self.follow_up()
-            with watch.stage("preprocess"):
-                scene = Scene(*self._preprocess([observation]), self._memory)
-            decoded = self._strategy(self.decoder, scene, watch)
-            self.decoder.check()
-            actions = self._to_actions(decoded.value, decoded.gripper)
-        stats = self._stats(decoded, watch)
-        if decoded.follow_up:
-            self._to_do = partial(self._follow_up, decoded.follow_up, stats)
-        elif self.audit and decoded.proposal is not None:
-            stats.deviation_mm, stats.gripper_differs = self._deviation(scene, decoded, decoded.proposal)
-        return ActionChunk(actions[0], stats)
-
-    def follow_up(self) -> None:
-        """With `rsd-ahead`: the main's pass for the last chunk, whose statistics get what it finds.
-
-        Call it while that chunk is executed, from any thread; otherwise the next prediction begins with it. The other
-        decoders leave nothing to do.
-        """
-        with self._turn, self._forgetting_errors(), torch.inference_mode():
-            to_do, self._to_do = self._to_do, None
-            if to_do is not None:
-                to_do()
-
-    def _follow_up(self, look: Callable[[Stopwatch], Decoded], stats: ChunkStats) -> None:
-        watch = Stopwatch(self.device)
-        with watch.stage(FOLLOW_UP):
-            decoded = look(Stopwatch(self.device))
-            self.decoder.check()
-        found = self._stats(decoded, watch)
-        for name in JUDGED:
-            setattr(stats, name, getattr(found, name))
-        stats.latency_ms[FOLLOW_UP] = watch.ms[FOLLOW_UP]
-        if self.audit and decoded.proposal is not None:
-            stats.deviation_mm, stats.gripper_differs = self._deviation(None, decoded, decoded.proposal)
+    # the parts of it
 
     @contextmanager
-    def _forgetting_errors(self) -> Iterator[None]:
-        """What a failed prediction leaves in the memory must not reach the next one."""
-        try:
-            yield
-        except RsdError:
-            self.reset()
-            raise
+    def _computing(self) -> Iterator[Stopwatch]:
+        """One at a time, with a stopwatch of its own; what a failure leaves to be checked is not the next one's."""
+        with self._turn, torch.inference_mode():
+            self.ops.watch, self.ops.checks = Stopwatch(self.device), []
+            yield self.ops.watch
 
-    def _preprocess(self, observations: list[Observation]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """-> pixels uint8 [B, 2, S, S, 3], state features [B, 11], encoded instructions."""
-        size = self.image_size
-        for observation in observations:
-            if observation.images.shape[1:3] != (size, size):
-                found = " x ".join(map(str, observation.images.shape[1:3]))
-                raise RsdError(f"observation images: expected {size} x {size} pixels, found {found}")
-        pixels = torch.from_numpy(np.stack([o.images for o in observations])).to(self.device)
-        state = state_features(torch.from_numpy(np.stack([o.state for o in observations]))).to(self.device)
-        texts = [self._encode_text(o.instruction) for o in observations]
-        text = torch.cat([t for t, _ in texts]), torch.cat([c for _, c in texts])
-        return pixels, state, text
+    def _begun(self, observation: Observation, state: EpisodeState | None) -> EpisodeState:
+        """The episode's state, of which nothing is left where a memory was read under another instruction."""
+        instruction = observation.instruction if self.body.prompted else ""
+        if state is None or state.instruction != instruction:
+            return EpisodeState(instruction=instruction)
+        return state
 
-    def _encode_text(self, instruction: str) -> tuple[Tensor, Tensor]:
-        """What `_read_text` makes of an instruction, kept for the next chunks."""
-        found = self._texts.get(instruction)
-        if found is None:
-            found = self._read_text(instruction)
-            if len(self._texts) >= TEXT_CACHE:
-                self._texts.clear()
-            if len(instruction) <= CACHED_CHARACTERS:
-                self._texts[instruction] = found
-        return found
+    def _together(self, states: Sequence[EpisodeState]) -> EpisodeState:
+        return states[0] if self.ops.rows == 1 else stacked(states)
 
-    def _read_text(self, instruction: str) -> tuple[Tensor, Tensor]:
-        return self.model.main.encode_text(word_ids([instruction]).to(self.device))
+    def _rehearse(self, seen: PolicyInput, count: int) -> None:
+        """Record everything that an episode will need, so that no later chunk has to wait for it."""
+        given, self.ops.skip = self.ops.skip, SkipRule()
+        states = [EpisodeState()] * count
+        for _ in range(2 if DECODERS[self.decode].remembers else 1):
+            result = self._decode(self.ops, seen, self._together(states))
+            if result.pending:
+                assert result.draft is not None
+                result = look(self.ops, seen, kept(result.draft))
+            states = self._after(states, result)
+        self.ops.check()
+        self.ops.skip, self.ops.watch.ms, self._rehearsed = given, {}, True
+
+    def _after(self, states: Sequence[EpisodeState], result: DecodeResult) -> list[EpisodeState]:
+        """The episodes' states after a decoding."""
+        if not DECODERS[self.decode].remembers:
+            return [replace(state, seen=(True,)) for state in states]
+        grippers: list[int] = result.gripper[:, -1].tolist()
+        after = []
+        for row, (state, gripper) in enumerate(zip(states, grippers, strict=True)):
+            if result.skipped is not None and result.skipped[row]:
+                after.append(state.went_without(self.ops.skip.memory_chunks))
+            else:
+                after.append(state.looked(rows_of(result.memory, [row]), gripper))
+        return after
 
     def _to_actions(self, value: Tensor, gripper: Tensor) -> np.ndarray:
         actions = self.tokenizer.to_actions(value * self.tokenizer.first_step, gripper)
@@ -223,151 +292,163 @@ class RsdPolicy:
             raise RsdError("decoding gave non-finite actions: damaged weights or an odd tokenizer range")
         return actions.float().cpu().numpy()
 
-    def _stats(self, decoded: Decoded, watch: Stopwatch) -> ChunkStats:
-        stats = ChunkStats(self.decode, self.acceptance, decoded.prefills, decoded.main_passes, latency_ms=watch.ms)
-        if decoded.proposal is not None:
-            stats.skipped = decoded.prefills == 0 and decoded.follow_up is None
-            stats.forced = decoded.proposal.forced
-            if decoded.proposal.expected_deviation_mm is not None:
-                stats.expected_deviation_mm = float(decoded.proposal.expected_deviation_mm[0])
-        if decoded.accepted is not None and decoded.accepted_levels is not None:
-            stats.num_draft_tokens = decoded.num_draft_tokens
-            stats.num_accepted_tokens = decoded.accepted[0].sum(-1).tolist()
-            stats.accepted_levels = int(decoded.accepted_levels[0])
-        if decoded.accepted_gripper is not None:
-            stats.gripper_acceptance = float(decoded.accepted_gripper[0].float().mean())
-        return stats
+    def _stats(self, result: DecodeResult, row: int) -> ChunkStats:
+        """What is known of one row's chunk, without times."""
+        skipped = result.skipped is not None and result.skipped[row]
+        stats = ChunkStats(self.decode, self.acceptance, 0 if skipped else result.prefills, result.main_passes)
+        if result.draft is not None:
+            forced = None if result.forced is None else result.forced[row]
+            deviation = None if result.forecast is None else float(result.forecast.deviation_mm[row])
+            stats = replace(stats, skipped=skipped, forced=forced, expected_deviation_mm=deviation)
+        if result.accepted is None or result.accepted_levels is None or skipped:
+            return stats
+        assert result.accepted_gripper is not None
+        return replace(
+            stats,
+            num_draft_tokens=result.num_draft_tokens,
+            num_accepted_tokens=result.accepted[row].sum(-1).tolist(),
+            accepted_levels=int(result.accepted_levels[row]),
+            gripper_acceptance=float(result.accepted_gripper[row].float().mean()),
+        )
 
-    def _deviation(self, scene: Scene | None, decoded: Decoded, proposal: Proposal) -> tuple[float, bool]:
-        """How far the proposal leads the fingertip away from the main's chunk (mm), and whether the gripper differs.
+    def _audited(self, seen: PolicyInput, result: DecodeResult, stats: list[ChunkStats]) -> list[ChunkStats]:
+        """With how far each draft leads the fingertip away from the target's chunk, mm, and whether grippers differ.
 
-        The main's chunk is the one it gives after reading the proposal, as when it is asked; where `decoded` is not
-        the main's own, it looks at the scene for it.
-        """
-        main = decoded
-        if decoded.prefills == 0 and scene is not None:
-            beside = replace(scene, memory=EpisodeMemory())
-            main = in_prefill(self.decoder, beside, proposal, Stopwatch(self.device))
-            self.decoder.check()
-        assert proposal.value is not None  # whoever audits foresees
-        drafted = self._to_actions(proposal.value, proposal.gripper)
-        mains = self._to_actions(main.value, main.gripper)
-        return float(fingertip_deviation(drafted, mains)[0]), not torch.equal(proposal.gripper, main.gripper)
+        The target's chunk is the one it gives after reading the draft, as when it is asked; where it was not, it looks
+        for it."""
+        draft = result.draft
+        assert draft is not None
+        forecast = result.forecast or self.ops.forecast(draft)
+        audited, drafted = [], self._to_actions(forecast.value, draft.gripper)
+        for row, known in enumerate(stats):
+            asked = rows_of(replace(result, draft=None, forecast=None, memory=None), [row])
+            if known.prefills == 0:
+                asked = look(self.ops, rows_of(seen, [row]), rows_of(draft, [row]))
+                self.ops.check()
+            targets = self._to_actions(asked.value, asked.gripper)
+            differs = not torch.equal(draft.gripper[row], asked.gripper[0])
+            found = replace(known, deviation_mm=float(fingertip_deviation(drafted[row], targets[0])))
+            expected = float(forecast.deviation_mm[row])
+            audited.append(replace(found, gripper_differs=differs, expected_deviation_mm=expected))
+        return audited
 
     # checkpoint
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the checkpoint directory; a skip calibration is of one weights file, so make it anew there."""
-        save_checkpoint(self.model, self.tokenizer, self.config, self.provenance, Path(directory))
+        self.body.save(Path(directory))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> None:
         """Upload the checkpoint to the Hugging Face hub (needs a login)."""
         hub.upload(self.save_pretrained, repo_id, private)
 
+
+def check_batch(batch: int, decoding: Decoding) -> None:
+    """Raise unless several observations can be decoded at once."""
+    why = ""
+    if decoding.temperature:
+        why = f"--temperature {decoding.temperature:g} draws each episode from its own seed, one observation at a time"
+    elif decoding.fine == "sequential" and DECODERS[decoding.decode].drafts:
+        rule = decoding.rule.name
+        why = f"--acceptance {rule} decodes the fine levels one after another, each observation at its own pace"
+    if why:
+        raise RsdError(f"--batch {batch}: {why}; leave --batch out")
+
+
+def load_policy(
+    path_or_hub_id: str | Path, options: DecodeOptions | None = None, runtime: RuntimeOptions | None = None
+) -> SpeculativePolicy:
+    """A checkpoint directory, or a hub repository of one; `RsdError` on anything missing or odd."""
+    options, runtime = options or DecodeOptions(), runtime or RuntimeOptions()
+    check_device(runtime.device)
+    directory = locate_checkpoint(path_or_hub_id)
+    content = read_content(directory)
+    facts = facts_of(directory, content)
+    decoding = resolve(facts, options)  # before the weights
+    if decoding.why:
+        second = decoding.decode != "rsd-ahead" and facts.proven is None  # to what another checkpoint could do
+        level = logging.WARNING if second else logging.INFO
+        LOG.log(level, "%s: decodes by %s: %s", directory, decoding.decode, decoding.why)
+    if BACKBONE in content:
+        from rsd.openvla.rsd_policy import load_openvla_policy  # 15 GB of code and weights that few have
+
+        return load_openvla_policy(directory, content, facts, options, runtime)
+    tokenizer = ActionTokenizer.load(directory)
+    model, config = load_model(directory, content, tokenizer)
+    provenance = content.get("provenance", {})
+    facts = replace(facts, code=tokenizer.config.rfsq)
+    return SpeculativePolicy(
+        model.to(runtime.device), tokenizer, config, options, runtime, facts=facts, provenance=provenance
+    )
+
+
+class RsdPolicy:
+    """One episode of a `SpeculativePolicy`, for a script or a rollout: `reset`, `predict`, `verify`."""
+
+    def __init__(self, core: SpeculativePolicy) -> None:
+        self.core, self.model, self.tokenizer, self.config = core, core.model, core.tokenizer, core.config
+        self.decode, self.acceptance, self.engine = core.decode, core.acceptance, core.engine
+        self.image_size, self.cameras, self.device = core.image_size, core.cameras, core.device
+        self.provenance, self.save_pretrained = core.provenance, core.save_pretrained
+        self.push_to_hub = core.push_to_hub
+        self._state: EpisodeState | None = None
+        self._pending: Pending | None = None
+        self._turn = threading.RLock()  # `verify` may come from another thread
+
     @classmethod
-    def from_pretrained(
+    def of(
         cls,
-        path_or_hub_id: str | Path,
-        *,
-        device: str = "cpu",
-        decode: str = BEST,
-        acceptance: str | None = None,
-        fine: str | None = None,
-        temperature: float = 0.0,
-        skip: SkipRule | None = None,
-        engine: str = AUTO,
-        audit: bool = False,
+        model: RsdModel,
+        tokenizer: ActionTokenizer,
+        config: PolicyConfig,
+        provenance: dict[str, Any] | None = None,
+        **options: Any,
     ) -> RsdPolicy:
-        """Load a checkpoint directory, or a hub repository of one; `RsdError` on anything missing or odd.
-
-        decode: `best` takes the best proven decoder that the checkpoint supports (see `choose_decode`), logs why, and
-        the policy's `decode` names it. engine: `auto` takes CUDA graphs on a GPU and ONNX Runtime on a CPU (see
-        `decoding.engines`), and the policy's `engine` names it. acceptance, fine: None takes the checkpoint's own, or
-        with a temperature `exact` and `sequential`. skip: for `rsd-skip`; None takes the checkpoint's own calibration
-        and the acceptance rule that it was made with.
-        """
-        check_device(device)
-        directory = locate_checkpoint(path_or_hub_id)
-        content = read_content(directory)
-        policy_class: type[RsdPolicy] = cls
-        if BACKBONE in content:
-            from rsd.openvla.rsd_policy import OpenVlaRsdPolicy
-
-            policy_class = OpenVlaRsdPolicy
-        if decode == BEST:
-            proven = proven_decode(directory, content)
-            choice = choose_decode(bool(content["policy"].get("light")), temperature, skip, proven)
-            second = choice.decode != "rsd-ahead" and proven is None  # to what another checkpoint could do
-            LOG.log(logging.WARNING if second else logging.INFO, "%s: %s", directory, choice)
-            decode = choice.decode
-        check_sampling(temperature, decode, acceptance, fine)  # before the weights
-        check_decode(decode, bool(content["policy"].get("light")))
-        options = {"decode": decode, "acceptance": acceptance, "fine": fine, "temperature": temperature}
-        options = with_calibration(directory, options | {"skip": skip, "engine": engine, "audit": audit})
-        return policy_class.load(directory, content, device, options)
+        """A policy of models at hand; options: as of `from_pretrained`, but for the device, which is the models'."""
+        return cls(SpeculativePolicy(model, tokenizer, config, *options_of(**options), provenance=provenance))
 
     @classmethod
-    def load(cls, directory: Path, content: dict[str, Any], device: str, options: dict[str, Any]) -> RsdPolicy:
-        """directory and its config.json, already checked; options: the constructor's."""
-        tokenizer = ActionTokenizer.load(directory)
-        model, config = load_model(directory, content, tokenizer)
-        model.to(device)
-        return cls(model, tokenizer, config, provenance=content.get("provenance", {}), **options)
+    def from_pretrained(cls, path_or_hub_id: str | Path, **options: Any) -> RsdPolicy:
+        """Load a checkpoint; options: by name, those of `DecodeOptions` and `RuntimeOptions`."""
+        return cls(load_policy(path_or_hub_id, *options_of(**options)))
 
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the episode so far; call it before an episode's first observation.
 
-def check_decode(decode: str, light: bool) -> None:
-    """Raise unless there is such a strategy and, where it needs one, a light draft."""
-    if decode not in STRATEGIES:
-        raise RsdError(f"decode {decode!r}: expected one of {', '.join(STRATEGIES)}")
-    if decode in LIGHT and not light:
-        raise RsdError(f"decode {decode!r}: this checkpoint has no light draft; use rsd, l1 or ar, or train one")
+        seed: of what is drawn from now on at a temperature; without one the random numbers go on where they were.
+        """
+        with self._turn:
+            self._state = self._pending = None
+            if seed is not None:
+                self.core.seed(seed)
 
+    def predict(self, observation: Observation) -> ActionChunk:
+        """Observation -> chunk float32 [H, 7], environment-ready; a failure ends the episode.
 
-def own_verification(policy: dict[str, Any]) -> tuple[str, str]:
-    """A checkpoint's own acceptance rule and way to the fine levels; policy: that part of its config.json."""
-    return policy.get("acceptance", PolicyConfig.acceptance), policy.get("fine", PolicyConfig.fine)
+        With a decoder that verifies later, what is left of the chunk before is done first."""
+        with self._turn:
+            self.verify()
+            with self._ending_the_episode():
+                (chunk,), (self._state,), self._pending = self.core.predict([observation], [self._state])
+        return chunk
 
+    def verify(self) -> ChunkStats | None:
+        """With `rsd-ahead`: the target's pass for the last chunk -> that chunk's statistics, complete now; else None.
 
-def settle_verification(
-    own: tuple[str, str], acceptance: str | None, fine: str | None, temperature: float
-) -> tuple[str, str]:
-    """The acceptance rule's name, and how the fine levels come; own: the checkpoint's; None: nothing was asked for."""
-    # drawn tokens have no greedy choice to be near to: only the rule that keeps a distribution can judge them
-    name = acceptance or ("exact" if temperature else own[0])
-    # `exact` promises the tokens of `ar`; regressed fine levels would break that promise
-    fine = fine or ("sequential" if name == "exact" else own[1])
-    if fine not in ("regress", "sequential"):
-        raise RsdError(f"fine {fine!r}: expected regress or sequential")
-    return name, fine
+        Call it while that chunk is executed, from any thread; otherwise the next prediction begins with it."""
+        with self._turn:
+            pending, self._pending = self._pending, None
+            if pending is None:
+                return None
+            with self._ending_the_episode():
+                (stats,), (self._state,) = self.core.verify_pending(pending)
+        return stats
 
-
-def recordable(fine: str, temperature: float, exportable: bool, device: torch.device) -> bool:
-    """Whether a strategy can become a graph; exportable: whether its models can become ONNX graphs.
-
-    Drawn tokens cannot: a graph would have to know of the generator, and `rsd` decides on the host."""
-    return fine == "regress" and temperature == 0 and (exportable or device.type != "cpu")
-
-
-class Choice(NamedTuple):
-    """The decoder that `best` stands for, and why."""
-
-    decode: str
-    why: str
-
-    def __str__(self) -> str:
-        return f"decodes by {self.decode}: {self.why}"
-
-
-def choose_decode(
-    light: bool, temperature: float = 0.0, skip: SkipRule | None = None, proven: tuple[str, str] | None = None
-) -> Choice:
-    """What `best` is, by what is proven in closed loop, for a checkpoint with or without a light draft.
-
-    proven: what its own evaluations proved, see `checkpoint.proven_decode`."""
-    if not light:
-        return Choice("rsd", "the best without a light draft")
-    if temperature:
-        return Choice("rsd-fused", "the best that draws its tokens")
-    if skip:
-        return Choice("rsd-skip", "a skip threshold is given")
-    return Choice(*proven) if proven else Choice("rsd-ahead", "the best")
+    @contextmanager
+    def _ending_the_episode(self) -> Iterator[None]:
+        """What a failed prediction leaves behind must not reach the next one."""
+        try:
+            yield
+        except RsdError:
+            self.reset()
+            raise

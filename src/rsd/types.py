@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ STATE_DIM = 8  # end-effector position 3, axis-angle 3, gripper joint positions 
 CAMERAS = ("agentview", "wrist")
 # see `decoding.engines`
 AUTO, EAGER, CUDA_GRAPHS, COMPILED, ONNX = ENGINES = "auto", "eager", "cuda-graphs", "compiled", "onnx"
+MAX_SKIPS, MEMORY_CHUNKS = 6, 2  # of `decoding.gate.SkipRule`; here, where nothing loads torch
 BEST = "best"  # in the place of a decoder's name: the best proven one that the checkpoint supports
 
 
@@ -96,7 +98,7 @@ def check_observation(found: Any) -> Observation:
     raise RsdError(f"predict: expected an Observation, found {type(found).__name__}; {remedy}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ChunkStats:
     """How one action chunk was decoded. Counts per level use vLLM's words (levels = positions).
 
@@ -151,8 +153,27 @@ class Policy(Protocol):
     def predict(self, observation: Observation) -> ActionChunk: ...
 
 
-@runtime_checkable
-class FollowsUp(Protocol):
-    """A policy that has something left to do while its chunk is executed."""
+class ChunkPolicy(Protocol):
+    """One path for a robot, a batch and a server's sessions: what episodes remember goes in and comes out."""
 
-    def follow_up(self) -> None: ...
+    @property
+    def image_size(self) -> int: ...
+
+    def predict(
+        self, observations: Sequence[Observation], states: Sequence[Any]
+    ) -> tuple[list[ActionChunk], list[Any], Any]:
+        """One observation and one state of each episode, None at its start -> chunks, states, and what is pending."""
+        ...
+
+    def verify_pending(self, pending: Any) -> tuple[list[ChunkStats], list[Any]]:
+        """What was pending of a prediction -> its chunks' complete statistics, and states."""
+        ...
+
+
+@runtime_checkable
+class VerifiesLater(Protocol):
+    """A policy that may have something left to find out of a chunk while it is executed."""
+
+    def verify(self) -> ChunkStats | None:
+        """The last chunk's statistics, complete now; None if nothing was left."""
+        ...

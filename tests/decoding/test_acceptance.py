@@ -13,6 +13,7 @@ from rsd.decoding.acceptance import (
     exact,
     margin,
     typical,
+    within_reach,
 )
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
@@ -234,6 +235,7 @@ def test_rules_by_name() -> None:
 def test_a_rule_names_its_settings_and_reads_that_name_again() -> None:
     written = {"distance": "distance(1)", "typical": "typical(0.09)", "typical(.3, 1)": "typical(0.3,1)"}
     written |= {"agreement": "agreement(0.7)", "exact": "exact", "margin": "margin", "residual": "residual"}
+    written |= {"blind": "blind(0.95)", "blind(.9, moving)": "blind(0.9,moving)"}
     for name, full in written.items():
         assert acceptance_rule(name, CODE).name == full
         assert acceptance_rule(full, CODE).name == full
@@ -260,6 +262,10 @@ def test_a_rule_names_its_settings_and_reads_that_name_again() -> None:
         "typical(0.3,)",
         "typical(,0.3)",
         "typical(nan)",
+        "blind()",
+        "blind(0)",
+        "blind(1.1)",
+        "blind(0.9,still)",
         "agreement()",
         "agreement(0)",
         "agreement(1.01)",
@@ -270,6 +276,30 @@ def test_a_rule_names_its_settings_and_reads_that_name_again() -> None:
     ],
 )
 def test_unknown_rules_and_shares_are_refused(name: str) -> None:
-    expected = r"expected exact, margin, residual, distance\(D\), typical\(EPSILON\), agreement\(SHARE\)"
+    expected = r"expected exact, margin, residual, blind\(SHARE\), distance\(D\), typical\(EPSILON\), agreement\(SHAR"
     with pytest.raises(RsdError, match=expected):
         acceptance_rule(name, CODE)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+@given(seed=st.integers(0, 2**32 - 1), share=st.floats(0.05, 1.0))
+def test_a_whole_chunk_stands_if_enough_of_it_is_meant(moving: bool, seed: int, share: float) -> None:
+    """The main's own always stands, one out of reach everywhere never; which of the two says what is the same."""
+    own = 3.0 * torch.randn(5, 48, generator=torch.Generator().manual_seed(seed))
+    reach = 0.4
+    assert within_reach(own, own, reach, share, moving).all()
+    assert not within_reach(own + 1.0, own, reach, share, moving).any()
+    draft = own + torch.randn(5, 48, generator=torch.Generator().manual_seed(seed + 1)) * 0.4
+    stands = within_reach(draft, own, reach, share, moving)
+    assert torch.equal(stands, within_reach(own, draft, reach, share, moving))
+    stricter = within_reach(draft, own, reach, min(1.0, share + 0.2), moving)
+    assert (stands | ~stricter).all()
+
+
+def test_scalars_without_motion_vote_for_no_draft_where_only_motion_counts() -> None:
+    """46 coefficients that are zero whatever is meant, and two that say which way: these are opposite."""
+    draft, own = torch.zeros(2, 1, 48)
+    draft[:, :2], own[:, :2] = 2.0, -2.0
+    assert within_reach(draft, own, 0.4, 0.95)
+    assert not within_reach(draft, own, 0.4, 0.95, moving=True)
+    assert within_reach(torch.zeros(1, 48), torch.zeros(1, 48), 0.4, 0.95, moving=True)  # to stand still is meant

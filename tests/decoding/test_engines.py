@@ -2,18 +2,21 @@
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from torch import Tensor
 
 from rsd.decoding import engines
-from rsd.decoding.engines import VARIABLE, choose_engine, strategy_on
-from rsd.decoding.recorded import Call, RecordedStrategy
-from rsd.decoding.steps import Decoder, SkipRule
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.engines import VARIABLE, choose_engine, make_engine
+from rsd.decoding.gate import SkipRule
+from rsd.decoding.primitives import Primitives, Step
+from rsd.decoding.recorded import Call, Recordings
+from rsd.decoding.strategies import DECODERS
 from rsd.models.light_draft import LightDraft
 from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.nested import tensors_of, with_tensors
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ONNX, Observation, RsdError
@@ -69,37 +72,84 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, ca
         choose_engine(ONNX, "cpu", recordable=True)
 
 
-@pytest.mark.parametrize("decode", STRATEGIES)
-def test_all_that_an_episode_needs_is_recorded_by_its_first_prediction(
+class Overwriting:
+    """A recorder that behaves as a CUDA graph does: its results are the same tensors every time."""
+
+    def __init__(self, recorded: list[str], step: Step, call: Call, inputs: Sequence[Tensor]) -> None:
+        recorded.append(step.name)
+        self.call, self.inputs = call, [tensor.clone() for tensor in inputs]
+        self.result = with_tensors(call(inputs), (tensor.clone() for tensor in tensors_of(call(inputs))))
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        for mine, new in zip(tensors_of(self.result), tensors_of(self.call(self.inputs)), strict=True):
+            mine.copy_(new)
+        return self.result
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["primitives", "compositions"])
+@pytest.mark.parametrize("decode", DECODERS)
+def test_all_that_episodes_need_is_recorded_by_the_first_prediction_and_nothing_of_it_is_kept_where_it_is_overwritten(
     decode: str,
+    whole: bool,
     make_steady_model: Callable[[], RsdModel],
     tokenizer: ActionTokenizer,
     tiny_config: PolicyConfig,
     make_observation: Callable[..., Observation],
 ) -> None:
+    """Two episodes in turns give what each gives alone."""
     recorded: list[str] = []
 
-    def record(key: str, decoder: Decoder, call: Call, inputs: Sequence[Tensor]) -> Call:
-        recorded.append(key)
-        return call
+    def record(step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> Call:
+        return Overwriting(recorded, step, call, inputs)
 
     plain, graphs = (
-        RsdPolicy(make_steady_model(), tokenizer, tiny_config, decode=decode, skip=SkipRule(1e9, 3), engine=EAGER)
+        RsdPolicy.of(make_steady_model(), tokenizer, tiny_config, decode=decode, skip=SkipRule(1e9, 2), engine=EAGER)
         for _ in range(2)
     )
-    graphs._strategy = RecordedStrategy(decode, record)
+    core = graphs.core
+    core.ops.engine, core._rehearsed = Recordings(record, whole), False
+    states: list[Any] = [None, None]
     counts = []
-    for seed in range(6):
-        expected, found = (policy.predict(make_observation(seed)) for policy in (plain, graphs))
-        assert np.array_equal(found.actions, expected.actions)
-        counts.append(len(recorded))
-    assert counts == [counts[0]] * 6
-    assert len(set(recorded)) == counts[0]
+    for turn in range(6):
+        found, pending = [], []
+        for episode in range(2):
+            chunks, (states[episode],), left = core.predict([make_observation(10 * episode + turn)], [states[episode]])
+            found.append(chunks[0].actions)
+            pending.append(left)
+            counts.append(len(recorded))
+        for episode, left in enumerate(pending):
+            if left is not None:
+                _, (states[episode],) = core.verify_pending(left)
+        assert all(np.isfinite(actions).all() for actions in found)
+        chunks_of = expected_chunks(plain, decode, turn, make_observation)
+        for actions, expected in zip(found, chunks_of, strict=True):
+            assert np.allclose(actions, expected, atol=1e-6)
+    assert counts == [counts[0]] * 12
+    if whole and decode not in ("rsd-skip", "rsd-ahead", "light-alone"):
+        assert set(recorded) == {decode}  # all of it as one
 
 
-def test_eager_is_the_plain_strategy() -> None:
-    assert strategy_on(EAGER, "rsd") is STRATEGIES["rsd"]
-    assert isinstance(strategy_on(ONNX, "rsd"), RecordedStrategy)
+def expected_chunks(
+    plain: RsdPolicy, decode: str, turn: int, make_observation: Callable[..., Observation]
+) -> list[np.ndarray]:
+    """The chunk of that turn in each of two episodes by themselves."""
+    found = []
+    for episode in range(2):
+        plain.reset()
+        for at in range(turn + 1):
+            chunk = plain.predict(make_observation(10 * episode + at))
+        found.append(chunk.actions)
+    return found
+
+
+def test_eager_runs_primitives_as_they_are() -> None:
+    assert make_engine(EAGER) is None
+    on_cpu, on_gpu = make_engine(ONNX), make_engine(CUDA_GRAPHS)
+    assert on_cpu is not None
+    assert on_gpu is not None
+    assert (on_cpu.whole, on_gpu.whole) == (False, True)
 
 
 @pytest.mark.parametrize("engine", [EAGER, ONNX])
@@ -108,7 +158,7 @@ def test_a_draft_that_is_corrected_anyway_is_not_completed(
 ) -> None:
     """`rsd-fused` needs the coarse tokens alone; its chunks are those of a policy that has the rest as well."""
     plain, audited = (
-        RsdPolicy(policy.model, policy.tokenizer, policy.config, decode="rsd-fused", audit=audit, engine=engine)
+        RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="rsd-fused", audit=audit, engine=engine)
         for audit in (False, True)
     )
     foreseen = list[bool]()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.strategies import DECODERS
 from rsd.models.fusing import fusible, fusing
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
@@ -27,7 +27,7 @@ class Captured:
 
 
 @pytest.mark.parametrize("acceptance", ["margin", "residual"])
-@pytest.mark.parametrize("decode", STRATEGIES)
+@pytest.mark.parametrize("decode", DECODERS)
 def test_a_strategy_of_compiled_pieces_acts_as_written(
     make_model: Callable[[int], RsdModel],
     tokenizer: ActionTokenizer,
@@ -36,11 +36,11 @@ def test_a_strategy_of_compiled_pieces_acts_as_written(
     decode: str,
     acceptance: str,
 ) -> None:
-    if acceptance == "residual" and not decode.startswith("rsd"):
+    if acceptance == "residual" and not DECODERS[decode].drafts:
         pytest.skip("accepts nothing")
     model, compiler = make_model(0), Captured()
     config = replace(tiny_config, acceptance=acceptance)
-    plain, pieces = (RsdPolicy(model, tokenizer, config, decode=decode, engine=EAGER) for _ in range(2))
+    plain, pieces = (RsdPolicy.of(model, tokenizer, config, decode=decode, engine=EAGER) for _ in range(2))
     for seed in range(2):
         expected = plain.predict(make_observation(seed))
         with fusing(compiler):

@@ -1,7 +1,11 @@
 """ONNX graphs give what PyTorch gives, are exported once, and nothing wrong comes out of them unseen."""
 
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +14,11 @@ from torch import Tensor
 
 from rsd.decoding import onnx_graph
 from rsd.decoding.acceptance import acceptance_rule
-from rsd.decoding.onnx_graph import OnnxGraph, graph_folder
-from rsd.decoding.steps import Decoded, Decoder, SkipRule
-from rsd.decoding.strategies import STRATEGIES
-from rsd.evaluation.batched_policy import BatchedRsdPolicy
+from rsd.decoding.gate import SkipRule
+from rsd.decoding.onnx_graph import WEIGHTS, OnnxGraphs, graph_folder
+from rsd.decoding.primitives import Primitives, Step
+from rsd.decoding.state import DecodeResult
+from rsd.decoding.strategies import DECODERS
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -36,7 +41,7 @@ def make_policy(
 ) -> MakePolicy:
     def make(decode: str, **options: object) -> RsdPolicy:
         options = {"engine": ONNX, "skip": SkipRule(1e9, 3), **options}
-        return RsdPolicy(make_steady_model(), tokenizer, tiny_config, decode=decode, **options)
+        return RsdPolicy.of(make_steady_model(), tokenizer, tiny_config, decode=decode, **options)
 
     return make
 
@@ -45,12 +50,12 @@ def episode(policy: RsdPolicy, make_observation: MakeObservation, chunks: int = 
     policy.reset()
     found = []
     for seed in range(chunks):
-        found.append(policy.predict(make_observation(seed)))
-        policy.follow_up()
+        chunk = policy.predict(make_observation(seed))
+        found.append(replace(chunk, stats=policy.verify() or chunk.stats))
     return found
 
 
-@pytest.mark.parametrize("decode", STRATEGIES)
+@pytest.mark.parametrize("decode", DECODERS)
 def test_a_graph_acts_and_counts_as_pytorch_does(
     decode: str, make_policy: MakePolicy, make_observation: MakeObservation
 ) -> None:
@@ -68,13 +73,14 @@ def test_a_graph_acts_and_counts_as_pytorch_does(
 def test_a_batch_of_graphs_acts_as_pytorch_does(make_policy: MakePolicy, make_observation: MakeObservation) -> None:
     found = {}
     for engine in (EAGER, ONNX):
-        batched = BatchedRsdPolicy(make_policy("rsd-ahead", engine=engine), 2)
-        memories = [batched.new_memory() for _ in range(2)]
-        found[engine] = [
-            chunk.actions
-            for turn in range(2)
-            for chunk in batched.predict_batch([make_observation(2 * turn + i) for i in range(2)], memories)
-        ]
+        core = make_policy("rsd-ahead", engine=engine, batch=2).core
+        states: list[Any] = [None, None]
+        found[engine] = list[np.ndarray]()
+        for turn in range(2):
+            chunks, states, pending = core.predict([make_observation(2 * turn + i) for i in range(2)], states)
+            assert pending is not None
+            _, states = core.verify_pending(pending)
+            found[engine] += [chunk.actions for chunk in chunks]
     np.testing.assert_allclose(found[ONNX], found[EAGER], atol=1e-5)
 
 
@@ -90,53 +96,84 @@ def test_what_is_not_finite_is_noticed(make_policy: MakePolicy, make_observation
 
 
 @pytest.fixture
-def decoder(make_policy: MakePolicy) -> Decoder:
-    return make_policy("l1").decoder
+def decoder(make_policy: MakePolicy) -> Primitives:
+    return make_policy("l1").core.ops
 
 
-def record(decoder: Decoder, key: str = "sum") -> Decoded:
+def record(decoder: Primitives, key: str = "sum") -> DecodeResult:
     """What a graph of a small call, which reads a weight, gives on other inputs than it was made with."""
 
-    def call(inputs: Sequence[Tensor]) -> Decoded:
+    def call(inputs: Sequence[Tensor]) -> DecodeResult:
         values, symbols = inputs
-        return Decoded(values + decoder.main.state_mean, symbols + 1, main_passes=3)
+        return DecodeResult(values + decoder.main.state_mean, symbols + 1, main_passes=3)
 
-    graph = OnnxGraph(key, decoder, call, [torch.zeros(2, 11), torch.zeros(2, dtype=torch.int64)])
+    step = Step(key, "main", by="rule")
+    graph = OnnxGraphs()(step, decoder, call, [torch.zeros(2, 11), torch.zeros(2, dtype=torch.int64)])
     return graph([torch.ones(2, 11), torch.ones(2, dtype=torch.int64)])
 
 
-def exports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the graphs exported from now on."""
-    names: list[str] = []
-    export = onnx_graph._export
-    monkeypatch.setattr(onnx_graph, "_export", lambda path, *rest: names.append(path.name) or export(path, *rest))
-    return names
+def exports(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The graphs exported from now on."""
+    paths: list[Path] = []
+    export = onnx_graph.export
+    monkeypatch.setattr(onnx_graph, "export", lambda path, *rest: paths.append(path) or export(path, *rest))
+    return paths
 
 
 def test_a_graph_is_exported_once_and_anew_for_other_weights(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    decoder: Primitives, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    names = exports(monkeypatch)
+    paths = exports(monkeypatch)
     for _ in range(2):
         found = record(decoder)
         assert torch.equal(found.value, torch.ones(2, 11))
         assert torch.equal(found.gripper, torch.tensor([2, 2]))
         assert found.main_passes == 3
-    assert len(names) == 1
+    assert len(paths) == 1
+    assert capfd.readouterr().err.count("exporting sum for ONNX Runtime") == 1  # nobody waits without knowing for what
     decoder.main.state_mean += 5.0
     assert torch.equal(record(decoder).value, torch.full((2, 11), 6.0))
-    assert len(set(names)) == 2
+    assert len({path.parent for path in paths}) == 2  # another policy's folder
     decoder.rule = acceptance_rule("exact", decoder.main.code)
     record(decoder)
     record(decoder, "another")
-    assert len(set(names)) == 4
+    assert len(set(paths)) == 4
+
+
+def test_decoders_and_rules_share_graphs_and_all_graphs_the_weights(
+    make_policy: MakePolicy, make_observation: MakeObservation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        mine = make_policy("l1")
+        mine.model.main.state_mean += 1.0  # a policy that no other test has made graphs of
+    paths = exports(monkeypatch)
+
+    def run(decode: str, **options: object) -> list[str]:
+        before = len(paths)
+        policy = RsdPolicy.of(mine.model, mine.tokenizer, mine.config, decode=decode, engine=ONNX, **options)
+        policy.predict(make_observation(0))
+        return [path.name.rsplit("-", 1)[0] for path in paths[before:]]
+
+    assert run("l1") == ["embed", "prefill", "regress"]
+    assert run("parallel") == ["all_levels"]
+    first = run("rsd-fused")
+    assert sorted(set(first)) == ["accept", "draft", "prefill_with"]
+    assert run("rsd-fused") == []
+    assert run("rsd-fused", acceptance="distance(1)") == ["accept"]
+    assert run("rsd-ahead") == ["forecast"]
+    folder = paths[0].parent
+    graphs = sum(path.stat().st_size for path in folder.glob("*.onnx"))
+    weights = [path.stat().st_size for path in (folder / WEIGHTS).iterdir()]
+    parameters = sum(4 * p.numel() for p in mine.model.parameters())
+    assert sum(weights) < 1.1 * parameters
+    assert graphs < 5e6
 
 
 @pytest.mark.parametrize(
     ("off", "said"), [((0.1, 0), "output 0 is 0.1 away"), ((0.0, 1), "output 1 is 1 away")], ids=["values", "symbols"]
 )
 def test_a_graph_that_gives_something_else_is_refused(
-    off: tuple[float, int], said: str, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    off: tuple[float, int], said: str, decoder: Primitives, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = onnx_graph._session
 
@@ -155,33 +192,35 @@ def test_a_graph_that_gives_something_else_is_refused(
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    decoder: Primitives, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(RsdError, match=r"file/rsd-vla/graphs/sum-.* not written .*XDG_CACHE_HOME.* 'eager'"):
+    with pytest.raises(RsdError, match=r"file/rsd-vla/graphs/.* not written .*XDG_CACHE_HOME.* 'eager'"):
         record(decoder)
 
 
-def test_a_failed_export_leaves_nothing_behind(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_a_failed_export_leaves_nothing_behind(
+    decoder: Primitives, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
     def broken(*rest: object, **options: object) -> None:
         raise RuntimeError("no such operator")
 
     record(decoder)
-    before = set(folder.iterdir())
+    before = set(folder.rglob("*"))
     with monkeypatch.context() as patch:
         patch.setattr(torch.onnx, "export", broken)
         with pytest.raises(RsdError, match=r"fresh.*: not exported \(no such operator\); take the engine 'eager'"):
             record(decoder, "fresh")
-    assert set(folder.iterdir()) == before
+    assert set(folder.rglob("*")) == before
     assert torch.equal(record(decoder, "fresh").value, torch.ones(2, 11))
 
 
 def test_a_damaged_graph_is_made_anew(
-    decoder: Decoder, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    decoder: Primitives, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = record(decoder, "damaged").value
-    (path,) = folder.glob("damaged-*.onnx")
+    (path,) = folder.rglob("damaged-*.onnx")
     whole = path.stat().st_size
     for length in (0, 100):
         path.write_bytes(path.read_bytes()[:length])
@@ -190,16 +229,24 @@ def test_a_damaged_graph_is_made_anew(
         assert path.stat().st_size == whole
     path.write_bytes(b"")
     with monkeypatch.context() as patch:
-        patch.setattr(onnx_graph, "_export", lambda *rest: None)  # what is made anew is damaged as well
+        patch.setattr(onnx_graph, "export", lambda *rest: None)  # what is made anew is damaged as well
         with pytest.raises(RsdError, match=rf"{path}: cannot be loaded"):
             record(decoder, "damaged")
     path.unlink()
     assert torch.equal(record(decoder, "damaged").value, torch.ones(2, 11))
 
 
-def test_graphs_used_longest_ago_give_way(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(onnx_graph, "KEPT", 2)
-    names = exports(monkeypatch)
-    for key in ("first", "second", "first", "third"):
-        record(decoder, key)
-    assert {path.name for path in folder.glob("*.onnx")} == {names[0], names[2]}
+def test_policies_used_longest_ago_give_way(decoder: Primitives, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    paths, now = exports(monkeypatch), time.time()
+    for offset in (101.0, 102.0, 101.0, 103.0):
+        decoder.main.state_mean.fill_(offset)
+        limit = onnx_graph._bytes(folder) if offset == 103.0 else 2e9
+        monkeypatch.setattr(onnx_graph, "LIMIT_BYTES", limit)
+        record(decoder)
+        used = graph_folder() / onnx_graph.policy_name(decoder)
+        now += 1.0
+        os.utime(used, (now, now))
+    first, second, third = (path.parent for path in paths)
+    assert first.exists()
+    assert third.exists()
+    assert not second.exists()

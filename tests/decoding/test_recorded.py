@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rsd.decoding.steps import SkipRule
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.gate import SkipRule
+from rsd.decoding.strategies import DECODERS
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="records C
 
 
 @pytest.mark.parametrize("recorded_engine", [AUTO, COMPILED])
-@pytest.mark.parametrize("decode", STRATEGIES)
+@pytest.mark.parametrize("decode", DECODERS)
 def test_a_recorded_strategy_acts_as_the_plain_one(
     make_model: Callable[[int], RsdModel],
     tokenizer: ActionTokenizer,
@@ -28,13 +28,15 @@ def test_a_recorded_strategy_acts_as_the_plain_one(
 ) -> None:
     model, skip = make_model(0).cuda(), SkipRule(1e9, 2)
     plain, recorded = (
-        RsdPolicy(model, tokenizer, tiny_config, decode=decode, skip=skip, engine=engine)
+        RsdPolicy.of(model, tokenizer, tiny_config, decode=decode, skip=skip, engine=engine)
         for engine in (EAGER, recorded_engine)
     )
     for seed in range(6):
         expected, found = (policy.predict(make_observation(seed)) for policy in (plain, recorded))
         assert np.allclose(found.actions, expected.actions, atol=1e-5)
         assert found.stats.prefills == expected.stats.prefills
+        for policy in (plain, recorded):
+            policy.verify()
 
 
 def test_a_recording_is_right_on_whatever_streams_it_gets(
@@ -47,7 +49,7 @@ def test_a_recording_is_right_on_whatever_streams_it_gets(
     model = make_model(0).cuda()
 
     def act(engine: str) -> list[np.ndarray]:
-        policy = RsdPolicy(model, tokenizer, tiny_config, decode="rsd-fused", engine=engine)
+        policy = RsdPolicy.of(model, tokenizer, tiny_config, decode="rsd-fused", engine=engine)
         return [policy.predict(make_observation(seed)).actions for seed in range(3)]
 
     expected = act(EAGER)
@@ -64,7 +66,7 @@ def test_drawn_tokens_are_drawn_anew_on_a_gpu_and_repeat_with_the_seed(
     make_observation: Callable[..., Observation],
     decode: str,
 ) -> None:
-    policy = RsdPolicy(make_model(0).cuda(), tokenizer, tiny_config, decode=decode, temperature=1.0)
+    policy = RsdPolicy.of(make_model(0).cuda(), tokenizer, tiny_config, decode=decode, temperature=1.0)
     drawn = []
     for _ in range(2):
         policy.reset(5)
@@ -80,7 +82,7 @@ def test_a_recorded_strategy_notices_what_is_not_finite(
     make_observation: Callable[..., Observation],
 ) -> None:
     model = make_model(0).cuda()
-    policy = RsdPolicy(model, tokenizer, tiny_config, decode="rsd-fused")
+    policy = RsdPolicy.of(model, tokenizer, tiny_config, decode="rsd-fused")
     policy.predict(make_observation())
     with torch.no_grad():
         model.main.level_head.bias[0, -1] = float("nan")

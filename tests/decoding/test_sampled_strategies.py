@@ -1,7 +1,6 @@
 """Decoders at a temperature, end to end, against the main's enumerated distribution; what a wrong one looks like."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -10,11 +9,12 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor, nn
 
-from rsd.decoding import sampling, strategies
+from rsd.decoding import sampling, verification
 from rsd.decoding.acceptance import acceptance_rule
+from rsd.decoding.primitives import Primitives
 from rsd.decoding.sampling import Sampler, Verified
-from rsd.decoding.steps import Decoder, Scene, Stopwatch
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.state import DecodeResult, EpisodeState, PolicyInput
+from rsd.decoding.strategies import DECODERS
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.light_draft import LightDraft, LightDraftConfig
 from rsd.models.main import MainConfig, MainModel
@@ -27,19 +27,19 @@ SURE_WRONG = 1e-9  # p-value; the right implementations are above 1e-3 with thes
 SHAPES = ((2, 2), (1, 3))  # (steps of a chunk, levels): two tokens on a level, and three levels, two of them drafted
 
 
-class Given(Scene):
-    """A scene of which the main gets a given prefix."""
+class Given(Primitives):
+    """Of which the target gets a given prefix, in the place of pixels."""
 
-    def __init__(self, prefix: Tensor) -> None:
-        nothing = torch.zeros(len(prefix), 0)
-        super().__init__(nothing, torch.zeros(len(prefix), 11), (nothing, nothing))
-        self.given = prefix
-
-    def prefix(self, main: MainModel, watch: Stopwatch) -> Tensor:
-        return self.given
+    def embed(self, seen: PolicyInput) -> Tensor:
+        return seen.pixels
 
 
-def make_decoder(horizon: int, levels: int, monkeypatch: pytest.MonkeyPatch) -> Decoder:
+def given(prefix: Tensor) -> PolicyInput:
+    nothing = torch.zeros(len(prefix), 0)
+    return PolicyInput(prefix, torch.zeros(len(prefix), 11), (nothing, nothing))
+
+
+def make_decoder(horizon: int, levels: int, monkeypatch: pytest.MonkeyPatch) -> Primitives:
     """Random weights that make distributions neither flat nor sure, the drafts' others than the main's."""
     torch.manual_seed(horizon)
     code = RfsqConfig(levels, K, 2.0)
@@ -59,24 +59,28 @@ def make_decoder(horizon: int, levels: int, monkeypatch: pytest.MonkeyPatch) -> 
     for part in parts:
         part.eval()
     sampler = Sampler(TEMPERATURE, torch.Generator().manual_seed(7))
-    return Decoder(main, draft, acceptance_rule("exact", code), "sequential", light, sampler=sampler)
+    return Given(main, draft, acceptance_rule("exact", code), "sequential", light, sampler=sampler)
 
 
 PREFIX = torch.randn(1, 4, DIM, generator=torch.Generator().manual_seed(0))
 
 
+def decide(name: str, ops: Primitives, seen: PolicyInput) -> DecodeResult:
+    return DECODERS[name].decode(ops, seen, EpisodeState())
+
+
 @torch.no_grad()
-def draw(name: str, decoder: Decoder, runs: int) -> Tensor:
+def draw(name: str, decoder: Primitives, runs: int) -> Tensor:
     """-> motion tokens [runs, L, P] of one and the same observation."""
-    watch, batch = Stopwatch(torch.device("cpu")), 1 if name.startswith("rsd") else runs
+    batch = 1 if name.startswith("rsd") else runs
     rounds = runs // batch
-    decoded = [STRATEGIES[name](decoder, Given(PREFIX.expand(batch, -1, -1)), watch) for _ in range(rounds)]
+    decoded = [decide(name, decoder, given(PREFIX.expand(batch, -1, -1))) for _ in range(rounds)]
     decoder.check()
     return torch.cat([one.motion for one in decoded if one.motion is not None])
 
 
 @torch.no_grad()
-def enumerate_main(decoder: Decoder, parallel: bool) -> Tensor:
+def enumerate_main(decoder: Primitives, parallel: bool) -> Tensor:
     """Probability of every outcome [K ** (L * P)], by teacher forcing, the tokens in the order of `codes`."""
     main, code = decoder.main, decoder.code
     width, levels = main.horizon, main.code.levels
@@ -142,7 +146,7 @@ def test_a_verification_that_is_wrong_is_caught(
     name: str, wrong: Callable[..., Verified], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = make_decoder(*SHAPES[0], monkeypatch)
-    monkeypatch.setattr(strategies, "verify_block", wrong)
+    monkeypatch.setattr(verification, "verify_block", wrong)
     assert p_value(draw(name, decoder, 1_000), enumerate_main(decoder, False)) < SURE_WRONG
 
 
@@ -150,17 +154,18 @@ def test_a_verification_that_is_wrong_is_caught(
 def test_another_temperature_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder(*SHAPES[0], monkeypatch)
     assert decoder.sampler is not None
-    colder = replace(decoder, sampler=replace(decoder.sampler, temperature=0.7))
-    assert p_value(draw(name, colder, 500), enumerate_main(decoder, False)) < SURE_WRONG
+    decoder.sampler.temperature = 0.7
+    colder = draw(name, decoder, 500)
+    decoder.sampler.temperature = TEMPERATURE
+    assert p_value(colder, enumerate_main(decoder, False)) < SURE_WRONG
 
 
 def test_some_levels_stand_and_some_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the agreement above would say little."""
     decoder = make_decoder(*SHAPES[1], monkeypatch)
-    scene, watch = Given(PREFIX), Stopwatch(torch.device("cpu"))
     with torch.no_grad():
         for name in ("rsd", "rsd-fused"):
-            decoded = [STRATEGIES[name](decoder, scene, watch) for _ in range(60)]
+            decoded = [decide(name, decoder, given(PREFIX)) for _ in range(60)]
             lengths = [int(one.accepted_levels) for one in decoded if one.accepted_levels is not None]
             assert min(np.bincount(lengths, minlength=3)) > 3
             for one, length in zip(decoded, lengths, strict=True):
@@ -172,17 +177,18 @@ def test_some_levels_stand_and_some_do_not(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_vanishing_temperature_takes_the_likeliest(name: str, make_model: Callable[[int], RsdModel]) -> None:
     model = make_model(0).double()
     rule = acceptance_rule("exact", model.main.code)
-    greedy = Decoder(model.main, model.draft, rule, "sequential", model.light)
-    watch, generator = Stopwatch(torch.device("cpu")), torch.Generator().manual_seed(0)
+    greedy = Primitives(model.main, model.draft, rule, "sequential", model.light)
+    generator = torch.Generator().manual_seed(0)
     for index in range(5):
         images = torch.rand(1, 2, 3, 32, 32, generator=generator).double() - 0.5
         text = torch.zeros(1, 4, 32).double(), torch.zeros(1, 32).double()
         for temperature in (1e-300, 1e-6):
-            cold = replace(greedy, sampler=Sampler(temperature, generator), checks=[])
+            sampler = Sampler(temperature, generator)
+            cold = Primitives(model.main, model.draft, rule, "sequential", model.light, sampler=sampler)
             with torch.no_grad():
                 found, expected = (
-                    STRATEGIES[name](decoder, Scene(images, torch.full((1, 11), 0.1 * index).double(), text), watch)
-                    for decoder in (cold, greedy)
+                    decide(name, ops, PolicyInput(images, torch.full((1, 11), 0.1 * index).double(), text))
+                    for ops in (cold, greedy)
                 )
             assert found.motion is not None
             assert expected.motion is not None

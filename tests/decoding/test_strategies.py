@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsd.decoding import strategies
 from rsd.decoding.acceptance import acceptance_rule
-from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch, as_drafted, requantise
-from rsd.decoding.strategies import LIGHT, STRATEGIES
-from rsd.models.main import MainModel, state_features
+from rsd.decoding.gate import SkipRule
+from rsd.decoding.primitives import Primitives, as_draft, likelier_gripper
+from rsd.decoding.state import Blocks, DecodeResult, Draft, EpisodeState, PolicyInput, stacked
+from rsd.decoding.strategies import DECODERS, look, names, proposed
+from rsd.decoding.timing import Stopwatch
+from rsd.decoding.verification import requantise
+from rsd.models.main import state_features
 from rsd.models.rsd_model import RsdModel
 from rsd.models.text import word_ids
 from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
@@ -20,7 +23,6 @@ from rsd.types import Observation, RsdError
 
 L, C, H, P = 8, 3, 8, 48  # levels, drafted levels, steps, scalars of a level
 LAST_STEP = 2.0 ** -(L - 1)
-Propose = Callable[[Decoder, Tensor], tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(scope="module")
@@ -39,28 +41,24 @@ def model(make_model: Callable[[int], RsdModel]) -> RsdModel:
     return model
 
 
-def decoder_of(model: RsdModel, rule: str = "exact", fine: str = "regress") -> Decoder:
-    return Decoder(model.main, model.draft, acceptance_rule(rule, model.main.code), fine)
+def decoder_of(model: RsdModel, rule: str = "exact", fine: str = "regress") -> Primitives:
+    return Primitives(model.main, model.draft, acceptance_rule(rule, model.main.code), fine, model.light)
 
 
 @torch.no_grad()
-def decode(name: str, decoder: Decoder, prefix: Tensor) -> Decoded:
-    scene = Blindfolded(prefix)
-    decoded = STRATEGIES[name](decoder, scene, Stopwatch(torch.device("cpu")))
-    decoder.check()
+def decode(name: str, ops: Primitives, prefix: Tensor) -> DecodeResult:
+    given = Blindfolded(ops.main, ops.feature_drafter, ops.rule, ops.fine)
+    empty = torch.zeros(len(prefix), 0)
+    decoded = DECODERS[name].decode(given, PolicyInput(prefix, empty, (empty, empty)), EpisodeState())
+    given.check()
     return decoded
 
 
-class Blindfolded(Scene):
-    """A scene of which the main gets a given prefix."""
+class Blindfolded(Primitives):
+    """Of which the target gets a given prefix, in the place of pixels."""
 
-    def __init__(self, prefix: Tensor) -> None:
-        empty = torch.zeros(len(prefix), 0)
-        super().__init__(empty, empty, (empty, empty))
-        self.given = prefix
-
-    def prefix(self, main: MainModel, watch: Stopwatch) -> Tensor:
-        return self.given
+    def embed(self, seen: PolicyInput) -> Tensor:
+        return seen.pixels
 
 
 def prefixes(count: int, seed: int = 0) -> Tensor:
@@ -72,19 +70,19 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor, Tensor], None]:
     """Make the draft propose what it is told."""
 
     def force(motion: Tensor, gripper: Tensor) -> None:
-        monkeypatch.setattr(strategies, "propose", lambda decoder, features: as_drafted(decoder, motion, gripper))
+        monkeypatch.setattr(Primitives, "draft_from", lambda ops, features: as_draft(ops.code, motion, gripper))
 
     return force
 
 
-def same(found: Decoded, expected: Decoded) -> bool:
+def same(found: DecodeResult, expected: DecodeResult) -> bool:
     assert found.motion is not None
     assert expected.motion is not None
     equal = (torch.equal(a, b) for a, b in zip(outputs(found), outputs(expected), strict=True))
     return all(equal)
 
 
-def outputs(decoded: Decoded) -> Iterator[Tensor]:
+def outputs(decoded: DecodeResult) -> Iterator[Tensor]:
     assert decoded.motion is not None
     yield from (decoded.motion, decoded.value, decoded.gripper)
 
@@ -207,9 +205,9 @@ def test_regressed_margin_takes_each_scalar_from_the_block_after_its_own_accepte
     prefix = prefixes(40)
     with torch.no_grad():
         features, cache = model.main.prefill(prefix)
-        proposed = strategies.propose(decoder, features)
-        drafted, gripper = proposed.motion, strategies.greedy_gripper(decoder, features)
-        blocks = [features, *strategies.verify(decoder, proposed, gripper, cache)]
+        proposed = decoder.draft_from(features)
+        drafted, gripper = proposed.motion, likelier_gripper(decoder, features)
+        blocks = decoder.verify(proposed, Blocks([features], gripper, cache)).features
         own = torch.stack([model.main.logits(blocks[i], i + 1).argmax(-1) for i in range(C)], dim=1)
         missing = [model.main.residual(block, k + 1) for k, block in enumerate(blocks)]
     within = (drafted - own).abs() <= 2
@@ -234,8 +232,8 @@ def test_a_draft_judged_as_a_whole_stands_where_the_finer_levels_take_out_what_i
     prefix = prefixes(40)
     with torch.no_grad():
         features, cache = model.main.prefill(prefix)
-        proposed = strategies.propose(decoder, features)
-        gripper = strategies.greedy_gripper(decoder, features)
+        proposed = decoder.draft_from(features)
+        gripper = likelier_gripper(decoder, features)
         (last,) = model.main.extend(proposed.prefixes[-1:], gripper, C + 1, cache)  # one block, told everything
         missing, alone = model.main.residual(last, C + 1), model.main.residual(features, 1)
     within = missing.abs() <= decoder.code.config.reach(C)
@@ -263,12 +261,11 @@ def whole(model: RsdModel) -> Iterator[RsdModel]:
 
 
 def test_judged_in_place_of_block_1_the_correction_is_added_and_the_gripper_is_that_blocks(whole: RsdModel) -> None:
-    decoder = replace(decoder_of(whole, "residual"), light=whole.light)
+    decoder = decoder_of(whole, "residual")
     scene = seen(whole, 0)
     with torch.no_grad():
-        prefix = scene.prefix(whole.main, Stopwatch(torch.device("cpu")))
-        proposal = strategies.scout(decoder, scene)
-        drafted = as_drafted(decoder, proposal.motion, proposal.gripper)
+        prefix = decoder.embed(scene)
+        drafted = decoder.draft(scene, None)
         features, cache = whole.main.prefill_whole(prefix, drafted.prefixes[-1])
         _, plain = whole.main.prefill(prefix)
         apart = whole.main.whole(drafted.prefixes[-1], plain, prefix.shape[1])
@@ -284,8 +281,8 @@ def test_judged_in_place_of_block_1_the_correction_is_added_and_the_gripper_is_t
     estimate = drafted.prefixes[-1] + missing
     inside = estimate.abs() <= decoder.code.config.span()
     assert ((decoded.value - estimate).abs()[inside] <= LAST_STEP / 2 + 1e-5).all()
-    assert scene.memory.main is not None
-    assert scene.memory.main.keys[0].shape[2] == prefix.shape[1]  # what was drafted is not remembered
+    assert decoded.memory is not None
+    assert decoded.memory.keys[0].shape[2] == prefix.shape[1]  # what was drafted is not remembered
 
 
 def test_a_main_with_a_whole_block_verifies_token_by_token_as_any_other(whole: RsdModel) -> None:
@@ -349,7 +346,7 @@ def test_a_draft_that_is_right_decides_the_draft_strategy(
 
 @pytest.mark.parametrize(
     ("name", "rule"),
-    [(name, "exact") for name in STRATEGIES if name not in LIGHT]
+    [(name, "exact") for name in names(visual=False)]
     + [("rsd", rule) for rule in ("margin", "residual", "agreement(0.3)")],
 )
 def test_a_batch_decodes_as_its_samples_do_alone(model: RsdModel, name: str, rule: str) -> None:
@@ -383,8 +380,8 @@ def test_a_batch_accepts_sample_by_sample_and_regresses_what_the_accepted_levels
     assert decoded.accepted_levels.tolist() == list(range(C + 1))
     with torch.no_grad():
         features, cache = model.main.prefill(prefix)
-        given = as_drafted(decoder, drafted, expected.gripper)
-        blocks = [features, *strategies.verify(decoder, given, expected.gripper, cache)]
+        given = as_draft(decoder.code, drafted, expected.gripper)
+        blocks = decoder.verify(given, Blocks([features], expected.gripper, cache)).features
         missing = [model.main.residual(block, level) for level, block in enumerate(blocks, start=1)]
     for kept in range(C + 1):
         accepted = drafted[kept, :kept]
@@ -419,21 +416,21 @@ def test_stopwatch_adds_up_a_stage() -> None:
 # a draft with its own perception
 
 
-def seen(model: RsdModel, seed: int) -> Scene:
+def seen(model: RsdModel, seed: int) -> PolicyInput:
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(1, 2, 3, 32, 32, generator=generator, dtype=torch.float64) - 0.5
     state = torch.randn(1, 11, generator=generator, dtype=torch.float64)
-    return Scene(images, state, model.main.encode_text(word_ids(["open the drawer"])))
+    return PolicyInput(images, state, model.main.encode_text(word_ids(["open the drawer"])))
 
 
 @torch.no_grad()
-def run(name: str, decoder: Decoder, scene: Scene) -> Decoded:
-    return STRATEGIES[name](decoder, scene, Stopwatch(torch.device("cpu")))
+def run(name: str, ops: Primitives, scene: PolicyInput, state: EpisodeState | None = None) -> DecodeResult:
+    return DECODERS[name].decode(ops, scene, state or EpisodeState())
 
 
 def test_fused_and_exact_gives_the_tokens_of_ar_whatever_the_light_draft_proposes(model: RsdModel) -> None:
     model = copy.deepcopy(model)
-    decoder = replace(decoder_of(model, "exact", "sequential"), light=model.light)
+    decoder = decoder_of(model, "exact", "sequential")
     agreed = set[bool]()
     for seed in range(30):
         with torch.no_grad():  # a draft that is as sure of the open as of the closed gripper
@@ -441,27 +438,116 @@ def test_fused_and_exact_gives_the_tokens_of_ar_whatever_the_light_draft_propose
             model.main.gripper_head.bias.fill_(100.0 if seed % 3 else -100.0)
         scene = seen(model, seed)
         expected = run("ar", decoder, scene)
+        state = EpisodeState()
         for _ in range(2):  # without and with a memory
-            found = run("rsd-fused", decoder, scene)
+            found = run("rsd-fused", decoder, scene, state)
             assert same(found, expected)
-            assert found.proposal is not None
-            agreed.add(torch.equal(found.proposal.gripper, expected.gripper))
+            assert found.draft is not None
+            assert found.memory is not None
+            state = EpisodeState(found.memory)
+            agreed.add(torch.equal(found.draft.gripper, expected.gripper))
     assert agreed == {True, False}  # both ways were tried
 
 
 @pytest.mark.parametrize("rule", ["margin", "residual"])
 def test_riding_in_the_prefill_is_prefill_and_verification_in_one(model: RsdModel, rule: str) -> None:
-    decoder = replace(decoder_of(model, rule), light=model.light)
+    decoder = decoder_of(model, rule)
     scene = seen(model, 0)
     with torch.no_grad():
-        prefix = scene.prefix(model.main, Stopwatch(torch.device("cpu")))
-        proposal = strategies.scout(decoder, scene)
-        features, cache = model.main.prefill(prefix)
-        given = as_drafted(decoder, proposal.motion, proposal.gripper)
-        two = [features, *strategies.verify(decoder, given, proposal.gripper, cache)]
-        one, fused_cache = strategies.verify_in_prefill(decoder, prefix, given)
+        prefix, given = decoder.embed(scene), decoder.draft(scene, None)
+        looked = decoder.prefill(prefix, True)
+        two = decoder.verify(given, replace(looked, gripper=given.gripper)).features
+        fused = decoder.prefill_with(prefix, given)
+        read = decoder.drafter.reads(looked.cache, model.main.remembered(prefix.shape[1]))
+        one, memory = fused.features, decoder.drafter.remember(read)
     assert len(one) == (2 if rule == "residual" else C + 1)
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(one, two, strict=True))
-    assert fused_cache.length == cache.length
-    assert torch.allclose(fused_cache.values[-1], cache.values[-1], atol=1e-9)
+    assert fused.memory is not None
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(fused.memory.keys, memory.keys, strict=True))
     assert run("rsd-fused", decoder, scene).main_passes == 0
+
+
+# blind verification
+
+
+@torch.no_grad()
+def judged_blind(model: RsdModel, rule: str, draft: Draft) -> tuple[DecodeResult, Tensor, Tensor]:
+    """What comes out of a given draft, the target's own estimate, and what the told block finds missing."""
+    ops, scene = decoder_of(model, rule), seen(model, 0)
+    prefix = ops.embed(scene)
+    own, cache = model.main.prefill(prefix)
+    told = model.main.whole(draft.prefixes[-1], cache, prefix.shape[1])
+    return look(ops, scene, draft), model.main.residual(own, 1), model.main.residual(told, C + 1)
+
+
+def draft_of(model: RsdModel, value: Tensor) -> Draft:
+    ops = decoder_of(model)
+    return as_draft(ops.code, ops.code.quantise(value)[0][:, :C], torch.zeros(len(value), H, dtype=torch.long))
+
+
+def test_blind_the_two_blocks_are_those_of_passes_of_their_own(whole: RsdModel) -> None:
+    """Each sees the prefix and itself alone: the told one not what was decided, the other not the draft."""
+    prefix, value = prefixes(3)[:, :, :], torch.randn(3, P, dtype=torch.float64)
+    with torch.no_grad():
+        (own, told), _ = whole.main.prefill_blind(prefix, value)
+        alone, _ = whole.main.prefill(prefix)
+        in_place, _ = whole.main.prefill_whole(prefix, value)
+    assert torch.allclose(own, alone, atol=1e-9)
+    assert torch.allclose(told, in_place, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["blind(0.95)", "blind(0.95,moving)"])
+def test_blind_a_draft_that_means_the_same_stands_and_another_gives_way(whole: RsdModel, rule: str) -> None:
+    nothing = draft_of(whole, torch.zeros(1, P, dtype=torch.float64))
+    _, own, _ = judged_blind(whole, rule, nothing)
+    span, reach = whole.main.code.span(), whole.main.code.reach(C)
+    assert (own.abs() > reach).any()  # it moves
+
+    found, _, missing = judged_blind(whole, rule, near := draft_of(whole, own.clamp(-span, span)))
+    assert found.accepted is not None
+    assert found.accepted.all()
+    refined = torch.where(missing.abs() <= reach, near.prefixes[-1] + missing, own)
+    inside = refined.abs() <= span
+    assert ((found.value - refined).abs()[inside] <= LAST_STEP / 2 + 1e-5).all()
+
+    found, _, _ = judged_blind(whole, rule, draft_of(whole, own.clamp(-span, span) + 4 * reach))
+    assert found.accepted is not None
+    assert not found.accepted.any()
+    inside = own.abs() <= span
+    assert ((found.value - own).abs()[inside] <= LAST_STEP / 2 + 1e-5).all()
+
+
+# a batch
+
+
+def test_rows_of_a_batch_go_their_own_ways(model: RsdModel) -> None:
+    """One remembers, one begins; one goes without the target, one does not: as each alone."""
+    ops, scenes = decoder_of(model, "margin"), [seen(model, seed) for seed in range(3)]
+    with torch.no_grad():
+        remembering = EpisodeState(look(ops, scenes[0], ops.draft(scenes[0], None)).memory, (0,), (0,), (True,))
+        states = [EpisodeState(), remembering, remembering]
+        drafts = [proposed(ops, scene, state.memory) for scene, state in zip(scenes, states, strict=True)]
+    # a threshold between the forecasts, no row forced
+    scores = [float(forecast.deviation_mm) for _, forecast in drafts]
+    last = tuple(int(draft.gripper[0, -1]) for draft, _ in drafts)
+    states = [EpisodeState(s.memory, s.skipped, (g,), s.seen) for s, g in zip(states, last, strict=True)]
+    both = PolicyInput(
+        torch.cat([s.pixels for s in scenes]),
+        torch.cat([s.state for s in scenes]),
+        (torch.cat([s.text[0] for s in scenes]), torch.cat([s.text[1] for s in scenes])),
+    )
+    ways = set()
+    low, middle, _ = sorted(scores)
+    for threshold in (0.0, (low + middle) / 2, 1e9):
+        ops.skip = SkipRule(threshold)
+        together = run("rsd-skip", ops, both, stacked(states))
+        assert together.skipped is not None
+        for row, (scene, state) in enumerate(zip(scenes, states, strict=True)):
+            alone = run("rsd-skip", ops, scene, state)
+            assert alone.skipped == (together.skipped[row],)
+            ways |= {alone.skipped}
+            assert torch.allclose(alone.value[0], together.value[row].to(alone.value.dtype), atol=1e-6)
+            assert torch.equal(alone.gripper[0], together.gripper[row])
+            if not alone.skipped[0]:
+                assert torch.equal(alone.accepted[0], together.accepted[row])
+    assert ways == {(True,), (False,)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from rsd.evaluation.backend import Backend
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.results import EpisodeResult
-from rsd.policy import Choice
+from rsd.options import Choice
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 STEP_LIMIT = 20
@@ -156,25 +157,25 @@ def choose_decode(config: EvalConfig) -> Choice:
 
 
 class ScriptedBatchPolicy:
-    """The scripted policy, one observation after another. A memory counts its episode's predictions."""
+    """The scripted policy, one observation after another. A state counts its episode's predictions."""
 
     image_size = 8
 
     def __init__(self, config: EvalConfig) -> None:
         self.config, self.policy = config, make_policy(config)
 
-    def new_memory(self) -> list[int]:
-        return []
-
-    def predict_batch(self, observations: Sequence[Observation], memories: Sequence[list[int]]) -> list[ActionChunk]:
+    def predict(
+        self, observations: Sequence[Observation], states: Sequence[int | None]
+    ) -> tuple[list[ActionChunk], list[int], None]:
         assert 0 < len(observations) <= self.config.batch
-        chunks = []
-        for observation, memory in zip(observations, memories, strict=True):
-            memory.append(int(observation.state[2]))
+        chunks, after = [], [(state or 0) + 1 for state in states]
+        for observation, count in zip(observations, after, strict=True):
             chunk = self.policy.predict(observation)
-            chunk.stats.expected_deviation_mm = float(len(memory))
-            chunks.append(chunk)
-        return chunks
+            chunks.append(replace(chunk, stats=replace(chunk.stats, expected_deviation_mm=float(count))))
+        return chunks, after, None
+
+    def verify_pending(self, pending: None) -> tuple[list[ChunkStats], list[int]]:
+        raise AssertionError("nothing was left pending")
 
 
 def make_batch_policy(config: EvalConfig) -> ScriptedBatchPolicy:

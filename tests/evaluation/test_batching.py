@@ -1,6 +1,7 @@
 """What batching changes in a prediction, and what it refuses."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsd.decoding.steps import SkipRule
-from rsd.evaluation.batched_policy import BatchedRsdPolicy
+from rsd.decoding.gate import SkipRule
 from rsd.models.main import MainModel
 from rsd.models.rsd_model import PolicyConfig, RsdModel
-from rsd.policy import RsdPolicy
+from rsd.policy import RsdPolicy, SpeculativePolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import ActionChunk, Observation, RsdError
 
@@ -22,7 +22,7 @@ def make_policy(
     make_steady_model: Callable[[], RsdModel], tokenizer: ActionTokenizer, tiny_config: PolicyConfig
 ) -> Callable[..., RsdPolicy]:
     def make(device: str = "cpu", **options: Any) -> RsdPolicy:
-        return RsdPolicy(make_steady_model().to(device), tokenizer, tiny_config, **options)
+        return RsdPolicy.of(make_steady_model().to(device), tokenizer, tiny_config, **options)
 
     return make
 
@@ -32,7 +32,7 @@ def test_a_row_does_not_depend_on_its_batch(
     decode: str, make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation]
 ) -> None:
     policy = make_policy(decode=decode)
-    batched = BatchedRsdPolicy(policy, 4)
+    batched = make_policy(decode=decode, batch=4).core
     seen = [make_observation(seed, instruction=f"task {seed}") for seed in range(4)]
     together = predict_new(batched, seen)
     for row, observation in enumerate(seen):
@@ -50,8 +50,19 @@ def test_a_row_does_not_depend_on_its_batch(
         )
 
 
-def predict_new(batched: BatchedRsdPolicy, observations: list[Observation]) -> list[ActionChunk]:
-    return batched.predict_batch(observations, [batched.new_memory() for _ in observations])
+def predict_new(batched: SpeculativePolicy, observations: list[Observation]) -> list[ActionChunk]:
+    return batched.predict(observations).chunks
+
+
+def predict_and_verify(
+    batched: SpeculativePolicy, observations: list[Observation], states: list[Any]
+) -> tuple[list[ActionChunk], list[Any]]:
+    """As a batch's server does."""
+    chunks, after, pending = batched.predict(observations, states)
+    if pending is None:
+        return chunks, after
+    found, after = batched.verify_pending(pending)
+    return [replace(chunk, stats=stats) for chunk, stats in zip(chunks, found, strict=True)], after
 
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
@@ -62,8 +73,8 @@ def single_episode(policy: RsdPolicy, observations: list[Observation]) -> list[A
     policy.reset()
     chunks = []
     for observation in observations:
-        chunks.append(policy.predict(observation))
-        policy.follow_up()
+        chunk = policy.predict(observation)
+        chunks.append(replace(chunk, stats=policy.verify() or chunk.stats))
     return chunks
 
 
@@ -85,16 +96,15 @@ def test_episodes_that_remember_are_those_of_a_policy_of_their_own(
     skip = SkipRule((scores[5] + scores[6]) / 2, 2)
     policy = make_policy(decode=decode, skip=skip, device=device, audit=True)
     expected = [single_episode(policy, observations) for observations in seen]
-    batched = BatchedRsdPolicy(policy, 3)
-    memories = [batched.new_memory() for _ in EPISODES]
+    batched = make_policy(decode=decode, skip=skip, device=device, audit=True, batch=3).core
+    states: list[Any] = [None] * len(EPISODES)
     found: list[list[ActionChunk]] = [[] for _ in EPISODES]
     for turn in range(6):
         asking = [e for e, rounds in enumerate(EPISODES) if turn in rounds]
         if asking:
-            chunks = batched.predict_batch(
-                [seen[e][len(found[e])] for e in asking], [memories[e] for e in asking]
-            )
-            for e, chunk in zip(asking, chunks, strict=True):
+            asked = [seen[e][len(found[e])] for e in asking]
+            chunks, after = predict_and_verify(batched, asked, [states[e] for e in asking])
+            for e, chunk, states[e] in zip(asking, chunks, after, strict=True):
                 found[e].append(chunk)
     flat = [pair for alone, together in zip(expected, found, strict=True) for pair in zip(alone, together, strict=True)]
     for one, other in flat:
@@ -118,10 +128,12 @@ def test_an_audit_takes_what_the_main_made_of_the_batch(
 
     monkeypatch.setattr(MainModel, "prefill_blocks", counted)
     policy = make_policy(decode="rsd-ahead", audit=True)
-    batched = BatchedRsdPolicy(policy, 4)
+    batched = make_policy(decode="rsd-ahead", audit=True, batch=4).core
     seen = [[make_observation(10 * e + turn) for turn in range(2)] for e in range(3)]
-    memories = [batched.new_memory() for _ in seen]
-    rounds = [batched.predict_batch(observations, memories) for observations in zip(*seen, strict=True)]
+    states, rounds = [None] * len(seen), []
+    for observations in zip(*seen, strict=True):
+        chunks, states = predict_and_verify(batched, list(observations), states)
+        rounds.append(chunks)
     assert passes == [4, 4]
     for observations, together in zip(seen, zip(*rounds, strict=True), strict=True):
         for one, other in zip(single_episode(policy, observations), together, strict=True):
@@ -133,19 +145,19 @@ def test_an_audit_takes_what_the_main_made_of_the_batch(
 
 def test_what_cannot_be_batched_is_refused(make_policy: Callable[..., RsdPolicy]) -> None:
     with pytest.raises(RsdError, match=r"--acceptance exact .* leave --batch out"):
-        BatchedRsdPolicy(make_policy(decode="rsd", acceptance="exact"), 4)
+        make_policy(decode="rsd", acceptance="exact", batch=4)
     with pytest.raises(RsdError, match=r"--acceptance exact .* leave --batch out"):
-        BatchedRsdPolicy(make_policy(decode="rsd-fused", acceptance="exact"), 4)
+        make_policy(decode="rsd-fused", acceptance="exact", batch=4)
     with pytest.raises(RsdError, match=r"--batch 4: --temperature 0.5 .* leave --batch out"):
-        BatchedRsdPolicy(make_policy(decode="ar", temperature=0.5), 4)
+        make_policy(decode="ar", temperature=0.5, batch=4)
 
 
 def test_a_batch_has_a_size(
     make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation]
 ) -> None:
-    batched = BatchedRsdPolicy(make_policy(), 2)
+    batched = make_policy(batch=2).core
     for count in (0, 3):
         with pytest.raises(RsdError, match=f"expected 1 to 2 observations .* found {count} with"):
             predict_new(batched, [make_observation(i) for i in range(count)])
-    with pytest.raises(RsdError, match="2 with 1 memories"):
-        batched.predict_batch([make_observation(0)] * 2, [batched.new_memory()])
+    with pytest.raises(RsdError, match="2 with 1 states"):
+        batched.predict([make_observation(0)] * 2, [None])

@@ -36,7 +36,7 @@ def checkpoint(
     for gripper in (model.main.gripper_head, model.light.levels.gripper_head):
         gripper.bias.data.fill_(-100.0)  # open throughout
     folder = tmp_path_factory.mktemp("calibrate") / "checkpoint"
-    RsdPolicy(model, tokenizer, tiny_config).save_pretrained(folder)
+    RsdPolicy.of(model, tokenizer, tiny_config).save_pretrained(folder)
     return folder
 
 

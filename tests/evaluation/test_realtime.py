@@ -27,7 +27,7 @@ from rsd.evaluation.results import (
     read_episodes,
 )
 from rsd.evaluation.rollout import Rollout, run_episode
-from rsd.types import ActionChunk, Observation
+from rsd.types import ActionChunk, ChunkStats, Observation
 
 HZ = 20.0  # a period is 50 ms
 
@@ -103,16 +103,15 @@ class AheadPolicy(ScriptedPolicy):
     def predict(self, observation: Observation) -> ActionChunk:
         self.clock.now += 0.01
         chunk = super().predict(observation)
-        self.stats = chunk.stats
-        self.stats.latency_ms = {"total": 10.0}
-        return chunk
+        self.stats = replace(chunk.stats, latency_ms={"total": 10.0})
+        return replace(chunk, stats=self.stats)
 
-    def follow_up(self) -> None:
+    def verify(self) -> ChunkStats:
         self.clock.now += self.follow_up_ms / 1e3
         self.followed += 1
         if self.followed == self.fails:
             raise RuntimeError("the follow-up broke")
-        self.stats.latency_ms["follow-up"] = self.follow_up_ms
+        return replace(self.stats, latency_ms={**self.stats.latency_ms, "follow-up": self.follow_up_ms})
 
 
 def roll(env: CountingEnv, policy: Any, pace: Pace | None, warmup: int = 0) -> Rollout:
@@ -221,7 +220,7 @@ def test_what_a_follow_up_raises_is_the_episodes_error(fails: int) -> None:
     rollout = roll(TimedEnv(clock), AheadPolicy(clock, fails=fails), RealTime(1e6))  # in a thread
     assert rollout.result.failure == "error: RuntimeError: the follow-up broke"
     assert rollout.result.chunks == fails  # the fourth is the last, at whose end the task is solved
-    assert "in follow_up" in rollout.traceback
+    assert "in verify" in rollout.traceback
     rollout.result.check("here")
 
 
@@ -249,12 +248,12 @@ def test_the_follow_up_runs_in_a_thread_of_its_own_while_the_robot_moves() -> No
             assert thought.wait(10), "the follow-up has not begun while the robot moves"
 
     class Thinking(AheadPolicy):
-        def follow_up(self) -> None:
+        def verify(self) -> ChunkStats:
             thought.set()
             assert moved.wait(10), "the robot does not move while the follow-up runs"
             assert threading.current_thread() is not threading.main_thread()
             moved.clear()
-            super().follow_up()
+            return super().verify()
 
     clock = Clock()
     result = roll(Meeting(clock, task_id=0), Thinking(clock), RealTime(1e6)).result

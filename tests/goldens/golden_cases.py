@@ -87,23 +87,23 @@ def decode_case(case: Case, engine: str, device: str = "cpu") -> list[Decoding]:
 
 
 def decode_episode(policy: RsdPolicy, observations: list[Observation], seed: int | None) -> Iterator[Decoding]:
-    strategy, tokens = policy._strategy, list[Tensor | None]()
+    core, tokens = policy.core, list[Tensor | None]()
+    decode = core._decode
 
     def noting(*given: Any) -> Any:
-        decoded = strategy(*given)
+        decoded = decode(*given)
         tokens.append(None if decoded.motion is None else decoded.motion.clone())
         return decoded
 
-    policy._strategy = noting
+    core._decode = noting
     policy.reset(seed)
     for observation in observations:
         chunk = policy.predict(observation)
-        policy.follow_up()
+        statistics = asdict(policy.verify() or chunk.stats)
         found = tokens[-1]
-        statistics = asdict(chunk.stats)
         del statistics["latency_ms"]
         yield Decoding(chunk.actions, None if found is None else found[0].cpu().numpy().astype(np.int8), statistics)
-    policy._strategy = strategy
+    core._decode = decode
 
 
 def tiny_model(whole_block: bool) -> tuple[RsdModel, ActionTokenizer]:

@@ -8,7 +8,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from rsd.decoding.steps import Scene
+from rsd.decoding.state import PolicyInput
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.main import STATE_FEATURES, MainConfig, MainModel, merged, state_features
 from rsd.models.rsd_model import PolicyConfig, RsdModel
@@ -262,5 +262,5 @@ def test_pixels_become_images_of_unit_range_with_their_channels_first() -> None:
     assert images.shape == (2, 2, 3, 4, 4)
     assert images[1, 0, :, 2, 3].tolist() == pytest.approx([-0.5, 0.5, -0.3])
     text = torch.zeros(2, 4, 8), torch.zeros(2, 8)
-    assert torch.equal(Scene(pixels, torch.zeros(2, 11), text).images, images)
-    assert Scene(images, torch.zeros(2, 11), text).images is images  # what is an image already stays one
+    assert torch.equal(PolicyInput(pixels, torch.zeros(2, 11), text).images, images)
+    assert PolicyInput(images, torch.zeros(2, 11), text).images is images  # what is an image already stays one

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from openvla_checkpoint import write_adapter, write_checkpoint, write_heads, write_json
 from rsd.decoding.acceptance import acceptance_rule
-from rsd.decoding.steps import Decoder, Scene, Stopwatch
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.primitives import Primitives
+from rsd.decoding.state import EpisodeState, PolicyInput
+from rsd.decoding.strategies import DECODERS
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.openvla import OpenVlaConfig, OpenVlaModel
 from rsd.models.openvla_llama import Attend, Llama, LlamaConfig
@@ -188,8 +189,8 @@ def test_every_strategy_runs_on_the_llama_trunk() -> None:
     prefix = main.embed_prefix(*seen)
 
     def decode(name: str, rule: str, fine: str) -> Any:
-        decoder = Decoder(main, draft, acceptance_rule(rule, code), fine)
-        return STRATEGIES[name](decoder, Scene(*seen), Stopwatch(torch.device("cpu")))
+        ops = Primitives(main, draft, acceptance_rule(rule, code), fine)
+        return DECODERS[name].decode(ops, PolicyInput(*seen), EpisodeState())
 
     ar = decode("ar", "exact", "sequential")
     assert ar.main_passes == 7

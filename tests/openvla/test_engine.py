@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rsd.decoding.steps import Stopwatch
+from rsd.decoding.timing import Stopwatch
 from rsd.openvla.bench_cases import Inputs, full_config, random_model
 from rsd.openvla.engine import PROMPT_LENGTHS, Engine
 from rsd.openvla.published import DECODERS

@@ -15,8 +15,9 @@ from evaluation.scripted import SCRIPTED
 from openvla_checkpoint import block_image, write_checkpoint, write_heads, write_json, write_rsd_policy
 from rsd import manifest
 from rsd.cli import dispatch
-from rsd.decoding.steps import Scene, SkipRule, Stopwatch
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.gate import SkipRule
+from rsd.decoding.state import EpisodeState, PolicyInput
+from rsd.decoding.strategies import DECODERS
 from rsd.evaluation.backend import batched_rsd_policy, describe_checkpoint, rsd_policy
 from rsd.evaluation.calibrate import CalibrateConfig, calibrate
 from rsd.evaluation.config import EvalConfig
@@ -26,8 +27,9 @@ from rsd.models.lora import LoraConfig
 from rsd.models.openvla_loading import load_openvla
 from rsd.openvla.policy import read_normalisation
 from rsd.openvla.prompt import Prompt
-from rsd.openvla.rsd_policy import OpenVlaRsdConfig, OpenVlaRsdPolicy, save_openvla_rsd
-from rsd.policy import RsdPolicy
+from rsd.openvla.rsd_policy import OpenVlaBody, OpenVlaRsdConfig, save_openvla_rsd
+from rsd.options import Checkpoint, DecodeOptions
+from rsd.policy import RsdPolicy, SpeculativePolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.dataset import Batch
 from rsd.training.losses import LossConfig, policy_losses
@@ -84,7 +86,7 @@ def test_every_strategy_decodes(directory: Path, seen: list[Observation]) -> Non
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
-@pytest.mark.parametrize("decode", STRATEGIES)
+@pytest.mark.parametrize("decode", DECODERS)
 def test_a_recorded_strategy_acts_as_the_plain_one(directory: Path, seen: list[Observation], decode: str) -> None:
     plain, recorded = (
         RsdPolicy.from_pretrained(directory, device="cuda", decode=decode, skip=SkipRule(1e9, 2), engine=engine)
@@ -161,14 +163,14 @@ def test_a_calibration_is_fitted_and_used(directory: Path, copy: Path, tmp_path:
     )  # fmt: skip
     calibration = calibrate(config, SCRIPTED_SIMULATOR)
     policy = RsdPolicy.from_pretrained(copy, decode="rsd-skip")
-    assert policy.decoder.skip.threshold_mm == calibration.threshold > 0
+    assert policy.core.decoding.skip.threshold_mm == calibration.threshold > 0
 
 
 def test_saved_copied_and_loaded_it_acts_the_same(
     directory: Path, tmp_path: Path, seen: list[Observation]
 ) -> None:
     policy = RsdPolicy.from_pretrained(directory, decode="rsd-fused")
-    assert isinstance(policy, OpenVlaRsdPolicy)
+    assert isinstance(policy.core.body, OpenVlaBody)
     assert policy.provenance["data"] == "random weights"
     policy.save_pretrained(tmp_path / "saved")
     again = RsdPolicy.from_pretrained(tmp_path / "saved", decode="rsd-fused")
@@ -264,15 +266,16 @@ def test_a_bfloat16_base_trains_in_float32_beside_it_and_decodes(base: Path, tok
     assert not [name for name in untouched if name.startswith("updates") and name.endswith(".b")]
     assert all(p.grad is None for p in openvla.parameters() if p.dtype == torch.bfloat16)
 
-    policy = OpenVlaRsdPolicy(
-        finish(trainee), tokenizer, config, Prompt(base), read_normalisation(base), decode="rsd-skip"
-    )
+    model = finish(trainee)
+    body = OpenVlaBody(model, config, Prompt(base), read_normalisation(base))
+    facts = Checkpoint(True, config.acceptance, config.fine, code=tokenizer.config.rfsq, compact=False)
+    policy = SpeculativePolicy(model, tokenizer, config, DecodeOptions("rsd-skip"), body=body, facts=facts)
     assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
-    scene = Scene(batch.images[:1], batch.state[:1], (words[:1, 32:], words[:1, :32]))
+    scene = PolicyInput(batch.images[:1], batch.state[:1], (words[:1, 32:], words[:1, :32]))
     with torch.inference_mode():
-        for strategy in STRATEGIES.values():
-            decoded = strategy(policy.decoder, scene, Stopwatch(torch.device("cpu")))
-            policy.decoder.check()
+        for entry in DECODERS.values():
+            decoded = entry.decode(policy.ops, scene, EpisodeState())
+            policy.ops.check()
             assert decoded.value.shape == (1, 48)
         light = policy.model.light
         assert light is not None

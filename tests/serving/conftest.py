@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rsd.decoding.steps import SkipRule
+from rsd.decoding.gate import SkipRule
 from rsd.models.rsd_model import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -17,6 +17,6 @@ def make_policy(
 ) -> Callable[..., RsdPolicy]:
     def make(decode: str = "rsd-skip", **options: Any) -> RsdPolicy:
         skip = SkipRule(threshold_mm=1e9, max_skips=2)
-        return RsdPolicy(make_steady_model(), tokenizer, tiny_config, decode=decode, skip=skip, **options)
+        return RsdPolicy.of(make_steady_model(), tokenizer, tiny_config, decode=decode, skip=skip, **options)
 
     return make

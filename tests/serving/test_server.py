@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,16 +29,16 @@ from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.realtime import RealTime
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
 from rsd.evaluation.rollout import Environment, run_episode
-from rsd.policy import RsdPolicy
+from rsd.policy import Prediction, RsdPolicy
 from rsd.serving.client import RemotePolicy
 from rsd.serving.server import PolicyServer, reserve, serving
 from rsd.serving.wire import pack, unpack
-from rsd.types import ActionChunk, Observation, RsdError
+from rsd.types import Observation, RsdError
 
 
 def server_of(policy: RsdPolicy, name: str = "tiny", port: int = 0) -> PolicyServer:
     description = {"policy": name, "checkpoint_sha256": "0"}
-    return PolicyServer(policy, description, {"torch": "any"}, reserve("127.0.0.1", port))
+    return PolicyServer(policy.core, description, {"torch": "any"}, reserve("127.0.0.1", port))
 
 
 @pytest.fixture
@@ -60,15 +61,15 @@ def test_health_is_told_and_another_client_connects_while_a_chunk_is_decided(
     make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, begun, go_on = make_policy(), threading.Event(), threading.Event()
-    predict = policy.predict
+    predict = policy.core.predict
 
-    def slow(observation: Observation) -> ActionChunk:
+    def slow(*given: Any) -> Prediction:
         begun.set()
         assert go_on.wait(20)
-        return predict(observation)
+        return predict(*given)
 
     with serving(server_of(policy)) as address, closing(RemotePolicy(address)) as remote:
-        monkeypatch.setattr(policy, "predict", slow)
+        monkeypatch.setattr(policy.core, "predict", slow)
         with ThreadPoolExecutor(1) as thread:
             asked = thread.submit(remote.predict, make_observation())
             assert begun.wait(20)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from messages import content_of
 
 from openvla_checkpoint import block_image, write_checkpoint, write_heads, write_rsd_policy
-from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch
+from rsd.decoding.primitives import Primitives
+from rsd.decoding.state import DecodeResult, EpisodeState, PolicyInput
 from rsd.models.light_draft import Memory
 from rsd.openvla.policy import OpenVlaPolicy
 from rsd.policy import TEXT_CACHE, RsdPolicy
-from rsd.serving.service import PolicyService, Servable, Session
+from rsd.serving.service import Memoryless, PolicyService, Session
 from rsd.serving.wire import pack, unpack
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import Observation, RsdError
@@ -31,24 +33,26 @@ def ask(service: PolicyService, session: Session, content: dict[str, Any]) -> di
     return found
 
 
-def check_interleaved(policy: Servable, first: list[Observation], second: list[Observation]) -> list[dict[str, Any]]:
+def check_interleaved(
+    policy: RsdPolicy | OpenVlaPolicy, first: list[Observation], second: list[Observation]
+) -> list[dict[str, Any]]:
     """Two episodes in turns give bit for bit what each gives alone; returns the first one's statistics."""
+    served = policy.core if isinstance(policy, RsdPolicy) else Memoryless(policy)
     alone = []
     for episode in (first, second):
         policy.reset()
         alone.append([policy.predict(observation) for observation in episode])
-    service, sessions = PolicyService(policy), (Session(), Session())
+    service, sessions = PolicyService(served), (Session(), Session())
     stats = []
     order = ORDER[: 2 * len(first)]
     asked = [iter(zip(*pair, strict=True)) for pair in zip((first, second), alone, strict=True)]
     for who in order:
         observation, expected = next(asked[who])
         answer = ask(service, sessions[who], content_of(observation))
-        service.follow_up()
+        service.verify(sessions[who])
         assert np.array_equal(answer["actions"], expected.actions)
         assert answer["stats"]["skipped"] == expected.stats.skipped
-        if not expected.stats.latency_ms.get("follow-up"):  # what an answer cannot wait for
-            assert answer["stats"]["num_accepted_tokens"] == expected.stats.num_accepted_tokens
+        assert answer["stats"]["num_accepted_tokens"] == expected.stats.num_accepted_tokens
         if who == 0:
             stats.append(answer["stats"])
     assert order.count(0) == order.count(1) == len(stats) == len(first) == len(second)
@@ -75,21 +79,20 @@ def test_two_clients_of_a_policy_whose_memory_lies_where_the_next_run_writes(
 ) -> None:
     """As with CUDA graphs, whose results are the same tensors every time."""
     policy = make_policy("rsd-fused")
-    decide, places = policy._strategy, []
+    decide, places = policy.core._decode, []
 
-    def overwriting(decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
-        decoded = decide(decoder, scene, watch)
-        assert scene.memory.main is not None
-        found = [*scene.memory.main.keys, *scene.memory.main.values]
+    def overwriting(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
+        result = decide(ops, seen, state)
+        assert result.memory is not None
+        found = [*result.memory.keys, *result.memory.values]
         if not places:
             places.extend(torch.empty_like(tensor) for tensor in found)
         for place, tensor in zip(places, found, strict=True):
             place.copy_(tensor)
         half = len(places) // 2
-        scene.memory.main = Memory(places[:half], places[half:])
-        return decoded
+        return replace(result, memory=Memory(places[:half], places[half:]))
 
-    policy._strategy = overwriting
+    policy.core._decode = overwriting
     first, second = ([make_observation(start + seed) for seed in range(EPISODE)] for start in (0, 10))
     check_interleaved(policy, first, second)
 
@@ -122,7 +125,7 @@ def test_an_episode_begins_with_a_reset_a_new_instruction_or_a_failed_prediction
     make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation]
 ) -> None:
     policy = make_policy("rsd-fused")
-    service, session = PolicyService(policy), Session()
+    service, session = PolicyService(policy.core), Session()
     one, other = make_observation(1), make_observation(2)
     policy.reset()
     fresh, later = (policy.predict(observation).actions for observation in (one, other))
@@ -143,16 +146,16 @@ def test_an_episode_begins_with_a_reset_a_new_instruction_or_a_failed_prediction
     assert np.array_equal(ask(service, session, content_of(renamed))["actions"], renamed_fresh)
     assert np.array_equal(ask(service, session, content_of(one))["actions"], fresh)
 
-    decide = policy._strategy
+    decide = policy.core._decode
     for error, said in ((RsdError("broken weights"), "broken weights"), (MemoryError("GPU"), "MemoryError: GPU")):
 
-        def failing(*_: Any, error: Exception = error) -> Decoded:
+        def failing(*_: Any, error: Exception = error) -> DecodeResult:
             raise error
 
         ask(service, session, content_of(one))
-        policy._strategy = failing
+        policy.core._decode = failing
         answer = service.answer(session, pack(content_of(other)), time.perf_counter())
-        policy._strategy = decide
+        policy.core._decode = decide
         assert isinstance(answer, str)
         assert said in answer
         assert np.array_equal(ask(service, session, content_of(other))["actions"], other_fresh)
@@ -161,7 +164,7 @@ def test_an_episode_begins_with_a_reset_a_new_instruction_or_a_failed_prediction
 def test_a_bad_message_is_answered_by_a_text_and_changes_nothing(
     make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation]
 ) -> None:
-    service, session = PolicyService(make_policy()), Session()
+    service, session = PolicyService(make_policy().core), Session()
     for seed in (0, 1):
         assert ask(service, session, content_of(make_observation(seed)))["stats"]["skipped"] is True
     small = content_of(make_observation(2, size=16))
@@ -220,7 +223,7 @@ def test_long_instructions_are_not_kept(
 def test_warming_up_leaves_no_memory_and_tells_the_shape(
     make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation]
 ) -> None:
-    service = PolicyService(make_policy("rsd-fused"))
+    service = PolicyService(make_policy("rsd-fused").core)
     assert service.warm_up() == [8, 7]
     observation = make_observation(1, instruction="pick up the black bowl")  # the one it warms up with
     answer = ask(service, Session(), content_of(observation))
@@ -233,15 +236,36 @@ def test_warming_up_leaves_no_memory_and_tells_the_shape(
 def test_an_answer_that_no_robot_should_execute_is_not_given(
     make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = make_policy("l1")
+    policy = make_policy("l1").core
     predict = policy.predict
 
-    def wild(observation: Observation) -> Any:
-        chunk = predict(observation)
-        chunk.actions[0, 0] = 1.5
-        return chunk
+    def wild(*given: Any) -> Any:
+        prediction = predict(*given)
+        prediction.chunks[0].actions[0, 0] = 1.5
+        return prediction
 
     monkeypatch.setattr(policy, "predict", wild)
     answer = PolicyService(policy).answer(Session(), pack(content_of(make_observation(1))), time.perf_counter())
     assert isinstance(answer, str)
     assert "actions are to lie in [-1, 1], found one of 1.5" in answer
+
+
+def test_a_verification_that_fails_ends_its_own_episode_and_no_other(
+    make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation]
+) -> None:
+    policy, one, other = make_policy("rsd-ahead"), make_observation(1), make_observation(2)
+    service, sessions = PolicyService(policy.core), (Session(), Session())
+    fresh = [ask(service, session, content_of(one))["actions"] for session in sessions]
+    assert np.array_equal(*fresh)
+    bias = policy.model.main.level_head.bias
+    with torch.no_grad():
+        kept = bias.clone()
+        bias.fill_(float("nan"))
+        service.verify(sessions[0])
+        bias.copy_(kept)
+    service.verify(sessions[1])
+    expected = make_policy("rsd-ahead")
+    expected.predict(one)
+    assert np.array_equal(ask(service, sessions[1], content_of(other))["actions"], expected.predict(other).actions)
+    expected.reset()
+    assert np.array_equal(ask(service, sessions[0], content_of(other))["actions"], expected.predict(other).actions)

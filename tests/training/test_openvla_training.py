@@ -23,7 +23,7 @@ from rsd.evaluation.calibrate import CalibrateConfig, calibrate
 from rsd.models.draft import DraftConfig
 from rsd.models.light_draft import LightDraftConfig
 from rsd.models.lora import LoraConfig
-from rsd.openvla.rsd_policy import OpenVlaRsdPolicy
+from rsd.openvla.rsd_policy import OpenVlaBody
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.draft import TrainDraftConfig, train_draft
@@ -150,7 +150,7 @@ def test_only_what_was_added_is_trained_and_all_of_it(
 
 def test_its_policy_loads_acts_and_knows_where_it_comes_from(trained: Path, seen: list[Observation]) -> None:
     policy = RsdPolicy.from_pretrained(trained, decode="rsd-fused")
-    assert isinstance(policy, OpenVlaRsdPolicy)
+    assert isinstance(policy.core.body, OpenVlaBody)
     assert all(policy.predict(observation).stats.prefills == 1 for observation in seen)
     assert policy.provenance["training"]["lora"]["rank"] == 4
     assert policy.provenance["data"]["episodes"] == 3

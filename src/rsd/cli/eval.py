@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from rsd.cli.parsing import UsageError, check_choice, parse
-from rsd.evaluation.config import EvalConfig, asked_rule, stored_config
+from rsd.evaluation.config import EvalConfig, asked_rule, option, stored_config
 from rsd.types import BEST, RsdError
 
 BASELINE, ONE_PASS = "ar", "l1"  # what --compare runs, and then the checkpoint's best
@@ -87,19 +87,20 @@ def run(arguments: Sequence[str], prog: str) -> int:
 def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
     """The runs that a command line asks for, each with a note on how its decoder was chosen ("" if by name): one, or
     with --compare the baseline, the bar and the best."""
+    from rsd.decoding.strategies import names
     from rsd.evaluation.backend import settle
 
     config, speculative = options.config, options.use_speculative_decoding
     if options.compare and (config.decode != BEST or speculative is not None):
         raise UsageError("--compare runs ar, l1 and the checkpoint's best: leave --decode and --use-... out")
-    if speculative is not None and config.decode != BEST and config.decode.startswith("rsd") != speculative:
+    if speculative is not None and config.decode != BEST and (config.decode in names(drafts=True)) != speculative:
         raise UsageError(
             f"--use-speculative-decoding {speculative} contradicts --decode {config.decode}; leave one out"
         )
     if speculative is False and config.decode == BEST:
         config = replace(config, decode=BASELINE)
     best, note = settle(config)
-    if (options.compare or speculative) and not best.decode.startswith("rsd"):
+    if (options.compare or speculative) and best.decode not in names(drafts=True):
         wanted = "--compare" if options.compare else "--use-speculative-decoding True"
         raise UsageError(
             f"{wanted}: {config.policy} decodes by {best.decode} alone, without a draft; "
@@ -108,8 +109,8 @@ def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
     if not options.compare:
         return [(best, note)]
     # nothing is accepted, skipped or audited without a draft
-    names = ("acceptance", "skip_threshold_mm", "max_skips", "memory_chunks", "audit")
-    of_drafts = {name: getattr(EvalConfig, name) for name in names}
+    without = ("acceptance", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset", "audit")
+    of_drafts = {name: getattr(EvalConfig, name) for name in without}
     others = [replace(config, decode=decode, **of_drafts) for decode in (BASELINE, ONE_PASS)]
     runs = [*((run, "") for run in others), (best, note)]
     if not config.output:
@@ -135,22 +136,27 @@ def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
 
 def check_names(config: EvalConfig) -> None:
     """Raises UsageError for a strategy, rule or device that is not there, before anything is started."""
+    from rsd.decoding import strategies
     from rsd.decoding.acceptance import acceptance_rule
-    from rsd.decoding.strategies import LIGHT, STRATEGIES, check_sampling
+    from rsd.decoding.strategies import names
     from rsd.devices import check_device
     from rsd.models.openvla_files import is_openvla
     from rsd.openvla.published import DECODERS
+    from rsd.options import check_sampling
     from rsd.tokenizer.rfsq import RfsqConfig
 
     local = Path(config.policy)
     if local.is_dir() or config.decode not in DECODERS:  # of a hub's checkpoint the format is not known yet
-        check_choice("--decode", config.decode, DECODERS if local.is_dir() and is_openvla(local) else STRATEGIES)
-    if asked_rule(config.acceptance) is not None and not config.decode.startswith("rsd"):
+        published = local.is_dir() and is_openvla(local)
+        check_choice("--decode", config.decode, DECODERS if published else strategies.DECODERS)
+    if asked_rule(config.acceptance) is not None and config.decode not in names(drafts=True):
         raise UsageError(f"--acceptance {config.acceptance}: --decode {config.decode} accepts nothing, only rsd does")
-    if config.skip_threshold_mm >= 0 and config.decode != "rsd-skip":
-        raise UsageError(f"--skip-threshold-mm is of --decode rsd-skip, found --decode {config.decode}")
-    if config.audit and config.decode not in LIGHT:
-        raise UsageError(f"--audit is of the light draft, of --decode {', '.join(LIGHT)}; found {config.decode}")
+    for name in ("skip_threshold_mm", "target_at_reset"):
+        if getattr(config, name) != getattr(EvalConfig, name) and config.decode not in names(gated=True):
+            raise UsageError(f"{option(name)} is of --decode rsd-skip, found --decode {config.decode}")
+    if config.audit and config.decode not in names(visual=True):
+        allowed = ", ".join(names(visual=True))
+        raise UsageError(f"--audit is of the light draft, of --decode {allowed}; found {config.decode}")
     try:
         acceptance = asked_rule(config.acceptance)
         if acceptance is not None:

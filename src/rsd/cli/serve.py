@@ -27,12 +27,14 @@ class ServeArguments:
     """Decoding strategy, as of `rsd eval`."""
     acceptance: str = EvalConfig.acceptance
     """Rule for drafted levels, as of `rsd eval`; default: the checkpoint's."""
-    skip_threshold_mm: float = EvalConfig.skip_threshold_mm
-    """For rsd-skip: leave the main idle where the draft expects to deviate less; -1 takes the calibration."""
-    max_skips: int = EvalConfig.max_skips
+    skip_threshold_mm: float | None = EvalConfig.skip_threshold_mm
+    """For rsd-skip: leave the main idle where the draft expects to deviate less; by default what was calibrated."""
+    max_skips: int | None = EvalConfig.max_skips
     """For rsd-skip with a threshold of its own: chunks in a row without the main, at most."""
-    memory_chunks: int = EvalConfig.memory_chunks
+    memory_chunks: int | None = EvalConfig.memory_chunks
     """The same: how many chunks the draft attends to what the main left behind."""
+    target_at_reset: bool = EvalConfig.target_at_reset
+    """For rsd-skip: the target always runs on an episode's first observation."""
     statistics: str = EvalConfig.task_suite
     """Data set whose statistics scale a published OpenVLA checkpoint's actions, where its own files do not say."""
     device: str = EvalConfig.device
@@ -62,6 +64,7 @@ class ServeArguments:
             skip_threshold_mm=self.skip_threshold_mm,
             max_skips=self.max_skips,
             memory_chunks=self.memory_chunks,
+            target_at_reset=self.target_at_reset,
             task_suite=self.statistics,
             device=self.device,
             engine=self.engine,
@@ -79,7 +82,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
     from rsd.evaluation.backend import describe_checkpoint, settle
     from rsd.serving.server import PolicyServer, reserve, serve_until_signal
-    from rsd.serving.service import load_policy, versions_on
+    from rsd.serving.service import load_served, versions_on
 
     door = reserve(options.host, options.port)
     config, note = settle(asked)
@@ -89,7 +92,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if note:
         console.print(note)
-    server = PolicyServer(load_policy(config), describe_checkpoint(config), versions_on(config.device), door)
+    server = PolicyServer(load_served(config), describe_checkpoint(config), versions_on(config.device), door)
 
     def listening(address: str) -> None:
         console.print(f"{config.policy} decoding with {config.decode} on {config.device} at {address}; Ctrl-C stops")

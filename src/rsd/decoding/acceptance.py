@@ -25,15 +25,23 @@ from rsd.types import RsdError
 @dataclass(frozen=True)
 class AcceptanceRule:
     """accept(drafted, logits) -> bool [B, c, P]; see the module's docstring. None: the draft is judged as a whole, by
-    what the main finds that it misses (`strategies.accept_as_a_whole`)."""
+    what the main finds that it misses (`verification.accept_as_a_whole`), or, with a `share`, by what the main means
+    without having been told of it (`within_reach`)."""
 
     name: str
     accept: Callable[[Tensor, Tensor], Tensor] | None
     per_scalar: bool = False
+    share: float | None = None
+    moving: bool = False
 
     @property
     def as_a_whole(self) -> bool:
         return self.accept is None
+
+    @property
+    def blind(self) -> bool:
+        """Whether the judge must not have been told of the draft."""
+        return self.share is not None
 
 
 def exact(drafted: Tensor, logits: Tensor) -> Tensor:
@@ -71,15 +79,31 @@ def agreement(drafted: Tensor, logits: Tensor, share: float) -> Tensor:
     return (equal.float().mean(-1, keepdim=True) >= share).expand_as(equal)
 
 
-ACCEPTANCE_RULES = ("exact", "margin", "residual", "distance(D)", "typical(EPSILON)", "agreement(SHARE)")
+def within_reach(draft: Tensor, own: Tensor, reach: float, share: float, moving: bool = False) -> Tensor:
+    """Whether the draft as a whole means what the main means that was not told of it: at least `share` of its scalars
+    lie within `reach` of the main's own. draft, own: what they decode to [B, P] -> bool [B].
+
+    One scalar for itself could be near by chance, and a mixture of two intentions is neither. moving: only scalars that
+    carry motion count, those beyond reach of nothing in one of the two: most cosine coefficients are near zero whatever
+    is meant, and vote for any draft."""
+    counts = torch.maximum(draft.abs(), own.abs()) > reach if moving else torch.ones_like(draft, dtype=torch.bool)
+    agrees = ((draft - own).abs() <= reach) & counts
+    return agrees.sum(-1) >= share * counts.sum(-1)
+
+
+ACCEPTANCE_RULES = (
+    *("exact", "margin", "residual", "blind(SHARE)", "distance(D)", "typical(EPSILON)", "agreement(SHARE)"),
+)
 NUMBER = r"(\d+\.?\d*|\.\d+)"
 
 
 def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
     """The rule of that name for a code; a setting left out takes the default named here.
 
-    `exact`; `margin`; `residual`; `distance(D)`, D >= 0 bins (1); `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both
-    in (0, 1] (Medusa's 0.09, and the root of EPSILON as its authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7).
+    `exact`; `margin`; `residual`; `blind(SHARE)`, 0 < SHARE <= 1 (0.95) of the chunk's scalars within the code's reach
+    of block 1's own estimate, or `blind(SHARE,moving)` of those that carry motion; `distance(D)`, D >= 0 bins (1);
+    `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both in (0, 1] (Medusa's 0.09, and the root of EPSILON as its
+    authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7).
     """
     if name == "exact":
         return AcceptanceRule(name, exact)
@@ -87,6 +111,11 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
         return AcceptanceRule(name, lambda d, logits: margin(d, logits, code), per_scalar=True)
     if name == "residual":
         return AcceptanceRule(name, None, per_scalar=True)
+    if match := re.fullmatch(rf"blind(?:\({NUMBER}(, ?moving)?\))?", name):
+        share = float(match[1] or 0.95)
+        if 0.0 < share <= 1.0:
+            name = f"blind({share:g}{',moving' if match[2] else ''})"
+            return AcceptanceRule(name, None, share=share, moving=bool(match[2]))
     if match := re.fullmatch(r"distance(?:\((\d+)\))?", name):
         bins = int(match[1] or 1)
         return AcceptanceRule(f"distance({bins})", lambda d, logits: distance(d, logits, bins), per_scalar=True)

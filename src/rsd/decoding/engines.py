@@ -1,4 +1,4 @@
-"""What a strategy runs on: PyTorch operation by operation, CUDA graphs, compiled or not, or ONNX graphs on a CPU."""
+"""What primitives run on: PyTorch operation by operation, CUDA graphs, compiled or not, or ONNX graphs on a CPU."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ import os
 
 import torch
 
-from rsd.decoding.cuda_graph import CompiledGraph, CudaGraph
-from rsd.decoding.onnx_graph import OnnxGraph, missing_packages
-from rsd.decoding.recorded import RecordedStrategy, Recorder
-from rsd.decoding.strategies import STRATEGIES, Strategy
+from rsd.decoding.cuda_graph import compiled_graph, cuda_graph
+from rsd.decoding.onnx_graph import OnnxGraphs, missing_packages
+from rsd.decoding.recorded import Recordings
 from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ENGINES, ONNX, RsdError
 
-RECORDERS: dict[str, tuple[str, Recorder]] = {
-    CUDA_GRAPHS: ("cuda", CudaGraph),
-    COMPILED: ("cuda", CompiledGraph),
-    ONNX: ("cpu", OnnxGraph),
-}
+DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}  # of the engines that record
 VARIABLE = "RSD_ENGINE"  # what `auto` takes on a CPU, if it is set
 LOG = logging.getLogger(__name__)
 
 
 def choose_engine(asked: str, device: str, recordable: bool, compact: bool = True) -> str:
-    """The engine for a device such as cpu or cuda:1; recordable: whether the strategy can become a graph there;
+    """The engine for a device such as cpu or cuda:1; recordable: whether what is decoded can become a graph there;
     compact: whether the models are the compact ones, and not OpenVLA's.
 
     `auto` takes graphs where they can be had and `eager` elsewhere; what is asked for by name and cannot be had is
@@ -32,8 +27,8 @@ def choose_engine(asked: str, device: str, recordable: bool, compact: bool = Tru
     if asked not in ENGINES:
         raise RsdError(f"engine {asked!r}: expected one of {', '.join(ENGINES)}")
     kind = torch.device(device).type
-    if asked in RECORDERS:
-        if kind != (expected := RECORDERS[asked][0]):
+    if asked in DEVICES:
+        if kind != (expected := DEVICES[asked]):
             raise RsdError(f"engine {asked!r}: expected device {expected}, found {device}; take auto or eager")
         if not recordable:
             why = "not for drawn tokens, acceptance 'exact' (fine='sequential'), or OpenVLA on a CPU"
@@ -61,6 +56,12 @@ def choose_engine(asked: str, device: str, recordable: bool, compact: bool = Tru
     return ONNX
 
 
-def strategy_on(engine: str, name: str) -> Strategy:
-    """A strategy of `STRATEGIES` on an engine that `choose_engine` chose."""
-    return STRATEGIES[name] if engine == EAGER else RecordedStrategy(name, RECORDERS[engine][1])
+def make_engine(engine: str) -> Recordings | None:
+    """What `Primitives` take for an engine that `choose_engine` chose. A GPU gains by whole compositions, whose parts
+    overlap there; on a CPU the primitives are shared between decoders and rules, and lose nothing."""
+    if engine == EAGER:
+        return None
+    return Recordings(OnnxGraphs(), whole=False) if engine == ONNX else Recordings(CUDA[engine], whole=True)
+
+
+CUDA = {CUDA_GRAPHS: cuda_graph, COMPILED: compiled_graph}

@@ -11,13 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsd.evaluation.config import EvalConfig, asked_rule
-from rsd.types import BEST, CUDA_GRAPHS, ONNX, Policy, RsdError
+from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule
+from rsd.types import BEST, CUDA_GRAPHS, ONNX, ChunkPolicy, Policy, RsdError
 
 if TYPE_CHECKING:
-    from rsd.evaluation.batched_policy import BatchPolicy
     from rsd.evaluation.rollout import Environment
-    from rsd.policy import Choice
+    from rsd.options import Choice, DecodeOptions
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Backend:
     """device -> versions of everything a result may depend on."""
     choose_decode: Callable[[EvalConfig], Choice]
     """What --decode best is for this policy and these options."""
-    make_batch_policy: Callable[[EvalConfig], BatchPolicy] | None = None
+    make_batch_policy: Callable[[EvalConfig], ChunkPolicy] | None = None
     """A policy for `--batch`; None where there is none."""
     prepare: Callable[[str, int], None] | None = None
     """suite, task number -> what a simulator's process can do of `make_env` while its policy still loads elsewhere."""
@@ -77,7 +76,8 @@ def rsd_policy(config: EvalConfig) -> Policy:
 
         return policy_for(config)
     from rsd.openvla.published import locate_openvla
-    from rsd.policy import RsdPolicy
+    from rsd.options import RuntimeOptions
+    from rsd.policy import RsdPolicy, load_policy
 
     if (openvla := locate_openvla(config.policy)) is not None:
         if config.temperature:
@@ -89,27 +89,34 @@ def rsd_policy(config: EvalConfig) -> Policy:
         return OpenVlaPolicy.from_pretrained(
             openvla, device=config.device, decode=config.decode, suite=config.task_suite, graphs=graphs
         )
-    return RsdPolicy.from_pretrained(
-        config.policy, device=config.device, decode=config.decode, audit=config.audit, **decoding_options(config)
+    return RsdPolicy(load_policy(config.policy, decode_options(config), RuntimeOptions(config.device, config.engine)))
+
+
+def decode_options(config: EvalConfig) -> DecodeOptions:
+    """How to decode, as a policy takes it."""
+    from rsd.decoding.gate import SkipRule
+    from rsd.options import DecodeOptions
+
+    skip = None
+    if config.skip_threshold_mm is not None:
+        given = {name: value for name in OF_THE_RULE if (value := getattr(config, name)) is not None}
+        skip = SkipRule(config.skip_threshold_mm, **given)
+    return DecodeOptions(
+        config.decode,
+        asked_rule(config.acceptance),
+        temperature=config.temperature,
+        skip=skip,
+        target_at_reset=config.target_at_reset,
+        audit=config.audit,
     )
-
-
-def decoding_options(config: EvalConfig) -> dict[str, Any]:
-    """How to decode, as `RsdPolicy` takes it."""
-    from rsd.decoding.steps import SkipRule
-
-    asked = SkipRule(config.skip_threshold_mm, config.max_skips, config.memory_chunks)
-    skip = asked if config.skip_threshold_mm >= 0 else None
-    acceptance = asked_rule(config.acceptance)
-    return {"acceptance": acceptance, "temperature": config.temperature, "skip": skip, "engine": config.engine}
 
 
 def best_of_checkpoint(config: EvalConfig) -> Choice:
     """A directory in OpenVLA's format has one decoder, its own, and so has a served policy; of the others see
-    `rsd.policy.choose_decode`."""
-    from rsd.checkpoint import locate_checkpoint, proven_decode, read_content
+    `rsd.options.best_decode`."""
+    from rsd.checkpoint import facts_of, locate_checkpoint, read_content
     from rsd.openvla.published import Settings, locate_openvla
-    from rsd.policy import Choice, choose_decode
+    from rsd.options import Choice, best_decode
 
     if config.served:
         from rsd.serving.client import RemotePolicy
@@ -121,21 +128,22 @@ def best_of_checkpoint(config: EvalConfig) -> Choice:
         settings = Settings.load(openvla).resolve(openvla)
         return Choice(str(settings.decode), "what this OpenVLA checkpoint was trained for")
     directory = locate_checkpoint(config.policy)
-    options = decoding_options(config)
-    content = read_content(directory)
-    light, proven = bool(content["policy"].get("light")), proven_decode(directory, content)
-    return choose_decode(light, options["temperature"], options["skip"], proven)
+    return best_decode(facts_of(directory, read_content(directory)), decode_options(config))
 
 
-def batched_rsd_policy(config: EvalConfig) -> BatchPolicy:
-    from rsd.evaluation.batched_policy import BatchedRsdPolicy
-    from rsd.policy import RsdPolicy
+def batched_rsd_policy(config: EvalConfig) -> ChunkPolicy:
+    from rsd.openvla.published import locate_openvla
+    from rsd.options import RuntimeOptions
+    from rsd.policy import load_policy
 
-    policy = rsd_policy(config)
-    if type(policy) is not RsdPolicy:
+    policy = None
+    if config.served or locate_openvla(config.policy) is None:
+        runtime = RuntimeOptions(config.device, config.engine, max(2, config.batch))
+        policy = load_policy(config.policy, decode_options(config), runtime)
+    if policy is None or not policy.body.compact:
         found = f"{config.policy} in OpenVLA's format or on OpenVLA takes one observation at a time"
         raise RsdError(f"--batch {config.batch}: {found}; leave --batch out")
-    return BatchedRsdPolicy(policy, config.batch)
+    return policy
 
 
 def check_machine(config: EvalConfig) -> None:
@@ -194,32 +202,29 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     content = json.loads((directory / CONFIG_FILE).read_text())
     found = {
         "policy": config.policy,
-        "engine": engine_of(config, content),
+        "engine": engine_of(config, directory),
         "checkpoint_sha256": checkpoint_hash(config.policy),
         "provenance": content.get("provenance", {}),
     }
-    if config.decode == "rsd-skip" and config.skip_threshold_mm < 0:
+    if config.decode == "rsd-skip" and config.skip_threshold_mm is None:
         found["skip_calibration"] = load_calibration(directory).to_json()
     return found
 
 
-def engine_of(config: EvalConfig, content: dict[str, Any] | None) -> str:
+def engine_of(config: EvalConfig, directory: Path | None) -> str:
     """What `--engine auto` is for this run, as the policy will choose it; with a version that torch's does not tell.
 
-    content: the checkpoint's config.json; None of one in OpenVLA's format."""
-    import torch
-
-    from rsd.checkpoint import BACKBONE
+    directory: the checkpoint's; None of one in OpenVLA's format."""
+    from rsd.checkpoint import facts_of, read_content
     from rsd.decoding.engines import choose_engine
-    from rsd.policy import own_verification, recordable, settle_verification
+    from rsd.options import resolve
 
-    own, asked = own_verification(content["policy"] if content else {}), decoding_options(config)
-    _, fine = settle_verification(own, asked["acceptance"], None, config.temperature)
-    if config.decode == "rsd-skip" and asked["skip"] is None:
-        fine = "regress"  # every calibration is of that
-    exportable = content is not None and BACKBONE not in content
-    graphs = recordable(fine, config.temperature, exportable, torch.device(config.device))
-    engine = choose_engine(config.engine, config.device, graphs, compact=exportable)
+    compact, recordable = False, not config.device.startswith("cpu")
+    if directory is not None:
+        facts = facts_of(directory, read_content(directory))
+        compact = facts.compact
+        recordable = resolve(facts, decode_options(config)).recordable(compact, config.device)
+    engine = choose_engine(config.engine, config.device, recordable, compact=compact)
     return f"{engine} {metadata.version('onnxruntime')}" if engine == ONNX else engine
 
 

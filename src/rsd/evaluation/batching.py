@@ -12,15 +12,14 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Client, Connection, Listener
 from typing import TYPE_CHECKING, Any
 
-from rsd.types import ActionChunk, Observation, RsdError
+from rsd.types import ActionChunk, ChunkPolicy, Observation, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.backend import Backend
-    from rsd.evaluation.batched_policy import BatchPolicy
     from rsd.evaluation.config import EvalConfig
 
 
@@ -34,13 +33,18 @@ class Welcome:
 
 
 @dataclass
-class Request:
-    """memory: what the policy remembers of this simulator's episode."""
+class Episode:
+    """What the policy has left behind in a simulator's episode."""
 
+    state: Any = None
+
+
+@dataclass
+class Request:
     connection: Connection
     observation: Observation
-    memory: Any
-    arrived: float
+    episode: Episode
+    arrived: float = field(default_factory=time.perf_counter)
 
 
 class RemotePolicy:
@@ -78,7 +82,7 @@ class BatchServer:
     """Collects requests into batches. address: its socket. clients: simulators expected; fewer may be there."""
 
     def __init__(
-        self, policy: BatchPolicy, size: int, wait_ms: float, welcome: Welcome, clients: int, address: str
+        self, policy: ChunkPolicy, size: int, wait_ms: float, welcome: Welcome, clients: int, address: str
     ) -> None:
         self.policy, self.size, self.wait = policy, size, wait_ms / 1000
         self.welcome = welcome
@@ -105,14 +109,14 @@ class BatchServer:
     def _read(self, connection: Connection) -> None:
         with self._lock:
             self._connected += 1
-        memory: Any = None
+        episode = Episode()
         try:
             connection.send(self.welcome)
             while True:
                 observation, first = connection.recv()
                 if first:
-                    memory = self.policy.new_memory()
-                self._requests.put(Request(connection, observation, memory, time.perf_counter()))
+                    episode = Episode()
+                self._requests.put(Request(connection, observation, episode))
         except (EOFError, OSError):
             connection.close()
         finally:
@@ -133,7 +137,7 @@ class BatchServer:
     def _answer(self, batch: list[Request]) -> None:
         answers: Sequence[ActionChunk | str]
         try:
-            answers = self.policy.predict_batch([r.observation for r in batch], [r.memory for r in batch])
+            answers = self._predict(batch)
         except Exception as error:
             answers = [f"{type(error).__name__}: {error}"] * len(batch)
             traceback.print_exc()
@@ -142,6 +146,18 @@ class BatchServer:
                 request.connection.send(answer)
             except OSError:
                 continue  # that simulator is gone
+
+
+    def _predict(self, batch: list[Request]) -> list[ActionChunk]:
+        """Chunks with complete statistics; the episodes go on."""
+        states = [request.episode.state for request in batch]
+        chunks, states, pending = self.policy.predict([request.observation for request in batch], states)
+        if pending is not None:
+            found, states = self.policy.verify_pending(pending)
+            chunks = [replace(chunk, stats=stats) for chunk, stats in zip(chunks, found, strict=True)]
+        for request, state in zip(batch, states, strict=True):
+            request.episode.state = state
+        return chunks
 
 
 def policy_main(

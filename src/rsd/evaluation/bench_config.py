@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rsd.evaluation.config import DEFAULT, EvalConfig, OptionError
-from rsd.types import AUTO, RsdError
+from rsd.types import AUTO, MAX_SKIPS, MEMORY_CHUNKS, RsdError
 
 MOST_TRIALS = 10_000  # of a calibration, per task
 
@@ -79,14 +79,14 @@ class LatencyConfig:
     """Raw milliseconds and the environment, as JSON."""
 
     def __post_init__(self) -> None:
-        from rsd.decoding.strategies import STRATEGIES  # loads torch
+        from rsd.decoding.strategies import DECODERS, names  # loads torch
 
         for name in self.decode:
-            if name not in STRATEGIES:
-                raise RsdError(f"--decode '{name}': expected some of {', '.join(STRATEGIES)}")
-        if "rsd-skip" in self.decode:
+            if name not in DECODERS:
+                raise RsdError(f"--decode '{name}': expected some of {', '.join(DECODERS)}")
+        if gated := [name for name in self.decode if name in names(gated=True)]:
             raise RsdError(
-                "--decode rsd-skip: when it skips depends on the episode; time it in one: rsd eval --num-workers 1"
+                f"--decode {gated[0]}: when it skips depends on the episode; time it in one: rsd eval --num-workers 1"
             )
         if len(set(self.decode)) < len(self.decode):
             raise RsdError(f"--decode {' '.join(self.decode)}: expected each decoder once")
@@ -133,10 +133,10 @@ class CalibrateConfig:
     epsilon_mm: float = 75.0
     """A draft chunk deviates if its commands lead the fingertip further than this away from the main's. The arm follows
     about a quarter of what is commanded."""
-    max_skips: int = 6
+    max_skips: int = MAX_SKIPS
     """Chunks in a row without the main, at most. A risk by chunk does not see where a row of them leads: without a
     limit the draft of the shipped policy goes round in circles at times."""
-    memory_chunks: int = 2
+    memory_chunks: int = MEMORY_CHUNKS
     """For so many chunks the draft attends to what the main left behind; after that it acts on what it sees alone."""
     acceptance: str = DEFAULT
     """How the main judges drafts, as in `rsd eval`; `rsd-skip` will take the same."""

@@ -17,16 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from rsd.checkpoint import read_content, weights_hash
+from rsd.checkpoint import facts_of, read_content, weights_hash
 from rsd.decoding.calibration import FILE_NAME, SkipCalibration, check_promise, episodes_needed, executed, fit_threshold
+from rsd.decoding.gate import SkipRule
 from rsd.evaluation.backend import LIBERO, Backend, describe_checkpoint
 from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import EvalConfig, asked_rule
 from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
 from rsd.evaluation.failures import WatchedLibero
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored, write_atomically
+from rsd.options import DecodeOptions, resolve
 from rsd.output import writing
-from rsd.policy import own_verification, settle_verification
 from rsd.types import RsdError
 
 SCORE = "expected_deviation_mm"
@@ -68,10 +69,11 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     content = read_content(directory)
     if not content["policy"].get("light"):
         raise RsdError(f"calibrate: {directory} has no light draft, whose chunks rsd-skip executes; train one with it")
-    asked = asked_rule(config.acceptance)
-    rule, fine = settle_verification(own_verification(content["policy"]), asked, None, 0.0)
-    if fine != "regress":
-        raise RsdError(f"calibrate: acceptance {rule!r} decodes the fine levels one after another; take another rule")
+    asked = DecodeOptions("rsd-skip", asked_rule(config.acceptance), skip=SkipRule())
+    decoding = resolve(facts_of(directory, content), asked)
+    if decoding.fine != "regress":
+        found = f"acceptance {decoding.rule.name!r} decodes the fine levels one after another"
+        raise RsdError(f"calibrate: {found}; take another rule")
     sha256 = weights_hash(directory)
     check_promise(config.alpha, config.delta, config.epsilon_mm, config.max_skips, "share", config.test)
     rollouts = EvalConfig(

@@ -79,7 +79,7 @@ def unpromised_suites(config: EvalConfig, directory: Path) -> Iterable[str]:
     """Where `rsd-skip` goes by a calibration of other suites."""
     from rsd.checkpoint import load_calibration
 
-    if config.decode != "rsd-skip" or config.skip_threshold_mm >= 0:
+    if config.decode != "rsd-skip" or config.skip_threshold_mm is not None:
         return
     calibrated = load_calibration(directory).suites.split(",")
     if beyond := [suite for suite in config.suites if suite not in calibrated]:

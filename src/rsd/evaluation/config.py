@@ -23,7 +23,9 @@ UNHASHED_FIELDS = (
 # Left out of the hash where they are what they were before they existed, so that older runs keep theirs.
 MOST_STATES = 1_000_000  # a number above is a slip, and would take minutes and gigabytes to plan
 DEFAULT = "default"  # of --acceptance: nothing is asked for
-NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "memory_chunks": 2, "engine": AUTO}
+NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "engine": AUTO, "target_at_reset": False}
+OF_THE_RULE = ("max_skips", "memory_chunks")  # of `decoding.gate.SkipRule`, which has their defaults
+NEUTRAL |= dict.fromkeys(("skip_threshold_mm", *OF_THE_RULE))
 
 
 class OptionError(RsdError):
@@ -55,19 +57,21 @@ class EvalConfig:
     """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, rsd-ahead, draft, light-alone;
     best: rsd-ahead, without a light draft rsd, at a temperature rsd-fused."""
     acceptance: str = DEFAULT
-    """Rule for drafted levels: exact, margin, residual, distance(1), typical(0.09), agreement(0.7); default: the
-    checkpoint's, with rsd-skip its calibration's, or exact with a --temperature."""
+    """Rule for drafted levels: exact, margin, residual, blind(0.95), distance(1), typical(0.09), agreement(0.7);
+    default: the checkpoint's, with rsd-skip its calibration's, or exact with a --temperature."""
     temperature: float = 0.0
     """Above 0, ar, parallel, rsd and rsd-fused draw motion tokens from softmax(logits / temperature); 0 takes the
     likeliest."""
     seed: int = 7
     """Seed of what is drawn at a temperature; the simulator is always seeded by 0, as the published protocol does."""
-    skip_threshold_mm: float = -1.0
-    """For rsd-skip: leave the main idle where the draft expects to deviate less; -1 takes the calibration."""
-    max_skips: int = 4
-    """For rsd-skip with a threshold of its own: chunks in a row without the main, at most."""
-    memory_chunks: int = 2
-    """The same: how many chunks the draft attends to what the main left behind; after that to what it sees alone."""
+    skip_threshold_mm: float | None = None
+    """For rsd-skip: leave the main idle where the draft expects to deviate less; by default what was calibrated."""
+    max_skips: int | None = None
+    """For rsd-skip with a threshold of its own: chunks in a row without the main, at most (6)."""
+    memory_chunks: int | None = None
+    """The same: how many chunks the draft attends to what the main left behind, after that what it sees alone (2)."""
+    target_at_reset: bool = True
+    """For rsd-skip: the target always runs on an episode's first observation; False is an ablation."""
     audit: bool = False
     """With a light draft: record how far its chunks lead away from the main's; for that the main is run beside every
     skipped chunk (not timed), and the realised risk is known."""
@@ -113,13 +117,14 @@ class EvalConfig:
                 raise OptionError(f"{option(name)} {value}: expected at least {minimum}")
         if self.videos not in ("none", "failures", "all"):
             raise OptionError(f"--videos '{self.videos}': expected one of none, failures, all")
-        if not (self.skip_threshold_mm >= 0 or self.skip_threshold_mm == -1) or self.max_skips < 1:
-            raise OptionError("--skip-threshold-mm: expected a number >= 0, or -1; --max-skips: expected at least 1")
-        if self.memory_chunks < 1 or self.engine not in ENGINES:
-            expected = f"--memory-chunks of at least 1, --engine one of {', '.join(ENGINES)}"
-            raise OptionError(f"expected {expected}; found {self.memory_chunks} and {self.engine!r}")
-        for name in ("max_skips", "memory_chunks"):
-            if self.skip_threshold_mm < 0 and getattr(self, name) != getattr(EvalConfig, name):
+        if self.skip_threshold_mm is not None and not self.skip_threshold_mm >= 0:
+            raise OptionError(f"--skip-threshold-mm {self.skip_threshold_mm:g}: expected at least 0; leave it out")
+        if self.engine not in ENGINES:
+            raise OptionError(f"--engine '{self.engine}': expected one of {', '.join(ENGINES)}")
+        for name in OF_THE_RULE:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise OptionError(f"{option(name)} {value}: expected at least 1")
+            if value is not None and self.skip_threshold_mm is None:
                 raise OptionError(f"{option(name)}: the calibration has its own; give a --skip-threshold-mm with it")
         if self.num_workers != "auto" and not (self.num_workers.isdecimal() and int(self.num_workers) > 0):
             raise OptionError(f"--num-workers '{self.num_workers}': expected auto or a number of at least 1")

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from rsd import output
 from rsd.conventions import ACTION_METRES, ACTION_RADIANS
-from rsd.decoding.steps import Decoded, EpisodeMemory, Scene, Stopwatch
-from rsd.decoding.strategies import LIGHT, STRATEGIES
+from rsd.decoding.strategies import DECODERS, look
 from rsd.evaluation.bench_config import DeviationConfig
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
@@ -26,6 +25,7 @@ from rsd.evaluation.tables import print_table
 from rsd.policy import RsdPolicy
 from rsd.training.dataset import FrameDataset
 from rsd.training.policy import load_folders, split
+from rsd.training.validation import frames_seen, remembering
 from rsd.types import EAGER
 from rsd.versions import versions
 
@@ -85,10 +85,10 @@ def measure_deviation(config: DeviationConfig) -> list[Row]:
     frames = torch.linspace(0, len(dataset) - 1, min(config.frames, len(dataset)), device=first.device).long()
     expert = dataset.batch(frames).chunk.float().cpu().numpy()
     for variant in VARIANTS:
-        if variant[0] in LIGHT and first.model.light is None:
+        if DECODERS[variant[0]].visual and first.model.light is None:
             continue
         decode, acceptance, fine = variant
-        policy = RsdPolicy(
+        policy = RsdPolicy.of(
             first.model, first.tokenizer, first.config, decode=decode, acceptance=acceptance, fine=fine, engine=EAGER
         )
         progress = output.shown(frames.split(1), f"{decode}, frames", len(frames))
@@ -107,24 +107,15 @@ def measure_deviation(config: DeviationConfig) -> list[Row]:
 
 
 def actions(policy: RsdPolicy, dataset: FrameDataset, frame: Tensor) -> NDArray[np.float32]:
-    """The chunk [H, 7] that the policy gives at a frame [1], remembering the main's run one chunk before."""
-    memory = EpisodeMemory()
-    if policy.decode in LIGHT:
-        decoded_at(policy, dataset, dataset.earlier(frame, 1), memory)
-    decoded = decoded_at(policy, dataset, frame, memory)
-    policy.decoder.check()
-    chunk = policy.tokenizer.to_actions(decoded.value * policy.tokenizer.first_step, decoded.gripper)
+    """The chunk [H, 7] that the policy gives at a frame [1], remembering the target's run one chunk before."""
+    ops, entry = policy.core.ops, DECODERS[policy.decode]
+    state = remembering(ops, entry, dataset, frame)
+    result = entry.decode(ops, frames_seen(ops, dataset, frame), state)
+    if result.pending and result.draft is not None:
+        result = look(ops, frames_seen(ops, dataset, frame), result.draft)
+    ops.check()
+    chunk = policy.tokenizer.to_actions(result.value * policy.tokenizer.first_step, result.gripper)
     return chunk[0].float().cpu().numpy()
-
-
-def decoded_at(policy: RsdPolicy, dataset: FrameDataset, frame: Tensor, memory: EpisodeMemory) -> Decoded:
-    batch = dataset.batch(frame)
-    text = policy.model.main.encode_text(batch.words)
-    scene = Scene(batch.images, batch.state, text, memory)
-    decoded = STRATEGIES[policy.decode](policy.decoder, scene, Stopwatch(policy.device))
-    if decoded.follow_up:
-        decoded.follow_up(Stopwatch(policy.device))
-    return decoded
 
 
 def spread(own: NDArray[np.float32], other: NDArray[np.float32]) -> dict[str, tuple[float, float, float]]:

@@ -281,36 +281,36 @@ def flow(policy: RsdPolicy) -> list[tuple[str, str]]:
     """(what, its shape or value) of everything between an observation and its chunk, for one blank observation."""
     import torch
 
-    from rsd.decoding.steps import Scene, Stopwatch
+    from rsd.decoding.state import EpisodeState
+    from rsd.decoding.strategies import DECODERS
 
-    observation = blank(policy.image_size, 128)
-    watch = Stopwatch(policy.device)
+    observation, core = blank(policy.image_size, 128), policy.core
     with torch.inference_mode():
-        scene = Scene(*policy._preprocess([observation]))
-        prefix = scene.prefix(policy.model.main, watch)
-        hidden, _ = policy.model.main.prefill(prefix)
-        decoded = policy._strategy(policy.decoder, scene, watch)
+        seen = core.body([observation])
+        prefix = core.ops.embed(seen)
+        (hidden,) = core.ops.prefill(prefix, False).features
+        result = DECODERS[policy.decode].decode(core.ops, seen, EpisodeState())
     rows = [
         ("observation.images", f"{observation.images.dtype} {list(observation.images.shape)}, {' and '.join(CAMERAS)}"),
         ("observation.state", f"{observation.state.dtype} {list(observation.state.shape)}"),
         ("observation.instruction", repr(observation.instruction)),
-        ("images to the model", f"{list(scene.images.shape)}"),
-        ("state features", f"{list(scene.state.shape)}"),
+        ("images to the model", f"{list(seen.images.shape)}"),
+        ("state features", f"{list(seen.state.shape)}"),
         ("prefix (vision, language, state)", f"{list(prefix.shape)}"),
         ("hidden states of the first block", f"{list(hidden.shape)}"),
     ]
-    said = vars(decoded.proposal) if decoded.proposal else {}
-    parts = {**vars(decoded), **{name: value for name, value in said.items() if value is not None}}
-    parts |= {"proposal": None, "follow_up": None}
+    drafted = vars(result.draft) | vars(result.forecast or result.draft) if result.draft else {}
+    parts = {**vars(result), **{name: value for name, value in drafted.items() if name != "prefixes"}}
+    parts |= dict.fromkeys(("draft", "forecast", "memory"))
     for name, value in parts.items():
         if isinstance(value, torch.Tensor):
             rows.append((f"decoded.{name}", f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"))
         elif value is not None and value != []:
             rows.append((f"decoded.{name}", str(value)))
     chunk = alone(policy, observation)
-    policy.follow_up()
+    stats = policy.verify() or chunk.stats
     rows.append(("actions", f"{chunk.actions.dtype} {list(chunk.actions.shape)}"))
-    rows += [(f"stats.{name}", statistic(value)) for name, value in vars(chunk.stats).items()]
+    rows += [(f"stats.{name}", statistic(value)) for name, value in vars(stats).items()]
     return rows
 
 

@@ -6,7 +6,6 @@ of two columns means something even where the milliseconds themselves wander.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from rsd.decoding.strategies import STRATEGIES
 from rsd.evaluation.backend import available_cores, cpu_model
 from rsd.evaluation.bench_config import LatencyConfig
 from rsd.evaluation.config import asked_rule
@@ -27,7 +25,7 @@ from rsd.evaluation.tables import print_table
 from rsd.output import shown
 from rsd.policy import FOLLOW_UP, RsdPolicy
 from rsd.sim.libero import LiberoEnv
-from rsd.types import Observation
+from rsd.types import EAGER, Observation
 from rsd.versions import versions
 
 FORMAT = 2  # in 1 the work of a decoder with a follow-up was that of both, its time that of the chunk alone
@@ -110,16 +108,14 @@ def work_to_the_chunk(policy: RsdPolicy, observation: Observation) -> Work:
     """What `total` times: a prediction alone, without the follow-up of the one before or its own."""
     plain = without_graphs(policy)
     plain.predict(observation)  # encodes the instruction, fills the memory
-    plain.follow_up()
+    plain.verify()
     return work_of(partial(plain.predict, observation), plain.model)
 
 
 def without_graphs(policy: RsdPolicy) -> RsdPolicy:
-    """The same models with a memory of their own, every operation run: a replayed graph shows none to count."""
-    plain = copy.copy(policy)
-    plain._strategy = STRATEGIES[policy.decode]
-    plain.reset()
-    return plain
+    """The same models, every operation run: a replayed graph shows none to count."""
+    same: dict[str, Any] = {"decode": policy.decode, "acceptance": policy.acceptance or None}
+    return RsdPolicy.of(policy.model, policy.tokenizer, policy.config, engine=EAGER, **same)
 
 
 def take_turns(
@@ -132,7 +128,7 @@ def take_turns(
         for observation in seen:
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
                 spent = policies[name].predict(observation).stats.latency_ms
-                policies[name].follow_up()
+                policies[name].verify()
                 if turn >= warmup:
                     for stage, milliseconds in spent.items():
                         times[name].setdefault(stage, []).append(round(milliseconds, 4))

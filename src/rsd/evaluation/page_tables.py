@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.decoding.calibration import RealisedRisk, realised_risk
-from rsd.decoding.strategies import STRATEGIES
+from rsd.decoding.strategies import DECODERS
 from rsd.evaluation.archive import read_json
 from rsd.evaluation.calibrate import SCORE, chunk_stat
 from rsd.evaluation.config import DEFAULT, asked_rule
@@ -200,7 +200,7 @@ def latency_section(record: LatencyRecord, path: Path) -> str:
     for name, stages in record.milliseconds.items():
         p50, p95 = percentiles(stages["total"])
         parts = ", ".join(f"{s} {percentiles(v)[0]:.1f}" for s, v in stages.items() if s != "total")
-        if name not in STRATEGIES:
+        if name not in DECODERS:
             continue  # of a decoder that is no more
         share = f"{ideals[name]:.2f} ({ideals[name] / p50:.0%})" if name in ideals else ABSENT
         rows.append([f"`{name}`", f"{p50:.1f} / {p95:.1f}", f"{base / p50:.2f}x", f"{p50 / bar:.2f}", share, parts])

@@ -1,7 +1,7 @@
 """How policy and robot take turns: one after the other, as fast as possible, or in real time as on a robot.
 
 In real time an action begins every 1/hz seconds of wall time, and what the policy has left to do once its chunk is out
-(`FollowsUp`) is done in a thread of its own while that chunk is executed. Nothing that is computed depends on it.
+(`VerifiesLater`) is done in a thread of its own while that chunk is executed. Nothing that is computed depends on it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rsd.types import ActionChunk, FollowsUp, Observation, Policy
+from rsd.types import ActionChunk, ChunkStats, Observation, Policy, VerifiesLater
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
@@ -43,8 +43,10 @@ class Motion:
 
 
 class Pace(Protocol):
-    """One episode's turns; leaving the context, nothing is under way any more. motions: one a chunk, if known."""
+    """One episode's turns; leaving the context, nothing is under way any more. stats: one a chunk, complete as soon as
+    what was left of it is done. motions: one a chunk, if known."""
 
+    stats: list[ChunkStats]
     motions: list[Motion]
 
     def __enter__(self) -> Pace: ...
@@ -66,6 +68,7 @@ class InTurn:
     """As fast as possible: the simulator rests while the policy computes, and the other way round."""
 
     def __init__(self) -> None:
+        self.stats: list[ChunkStats] = []
         self.motions: list[Motion] = []
 
     def __enter__(self) -> InTurn:
@@ -78,11 +81,13 @@ class InTurn:
         policy.predict(observation)
 
     def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
-        return policy.predict(observation)
+        chunk = policy.predict(observation)
+        self.stats.append(chunk.stats)
+        return chunk
 
     def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped:
-        if isinstance(policy, FollowsUp):
-            policy.follow_up()
+        if isinstance(policy, VerifiesLater) and (found := policy.verify()) is not None:
+            self.stats[-1] = found
         return env.step_chunk(chunk.actions)
 
 
@@ -98,11 +103,12 @@ class RealTime:
         executor: Executor | None = None,
     ) -> None:
         """executor: runs one follow-up at a time, beside the caller; by default a thread."""
+        self.stats: list[ChunkStats] = []
         self.motions: list[Motion] = []
         self._period = 1.0 / hz
         self._clock, self._sleep = clock, sleep
         self._executor = executor or ThreadPoolExecutor(1, "follow-up")
-        self._following: Future[float] | None = None
+        self._following: Future[tuple[ChunkStats | None, float]] | None = None
         self._followed = -math.inf  # when the last follow-up was done
         self._waited: bool | None = None
         self._still: float | None = None  # since when the robot stands still
@@ -129,8 +135,10 @@ class RealTime:
         wait_ms = 1e3 * (self._clock() - asked)
         chunk = policy.predict(observation)
         if self._waited:
-            chunk.stats.latency_ms[WAIT] = wait_ms
-            chunk.stats.latency_ms["total"] += wait_ms
+            total = chunk.stats.latency_ms["total"] + wait_ms
+            latency = {**chunk.stats.latency_ms, WAIT: wait_ms, "total": total}
+            chunk = replace(chunk, stats=replace(chunk.stats, latency_ms=latency))
+        self.stats.append(chunk.stats)
         return chunk
 
     def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped:
@@ -166,11 +174,10 @@ class RealTime:
         motion.pause_without_drawing_ms = motion.pause_ms - 1e3 * drawing
 
     def _follow_up(self, policy: Policy) -> None:
-        if isinstance(policy, FollowsUp):
+        if isinstance(policy, VerifiesLater):
 
-            def beside() -> float:
-                policy.follow_up()
-                return self._clock()
+            def beside() -> tuple[ChunkStats | None, float]:
+                return policy.verify(), self._clock()
 
             self._following = self._executor.submit(beside)
 
@@ -180,7 +187,11 @@ class RealTime:
         if following is None:
             return None
         waited = not following.done()
-        self._followed = following.result()
+        found, self._followed = following.result()
+        if found is not None and self.stats:
+            times = {WAIT: self.stats[-1].latency_ms[WAIT]} if WAIT in self.stats[-1].latency_ms else {}
+            total = self.stats[-1].latency_ms["total"]
+            self.stats[-1] = replace(found, latency_ms={**found.latency_ms, **times, "total": total})
         return waited
 
     def _wait_until(self, due: float) -> None:

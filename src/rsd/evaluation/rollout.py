@@ -83,7 +83,6 @@ def run_episode(
     of the policy: no other action is ever executed in place of a prediction.
     """
     start = time.perf_counter()
-    stats: list[ChunkStats] = []
     executed: list[NDArray[np.float32]] = []
     success, failure, trace = False, "", ""
     pace = pace or InTurn()
@@ -96,7 +95,6 @@ def run_episode(
             done = False
             while not done:
                 chunk = checked_chunk(pace.predict(policy, env.observation()))
-                stats.append(chunk.stats)
                 _, _, terminated, truncated, info = pace.execute(policy, env, chunk)
                 executed.append(chunk.actions[: info["steps"]].copy())
                 success, done = bool(terminated), bool(terminated or truncated)
@@ -104,6 +102,7 @@ def run_episode(
     except Exception as error:
         success, trace = False, traceback.format_exc()
         failure = f"{ERROR_PREFIX}{type(error).__name__}: {' '.join(str(error).split())}"
+    stats = pace.stats
     result = EpisodeResult(
         suite=suite,
         task_id=task_id,

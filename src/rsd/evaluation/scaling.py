@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from rsd.decoding.steps import EpisodeMemory, Proposal, SkipRule
+from rsd.decoding.gate import SkipRule
+from rsd.decoding.state import Draft, EpisodeState
 from rsd.evaluation.backend import available_cores, cpu_model
 from rsd.evaluation.bench_config import TRUNKS, ScalingConfig
 from rsd.evaluation.config import asked_rule
@@ -71,8 +72,8 @@ class AlwaysResting(SkipRule):
     max_skips: int = 2**62
     memory_chunks: int = 2**62
 
-    def must_look(self, memory: EpisodeMemory, proposal: Proposal) -> bool:
-        return memory.main is None
+    def forces(self, draft: Draft, state: EpisodeState) -> tuple[bool, ...]:
+        return tuple(not seen for seen in state.seen)
 
 
 def measure_scaling(config: ScalingConfig) -> ScalingRecord:
@@ -86,9 +87,8 @@ def measure_scaling(config: ScalingConfig) -> ScalingRecord:
     engine = (EAGER if config.device == "cpu" else AUTO) if config.engine == "default" else config.engine
     for name in config.sizes:
         model = resized(shipped, name)
-        load = partial(
-            RsdPolicy, model, shipped.tokenizer, shipped.config, engine=engine, acceptance=asked_rule(config.acceptance)
-        )
+        same: dict[str, Any] = {"engine": engine, "acceptance": asked_rule(config.acceptance)}
+        load = partial(RsdPolicy.of, model, shipped.tokenizer, shipped.config, **same)
         policies = {decode: load(decode=decode) for decode in DECODERS}
         policies[RESTING] = load(decode="rsd-skip", skip=AlwaysResting())
         times = take_turns(policies, seen, config.warmup, config.rounds)

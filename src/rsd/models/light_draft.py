@@ -25,10 +25,13 @@ from rsd.types import CAMERAS, RsdError
 
 
 class Memory(NamedTuple):
-    """What the draft keeps of the main's last run, per layer of its own: keys and values [B, heads, S, head_dim]."""
+    """What the draft keeps of the main's last run, per layer of its own: keys and values [B, heads, S, head_dim].
+
+    known: bool [B], rows that have one; None where all have."""
 
     keys: list[Tensor]
     values: list[Tensor]
+    known: Tensor | None = None
 
 
 class LightDraft(nn.Module):
@@ -55,15 +58,18 @@ class LightDraft(nn.Module):
         self.residual_head = nn.Linear(config.levels.dim, motion_dim)
         self.deviation_head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
 
-    @fusible
-    def remember(self, cache: KVCache, length: int) -> Memory:
-        """The first `length` positions of the main's cache (`MainModel.remembered`) -> what this draft attends to.
-
-        Read are the values of a middle and of the last layer: what the main's own queries take from its prefix.
-        """
+    @staticmethod
+    def reads(cache: KVCache, length: int) -> list[Tensor]:
+        """What `remember` reads of the first `length` positions of the main's cache (`MainModel.remembered`): the
+        values of a middle and of the last layer, what the main's own queries take from its prefix."""
         middle = len(cache.values) // 2 - 1 if len(cache.values) > 1 else 0
-        read = [cache.values[layer][:, :, :length].transpose(1, 2).flatten(2) for layer in (middle, -1)]
-        both = self.memory_in(torch.cat(read, dim=-1))  # [B, S, 2 * layers * d]
+        return [cache.values[layer][:, :, :length] for layer in (middle, -1)]
+
+    @fusible
+    def remember(self, read: list[Tensor]) -> Memory:
+        """What `reads` takes of the main's cache -> what this draft attends to."""
+        seen = torch.cat([values.transpose(1, 2).flatten(2) for values in read], dim=-1)
+        both = self.memory_in(seen)  # [B, S, 2 * layers * d]
         keys, values = both.unflatten(-1, (2, self.config.layers, self.config.heads, -1)).permute(2, 3, 0, 4, 1, 5)
         return Memory(list(keys), list(values))
 

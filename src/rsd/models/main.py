@@ -155,26 +155,34 @@ class MainModel(nn.Module):
         """
         return self._prefill(prefix, self._queries(prefix, prefixes, gripper, first_level))
 
+    def prefill_blind(self, prefix: Tensor, value: Tensor) -> tuple[list[Tensor], KVCache]:
+        """`prefill` and `prefill_whole` in ONE pass: features of block 1, which is told nothing, and of the block that
+        is told the draft, value [B, H*M]; both see the prefix and themselves alone, as in passes of their own."""
+        nothing = torch.zeros_like(value).unsqueeze(1)
+        blocks = self.block(nothing, None, 1), self.block(value.unsqueeze(1), None, self.code.levels + 1)
+        return self._prefill(prefix, torch.cat(blocks, dim=1), apart=True)
+
     def prefill_whole(self, prefix: Tensor, value: Tensor) -> tuple[Tensor, KVCache]:
         """`prefill` with a block in the place of block 1 that is told what a whole draft decodes to, value [B, H*M] in
         first steps, and finds the gripper itself -> its features [B, H, D] and the cache of N + H positions."""
         (features,), cache = self._prefill(prefix, self.block(value.unsqueeze(1), None, self.code.levels + 1))
         return features, cache
 
-    def _prefill(self, prefix: Tensor, queries: Tensor) -> tuple[list[Tensor], KVCache]:
+    def _prefill(self, prefix: Tensor, queries: Tensor, apart: bool = False) -> tuple[list[Tensor], KVCache]:
         cache = KVCache()
-        sequence, mask = self._together(prefix, queries)
+        sequence, mask = self._together(prefix, queries, apart)
         hidden = self.trunk(sequence, cache, mask)
         return list(hidden[:, prefix.shape[1] :].split(self.horizon, dim=1)), cache
 
     @fusible
-    def _together(self, prefix: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Prefix and query positions as one sequence, and which of them may attend to which."""
+    def _together(self, prefix: Tensor, queries: Tensor, apart: bool = False) -> tuple[Tensor, Tensor]:
+        """Prefix and query positions as one sequence, and which of them may attend to which; apart: no block to
+        another."""
         length, total = prefix.shape[1], prefix.shape[1] + queries.shape[1]
         mask = torch.ones(total, total, dtype=torch.bool, device=prefix.device)
         # the prefix does not see the queries: its cache is the same for all decoders
         mask[:length, length:] = False
-        mask[length:, length:] = self._block_mask(queries.shape[1] // self.horizon, prefix.device)
+        mask[length:, length:] = self._block_mask(queries.shape[1] // self.horizon, prefix.device, apart)
         return torch.cat([prefix, queries.to(prefix.dtype)], dim=1), mask
 
     def remembered(self, length: int) -> int:
@@ -192,9 +200,10 @@ class MainModel(nn.Module):
             return queries
         return torch.cat([queries, self.block(torch.stack(prefixes, dim=1), gripper, first_level)], dim=1)
 
-    def _block_mask(self, blocks: int, device: torch.device) -> Tensor:
-        """bool [n*H, n*H], True = may attend: causal across blocks, full within one."""
+    def _block_mask(self, blocks: int, device: torch.device, apart: bool = False) -> Tensor:
+        """bool [n*H, n*H], True = may attend: causal across blocks (apart: none across), full within one."""
         own = torch.ones(blocks, blocks, dtype=torch.bool, device=device).tril()
+        own = own & own.T if apart else own
         return own.repeat_interleave(self.horizon, 0).repeat_interleave(self.horizon, 1)
 
     # blocks

@@ -18,13 +18,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from rsd.decoding.cuda_graph import Captured
 from rsd.devices import check_device
 from rsd.evaluation.roofline import Ceiling, measure_ceiling
 from rsd.evaluation.tables import print_table
 from rsd.models.openvla import OpenVlaModel
 from rsd.openvla.bench_cases import Case, Inputs, full_config, ideal_ms, openvla_cases, random_model, rfsq_cases
 from rsd.openvla.bench_config import CASES, OpenVlaBenchConfig
-from rsd.openvla.graphs import Captured
 from rsd.openvla.precision import compile_layers, use_fp8
 
 FORMAT = 1

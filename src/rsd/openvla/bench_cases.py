@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from rsd.conventions import CHUNK_SIZE
 from rsd.decoding.acceptance import acceptance_rule
-from rsd.decoding.recorded import Silent
-from rsd.decoding.steps import Decoder, EpisodeMemory, Sketch, complete, draft_levels
-from rsd.decoding.strategies import check_in_prefill
+from rsd.decoding.primitives import Primitives
+from rsd.decoding.state import EpisodeState, PolicyInput
+from rsd.decoding.strategies import DECODERS
 from rsd.evaluation.roofline import Ceiling
 from rsd.models.draft import DraftConfig, DraftModel
-from rsd.models.light_draft import LightDraft, LightDraftConfig, Memory
+from rsd.models.light_draft import LightDraftConfig, Memory
 from rsd.models.main import STATE_FEATURES, MainConfig
 from rsd.models.openvla import ACTION_TOKENS, OpenVlaConfig, OpenVlaModel
+from rsd.models.openvla_light import OpenVlaLight
 from rsd.models.openvla_llama import LlamaConfig
 from rsd.models.openvla_rfsq import OpenVlaMain
 from rsd.models.openvla_vision import DINO, SIGLIP, TIMM_MODELS
-from rsd.models.streams import fork
-from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
+from rsd.nested import tensors_of
+from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, RsdError
 
 MOTION_DIM = ACTION_DIM - 1
@@ -123,85 +125,43 @@ def openvla_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
 
 
 def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
-    """The decoders of residual tokens on the same trunk, as `decoding.strategies` has them, without its statistics.
-
-    `rsd` is timed with every drafted level accepted. In `rsd-fused` the light draft works beside the vision towers
-    and reads what the main remembers of an earlier chunk; `light` is its own chunk.
-    """
-    code = RfsqConfig()
+    """The decoders of residual tokens on the same trunk. In `rsd-fused` the visual drafter works beside the vision
+    towers and reads what the target remembers of an earlier chunk; `light` is its own chunk."""
+    code, own, (batch, cameras, *_) = RfsqConfig(), LightDraftConfig(), inputs.pixels.shape
     torch.manual_seed(0)
-    main = OpenVlaMain(model, code, CHUNK_SIZE, MOTION_DIM).eval()
+    main = OpenVlaMain(model, code, CHUNK_SIZE, MOTION_DIM, cameras).eval()
     draft = DraftModel(DraftConfig(), code, CHUNK_SIZE, MOTION_DIM, model.config.llama.dim)
-    draft = draft.to(model.device, model.dtype).eval()
-    rfsq, coarse, h = Rfsq(code), draft.config.levels, CHUNK_SIZE
-    batch, length = len(inputs.prompt), inputs.prefix_length
+    light = OpenVlaLight(own, code, CHUNK_SIZE, MOTION_DIM, model.config.llama.dim)
+    for part in (draft, light):
+        part.to(model.device, model.dtype).eval()
+    ops = Primitives(main, draft, acceptance_rule("margin", code), light=light)
 
-    def prefix(pixels: Tensor, prompt: Tensor, state: Tensor) -> Tensor:
-        return main.embed_prefix(pixels, state, (prompt, prompt))
+    def decide(name: str, *values: Tensor) -> tuple[Tensor, ...]:
+        pixels, prompt, state, condition, *memory = values
+        half = len(memory) // 2
+        past = EpisodeState(Memory(memory[:half], memory[half:]) if memory else None)
+        with ops.inline():
+            result = DECODERS[name].decode(ops, PolicyInput(pixels, state, (prompt, condition)), past)
+        return tuple(tensors_of(result))
 
-    def gripper_of(features: Tensor) -> Tensor:
-        return (main.gripper_logits(features) > 0).long()
+    h, length, coarse = CHUNK_SIZE, inputs.prefix_length, draft.config.levels
 
-    def ar(*values: Tensor) -> Tensor:
-        features, cache = main.prefill(prefix(*values))
-        gripper, motion = gripper_of(features), main.logits(features, 1).argmax(-1).unsqueeze(1)
-        for level in range(2, code.levels + 1):
-            (features,) = main.extend([rfsq.dequantise(motion)], gripper, level, cache)
-            motion = torch.cat([motion, main.logits(features, level).argmax(-1).unsqueeze(1)], dim=1)
-        return rfsq.dequantise(motion)
 
-    def verified(motion: Tensor, blocks: list[Tensor]) -> tuple[Tensor, Tensor]:
-        logits = torch.stack([main.logits(block, level + 1) for level, block in enumerate(blocks[:-1])], dim=1)
-        return rfsq.dequantise(motion) + main.residual(blocks[-1], coarse + 1), logits
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=model.device, dtype=model.dtype)
 
-    def prefixes(motion: Tensor) -> list[Tensor]:
-        return [rfsq.dequantise(motion[:, :level]) for level in range(1, coarse + 1)]
-
-    def rsd(*values: Tensor) -> tuple[Tensor, Tensor]:
-        features, cache = main.prefill(prefix(*values))
-        read, _ = draft.read(features)
-        gripper = gripper_of(features)
-        motion = torch.empty(batch, 0, h * MOTION_DIM, dtype=torch.long, device=model.device)
-        for level in range(1, coarse + 1):
-            symbols = draft.logits(read, rfsq.dequantise(motion), gripper, level).argmax(-1)
-            motion = torch.cat([motion, symbols.unsqueeze(1)], dim=1)
-        return verified(motion, [features, *main.extend(prefixes(motion), gripper, 2, cache)])
-
-    def proposed(decoder: Decoder, *values: Tensor) -> Sketch:
-        images, features, condition, *memory = values
-        past = Memory(memory[: len(memory) // 2], memory[len(memory) // 2 :])
-        seen = light.perceive(images, features, condition, past)
-        return Sketch(draft_levels(decoder, light.levels, seen), seen)
-
-    def fused(pixels: Tensor, prompt: Tensor, state: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        decoder = Decoder(main, draft, rule, light=light)
-        looked = fork(lambda: prefix(pixels, prompt, state), model.device)
-        drafted, memory = proposed(decoder, *values).drafted, EpisodeMemory()
-        decoded = check_in_prefill(decoder, looked(), drafted, memory, Silent(model.device))
-        assert memory.main is not None
-        return decoded.value, *memory.main.keys, *memory.main.values
-
-    def alone(*values: Tensor) -> tuple[Tensor, Tensor]:
-        decoder = Decoder(main, draft, rule, light=light)
-        proposal = complete(decoder, proposed(decoder, *values))
-        assert proposal.value is not None
-        assert proposal.expected_deviation_mm is not None
-        return proposal.value, proposal.expected_deviation_mm
-
-    own = LightDraftConfig()
-    seen_by = MainConfig(dim=model.config.llama.dim, heads=model.config.llama.heads)
-    light = LightDraft(own, code, CHUNK_SIZE, MOTION_DIM, seen_by).to(model.device, model.dtype).eval()
-    rule, side = acceptance_rule("margin", code), seen_by.image_size
-    shapes = [(len(CAMERAS), 3, side, side), (STATE_FEATURES,), (seen_by.text_dim,)]
-    shapes += [(own.heads, length + h, own.dim // own.heads)] * (2 * own.layers)
-    glance = [torch.randn(batch, *shape, device=model.device, dtype=model.dtype) for shape in shapes]
+    condition = noise(batch, MainConfig().text_dim)
+    features = torch.randn(batch, STATE_DIM + STATE_FEATURES, device=model.device)
+    both = noise(batch, len(CAMERAS), *inputs.pixels.shape[2:])  # the drafter always has two cameras
+    past = [noise(batch, own.heads, length + h, own.dim // own.heads) for _ in range(2 * own.layers)]
+    alone, beside = [*inputs.all(), condition], [both, inputs.prompt, features, condition, *past]
     first = Pass(length + h)
     levels = [Pass(h, length + h * level) for level in range(1, code.levels)]
     return [
-        Case("rfsq-ar", ar, inputs.all(), [first, *levels], True),
-        Case("rsd", rsd, inputs.all(), [first, Pass(coarse * h, length + h)], True),
-        Case("rsd-fused", fused, [*inputs.all(), *glance], [Pass(length + (coarse + 1) * h)], True),
-        Case("light", alone, glance, [], False),
+        Case("rfsq-ar", partial(decide, "ar"), alone, [first, *levels], True),
+        Case("rsd", partial(decide, "rsd"), alone, [first, Pass(coarse * h, length + h)], True),
+        Case("rsd-fused", partial(decide, "rsd-fused"), beside, [Pass(length + (coarse + 1) * h)], True),
+        Case("light", partial(decide, "rsd-ahead"), beside, [], False),
     ]
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsd.decoding.steps import Stopwatch
+from rsd.decoding.cuda_graph import Captured
+from rsd.decoding.timing import Stopwatch
 from rsd.models.openvla import OpenVlaModel
 from rsd.models.openvla_llama import StaticCache
-from rsd.openvla.graphs import Captured
 from rsd.types import ACTION_DIM
 
 PROMPT_LENGTHS = 16  # captured lengths kept; a suite of ten tasks has fewer

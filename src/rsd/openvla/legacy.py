@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rsd.conventions import CHUNK_SIZE
 from rsd.decoding.acceptance import AcceptanceRule, acceptance_rule, accepted_prefix
-from rsd.decoding.steps import Stopwatch
+from rsd.decoding.timing import Stopwatch
 from rsd.json_files import read_versioned
 from rsd.models.legacy import Autoencoder, ChunkDraft, ChunkHead, LevelDraft, Weights, read_autoencoder, read_network
 from rsd.openvla.bench_config import ImportLegacyConfig
@@ -65,13 +65,15 @@ class LegacyDecoder:
                 kept = accepted_prefix(accepted)
                 stands = torch.arange(levels, device=kept.device) < kept[:, None]
                 tokens[:, :levels] = torch.where(stands[..., None], drafted, tokens[:, :levels])
-                stats.num_draft_tokens = [drafted.shape[2]] * levels
-                stats.num_accepted_tokens = accepted[0].sum(-1).tolist()
-                stats.accepted_levels = int(kept[0])
+                stats = replace(
+                    stats,
+                    num_draft_tokens=[drafted.shape[2]] * levels,
+                    num_accepted_tokens=accepted[0].sum(-1).tolist(),
+                    accepted_levels=int(kept[0]),
+                )
         with watch.stage("decode"):
             actions = self.autoencoder.decode(tokens)
-        stats.latency_ms = watch.ms
-        return actions, stats
+        return actions, replace(stats, latency_ms=watch.ms)
 
     @classmethod
     def from_pretrained(cls, directory: Path, *, acceptance: str = "agreement(0.7)") -> LegacyDecoder:
@@ -118,7 +120,7 @@ class LegacyPolicy:
             actions, stats = self.decoder.decode(features.cpu())
         if not torch.isfinite(actions).all():
             raise RsdError("the imported checkpoint gave non-finite actions: damaged weights")
-        stats.latency_ms = {**stats.latency_ms, **watch.ms}
+        stats = replace(stats, latency_ms={**stats.latency_ms, **watch.ms})
         return ActionChunk(actions[0].clamp(-1.0, 1.0).float().numpy(), stats)
 
 

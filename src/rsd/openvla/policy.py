@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsd.conventions import openvla_gripper_to_env
-from rsd.decoding.steps import Stopwatch
+from rsd.decoding.timing import Stopwatch
 from rsd.devices import check_device
 from rsd.models.openvla import OpenVlaModel
 from rsd.models.openvla_files import read_json
@@ -68,9 +68,6 @@ class OpenVlaPolicy:
 
     def reset(self, seed: int | None = None) -> None:
         """A new episode begins; nothing is drawn, nor remembered from one prediction to the next."""
-
-    def swap_memory(self, memory: None = None) -> None:
-        """Turn to another episode: as `RsdPolicy`, with nothing to remember."""
 
     def predict(self, observation: Observation, *, unnorm_key: str | None = None) -> ActionChunk:
         """Observation -> chunk float32 [H, 7], environment-ready: H = 8 with OFT, 1 with `ar`.

@@ -9,7 +9,8 @@ policy's own says where that is on another machine.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +28,7 @@ from rsd.checkpoint import (
     require_finite,
     write_content,
 )
-from rsd.decoding.cuda_graph import CudaGraph
-from rsd.decoding.recorded import RecordedStrategy
-from rsd.decoding.steps import Decoded, Decoder, Scene, Stopwatch
+from rsd.decoding.state import PolicyInput
 from rsd.manifest import BASE_LINK
 from rsd.models.draft import DraftConfig, DraftModel
 from rsd.models.light_draft import LightDraftConfig
@@ -42,14 +41,14 @@ from rsd.models.openvla_loading import load_openvla, merge_adapter
 from rsd.models.openvla_rfsq import OpenVlaMain
 from rsd.models.rsd_model import PolicyConfig, RsdModel, check_code
 from rsd.models.text import word_ids
-from rsd.openvla.engine import PROMPT_LENGTHS
 from rsd.openvla.images import prepare_images
 from rsd.openvla.policy import PREPROCESSOR_FILE, RENDER_SIZE, read_normalisation
 from rsd.openvla.prompt import TOKENIZER_FILE as PROMPT_FILE
 from rsd.openvla.prompt import Prompt
 from rsd.openvla.published import fingerprint, locate_openvla, locate_under
 from rsd.openvla.statistics import Bounds
-from rsd.policy import RsdPolicy
+from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions
+from rsd.policy import SpeculativePolicy, TextCache
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import STATE_DIM, Observation, RsdError
@@ -132,112 +131,78 @@ class OpenVlaRsdModel(RsdModel):
         return nn.ModuleDict({**parts, "light": self.light} if self.light is not None else parts)
 
 
-class ByPromptLength:
-    """A strategy replayed from CUDA graphs, recorded once for every prompt length; the oldest gives way."""
+class OpenVlaBody:
+    """How observations become OpenVLA's input: pixels [B, views, 6, 224, 224], state [B, 19], prompt ids [B, T] and the
+    drafter's condition [B, Dt]. What a drafter remembers was read under one prompt."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._strategies: dict[int, RecordedStrategy] = {}
-
-    def __call__(self, decoder: Decoder, scene: Scene, watch: Stopwatch) -> Decoded:
-        length = scene.text[0].shape[1]
-        if length not in self._strategies:
-            if len(self._strategies) >= PROMPT_LENGTHS:
-                self._strategies.pop(next(iter(self._strategies)))
-            self._strategies[length] = RecordedStrategy(self.name, CudaGraph)
-        return self._strategies[length](decoder, scene, watch)
-
-
-class OpenVlaRsdPolicy(RsdPolicy):
-    """`RsdPolicy` on OpenVLA's trunk: what differs is how an observation becomes the models' input."""
-
-    model: OpenVlaRsdModel
-    exportable = False  # 15 GB
+    compact, prompted, image_size = False, True, RENDER_SIZE
 
     def __init__(
         self,
         model: OpenVlaRsdModel,
-        tokenizer: ActionTokenizer,
         config: OpenVlaRsdConfig,
         prompt: Prompt,
         normalisation: tuple[Tensor, Tensor],
-        *,
         directory: Path | None = None,
-        **options: Any,
     ) -> None:
-        """normalisation: see `OpenVlaPolicy`; directory: where the policy was loaded from; options: `RsdPolicy`'s."""
-        # the same to its users: acceptance and fine
-        super().__init__(model, tokenizer, cast(PolicyConfig, config), **options)
-        if self.decoder.rule.as_a_whole:
-            # a block right after the first has other rotary positions than any that the trunk was trained with
-            raise RsdError(f"acceptance {self.decoder.rule.name!r}: not for OpenVLA, where nothing is known of it")
-        self.observing, self.prompt, self.directory = config, prompt, directory
-        self._mean, self._std = (value.to(self.device) for value in normalisation)
-        self._instruction = ""
-        if isinstance(self._strategy, RecordedStrategy):
-            self._strategy = ByPromptLength(self.decode)
+        """normalisation: see `OpenVlaPolicy`; directory: where the policy was loaded from."""
+        self.model, self.config, self.prompt, self.directory = model, config, prompt, directory
+        self.cameras = config.views
+        self._mean, self._std = (value.to(model.main.state_mean.device) for value in normalisation)
+        self._texts = TextCache()
 
-    @property
-    def image_size(self) -> int:
-        return RENDER_SIZE
-
-    @property
-    def cameras(self) -> int:
-        return self.observing.views
-
-    def swap_memory(self, memory: Any = None) -> Any:
-        self.follow_up()  # of the instruction that is given up here
-        instruction, remembered = memory or ("", None)
-        mine, self._instruction = self._instruction, instruction
-        return mine, super().swap_memory(remembered)
-
-    def _preprocess(self, observations: list[Observation]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """-> pixels [B, views, 6, 224, 224], state [B, 19], prompt ids [B, T], the light draft's condition [B, Dt]."""
+    def __call__(self, observations: Sequence[Observation]) -> PolicyInput:
         if len({observation.instruction for observation in observations}) > 1:
             raise RsdError("OpenVLA: expected one instruction in a batch, prompts of several lengths do not fit one")
-        if self._instruction != observations[0].instruction:
-            self.reset()  # what the light draft remembers was read under another prompt
-            self._instruction = observations[0].instruction
-        config = self.observing
+        config, device, count = self.config, self.model.main.state_mean.device, len(observations)
         images = np.concatenate([observation.images[: config.views] for observation in observations])
-        prepared = prepare_images(images, self.device, center_crop=config.center_crop) / 255.0
+        prepared = prepare_images(images, device, center_crop=config.center_crop) / 255.0
         pixels = (prepared.repeat(1, 2, 1, 1) - self._mean) / self._std
         raw = np.stack([observation.state for observation in observations])
         given = torch.from_numpy(config.bounds.normalise(raw)).float()
-        state = torch.cat([given, state_features(torch.from_numpy(raw))], dim=1).to(self.device)
-        prompt, words = self._encode_text(self._instruction)
-        count = len(observations)
+        state = torch.cat([given, state_features(torch.from_numpy(raw))], dim=1).to(device)
+        prompt, words = self._encode(observations[0].instruction, device)
         text = prompt.expand(count, -1), words.expand(count, -1)
-        return pixels.unflatten(0, (count, -1)), state, text
+        return PolicyInput(pixels.unflatten(0, (count, -1)), state, text)
 
-    def _read_text(self, instruction: str) -> tuple[Tensor, Tensor]:
-        words = word_ids([instruction]).to(self.device)
-        prompt = torch.tensor([self.prompt.ids(instruction)], device=self.device)
+    def _encode(self, instruction: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        return self._texts.get(instruction, lambda: self._read_text(instruction, device))
+
+    def _read_text(self, instruction: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        words = word_ids([instruction]).to(device)
+        prompt = torch.tensor([self.prompt.ids(instruction)], device=device)
         return prompt, words if self.model.light is None else self.model.light.encode(words)
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save(self, directory: Path) -> None:
         """Copy the directory that the policy was loaded from: its adapter is merged and cannot be taken out again."""
         if self.directory is None:
             raise RsdError("OpenVLA: this policy was not loaded from a directory; `save_openvla_rsd` writes one")
         ignored = shutil.ignore_patterns(BASE_LINK)
         shutil.copytree(self.directory, directory, ignore=ignored, dirs_exist_ok=True)
 
-    @classmethod
-    def load(
-        cls, directory: Path, content: dict[str, Any], device: str, options: dict[str, Any]
-    ) -> OpenVlaRsdPolicy:
-        """What `RsdPolicy.from_pretrained` calls for such a directory."""
-        config = parse_config(directory, content, OpenVlaRsdConfig)
-        tokenizer = ActionTokenizer.load(directory)
-        base = find_base(directory, content["base"])
-        prompt, normalisation = Prompt(base), read_normalisation(base)
-        openvla = load_openvla(base, base=locate_under(base), device=device)
-        merge_adapter(openvla, directory / ADAPTER_DIR)
-        model = OpenVlaRsdModel(openvla, config, tokenizer)
-        load_weights(model.added(), directory / WEIGHTS_FILE)
-        provenance = {**content.get("provenance", {}), "base": content["base"]}
-        options = {**options, "provenance": provenance, "directory": directory}
-        return cls(model, tokenizer, config, prompt, normalisation, **options)
+
+def load_openvla_policy(
+    directory: Path, content: dict[str, Any], facts: Checkpoint, options: DecodeOptions, runtime: RuntimeOptions
+) -> SpeculativePolicy:
+    """What `rsd.policy.load_policy` calls for such a directory; content: its config.json."""
+    config = parse_config(directory, content, OpenVlaRsdConfig)
+    tokenizer = ActionTokenizer.load(directory)
+    base = find_base(directory, content["base"])
+    prompt, normalisation = Prompt(base), read_normalisation(base)
+    openvla = load_openvla(base, base=locate_under(base), device=runtime.device)
+    merge_adapter(openvla, directory / ADAPTER_DIR)
+    model = OpenVlaRsdModel(openvla, config, tokenizer)
+    load_weights(model.added(), directory / WEIGHTS_FILE)
+    return SpeculativePolicy(
+        model,
+        tokenizer,
+        cast(PolicyConfig, config),  # the same to its users: acceptance and fine
+        options,
+        runtime,
+        body=OpenVlaBody(model, config, prompt, normalisation, directory),
+        facts=replace(facts, code=tokenizer.config.rfsq),
+        provenance={**content.get("provenance", {}), "base": content["base"]},
+    )
 
 
 def find_base(directory: Path, reference: dict[str, str]) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from rsd.evaluation.backend import available_cores, describe_checkpoint
+from rsd.evaluation.backend import available_cores, describe_checkpoint, rsd_policy
 from rsd.evaluation.bench_config import ServingBenchConfig
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.results import encode_record, write_atomically
@@ -26,7 +26,7 @@ from rsd.evaluation.tables import print_table
 from rsd.output import shown
 from rsd.serving.client import RemotePolicy
 from rsd.serving.server import PolicyServer, reserve, serve_until_signal
-from rsd.serving.service import load_policy, versions_on
+from rsd.serving.service import load_served, versions_on
 from rsd.types import CAMERAS, STATE_DIM, Observation, RsdError
 
 FORMAT = 1
@@ -63,7 +63,7 @@ def measure_serving(config: ServingBenchConfig) -> ServingRecord:
 
 def measure(config: ServingBenchConfig, decode: str, threads: int) -> dict[str, list[float]]:
     evaluated = EvalConfig(policy=config.policy, decode=decode, device=config.device)
-    policy, rng = load_policy(evaluated), np.random.default_rng(0)
+    policy, rng = rsd_policy(evaluated), np.random.default_rng(0)
     times: dict[str, list[float]] = {LOCAL: [], ROUND_TRIP: [], NETWORK: []}
     with server_process(evaluated, threads) as address, closing(RemotePolicy(address)) as remote:
         for turn in shown(range(config.warmup + config.rounds), f"{decode}, rounds", config.warmup + config.rounds):
@@ -103,5 +103,5 @@ def server_process(config: EvalConfig, threads: int) -> Iterator[str]:
 def server_main(connection: Connection, config: EvalConfig, threads: int) -> None:
     torch.set_num_threads(threads)
     door = reserve("127.0.0.1", 0)
-    server = PolicyServer(load_policy(config), describe_checkpoint(config), versions_on(config.device), door)
+    server = PolicyServer(load_served(config), describe_checkpoint(config), versions_on(config.device), door)
     serve_until_signal(server, connection.send)

@@ -5,24 +5,22 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from rsd.evaluation.config import EvalConfig, option
 from rsd.evaluation.rollout import checked_chunk
 from rsd.serving.request import IMAGES, MAX_SIDE, PROMPT, RESET, STATE
 from rsd.serving.server import Welcome
 from rsd.serving.wire import pack, unpack
-from rsd.types import ACTION_DIM, AUTO, ActionChunk, ChunkStats, Observation, RsdError, check_observation
+from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 try:
     from websockets.exceptions import WebSocketException
     from websockets.sync.client import ClientConnection, connect
 except ImportError as error:
     raise RsdError("serving needs websockets, found none: pip install 'rsd-vla[serve]'") from error
-
-if TYPE_CHECKING:
-    from rsd.evaluation.config import EvalConfig
 
 MAX_STEPS = 1000  # of a chunk
 WELCOME = {"decode": str, "image_size": int, "images": list, "chunk": list, "policy": dict, "versions": dict}
@@ -132,11 +130,9 @@ def read_welcome(address: str, message: bytes | str) -> Welcome:
 
 def policy_for(config: EvalConfig) -> RemotePolicy:
     """The policy served at `config.policy`; `RsdError` where the options ask for another one."""
-    mine = {
-        **{"acceptance": "default", "temperature": 0.0, "skip_threshold_mm": -1.0, "audit": False},
-        **{"device": "cpu", "batch": 0, "engine": AUTO, "memory_chunks": 2},
-    }
-    if given := [f"--{name.replace('_', '-')}" for name, value in mine.items() if getattr(config, name) != value]:
+    own = ("acceptance", "temperature", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset", "audit")
+    mine = (*own, "device", "batch", "engine")  # of the server
+    if given := [option(name) for name in mine if getattr(config, name) != getattr(EvalConfig, name)]:
         raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here; give it to `rsd serve`")
     remote = RemotePolicy(config.policy)
     if remote.decode != config.decode:

@@ -101,7 +101,7 @@ class PolicyServer:
             answer = await loop.run_in_executor(self._thread, self._service.answer, session, message, arrived)
             await connection.send(answer)
             session.previous_ms = 1e3 * (time.perf_counter() - arrived)
-            await loop.run_in_executor(self._thread, self._service.follow_up)
+            await loop.run_in_executor(self._thread, self._service.verify, session)
 
 
 def reserve(host: str, port: int) -> socket.socket:

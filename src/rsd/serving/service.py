@@ -1,12 +1,13 @@
 """One policy for several connections, one request after another: a message in, its answer out, without a network.
 
-Every connection has an episode of its own. What the policy remembers of it is put aside while another one's turn is.
+Every connection has an episode of its own, with what the policy left behind in it.
 """
 
 from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -20,45 +21,63 @@ from rsd.openvla.policy import OpenVlaPolicy
 from rsd.policy import RsdPolicy
 from rsd.serving.request import IMAGES, LIMITS, PROMPT, STATE, read_request
 from rsd.serving.wire import pack, unpack
-from rsd.types import STATE_DIM, ActionChunk, FollowsUp, Observation, Policy, RsdError
+from rsd.types import STATE_DIM, ActionChunk, ChunkPolicy, ChunkStats, Observation, RsdError
 from rsd.versions import versions
 
 LONGEST_TEXT = 1000  # characters of an answer that says what was wrong
 WARMUP_PREDICTIONS = 3  # on a GPU a decoder that remembers takes another way from the second chunk on
 
 
-class Servable(Policy, Protocol):
-    """What serving needs of a policy beyond a rollout."""
+class Servable(ChunkPolicy, Protocol):
+    """What serving needs of a policy beyond its predictions."""
 
-    decode: str
+    @property
+    def decode(self) -> str: ...
 
     @property
     def cameras(self) -> int:
         """How many of an observation's cameras it looks at, the first ones."""
         ...
 
-    def swap_memory(self, memory: Any = None) -> Any:
-        """Turn to another episode: what an earlier call returned of it, or None at its start -> this episode's."""
-        ...
+
+class Memoryless:
+    """A published OpenVLA policy, which remembers nothing, as a `Servable`."""
+
+    def __init__(self, policy: OpenVlaPolicy) -> None:
+        self.policy, self.decode = policy, policy.decode
+        self.image_size, self.cameras = policy.image_size, policy.cameras
+
+    def predict(
+        self, observations: Sequence[Observation], states: Sequence[None]
+    ) -> tuple[list[ActionChunk], list[None], None]:
+        return [self.policy.predict(observation) for observation in observations], [None] * len(states), None
+
+    def verify_pending(self, pending: None) -> tuple[list[ChunkStats], list[None]]:
+        raise RsdError("a published OpenVLA policy leaves nothing pending")
 
 
 @dataclass
 class Session:
-    """A connection's episode. instruction: "" before its first chunk; memory: None while the policy itself has it.
+    """A connection's episode. instruction: "" before its first chunk; state: what the policy left behind in it;
+    pending: what is still to be verified of its last chunk.
 
     previous_ms: what the request before took, from its arrival to the end of its answer.
     """
 
     instruction: str = ""
-    memory: Any = None
+    state: Any = None
+    pending: Any = None
     previous_ms: float | None = None
 
+    def end_episode(self) -> None:
+        self.instruction, self.state, self.pending = "", None, None
 
-def load_policy(config: EvalConfig) -> Servable:
+
+def load_served(config: EvalConfig) -> Servable:
     """The policy that `rsd eval` would run with these options."""
     policy = rsd_policy(config)
     assert isinstance(policy, RsdPolicy | OpenVlaPolicy)  # what `rsd_policy` makes of a checkpoint
-    return policy
+    return policy.core if isinstance(policy, RsdPolicy) else Memoryless(policy)
 
 
 def versions_on(device: str) -> dict[str, str]:
@@ -73,7 +92,6 @@ class PolicyService:
 
     def __init__(self, policy: Servable) -> None:
         self.policy = policy
-        self._at_work = Session()  # whose memory is in the policy
 
     def warm_up(self) -> list[int]:
         """Take the whole path before anyone waits: lazy initialisation, CUDA graphs -> shape of an action chunk."""
@@ -99,7 +117,7 @@ class PolicyService:
                 raise RsdError("message: expected msgpack in a binary frame, found a text frame")
             request = read_request(unpack(message, LIMITS), self.policy.image_size, self.policy.cameras)
             if request.reset:
-                session.instruction = ""
+                session.end_episode()
             if request.observation is None:
                 return pack({"reset": True})
             chunk = self._predict(session, request.observation)
@@ -114,24 +132,23 @@ class PolicyService:
             timing["prev_total_ms"] = session.previous_ms
         return pack({"actions": chunk.actions, "server_timing": timing, "stats": asdict(chunk.stats)})
 
-    def follow_up(self) -> None:
-        """What the policy has left to do once an answer is under way. A failure ends the episode, not the server."""
-        if not isinstance(self.policy, FollowsUp):
+    def verify(self, session: Session) -> None:
+        """What is pending once an answer is under way. A failure ends the episode, not the server."""
+        pending, session.pending = session.pending, None
+        if pending is None:
             return
         try:
-            self.policy.follow_up()
+            _, (session.state,) = self.policy.verify_pending(pending)
         except Exception:
             traceback.print_exc()
-            self._at_work.instruction = ""
+            session.end_episode()
 
     def _predict(self, session: Session, observation: Observation) -> ActionChunk:
-        if session is not self._at_work:
-            self.follow_up()  # a failure is of that episode, not of this request
-            self._at_work.memory = self.policy.swap_memory(session.memory)
-            self._at_work, session.memory = session, None
+        self.verify(session)
         if session.instruction != observation.instruction:
-            self.policy.reset()
+            session.end_episode()
         session.instruction = ""  # a prediction that fails ends the episode
-        chunk = checked_chunk(self.policy.predict(observation))
+        (chunk,), (session.state,), session.pending = self.policy.predict([observation], [session.state])
+        checked_chunk(chunk)
         session.instruction = observation.instruction
         return chunk

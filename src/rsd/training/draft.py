@@ -32,7 +32,7 @@ def train_draft(config: TrainDraftConfig) -> Path:
         raise RsdError("train draft: runs in one process; drop torchrun")
     device = resolve_device(config.device)
     source = RsdPolicy.from_pretrained(config.policy, decode="ar", engine=EAGER)
-    if type(source) is not RsdPolicy:
+    if not source.core.body.compact:
         raise RsdError(f"train draft: {config.policy} has OpenVLA as its main; its drafts are trained with it")
     tokenizer = source.tokenizer.to(device)
     training, held_out = split(load_folders(config.data), config.validation_every)

@@ -16,6 +16,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from rsd.decoding.cuda_graph import capture
 from rsd.output import writing
 from rsd.pt_files import read_pt
 from rsd.training import parallel
@@ -154,23 +155,16 @@ def record(forward_backward: Callable[[], dict[str, Tensor]], trained: list[Tens
 
     The returned function gives the same tensors every time, with new contents; so are the gradients.
     """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):  # libraries choose algorithms and allocate workspaces
-            forward_backward()
-            for parameter in trained:
-                parameter.grad = None
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        values = {name: value.detach() for name, value in forward_backward().items()}
 
-    def replay() -> dict[str, Tensor]:
-        graph.replay()
-        return values
 
-    return replay
+    def forget_gradients() -> None:
+        for parameter in trained:
+            parameter.grad = None
+
+    def step() -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in forward_backward().items()}
+
+    return capture(step, warm_up=3, between=forget_gradients)
 
 
 def learning_rate(config: LoopConfig, step: int, done: float) -> float:

@@ -135,7 +135,7 @@ def light_draft_losses(
         raise RsdError("light draft: expected a batch of paired frames (FrameDataset.draw with most_chunks > 0)")
     later = slice(0, len(target) // 2)
     past = KVCache(values=[values.detach()[len(target) // 2 :] for values in run.cache.values])
-    memory = light.remember(past, run.length)
+    memory = light.remember(light.reads(past, run.length))
     state, condition = main.normalise(batch.state[later]), run.condition.detach()[later]
     known = torch.rand(len(state), device=state.device) >= config.blind
     features = light.perceive(batch.images[later], state, condition, memory, known)

@@ -35,7 +35,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     start = RsdPolicy.from_pretrained(config.init, decode="ar", engine=EAGER) if config.init else None
-    if start and type(start) is not RsdPolicy:
+    if start and not start.core.body.compact:
         raise RsdError(f"--init {config.init}: expected a compact policy, found one on OpenVLA")
     if config.init_fresh and not (start and config.init_matching):
         raise RsdError(f"--init-fresh {' '.join(config.init_fresh)}: expected --init and --init-matching beside it")

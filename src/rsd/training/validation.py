@@ -5,15 +5,18 @@ A metric for debugging, not the judge: regression looks good in it, closed-loop 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from rsd.decoding.acceptance import acceptance_rule
-from rsd.decoding.steps import Decoded, Decoder, EpisodeMemory, Scene, Stopwatch
-from rsd.decoding.strategies import LIGHT, STRATEGIES, Strategy
+from rsd.decoding.primitives import Primitives
+from rsd.decoding.state import DecodeResult, EpisodeState, PolicyInput
+from rsd.decoding.strategies import DECODERS, Decoder, look, names
 from rsd.models.rsd_model import RsdModel
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.training.dataset import Batch, FrameDataset
+from rsd.training.dataset import FrameDataset
 
 MAX_FRAMES, BATCH = 2048, 128
 
@@ -28,7 +31,7 @@ def validate(
     """
     model.eval()
     batches = dataset.spread(frames, batch)
-    runs = [(name, name, "exact") for name in STRATEGIES if name != "rsd" and name not in LIGHT]
+    runs = [(name, name, "exact") for name in names(drafts=False, visual=False)]
     rules = ["margin", "agreement", "exact"] + ["residual"] * model.main.whole_block
     runs += [(f"rsd {rule}", "rsd", rule) for rule in rules]
     if model.light is not None:
@@ -37,8 +40,8 @@ def validate(
     report: dict[str, object] = {"frames": sum(map(len, batches)), "episodes": dataset.episodes}
     for title, name, rule_name in runs:
         rule = acceptance_rule(rule_name, tokenizer.config.rfsq)
-        decoder = Decoder(model.main, model.draft, rule, light=model.light)
-        parts = [_decode(decoder, STRATEGIES[name], tokenizer, dataset, part) for part in batches]
+        ops = Primitives(model.main, model.draft, rule, light=model.light)
+        parts = [_decode(ops, DECODERS[name], tokenizer, dataset, part) for part in batches]
         row: dict[str, object] = {
             "l1_error": round(float(torch.cat([error for error, _, _ in parts]).mean()), 4),
             "gripper_accuracy": round(float(torch.cat([grip for _, grip, _ in parts]).float().mean()), 4),
@@ -54,24 +57,30 @@ def validate(
 
 
 def _decode(
-    decoder: Decoder, strategy: Strategy, tokenizer: ActionTokenizer, dataset: FrameDataset, frames: Tensor
-) -> tuple[Tensor, Tensor, Decoded]:
-    watch, memory = Stopwatch(frames.device), EpisodeMemory()
-    if strategy in (STRATEGIES[name] for name in LIGHT):  # remembers the main's run one chunk ago
-        earlier = strategy(decoder, _scene(decoder, dataset, dataset.earlier(frames, 1), memory)[0], watch)
-        if earlier.follow_up:
-            earlier.follow_up(watch)
-    scene, batch = _scene(decoder, dataset, frames, memory)
-    decoded = strategy(decoder, scene, watch)
-    decoder.check()
-    value = tokenizer.to_normalised(decoded.value.float() * tokenizer.first_step)
+    ops: Primitives, entry: Decoder, tokenizer: ActionTokenizer, dataset: FrameDataset, frames: Tensor
+) -> tuple[Tensor, Tensor, DecodeResult]:
+    batch, seen = dataset.batch(frames), frames_seen(ops, dataset, frames)
+    result = entry.decode(ops, seen, remembering(ops, entry, dataset, frames))
+    ops.check()
+    value = tokenizer.to_normalised(result.value.float() * tokenizer.first_step)
     wanted = tokenizer.to_normalised(tokenizer.to_coefficients(batch.chunk))
-    right = decoded.gripper == tokenizer.gripper_symbols(batch.chunk)
-    return (value - wanted).abs().mean((1, 2)), right.float().mean(1), decoded
+    right = result.gripper == tokenizer.gripper_symbols(batch.chunk)
+    return (value - wanted).abs().mean((1, 2)), right.float().mean(1), result
 
 
-def _scene(
-    decoder: Decoder, dataset: FrameDataset, frames: Tensor, memory: EpisodeMemory
-) -> tuple[Scene, Batch]:
+def remembering(ops: Primitives, entry: Decoder, dataset: FrameDataset, frames: Tensor) -> EpisodeState:
+    """What the target's run one chunk before those frames left behind, where a decoder remembers it."""
+    count = len(frames)
+    begin = EpisodeState(None, (0,) * count, (0,) * count, (False,) * count)
+    if not entry.remembers:
+        return begin
+    earlier = frames_seen(ops, dataset, dataset.earlier(frames, 1))
+    result = entry.decode(ops, earlier, begin)
+    if result.pending and result.draft is not None:
+        result = look(ops, earlier, result.draft)
+    return replace(begin, memory=result.memory)
+
+
+def frames_seen(ops: Primitives, dataset: FrameDataset, frames: Tensor) -> PolicyInput:
     batch = dataset.batch(frames)
-    return Scene(batch.images, batch.state, decoder.main.encode_text(batch.words), memory), batch
+    return PolicyInput(batch.images, batch.state, ops.main.encode_text(batch.words))

@@ -1,0 +1,40 @@
+"""The gate of `rsd-skip`: may this draft be executed without asking the target? See `calibration` for its threshold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rsd.decoding.calibration import may_rest
+from rsd.decoding.state import Draft, EpisodeState, Forecast
+from rsd.types import MAX_SKIPS, MEMORY_CHUNKS, RsdError
+
+
+@dataclass(frozen=True)
+class SkipRule:
+    """The target stays idle while the draft is expected to deviate less than threshold_mm (0 = never), at most
+    max_skips chunks in a row, and never where the gripper switches. The drafter attends to what the target left behind
+    for memory_chunks chunks; after that it acts on what it sees, as at an episode's start: what has moved meanwhile
+    would mislead it. target_at_reset: the target always runs on an episode's first observation, where it is decided
+    *which thing* to go for: without that a gate keeps nothing of what the target knows (docs/results.md)."""
+
+    threshold_mm: float = 0.0
+    max_skips: int = MAX_SKIPS
+    memory_chunks: int = MEMORY_CHUNKS
+    target_at_reset: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.threshold_mm >= 0 or self.max_skips < 1 or self.memory_chunks < 1:
+            expected = "threshold_mm >= 0, max_skips >= 1 and memory_chunks >= 1"
+            raise RsdError(f"skip rule: expected {expected}, found {self}")
+
+    def forces(self, draft: Draft, state: EpisodeState) -> tuple[bool, ...]:
+        """Rows for which the target has to run whatever is forecast."""
+        rows = zip(draft.gripper.tolist(), state.gripper, state.seen, strict=True)
+        return tuple(set(drafted) != {last} or (self.target_at_reset and not seen) for drafted, last, seen in rows)
+
+    def trusts(self, forecast: Forecast, state: EpisodeState, forced: tuple[bool, ...]) -> tuple[bool, ...]:
+        """Rows whose draft may be executed as it is. A NaN never may."""
+        # as double precision numbers: the calibration compares these very values
+        scores: list[float] = forecast.deviation_mm.tolist()
+        rows = zip(scores, state.skipped, forced, strict=True)
+        return tuple(may_rest(score, self.threshold_mm, skipped, self.max_skips, held) for score, skipped, held in rows)

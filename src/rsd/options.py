@@ -1,0 +1,173 @@
+"""How to decode and on what: the options, their defaults, and the one function that settles them for a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+from rsd.decoding.acceptance import AcceptanceRule, acceptance_rule
+from rsd.decoding.calibration import SkipCalibration
+from rsd.decoding.gate import SkipRule
+from rsd.decoding.strategies import DECODERS, names
+from rsd.tokenizer.rfsq import RfsqConfig
+from rsd.types import AUTO, BEST, RsdError
+
+FINE = ("regress", "sequential")
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """What is asked for; None leaves it to the checkpoint.
+
+    decode: a decoder of `decoding.strategies`, or `best`, the best proven one that the checkpoint supports.
+    acceptance: the rule that judges drafts. fine: how the fine levels come. Their defaults are the checkpoint's, with
+    `rsd-skip` those of its calibration, and with a temperature `exact` and `sequential`.
+    temperature: draw the motion tokens from softmax(logits / temperature); 0 takes the likeliest.
+    skip: when `rsd-skip` leaves the target idle; None takes the checkpoint's calibration. target_at_reset: the target
+    always runs on an episode's first observation, whatever the skip rule says.
+    audit: know of every chunk how far the visual drafter's led away from the target's; beside a skipped one the target
+    is run for that, outside the latencies.
+    """
+
+    decode: str = BEST
+    acceptance: str | None = None
+    fine: str | None = None
+    temperature: float = 0.0
+    skip: SkipRule | None = None
+    target_at_reset: bool = True
+    audit: bool = False
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """What it runs on. device: cpu, cuda or cuda:1; engine: see `decoding.engines`; batch: observations at once, a
+    fixed number, up to which fewer are filled up."""
+
+    device: str = "cpu"
+    engine: str = AUTO
+    batch: int = 1
+
+
+def options_of(**asked: Any) -> tuple[DecodeOptions, RuntimeOptions]:
+    """Both kinds from keywords, as a script gives them; `RsdError` for a name that is no option."""
+    known = [{one.name for one in fields(kind)} for kind in (DecodeOptions, RuntimeOptions)]
+    if unknown := sorted(asked.keys() - known[0] - known[1]):
+        raise RsdError(f"option {', '.join(unknown)}: expected some of {', '.join(sorted(known[0] | known[1]))}")
+    decode, runtime = ({name: value for name, value in asked.items() if name in own} for own in known)
+    return DecodeOptions(**decode), RuntimeOptions(**runtime)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What of a checkpoint decides how it may decode.
+
+    visual_drafter: whether it has one. acceptance, fine: its own. proven: the decoder that its own evaluations proved
+    best, and what they found. calibration: for `rsd-skip`; a text says why there is none, None that no directory was
+    asked. code: of its tokens. compact: its models are the compact ones, and not OpenVLA's.
+    """
+
+    visual_drafter: bool
+    acceptance: str
+    fine: str
+    proven: tuple[str, str] | None = None
+    calibration: SkipCalibration | str | None = None
+    code: RfsqConfig = field(default_factory=RfsqConfig)
+    compact: bool = True
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a policy decodes, settled. why: what `best` was chosen for, "" if the decoder was asked for by name."""
+
+    decode: str
+    why: str
+    rule: AcceptanceRule
+    fine: str
+    temperature: float
+    skip: SkipRule
+    audit: bool
+
+    def recordable(self, compact: bool, device: str) -> bool:
+        """Whether an engine can record it. Drawn tokens cannot be: a graph would have to know of the generator, and
+        sequential levels are decided on the host. OpenVLA's 15 GB do not become ONNX graphs."""
+        return self.fine == "regress" and self.temperature == 0 and (compact or not device.startswith("cpu"))
+
+
+def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
+    """Settle every option; `RsdError` for what this checkpoint or this combination cannot do."""
+    decode, why = (options.decode, "") if options.decode != BEST else best_decode(checkpoint, options)
+    check_sampling(options.temperature, decode, options.acceptance, options.fine)
+    if decode not in DECODERS:
+        raise RsdError(f"decode {decode!r}: expected one of {', '.join(DECODERS)}")
+    if DECODERS[decode].visual and not checkpoint.visual_drafter:
+        raise RsdError(f"decode {decode!r}: this checkpoint has no light draft; use rsd, l1 or ar, or train one")
+    acceptance, fine, skip = options.acceptance, options.fine, options.skip
+    if DECODERS[decode].gated and skip is None and checkpoint.calibration is not None:
+        skip, acceptance = calibrated(checkpoint.calibration, options)
+        fine = "regress"  # every calibration is of that
+    # drawn tokens have no greedy choice to be near to: only the rule that keeps a distribution can judge them
+    acceptance = acceptance or ("exact" if options.temperature else checkpoint.acceptance)
+    # `exact` promises the tokens of `ar`; regressed fine levels would break that promise
+    fine = fine or ("sequential" if acceptance == "exact" else checkpoint.fine)
+    if fine not in FINE:
+        raise RsdError(f"fine {fine!r}: expected {' or '.join(FINE)}")
+    rule = acceptance_rule(acceptance, checkpoint.code)
+    if rule.as_a_whole and not checkpoint.compact:
+        # a block right after the first has other rotary positions than any that the trunk was trained with
+        raise RsdError(f"acceptance {rule.name!r}: not for OpenVLA, where nothing is known of it")
+    if rule.as_a_whole and fine == "sequential":
+        raise RsdError(f"acceptance {rule.name!r}: expected fine 'regress', found 'sequential'; leave it out")
+    skip = replace(skip or SkipRule(), target_at_reset=options.target_at_reset)
+    return Decoding(decode, why, rule, fine, options.temperature, skip, options.audit)
+
+
+class Choice(NamedTuple):
+    """The decoder that `best` stands for, and why."""
+
+    decode: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"decodes by {self.decode}: {self.why}"
+
+
+def best_decode(checkpoint: Checkpoint, options: DecodeOptions) -> Choice:
+    """What `best` is, by what is proven in closed loop."""
+    if not checkpoint.visual_drafter:
+        return Choice("rsd", "the best without a light draft")
+    if options.temperature:
+        return Choice("rsd-fused", "the best that draws its tokens")
+    if options.skip:
+        return Choice("rsd-skip", "a skip threshold is given")
+    return Choice(*checkpoint.proven) if checkpoint.proven else Choice("rsd-ahead", "the best")
+
+
+def check_sampling(temperature: float, decode: str, acceptance: str | None, fine: str | None) -> None:
+    """Raise unless tokens can be drawn that way; acceptance, fine: None where the default is taken."""
+    if not 0.0 <= temperature < math.inf:
+        raise RsdError(f"temperature {temperature}: expected a finite number >= 0, 0 takes the likeliest tokens")
+    if temperature == 0.0:
+        return
+    if decode not in names(samples=True):
+        found = f"temperature {temperature:g}: expected decode {', '.join(names(samples=True))}, found {decode!r}"
+        raise RsdError(f"{found}, which executes no tokens that the main chose; take one of them, or temperature 0")
+    if DECODERS[decode].drafts and (acceptance not in (None, "exact") or fine not in (None, "sequential")):
+        found = " and ".join(x for x in (acceptance and f"acceptance {acceptance!r}", fine and f"fine {fine!r}") if x)
+        raise RsdError(
+            f"temperature {temperature:g}: expected acceptance 'exact' and fine 'sequential' (the defaults), "
+            f"found {found}, which does not keep the distribution of ar; leave it out, or take temperature 0"
+        )
+
+
+def calibrated(calibration: SkipCalibration | str, options: DecodeOptions) -> tuple[SkipRule, str]:
+    """The skip rule of a checkpoint's calibration and the acceptance rule that it was made with."""
+    if isinstance(calibration, str):
+        raise RsdError(calibration)
+    asked = options.acceptance and acceptance_rule(options.acceptance, RfsqConfig()).name
+    if asked not in (None, calibration.acceptance) or options.fine not in (None, "regress"):
+        found = ", ".join(f"{name} {value}" for name in ("acceptance", "fine") if (value := getattr(options, name)))
+        expected = f"acceptance {calibration.acceptance} and fine regress"
+        raise RsdError(f"rsd-skip: calibrated with {expected}, found {found}; leave it out")
+    rule = SkipRule(calibration.threshold, calibration.max_skips, calibration.memory_chunks)
+    return rule, calibration.acceptance

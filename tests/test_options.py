@@ -1,0 +1,88 @@
+"""What is asked for and what a checkpoint has settle how it decodes: a pure function of the two."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rsd.decoding.calibration import SkipCalibration
+from rsd.decoding.gate import SkipRule
+from rsd.decoding.strategies import DECODERS, names
+from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions, options_of, resolve
+from rsd.types import RsdError
+
+PROMISE: dict[str, Any] = {
+    **{"threshold": 20.0, "max_skips": 3, "memory_chunks": 1, "score": "mm", "epsilon_mm": 50.0, "alpha": 0.1},
+    **{"delta": 0.1, "loss": "share", "test": "betting", "p_value": 0.05, "empirical_risk": 0.05, "skip_share": 0.5},
+    **{"episodes": 9, "chunks": 90, "suites": "s", "acceptance": "margin", "weights_sha256": "0" * 64},
+}
+CHECKPOINT = Checkpoint(True, "residual", "regress", calibration=SkipCalibration(**PROMISE))
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+def test_what_is_left_open_is_the_checkpoints(decode: str) -> None:
+    found = resolve(replace(CHECKPOINT, calibration=None), DecodeOptions(decode))
+    assert (found.decode, found.why, found.rule.name, found.fine) == (decode, "", "residual", "regress")
+    assert found.skip == SkipRule()
+
+
+def test_a_calibration_brings_its_rule_and_a_given_threshold_goes_without_it() -> None:
+    found = resolve(CHECKPOINT, DecodeOptions("rsd-skip"))
+    assert found.skip == SkipRule(20.0, 3, 1)
+    assert (found.rule.name, found.fine) == ("margin", "regress")
+    given = resolve(CHECKPOINT, DecodeOptions("rsd-skip", skip=SkipRule(5.0)))
+    assert given.skip == SkipRule(5.0)
+    assert given.rule.name == "residual"
+    why = "no calibration here"
+    missing = replace(CHECKPOINT, calibration=why)
+    with pytest.raises(RsdError, match=why):
+        resolve(missing, DecodeOptions("rsd-skip"))
+    assert resolve(missing, DecodeOptions("rsd-fused")).decode == "rsd-fused"  # others need none
+    with pytest.raises(RsdError, match="calibrated with acceptance margin and fine regress, found acceptance exact"):
+        resolve(CHECKPOINT, DecodeOptions("rsd-skip", acceptance="exact"))
+
+
+def test_the_target_at_reset_goes_with_any_skip_rule() -> None:
+    for skip in (None, SkipRule(5.0)):
+        found = resolve(CHECKPOINT, DecodeOptions("rsd-skip", skip=skip, target_at_reset=True))
+        assert found.skip.target_at_reset
+        assert not resolve(CHECKPOINT, DecodeOptions("rsd-skip", skip=skip)).skip.target_at_reset
+
+
+def test_exact_is_sequential_unless_told_otherwise() -> None:
+    assert resolve(CHECKPOINT, DecodeOptions("rsd", "exact")).fine == "sequential"
+    assert resolve(CHECKPOINT, DecodeOptions("rsd", "exact", "regress")).fine == "regress"
+    drawn = resolve(CHECKPOINT, DecodeOptions("rsd", temperature=1.0))
+    assert (drawn.rule.name, drawn.fine) == ("exact", "sequential")
+    assert not drawn.recordable(True, "cuda")
+    assert resolve(CHECKPOINT, DecodeOptions("rsd")).recordable(True, "cpu")
+    assert not resolve(CHECKPOINT, DecodeOptions("rsd", "margin")).recordable(False, "cpu")  # OpenVLA
+
+
+@pytest.mark.parametrize("rule", ["residual", "blind(0.95)"])
+def test_a_rule_that_judges_a_draft_as_a_whole_is_for_compact_models_and_regressed_levels(rule: str) -> None:
+    with pytest.raises(RsdError, match="not for OpenVLA"):
+        resolve(replace(CHECKPOINT, compact=False), DecodeOptions("rsd", rule))
+    with pytest.raises(RsdError, match="expected fine 'regress', found 'sequential'"):
+        resolve(CHECKPOINT, DecodeOptions("rsd", rule, "sequential"))
+
+
+def test_a_checkpoint_without_a_visual_drafter_has_none_of_its_decoders() -> None:
+    bare = replace(CHECKPOINT, visual_drafter=False)
+    for decode in names(visual=True):
+        with pytest.raises(RsdError, match="has no light draft"):
+            resolve(bare, DecodeOptions(decode))
+    assert resolve(bare, DecodeOptions()).decode == "rsd"
+
+
+def test_keywords_are_options_of_either_kind() -> None:
+    found = options_of(decode="rsd", device="cuda:1", audit=True)
+    assert found == (DecodeOptions("rsd", audit=True), RuntimeOptions("cuda:1"))
+    with pytest.raises(RsdError, match="option colour: expected some of acceptance, audit, batch, decode,"):
+        options_of(colour="red")
+
+
+@pytest.mark.parametrize("change", [{"threshold_mm": -1.0}, {"max_skips": 0}, {"memory_chunks": 0}])
+def test_a_skip_rule_says_what_it_can_be(change: dict[str, Any]) -> None:
+    with pytest.raises(RsdError, match="expected threshold_mm >= 0, max_skips >= 1 and memory_chunks >= 1"):
+        SkipRule(**change)
