@@ -233,7 +233,7 @@ def test_policies_used_longest_ago_give_way(
     paths, now = exports(monkeypatch), time.time()
     for offset in (101.0, 102.0, 101.0, 103.0):
         decoder.main.state_mean.fill_(offset)
-        limit = onnx_graph._bytes(tmp_path) if offset == 103.0 else 2e9
+        limit = onnx_graph._bytes(graph_folder()) if offset == 103.0 else 2e9
         monkeypatch.setattr(onnx_graph, "LIMIT_BYTES", limit)
         record(decoder)
         used = graph_folder() / onnx_graph.policy_name(decoder)
