@@ -284,7 +284,7 @@ def test_unknown_rules_and_shares_are_refused(name: str) -> None:
 @pytest.mark.parametrize("moving", [False, True])
 @given(seed=st.integers(0, 2**32 - 1), share=st.floats(0.05, 1.0))
 def test_a_whole_chunk_stands_if_enough_of_it_is_meant(moving: bool, seed: int, share: float) -> None:
-    """The main's own always stands, one out of reach everywhere never; which of the two says what is the same."""
+    """The main's own always stands, one out of reach everywhere never; whichever of the two says what."""
     own = 3.0 * torch.randn(5, 48, generator=torch.Generator().manual_seed(seed))
     reach = 0.4
     assert within_reach(own, own, reach, share, moving).all()

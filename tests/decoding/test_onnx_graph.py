@@ -236,11 +236,14 @@ def test_a_damaged_graph_is_made_anew(
     assert torch.equal(record(decoder, "damaged").value, torch.ones(2, 11))
 
 
-def test_policies_used_longest_ago_give_way(decoder: Primitives, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_policies_used_longest_ago_give_way(
+    decoder: Primitives, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     paths, now = exports(monkeypatch), time.time()
     for offset in (101.0, 102.0, 101.0, 103.0):
         decoder.main.state_mean.fill_(offset)
-        limit = onnx_graph._bytes(folder) if offset == 103.0 else 2e9
+        limit = onnx_graph._bytes(graph_folder()) if offset == 103.0 else 2e9
         monkeypatch.setattr(onnx_graph, "LIMIT_BYTES", limit)
         record(decoder)
         used = graph_folder() / onnx_graph.policy_name(decoder)
