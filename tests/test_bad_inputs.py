@@ -206,7 +206,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (whole_file(lambda path: path.write_bytes(path.read_bytes()[:2000])), "that is cut off or damaged"),
     "empty": (whole_file(lambda path: path.write_bytes(b"")), "found an empty one"),
     "git-lfs": (whole_file(lambda path: path.write_text("version https://git-lfs")), "a pointer of Git LFS; run"),
-    "another-kind": (whole_file(lambda path: path.write_text("x,y\n" * 50)), "or one of another kind"),
+    "another-kind": (whole_file(lambda path: path.write_text("x,y\n" * 50)), "or of another kind"),
     "a-folder": (whole_file(folder_in_its_place), "expected a file, found a folder"),
     "none": (lambda folder: folder.mkdir(), "found none; collect them with `rsd demos collect`"),
     "missing": (lambda folder: None, "found none; collect them with `rsd demos collect`"),
@@ -346,19 +346,13 @@ def test_demonstrations_with_odd_images(
     check([*command, "--output", tmp_path / "out", "--device", "cpu"], expected, tmp_path, capsys)
 
 
-def test_two_folders_with_images_of_different_sizes(
+def test_images_of_another_size_than_the_models(
     tmp_path: Path, tokenizer: ActionTokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders = [tmp_path / "one", tmp_path / "other"]
-    for folder in folders:
-        write_demos(folder, images=True)
-    with h5py.File(folders[1] / FILE, "a") as file:
-        for demo in file["data"].values():
-            for key in CAMERAS:
-                put(demo["obs"], key, demo["obs"][key][:, :8, :8])
+    write_demos(tmp_path / "data", images=True)
     tokenizer.save(tmp_path)
-    command = ["train", "policy", "--data", *folders, "--tokenizer", tmp_path, "--output", tmp_path / "out"]
-    check([*command, "--device", "cpu"], "images of 8 px, others have 16 px", tmp_path, capsys)
+    command = ["train", "policy", "--data", tmp_path / "data", "--tokenizer", tmp_path, "--output", tmp_path / "out"]
+    check([*command, "--device", "cpu"], "images of 16 x 16 px, expected 128 x 128", tmp_path, capsys)
 
 
 READERS = {
@@ -376,15 +370,7 @@ def test_files_that_are_no_demonstrations(
     make, expected = FILES[case]
     make(tmp_path / "data")
     places = {"DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "out")}
-    if reader == "render":  # which holds its folder's lock while it looks
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out/.lock").touch()
-        before = tree(tmp_path)
-        assert dispatch([places.get(word, word) for word in READERS[reader]]) == 2
-        assert expected in capsys.readouterr().err
-        assert tree(tmp_path).keys() == before.keys()
-    else:
-        check([places.get(word, word) for word in READERS[reader]], expected, tmp_path, capsys)
+    check([places.get(word, word) for word in READERS[reader]], expected, tmp_path, capsys)
 
 
 def test_a_demonstration_file_in_use_is_not_called_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -445,10 +431,10 @@ RUNS: dict[str, tuple[bytes, bytes, str]] = {
     "episodes-long-number": (b"", b'{"format": ' + b"9" * 5000 + b"}\n", "episodes.jsonl:1: not valid JSON"),
     "episodes-true": (b"", b'{"format": true}\n', "results format True"),
     "episodes-zero-bytes": (b"", b"\0" * 100 + b"\n", "episodes.jsonl:1: not valid JSON"),
-    "config-no-utf8": (b"\xff", b"", "config.json: not text in UTF-8"),
+    "config-no-utf8": (b"\xff", b"", "config.json: not valid JSON"),
     "config-deep": (DEEP.encode(), b"", "config.json: not valid JSON"),
     "config-empty": (b" ", b"", "config.json: not valid JSON"),
-    "config-odd": (b'{"format": 1, "config": 3}', b"", "config.json: not a RunRecord"),
+    "config-odd": (b'{"format": 1, "config": 3}', b"", "config.json: unknown or missing field of RunRecord"),
 }
 RUN_READERS = {
     "compare": ["compare", "RUN"],

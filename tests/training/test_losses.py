@@ -184,6 +184,28 @@ def test_a_whole_block_is_told_the_whole_draft_and_trained(
     assert level.grad[:-1].abs().sum() == 0
 
 
+def test_counterfactual_drafts_are_another_samples_and_the_truth_is_still_asked_for(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.eval()  # no dropout
+    told: list[Tensor] = []
+    whole = model.main.whole
+    monkeypatch.setattr(model.main, "whole", lambda value, *rest: told.append(value) or whole(value, *rest))
+    model.main.whole_block = True
+    found = {}
+    for share in (0.0, 1.0):
+        config = LossConfig(draft_share=0.0, jitter=0.0, counterfactual=share)
+        found[share] = policy_losses(model.main, model.draft, None, tokenizer, batch, config)
+    assert torch.equal(told[1], told[0].roll(1, 0))
+    assert found[1.0]["whole"] > found[0.0]["whole"]  # more is missing after a wrong draft
+    assert torch.equal(found[1.0]["regress"], found[0.0]["regress"])
+
+
+def test_shares_of_a_loss_are_shares() -> None:
+    with pytest.raises(RsdError, match=r"--loss.counterfactual 1.5: expected a share from 0 to 1"):
+        LossConfig(counterfactual=1.5)
+
+
 @pytest.mark.parametrize(
     ("loss", "trained"),
     [("draft", ("draft",)), ("light", ("light",)), ("light_regress", ("light",)), ("deviation", ("light",))],

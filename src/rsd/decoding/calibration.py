@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from rsd import manifest
 from rsd.conventions import ACTION_METRES, ACTION_RADIANS
 from rsd.decoding.risk_tests import P_VALUES, clopper_pearson_upper, hoeffding_bentkus_upper
-from rsd.json_files import check_version, from_json, read_versioned
+from rsd.json_files import check_version, from_json, read_versioned, write_atomically
 from rsd.types import ACTION_DIM, RsdError, real_array
 
 FORMAT_VERSION = 3
@@ -120,8 +120,8 @@ class SkipCalibration:
         return from_json(cls, content, "given", ignore=("format_version",))
 
     def save(self, directory: Path) -> None:
-        """Write it into a checkpoint directory, and its hash into the manifest where there is one."""
-        (directory / FILE_NAME).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        """Write it into a directory, and its hash into the manifest of a checkpoint that has one."""
+        write_atomically(directory / FILE_NAME, json.dumps(self.to_json(), indent=1) + "\n")
         if manifest.read_manifest(directory) is not None:
             manifest.seal(directory, only=[FILE_NAME])
 

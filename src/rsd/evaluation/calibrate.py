@@ -6,7 +6,6 @@ main run beside every skipped chunk; `decoding.calibration` fits the threshold; 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -25,9 +24,8 @@ from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import EvalConfig, asked_rule
 from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
 from rsd.evaluation.failures import WatchedLibero
-from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored, write_atomically
+from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
 from rsd.options import DecodeOptions, resolve
-from rsd.output import writing
 from rsd.types import RsdError
 
 SCORE = "expected_deviation_mm"
@@ -109,11 +107,10 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     # every threshold up to a fitted one has been tested and passed: so has the strictest, in each suite
     strictest = min(fitted.values(), key=lambda one: one.threshold)
     calibration = replace(strictest, suites=",".join(fitted))
-    write_atomically(config.output / FILE_NAME, json.dumps(calibration.to_json(), indent=1) + "\n")
+    calibration.save(config.output)
     install = config.overwrite or not (directory / FILE_NAME).exists()
     if install:
-        with writing(directory):
-            calibration.save(directory)
+        calibration.save(directory)
     say = partial(Console().print, soft_wrap=True, highlight=False)
     if summary.errors:
         say(f"{summary.errors} of {summary.episodes} rollouts ended in an error and are left out")

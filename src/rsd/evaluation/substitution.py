@@ -43,8 +43,8 @@ def substitution(
     """Give the target of a policy (decoder `rsd-fused`, engine eager) the draft of its visual drafter under another
     instruction, one for each observation.
 
-    The target's own chunk is that of `l1`, the same pass with the draft withheld. Raises RsdError for another decoder or
-    engine, and where an instruction is the observation's own."""
+    The target's own chunk is that of `l1`, the same pass with the draft withheld. Raises RsdError for another decoder
+    or engine, and where an instruction is the observation's own."""
     if policy.decode != "rsd-fused" or policy.engine != EAGER:
         raise RsdError(f"substitution: expected rsd-fused on engine eager, found {policy.decode} on {policy.engine}")
     wrong = [replace(o, instruction=other) for o, other in zip(observations, other_instructions, strict=True)]

@@ -51,7 +51,8 @@ class LoopConfig:
 class LossConfig:
     """draft_share: part of the batch on a draft's prefixes; jitter: largest share of digits disturbed in the rest;
     level_decay: weight of a level's loss relative to the one above, past the coarse ones; blind: share of the light
-    draft's samples without a memory of the main; the others are weights."""
+    draft's samples without a memory of the main; counterfactual: share of the whole drafts judged in training that are
+    another sample's, so that the block that is told a draft learns to doubt it; the others are weights."""
 
     draft_share: float = 0.5
     jitter: float = 0.4
@@ -60,7 +61,13 @@ class LossConfig:
     parallel: float = 0.5
     gripper: float = 1.0
     blind: float = 0.1
+    counterfactual: float = 0.0
     deviation: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("draft_share", "jitter", "blind", "counterfactual"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RsdError(f"--loss.{name.replace('_', '-')} {getattr(self, name)}: expected a share from 0 to 1")
 
 
 @dataclass(frozen=True)

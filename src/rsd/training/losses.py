@@ -68,7 +68,12 @@ def policy_losses(
         value = value + shown * main.code.weight(level)
         prefixes.append(value)
     # before `extend`, which fills the cache
-    judging = main.whole(prefixes[c], cache, length) if main.whole_block else None
+    judging, told = None, prefixes[c]
+    if main.whole_block:
+        if config.counterfactual:  # another episode's, most likely; what it misses is as far as the two are apart
+            other = torch.rand(len(target), 1, device=target.device) < config.counterfactual
+            told = torch.where(other, told.roll(1, 0), told)
+        judging = main.whole(told, cache, length)
     blocks = [features, *main.extend(prefixes[1:-1], gripper, 2, cache)]
 
     # made on the device: a list copied there would stop it at every step
@@ -83,13 +88,13 @@ def policy_losses(
     def closing_error(block: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(main.gripper_logits(block).float(), gripper.float())
 
-    def chunk_error(block: Tensor, told: int) -> Tensor:
-        """Of a block that was told the levels 1..told."""
-        estimate = prefixes[told] + main.residual(block, told + 1).float()
+    def chunk_error(block: Tensor, level: int, value: Tensor) -> Tensor:
+        """Of a block that was told the levels 1..level, which decode to `value`."""
+        estimate = value + main.residual(block, level + 1).float()
         return (tokenizer.to_normalised(estimate * tokenizer.first_step) - wanted).abs().mean()
 
     losses["gripper"] = closing_error(features)
-    errors = [chunk_error(block, told) for told, block in enumerate(blocks[: c + 1])]
+    errors = [chunk_error(block, level, prefixes[level]) for level, block in enumerate(blocks[: c + 1])]
     losses["l1"], losses["regress"] = errors[0], errors[-1]
     losses["total"] = (
         losses["levels"]
@@ -99,7 +104,7 @@ def policy_losses(
         + losses["draft"]
     )
     if judging is not None:
-        losses["whole"] = chunk_error(judging, c)
+        losses["whole"] = chunk_error(judging, c, told)
         losses["total"] = losses["total"] + config.regress * losses["whole"] + config.gripper * closing_error(judging)
     if light is not None:
         losses["total"] = losses["total"] + light_total(losses, config)
