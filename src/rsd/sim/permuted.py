@@ -243,6 +243,8 @@ def spatial_layout(scene: SceneFile, language: str, rng: np.random.Generator) ->
         true = relations_of(bowl, at)
         if bowl in at and true != {words}:  # of this bowl the words are true, and no others
             return None
+    if BETWEEN in (relation, other) and {relation, other} & {"next to the plate", "next to the ramekin"}:
+        return None  # what stands between two things is nearly next to both
     on_table = [at[bowl] for bowl in (BOWL, OTHER_BOWL) if bowl in at]
     if not _all_apart(on_table, CLEAR) or (drawer and min(y for _, y in at.values()) < DRAWER_CLEAR):
         return None
