@@ -83,7 +83,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no-list": (stats(num_draft_tokens=48), "field num_draft_tokens of its statistics"),
     "decode-a-list": (stats(decode=["ar"]), "field decode of its statistics"),
     "unknown-statistic": (stats(mood="good"), "unexpected keyword argument 'mood'"),
-    "nan-action": (actions(np.full((8, 7), np.nan, np.float32)), "the action chunk holds NaN"),
+    "nan-action": (actions(np.full((8, 7), np.nan, np.float32)), "actions: expected finite numbers, found NaN"),
     "action-out-of-range": (actions(ACTIONS + 1.5), "found one of 1.5"),
     "actions-of-14": (actions(np.zeros((8, 14), np.float32)), r"actions float32 \[8, 14\] in the place of"),
     "one-action": (actions(ACTIONS[:1]), r"actions float32 \[1, 7\]"),
