@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scripted import SCRIPTED, episode
 
+from rsd import manifest
 from rsd.checkpoint import weights_hash
 from rsd.decoding.calibration import FILE_NAME, SkipCalibration
 from rsd.evaluation.backend import describe_checkpoint, rsd_policy
@@ -106,6 +107,7 @@ def test_a_checkpoint_keeps_the_calibration_that_it_has_unless_it_may_be_replace
     assert SkipCalibration.load(config.output) == other
     assert "keeps its own, which --overwrite replaces" in capsys.readouterr().out
     (checkpoint / FILE_NAME).unlink()
+    manifest.seal(checkpoint)
     calibrate(replace(config, overwrite=False), BACKEND)
     assert (checkpoint / FILE_NAME).read_bytes() == before
 
