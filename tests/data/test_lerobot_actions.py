@@ -112,7 +112,7 @@ def test_a_tokenizer_is_fitted_on_two_arms_and_long_chunks(
     assert dispatch(command.split()) == 0
     assert picture.stat().st_size > 10_000
     # grippers that are not named as such are motion, and no dimension need be binary
-    command = f"tokenizer fit --data {first} --output {output} --tokenizer.limit 0 --tokenizer.binary"
+    command = f"tokenizer fit --data {first} --output {output} --overwrite --tokenizer.limit 0 --tokenizer.binary"
     assert dispatch(command.split()) == 0
     assert len(ActionTokenizer.load(output).low) == 14
 
