@@ -15,7 +15,7 @@ $(VENV)/.complete: requirements.lock pyproject.toml scripts/make_env.sh
 	scripts/make_env.sh $(VENV)
 	@touch $@
 
-eval: env  ## run the shipped policy in LIBERO, without and with speculative decoding: results/make-eval/report.html
+eval: env  ## run the shipped policy in LIBERO, target alone, speculative, drafter alone: results/make-eval/report.html
 	$(BIN)/rsd eval --compare --task-suite libero_spatial --num-trials 1 --videos all --max-videos 3 \
 		--report --output results/make-eval --overwrite
 

@@ -42,14 +42,14 @@ def test_the_default_is_the_best_that_the_checkpoint_supports(
         assert f"{checkpoint}: decodes by {loaded}: " in caplog.text
         return loaded
 
-    assert chosen() == chosen(acceptance="exact") == chosen(fine="sequential") == "rsd-ahead"
+    assert chosen() == chosen(acceptance="exact") == chosen(fine="sequential") == "rsd-fused"
     assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
     assert chosen(temperature=1.0) == "rsd-fused"
-    proven = {"format_version": 1, "decode": "rsd-fused", "found": "9 of 9"}
+    proven = {"format_version": 1, "decode": "rsd-ahead", "found": "9 of 9"}
     proven["weights_sha256"] = hashlib.sha256((checkpoint / WEIGHTS_FILE).read_bytes()).hexdigest()
     write_proven(checkpoint, proven)
-    assert chosen() == "rsd-fused"
-    assert "decodes by rsd-fused: 9 of 9" in caplog.text
+    assert chosen() == "rsd-ahead"
+    assert "decodes by rsd-ahead: 9 of 9" in caplog.text
     assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
     for change, message in (
         ({"format_version": 2}, "expected proven decoder format 1"),
@@ -73,7 +73,7 @@ def test_the_default_is_the_best_that_the_checkpoint_supports(
 
 def test_the_default_of_a_model_at_hand(policy: RsdPolicy, tokenizer: ActionTokenizer) -> None:
     parts = policy.model, tokenizer, policy.config
-    assert RsdPolicy.of(*parts).decode == "rsd-ahead"
+    assert RsdPolicy.of(*parts).decode == "rsd-fused"
     assert RsdPolicy.of(*parts, temperature=1.0).decode == "rsd-fused"
     assert RsdPolicy.of(*parts, skip=SkipRule(10.0)).decode == "rsd-skip"
     config = replace(policy.config, light=None)

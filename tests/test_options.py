@@ -9,20 +9,20 @@ from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.strategies import DECODERS, names
 from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions, options_of, resolve
-from rsd.types import RsdError
+from rsd.types import BEST, RsdError
 
 PROMISE: dict[str, Any] = {
     **{"threshold": 20.0, "max_skips": 3, "memory_chunks": 1, "score": "mm", "epsilon_mm": 50.0, "alpha": 0.1},
     **{"delta": 0.1, "loss": "share", "test": "betting", "p_value": 0.05, "empirical_risk": 0.05, "skip_share": 0.5},
     **{"episodes": 9, "chunks": 90, "suites": "s", "acceptance": "margin", "weights_sha256": "0" * 64},
 }
-CHECKPOINT = Checkpoint(True, "residual", "regress", calibration=SkipCalibration(**PROMISE))
+CHECKPOINT = Checkpoint(True, "margin", "regress", calibration=SkipCalibration(**PROMISE))
 
 
 @pytest.mark.parametrize("decode", DECODERS)
 def test_what_is_left_open_is_the_checkpoints(decode: str) -> None:
     found = resolve(replace(CHECKPOINT, calibration=None), DecodeOptions(decode))
-    assert (found.decode, found.why, found.rule.name, found.fine) == (decode, "", "residual", "regress")
+    assert (found.decode, found.why, found.rule.name, found.fine) == (decode, "", "margin", "regress")
     assert found.skip == SkipRule()
 
 
@@ -32,7 +32,7 @@ def test_a_calibration_brings_its_rule_and_a_given_threshold_goes_without_it() -
     assert (found.rule.name, found.fine) == ("margin", "regress")
     given = resolve(CHECKPOINT, DecodeOptions("rsd-skip", skip=SkipRule(5.0)))
     assert given.skip == SkipRule(5.0)
-    assert given.rule.name == "residual"
+    assert given.rule.name == "margin"
     why = "no calibration here"
     missing = replace(CHECKPOINT, calibration=why)
     with pytest.raises(RsdError, match=why):
@@ -44,9 +44,32 @@ def test_a_calibration_brings_its_rule_and_a_given_threshold_goes_without_it() -
 
 def test_the_target_at_reset_goes_with_any_skip_rule() -> None:
     for skip in (None, SkipRule(5.0)):
-        found = resolve(CHECKPOINT, DecodeOptions("rsd-skip", skip=skip, target_at_reset=True))
-        assert found.skip.target_at_reset
-        assert not resolve(CHECKPOINT, DecodeOptions("rsd-skip", skip=skip)).skip.target_at_reset
+        assert resolve(CHECKPOINT, DecodeOptions("rsd-skip", skip=skip)).skip.target_at_reset
+        without = resolve(CHECKPOINT, DecodeOptions("rsd-skip", skip=skip, target_at_reset=False))  # the ablation
+        assert not without.skip.target_at_reset
+
+
+def test_a_checkpoint_whose_rule_executes_what_it_is_told_is_judged_blind_unless_asked() -> None:
+    told = replace(CHECKPOINT, acceptance="residual")
+    for decode in (BEST, "rsd", "rsd-fused", "rsd-ahead"):
+        assert resolve(told, DecodeOptions(decode)).rule.name == "blind(0.95)"
+        assert resolve(told, DecodeOptions(decode, "residual")).rule.name == "residual"
+        assert resolve(told, DecodeOptions(decode, "margin")).rule.name == "margin"
+    assert resolve(told, DecodeOptions("rsd-fused", temperature=1.0)).rule.name == "exact"
+    calibration = SkipCalibration(**{**PROMISE, "acceptance": "residual"})  # is a promise of that rule alone
+    assert resolve(replace(told, calibration=calibration), DecodeOptions("rsd-skip")).rule.name == "residual"
+
+
+def test_the_best_has_every_chunk_verified_unless_another_is_proven() -> None:
+    found = resolve(CHECKPOINT, DecodeOptions())
+    assert (found.decode, found.why) == ("rsd-fused", "the best that verifies every chunk")
+    assert resolve(CHECKPOINT, DecodeOptions(temperature=1.0)).decode == "rsd-fused"
+    proven = replace(CHECKPOINT, proven=("rsd-ahead", "9 of 9"))
+    found = resolve(proven, DecodeOptions())
+    assert (found.decode, found.why) == ("rsd-ahead", "9 of 9")
+    for checkpoint in (CHECKPOINT, proven):
+        assert resolve(checkpoint, DecodeOptions(skip=SkipRule(5.0))).decode == "rsd-skip"
+        assert resolve(replace(checkpoint, visual_drafter=False), DecodeOptions()).decode == "rsd"
 
 
 def test_exact_is_sequential_unless_told_otherwise() -> None:

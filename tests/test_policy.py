@@ -308,7 +308,7 @@ def test_skipping_leaves_the_main_idle_until_it_has_to_look_again(
 ) -> None:
     for gripper in (policy.model.main.gripper_head, policy.model.light.levels.gripper_head):
         gripper.bias.data.fill_(-100.0)  # open throughout: no switch forces the main
-    skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=2))
+    skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=2), target_at_reset=False)
     looks = list[bool]()
     see = MainModel.embed_prefix
     monkeypatch.setattr(MainModel, "embed_prefix", lambda *a: looks.append(True) or see(*a))
@@ -334,15 +334,15 @@ def test_a_memory_of_the_main_is_of_use_for_a_while(
     monkeypatch.setattr(LightDraft, "perceive", lambda *a: known.append(a[4] is not None) or perceive(*a))
     skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=3, memory_chunks=2))
     stats = [skipping.predict(make_observation(seed)).stats for seed in range(8)]
-    assert [s.prefills for s in stats] == [0, 0, 0, 1, 0, 0, 0, 1]
-    assert known == [False, False, False, False, True, True, False, False]
+    assert [s.prefills for s in stats] == [1, 0, 0, 0, 1, 0, 0, 0]
+    assert known == [False, True, True, False, False, True, True, False]
 
 
 def test_a_gripper_that_closes_at_once_forces_the_main(
     policy: RsdPolicy, make_observation: MakeObservation
 ) -> None:
     policy.model.light.levels.gripper_head.bias.data.fill_(100.0)
-    skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9))
+    skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9), target_at_reset=False)
     stats = skipping.predict(make_observation(0)).stats
     assert stats.forced
     assert stats.prefills == 1
@@ -524,10 +524,10 @@ def test_a_verification_may_come_from_another_thread(policy: RsdPolicy, make_obs
 # the target at an episode's first observation
 
 
-def test_the_target_runs_at_reset_if_asked(policy: RsdPolicy, make_observation: MakeObservation) -> None:
+def test_the_target_runs_at_reset(policy: RsdPolicy, make_observation: MakeObservation) -> None:
     for gripper in (policy.model.main.gripper_head, policy.model.light.levels.gripper_head):
         gripper.bias.data.fill_(-100.0)  # open throughout: no switch forces the main
-    skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=2), target_at_reset=True)
+    skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=2))
     stats = [skipping.predict(make_observation(seed)).stats for seed in range(5)]
     assert [s.prefills for s in stats] == [1, 0, 0, 1, 0]
     assert [s.forced for s in stats] == [True, False, False, False, False]

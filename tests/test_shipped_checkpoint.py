@@ -105,7 +105,7 @@ def test_exact_acceptance_gives_the_tokens_of_ar_along_an_episode() -> None:
 def test_skipping_solves_a_task_with_less_than_a_pass_a_chunk() -> None:
     """The easiest task (50 of 50 where it was measured); one of two states, since renderers differ in the last bits."""
     env, policy = LiberoEnv("libero_spatial", task_number("between the plate"), image_size=128), load(decode="rsd-skip")
-    assert load().decode == "rsd-ahead"
+    assert (load().decode, load().acceptance) == ("rsd-fused", "blind(0.95)")
     solved, prefills = list[bool](), list[int]()
     try:
         for state in range(2):
@@ -137,11 +137,9 @@ def test_the_default_decoder_acts_alike_as_onnx_graphs(
         for _ in range(4):
             seen = env.observation()
             expected, found = (policy.predict(seen) for policy in (eager, graphs))
-            judged, others = (policy.verify() for policy in (eager, graphs))
             np.testing.assert_allclose(found.actions, expected.actions, atol=1e-4)
-            assert judged is not None
-            assert others is not None
-            assert others.num_accepted_tokens == judged.num_accepted_tokens
+            assert sum(expected.stats.num_draft_tokens) > 0
+            assert found.stats.num_accepted_tokens == expected.stats.num_accepted_tokens
             env.step_chunk(expected.actions)
     finally:
         env.close()

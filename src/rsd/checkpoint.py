@@ -65,6 +65,14 @@ class Proven:
     weights_sha256: str
 
 
+@dataclass(frozen=True)
+class OwnDecoding:
+    """How a checkpoint decodes by its own config.json."""
+
+    acceptance: str = PolicyConfig.acceptance
+    fine: str = PolicyConfig.fine
+
+
 def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
     """A local directory as it is; otherwise `owner/name` on the Hugging Face hub, downloaded to its cache."""
     # linear codes only, see `check_code`; an adapter where the main is OpenVLA
@@ -231,6 +239,8 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
 def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
     """What of a checkpoint decides how it may decode; content: its config.json, checked."""
     policy: dict[str, Any] = content["policy"]
+    sizes = policy.keys() - {"acceptance", "fine"}  # are checked where the weights are read
+    own = from_json(OwnDecoding, policy, f"{directory / CONFIG_FILE}: policy", ignore=sizes)
     calibration: SkipCalibration | str
     try:
         calibration = load_calibration(directory, content["sha256"][WEIGHTS_FILE])
@@ -238,8 +248,8 @@ def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
         calibration = str(error)
     return Checkpoint(
         visual_drafter=bool(policy.get("light")),
-        acceptance=policy.get("acceptance", PolicyConfig.acceptance),
-        fine=policy.get("fine", PolicyConfig.fine),
+        acceptance=own.acceptance,
+        fine=own.fine,
         proven=proven_decode(directory, content),
         calibration=calibration,
         compact=BACKBONE not in content,

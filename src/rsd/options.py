@@ -21,8 +21,9 @@ class DecodeOptions:
     """What is asked for; None leaves it to the checkpoint.
 
     decode: a decoder of `decoding.strategies`, or `best`, the best proven one that the checkpoint supports.
-    acceptance: the rule that judges drafts. fine: how the fine levels come. Their defaults are the checkpoint's, with
-    `rsd-skip` those of its calibration, and with a temperature `exact` and `sequential`.
+    acceptance: the rule that judges drafts. fine: how the fine levels come. Their defaults are the checkpoint's (but
+    `blind(0.95)` for `residual`), with `rsd-skip` those of its calibration, and with a temperature `exact` and
+    `sequential`.
     temperature: draw the motion tokens from softmax(logits / temperature); 0 takes the likeliest.
     skip: when `rsd-skip` leaves the target idle; None takes the checkpoint's calibration. target_at_reset: the target
     always runs on an episode's first observation, whatever the skip rule says.
@@ -106,8 +107,10 @@ def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
     if DECODERS[decode].gated and skip is None and checkpoint.calibration is not None:
         skip, acceptance = calibrated(checkpoint.calibration, options)
         fine = "regress"  # every calibration is of that
+    # `residual` executes what it is told (a draft pulls the shipped policy 0.66 of the way): it has to be asked for
+    own = "blind(0.95)" if checkpoint.acceptance == "residual" else checkpoint.acceptance
     # drawn tokens have no greedy choice to be near to: only the rule that keeps a distribution can judge them
-    acceptance = acceptance or ("exact" if options.temperature else checkpoint.acceptance)
+    acceptance = acceptance or ("exact" if options.temperature else own)
     # `exact` promises the tokens of `ar`; regressed fine levels would break that promise
     fine = fine or ("sequential" if acceptance == "exact" else checkpoint.fine)
     if fine not in FINE:
@@ -133,14 +136,14 @@ class Choice(NamedTuple):
 
 
 def best_decode(checkpoint: Checkpoint, options: DecodeOptions) -> Choice:
-    """What `best` is, by what is proven in closed loop."""
+    """What `best` is: what is proven in closed loop, or else what has every chunk verified."""
     if not checkpoint.visual_drafter:
         return Choice("rsd", "the best without a light draft")
     if options.temperature:
         return Choice("rsd-fused", "the best that draws its tokens")
     if options.skip:
         return Choice("rsd-skip", "a skip threshold is given")
-    return Choice(*checkpoint.proven) if checkpoint.proven else Choice("rsd-ahead", "the best")
+    return Choice(*(checkpoint.proven or ("rsd-fused", "the best that verifies every chunk")))
 
 
 def check_sampling(temperature: float, decode: str, acceptance: str | None, fine: str | None) -> None:

@@ -366,8 +366,7 @@ def load_policy(
     facts = facts_of(directory, content)
     decoding = resolve(facts, options)  # before the weights
     if decoding.why:
-        second = decoding.decode != "rsd-ahead" and facts.proven is None  # to what another checkpoint could do
-        level = logging.WARNING if second else logging.INFO
+        level = logging.INFO if facts.visual_drafter else logging.WARNING  # another checkpoint could do better
         LOG.log(level, "%s: decodes by %s: %s", directory, decoding.decode, decoding.why)
     if BACKBONE in content:
         from rsd.openvla.rsd_policy import load_openvla_policy  # 15 GB of code and weights that few have

@@ -2,6 +2,7 @@ import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from rsd.cli import COMMANDS, dispatch
 from rsd.cli.eval import EvalArguments, check_names, plan_runs
 from rsd.cli.parsing import UsageError, check_choice, one_line, parse
 from rsd.evaluation.config import EvalConfig
+from rsd.models.rsd_model import RsdModel
+from rsd.policy import RsdPolicy
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.bench import methods as bench_methods
 from rsd.tokenizer.bench.config import METHODS
 from rsd.training.config import TrainOpenVlaConfig, TrainPolicyConfig
@@ -49,7 +53,10 @@ def test_help_is_quick_and_loads_no_torch() -> None:
             ["eval", "--trials", "3"],
             "rsd eval: error: Unrecognized options: --trials, 3; did you mean --num-trials?",
         ),
-        (["eval", "--compare", "--decode", "ar"], "rsd eval: error: --compare runs ar, l1 and the checkpoint's best"),
+        (
+            ["eval", "--compare", "--decode", "ar"],
+            "rsd eval: error: --compare runs l1, the checkpoint's best and light-alone: leave --decode",
+        ),
         (["eval", "--decode", "rds"], "rsd eval: error: --decode 'rds': expected one of ar, "),
         (["eval", "--acceptance", "most"], "rsd eval: error: --acceptance 'most': expected exact, margin, "),
         (["eval", "--temperature", "-1"], "rsd eval: error: --temperature -1.0: expected a finite number >= 0"),
@@ -174,7 +181,7 @@ def decoder(config: EvalConfig | None = None, **options: bool) -> str:
 
 def test_speculative_decoding_is_the_best_mode_of_the_checkpoint_unless_decode_names_another() -> None:
     assert decoder(use_speculative_decoding=False) == "ar"
-    assert decoder(use_speculative_decoding=True) == decoder() == "rsd-ahead"
+    assert decoder(use_speculative_decoding=True) == decoder() == "rsd-fused"
     assert decoder(EvalConfig(decode="rsd"), use_speculative_decoding=True) == "rsd"
     assert decoder(EvalConfig(decode="l1"), use_speculative_decoding=False) == "l1"
     with pytest.raises(UsageError, match="True contradicts --decode l1"):
@@ -185,8 +192,8 @@ def test_speculative_decoding_is_the_best_mode_of_the_checkpoint_unless_decode_n
 
 def test_the_best_mode_follows_from_the_options_given() -> None:
     ((run, note),) = plan_runs(arguments(EvalConfig(acceptance="exact")))
-    assert run.decode == "rsd-ahead"
-    assert note == "checkpoints/libero_spatial decodes by rsd-ahead: the best"
+    assert run.decode == "rsd-fused"
+    assert note == "checkpoints/libero_spatial decodes by rsd-fused: the best that verifies every chunk"
     assert decoder(EvalConfig(skip_threshold_mm=50.0)) == "rsd-skip"
     assert decoder(EvalConfig(temperature=0.5)) == "rsd-fused"
 
@@ -194,18 +201,33 @@ def test_the_best_mode_follows_from_the_options_given() -> None:
 def test_compare_runs_all_on_the_same_initial_states() -> None:
     config = EvalConfig(num_trials=3, tasks="1,2", seed=5, audit=True, output="there")
     runs = plan_runs(arguments(config, compare=True))
-    baseline, bar, best = (run for run, _ in runs)
-    assert (baseline.decode, bar.decode, best.decode) == ("ar", "l1", "rsd-ahead")
-    assert [note for _, note in runs][:2] == ["", ""]
-    assert "decodes by rsd-ahead" in runs[2][1]
-    assert (str(baseline.output_dir), str(best.output_dir)) == ("there/ar", "there/rsd-ahead")
+    target, best, drafter = (run for run, _ in runs)
+    assert (target.decode, best.decode, drafter.decode) == ("l1", "rsd-fused", "light-alone")
+    assert (runs[0][1], runs[2][1]) == ("", "")
+    assert "decodes by rsd-fused" in runs[1][1]
+    folders = [str(run.output_dir) for run, _ in runs]
+    assert folders == ["there/l1", "there/rsd-fused", "there/light-alone"]
     assert best.audit
-    differing = {name for name in baseline.identity if baseline.identity[name] != best.identity[name]}
-    assert differing == {"decode", "audit"}  # what says nothing about a decoder without a draft is left out of its run
+    for alone, expected in ((target, {"decode", "audit"}), (drafter, {"decode"})):  # a target's own has no audit
+        assert {name for name in alone.identity if alone.identity[name] != best.identity[name]} == expected
+    skipping = replace(config, skip_threshold_mm=50.0, max_skips=2, target_at_reset=False, audit=False)
+    skips = [run for run, _ in plan_runs(arguments(skipping, compare=True))]
+    assert [run.decode for run in skips] == ["l1", "rsd-skip", "light-alone"]
+    for alone in (skips[0], skips[2]):  # what only a gate asks for is left out of its run
+        assert alone.identity == replace(config, decode=alone.decode, audit=False).identity
     for run, _ in runs:
         check_names(run)
     scratch = plan_runs(arguments(compare=True))
-    assert scratch[0][0].output_dir != scratch[1][0].output_dir
+    assert len({run.output_dir for run, _ in scratch}) == 3
+
+
+def test_compare_without_a_visual_drafter_runs_the_target_and_the_best(
+    policy: RsdPolicy, tokenizer: ActionTokenizer, tmp_path: Path
+) -> None:
+    config = replace(policy.config, light=None)
+    RsdPolicy.of(RsdModel(config, tokenizer), tokenizer, config).save_pretrained(tmp_path)
+    runs = plan_runs(arguments(EvalConfig(policy=str(tmp_path)), compare=True))
+    assert [run.decode for run, _ in runs] == ["l1", "rsd"]
 
 
 def test_an_acceptance_rule_without_a_draft_is_refused() -> None:

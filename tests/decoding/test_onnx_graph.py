@@ -67,7 +67,7 @@ def test_a_graph_acts_and_counts_as_pytorch_does(
         for name in ("prefills", "main_passes", "skipped", "forced", "num_draft_tokens", "num_accepted_tokens"):
             assert getattr(found.stats, name) == getattr(expected.stats, name)
     if decode == "rsd-skip":
-        assert [chunk.stats.skipped for _, chunk in pairs] == [True, True, True, False, True, True]
+        assert [chunk.stats.skipped for _, chunk in pairs] == [False, True, True, True, False, True]
 
 
 def test_a_batch_of_graphs_acts_as_pytorch_does(make_policy: MakePolicy, make_observation: MakeObservation) -> None:

@@ -539,7 +539,7 @@ def test_rows_of_a_batch_go_their_own_ways(model: RsdModel) -> None:
     ways = set()
     low, middle, _ = sorted(scores)
     for threshold in (0.0, (low + middle) / 2, 1e9):
-        ops.skip = SkipRule(threshold)
+        ops.skip = SkipRule(threshold, target_at_reset=False)
         together = run("rsd-skip", ops, both, stacked(states))
         assert together.skipped is not None
         for row, (scene, state) in enumerate(zip(scenes, states, strict=True)):

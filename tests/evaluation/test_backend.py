@@ -28,8 +28,8 @@ import rsd.evaluation.evaluate
 
 config, note = settle(EvalConfig())
 check_names(config)
-assert config.decode == "rsd-ahead", note
-assert rsd_policy(config).decode == "rsd-ahead"
+assert config.decode == "rsd-fused", note
+assert rsd_policy(config).decode == "rsd-fused"
 describe_checkpoint(config)
 checks = checkpoint_files(config.policy), load_and_predict(config.policy, "cpu", [])
 assert all(check.status == "ok" for check in checks), checks

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scripted import SCRIPTED, episode
 
-from rsd.checkpoint import seal, weights_hash
+from rsd import manifest
+from rsd.checkpoint import weights_hash
 from rsd.decoding.calibration import FILE_NAME, SkipCalibration
 from rsd.evaluation.backend import describe_checkpoint, rsd_policy
 from rsd.evaluation.calibrate import SCORE, CalibrateConfig, calibrate, chunk_stat, deviations, fit
@@ -106,7 +107,7 @@ def test_a_checkpoint_keeps_the_calibration_that_it_has_unless_it_may_be_replace
     assert SkipCalibration.load(config.output) == other
     assert "keeps its own, which --overwrite replaces" in capsys.readouterr().out
     (checkpoint / FILE_NAME).unlink()
-    seal(checkpoint)
+    manifest.seal(checkpoint)
     calibrate(replace(config, overwrite=False), BACKEND)
     assert (checkpoint / FILE_NAME).read_bytes() == before
 

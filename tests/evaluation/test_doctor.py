@@ -19,11 +19,12 @@ from rsd.types import RsdError
 
 @pytest.fixture
 def checkpoint(policy: RsdPolicy, tmp_path: Path) -> Path:
-    policy.provenance.update(
-        data={"sources": [{"seed": 1}, {"seed": 1}, {"seed": 2}]},
-        validation={"frames": 10, "rsd": {"l1_error": 0.123}},
-    )
-    policy.save_pretrained(tmp_path / "checkpoint")
+    provenance = {
+        "data": {"sources": [{"seed": 1}, {"seed": 1}, {"seed": 2}]},
+        "validation": {"frames": 10, "rsd": {"l1_error": 0.123}},
+    }
+    made = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, provenance)
+    made.save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scripted import SCRIPTED, episode, make_patient_batch_policy
 
-from rsd.evaluation.config import EvalConfig, OptionError
+from rsd.evaluation.config import EvalConfig, OptionError, stored_config
 from rsd.evaluation.episodes import Job, JobQueue, Outcome, VideoBudget, wants_video
 from rsd.evaluation.evaluate import evaluate, plan_episodes
 from rsd.evaluation.report import load_run
@@ -432,6 +432,20 @@ def test_initial_states_are_a_first_one_or_a_list(config: EvalConfig) -> None:
     # a number in results that are older than the lists
     assert EvalConfig(init_states=4).hash == EvalConfig(init_states="4").hash  # type: ignore[arg-type]
     assert EvalConfig(init_states="4").hash != EvalConfig(init_states="4-53").hash
+
+
+def test_a_run_of_before_the_target_ran_at_reset_goes_on_as_it_was_begun() -> None:
+    for decode in ("rsd-skip", "l1"):
+        now = EvalConfig(decode=decode)
+        older = {name: value for name, value in asdict(now).items() if name != "target_at_reset"}
+        found = stored_config(older, "there")
+        assert found.target_at_reset == (decode != "rsd-skip")
+        assert "target_at_reset" not in found.identity
+        assert (found.hash == now.hash) == (decode != "rsd-skip")  # only a gate can tell
+        assert stored_config(asdict(now), "there") == now
+        assert stored_config({**older, "skip_threshold_mm": -1.0, "max_skips": 4, "memory_chunks": 2}, "there") == found
+    with pytest.raises(OptionError, match="--max-skips: the calibration has its own"):
+        stored_config({**asdict(EvalConfig()), "max_skips": 4}, "there")
 
 
 jobs_by_task = st.lists(st.integers(1, 6), min_size=1, max_size=8)

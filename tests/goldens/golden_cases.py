@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsd.data.demonstrations import Demonstration
+from rsd.decoding.strategies import names
 from rsd.models.draft import DraftConfig
 from rsd.models.light_draft import LightDraftConfig
 from rsd.models.main import MainConfig
@@ -47,7 +48,10 @@ class Case:
 
 
 DECODERS = ("ar", "parallel", "l1", "rsd", "rsd-fused", "rsd-skip", "rsd-ahead", "draft", "light-alone")
-CASES = {name: Case(name) for name in DECODERS} | {
+TOLD = {"acceptance": "residual"}  # the shipped checkpoint's own, which a draft has to be given by name
+CASES = {name: Case(name, TOLD if name in names(drafts=True) else {}) for name in DECODERS} | {
+    "rsd blind": Case("rsd"),  # what is taken unless another is asked for
+    "rsd-fused blind": Case("rsd-fused"),
     "rsd exact": Case("rsd", {"acceptance": "exact"}),
     "rsd margin": Case("rsd", {"acceptance": "margin"}),
     "rsd agreement": Case("rsd", {"acceptance": "agreement(0.7)"}),
@@ -56,7 +60,7 @@ CASES = {name: Case(name) for name in DECODERS} | {
     "rsd-fused exact": Case("rsd-fused", {"acceptance": "exact"}),
     "rsd-fused margin": Case("rsd-fused", {"acceptance": "margin"}),
     "rsd-fused distance": Case("rsd-fused", {"acceptance": "distance(1)"}),
-    "rsd-ahead audited": Case("rsd-ahead", {"audit": True}),
+    "rsd-ahead audited": Case("rsd-ahead", TOLD | {"audit": True}),
     "rsd-skip audited": Case("rsd-skip", {"audit": True}),
     "ar drawn": Case("ar", {"temperature": 1.0}, seed=5),
     "rsd-fused drawn": Case("rsd-fused", {"temperature": 1.0}, seed=5),

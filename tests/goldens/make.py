@@ -1,4 +1,5 @@
-"""Freeze the goldens anew: `python tests/goldens/make.py`, two minutes on one core; `--observations`: render, too.
+"""Freeze the goldens anew: `python tests/goldens/make.py`, two minutes on one core; `--observations`: render, too;
+`--cases rsd-skip rsd-fused`: these of the decoders alone, everything else stays as it is.
 
 Do it only where a difference is meant, and say in the commit which one and why.
 """
@@ -6,6 +7,7 @@ Do it only where a difference is meant, and say in the commit which one and why.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 
@@ -47,10 +49,16 @@ def render() -> None:
     )
 
 
-def decode() -> None:
+def decode(cases: list[str]) -> None:
+    """Freeze these; the others keep every bit of what is frozen."""
     arrays, statistics = {}, {}
-    for name, case in CASES.items():
-        found = decode_case(case, EAGER)
+    if others := CASES.keys() - cases:
+        with np.load(CHUNKS) as frozen:
+            arrays = {key: frozen[key] for key in frozen.files if key.split("/")[0] in others}
+        stored = json.loads(STATISTICS.read_text())
+        statistics = {key: values for key, values in stored.items() if key.split("/")[0] in others}
+    for name in cases:
+        found = decode_case(CASES[name], EAGER)
         arrays[f"{name}/actions"] = np.stack([decoding.actions for decoding in found])
         for key in found[0].statistics:
             statistics[f"{name}/{key}"] = [decoding.statistics[key] for decoding in found]
@@ -58,17 +66,22 @@ def decode() -> None:
             if decoding.tokens is not None:  # a decoder may give some for one chunk and none for another
                 arrays[f"{name}/{index}/tokens"] = decoding.tokens
         print(name, flush=True)
+    order = list(CASES)
     np.savez_compressed(CHUNKS, **arrays)
-    write(STATISTICS, statistics)
+    write(STATISTICS, dict(sorted(statistics.items(), key=lambda entry: order.index(entry[0].split("/")[0]))))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--observations", action="store_true", help="render the observations first (simulator)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", help="freeze only these decoders")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    if parser.parse_args().observations:
+    if options.observations:
         render()
-    decode()
+    decode(options.cases or list(CASES))
+    if options.cases:
+        return
     with tempfile.TemporaryDirectory() as run:
         runs = {f"whole_block={whole}": train_tiny(Path(run) / f"{whole}", whole) for whole in (False, True)}
     write(TRAINING, runs)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_cases import CASES, CHUNKS, DECODERS, STATISTICS, TRAINING, Case, Decoding, decode_case, train_tiny
+from golden_cases import CASES, CHUNKS, DECODERS, STATISTICS, TRAINING, Decoding, decode_case, train_tiny
 from numpy.typing import NDArray
 
 from rsd.types import COMPILED, CUDA_GRAPHS, EAGER, ONNX
@@ -94,14 +94,14 @@ def test_a_decoder_gives_the_frozen_chunks_tokens_and_statistics(name: str) -> N
 
 @pytest.mark.parametrize("decode", DECODERS if os.environ.get("RSD_ALL_GOLDENS") else ["rsd-skip"])
 def test_so_it_does_as_onnx_graphs(decode: str) -> None:
-    compare(decode, decode_case(Case(decode), ONNX), TOLERANCES[ONNX])
+    compare(decode, decode_case(CASES[decode], ONNX), TOLERANCES[ONNX])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
 @pytest.mark.parametrize("engine", [CUDA_GRAPHS, COMPILED])
 @pytest.mark.parametrize("decode", DECODERS)
 def test_so_it_does_as_cuda_graphs(decode: str, engine: str) -> None:
-    compare(decode, decode_case(Case(decode), engine, "cuda"), TOLERANCES[engine])
+    compare(decode, decode_case(CASES[decode], engine, "cuda"), TOLERANCES[engine])
 
 
 def test_the_tolerance_notices_a_decoder_that_is_slightly_wrong() -> None:

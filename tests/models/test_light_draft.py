@@ -34,7 +34,7 @@ def light_of(model: RsdModel) -> LightDraft:
 def test_every_input_and_the_memory_count(model: RsdModel) -> None:
     light, (images, state, condition) = light_of(model), inputs(model)
     _, cache = model.main.prefill(torch.randn(3, LENGTH, 64))
-    memory = light.remember(cache, LENGTH + 8)
+    memory = light.remember(light.reads(cache, LENGTH + 8))
     base = light.perceive(images, state, condition, memory)
     assert base.shape == (3, 8, 32)
     _, other = model.main.prefill(torch.randn(3, LENGTH, 64))
@@ -42,7 +42,7 @@ def test_every_input_and_the_memory_count(model: RsdModel) -> None:
         light.perceive(images.flip(-1), state, condition, memory),
         light.perceive(images, state + 1.0, condition, memory),
         light.perceive(images, state, condition + 1.0, memory),
-        light.perceive(images, state, condition, light.remember(other, LENGTH + 8)),
+        light.perceive(images, state, condition, light.remember(light.reads(other, LENGTH + 8))),
         light.perceive(images, state, condition, None),
     ]
     assert all(not torch.allclose(base, features, atol=1e-4) for features in changed)
@@ -53,7 +53,7 @@ def test_an_unknown_memory_is_none(model: RsdModel) -> None:
     """As at an episode's start, which training knows as a mask and decoding as an empty cache."""
     light, (images, state, condition) = light_of(model), inputs(model)
     _, cache = model.main.prefill(torch.randn(3, LENGTH, 64))
-    memory = light.remember(cache, LENGTH + 8)
+    memory = light.remember(light.reads(cache, LENGTH + 8))
     known = torch.tensor([True, False, True])
     mixed = light.perceive(images, state, condition, memory, known)
     without, with_ = light.perceive(images, state, condition, None), light.perceive(images, state, condition, memory)
@@ -65,7 +65,7 @@ def test_an_unknown_memory_is_none(model: RsdModel) -> None:
 def test_perceiving_leaves_the_memory_as_it_was(model: RsdModel) -> None:
     light, seen = light_of(model), inputs(model)
     _, cache = model.main.prefill(torch.randn(3, LENGTH, 64))
-    memory = light.remember(cache, LENGTH + 8)
+    memory = light.remember(light.reads(cache, LENGTH + 8))
     first = light.perceive(*seen, memory)
     assert memory.keys[0].shape[2] == LENGTH + 8
     assert torch.equal(light.perceive(*seen, memory), first)
@@ -78,7 +78,8 @@ def test_blocks_after_the_first_are_not_remembered(model: RsdModel) -> None:
     gripper = torch.zeros(2, 8, dtype=torch.long)
     _, plain = model.main.prefill(prefix)
     _, fused = model.main.prefill_blocks(prefix, [torch.randn(2, 48), torch.randn(2, 48)], gripper)
-    pairs = zip(light.remember(plain, LENGTH + 8).values, light.remember(fused, LENGTH + 8).values, strict=True)
+    memories = [light.remember(light.reads(cache, LENGTH + 8)) for cache in (plain, fused)]
+    pairs = zip(*(memory.values for memory in memories), strict=True)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 

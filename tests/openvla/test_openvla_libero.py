@@ -65,8 +65,8 @@ def test_residual_tokens_on_openvla_drive_a_closed_loop(tmp_path: Path, tokenize
     summary = evaluate(config, backend=SHORT_LIBERO, console=Console(file=io.StringIO()))
     (episode,) = read_episodes(Path(config.output) / EPISODES_FILE).values()
     assert (summary.errors, episode.failure, episode.chunks) == (0, STEP_LIMIT, 2)
-    assert (episode.prefills, episode.main_passes) == (1, 0)  # the first chunk without main, the second as `rsd-fused`
-    assert episode.chunk_stats["skipped"] == [1.0, 0.0]
+    assert (episode.prefills, episode.main_passes) == (1, 0)  # the first chunk as `rsd-fused`, the second without main
+    assert episode.chunk_stats["skipped"] == [0.0, 1.0]
     recorded = read_run_record(Path(config.output)).policy
     assert recorded["checkpoint_sha256"]
     assert recorded["provenance"] == {"data": "random weights"}

@@ -147,11 +147,12 @@ def test_drawn_tokens_repeat_with_the_seed_alone(directory: Path, seen: list[Obs
 def test_the_main_rests_under_rsd_skip_until_the_instruction_changes(directory: Path, seen: list[Observation]) -> None:
     policy = RsdPolicy.from_pretrained(directory, decode="rsd-skip", skip=SkipRule(1e9, 1), audit=True)
     first = policy.predict(seen[0]).stats
-    assert (first.prefills, first.skipped) == (0, True)
-    assert first.deviation_mm is not None
-    other, next_ = (policy.predict(seen[1]).stats for _ in range(2))  # another prompt: another episode
-    assert (other.prefills, other.skipped) == (0, True)
-    assert (next_.prefills, next_.skipped) == (1, False)
+    assert (first.prefills, first.skipped) == (1, False)
+    other, next_, last = (policy.predict(seen[1]).stats for _ in range(3))  # another prompt: another episode
+    assert (other.prefills, other.skipped) == (1, False)
+    assert (next_.prefills, next_.skipped) == (0, True)
+    assert next_.deviation_mm is not None
+    assert (last.prefills, last.skipped) == (1, False)
 
 
 def test_a_calibration_is_fitted_and_used(directory: Path, copy: Path, tmp_path: Path) -> None:

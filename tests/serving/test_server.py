@@ -253,7 +253,7 @@ def test_options_that_belong_to_the_server_are_refused(address: str, tmp_path: P
         (["--threads", "-1"], "--threads -1: expected at least 0"),
         (["--decode", "rsd-fast"], "--decode 'rsd-fast': expected one of"),
         (["--decode", "l1", "--acceptance", "exact"], "--decode l1 accepts nothing, only rsd does"),
-        (["--device", "tpu"], "torch cannot use it here"),
+        (["--device", "tpu"], "--device 'tpu': expected cpu, cuda, or cuda with a number"),
     ],
 )
 def test_a_bad_command_line_is_one_line(arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:

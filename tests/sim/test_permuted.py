@@ -118,11 +118,9 @@ def test_stored_states_are_those_whose_hash_is_known(suite: str, monkeypatch: py
     states = [fixed_states(suite, task) for task in (0, 9)]
     assert all(len(found) == 50 and np.isfinite(found).all() for found in states)
     assert len(np.unique(states[0], axis=0)) == 50
-    fixed_states.cache_clear()
     monkeypatch.setitem(suites.STATES_SHA256, suite, hashlib.sha256(b"another").hexdigest())
     with pytest.raises(RsdError, match="install rsd-vla again"):
         fixed_states(suite, 0)
-    fixed_states.cache_clear()
 
 
 @pytest.mark.simulator

@@ -156,7 +156,7 @@ def test_its_policy_loads_acts_and_knows_where_it_comes_from(trained: Path, seen
     assert policy.provenance["data"]["episodes"] == 3
     assert policy.provenance["data"]["frames"] == 3 * 24
     assert {"ar", "l1", "rsd margin", "rsd-fused margin", "light"} <= set(policy.provenance["validation"])
-    assert policy.observing.state_low[2] == 0.9  # of the projector's own statistics
+    assert policy.core.body.config.state_low[2] == 0.9  # of the projector's own statistics
 
 
 def test_what_cannot_be_trained_is_refused(
@@ -172,7 +172,7 @@ def test_what_cannot_be_trained_is_refused(
         replace(config, loop=replace(LOOP, cuda_graph=True))
     several = Path(shutil.copytree(config.source, tmp_path / "several"))
     write_json(several / "dataset_statistics.json", statistics(SUITE, "libero_goal_no_noops"))
-    with pytest.raises(RsdError, match="choose one as unnorm_key"):
+    with pytest.raises(RsdError, match=r"statistics of several data sets; choose one of .* by writing .*unnorm_key"):
         train_openvla(replace(config, source=str(several)))
     with pytest.raises(RsdError, match="expected a compact policy, found one on OpenVLA"):
         train_policy(TrainPolicyConfig(init=str(trained)))

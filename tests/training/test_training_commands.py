@@ -199,10 +199,16 @@ def test_deviation_from_the_baseline_is_measured_on_held_out_frames(
     assert [row["decode"] for row in stored["rows"]] == [row.decode for row in rows]
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 24)])
+@pytest.mark.parametrize(
+    ("height", "width", "said"),
+    [
+        (64, 64, r"expected images of 32 px as in .*task0_demo\.hdf5 before, found 64 px"),
+        (32, 24, r"expected images uint8 \[\d+, S, S, 3\], square and of one size, found uint8 \[\d+, 32, 24, 3\]"),
+    ],
+)
 @pytest.mark.parametrize("kind", ["policy", "draft"])
 def test_images_of_another_size_are_refused_before_the_training_wherever_they_are(
-    trained: Path, config: TrainPolicyConfig, tmp_path: Path, height: int, width: int, kind: str
+    trained: Path, config: TrainPolicyConfig, tmp_path: Path, height: int, width: int, said: str, kind: str
 ) -> None:
     """Those held out come last, after the training."""
     data = tmp_path / "data"
@@ -217,7 +223,7 @@ def test_images_of_another_size_are_refused_before_the_training_wherever_they_ar
         "policy": lambda: train_policy(replace(config, data=(data,), output=tmp_path / "run")),
         "draft": lambda: train_draft(TrainDraftConfig(str(trained), (data,), tmp_path / "run", "cpu", 4)),
     }
-    with pytest.raises(RsdError, match=f"demo_5: images of {height} x {width} px, expected 32 x 32"):
+    with pytest.raises(RsdError, match=rf"demo_5 of .*task1_demo\.hdf5: {said}"):
         begin[kind]()
     assert not (tmp_path / "run" / STATE_FILE).exists()
 

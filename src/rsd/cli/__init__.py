@@ -134,8 +134,8 @@ COMMANDS = {
 EXAMPLES = """\
   rsd eval --task-suite libero_spatial --num-trials 3 --use-speculative-decoding True
   rsd eval --compare --num-trials 50 --output results/spatial
-  rsd compare results/spatial/ar results/spatial/rsd-ahead --markdown
-  rsd report results/spatial/ar results/spatial/rsd-ahead"""
+  rsd compare results/spatial/l1 results/spatial/rsd-fused --markdown
+  rsd report results/spatial/l1 results/spatial/rsd-fused"""
 
 
 # What helps where the operating system refuses; it names the file or address itself.

@@ -1,4 +1,4 @@
-"""`rsd eval`: run a policy in LIBERO, or with --compare the baseline and RSD on the same states."""
+"""`rsd eval`: run a policy in LIBERO, or with --compare target, best and drafter on the same states."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from rsd.cli.parsing import UsageError, check_choice, parse
 from rsd.evaluation.config import EvalConfig, asked_rule, option, stored_config
 from rsd.types import BEST, RsdError
 
-BASELINE, ONE_PASS = "ar", "l1"  # what --compare runs, and then the checkpoint's best
+BASELINE = "ar"
+TARGET_ALONE, DRAFTER_ALONE = "l1", "light-alone"  # what --compare runs beside the checkpoint's best
 COMPARISON_FILE = "comparison.md"
 
 
@@ -31,7 +32,8 @@ class EvalArguments:
     resume: Path | None = None
     """Continue the run in this directory, with the options it was begun with."""
     compare: bool = False
-    """Run --decode ar, l1 and best on the same initial states; print the table of the three."""
+    """Run the target alone (--decode l1), best and the drafter alone (light-alone, if there is a light draft) on the
+    same initial states; print their table."""
     report: bool = False
     """Also write the HTML report, as `rsd report` does."""
     overwrite: bool = False
@@ -86,13 +88,14 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
     """The runs that a command line asks for, each with a note on how its decoder was chosen ("" if by name): one, or
-    with --compare the baseline, the bar and the best."""
-    from rsd.decoding.strategies import names
+    with --compare the target alone, the best and the drafter alone."""
+    from rsd.decoding.strategies import DECODERS, names
     from rsd.evaluation.backend import settle
 
     config, speculative = options.config, options.use_speculative_decoding
     if options.compare and (config.decode != BEST or speculative is not None):
-        raise UsageError("--compare runs ar, l1 and the checkpoint's best: leave --decode and --use-... out")
+        runs_all = f"--compare runs {TARGET_ALONE}, the checkpoint's best and {DRAFTER_ALONE}"
+        raise UsageError(f"{runs_all}: leave --decode and --use-... out")
     if speculative is not None and config.decode != BEST and (config.decode in names(drafts=True)) != speculative:
         raise UsageError(
             f"--use-speculative-decoding {speculative} contradicts --decode {config.decode}; leave one out"
@@ -108,11 +111,12 @@ def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
         )
     if not options.compare:
         return [(best, note)]
-    # nothing is accepted, skipped or audited without a draft
-    without = ("acceptance", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset", "audit")
-    of_drafts = {name: getattr(EvalConfig, name) for name in without}
-    others = [replace(config, decode=decode, **of_drafts) for decode in (BASELINE, ONE_PASS)]
-    runs = [*((run, "") for run in others), (best, note)]
+    # of one alone nothing is accepted or skipped, and the target's own chunks have no draft to audit
+    without = ("acceptance", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset")
+    alone = replace(config, **{name: getattr(EvalConfig, name) for name in without})
+    runs = [(replace(alone, decode=TARGET_ALONE, audit=False), ""), (best, note)]
+    if DECODERS[best.decode].visual:
+        runs.append((replace(alone, decode=DRAFTER_ALONE), ""))
     if not config.output:
         return runs
     return [(replace(run, output=str(config.output_dir / run.decode)), note) for run, note in runs]

@@ -55,10 +55,12 @@ class EvalConfig:
     """Checkpoint directory, Hugging Face hub id, or ws://HOST:PORT of `rsd serve`."""
     decode: str = BEST
     """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, rsd-ahead, draft, light-alone;
-    best: rsd-ahead, without a light draft rsd, at a temperature rsd-fused."""
+    best: what was proven best of this checkpoint, else rsd-fused, with a skip threshold rsd-skip, without a light draft
+    rsd."""
     acceptance: str = DEFAULT
     """Rule for drafted levels: exact, margin, residual, blind(0.95), distance(1), typical(0.09), agreement(0.7);
-    default: the checkpoint's, with rsd-skip its calibration's, or exact with a --temperature."""
+    default: the checkpoint's (for residual blind(0.95)), with rsd-skip its calibration's, with a --temperature
+    exact."""
     temperature: float = 0.0
     """Above 0, ar, parallel, rsd and rsd-fused draw motion tokens from softmax(logits / temperature); 0 takes the
     likeliest."""
@@ -167,6 +169,8 @@ class EvalConfig:
         named = {name: value for name, value in asdict(self).items() if name not in UNHASHED_FIELDS}
         if self.init_states.isdecimal():
             named["init_states"] = int(self.init_states)  # as before there were lists: older runs keep their hash
+        if self.decode != "rsd-skip":
+            del named["target_at_reset"]
         return {name: value for name, value in named.items() if name not in NEUTRAL or value != NEUTRAL[name]}
 
     @property
@@ -205,6 +209,9 @@ def stored_config(options: dict[str, Any], where: str, *, older: bool = False) -
     """
     first = options.get("init_states", EvalConfig.init_states)
     known = {**options, "init_states": str(first) if type(first) is int else first}  # before there were lists
+    known.setdefault("target_at_reset", options.get("decode") != "rsd-skip")  # before it was an option
+    if known.get("skip_threshold_mm") == -1:  # as the calibration's own was written before it was None
+        known |= dict.fromkeys(("skip_threshold_mm", *OF_THE_RULE))
     unknown = known.keys() - {field.name for field in fields(EvalConfig)}
     return from_json(EvalConfig, known, f"{where}: config", ignore=unknown if older else ())
 

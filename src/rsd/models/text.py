@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsd.json_files import shown
 from rsd.models.config import TEXT_HEADS
 from rsd.types import RsdError
 
@@ -29,11 +30,11 @@ def word_ids(instructions: list[str]) -> Tensor:
         # accents off, as in "bläck": the vocabulary is of English words
         plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
         if odd := sorted({letter for letter in plain if letter.isalnum() and not letter.isascii()}):
-            found = f"{''.join(odd[:20])!r} in {text[:200]!r}"
+            found = f"{''.join(odd[:20])!r} in {shown(text)}"
             raise RsdError(f"instruction: expected words of the letters a to z and digits, found {found}")
         words = re.findall(r"[a-z0-9]+", plain)
         if not 0 < len(words) <= MAX_WORDS:
-            raise RsdError(f"instruction: expected 1 to {MAX_WORDS} words, found {len(words)} in {text[:200]!r}")
+            raise RsdError(f"instruction: expected 1 to {MAX_WORDS} words, found {len(words)} in {shown(text)}")
         ids = [1 + zlib.crc32(word.encode()) % (BUCKETS - 1) for word in words]
         rows.append(ids + [0] * (MAX_WORDS - len(ids)))
     return torch.tensor(rows)

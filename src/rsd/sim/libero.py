@@ -328,7 +328,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             if is_permuted(self.suite):
                 self._arrange(permuted_layout(self.suite, self.task.task_id, draws))
             try:
-                state = self._draw_state(draws, draws.integers(2**32))
+                state = self._draw_state(draws)
             except RandomizationError:  # these draws leave no room for one of the objects
                 continue
             moved = self._settle(state)
@@ -352,13 +352,15 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         start = state.copy()
         return start if self._settle(state) <= UNSTABLE_DISTANCE else None
 
-    def _draw_state(self, draws: np.random.Generator, fixtures_seed: int | np.integer[Any]) -> NDArray[np.float64]:
-        """Poses of objects and arm; the fixtures stand as `fixtures_seed` draws them when it returns."""
+    def _draw_state(self, draws: np.random.Generator, fixtures_seed: int | None = None) -> NDArray[np.float64]:
+        """Poses of objects and arm; the fixtures stand as `fixtures_seed` draws them when it returns, None: any way.
+
+        Every recorded placement seed stands for this order of the draws."""
         self._rebuild(int(draws.integers(2**32)))
         state = self.sim_state()
         # the benchmark's states were drawn with other fixture poses than its reset draws: a bowl stands up to
         # 2 cm off the middle of its drawer. Two draws here give the same offsets.
-        self._rebuild(int(fixtures_seed))
+        self._rebuild(int(draws.integers(2**32)) if fixtures_seed is None else fixtures_seed)
         joints = self.simulation.robots[0]._ref_joint_pos_indexes
         # the benchmark's reset leaves the nominal arm pose; its noise comes with the stored state, as here
         state[1 + np.asarray(joints)] += draws.normal(0.0, ARM_JOINT_NOISE, len(joints))
