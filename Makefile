@@ -20,6 +20,7 @@ eval: env  ## run the shipped policy in LIBERO, target alone, speculative, draft
 		--report --output results/make-eval --overwrite
 
 test: env  ## lint, type-check and test, simulator included
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff check src studies tests
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/pytest

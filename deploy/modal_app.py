@@ -50,7 +50,7 @@ def evaluate_shard(options: dict[str, object]) -> str:
 
 @app.function(timeout=1800, volumes=VOLUMES)
 def merge(output: str) -> str:
-    from rsd.evaluation.launchers import merge_and_report
+    from rsd.reporting.html_report import merge_and_report
 
     results.reload()
     table = merge_and_report(Path(output))

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.sim import expert
-from rsd.sim.goals import goals_of
+from rsd.expert import expert
+from rsd.expert.goals import goals_of
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.suites import suite_tasks
 from rsd.types import RsdError

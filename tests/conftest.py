@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from rsd.decoding.engines import VARIABLE
-from rsd.models.draft import DraftConfig
-from rsd.models.light_draft import LightDraftConfig
-from rsd.models.main import MainConfig
-from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.models.bundle import PolicyConfig, RsdModel
+from rsd.models.feature_drafter import DraftConfig
+from rsd.models.target import MainConfig
+from rsd.models.visual_drafter import LightDraftConfig
 from rsd.policy import RsdPolicy
+from rsd.runtime.engines import VARIABLE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.types import EAGER, Observation
 

@@ -308,11 +308,11 @@ def write_rsd_policy(directory: Path, base: Path, tokenizer: Any, *, light: bool
     """What `rsd train policy --backbone openvla` leaves, with random weights; scales: fields of `OpenVlaRsdConfig`."""
     import torch
 
-    from rsd.models.draft import DraftConfig
-    from rsd.models.light_draft import LightDraftConfig
-    from rsd.models.lora import LoraConfig
-    from rsd.models.openvla_loading import load_openvla
-    from rsd.openvla.rsd_policy import OpenVlaRsdConfig, save_openvla_rsd
+    from rsd.models.feature_drafter import DraftConfig
+    from rsd.models.visual_drafter import LightDraftConfig
+    from rsd.targets.openvla.loading import load_openvla
+    from rsd.targets.openvla.lora import LoraConfig
+    from rsd.targets.openvla.rsd_policy import OpenVlaRsdConfig, save_openvla_rsd
     from rsd.training.openvla import prepare
 
     torch.manual_seed(0)

@@ -26,6 +26,7 @@ from rsd.data.demonstrations import load_demonstrations
 from rsd.data.lerobot import read_actions
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
+from studies.command import run_study
 
 STEPS, SIDE, DEMOS = 12, 16, 3
 FILE = "pick_up_the_bowl_demo.hdf5"
@@ -310,13 +311,14 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 def check(arguments: list[str], expected: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command fails in one line with exit status 2, and leaves the folder as it was."""
     before = tree(folder)
-    status = dispatch([str(word) for word in arguments])
+    words = [str(word) for word in arguments]
+    status = run_study(words[1], words[2:]) if words[0] == "study" else dispatch(words)
     printed = capsys.readouterr()
     assert status == 2, printed.out + printed.err
     assert "Traceback" not in printed.err
     lines = [line for line in printed.err.splitlines() if not line.startswith("warning: ")]
     assert len(lines) == 1, printed.err
-    assert re.match(r"rsd [a-z -]+: error: ", lines[0])
+    assert re.match(r"(rsd|python -m) [a-z. -]+: error: ", lines[0])
     assert expected in lines[0]
     assert len(lines[0]) < 1500
     assert tree(folder) == before
@@ -357,7 +359,7 @@ def test_images_of_another_size_than_the_models(
 
 READERS = {
     "fit": ["tokenizer", "fit", "--output", "OUT", "--data", "DATA"],
-    "bench": ["tokenizer", "bench", "--output", "OUT", "--data", "DATA"],
+    "tokenizers": ["study", "tokenizers", "--output", "OUT", "--data", "DATA"],
     "render": ["demos", "render", "--out", "OUT", "--source", "DATA"],
 }
 
@@ -398,11 +400,12 @@ def test_overwritten_bytes_anywhere_are_one_line_or_do_no_harm(place: int, tmp_p
 
 
 @pytest.mark.parametrize("case", LEROBOT)
-@pytest.mark.parametrize("command", ["fit", "bench"])
-def test_lerobot_data_sets(case: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("reader", ["fit", "tokenizers"])
+def test_lerobot_data_sets(case: str, reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make, expected = LEROBOT[case]
     make(tmp_path / "data")
-    check(["tokenizer", command, "--data", tmp_path / "data", "--output", tmp_path / "out"], expected, tmp_path, capsys)
+    places = {"DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "out")}
+    check([places.get(word, word) for word in READERS[reader]], expected, tmp_path, capsys)
 
 
 def test_odd_but_good_data_is_read(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rsd.checkpoint import CONFIG_FILE, LARGE, PROVEN_FILE, WEIGHTS_FILE, load_w
 from rsd.cli import dispatch
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.json_files import from_json
-from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer

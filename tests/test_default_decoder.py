@@ -12,7 +12,7 @@ from rsd import manifest
 from rsd.checkpoint import PROVEN_FILE, WEIGHTS_FILE
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.gate import SkipRule
-from rsd.models.rsd_model import RsdModel
+from rsd.models.bundle import RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError

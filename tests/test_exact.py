@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from rsd.chunks import checked_chunk
 from rsd.conventions import state_vector
 from rsd.decoding.calibration import fingertip_deviation
-from rsd.evaluation.rollout import checked_chunk
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, ChunkTokens
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError

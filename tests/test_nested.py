@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rsd.decoding.state import DecodeResult, Draft
-from rsd.models.light_draft import Memory
+from rsd.models.visual_drafter import Memory
 from rsd.nested import signature, tensors_of, with_tensors
 
 A, B, C, D = (torch.full((2,), float(i)) for i in range(4))

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from rsd.decoding.calibration import SkipCalibration
+from rsd.decoding.decoders import DECODERS, names
 from rsd.decoding.gate import SkipRule
-from rsd.decoding.strategies import DECODERS, names
 from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions, options_of, resolve
 from rsd.types import BEST, RsdError
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rsd.decoding.decoders import DECODERS
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.state import EpisodeState
-from rsd.decoding.strategies import DECODERS
-from rsd.models.light_draft import LightDraft
-from rsd.models.main import MainModel
-from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.models.bundle import PolicyConfig, RsdModel
+from rsd.models.target import MainModel
+from rsd.models.visual_drafter import LightDraft
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import ActionChunk, Observation, RsdError

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from rsd import hub, manifest
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration
-from rsd.decoding.strategies import DECODERS
+from rsd.decoding.decoders import DECODERS
 from rsd.json_files import from_json, read_versioned, write_atomically
 from rsd.manifest import file_sha256
-from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.options import Checkpoint
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer

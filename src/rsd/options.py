@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from rsd.decoding.acceptance import AcceptanceRule, acceptance_rule
 from rsd.decoding.calibration import SkipCalibration
+from rsd.decoding.decoders import DECODERS, names
 from rsd.decoding.gate import SkipRule
-from rsd.decoding.strategies import DECODERS, names
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import AUTO, BEST, RsdError
 
@@ -20,7 +20,7 @@ FINE = ("regress", "sequential")
 class DecodeOptions:
     """What is asked for; None leaves it to the checkpoint.
 
-    decode: a decoder of `decoding.strategies`, or `best`, the best proven one that the checkpoint supports.
+    decode: a decoder of `decoding.decoders`, or `best`, the best proven one that the checkpoint supports.
     acceptance: the rule that judges drafts. fine: how the fine levels come. Their defaults are the checkpoint's (but
     `blind(0.95)` for `residual`), with `rsd-skip` those of its calibration, and with a temperature `exact` and
     `sequential`.
@@ -42,7 +42,7 @@ class DecodeOptions:
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """What it runs on. device: cpu, cuda or cuda:1; engine: see `decoding.engines`; batch: observations at once, a
+    """What it runs on. device: cpu, cuda or cuda:1; engine: see `runtime.engines`; batch: observations at once, a
     fixed number, up to which fewer are filled up."""
 
     device: str = "cpu"

@@ -1,4 +1,4 @@
-"""The policy: observations in, action chunks out. Its files are in `checkpoint`, its models in `models.rsd_model`.
+"""The policy: observations in, action chunks out. Its files are in `checkpoint`, its models in `models.bundle`.
 
 There is one path. `SpeculativePolicy.predict` takes one observation each of any number of robots with what their
 episodes left behind, and keeps nothing: a robot is a batch of one, a server holds one state a session, a worker pool
@@ -7,6 +7,7 @@ many. `RsdPolicy` keeps one episode for a script.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,26 +21,28 @@ import torch
 from torch import Tensor
 
 from rsd import hub
-from rsd.checkpoint import BACKBONE, facts_of, load_model, locate_checkpoint, read_content, save_checkpoint
+from rsd.checkpoint import BACKBONE, OPENVLA, facts_of, load_model, locate_checkpoint, read_content, save_checkpoint
 from rsd.decoding.calibration import fingertip_deviation
-from rsd.decoding.engines import choose_engine, make_engine
+from rsd.decoding.decoders import DECODERS, look
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.primitives import Primitives
 from rsd.decoding.sampling import Sampler
 from rsd.decoding.state import DecodeResult, Draft, EpisodeState, Forecast, PolicyInput, kept, rows_of, stacked
-from rsd.decoding.strategies import DECODERS, look
 from rsd.decoding.timing import Stopwatch
 from rsd.devices import check_device
-from rsd.models.main import state_features
-from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.models.bundle import PolicyConfig, RsdModel
+from rsd.models.target import state_features
 from rsd.models.text import word_ids
 from rsd.options import Checkpoint, DecodeOptions, Decoding, RuntimeOptions, options_of, resolve
+from rsd.runtime.engines import choose_engine, make_engine
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 TEXT_CACHE = 64  # instructions whose encoding is kept
 CACHED_CHARACTERS = 1000  # longer instructions are encoded every time: a client could send 64 of any length
 LOG = logging.getLogger(__name__)
+# what loads a checkpoint with a backbone, by name: it builds on this module, and its code is read only if needed
+LOADERS = {OPENVLA: "rsd.targets.openvla.rsd_policy:load_openvla_policy"}
 FOLLOW_UP = "follow-up"  # the stage of what is done while the chunk is executed
 
 
@@ -369,9 +372,10 @@ def load_policy(
         level = logging.INFO if facts.visual_drafter else logging.WARNING  # another checkpoint could do better
         LOG.log(level, "%s: decodes by %s: %s", directory, decoding.decode, decoding.why)
     if BACKBONE in content:
-        from rsd.openvla.rsd_policy import load_openvla_policy  # 15 GB of code and weights that few have
-
-        return load_openvla_policy(directory, content, facts, options, runtime)
+        module, _, function = LOADERS[content[BACKBONE]].partition(":")
+        load = getattr(importlib.import_module(module), function)
+        loaded: SpeculativePolicy = load(directory, content, facts, options, runtime)
+        return loaded
     tokenizer = ActionTokenizer.load(directory)
     model, config = load_model(directory, content, tokenizer)
     provenance = content.get("provenance", {})

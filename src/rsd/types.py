@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # half of the time that `rsd --help` would take
 ACTION_DIM = 7  # end-effector position 3, rotation 3, gripper 1
 STATE_DIM = 8  # end-effector position 3, axis-angle 3, gripper joint positions 2
 CAMERAS = ("agentview", "wrist")
-# see `decoding.engines`
+# see `runtime.engines`
 AUTO, EAGER, CUDA_GRAPHS, COMPILED, ONNX = ENGINES = "auto", "eager", "cuda-graphs", "compiled", "onnx"
 MAX_SKIPS, MEMORY_CHUNKS = 6, 2  # of `decoding.gate.SkipRule`; here, where nothing loads torch
 BEST = "best"  # in the place of a decoder's name: the best proven one that the checkpoint supports

@@ -11,12 +11,13 @@ from rsd.cli import COMMANDS, dispatch
 from rsd.cli.eval import EvalArguments, check_names, plan_runs
 from rsd.cli.parsing import UsageError, check_choice, one_line, parse
 from rsd.evaluation.config import EvalConfig
-from rsd.models.rsd_model import RsdModel
+from rsd.models.bundle import RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.tokenizer.bench import methods as bench_methods
-from rsd.tokenizer.bench.config import METHODS
 from rsd.training.config import TrainOpenVlaConfig, TrainPolicyConfig
+from studies.command import STUDIES, run_study
+from studies.tokenizers import methods as bench_methods
+from studies.tokenizers.config import METHODS
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
@@ -72,7 +73,6 @@ def test_help_is_quick_and_loads_no_torch() -> None:
         (["train", "draft", "--loss.blind", "nan"], "rsd train draft: error: --loss.blind nan: expected a finite"),
         (["demos", "render", "--source", "x", "--num-workers", "0"], "rsd demos render: error: --num-workers 0: "),
         (["tokenizer", "fit", "--tokenizer.rho", "nan"], "rsd tokenizer fit: error: RFSQ: expected levels"),
-        (["bench", "eval", "--plain-limit-s", "nan"], "rsd bench eval: error: --plain-limit-s nan: expected a finite"),
         (["eval", "--num-trials", "100000000"], "rsd eval: error: --num-trials 100000000: expected at most 1000000"),
         (["eval", "--init-states", "0-99999999999"], "rsd eval: error: --init-states 0-99999999999: expected numbers "),
         (["eval", "--init-states", "9" * 5000], "rsd eval: error: --init-states '9999"),
@@ -96,6 +96,14 @@ def test_a_bad_command_line_is_one_line_and_status_2(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith(message)
+    assert printed.err.count("\n") == 1
+
+
+def test_a_bad_command_line_of_a_study_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_study("throughput", ["--plain-limit-s", "nan"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("python -m studies.throughput: error: --plain-limit-s nan: expected a finite")
     assert printed.err.count("\n") == 1
 
 
@@ -151,7 +159,7 @@ def test_help_and_mistakes_of_every_command_are_quick() -> None:
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start < 10.0
 
 
-@pytest.mark.parametrize("command", ["train policy", "train draft", "calibrate", "bench openvla", "tokenizer bench"])
+@pytest.mark.parametrize("command", ["train policy", "train draft", "calibrate"])
 def test_a_mistake_in_the_command_line_is_found_before_torch_is_loaded(command: str) -> None:
     line = [*command.split(), "--no-such-option"]
     code = f"import sys; from rsd.cli import dispatch; dispatch({line}); sys.exit('torch' in sys.modules)"
@@ -159,6 +167,17 @@ def test_a_mistake_in_the_command_line_is_found_before_torch_is_loaded(command: 
     assert done.returncode == 0
     assert done.stderr.startswith(f"rsd {command}")
     assert "Unrecognized options: --no-such-option" in done.stderr
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_mistake_in_a_study_s_command_line_is_found_before_torch_is_loaded(study: str) -> None:
+    root = Path(__file__).parents[2]
+    code = "import sys; from studies.command import run_study; "
+    code += f"run_study({study!r}, ['--no-such-option']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
+    assert done.stderr.startswith(f"python -m studies.{study}: error: ")  # some ask for what is required first
+    assert done.stderr.count("\n") == 1
+    assert done.returncode == 0
 
 
 def test_what_is_on_by_default_is_turned_off_by_name() -> None:

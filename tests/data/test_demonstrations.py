@@ -11,11 +11,11 @@ import h5py
 import numpy as np
 import pytest
 
+from rsd.collection.collect import is_swapped
+from rsd.collection.workers import part_files
 from rsd.conventions import rotate_180
-from rsd.data.collect import is_swapped
 from rsd.data.demonstrations import load_demonstrations
 from rsd.data.schema import FILE_SUFFIX, FORMAT_VERSION, Episode, atomic_file, merge, open_file, write_episode
-from rsd.data.workers import part_files
 from rsd.locks import exclusive
 from rsd.types import RsdError
 

@@ -15,6 +15,7 @@ from rsd.data.episodes import action_episodes
 from rsd.data.lerobot import is_dataset, read_actions
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
+from studies.command import run_study
 
 LENGTHS = (40, 25, 33, 52)
 
@@ -127,7 +128,7 @@ def test_what_a_fit_needs_to_be_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     other = write(tmp_path / "other", [actions[:, :7] for actions in bimanual()], "v2.1")
     assert dispatch(f"tokenizer fit --data {folder} {other}".split()) == 2
     assert "expected actions of one size, found 7 and 14 numbers" in capsys.readouterr().err
-    assert dispatch(f"tokenizer bench --data {folder} --output {tmp_path / 'bench'}".split()) == 2
+    assert run_study("tokenizers", f"--data {folder} --output {tmp_path / 'bench'}".split()) == 2
     assert "expected LIBERO's actions of 7 numbers" in capsys.readouterr().err
 
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from rsd.decoding import sampling, verification
 from rsd.decoding.acceptance import acceptance_rule
+from rsd.decoding.decoders import DECODERS
 from rsd.decoding.primitives import Primitives
 from rsd.decoding.sampling import Sampler, Verified
 from rsd.decoding.state import DecodeResult, EpisodeState, PolicyInput
-from rsd.decoding.strategies import DECODERS
-from rsd.models.draft import DraftConfig, DraftModel
-from rsd.models.light_draft import LightDraft, LightDraftConfig
-from rsd.models.main import MainConfig, MainModel
-from rsd.models.rsd_model import RsdModel
+from rsd.models.bundle import RsdModel
+from rsd.models.feature_drafter import DraftConfig, DraftModel
+from rsd.models.target import MainConfig, MainModel
+from rsd.models.visual_drafter import LightDraft, LightDraftConfig
 from rsd.tokenizer.rfsq import RfsqConfig
 
 K, DIM, TEMPERATURE = 3, 16, 1.5  # not 1: a forgotten temperature has to show

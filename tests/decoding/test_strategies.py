@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from rsd.decoding.acceptance import acceptance_rule
+from rsd.decoding.decoders import DECODERS, look, names, proposed
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.primitives import Primitives, as_draft, likelier_gripper
 from rsd.decoding.state import Blocks, DecodeResult, Draft, EpisodeState, PolicyInput, stacked
-from rsd.decoding.strategies import DECODERS, look, names, proposed
 from rsd.decoding.timing import Stopwatch
 from rsd.decoding.verification import requantise
-from rsd.models.main import state_features
-from rsd.models.rsd_model import RsdModel
+from rsd.models.bundle import RsdModel
+from rsd.models.target import state_features
 from rsd.models.text import word_ids
 from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
 from rsd.types import Observation, RsdError

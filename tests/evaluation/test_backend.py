@@ -13,7 +13,7 @@ from rsd.checkpoint import CONFIG_FILE, weights_hash
 from rsd.decoding.calibration import SkipCalibration
 from rsd.evaluation.backend import describe_checkpoint, rsd_policy
 from rsd.evaluation.config import EvalConfig
-from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import EAGER, ONNX
@@ -43,8 +43,8 @@ def test_the_compact_policy_needs_no_image_or_model_code_of_openvla() -> None:
     loaded = json.loads(done.stdout)
     assert "rsd.policy" in loaded
     assert "simplejpeg" not in loaded
-    of_openvla = {name for name in loaded if name.startswith(("rsd.openvla.", "rsd.models.openvla", "rsd.models.lora"))}
-    assert of_openvla == {"rsd.openvla.published", "rsd.models.openvla_files"}
+    of_openvla = {name for name in loaded if name.startswith("rsd.targets.openvla.")}
+    assert of_openvla == {"rsd.targets.openvla.published", "rsd.targets.openvla.files"}
 
 
 @pytest.mark.parametrize(

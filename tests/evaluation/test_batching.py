@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rsd.decoding.gate import SkipRule
-from rsd.models.main import MainModel
-from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.models.bundle import PolicyConfig, RsdModel
+from rsd.models.target import MainModel
 from rsd.policy import RsdPolicy, SpeculativePolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import ActionChunk, Observation, RsdError

@@ -17,7 +17,7 @@ from rsd.evaluation.calibrate import SCORE, CalibrateConfig, calibrate, chunk_st
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
-from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scripted import episode
-from test_report import write_run
 
 import rsd.evaluation.doctor as doctor
+from reporting.test_report import write_run
 from rsd.cli import dispatch
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.doctor import Check, DoctorConfig, diagnose, preflight

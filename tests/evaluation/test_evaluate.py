@@ -24,11 +24,11 @@ from scripted import SCRIPTED, episode, make_patient_batch_policy
 from rsd.evaluation.config import EvalConfig, OptionError, stored_config
 from rsd.evaluation.episodes import Job, JobQueue, Outcome, VideoBudget, wants_video
 from rsd.evaluation.evaluate import evaluate, plan_episodes
-from rsd.evaluation.report import load_run
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes
 from rsd.evaluation.summary import RunSummary
 from rsd.evaluation.workers import WorkerPool, worker_count
 from rsd.locks import exclusive
+from rsd.reporting.tables import load_run
 from rsd.types import RsdError
 
 evaluation = sys.modules["rsd.evaluation.evaluate"]

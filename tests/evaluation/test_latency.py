@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rsd.evaluation import latency, scaling
+from rsd.evaluation import latency
 from rsd.evaluation.latency import LatencyConfig, LatencyRecord, measure_latency, print_latencies
-from rsd.evaluation.scaling import RESTING, ScalingConfig, ScalingRecord, measure_scaling
 from rsd.policy import FOLLOW_UP, RsdPolicy
 from rsd.types import Observation, RsdError
+from studies import scaling
+from studies.scaling import RESTING, ScalingConfig, ScalingRecord, measure_scaling
 
 
 def printed(record: LatencyRecord) -> str:

@@ -13,8 +13,9 @@ from scripted import SCRIPTED
 import rsd.evaluation.launchers as launchers
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
-from rsd.evaluation.launchers import cloud_config, merge_and_report, shard_configs, submit_shards
+from rsd.evaluation.launchers import cloud_config, shard_configs, submit_shards
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
+from rsd.reporting.html_report import merge_and_report
 from rsd.types import RsdError
 
 

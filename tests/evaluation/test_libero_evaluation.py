@@ -18,8 +18,8 @@ from rsd.evaluation.realtime import RealTime
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
 from rsd.evaluation.rollout import Environment, run_episode
 from rsd.evaluation.video import FRAME_STEPS
-from rsd.models.main import MainConfig
-from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.models.bundle import PolicyConfig, RsdModel
+from rsd.models.target import MainConfig
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 
 STEPS = 12  # of the suite's 220

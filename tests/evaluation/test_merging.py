@@ -14,7 +14,6 @@ from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate, plan_episodes
 from rsd.evaluation.launchers import shard_configs
 from rsd.evaluation.merging import merge_shards, missing_parts
-from rsd.evaluation.report import load_run
 from rsd.evaluation.results import (
     EPISODES_FILE,
     EpisodeKey,
@@ -25,6 +24,7 @@ from rsd.evaluation.results import (
     read_episodes,
     read_run_record,
 )
+from rsd.reporting.tables import load_run
 from rsd.types import RsdError
 
 

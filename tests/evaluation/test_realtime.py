@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 from scripted import SCRIPTED, CountingEnv, ScriptedPolicy
-from test_report import write_run
 
+from reporting.test_report import write_run
 from rsd.evaluation.config import EvalConfig, OptionError
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.realtime import InTurn, Pace, RealTime
-from rsd.evaluation.report import load_runs, table_rows
 from rsd.evaluation.results import (
     EPISODES_FILE,
     EpisodeResult,
@@ -27,6 +26,7 @@ from rsd.evaluation.results import (
     read_episodes,
 )
 from rsd.evaluation.rollout import Rollout, run_episode
+from rsd.reporting.tables import load_runs, table_rows
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 HZ = 20.0  # a period is 50 ms

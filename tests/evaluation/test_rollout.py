@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scripted import STEP_LIMIT, CountingEnv, ScriptedPolicy
 
-from rsd.evaluation.rollout import Rollout, checked_chunk, episode_seed, run_episode
+from rsd.chunks import checked_chunk
+from rsd.evaluation.rollout import Rollout, episode_seed, run_episode
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsd.data.demonstrations import Demonstration
-from rsd.decoding.strategies import names
-from rsd.models.draft import DraftConfig
-from rsd.models.light_draft import LightDraftConfig
-from rsd.models.main import MainConfig
-from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.decoding.decoders import names
+from rsd.models.bundle import PolicyConfig, RsdModel
+from rsd.models.feature_drafter import DraftConfig
+from rsd.models.target import MainConfig
+from rsd.models.visual_drafter import LightDraftConfig
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.training.dataset import Augmentation, FrameDataset, chunk_targets

@@ -1,4 +1,4 @@
-"""What a call put aside gives back; on a GPU tests/decoding/test_recorded.py looks at what is computed."""
+"""What a call put aside gives back; on a GPU tests/runtime/test_recorded.py looks at what is computed."""
 
 import contextlib
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rsd.decoding.gate import SkipRule
-from rsd.models.rsd_model import PolicyConfig, RsdModel
+from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 

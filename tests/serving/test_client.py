@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from websockets.sync.server import ServerConnection, serve
 
-from rsd.evaluation.rollout import checked_chunk
-from rsd.serving.client import RemotePolicy
-from rsd.serving.wire import pack
+from rsd.chunks import checked_chunk
+from rsd.targets.remote.client import RemotePolicy
+from rsd.targets.remote.wire import pack
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 ACTIONS = np.zeros((8, 7), np.float32)

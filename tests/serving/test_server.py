@@ -30,9 +30,9 @@ from rsd.evaluation.realtime import RealTime
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
 from rsd.evaluation.rollout import Environment, run_episode
 from rsd.policy import Prediction, RsdPolicy
-from rsd.serving.client import RemotePolicy
 from rsd.serving.server import PolicyServer, reserve, serving
-from rsd.serving.wire import pack, unpack
+from rsd.targets.remote.client import RemotePolicy
+from rsd.targets.remote.wire import pack, unpack
 from rsd.types import Observation, RsdError
 
 

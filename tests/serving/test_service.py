@@ -14,11 +14,11 @@ from messages import content_of
 from openvla_checkpoint import block_image, write_checkpoint, write_heads, write_rsd_policy
 from rsd.decoding.primitives import Primitives
 from rsd.decoding.state import DecodeResult, EpisodeState, PolicyInput
-from rsd.models.light_draft import Memory
-from rsd.openvla.policy import OpenVlaPolicy
+from rsd.models.visual_drafter import Memory
 from rsd.policy import TEXT_CACHE, CompactBody, RsdPolicy
 from rsd.serving.service import Memoryless, PolicyService, Session
-from rsd.serving.wire import pack, unpack
+from rsd.targets.openvla.policy import OpenVlaPolicy
+from rsd.targets.remote.wire import pack, unpack
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import Observation, RsdError
 

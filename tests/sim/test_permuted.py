@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsd.sim import expert, permuted, suites
+from rsd.expert import expert
+from rsd.sim import permuted, suites
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.permuted import BOWL, KINDS, OTHER_BOWL, PLATE, RELATIONS, Combination, Layout, base_suite, near
 from rsd.sim.suites import fixed_layout, fixed_states, permuted_layout, scene_file, step_limit, suite_names, suite_tasks

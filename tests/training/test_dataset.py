@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rsd.data.demonstrations import Demonstration, load_demonstrations
+from rsd.data.paraphrase import SYNONYMS, paraphrases
 from rsd.models.text import word_ids
 from rsd.training.dataset import (
     WORDINGS,
@@ -18,7 +19,6 @@ from rsd.training.dataset import (
     random_colour,
     random_shift,
 )
-from rsd.training.paraphrase import SYNONYMS, paraphrases
 from rsd.types import RsdError
 
 STEPS = 24  # of each of conftest's episodes

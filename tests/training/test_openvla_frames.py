@@ -8,11 +8,11 @@ import torch
 
 from openvla_checkpoint import write_checkpoint, write_heads
 from rsd.data.demonstrations import load_demonstrations
-from rsd.models.main import state_features
+from rsd.models.target import state_features
 from rsd.models.text import word_ids
-from rsd.openvla.policy import OpenVlaPolicy, read_normalisation
-from rsd.openvla.prompt import Prompt
-from rsd.openvla.statistics import Statistics
+from rsd.targets.openvla.policy import OpenVlaPolicy, read_normalisation
+from rsd.targets.openvla.prompt import Prompt
+from rsd.targets.openvla.statistics import Statistics
 from rsd.training.dataset import Augmentation
 from rsd.training.openvla_frames import OpenVlaFrames, episode_numbers, pick, survey
 from rsd.types import Observation, RsdError

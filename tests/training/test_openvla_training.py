@@ -20,11 +20,11 @@ from openvla_checkpoint import SUITE, statistics, write_checkpoint, write_heads,
 from rsd.cli import dispatch
 from rsd.data.demonstrations import load_demonstrations
 from rsd.evaluation.calibrate import CalibrateConfig, calibrate
-from rsd.models.draft import DraftConfig
-from rsd.models.light_draft import LightDraftConfig
-from rsd.models.lora import LoraConfig
-from rsd.openvla.rsd_policy import OpenVlaBody
+from rsd.models.feature_drafter import DraftConfig
+from rsd.models.visual_drafter import LightDraftConfig
 from rsd.policy import RsdPolicy
+from rsd.targets.openvla.lora import LoraConfig
+from rsd.targets.openvla.rsd_policy import OpenVlaBody
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.draft import TrainDraftConfig, train_draft
 from rsd.training.loop import STATE_FILE, LoopConfig

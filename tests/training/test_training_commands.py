@@ -16,11 +16,10 @@ from torch import Tensor
 import rsd.training.draft as training_draft
 import rsd.training.policy as training_policy
 from rsd.data.demonstrations import load_demonstrations
-from rsd.evaluation.deviation import DeviationConfig, measure_deviation
 from rsd.locks import exclusive
-from rsd.models.draft import DraftConfig
-from rsd.models.main import MainModel
-from rsd.models.rsd_model import PolicyConfig
+from rsd.models.bundle import PolicyConfig
+from rsd.models.feature_drafter import DraftConfig
+from rsd.models.target import MainModel
 from rsd.models.trunk import KVCache
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
@@ -31,6 +30,7 @@ from rsd.training.losses import LossConfig
 from rsd.training.policy import TrainPolicyConfig, resolve_device, split, train_policy
 from rsd.training.tokenizer import TrainTokenizerConfig, train_tokenizer
 from rsd.types import Observation, RsdError
+from studies.deviation import DeviationConfig, measure_deviation
 
 LOOP = LoopConfig(
     steps=30, batch_size=16, learning_rate=3e-3, warmup=3, ema=0.9, save_every=10, log_every=1

@@ -57,41 +57,11 @@ COMMANDS = {
         "measure_latency",
         "rsd.evaluation.bench_config:LatencyConfig",
     ),
-    "bench scaling": Command(
-        "milliseconds per chunk against the size of the main model",
-        "rsd.evaluation.scaling",
-        "measure_scaling",
-        "rsd.evaluation.bench_config:ScalingConfig",
-    ),
-    "bench deviation": Command(
-        "how far every decoder's chunks are from the baseline's, on held-out frames",
-        "rsd.evaluation.deviation",
-        "measure_deviation",
-        "rsd.evaluation.bench_config:DeviationConfig",
-    ),
-    "bench openvla": Command(
-        "milliseconds per decision of OpenVLA 7B on random weights, beside the published way to run it",
-        "rsd.openvla.bench",
-        "measure_openvla",
-        "rsd.openvla.bench_config:OpenVlaBenchConfig",
-    ),
-    "bench serving": Command(
-        "milliseconds that a network port adds to a chunk",
-        "rsd.serving.bench",
-        "measure_serving",
-        "rsd.evaluation.bench_config:ServingBenchConfig",
-    ),
     "calibrate": Command(
         "fit when rsd-skip may leave the main model idle",
         "rsd.evaluation.calibrate",
         "calibrate",
         "rsd.evaluation.bench_config:CalibrateConfig",
-    ),
-    "bench eval": Command(
-        "episodes per minute of `rsd eval` against a plain loop",
-        "rsd.evaluation.throughput",
-        "measure_throughput",
-        "rsd.evaluation.throughput:ThroughputConfig",
     ),
     "tokenizer fit": Command(
         "calibrate the residual action tokenizer",
@@ -99,26 +69,23 @@ COMMANDS = {
         "train_tokenizer",
         "rsd.training.config:TrainTokenizerConfig",
     ),
-    "tokenizer bench": Command(
-        "compare action tokenizers at matched bits",
-        "rsd.tokenizer.bench.study",
-        "bench",
-        "rsd.tokenizer.bench.config:BenchConfig",
-    ),
     "tokenizer inspect": Command(
         "plot a chunk from 1..L levels, symbols, entropy and utilisation",
-        "rsd.tokenizer.inspection",
+        "rsd.reporting.tokenizer_plots",
         "inspect_tokenizer",
-        "rsd.tokenizer.bench.config:InspectConfig",
+        "rsd.reporting.config:InspectConfig",
     ),
     "demos collect": Command(
-        "record demonstrations of the scripted expert", "rsd.data.collect", "collect", "rsd.data.collect:CollectConfig"
+        "record demonstrations of the scripted expert",
+        "rsd.collection.collect",
+        "collect",
+        "rsd.collection.collect:CollectConfig",
     ),
     "demos render": Command(
         "add camera images to demonstrations recorded without them",
-        "rsd.data.render",
+        "rsd.collection.render",
         "render",
-        "rsd.data.render:RenderConfig",
+        "rsd.collection.render:RenderConfig",
     ),
     "train policy": Command("train the main model and its drafts, compact or on OpenVLA", "rsd.cli.train_policy"),
     "train draft": Command(
@@ -126,9 +93,9 @@ COMMANDS = {
     ),
     "import-legacy": Command(
         "read the original experiment's checkpoints",
-        "rsd.openvla.legacy",
+        "rsd.legacy.run",
         "import_legacy",
-        "rsd.openvla.bench_config:ImportLegacyConfig",
+        "rsd.legacy.config:ImportLegacyConfig",
     ),
 }
 EXAMPLES = """\
@@ -156,11 +123,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(dispatch(list(sys.argv[1:] if argv is None else argv)))
 
 
-def dispatch(arguments: list[str]) -> int:
-    """Find the command, run it, turn an error into one line on stderr (RSD_DEBUG=1 shows the traceback)."""
-    prog = "rsd"
+def dispatch(arguments: list[str], study: Command | None = None, prog: str = "rsd") -> int:
+    """Find the command (or take the given study), run it, turn an error into one line on stderr (RSD_DEBUG=1 shows the
+    traceback)."""
     try:
         with all_printed():
+            if study is not None:
+                return study.run(arguments, prog)
             if not arguments or arguments[0] in ("-h", "--help"):
                 print_help()
                 return 0

@@ -26,7 +26,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(CompareArguments, arguments, prog)
     if not options.directories:
         raise UsageError("expected at least one results directory")
-    from rsd.evaluation.report import load_runs, markdown_table, print_runs
+    from rsd.reporting.tables import load_runs, markdown_table, print_runs
 
     runs = load_runs(options.directories)
     if options.markdown:

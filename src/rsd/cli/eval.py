@@ -47,9 +47,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
         check_names(config)
 
     from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
-    from rsd.evaluation.report import load_runs, markdown_table, print_runs
     from rsd.evaluation.results import write_atomically
     from rsd.evaluation.tables import plural
+    from rsd.reporting.tables import load_runs, markdown_table, print_runs
 
     console = Console(stderr=True)
     summaries = []
@@ -80,7 +80,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
             write_atomically(options.config.output_dir / COMPARISON_FILE, markdown_table(runs))
     console.print("results: " + ", ".join(map(str, directories)), soft_wrap=True, highlight=False)
     if options.report and all(summary.success.n for summary in summaries):
-        from rsd.evaluation.html_report import write_report
+        from rsd.reporting.html_report import write_report
 
         console.print(f"report: {write_report(directories)}", soft_wrap=True, highlight=False)
     return 1 if any(summary.errors for summary in summaries) else 0
@@ -89,7 +89,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
 def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
     """The runs that a command line asks for, each with a note on how its decoder was chosen ("" if by name): one, or
     with --compare the target alone, the best and the drafter alone."""
-    from rsd.decoding.strategies import DECODERS, names
+    from rsd.decoding.decoders import DECODERS, names
     from rsd.evaluation.backend import settle
 
     config, speculative = options.config, options.use_speculative_decoding
@@ -140,13 +140,13 @@ def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
 
 def check_names(config: EvalConfig) -> None:
     """Raises UsageError for a strategy, rule or device that is not there, before anything is started."""
-    from rsd.decoding import strategies
+    from rsd.decoding import decoders as strategies
     from rsd.decoding.acceptance import acceptance_rule
-    from rsd.decoding.strategies import names
+    from rsd.decoding.decoders import names
     from rsd.devices import check_device
-    from rsd.models.openvla_files import is_openvla
-    from rsd.openvla.published import DECODERS
     from rsd.options import check_sampling
+    from rsd.targets.openvla.files import is_openvla
+    from rsd.targets.openvla.published import DECODERS
     from rsd.tokenizer.rfsq import RfsqConfig
 
     local = Path(config.policy)

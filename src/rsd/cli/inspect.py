@@ -25,7 +25,7 @@ class InspectArguments:
 
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(InspectArguments, arguments, prog)
-    from rsd.evaluation.inspection import inspect
+    from rsd.reporting.inspection import inspect
 
     inspect(options.path, Console(highlight=False), options.keys, options.provenance)
     return 0

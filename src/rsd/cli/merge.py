@@ -26,7 +26,7 @@ class MergeArguments:
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(MergeArguments, arguments, prog)
     from rsd.evaluation.merging import merge_shards, missing_parts
-    from rsd.evaluation.report import load_runs, print_runs
+    from rsd.reporting.tables import load_runs, print_runs
 
     summary = merge_shards(options.output, options.shards)
     if summary.success.n:

@@ -28,7 +28,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(ReportArguments, arguments, prog)
     if not options.directories:
         raise UsageError("expected at least one results directory")
-    from rsd.evaluation.html_report import write_report
+    from rsd.reporting.html_report import write_report
 
     print(f"report: {write_report(options.directories, options.output, options.videos)}")
     return 0

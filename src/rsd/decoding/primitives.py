@@ -23,12 +23,12 @@ from rsd.decoding.sampling import Sampler
 from rsd.decoding.state import Blocks, Draft, Forecast, PolicyInput, Verification, filled, rows_of
 from rsd.decoding.timing import Stopwatch
 from rsd.decoding.verification import accept
-from rsd.models.draft import DraftModel
+from rsd.models.feature_drafter import DraftModel
 from rsd.models.fusing import fusible
-from rsd.models.light_draft import LightDraft, Memory
-from rsd.models.main import MainModel
 from rsd.models.streams import fork
+from rsd.models.target import MainModel
 from rsd.models.trunk import KVCache
+from rsd.models.visual_drafter import LightDraft, Memory
 from rsd.nested import tensors_of, with_tensors
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.types import RsdError

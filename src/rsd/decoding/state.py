@@ -14,9 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rsd.models.light_draft import Memory
 from rsd.models.trunk import KVCache
 from rsd.models.vision import unit_images
+from rsd.models.visual_drafter import Memory
 from rsd.nested import tensors_of, with_tensors
 
 Tree = TypeVar("Tree")

@@ -59,7 +59,7 @@ def libero_init_states(suite: str, task_id: int) -> int:
 
 
 def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
-    from rsd.evaluation.failures import WatchedLibero
+    from rsd.sim.failures import WatchedLibero
 
     return WatchedLibero(suite, task_id, image_size=image_size)
 
@@ -72,18 +72,18 @@ def prepare_libero(suite: str, task_id: int) -> None:
 def rsd_policy(config: EvalConfig) -> Policy:
     """A checkpoint of this package, one in OpenVLA's format, or either of them behind a port."""
     if config.served:
-        from rsd.serving.client import policy_for
+        from rsd.evaluation.served import policy_for
 
         return policy_for(config)
-    from rsd.openvla.published import locate_openvla
     from rsd.options import RuntimeOptions
     from rsd.policy import RsdPolicy, load_policy
+    from rsd.targets.openvla.published import locate_openvla
 
     if (openvla := locate_openvla(config.policy)) is not None:
         if config.temperature:
             found = f"--temperature {config.temperature:g}: {config.policy} in OpenVLA's format"
             raise RsdError(f"{found} takes the likeliest tokens, as published; leave --temperature out")
-        from rsd.openvla.policy import OpenVlaPolicy
+        from rsd.targets.openvla.policy import OpenVlaPolicy
 
         graphs = engine_of(config, None) == CUDA_GRAPHS
         return OpenVlaPolicy.from_pretrained(
@@ -115,11 +115,11 @@ def best_of_checkpoint(config: EvalConfig) -> Choice:
     """A directory in OpenVLA's format has one decoder, its own, and so has a served policy; of the others see
     `rsd.options.best_decode`."""
     from rsd.checkpoint import facts_of, locate_checkpoint, read_content
-    from rsd.openvla.published import Settings, locate_openvla
     from rsd.options import Choice, best_decode
+    from rsd.targets.openvla.published import Settings, locate_openvla
 
     if config.served:
-        from rsd.serving.client import RemotePolicy
+        from rsd.targets.remote.client import RemotePolicy
 
         remote = RemotePolicy(config.policy)
         remote.close()
@@ -132,9 +132,9 @@ def best_of_checkpoint(config: EvalConfig) -> Choice:
 
 
 def batched_rsd_policy(config: EvalConfig) -> ChunkPolicy:
-    from rsd.openvla.published import locate_openvla
     from rsd.options import RuntimeOptions
     from rsd.policy import load_policy
+    from rsd.targets.openvla.published import locate_openvla
 
     policy = None
     if config.served or locate_openvla(config.policy) is None:
@@ -189,11 +189,11 @@ def available_cores() -> int:
 def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     """The checkpoint's hash and its own provenance."""
     if config.served:
-        from rsd.serving.client import describe
+        from rsd.evaluation.served import describe
 
         return describe(config)
     from rsd.checkpoint import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
-    from rsd.openvla.published import fingerprint, locate_openvla
+    from rsd.targets.openvla.published import fingerprint, locate_openvla
 
     if (openvla := locate_openvla(config.policy)) is not None:
         engine = engine_of(config, None)
@@ -216,8 +216,8 @@ def engine_of(config: EvalConfig, directory: Path | None) -> str:
 
     directory: the checkpoint's; None of one in OpenVLA's format."""
     from rsd.checkpoint import facts_of, read_content
-    from rsd.decoding.engines import choose_engine
     from rsd.options import resolve
+    from rsd.runtime.engines import choose_engine
 
     compact, recordable = False, not config.device.startswith("cpu")
     if directory is not None:

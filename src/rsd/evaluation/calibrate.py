@@ -23,9 +23,9 @@ from rsd.evaluation.backend import LIBERO, Backend, describe_checkpoint
 from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import EvalConfig, asked_rule
 from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
-from rsd.evaluation.failures import WatchedLibero
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
 from rsd.options import DecodeOptions, resolve
+from rsd.sim.failures import WatchedLibero
 from rsd.types import RsdError
 
 SCORE = "expected_deviation_mm"

@@ -16,7 +16,7 @@ def cautions(config: EvalConfig) -> list[str]:
     """One sentence each, none where all is as it was trained and calibrated; none of a policy that is served or of a
     published OpenVLA checkpoint, whose statistics have to name the suite anyway."""
     from rsd.checkpoint import CONFIG_FILE, locate_checkpoint
-    from rsd.openvla.published import locate_openvla
+    from rsd.targets.openvla.published import locate_openvla
 
     if config.served or locate_openvla(config.policy) is not None:
         return []

@@ -128,12 +128,12 @@ def disk(directory: Path) -> Check:
 def checkpoint_files(policy: str) -> Check:
     """Files are there and belong together (hashes), the configuration is readable."""
     from rsd.checkpoint import BACKBONE, checkpoint_hash, locate_checkpoint, parse_config, read_content
-    from rsd.models.rsd_model import PolicyConfig
-    from rsd.openvla.published import Settings, fingerprint, locate_openvla
+    from rsd.models.bundle import PolicyConfig
+    from rsd.targets.openvla.published import Settings, fingerprint, locate_openvla
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
     if (openvla := locate_openvla(policy)) is not None:
-        from rsd.openvla.statistics import Statistics
+        from rsd.targets.openvla.statistics import Statistics
 
         statistics, wanted = Statistics.load(openvla), Settings.load(openvla).unnorm_key
         for key in [statistics.key(wanted)] if wanted else statistics.tables:
@@ -142,7 +142,7 @@ def checkpoint_files(policy: str) -> Check:
     directory = locate_checkpoint(policy)
     content = read_content(directory)
     if BACKBONE in content:
-        from rsd.openvla.rsd_policy import OpenVlaRsdConfig, find_base
+        from rsd.targets.openvla.rsd_policy import OpenVlaRsdConfig, find_base
 
         parse_config(directory, content, OpenVlaRsdConfig)
         find_base(directory, content["base"])
@@ -183,12 +183,12 @@ def render_frame() -> Check:
 
 def load_and_predict(policy_name: str, device_name: str, keep: list[RsdPolicy]) -> Check:
     """Weights load strictly, a prediction is finite, and the policy looks at its images."""
-    from rsd.openvla.published import locate_openvla
     from rsd.policy import RsdPolicy
+    from rsd.targets.openvla.published import locate_openvla
 
     if (openvla := locate_openvla(policy_name)) is not None:
-        from rsd.openvla.policy import OpenVlaPolicy
-        from rsd.openvla.selftest import image_self_test
+        from rsd.targets.openvla.policy import OpenVlaPolicy
+        from rsd.targets.openvla.selftest import image_self_test
 
         test = image_self_test(OpenVlaPolicy.from_pretrained(openvla, device=device_name))
         return Check("policy", "ok" if test.passed else "fail", str(test))
@@ -281,8 +281,8 @@ def flow(policy: RsdPolicy) -> list[tuple[str, str]]:
     """(what, its shape or value) of everything between an observation and its chunk, for one blank observation."""
     import torch
 
+    from rsd.decoding.decoders import DECODERS
     from rsd.decoding.state import EpisodeState
-    from rsd.decoding.strategies import DECODERS
 
     observation, core = blank(policy.image_size, 128), policy.core
     with torch.inference_mode():

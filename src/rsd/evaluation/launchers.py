@@ -174,14 +174,3 @@ def cloud_config(
     options: dict[str, Any] = {"policy": policy, "decode": decode, "videos": videos, "device": "cuda"}
     config = EvalConfig(task_suite, num_trials, **options)
     return replace(config, output=str(root / f"{'+'.join(config.suites)}-{decode}"))
-
-
-def merge_and_report(output: Path) -> str:
-    """Merge the shards in `output`, write the HTML report there, and return what is missing and the table, Markdown."""
-    from rsd.evaluation.html_report import write_report
-    from rsd.evaluation.merging import merge_shards, missing_parts
-    from rsd.evaluation.report import load_runs, markdown_table
-
-    merge_shards(output)
-    write_report([output])
-    return "\n\n".join(filter(None, [missing_parts(output), markdown_table(load_runs([output]))]))

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rsd.decoding.decoders import DECODERS, look
 from rsd.decoding.primitives import Primitives
 from rsd.decoding.state import EpisodeState, PolicyInput
-from rsd.decoding.strategies import DECODERS, look
 from rsd.policy import RsdPolicy
 from rsd.types import EAGER, Observation, RsdError
 

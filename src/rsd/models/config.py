@@ -92,7 +92,7 @@ class LightDraftConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.strategies.rsd`); without a light
+    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.decoders.rsd`); without a light
     draft the decoders that need one are refused."""
 
     main: MainConfig = field(default_factory=MainConfig)

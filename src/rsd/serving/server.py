@@ -15,13 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any
 
-from rsd.serving.request import IMAGES, LIMITS
 from rsd.serving.service import PolicyService, Servable, Session
-from rsd.serving.wire import pack
+from rsd.targets.remote.request import IMAGES, LIMITS
+from rsd.targets.remote.wire import Welcome, pack
 from rsd.types import RsdError
 
 try:
@@ -32,21 +32,6 @@ except ImportError as error:
     raise RsdError("serving needs websockets, found none: pip install 'rsd-vla[serve]'") from error
 
 MAX_MESSAGE = len(IMAGES) * LIMITS.array + 2 * LIMITS.text  # bytes: 25 MB
-
-
-@dataclass(frozen=True)
-class Welcome:
-    """What a client gets to know on connecting. images: the keys it must send; chunk: shape of an answer's actions.
-
-    policy: what names the weights beyond doubt; versions: of what computes, and the device.
-    """
-
-    decode: str
-    image_size: int
-    images: tuple[str, ...]
-    chunk: tuple[int, ...]
-    policy: dict[str, Any]
-    versions: dict[str, str]
 
 
 class PolicyServer:

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from rsd.chunks import checked_chunk
 from rsd.evaluation.backend import cpu_model, rsd_policy
 from rsd.evaluation.config import EvalConfig
-from rsd.evaluation.rollout import checked_chunk
-from rsd.openvla.policy import OpenVlaPolicy
 from rsd.policy import RsdPolicy
-from rsd.serving.request import IMAGES, LIMITS, PROMPT, STATE, read_request
-from rsd.serving.wire import pack, unpack
+from rsd.targets.openvla.policy import OpenVlaPolicy
+from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, STATE, read_request
+from rsd.targets.remote.wire import pack, unpack
 from rsd.types import STATE_DIM, ActionChunk, ChunkPolicy, ChunkStats, Observation, RsdError
 from rsd.versions import versions
 

@@ -122,7 +122,7 @@ class ActionTokenizer:
     @classmethod
     def fit(cls, chunks: np.ndarray, config: TokenizerConfig | None = None) -> ActionTokenizer:
         """chunks float [N, H, A], binary dimensions of two values (LIBERO: -1 open, +1 close) -> a tokenizer."""
-        from rsd.tokenizer.calibrate import calibrate
+        from rsd.tokenizer.fit import calibrate
 
         return calibrate(chunks, config or TokenizerConfig())
 

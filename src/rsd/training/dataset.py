@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from rsd.data.demonstrations import Demonstration
-from rsd.models.main import state_features
+from rsd.data.paraphrase import paraphrases
+from rsd.models.target import state_features
 from rsd.models.text import word_ids
 from rsd.models.vision import unit_images
 from rsd.training.config import Augmentation
-from rsd.training.paraphrase import paraphrases
 from rsd.types import RsdError
 
 WORDINGS = 32  # per instruction, sampled anew for every frame

@@ -16,9 +16,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from rsd.decoding.cuda_graph import capture
 from rsd.output import writing
 from rsd.pt_files import read_pt
+from rsd.runtime.cuda_graph import capture
 from rsd.training import parallel
 from rsd.training.config import LoopConfig
 from rsd.training.run_folder import STATE_FILE, stop_asked

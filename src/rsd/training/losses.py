@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rsd.decoding.calibration import fingertip_deviation
-from rsd.models.draft import DraftModel
-from rsd.models.light_draft import LightDraft
-from rsd.models.main import MainModel
+from rsd.models.feature_drafter import DraftModel
+from rsd.models.target import MainModel
 from rsd.models.trunk import KVCache
+from rsd.models.visual_drafter import LightDraft
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training.config import LossConfig

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from rsd.data.demonstrations import folder_provenance
-from rsd.models.lora import Adapter, LoraConfig
-from rsd.models.main import state_features
-from rsd.models.openvla import OpenVlaModel
-from rsd.models.openvla_files import component_file
-from rsd.models.openvla_loading import load_openvla
-from rsd.openvla.policy import read_normalisation
-from rsd.openvla.prompt import Prompt
-from rsd.openvla.published import Settings, fingerprint, locate_openvla, locate_under
-from rsd.openvla.rsd_policy import BASE_FILES, OpenVlaRsdConfig, OpenVlaRsdModel, save_openvla_rsd
-from rsd.openvla.statistics import Statistics
+from rsd.models.target import state_features
+from rsd.targets.openvla.files import component_file
+from rsd.targets.openvla.loading import load_openvla
+from rsd.targets.openvla.lora import Adapter, LoraConfig
+from rsd.targets.openvla.model import OpenVlaModel
+from rsd.targets.openvla.policy import read_normalisation
+from rsd.targets.openvla.prompt import Prompt
+from rsd.targets.openvla.published import Settings, fingerprint, locate_openvla, locate_under
+from rsd.targets.openvla.rsd_policy import BASE_FILES, OpenVlaRsdConfig, OpenVlaRsdModel, save_openvla_rsd
+from rsd.targets.openvla.statistics import Statistics
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
 from rsd.training.config import TrainOpenVlaConfig

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsd.data.demonstrations import Demonstration, load_demonstrations
-from rsd.openvla.images import crop, prepare_images
-from rsd.openvla.policy import RENDER_SIZE
-from rsd.openvla.prompt import Prompt
-from rsd.openvla.statistics import Bounds
 from rsd.output import shown
+from rsd.targets.openvla.images import crop, prepare_images
+from rsd.targets.openvla.policy import RENDER_SIZE
+from rsd.targets.openvla.prompt import Prompt
+from rsd.targets.openvla.statistics import Bounds
 from rsd.training.dataset import Augmentation, Batch, FrameDataset, random_colour, random_shift
 from rsd.types import RsdError
 
@@ -68,8 +68,8 @@ def pick(folders: Iterable[Path], numbers: Iterable[int]) -> Iterator[Demonstrat
 class OpenVlaFrames(FrameDataset):
     """`FrameDataset` with images uint8 [N, views, 224, 224, 3] on the host; batches go to `device`.
 
-    A batch's state is [B, 19] and its words are [B, 32 + T], see `models.openvla_rfsq`. All prompts of a batch are of
-    one length T: then no position is padded, in training as in decoding. Views: cameras that any reader needs.
+    A batch's state is [B, 19] and its words are [B, 32 + T], see `targets.openvla.target`. All prompts of a batch are
+    of one length T: then no position is padded, in training as in decoding. Views: cameras that any reader needs.
     """
 
     def __init__(

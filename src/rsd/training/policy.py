@@ -12,7 +12,7 @@ from torch import Tensor
 from rsd.checkpoint import save_checkpoint
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
 from rsd.devices import check_device
-from rsd.models.rsd_model import RsdModel
+from rsd.models.bundle import RsdModel
 from rsd.output import shown
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from rsd.decoding.acceptance import acceptance_rule
+from rsd.decoding.decoders import DECODERS, Decoder, look, names
 from rsd.decoding.primitives import Primitives
 from rsd.decoding.state import DecodeResult, EpisodeState, PolicyInput
-from rsd.decoding.strategies import DECODERS, Decoder, look, names
-from rsd.models.rsd_model import RsdModel
+from rsd.models.bundle import RsdModel
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.dataset import FrameDataset
 

@@ -1,0 +1,432 @@
+"""Collecting demonstrations with the scripted expert: in worker processes, resumable, each one reproducible.
+
+Every demonstration is a function of (seed, suite, task, index) alone. A worker writes a finished one as a part file of
+its own, atomically; the parent merges parts into the file of the task. So nothing is ever half-written, workers never
+share a file, and a killed run continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import sys
+from concurrent.futures import as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd.collection.policy_driver import PolicyDriver
+from rsd.collection.workers import part_files, progress_bar, worker_environment, worker_pool
+from rsd.data.schema import (
+    FILE_SUFFIX,
+    Episode,
+    atomic_file,
+    data_group,
+    demo_names,
+    merge,
+    open_file,
+    read_provenance,
+    reading,
+    write_episode,
+)
+from rsd.expert import expert
+from rsd.expert.goals import Goals, solvable_tasks, swapped_goals, task_goals
+from rsd.expert.grasps import GraspMode
+from rsd.expert.noise import ActionNoise, Disturbance, NoiseConfig
+from rsd.json_files import read_object
+from rsd.locks import exclusive
+from rsd.output import Faults, attempt, writing
+from rsd.sim import permuted
+from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
+from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
+from rsd.types import CAMERAS, Policy, RsdError
+
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", *permuted.SUITES)  # the expert is measured
+PARTS = ".parts"
+BATCH = 5  # demonstrations a worker makes of one task before the next: balanced, few environments built
+MAX_TRIES = 30
+HANDOVER = (24, 121)  # steps, the latest per goal; 100 of each are left to the expert, who needs 60 to 110 of them
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """What to collect. Everything but num_demos, num_workers and tasks must stay the same when a run is resumed."""
+
+    out: Path
+    """Folder for `<task>_demo.hdf5`."""
+    suite: str = "libero_spatial"
+    """libero_spatial, libero_object, libero_goal or libero_10; or one of the first three with _permuted behind."""
+    tasks: tuple[int, ...] = ()
+    """Task ids; empty = all that the expert can do (of libero_goal 8 of 10, of libero_10 7 of 10)."""
+    num_demos: int = 50
+    """Successful demonstrations per task. Raise it later and run again to add more."""
+    swapped_fraction: float = 0.2
+    """Share of demonstrations whose instruction asks for the other bowl of the scene, which the expert then moves; no
+    effect where there is one only."""
+    seed: int = 0
+    """Seed of everything."""
+    num_workers: int = 2
+    """Processes."""
+    states_only: bool = False
+    """Record no images (fast; only a driving policy needs a renderer then); `rsd demos render` adds them later."""
+    image_size: int = 256
+    """Side of the recorded images in pixels."""
+    grasp_mode: GraspMode = "canonical"
+    """"canonical": one predictable grasp; "two-sided": a coin decides between two equally good ones; "two-sided-late":
+    it falls over the object's middle, so that nothing before tells the side."""
+    clean_fraction: float = 0.15
+    """Share of demonstrations without any noise; the others draw their level between 0 and noise.max_level."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    """Disturbance of the executed actions; labels stay clean."""
+    policy: str = ""
+    """Checkpoint directory or hub id: this policy drives part of each episode and the expert labels every state
+    (DAgger). Recorded images must have the policy's size."""
+    policy_decode: str = "rsd-fused"
+    """With `policy`: how it decodes; the states that `rsd-skip` leads into are its own."""
+    policy_share: float = 0.8
+    """With `policy`: mean share of the chunks it drives before the expert takes over for good; each episode draws its
+    own share around it and the step of the handover."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("num_demos", 1, 10**6),
+            ("num_workers", 1, 4096),
+            ("image_size", 1, 4096),
+            ("swapped_fraction", 0, 1),
+            ("clean_fraction", 0, 1),
+            ("policy_share", 0, 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise RsdError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+
+
+class EpisodeRecorder:
+    """Collects what one episode stores, step by step."""
+
+    def __init__(self, images: bool) -> None:
+        self.images = images
+        self.rows: dict[str, list[NDArray[Any]]] = {}
+
+    def record(self, env: LiberoEnv, executed: NDArray[np.float64], clean: NDArray[np.float64]) -> None:
+        """Stores the present state and observation of `env` with the action about to be executed."""
+        latest = env.latest()
+        state = env.proprio()
+        row = {
+            "actions": executed,
+            "expert_actions": clean,
+            "states": env.sim_state(),
+            "eef_pos": latest["robot0_eef_pos"],
+            "eef_quat": latest["robot0_eef_quat"],
+            "eef_axis_angle": state[3:6],
+            "gripper": latest["robot0_gripper_qpos"],
+            "joints": latest["robot0_joint_pos"],
+        }
+        if self.images:
+            row["images"] = np.stack([latest[f"{SIM_CAMERAS[name]}_image"] for name in CAMERAS])
+        for key, value in row.items():
+            self.rows.setdefault(key, []).append(np.array(value))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Name -> array [T, ...]."""
+        return {key: np.stack(values) for key, values in self.rows.items()}
+
+
+def is_swapped(index: int, fraction: float) -> bool:
+    """Whether demonstration `index` asks for the other bowl; every prefix holds the fraction as nearly as it can."""
+    return int(np.floor((index + 1) * fraction)) > int(np.floor(index * fraction))
+
+
+def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy: Policy | None = None) -> Episode:
+    """The successful demonstration `index` of env's task: the first placement (by sub-seed) that the expert solves.
+
+    A placement that the expert refuses (a grasp that it does not know) costs that placement only. Raises RsdError if
+    MAX_TRIES placements in a row fail.
+    """
+    refused = ""
+    goals, instruction, swapped = task_goals(config.suite, env.task.task_id), env.instruction, False
+    alike = [goals]
+    other = swapped_goals(config.suite, env.task.task_id)
+    if other is not None:
+        alike.append(other)
+        asked = swapped_instruction(config.suite, env.task.task_id, goals[0].target, other[0].target)
+        if asked is not None and is_swapped(index, config.swapped_fraction):
+            goals, instruction, swapped = other, asked, True
+    for failed in range(MAX_TRIES):
+        rng = np.random.default_rng([config.seed, env.task.task_id, index, failed])
+        try:
+            episode = _try_placement(env, config, goals, alike, instruction, rng, policy)
+        except RsdError as error:
+            refused = f"; of the last that it refused it says: {error}"
+            continue
+        if episode is not None:
+            own = {"swapped": swapped, "failed_tries": failed}
+            return dataclasses.replace(episode, index=index, attributes={**episode.attributes, **own})
+    found = f"the expert failed on {MAX_TRIES} placements in a row{refused}"
+    raise RsdError(f"{env.task.name}, demonstration {index}: {found}")
+
+
+def _try_placement(
+    env: LiberoEnv,
+    config: CollectConfig,
+    goals: Goals,
+    alike: list[Goals],
+    instruction: str,
+    rng: np.random.Generator,
+    policy: Policy | None,
+) -> Episode | None:
+    """The demonstration of one placement, drawn from rng; None where the expert does not succeed.
+
+    alike: what must not hold at the start, for the instruction to describe the scene."""
+    placement_seed = int(rng.integers(2**31))
+    level = 0.0 if rng.random() < config.clean_fraction else float(rng.random())
+    _, info = env.reset(options={"placement_seed": placement_seed})
+    if permuted.is_permuted(config.suite):
+        goals, instruction = expert.asked_goals(env), env.instruction
+        alike = [goals]
+    if any(all(env.holds(*goal.words) for goal in each) for each in alike):
+        return None  # nothing to do, or a scene that the instruction does not describe
+    body_pos, body_quat = env.fixture_poses()
+    recorder = EpisodeRecorder(images=not config.states_only)
+    drift = ActionNoise(config.noise, level, rng) if level > 0 else None
+    disturbance: Disturbance | None = drift
+    if policy is not None:
+        spread = min(config.policy_share, 1 - config.policy_share)
+        share = float(rng.uniform(config.policy_share - spread, config.policy_share + spread))
+        to_do = sum(not env.holds(*goal.words) for goal in goals)
+        handover = int(rng.integers(HANDOVER[0], HANDOVER[1] * to_do))
+        disturbance = PolicyDriver(env, policy, instruction, share, handover, drift, rng)
+    result = expert.run(env, goals, recorder, rng, disturbance, config.grasp_mode, draw=not config.states_only)
+    if not result.success:
+        return None
+    attributes = {
+        "placement_seed": placement_seed,
+        "placement_rejections": info["placement_rejections"],
+        "language_instruction": instruction,
+        "target_object": ",".join(goal.target for goal in goals),
+        "noise_level": level * config.noise.max_level,
+        "attempts": result.attempts,
+        "success": True,
+    }
+    return Episode(
+        index=0,
+        success_step=result.steps - 1,
+        attributes=attributes,
+        body_pos=body_pos,
+        body_quat=body_quat,
+        **recorder.arrays(),
+    )
+
+
+def collect(config: CollectConfig) -> dict[str, int]:
+    """Collects until every task has num_demos demonstrations; returns the number per task name.
+
+    Raises RsdError if the folder holds demonstrations made with other settings, or if another run is writing to it;
+    and, after everything else is done, if some demonstrations could not be made.
+    """
+    if config.suite not in SUITES:
+        raise RsdError(f"collect: the expert solves {', '.join(SUITES)}, found the suite {config.suite!r}")
+    if config.policy:
+        _check_policy(config)
+    tasks = config.tasks or solvable_tasks(config.suite)
+    for task in tasks:
+        task_goals(config.suite, task)
+    left_out = [task.language for task in suite_tasks(config.suite) if task.task_id not in tasks]
+    if left_out and not config.tasks:
+        print(f"{config.suite}: left out, the expert cannot do them: {', '.join(left_out)}", file=sys.stderr)
+    names = {task: suite_task(config.suite, task).name for task in tasks}
+    with exclusive(config.out):
+        _check_settings(config, list(names.values()))
+        have = {task: _finished(config.out, names[task]) for task in tasks}
+        missing = {task: [i for i in range(config.num_demos) if i not in have[task]] for task in tasks}
+        batches = [
+            (task, missing[task][start : start + BATCH])
+            for start in range(0, config.num_demos, BATCH)
+            for task in tasks
+            if missing[task][start : start + BATCH]
+        ]
+        total = config.num_demos * len(tasks)
+        faults = Faults(f"finished demonstrations are kept in {config.out}; the same command tries the others again")
+        merged = {task: len(have[task]) for task in tasks}
+        with worker_pool(config.num_workers) as pool, progress_bar() as bar:
+            shown = bar.add_task("demonstrations", total=total, completed=total - sum(map(len, missing.values())))
+            jobs = {pool.submit(_collect_batch, config, task, indices): task for task, indices in batches}
+            for job in as_completed(jobs):
+                task = jobs[job]
+                done, failed = job.result()
+                for index, fault in failed:
+                    faults.failed(f"{names[task]} demo_{index}", fault)
+                bar.advance(shown, done)
+                if not bar.console.is_terminal:
+                    bar.console.print(f"{int(bar.tasks[0].completed)}/{total} demonstrations, last: {names[task]}")
+                parts = _parts(config.out, names[task])
+                if len(parts) >= max(2 * BATCH, merged[task]):  # doubling: each byte is copied twice at most
+                    merged[task] = _merge(config, task)
+        counts = {names[task]: _merge(config, task) for task in tasks}
+    following = f"demos render --source {config.out}" if config.states_only else f"tokenizer fit --data {config.out}"
+    print(f"{sum(counts.values())} demonstrations in {config.out}; next: rsd {following}", file=sys.stderr)
+    faults.raise_any(f"of {total} demonstrations")
+    return counts
+
+
+_policy: tuple[tuple[str, str], Policy] | None = None
+
+
+def worker_policy(name: str, decode: str) -> Policy:
+    """The policy of this worker process, loaded once; one thread, as there is a worker per core."""
+    global _policy
+    if _policy is None or _policy[0] != (name, decode):
+        import torch
+
+        from rsd.policy import RsdPolicy
+
+        torch.set_num_threads(1)
+        _policy = ((name, decode), RsdPolicy.from_pretrained(name, decode=decode))
+    return _policy[1]
+
+
+def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> tuple[int, list[tuple[int, str]]]:
+    policy = worker_policy(config.policy, config.policy_decode) if config.policy else None
+    size = policy.image_size if policy is not None else config.image_size
+    env = worker_environment(config.suite, task_id, size, cameras=policy is not None or not config.states_only)
+    folder = config.out / PARTS / env.task.name
+
+    def make(index: int) -> Episode:
+        return make_demonstration(env, config, index, policy)
+
+    def keep(index: int, episode: Episode) -> None:
+        with atomic_file(folder / f"demo_{index}.hdf5") as file:
+            write_episode(file.create_group(f"demo_{index}"), episode)
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return attempt(indices, make, keep)
+
+
+def _parts(out: Path, name: str) -> list[Path]:
+    return part_files(out / PARTS / name)
+
+
+def _finished(out: Path, name: str) -> set[int]:
+    """Indices of demonstrations that exist, merged or as parts."""
+    found = {int(part.stem[5:]) for part in _parts(out, name)}
+    path = out / f"{name}{FILE_SUFFIX}"
+    if path.exists():
+        with open_file(path) as file:
+            found.update(int(key[5:]) for key in demo_names(data_group(file, path)))
+    return found
+
+
+def _merge(config: CollectConfig, task_id: int) -> int:
+    name = suite_task(config.suite, task_id).name
+    parts = _parts(config.out, name)
+    path = config.out / f"{name}{FILE_SUFFIX}"
+    if not parts and path.exists():
+        with open_file(path) as file:
+            return len(demo_names(data_group(file, path)))
+    provenance = {
+        "versions": simulator_versions(),
+        "settings": settings(config),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    if not parts:
+        return 0
+    count = merge(path, parts, libero_attributes(config, task_id), provenance)
+    for part in parts:
+        part.unlink()
+    return count
+
+
+def settings(config: CollectConfig) -> dict[str, Any]:
+    """What a demonstration depends on, as JSON values."""
+    everything = dataclasses.asdict(config)
+    for key in ("out", "tasks", "num_demos", "num_workers"):
+        del everything[key]
+    if config.states_only:
+        del everything["image_size"]
+    if config.policy:  # its path may come to hold another one
+        from rsd.checkpoint import checkpoint_hash, load_calibration, locate_checkpoint
+
+        everything["policy_sha256"] = checkpoint_hash(config.policy)
+        if config.policy_decode == "rsd-skip":
+            everything["skip_calibration"] = load_calibration(locate_checkpoint(config.policy)).to_json()
+    return _that_matter(dict(json.loads(json.dumps(everything))))
+
+
+def _that_matter(everything: dict[str, Any]) -> dict[str, Any]:
+    """Without a policy, how much it would have driven does not matter."""
+    unused = () if everything.get("policy") else ("policy", "policy_decode", "policy_share")
+    return {key: value for key, value in everything.items() if key not in unused}
+
+
+def _check_policy(config: CollectConfig) -> None:
+    size = worker_policy(config.policy, config.policy_decode).image_size
+    if not config.states_only and config.image_size != size:
+        raise RsdError(f"collect: the policy {config.policy} needs images of {size} px, found {config.image_size} px")
+
+
+def _check_settings(config: CollectConfig, names: list[str]) -> None:
+    wanted = settings(config)
+    stored = config.out / PARTS / "settings.json"
+    found: list[tuple[Path, dict[str, Any]]] = []
+    if stored.exists():
+        found.append((stored, read_object(stored, "a folder of parts")))
+    for name in names:
+        path = config.out / f"{name}{FILE_SUFFIX}"
+        if path.exists():
+            with open_file(path) as file:
+                provenance = read_provenance(data_group(file, path), path)
+            with reading(f"demonstrations {path}, rsd_provenance"):
+                found.append((path, {} if provenance is None else dict(provenance["settings"])))
+    for path, stored_settings in found:
+        other = _that_matter(stored_settings)
+        if other != wanted:
+            different = sorted(key for key in wanted.keys() | other.keys() if wanted.get(key) != other.get(key))
+            raise RsdError(
+                f"collect: {path} was made with other settings; expected "
+                + ", ".join(f"{key} = {other.get(key)!r}, found {wanted.get(key)!r}" for key in different)
+                + ". Use the same settings to resume, or another folder."
+            )
+    with writing(stored):
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        stored.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+
+
+def libero_attributes(config: CollectConfig, task_id: int) -> dict[str, Any]:
+    """The attributes of LIBERO's and robomimic's `data` group."""
+    task = suite_task(config.suite, task_id)
+    scene = bddl_file(config.suite, task_id)
+    content = scene.read_text(encoding="utf-8")
+    found = re.search(r"\(problem\s+(\w+)\)", content)
+    if found is None:
+        raise RsdError(f"{scene}: expected (problem ...), found none")
+    problem_name = found[1].lower()  # libero_tabletop_manipulation, libero_floor_manipulation
+    relative = f"{config.suite}/{scene.name}"  # LIBERO stores a path of the machine it was collected on
+    env_args = {
+        "type": 1,
+        "env_name": problem_name.title(),
+        "problem_name": problem_name,
+        "bddl_file": relative,
+        "env_kwargs": {
+            "robots": ["Panda"],
+            "camera_names": list(SIM_CAMERAS.values()),
+            "camera_heights": config.image_size,
+            "camera_widths": config.image_size,
+            "control_freq": 20,
+        },
+    }
+    problem = {"problem_name": problem_name, "language_instruction": task.language}
+    return {
+        "tag": "libero-v1",
+        "env_name": problem_name.title(),
+        "env_args": json.dumps(env_args),
+        "problem_info": json.dumps(problem),
+        "macros_image_convention": "opengl",
+        "bddl_file_name": relative,
+        "bddl_file_content": content,
+    }

@@ -1,0 +1,228 @@
+"""Adding camera images to demonstrations that were recorded without them, on a machine that draws fast.
+
+A frame is drawn from the recorded state and fixture poses. The simulator's own images are sampled one physics substep
+(2 ms) before the state that is recorded, so a rendered image differs from a live one by about one grey level.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures import as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd.collection.workers import part_files, progress_bar, worker_environment, worker_pool
+from rsd.data.demonstrations import demonstration_files
+from rsd.data.schema import (
+    FILE_SUFFIX,
+    IMAGE_KEYS,
+    atomic_file,
+    data_group,
+    demo_names,
+    member,
+    merge,
+    open_file,
+    read_provenance,
+    reading,
+    whole_attribute,
+    write_images,
+)
+from rsd.locks import exclusive
+from rsd.output import Faults, attempt, writing
+from rsd.sim.libero import LiberoEnv, simulator_versions
+from rsd.sim.suites import suite_tasks
+from rsd.types import CAMERAS, RsdError
+
+PARTS = ".rendered"
+BATCH = 4  # demonstrations per job
+
+
+@dataclass(frozen=True)
+class RenderConfig:
+    """Which demonstrations get images. A run that was interrupted continues; demonstrations with images are skipped."""
+
+    source: Path
+    """Folder of demonstrations recorded with `--states-only`."""
+    out: Path | None = None
+    """Folder for the files with images; default: in place."""
+    image_size: int = 256
+    """Side of the square images in pixels."""
+    num_workers: int = 2
+    """Processes; one per CPU core is right with a GPU as well."""
+    max_per_task: int | None = None
+    """Render only the first so many demonstrations of each task."""
+    every: int = 1
+    """Render the steps 0, n, 2n, ...: neighbouring frames teach a policy little, and drawing is most of the work."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "image_size", "num_workers", "max_per_task"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RsdError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+
+
+def render_frames(
+    env: LiberoEnv, states: NDArray[np.float64], body_pos: NDArray[np.float64], body_quat: NDArray[np.float64]
+) -> NDArray[np.uint8]:
+    """Draws recorded states [T, 1 + nq + nv] -> uint8 [T, 2, S, S, 3], NOT rotated, cameras in the order of CAMERAS.
+
+    `env` has been reset once (that hides LIBERO's marker sites); its own episode is lost.
+    """
+    frames = np.empty((len(states), len(CAMERAS), env.image_size, env.image_size, 3), np.uint8)
+    for t, state in enumerate(states):
+        env.restore(state, body_pos, body_quat)
+        frames[t] = env.draw()
+    return frames
+
+
+def render(config: RenderConfig) -> dict[str, int]:
+    """Draws what has no images yet; returns the number of demonstrations with images per task.
+
+    Raises RsdError if a file was not written by this package (LIBERO's own files lack the fixtures' poses), or if it
+    holds images of another size; and, once the others are done, if some demonstrations could not be rendered.
+    """
+    out = config.out or config.source
+    demonstration_files(config.source)  # an error before a folder is made
+    faults = Faults(f"what is rendered is kept in {out}; the same command tries the others again")
+    with exclusive(out):
+        jobs: list[tuple[Path, str, int, list[str]]] = []
+        wanted: dict[Path, list[str]] = {}
+        done = 0
+        for path in demonstration_files(config.source):
+            suite, task_id = _task_of(path)
+            with open_file(path) as file:
+                wanted[path] = demo_names(data_group(file, path))[: config.max_per_task]
+            made = (config.image_size, config.every)
+            parts = [part for part in part_files(_folder(out, path)) if _images_of(part) == made]
+            have = _rendered(out / path.name, config) | {part.stem for part in parts}
+            missing = [name for name in wanted[path] if name not in have]
+            done += len(wanted[path]) - len(missing)
+            jobs += [(path, suite, task_id, missing[i : i + BATCH]) for i in range(0, len(missing), BATCH)]
+        total = sum(map(len, wanted.values()))
+        with worker_pool(config.num_workers) as pool, progress_bar() as bar:
+            shown = bar.add_task("rendered demonstrations", total=total, completed=done)
+            for job in as_completed([pool.submit(_render_batch, config, out, *arguments) for arguments in jobs]):
+                done, failed = job.result()
+                for piece, fault in failed:
+                    faults.failed(piece, fault)
+                bar.advance(shown, done)
+        counts = {path.name.removesuffix(FILE_SUFFIX): _merge(config, out, path) for path in wanted}
+    told = f"{sum(counts.values())} demonstrations with images in {out}"
+    print(f"{told}; next: rsd train policy --data {out}", file=sys.stderr)
+    faults.raise_any(f"of {total} demonstrations")
+    return counts
+
+
+def _folder(out: Path, path: Path) -> Path:
+    return out / PARTS / path.name.removesuffix(FILE_SUFFIX)
+
+
+def _task_of(path: Path) -> tuple[str, int]:
+    with open_file(path) as file:
+        provenance = read_provenance(data_group(file, path), path)
+    if provenance is None:
+        raise RsdError(
+            f"render: expected demonstrations written by `rsd demos collect`, found {path} without rsd_provenance; "
+            "LIBERO's own files do not hold the fixtures' poses and have images already"
+        )
+    with reading(f"demonstrations {path}, rsd_provenance"):
+        suite = str(provenance["settings"]["suite"])
+    name = path.name.removesuffix(FILE_SUFFIX)
+    for task in suite_tasks(suite):
+        if task.name == name:
+            return suite, task.task_id
+    raise RsdError(f"render: expected the name of a {suite} task, found {name} ({path})")
+
+
+def _rendered(path: Path, config: RenderConfig) -> set[str]:
+    """Demonstrations of a file that have images. Raises RsdError if those are of another size or of other steps."""
+    if not path.exists():
+        return set()
+    found = set()
+    with open_file(path) as file:
+        data, where = data_group(file, path), f"demonstrations {path}"
+        for name in demo_names(data):
+            group = member(data, name, where)
+            if IMAGE_KEYS[0] not in member(group, "obs", where):
+                continue
+            size, every = _size_and_spacing(group, where)
+            if (size, every) != (config.image_size, config.every):
+                raise RsdError(
+                    f"render: {path} holds images of {size} px of every {every}. step, asked for were "
+                    f"{config.image_size} px of every {config.every}. step; choose another --out"
+                )
+            found.add(name)
+    return found
+
+
+def _images_of(part: Path) -> tuple[int, int]:
+    with open_file(part) as file:
+        where = f"part {part}"
+        return _size_and_spacing(member(file, part.stem, where), where)
+
+
+def _size_and_spacing(group: h5py.Group, where: str) -> tuple[int, int]:
+    with reading(f"{where}, {group.name}, images"):
+        size = int(group["obs"][IMAGE_KEYS[0]].shape[1])
+    return size, whole_attribute(group, "image_every", where, 1, least=1)
+
+
+def _render_batch(
+    config: RenderConfig, out: Path, path: Path, suite: str, task_id: int, names: list[str]
+) -> tuple[int, list[tuple[str, str]]]:
+    env = worker_environment(suite, task_id, config.image_size, cameras=True)
+    folder = _folder(out, path)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def draw(name: str) -> NDArray[np.uint8]:
+        demo, where = member(data_group(file, path), name, f"demonstrations {path}"), f"demonstration {name} of {path}"
+        with reading(f"{where}, its states or fixtures"):
+            states, *fixtures = demo["states"][:: config.every], demo["body_pos"][()], demo["body_quat"][()]
+            return render_frames(env, states, *fixtures)
+
+    def keep(name: str, frames: NDArray[np.uint8]) -> None:
+        with atomic_file(folder / f"{name}.hdf5") as part:
+            file.copy(file["data"][name], part, name=name)
+            for key in IMAGE_KEYS:
+                if key in part[name]["obs"]:
+                    del part[name]["obs"][key]
+            write_images(part[name]["obs"], frames)
+            part[name].attrs["image_every"] = config.every
+
+    with open_file(path) as file:
+        done, failed = attempt(names, draw, keep)
+    return done, [(f"{path.name} {name}", fault) for name, fault in failed]
+
+
+def _merge(config: RenderConfig, out: Path, path: Path) -> int:
+    parts = part_files(_folder(out, path))
+    target = out / path.name
+    if parts:
+        with open_file(path) as file:
+            attributes, provenance = _attributes(data_group(file, path), path, config)
+        merge(target, parts, attributes, provenance)
+        for part in parts:
+            part.unlink()
+    return len(_rendered(target, config))
+
+
+def _attributes(data: h5py.Group, path: Path, config: RenderConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    attributes = {key: value for key, value in data.attrs.items() if key != "rsd_provenance"}
+    with reading(f"demonstrations {path}, env_args"):
+        env_args = json.loads(attributes["env_args"])
+        env_args["env_kwargs"].update(camera_heights=config.image_size, camera_widths=config.image_size)
+    attributes["env_args"] = json.dumps(env_args)
+    provenance = dict(read_provenance(data, path) or {})
+    provenance["rendering"] = {
+        "image_size": config.image_size,
+        "every": config.every,
+        "versions": simulator_versions(),
+    }
+    return attributes, provenance

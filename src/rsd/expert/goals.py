@@ -1,0 +1,175 @@
+"""What a task asks for, from the goal predicates of its scene file, and where they want the objects.
+
+The expert can pick up the kinds of objects in `GRASPS` and put them on or into something that stands open, pull a
+drawer open and turn a knob (`MOVABLE_PARTS`), and several of these one after the other. What goes into a drawer or
+a narrow slot and what is pushed are beyond it, and `task_goals` says so by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+
+import numpy as np
+
+from rsd.expert.grasps import BOWL, WHOLE, Rim, Span
+from rsd.expert.scene import Scene, Vector
+from rsd.sim.permuted import is_permuted
+from rsd.sim.suites import bddl_file, start_regions, suite_task, suite_tasks
+from rsd.types import RsdError
+
+GRASPS: dict[str, Rim | Span] = {
+    "akita_black_bowl": BOWL,
+    "porcelain_mug": Rim(0.041, 0.106, 0.012),
+    "white_yellow_mug": Rim(0.046, 0.103, -0.015),
+    **dict.fromkeys(
+        (
+            "alphabet_soup",
+            "bbq_sauce",
+            "butter",
+            "chocolate_pudding",
+            "cream_cheese",
+            "ketchup",
+            "milk",
+            "orange_juice",
+            "salad_dressing",
+            "tomato_sauce",
+            "wine_bottle",
+        ),
+        WHOLE,
+    ),
+    "moka_pot": Span(0.006, 0.010),  # by the knob on its lid
+}
+HOLLOW = ("akita_black_bowl", "basket")  # things are let go inside their rim
+UNDER_RIM = 0.015  # m; deeper, the fingers would touch the wall
+PLATE_SURFACE = 0.004  # m over the plate's origin
+ON_STOVE = (0.05, -0.045)  # m before the middle of its region, which is 0.15 long; a moka pot is 0.08 wide
+FOOT = 0.02  # m; what is put down touches the highest point within so much of the middle
+TABLE_REGIONS = ("living_room_table_plate_right_region",)
+# what something can be put on or into from above; other regions are drawers, shelves, spots on the table
+OPEN_PLACES = (
+    "akita_black_bowl",
+    "basket_contain_region",
+    "flat_stove_cook_region",
+    *TABLE_REGIONS,
+    "plate",
+    "wine_rack_top_region",
+    "wooden_cabinet_top_side",
+)
+# what it can move on its joint
+MOVABLE_PARTS = (("open", "wooden_cabinet_middle_region"), ("turnon", "flat_stove"))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One predicate of LIBERO: "on" or "in" of an object and an object or region, "open" or "turnon" of one alone."""
+
+    predicate: str
+    target: str
+    destination: str = ""
+    _: KW_ONLY
+    ahead: float = 0.0  # m, of the place along x before the destination's middle, which another object shares
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """As LIBERO has it."""
+        return (self.predicate, self.target, *([self.destination] if self.destination else []))
+
+    @property
+    def hold(self) -> Rim | Span:
+        """By which the target is taken."""
+        return GRASPS[kind(self.target)]
+
+
+Goals = tuple[Goal, ...]  # of one task, in the order of doing
+
+
+def kind(name: str) -> str:
+    """`wine_bottle_1` -> `wine_bottle`, `basket_1_contain_region` -> `basket_contain_region`."""
+    return re.sub(r"_\d+(?=_|$)", "", name)
+
+
+def predicates(suite: str, task_id: int) -> list[tuple[str, ...]]:
+    """The goal of a task, as its scene file has it: [("on", "akita_black_bowl_1", "plate_1")]."""
+    text = bddl_file(suite, task_id).read_text(encoding="utf-8")
+    found = re.findall(r"\(([A-Za-z]+(?:\s+\w+)+)\)", text[text.index("(:goal") :].replace("(And", ""))
+    return [(words[0].lower(), *words[1:]) for words in map(str.split, found)]
+
+
+def solvable_goals(suite: str, task_id: int) -> Goals | None:
+    """The goals of a task in the order of doing if the expert can reach them all, else None."""
+    return goals_of(predicates(suite, task_id))
+
+
+def goals_of(wanted: Sequence[tuple[str, ...]]) -> Goals | None:
+    """The same of predicates such as ("on", "akita_black_bowl_1", "plate_1")."""
+    goals = tuple(sorted((Goal(*words) for words in wanted), key=_turn))
+    return _spread(goals) if goals and all(_solvable(goal) for goal in goals) else None
+
+
+def _spread(goals: Goals) -> Goals:
+    """Two objects for the stove stand one behind the other, the far one first."""
+    shared = [goal for goal in goals if kind(goal.destination) == "flat_stove_cook_region"]
+    if len(shared) != len(ON_STOVE):
+        return goals
+    return tuple(replace(g, ahead=ON_STOVE[shared.index(g)]) if g in shared else g for g in goals)
+
+
+def _turn(goal: Goal) -> bool:
+    """Goals keep the order of the scene file, but what goes onto the table comes first: a mug on the plate beside would
+    be in the palm's way."""
+    return kind(goal.destination) not in TABLE_REGIONS
+
+
+def _solvable(goal: Goal) -> bool:
+    if not goal.destination:
+        return (goal.predicate, kind(goal.target)) in MOVABLE_PARTS
+    return goal.predicate in ("on", "in") and kind(goal.target) in GRASPS and kind(goal.destination) in OPEN_PLACES
+
+
+def solvable_tasks(suite: str) -> tuple[int, ...]:
+    """Ids of the tasks that the expert can do."""
+    return tuple(task.task_id for task in suite_tasks(suite) if solvable_goals(suite, task.task_id) is not None)
+
+
+def task_goals(suite: str, task_id: int) -> Goals:
+    """The goals of a task. Raises RsdError, naming the tasks that it can do, for one that the expert cannot."""
+    goals = solvable_goals(suite, task_id)
+    if goals is None:
+        wanted = " and ".join(" ".join(words) for words in predicates(suite, task_id))
+        can = [f"{i} ({suite_task(suite, i).language})" for i in solvable_tasks(suite)]
+        raise RsdError(
+            f"scripted expert: found {suite} task {task_id} with the goal {wanted!r}; it puts objects on or into "
+            f"something open, pulls a drawer or turns a knob. Of this suite it does {', '.join(can) or 'none'}"
+        )
+    return goals
+
+
+def swapped_goals(suite: str, task_id: int) -> Goals | None:
+    """The same with the scene's other object of the target's kind (the other bowl), or None if there is one only or
+    the task has several goals."""
+    goals = task_goals(suite, task_id)
+    if len(goals) > 1 or is_permuted(suite):  # there a layout says which bowl is asked for
+        return None
+    goal = goals[0]
+    others = [name for name in sorted(start_regions(suite, task_id)) if kind(name) == kind(goal.target)]
+    return next(((replace(goal, target=name),) for name in others if name != goal.target), None)
+
+
+def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
+    """Where the target's origin shall come [3], of which z is the destination's own height, and the height at which
+    its lowest point is let go."""
+    name = goal.destination
+    if kind(name) == "plate":
+        centre = scene.position(name)
+        return centre, float(centre[2] + PLATE_SURFACE)
+    centre = scene.position(name) if name in scene.bodies else scene.site(name)
+    centre[0] += goal.ahead
+    holder = name if name in scene.bodies else scene.owner(name)
+    if holder is not None and kind(holder) in HOLLOW:
+        surface = float(scene.vertices(holder)[:, 2].max()) - UNDER_RIM
+    else:
+        around = FOOT * np.array([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        surface = float(scene.heights(centre[:2] + around, ignore=(goal.target,)).max())
+    return np.array([centre[0], centre[1], surface]), surface

@@ -1,0 +1,38 @@
+"""From an error of the hand's pose to an action: proportional, within the controller's limits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rsd.expert.grasps import rotation_vector
+from rsd.expert.scene import Scene, Vector
+
+SIDEWAYS_GAIN, HEIGHT_GAIN = 22.0, 40.0  # action per metre; more sideways overshoots, the arm is damped for 20
+ROTATION_GAIN = 3.0 / 0.5  # action per radian
+
+
+def step_towards(scene: Scene, error: Vector, rotation: Vector, gripper: float, turn_limit: float = 1.0) -> Vector:
+    """Action [7] that takes the hand along `error` (m, [3]) and to the orientation `rotation` [3, 3]."""
+    action = np.empty(7)
+    # limited apart: a common factor would leave no height control while the hand is far away
+    action[:2] = limited(error[:2] * SIDEWAYS_GAIN)
+    action[2] = np.clip(error[2] * HEIGHT_GAIN, -1.0, 1.0)
+    turn = rotation_vector(rotation @ scene.eef_rotation.T)
+    action[3:6] = turn_limit * limited(turn * ROTATION_GAIN / turn_limit)
+    action[6] = gripper
+    return action
+
+
+def turn_left(scene: Scene, rotation: Vector) -> float:
+    """How far the hand's orientation is from `rotation` (rad)."""
+    return float(np.linalg.norm(rotation_vector(rotation @ scene.eef_rotation.T)))
+
+
+def funnel(off: float, low: float, high: float, radius: float, slope: float) -> float:
+    """Height (m) wanted at a horizontal distance `off`: low within the radius, rising to high outside it."""
+    return float(low + np.clip((off - radius) * slope, 0.0, max(0.0, high - low)))
+
+
+def limited(vector: Vector) -> Vector:
+    """Scales a vector so that no component exceeds 1; keeps its direction, so paths stay straight."""
+    return vector / max(1.0, float(np.abs(vector).max()))

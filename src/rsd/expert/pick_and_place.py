@@ -1,0 +1,274 @@
+"""The feedback law that picks up an object and puts it where a goal wants it, from privileged state.
+
+It is a feedback law, not a script of waypoints: every action follows from where the hand, the object and its
+destination are now, so it recovers from pushes by itself and its actions are what a policy should do at any visited
+state. The only memory is the chosen grasp, whether the fingers are commanded closed, and short counters.
+
+The path is a funnel: far from the grasp the hand travels at a free height, and the closer it is (horizontally), the
+lower it may go. The same law brings the object to its destination.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
+from rsd.expert.goals import Goal, destination
+from rsd.expert.grasps import (
+    MAX_LEAN,
+    TIP_BELOW_SITE,
+    WHOLE,
+    Grasp,
+    GraspMode,
+    RimGrasp,
+    Span,
+    choose_rim_grasp,
+    choose_span_grasp,
+    hand_rotation,
+    lean_limit,
+)
+from rsd.expert.motion import funnel, step_towards, turn_left
+from rsd.expert.scene import Scene, Vector
+
+AT_GRASP, AT_GRASP_HEIGHT = 0.006, 0.006  # m
+AT_GRASP_ANGLE = 0.2  # rad
+SLOW, SLOW_STEPS = 0.0012, 8  # m per step; the hand presses against something and will not get closer
+NEAR_GRASP = 0.013  # m, close enough to close when slow
+BLOCKED_BELOW = 0.06  # m; slow and lower than this over the grasp, a finger stands on something
+GRASPED_STEPS = 3
+CLOSED_STEPS = 14  # the fingers have met by then
+CLOSED_WIDTH = 0.0015  # m, nothing between the fingers
+FUNNEL_SLOPE, FUNNEL_RADIUS = 2.0, 0.010  # height per horizontal distance outside the radius (m)
+TIGHT_SLOPE, TIGHT_RADIUS = 3.0, 0.005  # walls stand close, or the fingers go past both sides of the object
+PLACE_SLOPE, PLACE_RADIUS = 2.0, 0.010
+TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on the way
+OVER = 0.012  # m off the object's middle, close enough to choose a side
+RELEASE_GAP = 0.006  # m of free fall
+RELEASE_RADIUS = 0.012  # m off the destination's middle; the plate's predicate allows 30 mm
+CARRY_TURN = 0.35  # turning a held object faster drags it over its support
+FALLEN_UP = 0.7  # z of the own z axis; lower, and neither a rim nor a knob can be taken
+MAX_ATTEMPTS = 4
+
+
+class PickAndPlace:
+    """The law for one goal of an episode. Call `action` once per step."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        goal: Goal,
+        mode: GraspMode = "canonical",
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        self.scene = scene
+        self.goal = goal
+        self.target = goal.target
+        self.attempts = 0
+        self.closed = False
+        self._mode: GraspMode = mode
+        self._rng = rng
+        self._failed: list[float] = []
+        self._grasp: Grasp | None = None
+        self._walled = False
+        self._grasped_steps = 0
+        self._closed_steps = 0
+        self._slow_steps = 0
+        self._last_eef = scene.eef
+
+    @property
+    def cramped(self) -> bool:
+        """The hand works in the drawer, where a push would shut it or hit a wall."""
+        return self._walled and self._grasped_steps < GRASPED_STEPS
+
+    @property
+    def gave_up(self) -> bool:
+        """What is only taken upright has fallen over, or the object was missed too often."""
+        fallen = self.goal.hold is not WHOLE and bool(self.scene.rotation(self.target)[2, 2] < FALLEN_UP)
+        return fallen or self.attempts > MAX_ATTEMPTS
+
+    def action(self) -> Vector:
+        """The clean action [7] at the present state."""
+        eef = self.scene.eef
+        moved = float(np.linalg.norm(eef - self._last_eef))
+        self._slow_steps = self._slow_steps + 1 if moved < SLOW else 0
+        self._last_eef = eef
+        if self._placed():
+            return self.leave()
+        if self.closed and self._holding():
+            return self._carry()
+        if self.closed:
+            return self._close()
+        return self._approach()
+
+    def leave(self) -> Vector:
+        """The clean action [7] that opens the hand and lifts it as the fingers come free."""
+        self.closed = False
+        eef = self.scene.eef
+        freed = (self._grasp or RimGrasp(np.pi / 2)).freed(self.scene.grip_width)
+        goal = eef + np.array([0.0, 0.0, 0.03 * freed])
+        rotation, _ = self._orientation(self._place_point())
+        return self._move(goal, rotation, GRIPPER_OPEN, CARRY_TURN)
+
+    # -- phases ---------------------------------------------------------------------------------------------------
+
+    def _approach(self) -> Vector:
+        """Open hand to the grasp, through the funnel over it."""
+        scene = self.scene
+        if self._grasp is None:
+            middle = scene.position(self.target)
+            if self._mode == "two-sided-late" and np.linalg.norm((middle - scene.eef)[:2]) > OVER:
+                # nothing tells yet which side it will be
+                over = np.array([*middle[:2], self._free_height(middle)])
+                return self._move(over, self._orientation(over)[0], GRIPPER_OPEN)
+            self._plan()
+        assert self._grasp is not None
+        eef, goal = scene.eef, self._grasp.point(scene, self.target)
+        rotation, turn = self._orientation(goal)
+        off, above = float(np.linalg.norm((goal - eef)[:2])), float(eef[2] - goal[2])
+        arrived = off < AT_GRASP and abs(above) < AT_GRASP_HEIGHT and turn < AT_GRASP_ANGLE
+        stuck = self._slow_steps >= SLOW_STEPS and off < NEAR_GRASP and abs(above) < NEAR_GRASP
+        if self._slow_steps >= SLOW_STEPS and not stuck and 0.0 < above < BLOCKED_BELOW and off < BLOCKED_BELOW:
+            self._failed += [self._grasp.angle, self._grasp.angle]
+            self._slow_steps = 0
+            self._plan()
+            return self._approach()
+        if arrived or stuck:
+            self.closed = True
+            self._closed_steps = self._grasped_steps = 0
+            return self._close()
+        misaligned = off + 0.1 * max(0.0, turn - 0.1)
+        tight = self._walled or isinstance(self.goal.hold, Span)
+        radius, slope = (TIGHT_RADIUS, TIGHT_SLOPE) if tight else (FUNNEL_RADIUS, FUNNEL_SLOPE)
+        height = funnel(misaligned, goal[2], self._free_height(goal), radius, slope)
+        return self._move(np.array([goal[0], goal[1], height]), rotation, GRIPPER_OPEN)
+
+    def _free_height(self, goal: Vector) -> float:
+        """Height at which the open hand clears everything on its way to `goal`, the object included (m)."""
+        scene = self.scene
+        rim = float(scene.vertices(self.target)[:, 2].max())
+        way = scene.corridor_top(scene.eef, goal, ignore=(self.target,), half_width=0.06)
+        return max(way + TIP_BELOW_SITE + TRAVEL_CLEARANCE, rim + TIP_BELOW_SITE + 0.03)
+
+    def _close(self) -> Vector:
+        """Fingers closing, hand staying at the grasp; decides whether the grasp holds or missed."""
+        scene = self.scene
+        assert self._grasp is not None
+        self._closed_steps += 1
+        if scene.grip_width < CLOSED_WIDTH or self._closed_steps > CLOSED_STEPS:
+            self._miss()
+            return self._approach()
+        goal = self._grasp.point(scene, self.target, scene.grip_width)
+        if np.linalg.norm(goal - scene.eef) > 0.03:  # pushed away while closing
+            self.closed = False
+            return self._approach()
+        rotation, _ = self._orientation(goal)
+        return self._move(goal, rotation, GRIPPER_CLOSE)
+
+    def _carry(self) -> Vector:
+        """Object in hand: up, over, and down the funnel above its destination."""
+        scene = self.scene
+        eef, held = scene.eef, scene.position(self.target)
+        there, surface = destination(scene, self.goal)
+        bottom = float(scene.vertices(self.target)[:, 2].min())
+        off = float(np.linalg.norm((there - held)[:2]))
+        if off < RELEASE_RADIUS and bottom - surface < RELEASE_GAP + 0.003:
+            return self.leave()
+        way = scene.corridor_top(held, there, ignore=(self.target,), half_width=0.06)
+        over = max(way + CARRY_CLEARANCE, surface + 0.01)
+        height = funnel(off, surface + RELEASE_GAP, over, PLACE_RADIUS, PLACE_SLOPE)
+        goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom])
+        rotation, _ = self._orientation(self._place_point())
+        return self._move(goal, rotation, GRIPPER_CLOSE, CARRY_TURN)
+
+    # -- decisions ------------------------------------------------------------------------------------------------
+
+    def _placed(self) -> bool:
+        """The object is where it shall be (or is about to drop there from an opening hand)."""
+        scene = self.scene
+        there, surface = destination(scene, self.goal)
+        off = float(np.linalg.norm((scene.position(self.target) - there)[:2]))
+        gap = float(scene.vertices(self.target)[:, 2].min()) - surface
+        if self.closed:
+            return off < RELEASE_RADIUS and gap < 0.003
+        return off < 0.025 and gap < RELEASE_GAP + 0.006
+
+    def _holding(self) -> bool:
+        """Both fingers have touched the object for a moment, so the hand may lift it."""
+        if self.scene.grasped(self.target):
+            self._grasped_steps += 1
+        elif self._grasped_steps >= GRASPED_STEPS:
+            assert self._grasp is not None
+            if self._grasp.lost(self.scene, self.target) or self.scene.grip_width < CLOSED_WIDTH:
+                self._miss()
+                self._grasped_steps = 0
+        else:
+            self._grasped_steps = 0
+        return self._grasped_steps >= GRASPED_STEPS
+
+    def _plan(self) -> None:
+        scene = self.scene
+        self.attempts += 1
+        there, surface = destination(scene, self.goal)
+        spot = np.array([*there[:2], surface])
+        hold = self.goal.hold
+        if isinstance(hold, Span):
+            self._grasp = choose_span_grasp(
+                scene, self.target, spot, self._mode, self._rng, self._hopeless(), hold
+            )
+            return
+        self._walled = self._in_drawer()
+        self._grasp = choose_rim_grasp(
+            scene, self.target, spot, self._mode, self._rng, self._walled, self._hopeless(), hold
+        )
+
+    def _in_drawer(self) -> bool:
+        """The bowl stands inside a cabinet's bounds, well below its top."""
+        bowl = self.scene.position(self.target)
+        for name in self.scene.bodies:
+            if "cabinet" not in name:
+                continue
+            points = self.scene.vertices(name)
+            low, high = points.min(axis=0), points.max(axis=0)
+            low[2] += 0.02
+            high[2] -= 0.03
+            if bool(((low < bowl) & (bowl < high)).all()):
+                return True
+        return False
+
+    def _hopeless(self) -> tuple[float, ...]:
+        """Grasp angles missed twice: the first miss may be a push's fault."""
+        return tuple(angle for angle in set(self._failed) if self._failed.count(angle) > 1)
+
+    def _miss(self) -> None:
+        if self._grasp is not None:
+            self._failed.append(self._grasp.angle)
+        self._grasp = None
+        self.closed = False
+
+    def _place_point(self) -> Vector:
+        """Where the hand is when it lets go [3]."""
+        grasp = self._grasp or RimGrasp(np.pi / 2)  # none yet: the object is in its place already
+        return grasp.release_point(destination(self.scene, self.goal)[0])
+
+    # -- motion ---------------------------------------------------------------------------------------------------
+
+    def _orientation(self, point: Vector) -> tuple[Vector, float]:
+        """The hand's orientation wanted at `point` [3, 3] and how far it is away (rad).
+
+        `point` is where the phase ends, not where the hand is: a lean that follows the hand feeds back into its
+        position near the singular reach and overshoots by 10 cm.
+        """
+        scene = self.scene
+        yaw = 0.0 if self._grasp is None else self._grasp.yaw
+        # with an object in hand the fingers' heights no longer matter, the reach over its destination does
+        reaching = self._grasp is not None and not self.closed
+        limit = lean_limit(scene.base, point, self._grasp.direction) if self._grasp and reaching else MAX_LEAN
+        rotation = hand_rotation(scene.base, point, yaw, limit)
+        return rotation, turn_left(scene, rotation)
+
+    def _move(self, goal: Vector, rotation: Vector, gripper: float, turn_limit: float = 1.0) -> Vector:
+        """Proportional step towards a pose. Sideways waits while the hand is too low for it."""
+        error = goal - self.scene.eef
+        too_low = max(0.0, float(error[2]))
+        error[:2] *= np.clip(1.0 - (too_low - 0.010) / 0.030, 0.0, 1.0)
+        return step_towards(self.scene, error, rotation, gripper, turn_limit)

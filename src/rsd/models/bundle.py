@@ -1,0 +1,33 @@
+"""The models of a compact policy together, and their configuration."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rsd.models.config import PolicyConfig
+from rsd.models.feature_drafter import DraftModel
+from rsd.models.target import MainModel
+from rsd.models.visual_drafter import LightDraft
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import RsdError
+
+
+class RsdModel(nn.Module):
+    """Main and drafts under one roof, so that one file holds their weights."""
+
+    def __init__(self, config: PolicyConfig, tokenizer: ActionTokenizer) -> None:
+        super().__init__()
+        check_code(tokenizer)
+        code, horizon, motion = tokenizer.config.rfsq, tokenizer.config.horizon, tokenizer.motion_dim
+        self.main = MainModel(config.main, code, horizon, motion)
+        self.draft = DraftModel(config.draft, code, horizon, motion, config.main.dim)
+        self.light = LightDraft(config.light, code, horizon, motion, config.main) if config.light else None
+
+
+def check_code(tokenizer: ActionTokenizer) -> None:
+    """Raise unless the models can learn the code: linear, every digit of every level in use, one gripper."""
+    parts, config = tokenizer.parts, tokenizer.config
+    odd = [name for name in ("autoencoder", "refiner", "active") if getattr(parts, name) is not None]
+    if odd or len(config.binary) != 1:
+        found = ", ".join(odd) or f"{len(config.binary)} binary dimensions"
+        raise RsdError(f"policy: expected a linear tokenizer without a bit budget and with one gripper, found {found}")

@@ -1,0 +1,29 @@
+"""Options of `rsd tokenizer inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsd.training.config import DEFAULT_TOKENIZER
+from rsd.types import RsdError
+
+SUFFIXES = (".svg", ".png", ".pdf")
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Plot a chunk reconstructed from 1..L levels, and each level's symbols, entropy and utilisation."""
+
+    tokenizer: str = "checkpoints/libero_spatial"
+    """Directory with tokenizer.json (a checkpoint is one) or hub id."""
+    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
+    """Folders of demonstrations: HDF5 files (states suffice) or LeRobot data sets."""
+    chunk: int = -1
+    """Number of the chunk to draw; -1 draws the one that moves most within its steps."""
+    output: Path = DEFAULT_TOKENIZER / "inspect.svg"
+    """The picture: .svg, .png or .pdf."""
+
+    def __post_init__(self) -> None:
+        if self.output.suffix not in SUFFIXES:
+            raise RsdError(f"--output {self.output}: expected a name that ends in {', '.join(SUFFIXES)}")

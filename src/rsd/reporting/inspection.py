@@ -1,0 +1,218 @@
+"""`rsd inspect`: what a checkpoint or a results directory holds, without running anything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from rsd.evaluation.cautions import section, trained_on
+from rsd.evaluation.results import CONFIG_FILE as RUN_CONFIG
+from rsd.evaluation.results import EPISODES_FILE
+from rsd.evaluation.summary import summarize_tasks
+from rsd.evaluation.tables import ABSENT, print_table
+from rsd.reporting.tables import load_runs, print_runs, run_directories, task_labels
+from rsd.types import RsdError
+
+Rows = list[tuple[str, str]]
+
+
+def inspect(path: str, console: Console, keys: bool = False, provenance: bool = False) -> None:
+    """A checkpoint (directory or hub id), a run or a folder of runs, told apart by their files. Raises RsdError for
+    anything else. keys, provenance: of a checkpoint, every tensor and all that is known of its making."""
+    runs = run_directories([Path(path)]) if Path(path).is_dir() else []
+    if all((run / RUN_CONFIG).is_file() and (run / EPISODES_FILE).is_file() for run in runs) and runs:
+        show_runs(runs, console)
+        return
+    from rsd.checkpoint import WEIGHTS_FILE, locate_checkpoint
+
+    directory = locate_checkpoint(path)
+    if not (directory / WEIGHTS_FILE).is_file():
+        raise RsdError(
+            f"{path}: neither a checkpoint ({WEIGHTS_FILE} is missing) nor a results directory ({EPISODES_FILE} is) "
+            "nor a folder of such"
+        )
+    show_checkpoint(directory, console, keys, provenance)
+
+
+def print_rows(console: Console, heading: str, rows: Rows) -> None:
+    if not rows:
+        return
+    console.print(f"\n[bold]{escape(heading)}[/bold]")
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        console.print(f"  {name.ljust(width)}  {escape(value)}", soft_wrap=True)
+
+
+def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: bool) -> None:
+    """Sizes, decoding, tokenizer, training data. The weights are read, so that damage is found."""
+    from rsd.checkpoint import BACKBONE, CONFIG_FILE, checkpoint_hash, read_content
+    from rsd.tokenizer.action_tokenizer import ActionTokenizer
+
+    content = read_content(directory)
+    tokenizer, made = ActionTokenizer.load(directory), section(content, "provenance")
+    config, weights = (openvla_parts if BACKBONE in content else compact_parts)(directory, content, tokenizer)
+    code = tokenizer.config.rfsq
+    console.print(f"[bold]{escape(str(directory))}[/bold]", soft_wrap=True)
+    console.print(f"sha256 of {CONFIG_FILE}: {checkpoint_hash(directory)}", soft_wrap=True)
+    sizes: Counter[str] = Counter()
+    for name, value in weights.items():
+        sizes[name.split(".")[0]] += value.numel()
+    rows = [(name, f"{count:,}") for name, count in sizes.items()]
+    print_rows(console, "parameters", [*rows, ("total", f"{sum(sizes.values()):,}")])
+    print_rows(console, "decoding", [*decoding_rows(directory, content, config)])
+    print_rows(
+        console,
+        "tokenizer",
+        [
+            ("chunk", f"{tokenizer.config.horizon} steps, {tokenizer.motion_dim} motion dimensions and a gripper"),
+            ("transform over time", tokenizer.config.transform),
+            ("levels x symbols", f"{code.levels} x {code.symbols}, steps shrink by rho = {code.rho:g}"),
+            ("correctable digit errors, by level", ", ".join(map(str, margins(code)))),
+        ],
+    )
+    print_rows(console, "trained on", training_rows(content))
+    if keys:
+        shapes = [(name, str(list(value.shape))) for name, value in weights.items()]
+        print_rows(console, f"{len(shapes)} keys", shapes)
+    if not provenance:
+        console.print("\n--provenance shows all that is known of its making, --keys every tensor", soft_wrap=True)
+        return
+    print_rows(console, "policy", list(flatten(content["policy"])))
+    print_rows(console, "reach of each dimension", [(str(i), f"{c:+.2f}+-{s:.2f}") for i, (c, s) in reach(tokenizer)])
+    print_rows(console, "validation during training", validation_rows(section(made, "validation")))
+    base = {"base": content["base"]} if "base" in content else {}
+    rest = {**base, **{name: value for name, value in made.items() if name != "validation"}}
+    print_rows(console, "provenance", list(flatten(rest)))
+
+
+def decoding_rows(directory: Path, content: dict[str, Any], config: Any) -> Rows:
+    """What it decodes by, and what its calibration promises."""
+    from rsd.checkpoint import CALIBRATION_FILE, load_calibration, proven_decode
+
+    light = "yes" if content["policy"].get("light") else "no"
+    rows = [("acceptance rule", str(config.acceptance)), ("light draft", light)]
+    if (proven := proven_decode(directory, content)) is not None:
+        rows.append((f"proven best: {proven[0]}", proven[1]))
+    if (directory / CALIBRATION_FILE).is_file():
+        found = load_calibration(directory)
+        promise = f"risk <= {found.alpha:g} at confidence {1 - found.delta:g}, epsilon {found.epsilon_mm:g} mm"
+        rows.append(("rsd-skip calibrated for", f"{found.suites.replace(',', ', ')}: {promise}"))
+    return rows
+
+
+def training_rows(content: dict[str, Any]) -> Rows:
+    """Suites, tasks, image size, how much of it, and by which versions; without what the record does not say."""
+    data, versions = section(content, "provenance", "data"), section(content, "provenance", "versions")
+    suites, instructions, sizes = trained_on(content)
+    rows = [
+        ("suites", ", ".join(sorted(suites))),
+        ("tasks", str(len(instructions) or "")),
+        ("demonstrations", str(data.get("episodes", ""))),
+        ("frames", str(data.get("frames", ""))),
+        ("pixels", ", ".join(map(str, sorted(sizes)))),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def compact_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    """Configuration, and all weights by name."""
+    from rsd.checkpoint import load_model
+
+    model, config = load_model(directory, content, tokenizer)
+    return config, model.state_dict()
+
+
+def openvla_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    """Configuration, and the weights that were added to the base, which is not looked at."""
+    from rsd.checkpoint import WEIGHTS_FILE, parse_config
+    from rsd.targets.openvla.files import ADAPTER_DIR, ADAPTER_WEIGHTS
+    from rsd.targets.openvla.loading import tensors
+    from rsd.targets.openvla.rsd_policy import OpenVlaRsdConfig
+
+    added = dict(tensors(directory / WEIGHTS_FILE, "cpu"))
+    adapter = dict(tensors(directory / ADAPTER_DIR / ADAPTER_WEIGHTS, "cpu"))
+    named = {f"{ADAPTER_DIR}.{name.removeprefix('base_model.model.')}": value for name, value in adapter.items()}
+    return parse_config(directory, content, OpenVlaRsdConfig), {**added, **named}
+
+
+def margins(code: Any) -> list[int]:
+    return [code.margin(level) for level in range(1, code.levels + 1)]
+
+
+def reach(tokenizer: Any) -> Iterable[tuple[int, tuple[float, float]]]:
+    return enumerate(zip(tokenizer.centre.tolist(), tokenizer.scale.tolist(), strict=True))
+
+
+def validation_rows(validation: dict[str, Any]) -> Rows:
+    rows = []
+    for name, values in validation.items():
+        if isinstance(values, dict):
+            rows.append((name, ", ".join(f"{key} {value}" for key, value in values.items())))
+        else:
+            rows.append((name, str(values)))
+    return rows
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Rows:
+    """Nested provenance as dotted lines; equal entries of a list, which data of several sources has many of, once."""
+    rows: Rows = []
+    for name, value in values.items():
+        label = f"{prefix}{name}"
+        if isinstance(value, dict):
+            rows += flatten(value, f"{label}.")
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            distinct = {str(item): item for item in value}
+            for number, (text, item) in enumerate(distinct.items()):
+                times = sum(str(other) == text for other in value)
+                suffix = f"[{number}]" if len(distinct) > 1 else ""
+                rows.append((f"{label}{suffix}", f"{times} x" if times > 1 else ""))
+                rows += flatten(item, f"{label}{suffix}.")
+        else:
+            rows.append((label, str(value)))
+    return rows
+
+
+def show_runs(directories: list[Path], console: Console) -> None:
+    """The table of the runs, success per task, and what failures look like; of a single one its options, too."""
+    runs = load_runs(directories)
+    print_runs(console, runs)
+    labels = task_labels(runs)
+    console.print()
+    if len(runs) > 1:
+        by_run = [{(s.suite, s.task_id): s.success for s in summarize_tasks(run.episodes)} for run in runs]
+        cells = [
+            [label, *(f"{found[task].successes}/{found[task].n}" if task in found else ABSENT for found in by_run)]
+            for task, label in sorted(labels.items())
+        ]
+        print_table(console, "success by task", ["task", *(run.name for run in runs)], cells, "rows")
+        console.print(f"\nof one alone: rsd inspect {directories[0]}", soft_wrap=True)
+        return
+    (run,) = runs
+    rows, failed = [], []
+    for task in summarize_tasks(run.episodes):
+        failures = Counter(
+            episode.failure_detail or episode.failure
+            for episode in run.episodes
+            if (episode.suite, episode.task_id) == (task.suite, task.task_id) and not episode.success
+        )
+        label, rate = labels[task.suite, task.task_id], task.success
+        steps = ABSENT if task.mean_success_steps is None else f"{task.mean_success_steps:.0f}"
+        rows.append([label, f"{rate.successes}/{rate.n}", f"{100 * rate.low:.0f} to {100 * rate.high:.0f} %", steps])
+        if failures:
+            failed.append((label, ", ".join(f"{count} x {reason}" for reason, count in failures.most_common())))
+    print_table(console, "tasks", ["task", "success", "95 % interval", "steps"], rows, "rows")
+    print_rows(console, "failures", failed)
+    for episode in run.broken:
+        where = f"{episode.suite} task {episode.task_id}, initial state {episode.init_state}"
+        console.print(f"error: {where}: {episode.failure}", style="red", soft_wrap=True)
+    options = run.record.config
+    print_rows(console, "options", [(name, str(value)) for name, value in options.items() if value != ""])
+    print_rows(console, "versions", list(run.record.versions.items()))
+    policy = {name: value for name, value in run.record.policy.items() if name != "provenance"}
+    print_rows(console, "policy", list(flatten(policy)))

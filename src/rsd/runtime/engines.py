@@ -1,0 +1,67 @@
+"""What primitives run on: PyTorch operation by operation, CUDA graphs, compiled or not, or ONNX graphs on a CPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from rsd.runtime.cuda_graph import compiled_graph, cuda_graph
+from rsd.runtime.onnx_graph import OnnxGraphs, missing_packages
+from rsd.runtime.recorded import Recordings
+from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ENGINES, ONNX, RsdError
+
+DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}  # of the engines that record
+VARIABLE = "RSD_ENGINE"  # what `auto` takes on a CPU, if it is set
+LOG = logging.getLogger(__name__)
+
+
+def choose_engine(asked: str, device: str, recordable: bool, compact: bool = True) -> str:
+    """The engine for a device such as cpu or cuda:1; recordable: whether what is decoded can become a graph there;
+    compact: whether the models are the compact ones, and not OpenVLA's.
+
+    `auto` takes graphs where they can be had and `eager` elsewhere; what is asked for by name and cannot be had is
+    an `RsdError`.
+    """
+    if asked not in ENGINES:
+        raise RsdError(f"engine {asked!r}: expected one of {', '.join(ENGINES)}")
+    kind = torch.device(device).type
+    if asked in DEVICES:
+        if kind != (expected := DEVICES[asked]):
+            raise RsdError(f"engine {asked!r}: expected device {expected}, found {device}; take auto or eager")
+        if not recordable:
+            why = "not for drawn tokens, acceptance 'exact' (fine='sequential'), or OpenVLA on a CPU"
+            raise RsdError(f"engine {asked!r}: {why}; take auto or eager")
+        if asked == COMPILED and not compact:
+            raise RsdError("engine 'compiled': not for OpenVLA, which `studies.openvla` times so; take auto")
+        if asked == ONNX and (missing := missing_packages()):
+            raise RsdError(f"engine 'onnx': expected {', '.join(missing)}; pip install {' '.join(missing)}")
+    if asked != AUTO:
+        return asked
+    if not recordable:
+        return EAGER
+    if kind == "cuda":
+        return CUDA_GRAPHS
+    if kind != "cpu":
+        return EAGER
+    wanted = os.environ.get(VARIABLE, AUTO)
+    if wanted not in (AUTO, EAGER, ONNX):
+        raise RsdError(f"{VARIABLE}={wanted}: expected {AUTO}, {EAGER} or {ONNX}; set it anew, or unset it")
+    if wanted != AUTO:
+        return choose_engine(wanted, device, recordable)
+    if missing := missing_packages():
+        LOG.warning("%s not installed: engine eager, about half as fast on a CPU", ", ".join(missing))
+        return EAGER
+    return ONNX
+
+
+def make_engine(engine: str) -> Recordings | None:
+    """What `Primitives` take for an engine that `choose_engine` chose. A GPU gains by whole compositions, whose parts
+    overlap there; on a CPU the primitives are shared between decoders and rules, and lose nothing."""
+    if engine == EAGER:
+        return None
+    return Recordings(OnnxGraphs(), whole=False) if engine == ONNX else Recordings(CUDA[engine], whole=True)
+
+
+CUDA = {CUDA_GRAPHS: cuda_graph, COMPILED: compiled_graph}

@@ -1,0 +1,272 @@
+"""Primitives on CPU tensors as ONNX graphs, run by ONNX Runtime.
+
+A drafter is several hundred operations of a few microseconds each; PyTorch takes longer to get from one to the next
+than to compute them, and where two threads meet after each, and one of them has to wait for a core, a hundred times
+longer. Exporting takes seconds, so graphs are kept: a folder for every policy, named by everything that they depend on,
+with one small graph a primitive, for all decoders and rules, and the weights beside them, each once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rsd
+from rsd.decoding.primitives import Primitives, Step
+from rsd.locks import first_or_after
+from rsd.nested import tensors_of, with_tensors
+from rsd.types import RsdError
+
+PACKAGES = ("onnxruntime", "onnx", "onnxscript")
+CODE = ("models/*.py", "decoding/*.py", "runtime/*.py", "tokenizer/*.py", "nested.py")  # of an exported graph
+LIMIT_BYTES = 2_000_000_000  # of all policies' graphs together; the policy used longest ago gives way
+LARGE = 1024  # bytes of a weight from which on it lies beside its graph
+WEIGHTS = "weights"  # the folder of them, each a file named by the SHA-256 of its bytes
+TOLERANCE = 1e-2  # of the largest number of an output, or of its symbols; rounding is 1e-5
+LOG = logging.getLogger(__name__)
+
+
+def missing_packages() -> list[str]:
+    """What has to be installed before a graph can be exported and run."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+class OnnxGraphs:
+    """A `Recorder` for the models of one policy: the folder that its graphs are kept in is found once."""
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+
+    def __call__(
+        self, step: Step, ops: Primitives, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
+    ) -> OnnxGraph:
+        if self._folder is None:
+            self._folder = graph_folder() / policy_name(ops)
+        return OnnxGraph(self._folder, step, ops, call, inputs)
+
+
+class OnnxGraph:
+    """A call as a session of ONNX Runtime with as many threads as PyTorch has when it is made, and with the weights of
+    then: what changes in the models later does not reach it.
+
+    A `small` primitive on one observation gets one thread: its operations are too small for two to meet after each.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: Step,
+        ops: Primitives,
+        call: Callable[[Sequence[Tensor]], Any],
+        inputs: Sequence[Tensor],
+    ) -> None:
+        """`RsdError` if what is exported does not give what the call gives on these inputs."""
+        with torch.inference_mode(False), torch.no_grad():
+            given = [tensor.clone().contiguous() for tensor in inputs]
+            self.template = call(given)
+            path = folder / f"{graph_name(step, ops, given)}.onnx"
+            with contextlib.suppress(OSError):
+                os.utime(folder)  # used last now
+            if not path.exists():
+                with first_or_after(folder):
+                    if not path.exists():
+                        export(path, step, ops, call, given)
+        small = step.small and len(given[0]) == 1
+        threads = 1 if small else torch.get_num_threads()
+        try:
+            self.session = _session(path, threads)
+        except RsdError as error:  # cut off by a full disk, say, or of another version of the runtime
+            LOG.warning("ONNX graph %s: cannot be loaded (%s); made anew", path, error.__cause__)
+            shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
+            with torch.inference_mode(False), torch.no_grad():
+                export(path, step, ops, call, given)
+            self.session = _session(path, threads)
+        self.names = [argument.name for argument in self.session.get_inputs()]
+        self._compare(step.name, given)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        feed = {name: tensor.contiguous().numpy() for name, tensor in zip(self.names, inputs, strict=True)}
+        return with_tensors(self.template, map(torch.from_numpy, self.session.run(None, feed)))
+
+    def _compare(self, name: str, inputs: Sequence[Tensor]) -> None:
+        pairs = zip(tensors_of(self.template), tensors_of(self(inputs)), strict=True)
+        for index, (expected, found) in enumerate(pairs):
+            if expected.numel() == 0 or not expected.isfinite().all():
+                continue
+            if expected.is_floating_point():
+                apart, most = float((expected - found).abs().max()), max(1.0, float(expected.abs().max()))
+            else:  # symbols and what is accepted of them: the share that differs
+                apart, most = float((expected != found).float().mean()), 1.0
+            if not apart <= TOLERANCE * most:
+                raise RsdError(
+                    f"ONNX graph of {name}: output {index} is {apart:.3g} away from PyTorch's; decode with the engine "
+                    "'eager', and report this with the versions of torch, onnxscript and onnxruntime"
+                )
+
+
+class _Call(nn.Module):
+    """The call as a module, so that the exporter knows which tensors are weights."""
+
+    def __init__(self, ops: Primitives, call: Callable[[Sequence[Tensor]], Any]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(_models(ops))
+        self.call = call
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors_of(self.call(inputs)))
+
+
+def graph_folder() -> Path:
+    """Where exported graphs are kept: $XDG_CACHE_HOME/rsd-vla/graphs, by default in ~/.cache. Safe to delete."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rsd-vla" / "graphs"
+
+
+def _models(ops: Primitives) -> list[nn.Module]:
+    return [model for model in (ops.main, ops.feature_drafter, ops.visual_drafter) if model is not None]
+
+
+def policy_name(ops: Primitives) -> str:
+    """A folder's name that changes with the weights, the code and the versions that make the graphs."""
+    digest = hashlib.sha256(_code_and_versions().encode())
+    for model in _models(ops):
+        digest.update(repr(model).encode())
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy())
+        digest.update(repr([getattr(model, name, None) for name in ("config", "code", "horizon")]).encode())
+    return digest.hexdigest()[:32]
+
+
+def graph_name(step: Step, ops: Primitives, inputs: Sequence[Tensor]) -> str:
+    """A file's name that changes with everything else that the graph depends on."""
+    kind: list[object] = [(tuple(x.shape), x.dtype) for x in inputs]
+    kind += {"rule": [ops.rule.name], "telling": [ops.fine, ops.telling]}.get(step.by, [])
+    return f"{step.name}-{hashlib.sha256(repr(kind).encode()).hexdigest()[:16]}"
+
+
+@cache
+def _code_and_versions() -> str:
+    root = Path(rsd.__file__).parent
+    files = sorted(file for part in CODE for file in root.glob(part))
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return " ".join([code, *(f"{name} {metadata.version(name)}" for name in ("torch", *PACKAGES))])
+
+
+def export(
+    path: Path, step: Step, ops: Primitives, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
+) -> None:
+    """Write the call's graph, with its weights beside it; says so, since it takes a while."""
+    begun = time.monotonic()
+    say(f"exporting {step.name} for ONNX Runtime, once for this policy ...")
+    earlier, ops.checks = ops.checks, []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, _quiet():
+            file = Path(folder) / path.name
+            module = _Call(ops, call).eval()
+            program = torch.onnx.export(module, tuple(inputs), dynamo=True, verbose=False)
+            assert program is not None
+            write_graph(program.model_proto, file, path.parent / WEIGHTS)
+            file.replace(path)  # whole or not at all, whoever else exports the same
+        make_room(path.parent)
+    except RuntimeError as error:  # the exporter's own are of this kind
+        raise RsdError(f"ONNX graph {path.stem}: not exported ({error}); take the engine 'eager'") from error
+    except OSError as error:
+        remedy = "set XDG_CACHE_HOME to a folder with room that may be written to, or take the engine 'eager'"
+        raise RsdError(f"ONNX graph {path}: not written ({error}); {remedy}") from error
+    finally:
+        ops.checks = earlier
+    say(f"exporting {step.name} for ONNX Runtime, once for this policy: {time.monotonic() - begun:.0f} s")
+
+
+def say(line: str) -> None:
+    """A line of progress, which gives way to the next where somebody watches."""
+    begins = line.endswith("...")
+    if sys.stderr.isatty():
+        print(f"\r{line}\033[K", end="" if begins else "\n", file=sys.stderr, flush=True)
+    elif not begins:
+        print(line, file=sys.stderr, flush=True)
+    LOG.info(line)
+
+
+def write_graph(proto: Any, file: Path, weights: Path) -> None:
+    """Write a model with every large weight in a file of its own, which graphs with the same weight share."""
+    weights.mkdir(parents=True, exist_ok=True)
+    for initialiser in proto.graph.initializer:
+        content = initialiser.raw_data
+        if len(content) < LARGE:
+            continue
+        beside = weights / hashlib.sha256(content).hexdigest()
+        if not beside.exists():
+            partial = beside.with_name(f"{beside.name}.{os.getpid()}")
+            partial.write_bytes(content)
+            partial.replace(beside)
+        initialiser.ClearField("raw_data")
+        initialiser.data_location = type(initialiser).EXTERNAL
+        for key, value in (("location", f"{WEIGHTS}/{beside.name}"), ("offset", "0"), ("length", str(len(content)))):
+            initialiser.external_data.add(key=key, value=value)
+    file.write_bytes(proto.SerializeToString())
+
+
+def make_room(current: Path) -> None:
+    """Delete policies' graphs, used longest ago first and the current one never, until the rest fits."""
+    folders = [folder for folder in current.parent.iterdir() if folder.is_dir() and folder != current]
+    sizes = {folder: _bytes(folder) for folder in [*folders, current]}
+    for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime):
+        if sum(sizes.values()) <= LIMIT_BYTES:
+            break
+        shutil.rmtree(folder, ignore_errors=True)  # another process makes room as well
+        sizes.pop(folder)
+
+
+def _bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter speaks of its own future; a failure is an exception."""
+    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for name in levels:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def _session(path: Path, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # else its threads go on spinning for a tenth of a second, on cores that the simulator and other graphs need
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime has a class of its own for every kind of damage
+        raise RsdError(f"ONNX graph {path}: cannot be loaded ({error}); decode with the engine 'eager'") from error

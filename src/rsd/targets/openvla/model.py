@@ -1,0 +1,220 @@
+"""OpenVLA and OpenVLA-OFT: vision, projector, Llama-2 trunk, and OFT's heads, with their decoding passes.
+
+The sequence is: start token, image patches (then OFT's proprioception token), the prompt's other tokens, and for
+OFT 56 empty action positions and a stop token. OpenVLA reads it causally and continues it token by token; OFT lets
+every position see every other and reads all actions from one pass (arXiv 2406.09246, 2502.19645).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rsd.conventions import CHUNK_SIZE
+from rsd.targets.openvla.llama import Attend, Llama, LlamaConfig, StaticCache
+from rsd.targets.openvla.vision import DINO, SIGLIP, TIMM_MODELS, FusedVision, Projector, VitConfig
+from rsd.types import ACTION_DIM, STATE_DIM, RsdError
+
+STOP_TOKEN = 2
+ACTION_TOKENS = CHUNK_SIZE * ACTION_DIM  # OFT's empty positions
+SUPPORTED_VISION = "dinosiglip-vit-so-224px"
+
+
+@dataclass(frozen=True)
+class OpenVlaConfig:
+    """What config.json says, sizes made explicit.
+
+    padding: how many ids the vocabulary was padded by; action tokens are the last ids before them.
+    """
+
+    vision: tuple[VitConfig, VitConfig] = (TIMM_MODELS[DINO], TIMM_MODELS[SIGLIP])
+    llama: LlamaConfig = field(default_factory=LlamaConfig)
+    action_bins: int = 256
+    padding: int = 64
+
+    @property
+    def vision_dim(self) -> int:
+        return self.vision[0].dim + self.vision[1].dim
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], source: str) -> OpenVlaConfig:
+        """Content of a published config.json; `RsdError` names what this implementation does not read.
+
+        timm_model_kwargs, sizes of the two towers in the order of timm_model_ids, is an addition of this package
+        for small test checkpoints.
+        """
+
+        def expect(key: str, found: Any, wanted: Any) -> None:
+            if found != wanted:
+                raise RsdError(f"{source}: {key}: expected {wanted!r}, found {found!r}; only this is supported")
+
+        expect("model_type", content.get("model_type"), "openvla")
+        expect("vision_backbone_id", content.get("vision_backbone_id"), SUPPORTED_VISION)
+        expect("image_resize_strategy", content.get("image_resize_strategy"), "resize-naive")
+        expect("timm_model_ids", content.get("timm_model_ids", list(TIMM_MODELS)), list(TIMM_MODELS))
+        expect("use_fused_vision_backbone", content.get("use_fused_vision_backbone", True), True)
+        text = dict(content.get("text_config") or {})
+        expect("text_config.model_type", text.get("model_type", "llama"), "llama")
+        expect("text_config.hidden_act", text.get("hidden_act", "silu"), "silu")
+        expect("text_config.rope_scaling", text.get("rope_scaling"), None)
+        expect("text_config.attention_bias", text.get("attention_bias", False), False)
+        expect("text_config.mlp_bias", text.get("mlp_bias", False), False)
+        rope = text.get("rope_parameters") or {}  # transformers 5 writes it instead of rope_theta
+        expect("text_config.rope_parameters.rope_type", rope.get("rope_type", "default"), "default")
+        default = LlamaConfig()
+        llama = LlamaConfig(
+            vocab_size=text.get("vocab_size", default.vocab_size),
+            dim=text.get("hidden_size", default.dim),
+            layers=text.get("num_hidden_layers", default.layers),
+            heads=text.get("num_attention_heads", default.heads),
+            mlp_dim=text.get("intermediate_size", default.mlp_dim),
+            norm_eps=text.get("rms_norm_eps", default.norm_eps),
+            rope_theta=text.get("rope_theta", rope.get("rope_theta", default.rope_theta)),
+            max_positions=text.get("max_position_embeddings", default.max_positions),
+        )
+        expect("text_config.num_key_value_heads", text.get("num_key_value_heads") or llama.heads, llama.heads)
+        expect("text_config.head_dim", text.get("head_dim") or llama.head_dim, llama.head_dim)
+        sizes = content.get("timm_model_kwargs") or [{}, {}]
+        try:
+            towers = [
+                VitConfig(**{**vars(tower), **size}) for tower, size in zip(TIMM_MODELS.values(), sizes, strict=True)
+            ]
+        except (TypeError, ValueError) as error:
+            raise RsdError(f"{source}: timm_model_kwargs: {error}") from None
+        bins, padding = content.get("n_action_bins", 256), content.get("pad_to_multiple_of", 64)
+        return cls((towers[0], towers[1]), llama, bins, padding)
+
+
+class ActionHead(nn.Module):
+    """OFT's L1 head: hidden states of one step's seven positions -> seven numbers, normalised."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.model = MlpResNet(ACTION_DIM * dim, dim, ACTION_DIM)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, H*7, D] -> [B, H, 7]."""
+        return self.model(hidden.unflatten(1, (-1, ACTION_DIM)).flatten(2))
+
+
+class MlpResNet(nn.Module):
+    def __init__(self, input_dim: int, dim: int, output_dim: int, blocks: int = 2) -> None:
+        super().__init__()
+        self.layer_norm1, self.fc1 = nn.LayerNorm(input_dim), nn.Linear(input_dim, dim)
+        self.mlp_resnet_blocks = nn.ModuleList(ResNetBlock(dim) for _ in range(blocks))
+        self.layer_norm2, self.fc2 = nn.LayerNorm(dim), nn.Linear(dim, output_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.fc1(self.layer_norm1(x)))
+        for block in self.mlp_resnet_blocks:
+            x = block(x)
+        return self.fc2(self.layer_norm2(x))
+
+
+class ResNetBlock(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.ffn = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.ffn(x)
+
+
+class ProprioProjector(nn.Module):
+    """Normalised proprioception [B, 8] -> one embedding [B, D]."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(STATE_DIM, dim), nn.Linear(dim, dim)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(state)))
+
+
+class OpenVlaModel(nn.Module):
+    """The model of a checkpoint; OFT's heads are there only if the checkpoint has them."""
+
+    def __init__(self, config: OpenVlaConfig, *, action_head: bool = False, proprio: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_backbone = FusedVision(config.vision)
+        self.projector = Projector(config.vision_dim, config.llama.dim)
+        self.language_model = Llama(config.llama)
+        self.action_head = ActionHead(config.llama.dim) if action_head else None
+        self.proprio_projector = ProprioProjector(config.llama.dim) if proprio else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.norm.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.norm.device
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """pixels [B, cameras, 6, S, S], normalised -> [B, cameras*256, D]."""
+        return self.projector(self.vision_backbone(pixels.to(self.dtype)))
+
+    def embed_prefix(self, images: Tensor, prompt: Tensor, state: Tensor | None = None) -> Tensor:
+        """Embedded images, prompt ids [B, T], normalised state [B, 8] -> [B, 1 + images (+ 1) + T - 1, D]."""
+        words = self.language_model.embed_tokens(prompt)
+        parts = [words[:, :1], images]
+        if (state is None) != (self.proprio_projector is None):
+            found = "no state" if state is None else "a state"
+            raise RsdError(f"proprioception: found {found}, but the checkpoint says otherwise")
+        if state is not None and self.proprio_projector is not None:
+            parts.append(self.proprio_projector(state.to(self.dtype)).unsqueeze(1))
+        return torch.cat([*parts, words[:, 1:]], dim=1)
+
+    # OpenVLA: token by token
+
+    def prefill(self, prefix: Tensor, room: int) -> tuple[Tensor, StaticCache]:
+        """One causal pass; -> hidden state of the last position [B, 1, D] and a cache with `room` more positions."""
+        cache = self.language_model.new_cache(len(prefix), prefix.shape[1] + room)
+        return self.language_model(prefix, Attend(causal=True), cache, keep=1), cache
+
+    def next_token(self, token: Tensor, cache: StaticCache) -> Tensor:
+        """token [B, 1] -> hidden state of its position [B, 1, D]; the cache grows by one."""
+        return self.language_model(self.language_model.embed_tokens(token), Attend(), cache)
+
+    def generate(self, prefix: Tensor, count: int = ACTION_DIM) -> Tensor:
+        """Greedy continuation of the prefix -> ids [B, count]; one prefill and count - 1 passes of one token."""
+        hidden, cache = self.prefill(prefix, count - 1)
+        tokens = [self.language_model.logits(hidden).argmax(-1)]
+        while len(tokens) < count:
+            hidden = self.next_token(tokens[-1], cache)
+            tokens.append(self.language_model.logits(hidden).argmax(-1))
+        return torch.cat(tokens, dim=1)
+
+    # OpenVLA-OFT: all at once
+
+    def action_hidden(self, prefix: Tensor) -> Tensor:
+        """One bidirectional pass over prefix, empty action positions and the stop token -> [B, 56, D].
+
+        An action is read one position early, where a causal model would have predicted it.
+        """
+        empty = prefix.new_zeros(len(prefix), ACTION_TOKENS, prefix.shape[2])
+        stop = self.language_model.embed_tokens.weight[STOP_TOKEN].expand(len(prefix), 1, -1)
+        x = torch.cat([prefix, empty, stop], dim=1)
+        hidden = self.language_model(x, Attend(), keep=ACTION_TOKENS + 2)
+        return hidden[:, :ACTION_TOKENS]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """OFT's L1 head on what `action_hidden` gives -> normalised actions float32 [B, 8, 7]."""
+        if self.action_head is None:
+            raise RsdError("no action head is loaded: this checkpoint cannot decode with `l1`")
+        return self.action_head(hidden).float()
+
+    def token_values(self, tokens: Tensor) -> Tensor:
+        """Action token ids [B, n] -> normalised actions float32 [B, n], the centres of their bins.
+
+        As published, an id outside the action tokens counts as the nearest of them.
+        """
+        bins = torch.linspace(-1.0, 1.0, self.config.action_bins, dtype=torch.float64, device=tokens.device)
+        centres = (bins[1:] + bins[:-1]) / 2
+        index = self.config.llama.vocab_size - self.config.padding - tokens - 1
+        return centres[index.clamp(0, len(centres) - 1)].float()

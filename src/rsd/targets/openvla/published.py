@@ -1,0 +1,102 @@
+"""A checkpoint in OpenVLA's published format: finding it, telling it from others, what its files do not say.
+
+No model and no image code in here: every evaluation asks whether its policy is one of these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rsd import hub
+from rsd.checkpoint import locate_checkpoint
+from rsd.json_files import from_json
+from rsd.targets.openvla.files import ADAPTER_CONFIG, ADAPTER_DIR, HUB_FILES, component_file, is_openvla, read_json
+from rsd.types import RsdError
+
+DECODERS = ("ar", "l1", "discrete")
+SETTINGS_FILE = "rsd_openvla.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint's own files do not say. None: as the files suggest, see `resolve`."""
+
+    decode: str | None = None
+    """ar (OpenVLA's 7 tokens, one action), l1 or discrete (OpenVLA-OFT, a chunk of 8)."""
+    cameras: int | None = None
+    """1: third person; 2: and the wrist."""
+    unnorm_key: str | None = None
+    """Data set in dataset_statistics.json."""
+    center_crop: bool = True
+    """Whether training cropped images at random, as all published fine-tunes did."""
+
+    @classmethod
+    def load(cls, directory: Path) -> Settings:
+        path = directory / SETTINGS_FILE
+        return from_json(cls, read_json(path), str(path)) if path.exists() else cls()
+
+    def resolve(self, directory: Path) -> Settings:
+        """Decoder and cameras settled; `RsdError` where the files contradict them or do not say."""
+        head, proprio = (component_file(directory, name) for name in ("action_head", "proprio_projector"))
+        decode = self.decode or ("l1" if head else "ar")
+        if decode not in DECODERS:
+            raise RsdError(f"decode {decode!r}: expected one of {', '.join(DECODERS)} for an OpenVLA checkpoint")
+        if (decode == "l1") != (head is not None):
+            found = f"holds {head.name}" if head else "has no action_head--*_checkpoint.pt"
+            fitting = "l1" if head else "ar (OpenVLA) or discrete (OpenVLA-OFT with tokens)"
+            raise RsdError(f"decode {decode}: {directory} {found}; it decodes with {fitting}")
+        if proprio and not head:
+            raise RsdError(f"{directory}: holds {proprio.name} but no action head; expected both, or neither")
+        cameras = self.cameras or (2 if proprio else None if decode == "l1" else 1)
+        if cameras not in (1, 2):
+            raise RsdError(
+                f"{directory}: cameras: expected 1 or 2, found {cameras}; the checkpoint does not say how many it was "
+                f'trained with: write {{"cameras": 1}} or {{"cameras": 2}} into {directory / SETTINGS_FILE}'
+            )
+        return replace(self, decode=decode, cameras=cameras)
+
+
+def locate_openvla(path_or_hub_id: str | Path) -> Path | None:
+    """The local directory, all its files there, if the checkpoint is in OpenVLA's format, else None."""
+    directory = locate_checkpoint(path_or_hub_id)
+    if not is_openvla(directory):
+        return None
+    if hub.local(path_or_hub_id) is not None:
+        return directory
+    return hub.download(str(path_or_hub_id), "policy", HUB_FILES)
+
+
+def locate_under(directory: Path, base: str | Path | None = None) -> Path | None:
+    """The model under the adapter of a directory without merged weights; None where there are some."""
+    if list(directory.glob("model*.safetensors")):
+        if base is not None:
+            raise RsdError(f"{directory}: holds merged weights; its adapter must not be added again, leave base out")
+        return None
+    adapter = directory / ADAPTER_DIR / ADAPTER_CONFIG
+    name = base or (read_json(adapter).get("base_model_name_or_path") if adapter.is_file() else None)
+    if not name:
+        return None
+    located = locate_openvla(name)
+    if located is None:
+        raise RsdError(f"{name}: the adapter's base model is not in OpenVLA's format")
+    return located
+
+
+def fingerprint(directory: Path, patterns: Sequence[str] = (*HUB_FILES, SETTINGS_FILE)) -> str:
+    """SHA-256 over names, sizes, small files, and the first, middle and last MiB of the large ones.
+
+    Whole hashes of 15 GB take minutes in every worker; two trainings differ in every tensor.
+    """
+    digest, block = hashlib.sha256(), 1 << 20
+    paths = [p for pattern in patterns for p in directory.glob(pattern) if p.is_file()]
+    for path in sorted(set(paths)):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(directory)} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in sorted({0, max(size // 2 - block, 0), max(size - block, 0)}):
+                file.seek(start)
+                digest.update(file.read(block))
+    return digest.hexdigest()

@@ -1,0 +1,252 @@
+"""A policy of residual tokens on an OpenVLA checkpoint: what training added, and a reference to what it was added to.
+
+The directory: `config.json` (sizes, the base and its fingerprint, hashes, provenance), `model.safetensors` (heads,
+proprioception, drafts), `lora_adapter/` (PEFT's format, merged on load), `tokenizer.json` (the action code) and, for
+`rsd-skip`, `skip_calibration.json`. The base's 15 GB stay where they are; a directory or link `base` inside the
+policy's own says where that is on another machine.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rsd.checkpoint import (
+    BACKBONE,
+    OPENVLA,
+    WEIGHTS_FILE,
+    load_weights,
+    parse_config,
+    require_finite,
+    write_content,
+)
+from rsd.decoding.state import PolicyInput
+from rsd.manifest import BASE_LINK
+from rsd.models.bundle import PolicyConfig, RsdModel, check_code
+from rsd.models.feature_drafter import DraftConfig, DraftModel
+from rsd.models.target import STATE_FEATURES, state_features
+from rsd.models.text import word_ids
+from rsd.models.visual_drafter import LightDraftConfig
+from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions
+from rsd.policy import SpeculativePolicy, TextCache
+from rsd.targets.openvla.drafter import OpenVlaLight
+from rsd.targets.openvla.files import ADAPTER_CONFIG, ADAPTER_DIR, ADAPTER_WEIGHTS, CONFIG_FILE
+from rsd.targets.openvla.images import prepare_images
+from rsd.targets.openvla.loading import load_openvla, merge_adapter
+from rsd.targets.openvla.lora import Adapter
+from rsd.targets.openvla.model import OpenVlaModel, ProprioProjector
+from rsd.targets.openvla.policy import PREPROCESSOR_FILE, RENDER_SIZE, read_normalisation
+from rsd.targets.openvla.prompt import TOKENIZER_FILE as PROMPT_FILE
+from rsd.targets.openvla.prompt import Prompt
+from rsd.targets.openvla.published import fingerprint, locate_openvla, locate_under
+from rsd.targets.openvla.statistics import Bounds
+from rsd.targets.openvla.target import OpenVlaMain
+from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import STATE_DIM, Observation, RsdError
+
+BASE_FILES = (
+    *(CONFIG_FILE, "model*.safetensors", "model.safetensors.index.json", PROMPT_FILE, PREPROCESSOR_FILE),
+    f"{ADAPTER_DIR}/*",
+)
+"""What of the base a prediction depends on: other files may come and go."""
+
+
+@dataclass(frozen=True)
+class OpenVlaRsdConfig:
+    """Sizes and decoding defaults, as `PolicyConfig`, and how observations are scaled.
+
+    state_low, state_high: what becomes -1 and 1 in the 8 numbers of the state for the main; state_mean, state_std: of
+    the 11 state features for the light draft.
+    """
+
+    cameras: int = 2
+    center_crop: bool = True
+    state_low: tuple[float, ...] = (-1.0,) * STATE_DIM
+    state_high: tuple[float, ...] = (1.0,) * STATE_DIM
+    state_mean: tuple[float, ...] = (0.0,) * STATE_FEATURES
+    state_std: tuple[float, ...] = (1.0,) * STATE_FEATURES
+    draft: DraftConfig = field(default_factory=lambda: DraftConfig(dim=256))
+    light: LightDraftConfig | None = field(default_factory=LightDraftConfig)
+    acceptance: str = "margin"
+    fine: str = "regress"
+
+    def __post_init__(self) -> None:
+        sizes = tuple(map(len, (self.state_low, self.state_high, self.state_mean, self.state_std)))
+        if sizes != (STATE_DIM, STATE_DIM, STATE_FEATURES, STATE_FEATURES) or self.cameras not in (1, 2):
+            expected = f"state_low and _high of {STATE_DIM}, state_mean and _std of {STATE_FEATURES}, cameras 1 or 2"
+            raise RsdError(f"OpenVLA policy: expected {expected}, found {sizes} numbers, cameras {self.cameras}")
+
+    @property
+    def bounds(self) -> Bounds:
+        low, high = np.array(self.state_low), np.array(self.state_high)
+        return Bounds(low, high, np.ones(len(low), dtype=bool))
+
+    @property
+    def views(self) -> int:
+        """Cameras that any reader needs: the light draft always has both."""
+        return 2 if self.light else self.cameras
+
+
+class OpenVlaRsdModel(RsdModel):
+    """Main on OpenVLA's trunk, and drafts, in the base's precision and on its device.
+
+    The base loses its own action head and, where it has none, gets a fresh proprioception projector.
+    """
+
+    main: OpenVlaMain
+    light: OpenVlaLight | None
+
+    def __init__(self, openvla: OpenVlaModel, config: OpenVlaRsdConfig, tokenizer: ActionTokenizer) -> None:
+        nn.Module.__init__(self)
+        check_code(tokenizer)
+        code, horizon, motion = tokenizer.config.rfsq, tokenizer.config.horizon, tokenizer.motion_dim
+        dim = openvla.config.llama.dim
+        openvla.action_head = None
+        openvla.proprio_projector = openvla.proprio_projector or ProprioProjector(dim)
+        self.main = OpenVlaMain(openvla, code, horizon, motion, config.cameras)
+        self.draft = DraftModel(config.draft, code, horizon, motion, dim)
+        self.light = OpenVlaLight(config.light, code, horizon, motion, dim) if config.light else None
+        self.to(openvla.device)
+        for part in (openvla.proprio_projector, self.draft, self.light):
+            if part is not None:
+                part.to(openvla.dtype)
+        self.main.state_mean.copy_(torch.tensor(config.state_mean))
+        self.main.state_std.copy_(torch.tensor(config.state_std))
+
+    def added(self) -> nn.ModuleDict:
+        """Everything that the base does not have, and its proprioception: what `model.safetensors` holds."""
+        names = ("block", "level_head", "parallel_head", "gripper_head", "residual_head")
+        parts: dict[str, nn.Module] = {name: getattr(self.main, name) for name in names}
+        assert self.main.openvla.proprio_projector is not None
+        parts |= {"proprio": self.main.openvla.proprio_projector, "draft": self.draft}
+        return nn.ModuleDict({**parts, "light": self.light} if self.light is not None else parts)
+
+
+class OpenVlaBody:
+    """How observations become OpenVLA's input: pixels [B, views, 6, 224, 224], state [B, 19], prompt ids [B, T] and the
+    drafter's condition [B, Dt]. What a drafter remembers was read under one prompt."""
+
+    compact, prompted, image_size = False, True, RENDER_SIZE
+
+    def __init__(
+        self,
+        model: OpenVlaRsdModel,
+        config: OpenVlaRsdConfig,
+        prompt: Prompt,
+        normalisation: tuple[Tensor, Tensor],
+        directory: Path | None = None,
+    ) -> None:
+        """normalisation: see `OpenVlaPolicy`; directory: where the policy was loaded from."""
+        self.model, self.config, self.prompt, self.directory = model, config, prompt, directory
+        self.cameras = config.views
+        self._mean, self._std = (value.to(model.main.state_mean.device) for value in normalisation)
+        self._texts = TextCache()
+
+    def __call__(self, observations: Sequence[Observation]) -> PolicyInput:
+        if len({observation.instruction for observation in observations}) > 1:
+            raise RsdError("OpenVLA: expected one instruction in a batch, prompts of several lengths do not fit one")
+        config, device, count = self.config, self.model.main.state_mean.device, len(observations)
+        images = np.concatenate([observation.images[: config.views] for observation in observations])
+        prepared = prepare_images(images, device, center_crop=config.center_crop) / 255.0
+        pixels = (prepared.repeat(1, 2, 1, 1) - self._mean) / self._std
+        raw = np.stack([observation.state for observation in observations])
+        given = torch.from_numpy(config.bounds.normalise(raw)).float()
+        state = torch.cat([given, state_features(torch.from_numpy(raw))], dim=1).to(device)
+        prompt, words = self._encode(observations[0].instruction, device)
+        text = prompt.expand(count, -1), words.expand(count, -1)
+        return PolicyInput(pixels.unflatten(0, (count, -1)), state, text)
+
+    def _encode(self, instruction: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        return self._texts.get(instruction, lambda: self._read_text(instruction, device))
+
+    def _read_text(self, instruction: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        words = word_ids([instruction]).to(device)
+        prompt = torch.tensor([self.prompt.ids(instruction)], device=device)
+        return prompt, words if self.model.light is None else self.model.light.encode(words)
+
+    def save(self, directory: Path) -> None:
+        """Copy the directory that the policy was loaded from: its adapter is merged and cannot be taken out again."""
+        if self.directory is None:
+            raise RsdError("OpenVLA: this policy was not loaded from a directory; `save_openvla_rsd` writes one")
+        ignored = shutil.ignore_patterns(BASE_LINK)
+        shutil.copytree(self.directory, directory, ignore=ignored, dirs_exist_ok=True)
+
+
+def load_openvla_policy(
+    directory: Path, content: dict[str, Any], facts: Checkpoint, options: DecodeOptions, runtime: RuntimeOptions
+) -> SpeculativePolicy:
+    """What `rsd.policy.load_policy` calls for such a directory; content: its config.json."""
+    config = parse_config(directory, content, OpenVlaRsdConfig)
+    tokenizer = ActionTokenizer.load(directory)
+    base = find_base(directory, content["base"])
+    prompt, normalisation = Prompt(base), read_normalisation(base)
+    openvla = load_openvla(base, base=locate_under(base), device=runtime.device)
+    merge_adapter(openvla, directory / ADAPTER_DIR)
+    model = OpenVlaRsdModel(openvla, config, tokenizer)
+    load_weights(model.added(), directory / WEIGHTS_FILE)
+    return SpeculativePolicy(
+        model,
+        tokenizer,
+        cast(PolicyConfig, config),  # the same to its users: acceptance and fine
+        options,
+        runtime,
+        body=OpenVlaBody(model, config, prompt, normalisation, directory),
+        facts=replace(facts, code=tokenizer.config.rfsq),
+        provenance={**content.get("provenance", {}), "base": content["base"]},
+    )
+
+
+def find_base(directory: Path, reference: dict[str, str]) -> Path:
+    """The model that a policy was trained on: `base` in its directory, else the path or hub id of its config.json.
+
+    `RsdError` if it is not there, or is another one.
+    """
+    link, named = directory / BASE_LINK, reference["path"]
+    source = str(link) if link.is_dir() else named
+    remedy = f"link or copy the directory that it was trained on to {link}"
+    try:
+        base = locate_openvla(source)
+    except RsdError as error:
+        raise RsdError(f"{directory}: its base model is not here ({error}); {remedy}") from None
+    if base is None:
+        raise RsdError(f"{directory}: its base model {source} is not in OpenVLA's format; {remedy}")
+    found = fingerprint(base, BASE_FILES)
+    if found != reference["fingerprint"]:
+        raise RsdError(
+            f"{directory}: was trained on another base model: expected the fingerprint {reference['fingerprint'][:12]} "
+            f"({named}), found {found[:12]} ({base}); {remedy}"
+        )
+    return base
+
+
+def save_openvla_rsd(
+    added: nn.Module,
+    adapter: Adapter,
+    tokenizer: ActionTokenizer,
+    config: OpenVlaRsdConfig,
+    base: Path,
+    named: str,
+    provenance: dict[str, Any],
+    directory: Path,
+) -> None:
+    """Write the directory. added: `OpenVlaRsdModel.added`; base: the base's directory; named: its path or hub id."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().float().cpu().contiguous() for name, value in added.state_dict().items()}
+    updates = {f"{ADAPTER_DIR} {name}": value for name, value in adapter.updates.state_dict().items()}
+    require_finite({**weights, **updates}, directory)
+    save_file(weights, directory / WEIGHTS_FILE)
+    adapter.save(directory / ADAPTER_DIR, named)
+    tokenizer.save(directory)
+    files = (WEIGHTS_FILE, TOKENIZER_FILE, f"{ADAPTER_DIR}/{ADAPTER_CONFIG}", f"{ADAPTER_DIR}/{ADAPTER_WEIGHTS}")
+    reference = {"path": named, "fingerprint": fingerprint(base, BASE_FILES)}
+    fields = {BACKBONE: OPENVLA, "policy": asdict(config), "base": reference}
+    write_content(directory, fields, files, provenance)

@@ -1,0 +1,126 @@
+"""A served policy as if it were here: what `rsd eval --policy ws://HOST:PORT` drives the simulator with."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from rsd.chunks import checked_chunk
+from rsd.targets.remote.request import IMAGES, MAX_SIDE, PROMPT, RESET, STATE
+from rsd.targets.remote.wire import Welcome, pack, unpack
+from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation
+
+try:
+    from websockets.exceptions import WebSocketException
+    from websockets.sync.client import ClientConnection, connect
+except ImportError as error:
+    raise RsdError("serving needs websockets, found none: pip install 'rsd-vla[serve]'") from error
+
+MAX_STEPS = 1000  # of a chunk
+WELCOME = {"decode": str, "image_size": int, "images": list, "chunk": list, "policy": dict, "versions": dict}
+
+
+class RemotePolicy:
+    """The policy of an `rsd serve`, with an episode memory of its own there; a lost connection is an `RsdError`.
+
+    `reset` connects anew where the connection was lost, and insists on the same policy as before.
+    """
+
+    def __init__(self, address: str, timeout_s: float = 60.0) -> None:
+        """address: ws://HOST:PORT; timeout_s: how long to wait for any answer."""
+        self.address, self.timeout_s = address, timeout_s
+        self._connection: ClientConnection | None = None
+        self._open = ExitStack()
+        self.welcome = self._connect()
+        self._first = True
+
+    @property
+    def image_size(self) -> int:
+        return self.welcome.image_size
+
+    @property
+    def decode(self) -> str:
+        return self.welcome.decode
+
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the episode so far, with the next observation. Nothing that is served is drawn: no seed counts."""
+        self._first = True
+        if self._connection is None and (found := self._connect()) != self.welcome:
+            self.close()
+            raise RsdError(f"{self.address}: another policy is served there now: {found}; expected {self.welcome}")
+
+    def predict(self, observation: Observation) -> ActionChunk:
+        """latency_ms: `total` is the whole round trip, `queue` the wait for other clients, `network` the way there and
+        back with packing and unpacking."""
+        check_observation(observation)
+        start = time.perf_counter()
+        views = {key: view for key, view in zip(IMAGES, observation.images, strict=True) if key in self.welcome.images}
+        words = {STATE: observation.state, PROMPT: observation.instruction, RESET: self._first}
+        answer = self._ask({**views, **words})
+        self._first = False
+        total = 1e3 * (time.perf_counter() - start)
+        try:
+            timing, stats, actions = answer["server_timing"], ChunkStats(**answer["stats"]), answer["actions"]
+            queued, inferred = timing["queue_ms"], timing["infer_ms"]
+            if not 0 <= queued + inferred <= total:  # what is no number is a TypeError, or NaN
+                raise ValueError(f"{queued} and {inferred} ms of {total:.1f} ms")
+            if actions.dtype != np.float32 or actions.shape != self.welcome.chunk:
+                raise ValueError(f"actions {actions.dtype} {list(actions.shape)} in the place of {self.welcome.chunk}")
+            chunk = checked_chunk(ActionChunk(actions.copy(), stats))  # what arrived is read-only
+        except (KeyError, TypeError, AttributeError, ValueError, RsdError) as error:
+            found = f"{type(error).__name__}: {error!s:.200}"
+            raise RsdError(f"{self.address}: not the answer of this version's `rsd serve` ({found})") from error
+        latency = {"network": total - queued - inferred, "queue": queued, **stats.latency_ms, "total": total}
+        return replace(chunk, stats=replace(stats, latency_ms=latency))
+
+    def close(self) -> None:
+        self._connection = None
+        self._open.close()
+
+    def _connect(self) -> Welcome:
+        try:
+            opening = connect(self.address, compression=None, max_size=None, open_timeout=self.timeout_s)
+            self._connection = self._open.enter_context(opening)
+            return read_welcome(self.address, self._receive())
+        # ValueError and OverflowError for a port that is none
+        except (OSError, ValueError, OverflowError, WebSocketException) as error:
+            expected = "expected an `rsd serve` at ws://HOST:PORT"
+            raise RsdError(f"{self.address}: {expected}, found none that answers ({error})") from error
+
+    def _ask(self, content: dict[str, Any]) -> Any:
+        if self._connection is None:
+            raise RsdError(f"{self.address}: the connection was lost; a new episode (`reset`) connects anew")
+        try:
+            self._connection.send(pack(content))
+        except WebSocketException as error:
+            self.close()
+            raise RsdError(f"{self.address}: the connection was lost ({error})") from error
+        answer = self._receive()
+        if isinstance(answer, str):
+            raise RsdError(f"{self.address}: {answer:.1000}")
+        return unpack(answer)
+
+    def _receive(self) -> bytes | str:
+        assert self._connection is not None
+        try:
+            return self._connection.recv(self.timeout_s)
+        except (TimeoutError, WebSocketException) as error:
+            self.close()  # a late answer must not be taken for the next one
+            reason = str(error) or f"no answer for {self.timeout_s:g} s"
+            raise RsdError(f"{self.address}: the connection was lost ({reason})") from error
+
+
+def read_welcome(address: str, message: bytes | str) -> Welcome:
+    content: Any = unpack(message) if isinstance(message, bytes) else message
+    fits = isinstance(content, dict) and content.keys() == WELCOME.keys()
+    if fits and all(isinstance(content[name], kind) for name, kind in WELCOME.items()):
+        welcome = Welcome(**{**content, "images": tuple(content["images"]), "chunk": tuple(content["chunk"])})
+        steps = welcome.chunk[0] if len(welcome.chunk) == 2 and welcome.chunk[1] == ACTION_DIM else 0
+        known = welcome.images in (IMAGES, IMAGES[:1]) and 0 < welcome.image_size <= MAX_SIDE
+        if known and isinstance(steps, int) and 0 < steps <= MAX_STEPS:
+            return welcome
+    raise RsdError(f"{address}: expected this version's `rsd serve`, found {content!r:.200}")

@@ -1,0 +1,1 @@
+"""What measures this project's own studies and writes its result pages."""

@@ -1,0 +1,56 @@
+"""`python -m studies.NAME`: a study as a command, with help and errors as `rsd` has them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rsd.cli import Command, dispatch
+
+STUDIES = {
+    "scaling": Command(
+        "milliseconds per chunk against the size of the main model",
+        "studies.scaling",
+        "measure_scaling",
+        "studies.config:ScalingConfig",
+    ),
+    "deviation": Command(
+        "how far every decoder's chunks are from the baseline's, on held-out frames",
+        "studies.deviation",
+        "measure_deviation",
+        "studies.config:DeviationConfig",
+    ),
+    "serving": Command(
+        "milliseconds that a network port adds to a chunk",
+        "studies.serving",
+        "measure_serving",
+        "studies.config:ServingBenchConfig",
+    ),
+    "throughput": Command(
+        "episodes per minute of `rsd eval` against a plain loop",
+        "studies.throughput",
+        "measure_throughput",
+        "studies.throughput:ThroughputConfig",
+    ),
+    "openvla": Command(
+        "milliseconds per decision of OpenVLA 7B on random weights, beside the published way to run it",
+        "studies.openvla.bench",
+        "measure_openvla",
+        "studies.openvla.config:OpenVlaBenchConfig",
+    ),
+    "tokenizers": Command(
+        "compare action tokenizers at matched bits",
+        "studies.tokenizers.study",
+        "bench",
+        "studies.tokenizers.config:BenchConfig",
+    ),
+}
+
+
+def run_study(name: str, arguments: Sequence[str]) -> int:
+    """Run a study with the options in `arguments`; returns the exit status."""
+    return dispatch(list(arguments), STUDIES[name], f"python -m studies.{name}")
+
+
+def main(name: str) -> None:
+    sys.exit(run_study(name, sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""Options of the studies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsd.evaluation.bench_config import TRUNKS
+from rsd.evaluation.config import DEFAULT, EvalConfig
+from rsd.types import RsdError
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """Time the decoders with mains of several sizes, random weights."""
+
+    policy: str = "checkpoints/libero_spatial"
+    """Checkpoint whose tokenizer, cameras and light draft are taken."""
+    sizes: tuple[str, ...] = tuple(TRUNKS)
+    """Sizes of the main, smallest first."""
+    num_tasks: int = 2
+    """Take two observations each from the first so many tasks of libero_spatial."""
+    rounds: int = 20
+    """Predictions per decoder and observation."""
+    warmup: int = 3
+    """Rounds thrown away first."""
+    device: str = "cpu"
+    """cpu or cuda (there every decoder is replayed from CUDA graphs)."""
+    engine: str = "default"
+    """As in `rsd eval`; default: CUDA graphs on a GPU, PyTorch operation by operation on a CPU, where exporting models
+    of a gigabyte for one measurement outlasts it."""
+    acceptance: str = DEFAULT
+    """How `rsd` and `rsd-fused` verify, as in `rsd eval`."""
+    output: Path = Path("runs/bench/scaling.json")
+    """Raw milliseconds and the environment, as JSON."""
+
+    def __post_init__(self) -> None:
+        for size in self.sizes:
+            if size not in TRUNKS:
+                raise RsdError(f"--sizes {size}: expected some of {', '.join(TRUNKS)}")
+        if min(self.rounds, self.num_tasks) < 1 or self.warmup < 1 or not self.sizes:
+            raise RsdError(f"scaling: expected rounds, num_tasks and warmup >= 1 and a size; found {self}")
+
+
+@dataclass(frozen=True)
+class DeviationConfig:
+    """Measure the action deviation from `ar` on held-out demonstration frames."""
+
+    data: tuple[Path, ...]
+    """Folders of rendered demonstrations (HDF5); every n-th episode is taken, as the training held it out."""
+    policy: str = "checkpoints/libero_spatial"
+    """Checkpoint directory or hub id."""
+    frames: int = 256
+    """Frames, evenly spread; one at a time."""
+    validation_every: int = 40
+    """Every n-th episode is held out: the training's own setting."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    output: Path = Path("runs/bench/deviation.json")
+    """p50, p99 and max by decoder, as JSON."""
+
+
+@dataclass(frozen=True)
+class ServingBenchConfig:
+    """Time chunks decided here and behind a port of this machine."""
+
+    policy: str = EvalConfig.policy
+    """Checkpoint directory or hub id."""
+    decode: tuple[str, ...] = ("l1", "rsd-fused")
+    """Decoders, in the order of the columns."""
+    rounds: int = 200
+    """Chunks per decoder."""
+    warmup: int = 20
+    """Chunks thrown away first."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    threads: int = 0
+    """Torch's threads here and in the server; 0 = one per core."""
+    output: Path = Path("runs/bench/serving.json")
+    """Raw milliseconds and the environment, as JSON."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.warmup < 0 or self.threads < 0 or not self.decode:
+            raise RsdError(f"serving: expected rounds >= 1, warmup >= 0, threads >= 0, a decoder; found {self}")

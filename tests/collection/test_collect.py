@@ -1,0 +1,278 @@
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from rsd.collection.collect import CollectConfig, EpisodeRecorder, collect, make_demonstration
+from rsd.collection.render import RenderConfig, render, render_frames
+from rsd.data.demonstrations import Demonstration, load_demonstrations
+from rsd.data.schema import FILE_SUFFIX
+from rsd.expert import expert
+from rsd.expert.goals import task_goals
+from rsd.expert.pick_and_place import PickAndPlace
+from rsd.expert.scene import Scene
+from rsd.locks import exclusive
+from rsd.sim.libero import LiberoEnv
+from rsd.sim.suites import suite_task
+from rsd.types import RsdError
+from studies.measure_expert import FIRST_SEED, MeasureExpertConfig, run_batch, summary
+
+pytestmark = pytest.mark.simulator
+collecting = sys.modules["rsd.collection.collect"]
+NAME = suite_task("libero_spatial", 0).name
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> CollectConfig:
+    out = tmp_path_factory.mktemp("demos")
+    return CollectConfig(out, tasks=(0,), num_demos=2, swapped_fraction=0.5, num_workers=1, states_only=True, seed=3)
+
+
+@pytest.fixture(scope="module")
+def collected(config: CollectConfig) -> list[Demonstration]:
+    assert collect(config) == {NAME: 2}
+    return list(load_demonstrations(config.out))
+
+
+def test_collected_demonstrations_carry_what_a_learner_needs(
+    config: CollectConfig, collected: list[Demonstration]
+) -> None:
+    assert [demo.target_object[-1] for demo in collected] == ["1", "2"]
+    assert collected[0].instruction == suite_task("libero_spatial", 0).language
+    assert "next to the ramekin" in collected[1].instruction
+    for demo in collected:
+        assert demo.images is None
+        assert demo.success_step < len(demo) - 1
+        assert np.abs(demo.actions).max() <= 1.0
+        np.testing.assert_array_equal(demo.actions[:, 6], demo.labels[:, 6])
+    with h5py.File(config.out / f"{NAME}{FILE_SUFFIX}") as file:
+        data = file["data"]
+        provenance = json.loads(data.attrs["rsd_provenance"])
+        assert provenance["settings"]["seed"] == 3
+        assert provenance["versions"]["mujoco"] == "3.2.3"
+        assert json.loads(data.attrs["problem_info"])["language_instruction"] == collected[0].instruction
+        demo = data["demo_0"]
+        np.testing.assert_array_equal(demo.attrs["init_state"], demo["states"][0])
+        assert demo["states"].dtype == np.float64
+
+
+def test_a_run_resumes_and_a_demonstration_does_not_depend_on_the_run(
+    config: CollectConfig, collected: list[Demonstration]
+) -> None:
+    assert collect(replace(config, num_demos=3)) == {NAME: 3}
+    demos = list(load_demonstrations(config.out))
+    for before, after in zip(collected, demos[:2], strict=True):
+        np.testing.assert_array_equal(before.actions, after.actions)
+    env = LiberoEnv("libero_spatial", 0, cameras=False)
+    alone = make_demonstration(env, config, 2)  # a fresh environment, no demonstration before it
+    env.close()
+    np.testing.assert_array_equal(demos[2].labels, alone.expert_actions.astype(np.float32))
+    assert demos[2].placement_seed == alone.attributes["placement_seed"]
+
+
+def test_other_settings_are_refused(config: CollectConfig, collected: list[Demonstration]) -> None:
+    with pytest.raises(RsdError, match=r"swapped_fraction = 0\.5, found 0\.1"):
+        collect(replace(config, swapped_fraction=0.1))
+    with pytest.raises(RsdError, match="libero_spatial"):
+        collect(replace(config, suite="libero_object"))
+
+
+def test_a_floor_scene_is_collected_under_its_own_names(tmp_path: Path) -> None:
+    job = CollectConfig(tmp_path, "libero_object", tasks=(6,), num_demos=1, num_workers=1, states_only=True)
+    name = suite_task("libero_object", 6).name
+    assert collect(job) == {name: 1}
+    (demo,) = load_demonstrations(tmp_path)
+    assert demo.target_object == "butter_1"
+    assert demo.instruction == "pick up the butter and place it in the basket"
+    with h5py.File(tmp_path / f"{name}{FILE_SUFFIX}") as file:
+        assert file["data"].attrs["env_name"] == "Libero_Floor_Manipulation"
+        assert json.loads(file["data"].attrs["problem_info"])["problem_name"] == "libero_floor_manipulation"
+        assert not file["data/demo_0"].attrs["swapped"]
+
+
+def test_a_task_of_two_goals_is_collected_as_one_demonstration(tmp_path: Path) -> None:
+    job = CollectConfig(tmp_path, "libero_10", tasks=(1,), num_demos=1, num_workers=1, states_only=True)
+    assert collect(job) == {suite_task("libero_10", 1).name: 1}
+    (demo,) = load_demonstrations(tmp_path)
+    assert demo.target_object == "cream_cheese_1,butter_1"
+    assert demo.instruction == "put both the cream cheese box and the butter in the basket"
+    assert 120 < demo.success_step < 400  # the limit is 520
+    assert (np.diff(demo.labels[:, 6]) != 0).sum() >= 4  # it closes and opens for each
+
+
+def test_a_placement_that_the_expert_refuses_costs_that_placement_only(
+    config: CollectConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, tries = expert.run, list[int]()
+
+    def refusing(*arguments: Any, **options: Any) -> expert.ExpertResult:
+        tries.append(len(tries))
+        if len(tries) == 1:
+            raise RsdError("milk_1: expected something at most 0.07 m wide, found 0.071 m")
+        return run(*arguments, **options)
+
+    env = LiberoEnv("libero_spatial", 0, cameras=False)
+    try:
+        alone = make_demonstration(env, config, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(expert, "run", refusing)
+            made = make_demonstration(env, config, 0)
+        assert made.attributes["failed_tries"] == alone.attributes["failed_tries"] + 1 == len(tries) - 1
+
+        def never(*_: object, **__: object) -> None:
+            raise RsdError("too wide")
+
+        monkeypatch.setattr(expert, "run", never)
+        with pytest.raises(RsdError, match=r"failed on 30 placements in a row; of the last .* it says: too wide"):
+            make_demonstration(env, config, 0)
+        # its sibling: the measurement counts it as a failure, and why
+        monkeypatch.setattr("studies.measure_expert.worker_environment", lambda *_, **__: env)
+        records = run_batch(MeasureExpertConfig(Path("x")), 0, range(FIRST_SEED, FIRST_SEED + 2))
+        assert [(record["success"], record["error"]) for record in records] == [(False, "too wide")] * 2
+        assert summary(records)["successes"] == 0
+    finally:
+        env.close()
+
+
+def test_a_draw_that_leaves_no_room_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = LiberoEnv("libero_spatial", 0, cameras=False)
+    rebuild, calls = env._rebuild, list[int]()
+
+    def crowded(seed: int) -> None:
+        from robosuite.utils.errors import RandomizationError
+
+        calls.append(seed)
+        if len(calls) == 1:
+            raise RandomizationError("Cannot place all objects ):")
+        rebuild(seed)
+
+    try:
+        monkeypatch.setattr(env, "_rebuild", crowded)
+        _, info = env.reset(options={"placement_seed": 3})
+        assert info["placement_rejections"] >= 1
+    finally:
+        env.close()
+
+
+def test_demonstrations_that_cannot_be_made_are_named_once_the_others_are(
+    config: CollectConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rsd.collection.collect.worker_pool", lambda _: contextlib.nullcontext(InThisProcess()))
+    monkeypatch.setattr("rsd.collection.collect.as_completed", list)
+    make = collecting.make_demonstration
+
+    def one_fails(env: LiberoEnv, job: CollectConfig, index: int, *rest: Any) -> Any:
+        if index == 0:
+            raise RsdError("no placement will do")
+        return make(env, job, index, *rest)
+
+    job = replace(config, out=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(collecting, "make_demonstration", one_fails)
+        with pytest.raises(RsdError, match=rf"1 of 2 demonstrations failed, .*{NAME} demo_0 .no placement will do"):
+            collect(job)
+    assert [demo.episode for demo in load_demonstrations(tmp_path)] == ["demo_1"]
+    assert collect(job) == {NAME: 2}
+
+
+class InThisProcess:
+    """A pool of workers that is none."""
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+def test_a_demonstration_that_is_damaged_costs_its_own_rendering_only(
+    config: CollectConfig, collected: list[Demonstration], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(config.out / f"{NAME}{FILE_SUFFIX}", source)
+    with h5py.File(source / f"{NAME}{FILE_SUFFIX}", "r+") as file:
+        del file["data/demo_0/states"]
+    job = RenderConfig(source, tmp_path / "out", image_size=32, num_workers=1, every=16, max_per_task=2)
+    with pytest.raises(RsdError, match=r"1 of 2 demonstrations failed, .* demo_0 .*states or fixtures: not readable"):
+        render(job)
+    assert [demo.episode for demo in load_demonstrations(tmp_path / "out")] == ["demo_1"]
+
+
+@pytest.mark.parametrize("begin", ["collect", "render"])
+def test_a_folder_of_demonstrations_belongs_to_one_run(config: CollectConfig, tmp_path: Path, begin: str) -> None:
+    (tmp_path / f"x{FILE_SUFFIX}").touch()
+    runs = {"collect": lambda: collect(replace(config, out=tmp_path)), "render": lambda: render(RenderConfig(tmp_path))}
+    with exclusive(tmp_path), pytest.raises(RsdError, match="another run is writing here"):
+        runs[begin]()
+
+
+def test_what_the_expert_cannot_do_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "none"
+    with pytest.raises(RsdError, match=r"on plate_1 main_table.* 8 .put the bowl on the plate."):
+        collect(CollectConfig(out, "libero_goal", tasks=(8, 5)))
+    solved = "libero_goal, libero_10, libero_object_permuted, libero_spatial_permuted, libero_goal_permuted"
+    with pytest.raises(RsdError, match=f"the expert solves .*{solved}, found the suite 'libero_90'"):
+        collect(CollectConfig(out, "libero_90"))
+    assert not out.exists()
+
+
+def test_rendering_adds_images_once(config: CollectConfig, collected: list[Demonstration], tmp_path: Path) -> None:
+    job = RenderConfig(config.out, tmp_path, image_size=32, num_workers=1, max_per_task=1)
+    assert render(job) == {NAME: 1}
+    path = tmp_path / f"{NAME}{FILE_SUFFIX}"
+    stamp = path.stat().st_mtime_ns
+    assert render(job) == {NAME: 1}
+    assert path.stat().st_mtime_ns == stamp  # nothing was drawn twice
+    with pytest.raises(RsdError, match="32 px"):
+        render(replace(job, image_size=64))
+    (rendered,) = load_demonstrations(tmp_path)
+    assert rendered.images is not None
+    assert rendered.images.shape == (len(rendered), 2, 32, 32, 3)
+    assert rendered.images.std() > 10.0
+    np.testing.assert_array_equal(rendered.actions, collected[0].actions)
+
+    with pytest.raises(RsdError, match=r"32 px of every 1. step, asked for were 32 px of every 16. step"):
+        render(replace(job, every=16))
+    sparse = tmp_path / "sparse"
+    assert render(replace(job, out=sparse, every=16)) == {NAME: 1}
+    (few,) = load_demonstrations(sparse)
+    assert few.images is not None
+    np.testing.assert_array_equal(few.images, rendered.images[::16])
+    np.testing.assert_array_equal(few.labels, rendered.labels)
+    assert few.image_every == 16
+
+
+def test_rendered_images_are_those_of_a_live_recording_but_for_one_substep() -> None:
+    env = LiberoEnv("libero_spatial", 0, image_size=64)
+    env.reset(options={"placement_seed": 1})
+    fixtures = env.fixture_poses()
+    recorder = EpisodeRecorder(images=True)
+    law = PickAndPlace(Scene(env), task_goals("libero_spatial", 0)[0])
+    for _ in range(12):
+        action = law.action()
+        recorder.record(env, action, action)
+        env.advance(action, draw=True)
+    rows = recorder.arrays()
+    env.reset(options={"placement_seed": 2})
+    rendered, live = render_frames(env, rows["states"], *fixtures).astype(int), rows["images"]
+    env.close()
+    near = np.abs(rendered - live).mean(axis=(1, 2, 3, 4))
+    next_step = np.abs(rendered[1:] - live[:-1]).mean(axis=(1, 2, 3, 4))
+    assert near.max() < 3.0
+    assert near[1:].mean() < 0.5 * next_step.mean()
+
+
+def test_files_of_others_cannot_be_rendered(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / f"{NAME}{FILE_SUFFIX}", "w") as file:
+        file.create_group("data/demo_0")
+    with pytest.raises(RsdError, match="rsd_provenance"):
+        render(RenderConfig(tmp_path))

@@ -1,0 +1,56 @@
+import pytest
+
+from rsd.expert.goals import Goal, kind, predicates, solvable_tasks, swapped_goals, task_goals
+from rsd.types import RsdError
+
+
+def test_names_lose_their_numbers() -> None:
+    assert kind("wine_bottle_1") == "wine_bottle"
+    assert kind("basket_1_contain_region") == "basket_contain_region"
+    assert kind("table") == "table"
+
+
+def test_the_goal_is_the_predicate_of_the_scene_file() -> None:
+    assert task_goals("libero_object", 6) == (Goal("in", "butter_1", "basket_1_contain_region"),)
+    assert task_goals("libero_goal", 9) == (Goal("on", "wine_bottle_1", "wine_rack_1_top_region"),)
+    assert task_goals("libero_goal", 7)[0].words == ("turnon", "flat_stove_1")
+    assert predicates("libero_goal", 8) == [("on", "akita_black_bowl_1", "plate_1")]
+    assert task_goals("libero_10", 0) == tuple(
+        Goal("in", name, "basket_1_contain_region") for name in ("alphabet_soup_1", "tomato_sauce_1")
+    )
+
+
+def test_what_the_expert_can_do() -> None:
+    assert solvable_tasks("libero_spatial") == solvable_tasks("libero_object") == tuple(range(10))
+    assert solvable_tasks("libero_goal") == (0, 1, 2, 4, 6, 7, 8, 9)
+    assert solvable_tasks("libero_10") == (0, 1, 2, 4, 6, 7, 8)
+
+
+def test_goals_come_in_an_order_that_leaves_room_for_the_hand() -> None:
+    pudding, mug = task_goals("libero_10", 6)  # the scene file has the mug first
+    assert (pudding.target, mug.target) == ("chocolate_pudding_1", "porcelain_mug_1")
+    assert [goal.words for goal in task_goals("libero_10", 2)] == predicates("libero_10", 2)
+    far, near, stove = task_goals("libero_10", 8)
+    assert far.ahead - near.ahead > 0.08  # the width of a pot
+    assert stove.words == ("turnon", "flat_stove_1")  # it is on from the start
+
+
+@pytest.mark.parametrize(
+    ("suite", "task", "message"),
+    [
+        ("libero_goal", 3, "in akita_black_bowl_1 wooden_cabinet_1_top_region.* 1 .put the bowl on the stove., 2 "),
+        ("libero_goal", 5, "on plate_1 main_table_stove_front_region"),
+        ("libero_10", 3, "close white_cabinet_1_bottom_region and in akita_black_bowl_1 .* 0 .put both the alph"),
+        ("libero_10", 5, "in black_book_1 desk_caddy_1_back_contain_region"),
+    ],
+)
+def test_other_tasks_are_refused_with_those_it_does(suite: str, task: int, message: str) -> None:
+    with pytest.raises(RsdError, match=message):
+        task_goals(suite, task)
+
+
+def test_only_a_scene_with_two_of_a_kind_has_a_swapped_goal() -> None:
+    assert swapped_goals("libero_spatial", 3) == (Goal("on", "akita_black_bowl_2", "plate_1"),)
+    assert swapped_goals("libero_object", 3) is None
+    assert swapped_goals("libero_goal", 8) is None
+    assert swapped_goals("libero_10", 0) is None  # several goals

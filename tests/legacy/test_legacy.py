@@ -1,0 +1,195 @@
+"""The original experiment's networks against what its own code computed with the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rsd.cli import dispatch
+from rsd.legacy.networks import Autoencoder, LevelDraft, read_autoencoder, read_network
+from rsd.legacy.run import ImportLegacyConfig, LegacyDecoder, LegacyPolicy, import_legacy
+from rsd.types import Observation, RsdError
+
+FIXTURES = dict(np.load(Path(__file__).parent.parent / "fixtures" / "openvla" / "legacy.npz"))
+PARTS = ("autoencoder", "draft", "conditioned", "head")
+
+
+def weights(part: str) -> dict[str, torch.Tensor]:
+    prefix = part + "/"
+    return {name[len(prefix) :]: torch.from_numpy(value) for name, value in FIXTURES.items() if name.startswith(prefix)}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """As the experiment saves them: under model_state_dict with settings and an optimiser; bare for the head."""
+    paths = {part: tmp_path / f"{part}.pt" for part in PARTS}
+    for part, path in paths.items():
+        whole = {"model_state_dict": weights(part), "val_accuracy": 0.943, "optimizer_state_dict": {"state": {}}}
+        torch.save(weights(part) if part == "head" else whole, path)
+    return paths
+
+
+def with_layernorm(path: Path, value: bool) -> Path:
+    torch.save({"model_state_dict": weights("autoencoder"), "config": {"use_layernorm": value}}, path)
+    return path
+
+
+@torch.inference_mode()
+def test_draft_and_heads_compute_what_the_original_code_does(files: dict[str, Path]) -> None:
+    features = torch.from_numpy(FIXTURES["features"])
+    draft = read_network(files["draft"])(features)
+    assert draft.shape == (2, 3, 128, 7)
+    np.testing.assert_allclose(draft[:, :, ::8].numpy(), FIXTURES["draft_logits"], atol=1e-5)
+    head = read_network(files["head"])(features)
+    assert head.shape == (2, 8, 128, 7)
+    np.testing.assert_allclose(head[:, :, ::8].numpy(), FIXTURES["head_logits"], atol=1e-5)
+    conditioned = read_network(files["conditioned"])(features, draft.argmax(-1))
+    np.testing.assert_allclose(conditioned[:, :, ::8].numpy(), FIXTURES["conditioned_logits"], atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("layernorm", [True, False])
+def test_the_autoencoder_quantises_as_the_original_does(files: dict[str, Path], layernorm: bool) -> None:
+    model = read_autoencoder(files["autoencoder"], layernorm)
+    actions = torch.from_numpy(FIXTURES["actions"])
+    tokens, latent, _ = model.quantise(actions)
+    codes = torch.from_numpy(FIXTURES[f"codes_{layernorm}"]).long()  # [N, H, 16, L]
+    assert torch.equal(tokens, codes.flatten(1, 2).transpose(1, 2))
+    np.testing.assert_allclose(model.decoder(latent).numpy(), FIXTURES[f"recon_{layernorm}"], atol=1e-5)
+    if not layernorm:
+        np.testing.assert_allclose(model.decode(tokens).numpy(), FIXTURES["decoded_False"], atol=1e-5)
+        np.testing.assert_allclose(FIXTURES["decoded_False"], FIXTURES["recon_False"], atol=1e-5)
+
+
+def test_static_scales_decode_what_the_original_could_not(files: dict[str, Path]) -> None:
+    """The latent is what tokens stand for; the original decoder ignores the statistics it normalised with."""
+    model = read_autoencoder(files["autoencoder"], layernorm=True)
+    actions = torch.from_numpy(FIXTURES["actions"])
+    tokens, latent, _ = model.quantise(actions)
+    with pytest.raises(RsdError, match=r"per-sample LayerNorm.*--calibration"):
+        model.decode(tokens)
+    report = model.calibrate(actions)
+    original = np.square(FIXTURES["decoded_True"] - FIXTURES["recon_True"]).mean()
+    static = float((model.decode(tokens) - model.decoder(latent)).square().mean())
+    assert static < 0.1 * original
+    assert report["mse_static_scales"] == pytest.approx(float((model.decode(tokens) - actions).square().mean()))
+
+
+def test_the_first_kind_of_draft_runs_but_makes_no_chunk(tmp_path: Path, files: dict[str, Path]) -> None:
+    torch.manual_seed(0)
+    made = torch.nn.ModuleDict(
+        {
+            "input_proj": torch.nn.Linear(24, 16),
+            "transformer": torch.nn.TransformerEncoder(
+                torch.nn.TransformerEncoderLayer(16, 8, 32, batch_first=True), 2, enable_nested_tensor=False
+            ),
+            "output_proj": torch.nn.Linear(16, 8 * 7),
+        }
+    ).eval()
+    path = tmp_path / "level.pt"
+    torch.save({"model_state_dict": made.state_dict(), "best_accuracy": 0.9}, path)
+    network = read_network(path)
+    assert isinstance(network, LevelDraft)
+    x = torch.randn(2, 24)
+    expected = made["output_proj"](made["transformer"](made["input_proj"](x)[:, None])[:, 0])
+    torch.testing.assert_close(network(x), expected.unflatten(-1, (8, 7)))
+    config = ImportLegacyConfig(files["autoencoder"], path, layernorm=False, output=tmp_path / "out")
+    with pytest.raises(RsdError, match=r"one symbol for each of 8 levels, where a chunk needs 128 for each"):
+        import_legacy(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_differences_are_listed_key_by_key(files: dict[str, Path]) -> None:
+    changed: dict[str, Any] = weights("head")
+    changed["layer_heads.0.0.bias"] = torch.zeros(3)
+    changed["surplus"] = torch.zeros(2)
+    del changed["feature_proj.2.bias"]
+    torch.save(changed, files["head"])
+    with pytest.raises(RsdError, match="does not fit ChunkHead") as error:
+        read_network(files["head"])
+    for line in (
+        r"layer_heads.0.0.bias: expected [8], found [3]",
+        "surplus [2] is unknown",
+        "feature_proj.2.bias is missing",
+    ):
+        assert line in str(error.value)
+    torch.save({"model": object()}, files["head"])
+    with pytest.raises(RsdError, match="not readable without unpickling"):
+        read_network(files["head"])
+    with pytest.raises(RsdError, match="neither draft nor head"):
+        read_network(files["autoencoder"])
+    with pytest.raises(RsdError, match="does not say whether it was trained with LayerNorm"):
+        read_autoencoder(files["autoencoder"])
+    with pytest.raises(RsdError, match="says use_layernorm True, but False"):
+        read_autoencoder(with_layernorm(files["autoencoder"], True), False)
+
+
+def test_the_command_writes_a_checkpoint_that_decodes_the_same(
+    tmp_path: Path, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_layernorm(files["autoencoder"], True)
+    chunks, output = tmp_path / "chunks.npy", tmp_path / "imported"
+    np.save(chunks, FIXTURES["actions"])
+    command = ["import-legacy", "--autoencoder", str(files["autoencoder"]), "--head", str(files["conditioned"])]
+    assert dispatch([*command, "--output", str(output)]) == 2
+    assert "Give --calibration" in capsys.readouterr().err
+    command += ["--calibration", str(chunks), "--output", str(output)]
+    assert dispatch(command) == 2
+    assert "a draft file is needed" in capsys.readouterr().err
+    assert dispatch([*command, "--draft", str(files["draft"])]) == 0
+    assert "mse_static_scales" in capsys.readouterr().out
+
+    decoder = LegacyDecoder.from_pretrained(output)
+    features = torch.from_numpy(FIXTURES["features"])
+    actions, stats = decoder.decode(features)
+    assert actions.shape == (2, 8, 7)
+    assert stats.num_draft_tokens == [128] * 3
+    autoencoder = read_autoencoder(files["autoencoder"])
+    autoencoder.calibrate(torch.from_numpy(FIXTURES["actions"]))
+    head, draft = read_network(files["conditioned"]), read_network(files["draft"])
+    again, _ = LegacyDecoder(autoencoder, head, draft).decode(features)  # type: ignore[arg-type]
+    torch.testing.assert_close(actions, again)
+    with pytest.raises(RsdError, match="this code has no margins"):
+        LegacyDecoder.from_pretrained(output, acceptance="margin")
+
+
+@torch.inference_mode()
+def test_agreement_decides_level_by_level(files: dict[str, Path]) -> None:
+    autoencoder = read_autoencoder(files["autoencoder"], False)
+    head, draft = read_network(files["head"]), read_network(files["draft"])
+    features = torch.from_numpy(FIXTURES["features"])
+    drafted, own = draft(features).argmax(-1), head(features).argmax(-1)
+    share = float((drafted[0, 0] == own[0, 0]).float().mean())
+    assert 0.0 < share < 1.0
+    for rule, kept in ((f"agreement({max(share - 0.01, 0.001):.4f})", 1), (f"agreement({share + 0.01:.4f})", 0)):
+        decoder = LegacyDecoder(autoencoder, head, draft, rule)  # type: ignore[arg-type]
+        actions, stats = decoder.decode(features[:1])
+        assert (stats.accepted_levels >= 1) == (kept == 1)
+        tokens = own[:1].clone()
+        tokens[:, : stats.accepted_levels] = drafted[:1, : stats.accepted_levels]
+        torch.testing.assert_close(actions, autoencoder.decode(tokens))
+
+
+def test_an_imported_head_runs_on_openvla_and_must_fit_it(tmp_path: Path, files: dict[str, Path]) -> None:
+    from openvla_checkpoint import write_checkpoint
+    from rsd.targets.openvla.policy import OpenVlaPolicy
+
+    policy = OpenVlaPolicy.from_pretrained(write_checkpoint(tmp_path / "openvla"))
+    autoencoder = read_autoencoder(files["autoencoder"], False)
+    assert isinstance(autoencoder, Autoencoder)
+    head = read_network(files["head"])
+    with pytest.raises(RsdError, match="reads features of 24 numbers, this OpenVLA has 32"):
+        LegacyPolicy(policy, LegacyDecoder(autoencoder, head, None))  # type: ignore[arg-type]
+
+    wide = weights("head")
+    wide["feature_proj.0.weight"] = torch.nn.functional.pad(wide["feature_proj.0.weight"], (0, 8))
+    torch.save(wide, files["head"])
+    decoder = LegacyDecoder(autoencoder, read_network(files["head"]), None)  # type: ignore[arg-type]
+    images = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+    observation = Observation(images, np.zeros(8, np.float32), "pick up the bowl")
+    chunk = LegacyPolicy(policy, decoder).predict(observation)
+    expected, _ = decoder.decode(policy.prompt_features(observation))
+    np.testing.assert_allclose(chunk.actions, expected[0].clamp(-1, 1).numpy(), atol=1e-6)
+    assert (chunk.stats.decode, chunk.stats.acceptance) == ("legacy", "")

@@ -1,0 +1,50 @@
+"""`python -m studies.serving`, and what is said where the extra is missing."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rsd.policy import RsdPolicy
+from rsd.types import RsdError
+from studies.serving import LOCAL, NETWORK, ROUND_TRIP, ServingBenchConfig, measure_serving
+
+
+def test_the_port_is_timed_and_the_raw_numbers_are_kept(
+    make_policy: Callable[..., RsdPolicy], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_policy().save_pretrained(tmp_path / "checkpoint")
+    config = ServingBenchConfig(
+        str(tmp_path / "checkpoint"), ("rsd-fused",), rounds=5, warmup=1, threads=1, output=tmp_path / "serving.json"
+    )
+    record = measure_serving(config)
+    times = record.milliseconds["rsd-fused"]
+    assert [len(times[name]) for name in (LOCAL, ROUND_TRIP, NETWORK)] == [5, 5, 5]
+    assert all(0 < way < whole for way, whole in zip(times[NETWORK], times[ROUND_TRIP], strict=True))
+    assert json.loads(config.output.read_text())["milliseconds"] == {"rsd-fused": times}
+    assert ROUND_TRIP in capsys.readouterr().out
+
+
+def test_a_server_that_does_not_start_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RsdError, match="expected a checkpoint directory or a hub id"):
+        measure_serving(ServingBenchConfig(str(tmp_path / "none"), output=tmp_path / "serving.json"))
+    with pytest.raises(RsdError, match="expected rounds >= 1"):
+        ServingBenchConfig(rounds=0)
+
+
+@pytest.mark.parametrize(
+    ("missing", "module"),
+    [
+        ("msgpack", "rsd.targets.remote.wire"),
+        ("websockets.asyncio.server", "rsd.serving.server"),
+        ("websockets.sync.client", "rsd.targets.remote.client"),
+    ],
+)
+def test_a_missing_extra_is_named(missing: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(RsdError, match=r"pip install 'rsd-vla\[serve\]'"):
+        importlib.import_module(module)
