@@ -22,14 +22,14 @@ train --data "$run/expert" --tokenizer "$run/tokenizer" --output "$run/first" --
 render dagger
 train --data "$run/expert" "$run/dagger" --init "$run/first/checkpoint" --init-matching --output "$run/second" \
     --loop.minutes "${SECOND_MINUTES:-8.5}" --loss.blind 0.3 --policy.acceptance residual \
-    --policy.main.dim 576 --policy.main.layers 12 --policy.main.heads 9 --policy.main.merge 2 2 \
-    --policy.main.whole-block policy.light:light-draft-config \
-    --policy.light.depth 1 --policy.light.channels 16 48 96 128 --policy.light.layers 2
+    --policy.target.dim 576 --policy.target.layers 12 --policy.target.heads 9 --policy.target.merge 2 2 \
+    --policy.target.whole-block policy.light:light-draft-config \
+    --policy.visual-drafter.depth 1 --policy.visual-drafter.channels 16 48 96 128 --policy.visual-drafter.layers 2
 
 "$rsd" calibrate --policy "$run/second/checkpoint" --device cuda --batch 16 --num-workers "$workers" \
     --output "$run/eval/calibration"
-for decode in ar l1 rsd-fused rsd-skip rsd-ahead; do
+for decode in ar l1 rsd-fused rsd-skip draft-first; do
     "$rsd" eval --policy "$run/second/checkpoint" --decode "$decode" --num-trials 50 --device cuda --batch 16 \
         --num-workers "$workers" --output "$run/eval/$decode"
 done
-"$rsd" compare "$run"/eval/{ar,l1,rsd-fused,rsd-skip,rsd-ahead}
+"$rsd" compare "$run"/eval/{ar,l1,rsd-fused,rsd-skip,draft-first}

@@ -8,7 +8,7 @@ set -euo pipefail
 run=${1:-runs/suites}
 bin=${BIN:-.venv/bin}
 workers=${WORKERS:-$(nproc)}
-afresh="main.block main.level_head main.parallel_head main.residual_head draft light.levels light.residual_head"
+afresh="main.block target.level_head main.parallel_head main.residual_head draft light.levels light.residual_head"
 
 collect() { # suite, demonstrations a task, of which rendered
     "$bin/rsd" demos collect --suite "$1" --out "$run/$1_states" --num-demos "$2" --states-only --num-workers "$workers"
@@ -26,9 +26,9 @@ collect libero_10 100 60
     --output "$run/policy" --loop.steps 100000 --loop.minutes "${MINUTES:-4.2}" --loop.batch-size 512 \
     --loop.learning-rate 7e-4 --loop.save-every 500 --loss.blind 0.3
 
-for decode in l1 light-alone rsd-fused rsd-ahead; do
+for decode in l1 drafter-only rsd-fused draft-first; do
     "$bin/rsd" eval --policy "$run/policy/checkpoint" --task-suite libero_object,libero_goal,libero_10 \
         --tasks "libero_goal:0,1,2,4,6,7,8,9;libero_10:0,1,2,4,6,7,8" --num-trials 18 --decode "$decode" \
         --device cuda --batch 16 --num-workers "$workers" --output "$run/eval/$decode"
 done
-"$bin/rsd" compare "$run"/eval/{l1,light-alone,rsd-fused,rsd-ahead}
+"$bin/rsd" compare "$run"/eval/{l1,drafter-only,rsd-fused,draft-first}

@@ -9,7 +9,7 @@ from rsd.cli import Command, dispatch
 
 STUDIES = {
     "scaling": Command(
-        "milliseconds per chunk against the size of the main model",
+        "milliseconds per chunk against the size of the target",
         "studies.scaling",
         "measure_scaling",
         "studies.config:ScalingConfig",

@@ -12,12 +12,12 @@ from rsd.types import RsdError
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    """Time the decoders with mains of several sizes, random weights."""
+    """Time the decoders with targets of several sizes, random weights."""
 
     policy: str = "checkpoints/libero_spatial"
-    """Checkpoint whose tokenizer, cameras and light draft are taken."""
+    """Checkpoint whose tokenizer, cameras and visual drafter are taken."""
     sizes: tuple[str, ...] = tuple(TRUNKS)
-    """Sizes of the main, smallest first."""
+    """Sizes of the target, smallest first."""
     num_tasks: int = 2
     """Take two observations each from the first so many tasks of libero_spatial."""
     rounds: int = 20

@@ -1,7 +1,7 @@
 """`python -m studies.deviation`: how far every decoder's chunk is from the baseline's, on frames no decoder has learnt
 from. 
-Do later levels take a draft's coarse error out? Compare `draft` (nothing after the coarse levels) with `rsd` and
-`rsd-fused` (the main's fine levels after them), each against `ar` on the same frame.
+Do later levels take a draft's coarse error out? Compare `coarse-only` (nothing after the coarse levels) with `rsd` and
+`rsd-fused` (the target's fine levels after them), each against `ar` on the same frame.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ VARIANTS = (  # decoder, acceptance, fine levels
     ("rsd", "residual", "regress"),
     ("rsd-fused", "margin", "regress"),
     ("rsd-fused", "residual", "regress"),
-    ("draft", "margin", "regress"),
-    ("rsd-ahead", "margin", "regress"),
+    ("coarse-only", "margin", "regress"),
+    ("draft-first", "margin", "regress"),
     ("l1", "margin", "regress"),
     ("parallel", "margin", "regress"),
 )
@@ -85,7 +85,7 @@ def measure_deviation(config: DeviationConfig) -> list[Row]:
     frames = torch.linspace(0, len(dataset) - 1, min(config.frames, len(dataset)), device=first.device).long()
     expert = dataset.batch(frames).chunk.float().cpu().numpy()
     for variant in VARIANTS:
-        if DECODERS[variant[0]].visual and first.model.light is None:
+        if DECODERS[variant[0]].visual and first.model.visual_drafter is None:
             continue
         decode, acceptance, fine = variant
         policy = RsdPolicy.of(

@@ -29,7 +29,7 @@ from rsd.versions import versions
 FIRST_SEED = 2**31 + 2**20  # no demonstration draws such a placement, nor is the expert measured on it
 SIDEWAYS = 1  # of an action: along the world's y, the closing axis of both grasps
 COINS = 8  # tossed at most until both sides have come up
-DECODERS = ("l1", "parallel", "ar", "rsd", "rsd-fused", "light-alone")
+DECODERS = ("l1", "parallel", "ar", "rsd", "rsd-fused", "drafter-only")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd import former
 from rsd.decoding.calibration import RealisedRisk, realised_risk
 from rsd.decoding.decoders import DECODERS
 from rsd.evaluation.calibrate import SCORE, chunk_stat
@@ -16,15 +17,15 @@ from rsd.evaluation.config import DEFAULT, asked_rule
 from rsd.evaluation.latency import LatencyRecord
 from rsd.evaluation.statistics import PairedDifference, percentiles
 from rsd.evaluation.summary import success_rate, summarize_decoding
-from rsd.policy import FOLLOW_UP
+from rsd.policy import VERIFY_PENDING
 from rsd.reporting.archive import read_json
 from rsd.reporting.tables import Run, difference_cell, interval_cell, level_cell, paired, success_cell, task_labels
-from rsd.types import COMPILED, CUDA_GRAPHS, EAGER, ONNX
+from rsd.types import COMPILED, CUDA_GRAPHS, EAGER, ONNX, VERIFYING
 from studies.deviation import UNITS, DeviationRecord
 
 ABSENT = "-"
 EPSILON_MM, DELTA = 50.0, 0.1
-FORMER = {"light": "rsd-ahead"}  # names in older raw results of decoders with the same chunks
+FORMER = {**former.DECODERS, "light": "draft-first"}  # names in older raw results
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -49,22 +50,23 @@ def success_table(names: Sequence[str], runs: Sequence[Run]) -> str:
     rows = []
     for name, run in zip(names, runs, strict=True):
         decoding, deviations = summarize_decoding(run.episodes), deviation_of(run)
-        against = [
-            ABSENT if run is other else against_cell(paired(other, run))
-            for other in runs[:2]
-        ]
+        against = [ABSENT if run is other else against_cell(paired(other, run)) for other in runs[:2]]
         rows.append(
             [
                 f"`{name}`",
                 success_cell(success_rate(run.episodes)),
                 *against,
-                f"{decoding.prefills_per_chunk:.2f} + {decoding.main_passes_per_chunk:.0f}",
+                f"{decoding.prefills_per_chunk:.2f} + {decoding.target_passes_per_chunk:.0f}",
                 level_cell(decoding.acceptance_per_level),
                 ABSENT if deviations is None else "{:.0f} / {:.0f}".format(*percentiles(deviations, (50, 99))),
             ]
         )
     header = ["decoder", "success [Wilson 95 %]", f"against `{names[0]}`", f"against `{names[1]}`"]
-    header += ["main prefills + later passes per chunk", "accepted per level", "draft's deviation from the main, mm"]
+    header += [
+        "target prefills + later passes per chunk",
+        "accepted per level",
+        "draft's deviation from the target, mm",
+    ]
     return table(header, rows)
 
 
@@ -96,7 +98,7 @@ def timed_section(names: Sequence[str], runs: Sequence[Run]) -> str:
     return (
         f"## Milliseconds per chunk in closed loop, {runs[0].record.versions.get('cpu', '?')}, {cores} cores\n\n"
         "One simulator at a time, which rests while the policy decides: milliseconds from the observation to the "
-        "chunk. The mean is what counts for `rsd-skip`. Behind: what `rsd-ahead` leaves to do while the chunk is "
+        "chunk. The mean is what counts for `rsd-skip`. Behind: what `draft-first` leaves to do while the chunk is "
         "executed.\n\n"
     ) + timed_table(names, runs)
 
@@ -110,10 +112,10 @@ def timed_table(names: Sequence[str], runs: Sequence[Run]) -> str:
         p50, p95 = percentiles(totals)
         skipped = 1 - summarize_decoding(run.episodes).prefills_per_chunk
         cells = [f"{means[-1]:.1f}", f"{p50:.1f} / {p95:.1f} / {max(totals):.1f}", f"{means[0] / means[-1]:.2f}x"]
-        behind = [value for episode in run.episodes for value in episode.latency_ms.get(FOLLOW_UP, [])]
+        behind = [value for episode in run.episodes for value in episode.latency_ms.get(VERIFY_PENDING, [])]
         cells.append(f"{np.mean(behind):.1f}" if behind else ABSENT)
         rows.append([f"`{name}`", *cells, f"{skipped:.1%}", success_cell(success_rate(run.episodes)), str(len(totals))])
-    header = ["decoder", "mean", "p50 / p95 / max", f"`{names[0]}` / mean", "behind, mean", "without the main"]
+    header = ["decoder", "mean", "p50 / p95 / max", f"`{names[0]}` / mean", "behind, mean", "without the target"]
     return table([*header, "success", "chunks"], rows)
 
 
@@ -147,12 +149,12 @@ def risk_section(names: Sequence[str], runs: Sequence[Run], epsilon_mm: float, d
             ]
         )
     header = ["decoder", "threshold", "epsilon", "promised risk", "realised risk (upper bound)"]
-    header += ["executed drafts: beyond epsilon / only the gripper differs / all", "chunks without the main"]
+    header += ["executed drafts: beyond epsilon / only the gripper differs / all", "chunks without the target"]
     header += ["corr(expected, true deviation)"]
     return (
         "## Skipping: the promise and what became of it\n\nRisk: mean share of an episode's executed draft chunks that "
         "deviate by more than epsilon, or whose gripper differs (?: not "
-        "recorded, and in no risk). The main ran beside every skipped chunk, untimed.\n\n"
+        "recorded, and in no risk). The target ran beside every skipped chunk, untimed.\n\n"
     ) + table(header, rows)
 
 
@@ -168,8 +170,8 @@ def deviation_section(record: DeviationRecord, path: Path) -> str:
     rows = [
         [
             f"`{FORMER.get(row.decode, row.decode)}`",
-            row.acceptance if row.decode.startswith("rsd") else ABSENT,
-            row.fine if row.decode.startswith("rsd") else ABSENT,
+            row.acceptance if row.decode in VERIFYING else ABSENT,
+            row.fine if row.decode in VERIFYING else ABSENT,
             *(" / ".join(f"{x:.2f}" for x in row.from_ar[unit]) for unit in UNITS),
             f"{row.gripper_differs_from_ar:.1%}",
             " / ".join(f"{x:.2f}" for x in row.from_expert["mm"]),
@@ -180,14 +182,14 @@ def deviation_section(record: DeviationRecord, path: Path) -> str:
     header += ["gripper differs from `ar`", "from the expert, mm"]
     return (
         f"## Deviation of a step's command, p50 / p99 / max\n\n`{path}`: {record.frames} frames of {record.episodes} "
-        "held-out episodes. Normalised: largest of the six motion numbers. Decoders with a light draft remember the "
-        "main's run one chunk earlier.\n\n"
+        "held-out episodes. Normalised: largest of the six motion numbers. Decoders with a visual drafter remember the "
+        "target's run one chunk earlier.\n\n"
     ) + table(header, rows)
 
 
 def latency_record(path: Path) -> LatencyRecord:
     """Raw latencies of `rsd bench latency`."""
-    return LatencyRecord(**read_json(path))
+    return LatencyRecord(**former.record(read_json(path)))
 
 
 def latency_section(record: LatencyRecord, path: Path) -> str:
@@ -235,4 +237,3 @@ def deviation_of(run: Run) -> list[float] | None:
     if "deviation_mm" not in run.episodes[0].chunk_stats:
         return None
     return [float(value) for column in columns(run, "deviation_mm") for value in column]
-

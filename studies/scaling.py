@@ -1,7 +1,7 @@
-"""`python -m studies.scaling`: milliseconds per chunk against the size of the main model. Where does speculation pay?
+"""`python -m studies.scaling`: milliseconds per chunk against the size of the target. Where does speculation pay?
 
-The light draft stays the same, the main grows. Weights are random (time does not depend on them: `regress` never takes
-another pass), observations are the simulator's. The decoders of a size take turns on the same observation.
+The visual drafter stays the same, the target grows. Weights are random (time does not depend on them: `regress` never
+takes another pass), observations are the simulator's. The decoders of a size take turns on the same observation.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from rsd import former
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.state import Draft, EpisodeState
 from rsd.evaluation.backend import available_cores, cpu_model
@@ -31,25 +32,26 @@ from rsd.versions import versions
 from studies.config import ScalingConfig
 
 FORMAT = 1
-RESTING = "draft alone"  # `rsd-skip` at a chunk without the main
+SKIPPED = "draft alone"  # `rsd-skip` at a chunk without the target
 DECODERS = ("ar", "l1", "rsd", "rsd-fused")
 
 
 @dataclass(frozen=True)
 class SizeRecord:
-    """parameters: of the main; draft_parameters: of the light draft; milliseconds: by decoder, totals over time."""
+    """parameters: of the target; draft_parameters: of the visual drafter; milliseconds: by decoder, totals over
+    time."""
 
     parameters: int
     draft_parameters: int
-    main: dict[str, Any]
+    target: dict[str, Any]
     milliseconds: dict[str, list[float]]
 
     def p50(self, decoder: str) -> float:
         return percentiles(self.milliseconds[decoder])[0]
 
     def skipping(self, share: float) -> float:
-        """Mean milliseconds if that share of the chunks goes without the main, of the medians."""
-        return share * self.p50(RESTING) + (1 - share) * self.p50("rsd-fused")
+        """Mean milliseconds if that share of the chunks goes without the target, of the medians."""
+        return share * self.p50(SKIPPED) + (1 - share) * self.p50("rsd-fused")
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,19 @@ class ScalingRecord:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> ScalingRecord:
-        return cls(**{**content, "sizes": {name: SizeRecord(**size) for name, size in content["sizes"].items()}})
+        return cls(
+            **{
+                **content,
+                "sizes": {
+                    name: SizeRecord(**former.record(former.parts(size))) for name, size in content["sizes"].items()
+                },
+            }
+        )
 
 
 @dataclass(frozen=True)
-class AlwaysResting(SkipRule):
-    """The main looks once, then never again: the time of a chunk without it."""
+class AlwaysSkipping(SkipRule):
+    """The target looks once, then never again: the time of a chunk without it."""
 
     threshold_mm: float = math.inf
     max_skips: int = 2**62
@@ -81,8 +90,10 @@ def measure_scaling(config: ScalingConfig) -> ScalingRecord:
     """Run the measurement, print the table, write the JSON."""
     torch.set_num_threads(available_cores())
     shipped = RsdPolicy.from_pretrained(config.policy, decode="l1", device=config.device, engine=EAGER)
-    if shipped.model.light is None:
-        raise RsdError(f"{config.policy}: expected a checkpoint with a light draft; train one (`policy.light`)")
+    if shipped.model.visual_drafter is None:
+        raise RsdError(
+            f"{config.policy}: expected a checkpoint with a visual drafter; train one (`policy.visual_drafter`)"
+        )
     seen = observations("libero_spatial", config.num_tasks, shipped)
     start, sizes = time.perf_counter(), {}
     engine = (EAGER if config.device == "cpu" else AUTO) if config.engine == "default" else config.engine
@@ -91,10 +102,10 @@ def measure_scaling(config: ScalingConfig) -> ScalingRecord:
         same: dict[str, Any] = {"engine": engine, "acceptance": asked_rule(config.acceptance)}
         load = partial(RsdPolicy.of, model, shipped.tokenizer, shipped.config, **same)
         policies = {decode: load(decode=decode) for decode in DECODERS}
-        policies[RESTING] = load(decode="rsd-skip", skip=AlwaysResting())
+        policies[SKIPPED] = load(decode="rsd-skip", skip=AlwaysSkipping())
         times = take_turns(policies, seen, config.warmup, config.rounds)
         totals = {decode: by_stage["total"] for decode, by_stage in times.items()}
-        sizes[name] = SizeRecord(count(model.main), count(model.light), asdict(model.main.config), totals)
+        sizes[name] = SizeRecord(count(model.target), count(model.visual_drafter), asdict(model.target.config), totals)
     machine = {
         "cpu": cpu_model(),
         "cores": str(available_cores()),
@@ -113,8 +124,8 @@ def resized(shipped: RsdPolicy, size: str) -> RsdModel:
     """The checkpoint's architecture with another trunk and random weights, on its device."""
     dim, layers, heads = TRUNKS[size]
     torch.manual_seed(0)
-    main = replace(shipped.config.main, dim=dim, layers=layers, heads=heads)
-    return RsdModel(replace(shipped.config, main=main), shipped.tokenizer).to(shipped.device).eval()
+    target = replace(shipped.config.target, dim=dim, layers=layers, heads=heads)
+    return RsdModel(replace(shipped.config, target=target), shipped.tokenizer).to(shipped.device).eval()
 
 
 def count(module: torch.nn.Module | None) -> int:
@@ -123,10 +134,10 @@ def count(module: torch.nn.Module | None) -> int:
 
 def print_scaling(console: Console, record: ScalingRecord) -> None:
     """p50 by size and decoder, and the two ratios."""
-    header = ["main", *DECODERS, RESTING, "ar / rsd-fused", "rsd-fused / l1"]
+    header = ["target", *DECODERS, SKIPPED, "ar / rsd-fused", "rsd-fused / l1"]
     rows = []
     for size in record.sizes.values():
-        milliseconds = [f"{size.p50(name):.2f}" for name in (*DECODERS, RESTING)]
+        milliseconds = [f"{size.p50(name):.2f}" for name in (*DECODERS, SKIPPED)]
         ratios = size.p50("ar") / size.p50("rsd-fused"), size.p50("rsd-fused") / size.p50("l1")
         rows.append([f"{size.parameters / 1e6:.0f} M", *milliseconds, *(f"{ratio:.2f}" for ratio in ratios)])
     print_table(console, f"milliseconds per chunk, p50, {record.machine['device']}", header, rows, "rows")

@@ -1,4 +1,4 @@
-"""`docs/results/scaling.md` from committed raw results: what speculation gains as the main model grows.
+"""`docs/results/scaling.md` from committed raw results: what speculation gains as the target grows.
 
     python -m studies.scaling_page
 
@@ -18,47 +18,47 @@ from rsd.reporting.archive import read_json
 from rsd.reporting.tables import load_run
 from rsd.types import RsdError
 from studies.page_tables import rule_phrase, table, timed_table
-from studies.scaling import DECODERS, RESTING, ScalingRecord, SizeRecord
+from studies.scaling import DECODERS, SKIPPED, ScalingRecord, SizeRecord
 
 PROSE = """\
-# Does it scale? Time per chunk against the size of the main model
+# Does it scale? Time per chunk against the size of the target
 
 Made by `python -m studies.scaling_page` from the raw results named below; run it again after replacing them.
 
-The light draft stays as it is while the main's trunk grows; weights are random, which changes no time. `rsd-ahead` is
-its time to the action: the draft alone, the main's pass follows while the chunk is executed (in OpenVLA's table without
-preparing the images, as in that of the others).
+The visual drafter stays as it is while the target's trunk grows; weights are random, which changes no time.
+`draft-first` is its time to the action: the draft alone, the target's pass follows while the chunk is executed (in
+OpenVLA's table without preparing the images, as in that of the others).
 `rsd-fused / l1` is what one corrected pass costs over one plain pass. The last columns: which share of the chunks has
-to go without the main before the mean of `rsd-skip` is below `l1` at all, and how many times below it is at the share
-that a policy of 18 M reached in closed loop (a mean of medians; another main needs its own calibration). Where the
-main runs that is the time of `rsd-fused`, whose draft works beside the main on a GPU, while `rsd-skip` asks its draft
-first. A policy of 57 M that was trained with all of this in mind is the one of [decoding.md](decoding.md). The compact
-mains on a CPU ran by PyTorch operation by operation. How well mains of these sizes act is in
+to go without the target before the mean of `rsd-skip` is below `l1` at all, and how many times below it is at the share
+that a policy of 18 M reached in closed loop (a mean of medians; another target needs its own calibration). Where the
+target runs that is the time of `rsd-fused`, whose draft works beside the target on a GPU, while `rsd-skip` asks its
+draft first. A policy of 57 M that was trained with all of this in mind is the one of [decoding.md](decoding.md). The
+compact targets on a CPU ran by PyTorch operation by operation. How well targets of these sizes act is in
 [studies.md](studies.md).
 
-Small mains on a GPU are a chain of small kernels, and their times vary from run to run: at 18 M `rsd-fused / l1` came
+Small targets on a GPU are a chain of small kernels, and their times vary from run to run: at 18 M `rsd-fused / l1` came
 out anywhere between a quarter and six tenths above 1, here and with the policy of 18 M, by more than the
 acceptance rule moves it. Ratios compare within one table.
 
-Speculation stops paying where a pass of the main costs little more than the draft: there `l1` is the better choice
+Speculation stops paying where a pass of the target costs little more than the draft: there `l1` is the better choice
 unless success speaks for the tokens. It pays where the trunk is deep and its weights are what a pass waits for.
 """
 
 CLOSED_LOOP = """\
 ## In closed loop, on a CPU
 
-A main of 105 M parameters trained for it ([studies.md](studies.md)) and one of 18 M, on 2 cores each of one
+A target of 105 M parameters trained for it ([studies.md](studies.md)) and one of 18 M, on 2 cores each of one
 machine, side by side, as ONNX graphs: milliseconds from the observation to the chunk over an episode of each task of
 libero_spatial, drawn by EGL. `rsd-skip` is calibrated for the weights (120 and 200 random placements, `--acceptance
-residual`; with the small main no threshold failed, so there only gripper switches and the limit of six in a row call
-it). The means say what the tables above only compute: the larger the main, the more it is worth to leave it
+residual`; with the small target no threshold failed, so there only gripper switches and the limit of six in a row call
+it). The means say what the tables above only compute: the larger the target, the more it is worth to leave it
 idle. Few episodes: about time, not about success.
 """
 
 
 @dataclass(frozen=True)
 class ScalingPageConfig:
-    """Write the page about the size of the main."""
+    """Write the page about the size of the target."""
 
     records: tuple[Path, ...] = (
         Path("results/scaling/h200.json"),
@@ -69,14 +69,14 @@ class ScalingPageConfig:
     closed_loop: Path = Path("results/scaling/closed-loop")
     """Folder of timed runs."""
     timed: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-        ("105 M", "timed-104M", ("l1", "rsd-fused", "rsd-skip", "rsd-ahead")),
+        ("105 M", "timed-104M", ("l1", "rsd-fused", "rsd-skip", "draft-first")),
         ("18 M", "timed-18M", ("l1", "rsd-skip")),
     )
-    """The main, how its directories in it begin, and the decoders; the first of each is compared against."""
+    """The target, how its directories in it begin, and the decoders; the first of each is compared against."""
     openvla: Path = Path("results/openvla/h200.json")
-    """Raw milliseconds of `python -m studies.openvla`, for the largest main."""
+    """Raw milliseconds of `python -m studies.openvla`, for the largest target."""
     skipping: Path = Path("results/libero_spatial/cpu/rsd-skip-500")
-    """Run of `rsd-skip` whose share of chunks without the main is taken."""
+    """Run of `rsd-skip` whose share of chunks without the target is taken."""
     output: Path = Path("docs/results/scaling.md")
     """The page."""
 
@@ -91,7 +91,7 @@ def main(config: ScalingPageConfig) -> None:
         graphs = "" if machine["device"] == "cpu" else ", every decoder replayed from CUDA graphs"
         count = len(next(iter(next(iter(record.sizes.values())).milliseconds.values())))
         parts.append(
-            f"## Compact mains, {where}{rule_phrase(record.config)}\n\n"
+            f"## Compact targets, {where}{rule_phrase(record.config)}\n\n"
             f"`{path}`: p50 of {count} predictions each, decoders taking turns, "
             f"torch {record.versions['torch']}{graphs}.\n\n" + size_table(list(record.sizes.values()), share)
         )
@@ -118,11 +118,11 @@ def main(config: ScalingPageConfig) -> None:
 def size_table(sizes: list[SizeRecord], share: float, names: list[str] | None = None) -> str:
     rows = []
     for size, name in zip(sizes, names or [f"{size.parameters / 1e6:.0f} M" for size in sizes], strict=True):
-        l1, fused, alone = (size.p50(decoder) for decoder in ("l1", "rsd-fused", RESTING))
+        l1, fused, alone = (size.p50(decoder) for decoder in ("l1", "rsd-fused", SKIPPED))
         rows.append(
             [
                 name,
-                *(f"{size.p50(decoder):.1f}" for decoder in (*DECODERS, RESTING)),
+                *(f"{size.p50(decoder):.1f}" for decoder in (*DECODERS, SKIPPED)),
                 f"{size.p50('ar') / fused:.2f}x",
                 f"{fused / l1:.2f}",
                 f"{l1 / alone:.1f}x",
@@ -130,15 +130,15 @@ def size_table(sizes: list[SizeRecord], share: float, names: list[str] | None = 
                 f"{l1 / size.skipping(share):.2f}x",
             ]
         )
-    header = ["main", *(f"`{decoder}` ms" for decoder in DECODERS), "`rsd-ahead` ms", "`ar` / `rsd-fused`"]
-    header += ["`rsd-fused` / `l1`", "`l1` / `rsd-ahead`", "`rsd-skip` breaks even at"]
+    header = ["target", *(f"`{decoder}` ms" for decoder in DECODERS), "`draft-first` ms", "`ar` / `rsd-fused`"]
+    header += ["`rsd-fused` / `l1`", "`l1` / `draft-first`", "`rsd-skip` breaks even at"]
     header += [f"`l1` / `rsd-skip` at {share:.0%}"]
     return table(header, rows)
 
 
 def openvla_size(content: dict[str, object], section: str, cameras: int) -> SizeRecord | None:
     """A section's medians at batch 1 as a size; None if a decoder is missing there."""
-    names = {"ar": "rfsq-ar", "l1": "l1", "rsd": "rsd", "rsd-fused": "rsd-fused", RESTING: "light"}
+    names = {"ar": "rfsq-ar", "l1": "l1", "rsd": "rsd", "rsd-fused": "rsd-fused", SKIPPED: "light"}
     rows = content["rows"]
     if not isinstance(rows, list):
         raise RsdError(f"OpenVLA bench: expected rows, found {type(rows).__name__}")

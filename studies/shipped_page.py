@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from rsd import former
 from rsd.evaluation.latency import LatencyRecord
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.statistics import percentiles
@@ -44,14 +45,14 @@ PROSE = """\
 Made by `python -m studies.shipped_page` from the raw results named below; run it again after replacing them.
 
 `ar` decodes level by level and is the baseline; `l1` regresses the chunk in one pass (the OpenVLA-OFT way) and is the
-bar. `rsd-fused` lets a light draft propose the coarse levels before the main model looks; one block of the main's
+bar. `rsd-fused` lets a visual drafter propose the coarse levels before the target looks; one block of the target's
 prefill, in the place of the one that `l1` reads, is told that draft and says what it misses: one pass, no wider.
-`rsd-skip` executes the draft's chunk without the main where the draft expects to stay close to it. `rsd-ahead` executes
-the draft's chunk always, at once, and the main looks at the same observation while the robot moves. `light-alone` is
-the light draft as a policy of its own, `draft` the coarse levels of the draft of `rsd`, uncorrected.
-
-The main has 57 M parameters, 12 layers of 576, and sees each camera as 4 x 4 positions (`--policy.main.merge 2 2`), so
-that its prefill is 45 positions long. The light draft has 2.7 M. {training} Cameras and words began as those of
+`rsd-skip` executes the draft's chunk without the target where the draft expects to stay close to it. `draft-first`
+executes the draft's chunk always, at once, and the target looks at the same observation while the robot moves.
+`drafter-only` is the visual drafter as a policy of its own, `coarse-only` the coarse levels of the feature drafter,
+uncorrected. 
+The target has 57 M parameters, 12 layers of 576, and sees each camera as 4 x 4 positions (`--policy.target.merge 2 2`),
+so that its prefill is 45 positions long. The visual drafter has 2.7 M. {training} Cameras and words began as those of
 the policy before it. The weights are the files that ship, large matrices int8. In the records the folders' names were
 made relative after the runs.
 """
@@ -72,8 +73,8 @@ GRASPS = """\
 The shipped policy trained further on {demonstrations} demonstrations of tasks 2, 6 and 8 in which the hand first goes
 over the bowl's middle and there, by a coin, takes the rim's left or right side (`rsd demos collect --grasp-mode
 two-sided-late`): both begin alike and part within a chunk, so that nothing before tells which it will be, and a mean of
-both goes down in the middle of the bowl. `rsd`, whose draft chooses tokens and whose main corrects them, is above `l1`;
-`rsd-fused` is not. One training of one seed.
+both goes down in the middle of the bowl. `rsd`, whose draft chooses tokens and whose target corrects them, is above
+`l1`; `rsd-fused` is not. One training of one seed.
 
 """
 MODES = """\
@@ -82,12 +83,12 @@ MODES = """\
 {placements} random placements with the hand over the middle: where each decoder's next chunk leads, between the
 expert's own two ways (`python -m studies.modes`); on {left_out} more one side was not free. Averaged: within the
 middle third; committed: at least two thirds of the way to a side. `parallel`, `ar` and `rsd` never go down the middle
-there, `l1` and `rsd-fused` seldom: the two modes alone do not explain the table of successes. The light draft
+there, `l1` and `rsd-fused` seldom: the two modes alone do not explain the table of successes. The visual drafter
 hesitates.
 
 """
 SMALLER = """\
-## A smaller main of the same kind
+## A smaller target of the same kind
 
 32 M parameters, 10 layers of 448 and 93 positions, judged by one block as well, trained before the one that ships, on
 1,268 demonstrations. Its weights are not in the repository. The promise of its calibration and its share of skipped
@@ -103,17 +104,17 @@ class ShippedPageConfig:
     results: Path = Path("results/libero_spatial_57M")
     """Folder of its runs."""
     order: tuple[str, ...] = (
-        *("ar", "l1", "parallel", "rsd", "rsd-fused", "rsd-skip", "rsd-ahead", "light-alone", "draft"),
+        *("ar", "l1", "parallel", "rsd", "rsd-fused", "rsd-skip", "draft-first", "drafter-only", "coarse-only"),
     )
     """Directories in h100/, in the order of the rows; the first two are compared against."""
-    timed: tuple[str, ...] = ("timed-l1", "timed-rsd-fused", "timed-rsd-skip", "timed-rsd-ahead")
+    timed: tuple[str, ...] = ("timed-l1", "timed-rsd-fused", "timed-rsd-skip", "timed-draft-first")
     """Directories in cpu/ of runs of one worker, for times in closed loop."""
     latencies: tuple[str, ...] = ("h100/latency-compiled.json", "h100/latency.json", "cpu/latency.json")
     """Raw latencies of `rsd bench latency`."""
     grasps: tuple[str, ...] = ("ar", "l1", "rsd", "rsd-fused")
     """Directories in two_sided_late/; the first two are compared against."""
     smaller: Path = Path("results/whole_block/32M")
-    """Folder of the smaller main's runs."""
+    """Folder of the smaller target's runs."""
     checkpoint: Path = Path("checkpoints/libero_spatial/config.json")
     """The policy's own record."""
     output: Path = Path("docs/results/decoding.md")
@@ -160,7 +161,8 @@ def modes_section(path: Path) -> str:
     measured = read_json(path)
     places, left_out = measured["places"], measured["config"]["left_out"]
     rows = [
-        [f"`{decode}`", *(f"{share:.0%}" for share in shares(found).values())] for decode, found in places.items()
+        [f"`{former.decoder(decode)}`", *(f"{share:.0%}" for share in shares(found).values())]
+        for decode, found in places.items()
     ]
     placements = len(next(iter(places.values())))
     return MODES.format(placements=placements, left_out=left_out) + table(["decoder", "averaged", "committed"], rows)
@@ -175,15 +177,15 @@ def asked_table(runs: dict[str, Run], timed: dict[str, Run], records: dict[str, 
     best = max(("ar", "l1", "parallel"), key=lambda name: share(runs[name]))
     title = f"`rsd-fused` against `{best}`, the best of `ar`, `l1`, `parallel`"
     rows.append([title, ">= -1", points(runs, best, "rsd-fused")])
-    rows.append(["`rsd-fused` against `draft`", "> 0", points(runs, "draft", "rsd-fused")])
-    rows.append(["`rsd-fused` against `light-alone`", "> 0", points(runs, "light-alone", "rsd-fused")])
+    rows.append(["`rsd-fused` against `coarse-only`", "> 0", points(runs, "coarse-only", "rsd-fused")])
+    rows.append(["`rsd-fused` against `drafter-only`", "> 0", points(runs, "drafter-only", "rsd-fused")])
     means, worst = dict[str, float](), dict[str, float]()
-    for decode in ("l1", "rsd-skip", "rsd-ahead"):
+    for decode in ("l1", "rsd-skip", "draft-first"):
         totals = totals_of(timed[f"timed-{decode}"])
         means[decode], worst[decode] = float(np.mean(totals)), max(totals)
     ratio = f"{means['l1'] / means['rsd-skip']:.2f}"
     rows.append(["mean of `l1` over mean of `rsd-skip`, 2 CPU cores", ">= 2.5", ratio])
-    limit = f"<= {worst['l1'] + means['rsd-ahead']:.1f}: the longest `l1` and a draft"
+    limit = f"<= {worst['l1'] + means['draft-first']:.1f}: the longest `l1` and a draft"
     rows.append(["longest `rsd-skip`, ms, 2 CPU cores", limit, f"{worst['rsd-skip']:.1f}"])
     rows.append(["`rsd-skip` against `l1`", ">= -0.5", points(runs, "l1", "rsd-skip")])
     calibration = runs["rsd-skip"].record.policy["skip_calibration"]

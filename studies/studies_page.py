@@ -16,6 +16,7 @@ import tyro
 from rsd.evaluation.results import write_atomically
 from rsd.reporting.archive import read_json
 from rsd.reporting.tables import level_cell, load_run
+from rsd.types import VERIFYING
 from studies.deviation import DeviationRecord
 from studies.page_tables import ABSENT, FORMER, success_section, table, task_section
 
@@ -28,12 +29,12 @@ ships; what was tried and did not help stands here as well. "Shipped" is on this
 shipped when these were trained; its raw results are in the same archive.
 """
 DAGGER = """\
-598 demonstrations more, driven by the shipped policy under `rsd-skip` with up to four chunks in a row without the main,
-360 of them in tasks 4, 5, 7 and 9, all labelled by the expert; trained from the shipped weights. It was to let the main
-find out of where rows of skipped chunks lead. It did not: the drawer is lost as before, and the policy as a whole is
-worse than the one it started from (whose `l1` and `rsd-fused` on the same initial states are the first two rows). One
-training of one seed, with fewer of the expert's own demonstrations and fewer steps than the shipped one: which of these
-did it is not known."""
+598 demonstrations more, driven by the shipped policy under `rsd-skip` with up to four chunks in a row without the
+target, 360 of them in tasks 4, 5, 7 and 9, all labelled by the expert; trained from the shipped weights. It was to let
+the target find out of where rows of skipped chunks lead. It did not: the drawer is lost as before, and the policy as a
+whole is worse than the one it started from (whose `l1` and `rsd-fused` on the same initial states are the first two
+rows). One training of one seed, with fewer of the expert's own demonstrations and fewer steps than the shipped one:
+which of these did it is not known."""
 GRASPS = """\
 Demonstrations of tasks 2, 6 and 8 whose expert takes the bowl from either side, by a coin (`rsd demos collect
 --grasp-mode two-sided`): 94 mm apart, a mean of both lands in the middle of the bowl. Trained from the shipped weights.
@@ -44,13 +45,14 @@ a little likelier than the other. Where the side is chosen late it is otherwise:
 `rsd` ran later than the other two, on another host, in batches.)"""
 LARGE = """\
 The same architecture with a trunk of 24 layers of 576; cameras and words start from the shipped policy's weights
-(`--init-matching`), the trunk from nothing: one of three mains trained alike, 1,500 steps of 512 with everything of the
-main but cameras and words afresh; the smaller two were not run in closed loop. `early` is a longer training of that
-size of before DAgger, on twice the demonstrations: its `rsd-fused` was better. The `rsd-fused` and `l1` of this one
-are not distinguishable. On held-out frames `l1` of the largest main is the best by a little (`ar` is not), and
-at every size what corrects the light draft's prefix in one pass is ahead of `l1`. It starts from a light draft that had
-its whole training before and that no main reaches in so short a one, and that draft itself is better beside the
-largest main: how much of it all is the main's is not known. How long a chunk takes is in [scaling.md](scaling.md)."""
+(`--init-matching`), the trunk from nothing: one of three targets trained alike, 1,500 steps of 512 with everything of
+the target but cameras and words afresh; the smaller two were not run in closed loop. `early` is a longer training of
+that size of before DAgger, on twice the demonstrations: its `rsd-fused` was better. The `rsd-fused` and `l1` of this
+one are not distinguishable. On held-out frames `l1` of the largest target is the best by a little (`ar` is not), and
+at every size what corrects the visual drafter's prefix in one pass is ahead of `l1`. It starts from a visual drafter
+that had its whole training before and that no target reaches in so short a one, and that draft itself is better beside
+the largest target: how much of it all is the target's is not known. How long a chunk takes is in
+[scaling.md](scaling.md)."""
 SIZES = (("10 M", "s10M"), ("18 M", "s18M"), ("105 M", "s104M"))
 
 
@@ -65,28 +67,28 @@ levels and six levels of rho = 2 were trained as well, but their episodes were n
 - `ar` did better with five and with three levels than with eight, the first beyond chance: each level is one more
   chance to leave the data. A reader who needs level-by-level decoding should try rho = 3 with five levels.
 - That what corrects a draft in one pass depends on the code is not shown: between codes, `rsd` and `rsd-fused` are not
-  distinguishable at this n. The main's regression after a drafted prefix takes the coarse error out (deviation from
-  `ar` below, `draft` against `rsd`), for the non-redundant rho = 7 as well: it works on the continuous value. What
-  redundancy buys is acceptance (margin 2 digits at rho = 2, none from 3 on), not success.
+  distinguishable at this n. The target's regression after a drafted prefix takes the coarse error out (deviation from
+  `ar` below, `coarse-only` against `rsd`), for the non-redundant rho = 7 as well: it works on the continuous value.
+  What redundancy buys is acceptance (margin 2 digits at rho = 2, none from 3 on), not success.
 - So there is no reason here to leave the shipped code, and none to believe that redundancy is what makes it work."""
 DRAFT_ALONE = """\
-Is `light-alone` so good, or so bad, because its draft was trained to have a memory? The shipped light draft trained
-further, 2,500 steps of 512 at a learning rate of 4e-4 on 1,142 of the demonstrations, beside the shipped main, which
-stays (`rsd train draft --kind light --resume-weights`): once without ever a memory (`--loss.blind 1`), once as before
-(0.1). Without a memory neither acts better than the other, so the practice in being alone is not what was missing. Both
-act worse than the draft they started from, which had seen twice the demonstrations: whether it is that or the learning
-rate begun anew is not known. `rsd-ahead` with the second was cut off. One H200 host, batches of 13."""
+Is `drafter-only` so good, or so bad, because its draft was trained to have a memory? The shipped visual drafter trained
+further, 2,500 steps of 512 at a learning rate of 4e-4 on 1,142 of the demonstrations, beside the shipped target, which
+stays (`rsd train drafter --kind visual --resume-weights`): once without ever a memory (`--loss.blind 1`), once as
+before (0.1). Without a memory neither acts better than the other, so the practice in being alone is not what was
+missing. Both act worse than the draft they started from, which had seen twice the demonstrations: whether it is that or
+the learning rate begun anew is not known. `draft-first` with the second was cut off. One H200 host, batches of 13."""
 ABLATION = """\
 Half of the training prefixes are a draft's own (`--loss.draft-share 0.5`). Without them (0) the errors on held-out
-frames say what it is for: the main then corrects its draft's prefix two thirds of the way to what `l1` says instead of
-nearly all of it, the light draft's less than half instead of nine tenths, and accepts more of both. `ar`, which never
-sees a draft, is the better for it. Offline only: no episodes were run. The code with six levels of rho = 2 beside the
-eight, likewise. Mean absolute error in normalised units; acceptance of the drafted levels under `margin`."""
+frames say what it is for: the target then corrects its draft's prefix two thirds of the way to what `l1` says instead
+of nearly all of it, the visual drafter's less than half instead of nine tenths, and accepts more of both. `ar`, which
+never sees a draft, is the better for it. Offline only: no episodes were run. The code with six levels of rho = 2 beside
+the eight, likewise. Mean absolute error in normalised units; acceptance of the drafted levels under `margin`."""
 JITTER = """\
 Of the other half of the prefixes a part of the digits is jittered within the code's margin (`--loss.jitter 0.4`).
 Without that (0) `rsd` gets a little worse on held-out frames and `ar` better by more; what half of the prefixes, a
 draft's own, teach already may be why it does so little. rho = 4 with four levels has drafts (of two levels) that are a
-little worse and accepted less often, and after the main's correction is near the others. Alike but for that: 1,000
+little worse and accepted less often, and after the target's correction is near the others. Alike but for that: 1,000
 steps of 512 from the shipped cameras and trunk; other demonstrations are held out than above, so only the columns of
 one table compare. Offline only, one training each."""
 
@@ -147,10 +149,10 @@ STUDIES = (
         "A draft trained alone",
         DRAFT_ALONE,
         runs=(
-            ("shipped light-alone", "h200/light-alone"),
+            ("shipped drafter-only", "h200/drafter-only"),
             ("l1", "h200/l1"),
-            ("trained on, never a memory", "studies/alone-light-alone"),
-            ("trained on, as before", "studies/with-light-alone"),
+            ("trained on, never a memory", "studies/alone-drafter-only"),
+            ("trained on, as before", "studies/with-drafter-only"),
         ),
     ),
     Study(
@@ -160,7 +162,7 @@ STUDIES = (
         tuple((decode, f"studies/two-{decode}") for decode in ("l1", "rsd-fused", "ar", "rsd")),
     ),
     Study(
-        "Mains of other sizes",
+        "Targets of other sizes",
         LARGE,
         "s104M",
         (
@@ -220,7 +222,7 @@ def deviations_table(records: Sequence[tuple[str, Path]]) -> str:
     rows, header = [], ["decoder", "acceptance", "fine", *(f"{name}, mm" for name, _ in records)]
     loaded = [DeviationRecord.from_json(read_json(path)) for _, path in records]
     for own in zip(*(record.rows for record in loaded), strict=True):
-        speculates = own[0].decode.startswith("rsd")
+        speculates = own[0].decode in VERIFYING
         name = FORMER.get(own[0].decode, own[0].decode)
         kind = [f"`{name}`", *([own[0].acceptance, own[0].fine] if speculates else [ABSENT, ABSENT])]
         rows.append([*kind, *(" / ".join(f"{x:.2f}" for x in row.from_ar["mm"]) for row in own)])
@@ -236,7 +238,10 @@ def validation_table(results: Path, checkpoints: Sequence[tuple[str, str]]) -> s
     for _, name in checkpoints:
         path = results / "studies" / f"{name}-checkpoint.json"
         reports.append(read_json(path)["provenance"]["validation"])
-    rows = [[f"`{decode}`", *(f"{report[decode]['l1_error']:.4f}" for report in reports)] for decode in VALIDATED]
+    rows = [
+        [f"`{FORMER.get(decode, decode)}`", *(f"{report[decode]['l1_error']:.4f}" for report in reports)]
+        for decode in VALIDATED
+    ]
     for decode in ("rsd margin", "rsd-fused margin"):
         shares = [report[decode]["tokens_accepted_by_level"] for report in reports]
         rows.append([f"accepted, `{decode}`", *(level_cell(share) for share in shares)])

@@ -1,4 +1,4 @@
-"""`docs/results/suites.md` from committed raw results: one policy on several suites, with and without its main.
+"""`docs/results/suites.md` from committed raw results: one policy on several suites, with and without its target.
 
     python -m studies.suites_page
 
@@ -32,20 +32,20 @@ from studies.page_tables import (
 from studies.studies_page import training_of
 
 TITLE = """\
-# Several suites: what a main is worth
+# Several suites: what a target is worth
 
 Made by `python -m studies.suites_page` from the raw results in the folder named below.
 
 One policy for three suites, `checkpoints/libero_object_goal_10`: the sizes of the one for libero_spatial, begun with
-its weights, with a tokenizer fitted on these suites as well, main and drafts trained together on demonstrations of the
-scripted expert (no DAgger). Left out are what the expert cannot do: two tasks of libero_goal, three of libero_10. The
-light draft has no memory on three tenths of its samples (`--loss.blind 0.3`). One training of one seed; all runs on one
-host, in batches of 16, on the benchmark's fixed initial states, the first of each task.
+its weights, with a tokenizer fitted on these suites as well, target and drafts trained together on demonstrations of
+the scripted expert (no DAgger). Left out are what the expert cannot do: two tasks of libero_goal, three of libero_10.
+The visual drafter has no memory on three tenths of its samples (`--loss.blind 0.3`). One training of one seed; all runs
+on one host, in batches of 16, on the benchmark's fixed initial states, the first of each task.
 
 What this says of this one policy:
 - In libero_object and libero_goal everything is near its ceiling: nothing can be told apart there.
-- In libero_10, where two things are done one after the other, the main that corrects the draft in one pass
-  (`rsd-fused`) is ahead of the draft alone, clearly, and of `rsd-ahead`, which lets the draft act. The main alone
+- In libero_10, where two things are done one after the other, the target that corrects the draft in one pass
+  (`rsd-fused`) is ahead of the draft alone, clearly, and of `draft-first`, which lets the draft act. The target alone
   (`l1`) lies between and is distinguishable from neither; most of its distance to `rsd-fused` is the last task.
 - In libero_spatial it is the other way round: correcting the draft costs success there ([decoding.md](decoding.md)).
 - Many pairs are compared here, and no p is corrected for that. **Training on did not keep it**: in the policy of four
@@ -54,14 +54,14 @@ What this says of this one policy:
 FOUR = """\
 ## One recipe for four suites
 
-The two policies above and in [decoding.md](decoding.md) differ in more than their tasks, so neither settles what a main
-is worth. This one, which does not ship, has all four suites by one recipe: the weights of the policy above, trained
-on for {training}, on the expert's demonstrations of the other three suites, those of libero_spatial with its DAgger,
-and 384 that the policy above drove itself and the expert labelled, 168 of them in libero_10.
+The two policies above and in [decoding.md](decoding.md) differ in more than their tasks, so neither settles what a
+target is worth. This one, which does not ship, has all four suites by one recipe: the weights of the policy above,
+trained on for {training}, on the expert's demonstrations of the other three suites, those of libero_spatial with its
+DAgger, and 384 that the policy above drove itself and the expert labelled, 168 of them in libero_10.
 
-Main, draft and both together are **not distinguishable, neither over all tasks nor in libero_10**: beside a draft that
-learnt the same demonstrations, a main six times its size earned nothing that this many episodes can show. On the same
-initial states of libero_10 its `rsd-fused` does worse than that of the policy above, by as much as decoders differ
+Target, draft and both together are **not distinguishable, neither over all tasks nor in libero_10**: beside a draft
+that learnt the same demonstrations, a target six times its size earned nothing that this many episodes can show. On the
+same initial states of libero_10 its `rsd-fused` does worse than that of the policy above, by as much as decoders differ
 there; `l1` and the draft alone do not. Whether the mixture, the training or chance did that is not known: the policy
 above is one training whose best cell this was, and this one is not independent of it.
 """
@@ -72,7 +72,7 @@ PROMISES = """\
 ### A threshold for every suite
 
 `rsd calibrate` over several suites fits each by itself and writes the strictest threshold (`calibration` in the same
-folder; {rule} for each suite, not for all at once). Last: the share of the chunks without the main in the rollouts,
+folder; {rule} for each suite, not for all at once). Last: the share of the chunks without the target in the rollouts,
 and what it would have been by the written threshold. The promise is about episodes that skip as the rollouts did, so
 such a step asks for a second round at about that threshold. That, and an evaluation, were not made: this policy does
 not ship.
@@ -84,7 +84,7 @@ SKIPPING = """\
 placements of each of the 25 tasks (`calibration` in the same folder), and its promise is broken here: it is one about
 that mixture, in which the easy suites vouch for this one. A policy of several suites needs a calibration of the tasks
 that it is to do (`rsd calibrate --task-suite libero_10 --tasks ...`); this one does not ship. In success it stands
-where its passes of the main do, between the draft alone and `rsd-fused`.
+where its passes of the target do, between the draft alone and `rsd-fused`.
 """
 
 
@@ -94,11 +94,11 @@ class SuitesPageConfig:
 
     results: Path = Path("results/suites")
     """Folder with one results directory per row."""
-    order: tuple[str, ...] = ("l1", "light-alone", "rsd-fused", "rsd-ahead")
+    order: tuple[str, ...] = ("l1", "drafter-only", "rsd-fused", "draft-first")
     """Directories in it, in the order of the rows; the first two are compared against."""
     four: str = "four"
     """Folder in it of the policy of four suites."""
-    four_order: tuple[str, ...] = ("l1", "light-alone", "rsd-fused")
+    four_order: tuple[str, ...] = ("l1", "drafter-only", "rsd-fused")
     """Directories in that, in the order of the rows."""
     skipping: str = "libero_10-rsd-skip"
     """Directory in it of a run of one suite by rsd-skip."""
@@ -156,7 +156,7 @@ def thresholds(folder: Path, suites: Sequence[str]) -> list[str]:
         shares = f"{skipped_share(mine):.1%}", f"{share_at(mine, written):.1%}"
         rows.append([suite, str(found.episodes), *fitted, *shares])
     rule = f"epsilon {promise.epsilon_mm:g} mm, risk <= {promise.alpha:g} at {1 - promise.delta:g}"
-    header = ["suite", "rollouts", "threshold of its own", "chunks without the main by that", "risk in the rollouts"]
+    header = ["suite", "rollouts", "threshold of its own", "chunks without the target by that", "risk in the rollouts"]
     header += ["the rollouts had", f"by the written {written.threshold:.1f} mm"]
     return [PROMISES.format(rule=rule), table(header, rows)]
 

@@ -11,9 +11,9 @@ import torch
 from hypothesis import settings
 
 from rsd.models.bundle import PolicyConfig, RsdModel
-from rsd.models.feature_drafter import DraftConfig
-from rsd.models.target import MainConfig
-from rsd.models.visual_drafter import LightDraftConfig
+from rsd.models.feature_drafter import DrafterConfig
+from rsd.models.target import TargetConfig
+from rsd.models.visual_drafter import VisualDrafterConfig
 from rsd.policy import RsdPolicy
 from rsd.runtime.engines import VARIABLE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
@@ -36,9 +36,11 @@ def _eager() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_config() -> PolicyConfig:
-    main = MainConfig(image_size=32, channels=(16, 16, 32, 32), dim=64, layers=2, heads=2, text_dim=32)
-    draft = DraftConfig(levels=3, dim=32, layers=1, heads=2)
-    return PolicyConfig(main, draft, LightDraftConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=draft))
+    target = TargetConfig(image_size=32, channels=(16, 16, 32, 32), dim=64, layers=2, heads=2, text_dim=32)
+    draft = DrafterConfig(levels=3, dim=32, layers=1, heads=2)
+    return PolicyConfig(
+        target, draft, VisualDrafterConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=draft)
+    )
 
 
 def smooth_chunks(count: int, seed: int = 0) -> np.ndarray:
@@ -80,8 +82,8 @@ def make_steady_model(make_model: Callable[[int], RsdModel]) -> Callable[[], Rsd
 
     def make() -> RsdModel:
         model = make_model(0)
-        assert model.light is not None
-        for head in (model.main.gripper_head, model.light.levels.gripper_head):
+        assert model.visual_drafter is not None
+        for head in (model.target.gripper_head, model.visual_drafter.levels.gripper_head):
             torch.nn.init.constant_(head.bias, -9.0)
         return model
 

@@ -304,29 +304,33 @@ def write_adapter(directory: Path, base: str) -> Path:
     return directory
 
 
-def write_rsd_policy(directory: Path, base: Path, tokenizer: Any, *, light: bool = True, **scales: Any) -> Path:
+def write_rsd_policy(
+    directory: Path, base: Path, tokenizer: Any, *, visual_drafter: bool = True, **scales: Any
+) -> Path:
     """What `rsd train policy --backbone openvla` leaves, with random weights; scales: fields of `OpenVlaRsdConfig`."""
     import torch
 
-    from rsd.models.feature_drafter import DraftConfig
-    from rsd.models.visual_drafter import LightDraftConfig
+    from rsd.models.feature_drafter import DrafterConfig
+    from rsd.models.visual_drafter import VisualDrafterConfig
     from rsd.targets.openvla.loading import load_openvla
     from rsd.targets.openvla.lora import LoraConfig
     from rsd.targets.openvla.rsd_policy import OpenVlaRsdConfig, save_openvla_rsd
     from rsd.training.openvla import prepare
 
     torch.manual_seed(0)
-    draft = DraftConfig(levels=3, dim=32, layers=1, heads=2)
-    eyes = LightDraftConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=draft) if light else None
-    config = OpenVlaRsdConfig(draft=draft, light=eyes, **scales)
+    draft = DrafterConfig(levels=3, dim=32, layers=1, heads=2)
+    eyes = VisualDrafterConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=draft) if visual_drafter else None
+    config = OpenVlaRsdConfig(feature_drafter=draft, visual_drafter=eyes, **scales)
     trainee = prepare(load_openvla(base), config, LoraConfig(rank=4), tokenizer, checkpointing=False)
     with torch.no_grad():
         for name, parameter in trainee.adapter.updates.named_parameters():
             if name.endswith(".b"):
                 parameter.normal_(0.0, 0.05)
-        owners = [trainee.model.main] + ([trainee.model.light.levels] if trainee.model.light else [])
+        owners = [trainee.model.target] + (
+            [trainee.model.visual_drafter.levels] if trainee.model.visual_drafter else []
+        )
         for owner in owners:
-            owner.gripper_head.bias.fill_(-100.0)  # open throughout: a switch would keep the main from resting
+            owner.gripper_head.bias.fill_(-100.0)  # open throughout: a switch would keep the target from resting
     added, provenance = trainee.model.added(), {"data": "random weights"}
     save_openvla_rsd(added, trainee.adapter, tokenizer, config, base, str(base), provenance, directory)
     return directory

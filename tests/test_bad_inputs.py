@@ -529,7 +529,7 @@ def test_an_output_without_permission(tmp_path: Path, capsys: pytest.CaptureFixt
         tmp_path.chmod(stat.S_IRWXU)
 
 
-# what no command foresees
+# what no command forecasts
 
 
 @pytest.fixture

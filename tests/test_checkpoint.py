@@ -39,8 +39,8 @@ def test_half_precision_on_disk_costs_little(
 
 
 def test_weights_that_are_not_finite_are_not_saved(policy: RsdPolicy, tmp_path: Path) -> None:
-    policy.model.main.level_head.weight.data[0, 0, 0] = 1e6  # beyond fp16
-    with pytest.raises(RsdError, match=r"main.level_head.weight is not finite as float16; .* nothing was saved"):
+    policy.model.target.level_head.weight.data[0, 0, 0] = 1e6  # beyond fp16
+    with pytest.raises(RsdError, match=r"target.level_head.weight is not finite as float16; .* nothing was saved"):
         policy.save_pretrained(tmp_path / "new")
     assert not list((tmp_path / "new").glob("*"))
 
@@ -86,7 +86,7 @@ def edited_config(change: Callable[[dict[str, Any]], object]) -> Damage:
     return damage
 
 
-HEAD = "main.gripper_head.weight"
+HEAD = "target.gripper_head.weight"
 WEIGHT_DAMAGE: dict[str, tuple[Damage, str]] = {
     "truncated": (lambda c: cut(c, WEIGHTS_FILE), "not readable as safetensors"),
     "missing": (edited_weights(lambda w: w.pop(HEAD)), rf"missing \['{HEAD}'\]"),
@@ -135,16 +135,31 @@ CHECKPOINT_DAMAGE: dict[str, tuple[Damage, str]] = {
     "a directory": (lambda c: [(c / CONFIG_FILE).unlink(), (c / CONFIG_FILE).mkdir()], "expected a file, found a dir"),
     "nested": (lambda c: (c / CONFIG_FILE).write_text("[" * 10**5), "nested too deeply"),
     "NaN": (edited_config(lambda c: c.update(provenance=float("nan"))), "holds NaN"),
-    "huge": (edited_config(lambda c: c["policy"]["main"].update(dim=2**40)), "main model: expected .* a dim of 1 to"),
-    "wide": (edited_config(lambda c: c["policy"]["main"].update(dim=2**14)), r"model.safetensors: .* expected .*16384"),
+    "huge": (edited_config(lambda c: c["policy"]["target"].update(dim=2**40)), "target: expected .* a dim of 1 to"),
+    "wide": (
+        edited_config(lambda c: c["policy"]["target"].update(dim=2**14)),
+        r"model.safetensors: .* expected .*16384",
+    ),
     "true": (edited_config(lambda c: c.update(format_version=True)), "expected checkpoint format 1, found True"),
-    "text": (edited_config(lambda c: c["policy"]["main"].update(dim="64")), "field main.dim: expected int, found '64'"),
-    "null": (edited_config(lambda c: c["policy"]["main"].update(layers=None)), "main.layers: expected int, found None"),
+    "text": (
+        edited_config(lambda c: c["policy"]["target"].update(dim="64")),
+        "field target.dim: expected int, found '64'",
+    ),
+    "null": (
+        edited_config(lambda c: c["policy"]["target"].update(layers=None)),
+        "target.layers: expected int, found None",
+    ),
     "number": (edited_config(lambda c: c["policy"].update(acceptance=3)), "field acceptance: expected str, found 3"),
-    "heads": (edited_config(lambda c: c["policy"]["main"].update(heads=3)), "heads that divide it, found .* heads 3"),
-    "no channels": (edited_config(lambda c: c["policy"]["light"].update(channels=[0] * 4)), "multiples of 16"),
-    "no shrink": (edited_config(lambda c: c["policy"]["light"].update(shrink=0)), "shrink and depth of at least 1"),
-    "light": (edited_config(lambda c: c["policy"].update(light=True)), "field light: expected .*, found True"),
+    "heads": (edited_config(lambda c: c["policy"]["target"].update(heads=3)), "heads that divide it, found .* heads 3"),
+    "no channels": (edited_config(lambda c: c["policy"]["visual_drafter"].update(channels=[0] * 4)), "multiples of 16"),
+    "no shrink": (
+        edited_config(lambda c: c["policy"]["visual_drafter"].update(shrink=0)),
+        "shrink and depth of at least 1",
+    ),
+    "visual_drafter": (
+        edited_config(lambda c: c["policy"].update(visual_drafter=True)),
+        "field visual_drafter: expected .*, found True",
+    ),
     "provenance": (edited_config(lambda c: c.update(provenance=[])), "field provenance: expected an object"),
     "no config": (lambda c: (c / CONFIG_FILE).unlink(), "config.json: not found"),
     "cut config": (lambda c: cut(c, CONFIG_FILE), "not valid JSON"),
@@ -153,10 +168,16 @@ CHECKPOINT_DAMAGE: dict[str, tuple[Damage, str]] = {
     "other version": (edited_config(lambda c: c.update(format_version=2)), "expected checkpoint format 1, found 2"),
     "no digests": (edited_config(lambda c: c.update(sha256={})), "sha256 differs"),
     "no sizes": (edited_config(lambda c: c.pop("policy")), "unknown or missing field"),
-    "unknown field": (edited_config(lambda c: c["policy"]["main"].update(width=3)), "unknown or missing field"),
-    "other sizes": (edited_config(lambda c: c["policy"]["main"].update(layers=3)), "does not fit config.json; missing"),
-    "impossible sizes": (edited_config(lambda c: c["policy"]["main"].update(image_size=33)), "image_size"),
-    "deep draft": (edited_config(lambda c: c["policy"]["draft"].update(levels=8)), "draft: expected 1 to 7 levels"),
+    "unknown field": (edited_config(lambda c: c["policy"]["target"].update(width=3)), "unknown or missing field"),
+    "other sizes": (
+        edited_config(lambda c: c["policy"]["target"].update(layers=3)),
+        "does not fit config.json; missing",
+    ),
+    "impossible sizes": (edited_config(lambda c: c["policy"]["target"].update(image_size=33)), "image_size"),
+    "deep draft": (
+        edited_config(lambda c: c["policy"]["feature_drafter"].update(levels=8)),
+        "draft: expected 1 to 7 levels",
+    ),
     "unknown acceptance": (edited_config(lambda c: c["policy"].update(acceptance="always")), "acceptance 'always'"),
 }
 
@@ -176,7 +197,7 @@ def test_damaged_checkpoints_are_refused(checkpoint: Path, damage: str) -> None:
 
 def test_what_no_digest_named_before_is_sealed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Other numbers of the right type and shape load, and act differently: only a hash can tell."""
-    edits = (edited_config(lambda c: c["policy"]["main"].update(heads=4)), other_step)
+    edits = (edited_config(lambda c: c["policy"]["target"].update(heads=4)), other_step)
     for edit, name in zip(edits, (CONFIG_FILE, TOKENIZER_FILE), strict=True):
         edit(checkpoint)
         with pytest.raises(RsdError, match=f"{name}: is not what manifest.json names .* checkpoint seal {checkpoint}"):

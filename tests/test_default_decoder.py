@@ -45,11 +45,11 @@ def test_the_default_is_the_best_that_the_checkpoint_supports(
     assert chosen() == chosen(acceptance="exact") == chosen(fine="sequential") == "rsd-fused"
     assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
     assert chosen(temperature=1.0) == "rsd-fused"
-    proven = {"format_version": 1, "decode": "rsd-ahead", "found": "9 of 9"}
+    proven = {"format_version": 1, "decode": "draft-first", "found": "9 of 9"}
     proven["weights_sha256"] = hashlib.sha256((checkpoint / WEIGHTS_FILE).read_bytes()).hexdigest()
     write_proven(checkpoint, proven)
-    assert chosen() == "rsd-ahead"
-    assert "decodes by rsd-ahead: 9 of 9" in caplog.text
+    assert chosen() == "draft-first"
+    assert "decodes by draft-first: 9 of 9" in caplog.text
     assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
     for change, message in (
         ({"format_version": 2}, "expected proven decoder format 1"),
@@ -76,5 +76,5 @@ def test_the_default_of_a_model_at_hand(policy: RsdPolicy, tokenizer: ActionToke
     assert RsdPolicy.of(*parts).decode == "rsd-fused"
     assert RsdPolicy.of(*parts, temperature=1.0).decode == "rsd-fused"
     assert RsdPolicy.of(*parts, skip=SkipRule(10.0)).decode == "rsd-skip"
-    config = replace(policy.config, light=None)
+    config = replace(policy.config, visual_drafter=None)
     assert RsdPolicy.of(RsdModel(config, tokenizer), tokenizer, config, skip=SkipRule(10.0)).decode == "rsd"

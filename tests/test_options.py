@@ -51,7 +51,7 @@ def test_the_target_at_reset_goes_with_any_skip_rule() -> None:
 
 def test_a_checkpoint_whose_rule_executes_what_it_is_told_is_judged_blind_unless_asked() -> None:
     told = replace(CHECKPOINT, acceptance="residual")
-    for decode in (BEST, "rsd", "rsd-fused", "rsd-ahead"):
+    for decode in (BEST, "rsd", "rsd-fused", "draft-first"):
         assert resolve(told, DecodeOptions(decode)).rule.name == "blind(0.95)"
         assert resolve(told, DecodeOptions(decode, "residual")).rule.name == "residual"
         assert resolve(told, DecodeOptions(decode, "margin")).rule.name == "margin"
@@ -64,9 +64,9 @@ def test_the_best_has_every_chunk_verified_unless_another_is_proven() -> None:
     found = resolve(CHECKPOINT, DecodeOptions())
     assert (found.decode, found.why) == ("rsd-fused", "the best that verifies every chunk")
     assert resolve(CHECKPOINT, DecodeOptions(temperature=1.0)).decode == "rsd-fused"
-    proven = replace(CHECKPOINT, proven=("rsd-ahead", "9 of 9"))
+    proven = replace(CHECKPOINT, proven=("draft-first", "9 of 9"))
     found = resolve(proven, DecodeOptions())
-    assert (found.decode, found.why) == ("rsd-ahead", "9 of 9")
+    assert (found.decode, found.why) == ("draft-first", "9 of 9")
     for checkpoint in (CHECKPOINT, proven):
         assert resolve(checkpoint, DecodeOptions(skip=SkipRule(5.0))).decode == "rsd-skip"
         assert resolve(replace(checkpoint, visual_drafter=False), DecodeOptions()).decode == "rsd"
@@ -93,7 +93,7 @@ def test_a_rule_that_judges_a_draft_as_a_whole_is_for_compact_models_and_regress
 def test_a_checkpoint_without_a_visual_drafter_has_none_of_its_decoders() -> None:
     bare = replace(CHECKPOINT, visual_drafter=False)
     for decode in names(visual=True):
-        with pytest.raises(RsdError, match="has no light draft"):
+        with pytest.raises(RsdError, match="has no visual drafter"):
             resolve(bare, DecodeOptions(decode))
     assert resolve(bare, DecodeOptions()).decode == "rsd"
 

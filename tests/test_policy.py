@@ -14,11 +14,11 @@ from rsd.decoding.decoders import DECODERS
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.state import EpisodeState
 from rsd.models.bundle import PolicyConfig, RsdModel
-from rsd.models.target import MainModel
-from rsd.models.visual_drafter import LightDraft
+from rsd.models.target import TargetModel
+from rsd.models.visual_drafter import VisualDrafter
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import ActionChunk, Observation, RsdError
+from rsd.types import VERIFYING, ActionChunk, Observation, RsdError
 
 WAYS = [(name, "regress") for name in DECODERS] + [("rsd", "sequential")]
 MakeObservation = Callable[..., Observation]
@@ -39,8 +39,8 @@ def test_actions_are_environment_ready(
         grippers |= set(chunk.actions[:, -1].tolist())
         stats = policy.verify() or chunk.stats
         assert stats.decode == decode
-        assert stats.prefills == (decode != "light-alone")
-        before = [ms for stage, ms in stats.latency_ms.items() if stage != "follow-up"]
+        assert stats.prefills == (decode != "drafter-only")
+        before = [ms for stage, ms in stats.latency_ms.items() if stage != "verify-pending"]
         assert stats.latency_ms["total"] >= max(before)
     assert grippers <= {-1.0, 1.0}
 
@@ -61,7 +61,7 @@ def test_the_chunk_depends_on_everything_observed(policy: RsdPolicy, make_observ
 
 def test_statistics_of_a_chunk(policy: RsdPolicy, make_observation: MakeObservation) -> None:
     stats = policy.predict(make_observation()).stats
-    assert (stats.decode, stats.acceptance, stats.main_passes) == ("rsd", "margin", 1)
+    assert (stats.decode, stats.acceptance, stats.target_passes) == ("rsd", "margin", 1)
     assert stats.num_draft_tokens == [48, 48, 48]
     assert len(stats.num_accepted_tokens) == 3
     assert all(0 <= n <= 48 for n in stats.num_accepted_tokens)
@@ -71,7 +71,7 @@ def test_statistics_of_a_chunk(policy: RsdPolicy, make_observation: MakeObservat
     assert stats.gripper_acceptance in {n / 8 for n in range(9)}
     plain = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="ar")
     stats = plain.predict(make_observation()).stats
-    assert (stats.acceptance, stats.main_passes, stats.num_draft_tokens) == ("", 7, [])
+    assert (stats.acceptance, stats.target_passes, stats.num_draft_tokens) == ("", 7, [])
     assert stats.gripper_acceptance is None
 
 
@@ -80,13 +80,13 @@ def test_statistics_of_a_chunk(policy: RsdPolicy, make_observation: MakeObservat
 def test_the_grippers_acceptance_is_that_of_the_draft_by_the_main(
     policy: RsdPolicy, make_observation: MakeObservation, decode: str, bias: float, accepted: float
 ) -> None:
-    policy.model.main.gripper_head.bias.data.fill_(100.0)
-    for draft in (policy.model.draft, policy.model.light.levels):
+    policy.model.target.gripper_head.bias.data.fill_(100.0)
+    for draft in (policy.model.feature_drafter, policy.model.visual_drafter.levels):
         draft.gripper_head.bias.data.fill_(bias)
     policy = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode=decode)
     chunk = policy.predict(make_observation())
     assert chunk.stats.gripper_acceptance == accepted
-    assert (chunk.actions[:, -1] == 1).all()  # the main has the last word
+    assert (chunk.actions[:, -1] == 1).all()  # the target has the last word
 
 
 def test_every_instruction_is_answered_by_its_own_encoding(
@@ -164,33 +164,33 @@ def last_linear(model: RsdModel, head: str) -> Tensor:
 
 
 LIGHT_HEADS = (
-    "light.levels.level_head",
-    "light.levels.gripper_head",
-    "light.residual_head",
-    "light.deviation_head",
+    "visual_drafter.levels.level_head",
+    "visual_drafter.levels.gripper_head",
+    "visual_drafter.residual_head",
+    "visual_drafter.deviation_head",
 )
 USED_HEADS = {
-    ("ar", "regress"): ("main.level_head", "main.gripper_head"),
-    ("parallel", "regress"): ("main.parallel_head", "main.gripper_head"),
-    ("l1", "regress"): ("main.residual_head", "main.gripper_head"),
-    ("draft", "regress"): ("draft.level_head", "draft.gripper_head"),
+    ("ar", "regress"): ("target.level_head", "target.gripper_head"),
+    ("parallel", "regress"): ("target.parallel_head", "target.gripper_head"),
+    ("l1", "regress"): ("target.residual_head", "target.gripper_head"),
+    ("coarse-only", "regress"): ("feature_drafter.level_head", "feature_drafter.gripper_head"),
     ("rsd", "regress"): (
-        "main.level_head",
-        "main.gripper_head",
-        "main.residual_head",
-        "draft.level_head",
-        "draft.gripper_head",
+        "target.level_head",
+        "target.gripper_head",
+        "target.residual_head",
+        "feature_drafter.level_head",
+        "feature_drafter.gripper_head",
     ),
     ("rsd", "sequential"): (
-        "main.level_head",
-        "main.gripper_head",
-        "draft.level_head",
-        "draft.gripper_head",
+        "target.level_head",
+        "target.gripper_head",
+        "feature_drafter.level_head",
+        "feature_drafter.gripper_head",
     ),
-    ("rsd-skip", "regress"): (*LIGHT_HEADS, "main.level_head", "main.gripper_head", "main.residual_head"),
-    ("rsd-fused", "regress"): (*LIGHT_HEADS[:2], "main.level_head", "main.gripper_head", "main.residual_head"),
-    ("light-alone", "regress"): LIGHT_HEADS,
-    ("rsd-ahead", "regress"): (*LIGHT_HEADS, "main.level_head", "main.gripper_head", "main.residual_head"),
+    ("rsd-skip", "regress"): (*LIGHT_HEADS, "target.level_head", "target.gripper_head", "target.residual_head"),
+    ("rsd-fused", "regress"): (*LIGHT_HEADS[:2], "target.level_head", "target.gripper_head", "target.residual_head"),
+    ("drafter-only", "regress"): LIGHT_HEADS,
+    ("draft-first", "regress"): (*LIGHT_HEADS, "target.level_head", "target.gripper_head", "target.residual_head"),
 }
 
 
@@ -241,12 +241,12 @@ def test_an_episodes_seed_decides_what_is_drawn(
     greedy = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode=decode)
     assert np.array_equal(episode(greedy, 5), episode(greedy, 6))
     stats = first.predict(make_observation()).stats
-    assert stats.acceptance == ("exact" if decode.startswith("rsd") else "")
+    assert stats.acceptance == ("exact" if decode in VERIFYING else "")
     # the gripper is never drawn
     assert all(np.array_equal(a[:, -1], b[:, -1]) for a, b in zip(once, on, strict=True))
 
 
-@pytest.mark.parametrize("head", ["main.level_head", "draft.level_head"])
+@pytest.mark.parametrize("head", ["target.level_head", "feature_drafter.level_head"])
 def test_no_symbol_is_drawn_from_what_is_not_finite(
     policy: RsdPolicy, make_observation: MakeObservation, head: str
 ) -> None:
@@ -282,7 +282,7 @@ def test_what_cannot_be_drawn_is_refused(checkpoint: Path, options: dict[str, An
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decode": "fast"}, "decode 'fast': expected one of ar, parallel, l1, rsd, rsd-fused, rsd-skip, rsd-ahead,"),
+        ({"decode": "fast"}, "decode 'fast': expected one of ar, parallel, l1, rsd, rsd-fused, rsd-skip, draft-first,"),
         ({"acceptance": "always"}, "acceptance 'always'"),
         ({"fine": "coarse"}, "fine 'coarse': expected regress or sequential"),
         (
@@ -306,12 +306,12 @@ def light_policy(policy: RsdPolicy, decode: str, **options: Any) -> RsdPolicy:
 def test_skipping_leaves_the_main_idle_until_it_has_to_look_again(
     policy: RsdPolicy, make_observation: MakeObservation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for gripper in (policy.model.main.gripper_head, policy.model.light.levels.gripper_head):
-        gripper.bias.data.fill_(-100.0)  # open throughout: no switch forces the main
+    for gripper in (policy.model.target.gripper_head, policy.model.visual_drafter.levels.gripper_head):
+        gripper.bias.data.fill_(-100.0)  # open throughout: no switch forces the target
     skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=2), target_at_reset=False)
     looks = list[bool]()
-    see = MainModel.embed_prefix
-    monkeypatch.setattr(MainModel, "embed_prefix", lambda *a: looks.append(True) or see(*a))
+    see = TargetModel.embed_prefix
+    monkeypatch.setattr(TargetModel, "embed_prefix", lambda *a: looks.append(True) or see(*a))
     stats = [skipping.predict(make_observation(seed)).stats for seed in range(7)]
     assert [s.prefills for s in stats] == [0, 0, 1, 0, 0, 1, 0]
     assert len(looks) == 2
@@ -327,11 +327,11 @@ def test_skipping_leaves_the_main_idle_until_it_has_to_look_again(
 def test_a_memory_of_the_main_is_of_use_for_a_while(
     policy: RsdPolicy, make_observation: MakeObservation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for gripper in (policy.model.main.gripper_head, policy.model.light.levels.gripper_head):
+    for gripper in (policy.model.target.gripper_head, policy.model.visual_drafter.levels.gripper_head):
         gripper.bias.data.fill_(-100.0)
     known = list[bool]()
-    perceive = LightDraft.perceive
-    monkeypatch.setattr(LightDraft, "perceive", lambda *a: known.append(a[4] is not None) or perceive(*a))
+    perceive = VisualDrafter.perceive
+    monkeypatch.setattr(VisualDrafter, "perceive", lambda *a: known.append(a[4] is not None) or perceive(*a))
     skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=3, memory_chunks=2))
     stats = [skipping.predict(make_observation(seed)).stats for seed in range(8)]
     assert [s.prefills for s in stats] == [1, 0, 0, 0, 1, 0, 0, 0]
@@ -341,7 +341,7 @@ def test_a_memory_of_the_main_is_of_use_for_a_while(
 def test_a_gripper_that_closes_at_once_forces_the_main(
     policy: RsdPolicy, make_observation: MakeObservation
 ) -> None:
-    policy.model.light.levels.gripper_head.bias.data.fill_(100.0)
+    policy.model.visual_drafter.levels.gripper_head.bias.data.fill_(100.0)
     skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9), target_at_reset=False)
     stats = skipping.predict(make_observation(0)).stats
     assert stats.forced
@@ -349,8 +349,8 @@ def test_a_gripper_that_closes_at_once_forces_the_main(
 
 
 def test_a_gripper_switch_forces_the_main(policy: RsdPolicy, make_observation: MakeObservation) -> None:
-    policy.model.main.gripper_head.bias.data.fill_(-100.0)
-    policy.model.light.levels.gripper_head.bias.data.fill_(100.0)
+    policy.model.target.gripper_head.bias.data.fill_(-100.0)
+    policy.model.visual_drafter.levels.gripper_head.bias.data.fill_(100.0)
     skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=2))
     chunks = [skipping.predict(make_observation(seed)) for seed in range(4)]
     assert [chunk.stats.prefills for chunk in chunks] == [1, 1, 1, 1]
@@ -379,25 +379,25 @@ def test_the_memory_is_of_this_episode(policy: RsdPolicy, make_observation: Make
 def test_a_checkpoint_without_light_draft_decodes_the_other_ways(
     tiny_config: PolicyConfig, tokenizer: ActionTokenizer, make_observation: MakeObservation, tmp_path: Path
 ) -> None:
-    config = replace(tiny_config, light=None)
+    config = replace(tiny_config, visual_drafter=None)
     RsdPolicy.of(RsdModel(config, tokenizer), tokenizer, config).save_pretrained(tmp_path)
     RsdPolicy.from_pretrained(tmp_path, decode="rsd").predict(make_observation())
     assert RsdPolicy.from_pretrained(tmp_path).decode == "rsd"
-    with pytest.raises(RsdError, match=r"decode 'rsd-fused': this checkpoint has no light draft; use rsd"):
+    with pytest.raises(RsdError, match=r"decode 'rsd-fused': this checkpoint has no visual drafter; use rsd"):
         RsdPolicy.from_pretrained(tmp_path, decode="rsd-fused")
 
 
-# acting before the main has looked
+# acting before the target has looked
 
 
 def acting_ahead(policy: RsdPolicy, **options: Any) -> RsdPolicy:
-    return RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="rsd-ahead", **options)
+    return RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="draft-first", **options)
 
 
 def test_ahead_of_the_main_the_drafts_own_chunk_is_executed(
     policy: RsdPolicy, make_observation: MakeObservation
 ) -> None:
-    """Beside `rsd-fused`, which drafts with the same memory of the main."""
+    """Beside `rsd-fused`, which drafts with the same memory of the target."""
     fused = light_policy(policy, "rsd-fused").core
     told, left_alone = acting_ahead(policy), acting_ahead(policy)
     state = EpisodeState()
@@ -416,11 +416,11 @@ def test_ahead_of_the_main_the_drafts_own_chunk_is_executed(
 def test_alone_the_light_draft_always_acts_as_at_an_episodes_start(
     policy: RsdPolicy, make_observation: MakeObservation
 ) -> None:
-    alone = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="light-alone")
+    alone = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="drafter-only")
     for i in range(3):
         chunk = alone.predict(make_observation(i))
         assert np.array_equal(chunk.actions, acting_ahead(policy).predict(make_observation(i)).actions)
-        assert (chunk.stats.prefills, chunk.stats.main_passes, chunk.stats.skipped) == (0, 0, True)
+        assert (chunk.stats.prefills, chunk.stats.target_passes, chunk.stats.skipped) == (0, 0, True)
         assert set(chunk.stats.latency_ms) == {"preprocess", "draft", "total"}
 
 
@@ -433,13 +433,13 @@ def test_the_verification_judges_the_chunk(policy: RsdPolicy, make_observation: 
     stats = ahead.verify()
     assert first == before  # what was returned stays as it was
     assert stats is not None
-    assert (stats.prefills, stats.main_passes, stats.skipped) == (1, 0, False)
+    assert (stats.prefills, stats.target_passes, stats.skipped) == (1, 0, False)
     assert stats.num_draft_tokens == [48] * 3
     assert 0 < sum(stats.num_accepted_tokens) <= 144
     assert stats.deviation_mm is not None
     assert stats.deviation_mm > 0
     assert stats.expected_deviation_mm == first.expected_deviation_mm
-    assert stats.latency_ms["follow-up"] > 0
+    assert stats.latency_ms["verify-pending"] > 0
     assert stats.latency_ms["total"] == first.latency_ms["total"]
     assert ahead.verify() is None  # nothing is left
     unaware = acting_ahead(policy)
@@ -502,13 +502,13 @@ def test_pending_verifications_of_two_episodes_do_not_meet(
 def test_a_failing_verification_forgets_the_episode(policy: RsdPolicy, make_observation: MakeObservation) -> None:
     ahead = acting_ahead(policy)
     fresh = ahead.predict(make_observation(0)).actions
-    kept = policy.model.main.level_head.bias.clone()
+    kept = policy.model.target.level_head.bias.clone()
     with torch.no_grad():
-        policy.model.main.level_head.bias.fill_(float("nan"))
+        policy.model.target.level_head.bias.fill_(float("nan"))
     with pytest.raises(RsdError, match="non-finite"):
         ahead.verify()
     with torch.no_grad():
-        policy.model.main.level_head.bias.copy_(kept)
+        policy.model.target.level_head.bias.copy_(kept)
     assert np.array_equal(ahead.predict(make_observation(0)).actions, fresh)
 
 
@@ -525,8 +525,8 @@ def test_a_verification_may_come_from_another_thread(policy: RsdPolicy, make_obs
 
 
 def test_the_target_runs_at_reset(policy: RsdPolicy, make_observation: MakeObservation) -> None:
-    for gripper in (policy.model.main.gripper_head, policy.model.light.levels.gripper_head):
-        gripper.bias.data.fill_(-100.0)  # open throughout: no switch forces the main
+    for gripper in (policy.model.target.gripper_head, policy.model.visual_drafter.levels.gripper_head):
+        gripper.bias.data.fill_(-100.0)  # open throughout: no switch forces the target
     skipping = light_policy(policy, "rsd-skip", skip=SkipRule(1e9, max_skips=2))
     stats = [skipping.predict(make_observation(seed)).stats for seed in range(5)]
     assert [s.prefills for s in stats] == [1, 0, 0, 1, 0]

@@ -29,9 +29,9 @@ def task_number(words: str) -> int:
 def test_size_and_share_of_the_draft(checkpoint: Path) -> None:
     assert sum(path.stat().st_size for path in checkpoint.iterdir()) <= MAX_BYTES
     policy = load(checkpoint)
-    draft = sum(p.numel() for p in policy.model.draft.parameters())
+    draft = sum(p.numel() for p in policy.model.feature_drafter.parameters())
     # the trunk alone, which an `ar` level runs once and a drafted level replaces by one run of the draft
-    assert sum(p.numel() for p in policy.model.main.trunk.parameters()) >= 8 * draft
+    assert sum(p.numel() for p in policy.model.target.trunk.parameters()) >= 8 * draft
 
 
 @pytest.mark.parametrize("checkpoint", [CHECKPOINT, SUITES], ids=lambda path: path.name)
@@ -114,7 +114,7 @@ def test_skipping_solves_a_task_with_less_than_a_pass_a_chunk() -> None:
             done = success = False
             while not done:
                 chunk = policy.predict(env.observation())
-                assert chunk.stats.main_passes == 0
+                assert chunk.stats.target_passes == 0
                 prefills.append(chunk.stats.prefills)
                 _, _, success, truncated, _ = env.step_chunk(chunk.actions)
                 done = success or truncated

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rsd import hub, manifest
+from rsd import former, hub, manifest
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.decoders import DECODERS
@@ -35,7 +35,7 @@ from rsd.types import RsdError
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, PROVEN_FILE = "config.json", "model.safetensors", "proven.json"
-BACKBONE, OPENVLA = "backbone", "openvla"  # in config.json; the compact main where it is absent
+BACKBONE, OPENVLA = "backbone", "openvla"  # in config.json; the compact target where it is absent
 LARGE = 2**14  # numbers in a weight; smaller ones are not worth rounding
 SCALE = ".scale"  # after the name of a weight that is stored as int8
 PRECISIONS = (torch.float16, torch.float32)  # of what is not int8
@@ -75,7 +75,7 @@ class OwnDecoding:
 
 def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
     """A local directory as it is; otherwise `owner/name` on the Hugging Face hub, downloaded to its cache."""
-    # linear codes only, see `check_code`; an adapter where the main is OpenVLA
+    # linear codes only, see `check_code`; an adapter where the target is OpenVLA
     files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CALIBRATION_FILE, PROVEN_FILE, manifest.MANIFEST_FILE]
     files.append("lora_adapter/*")
     return hub.locate(path_or_hub_id, "policy", "a checkpoint directory", files)
@@ -110,7 +110,7 @@ def read_content(directory: Path) -> dict[str, Any]:
         raise RsdError(f"{path}: expected no {BACKBONE} or {OPENVLA}, found {raw[BACKBONE]!r}; use a newer rsd-vla")
     if BACKBONE in raw and not {"path", "fingerprint"} <= content.base.keys():
         raise RsdError(f"{path}: unknown or missing field of base: expected path and fingerprint, found {content.base}")
-    return raw
+    return {**raw, "policy": former.parts(content.policy)}
 
 
 @cache
@@ -141,8 +141,10 @@ def seal(directory: Path) -> list[str]:
 
 
 def parse_config(directory: Path, content: dict[str, Any], kind: type[Config]) -> Config:
-    """The policy's configuration, a dataclass; content: config.json, which had no light draft before there were any."""
-    return from_json(kind, {"light": None, **content["policy"]}, f"{directory / CONFIG_FILE}: policy")
+    """The policy's configuration, a dataclass; content: config.json, which had no visual drafter before there were
+    any."""
+    policy = former.parts(content["policy"])
+    return from_json(kind, {"visual_drafter": None, **policy}, f"{directory / CONFIG_FILE}: policy")
 
 
 def load_model(directory: Path, content: dict[str, Any], tokenizer: ActionTokenizer) -> tuple[RsdModel, PolicyConfig]:
@@ -166,7 +168,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Name -> float32, finite; `RsdError` for what `save_checkpoint` would not have written."""
     try:
-        stored = load_file(path)
+        stored = {former.weight(name): value for name, value in load_file(path).items()}
     except FileNotFoundError:
         raise RsdError(f"{path}: not found") from None
     except (SafetensorError, OSError) as error:
@@ -226,7 +228,7 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
     if not path.exists():
         return None
     raw = read_versioned(path, "proven decoder", 1, "write it anew")
-    proven = from_json(Proven, raw, str(path), ignore=("format_version",))
+    proven = from_json(Proven, former.record(raw), str(path), ignore=("format_version",))
     if proven.decode not in DECODERS:
         expected = f"'decode' as one of {', '.join(DECODERS)}"
         raise RsdError(f"{path}: expected {expected}, found {proven.decode!r}; write it anew, or delete it")
@@ -247,7 +249,7 @@ def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
     except RsdError as error:  # to be raised where `rsd-skip` is asked for
         calibration = str(error)
     return Checkpoint(
-        visual_drafter=bool(policy.get("light")),
+        visual_drafter=bool(policy.get("visual_drafter")),
         acceptance=own.acceptance,
         fine=own.fine,
         proven=proven_decode(directory, content),

@@ -42,7 +42,7 @@ def check_stats(stats: ChunkStats) -> None:
         f"{stats.accepted_levels} accepted levels of {levels}": stats.accepted_levels > levels,
         f"a gripper acceptance of {share:g}": not 0 <= share <= 1,
         "a negative count or time": min(
-            *(stats.prefills, stats.main_passes, stats.accepted_levels),
+            *(stats.prefills, stats.target_passes, stats.accepted_levels),
             *(*drafted, *accepted, *stats.latency_ms.values()),
         )
         < 0,

@@ -88,7 +88,7 @@ def from_json(kind: type[T], content: Any, where: str, ignore: Iterable[str] = (
 
 
 def _object(kind: type[T], content: dict[str, Any], where: str, at: str) -> T:
-    """at: the path to this object within the file, "" or "main."."""
+    """at: the path to this object within the file, "" or "target."."""
     known: dict[str, Field[Any]] = {entry.name: entry for entry in fields(kind) if entry.init}  # type: ignore[arg-type]
     required = {name for name, entry in known.items() if entry.default is MISSING and entry.default_factory is MISSING}
     missing, unknown = sorted(required - content.keys()), sorted(content.keys() - known.keys())

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
+from rsd import former
 from rsd.decoding.acceptance import AcceptanceRule, acceptance_rule
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.decoders import DECODERS, names
@@ -25,7 +26,7 @@ class DecodeOptions:
     `blind(0.95)` for `residual`), with `rsd-skip` those of its calibration, and with a temperature `exact` and
     `sequential`.
     temperature: draw the motion tokens from softmax(logits / temperature); 0 takes the likeliest.
-    skip: when `rsd-skip` leaves the target idle; None takes the checkpoint's calibration. target_at_reset: the target
+    skip: when `rsd-skip` skips the target; None takes the checkpoint's calibration. target_at_reset: the target
     always runs on an episode's first observation, whatever the skip rule says.
     audit: know of every chunk how far the visual drafter's led away from the target's; beside a skipped one the target
     is run for that, outside the latencies.
@@ -99,10 +100,12 @@ def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
     """Settle every option; `RsdError` for what this checkpoint or this combination cannot do."""
     decode, why = (options.decode, "") if options.decode != BEST else best_decode(checkpoint, options)
     check_sampling(options.temperature, decode, options.acceptance, options.fine)
+    if decode in former.DECODERS:
+        raise RsdError(f"decode {decode!r}: it is called {former.decoder(decode)} now")
     if decode not in DECODERS:
         raise RsdError(f"decode {decode!r}: expected one of {', '.join(DECODERS)}")
     if DECODERS[decode].visual and not checkpoint.visual_drafter:
-        raise RsdError(f"decode {decode!r}: this checkpoint has no light draft; use rsd, l1 or ar, or train one")
+        raise RsdError(f"decode {decode!r}: this checkpoint has no visual drafter; use rsd, l1 or ar, or train one")
     acceptance, fine, skip = options.acceptance, options.fine, options.skip
     if DECODERS[decode].gated and skip is None and checkpoint.calibration is not None:
         skip, acceptance = calibrated(checkpoint.calibration, options)
@@ -138,7 +141,7 @@ class Choice(NamedTuple):
 def best_decode(checkpoint: Checkpoint, options: DecodeOptions) -> Choice:
     """What `best` is: what is proven in closed loop, or else what has every chunk verified."""
     if not checkpoint.visual_drafter:
-        return Choice("rsd", "the best without a light draft")
+        return Choice("rsd", "the best without a visual drafter")
     if options.temperature:
         return Choice("rsd-fused", "the best that draws its tokens")
     if options.skip:
@@ -154,7 +157,7 @@ def check_sampling(temperature: float, decode: str, acceptance: str | None, fine
         return
     if decode not in names(samples=True):
         found = f"temperature {temperature:g}: expected decode {', '.join(names(samples=True))}, found {decode!r}"
-        raise RsdError(f"{found}, which executes no tokens that the main chose; take one of them, or temperature 0")
+        raise RsdError(f"{found}, which executes no tokens that the target chose; take one of them, or temperature 0")
     if DECODERS[decode].drafts and (acceptance not in (None, "exact") or fine not in (None, "sequential")):
         found = " and ".join(x for x in (acceptance and f"acceptance {acceptance!r}", fine and f"fine {fine!r}") if x)
         raise RsdError(

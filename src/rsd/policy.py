@@ -43,7 +43,7 @@ CACHED_CHARACTERS = 1000  # longer instructions are encoded every time: a client
 LOG = logging.getLogger(__name__)
 # what loads a checkpoint with a backbone, by name: it builds on this module, and its code is read only if needed
 LOADERS = {OPENVLA: "rsd.targets.openvla.rsd_policy:load_openvla_policy"}
-FOLLOW_UP = "follow-up"  # the stage of what is done while the chunk is executed
+VERIFY_PENDING = "verify-pending"  # the stage of what is done while the chunk is executed
 
 
 class Body(Protocol):
@@ -91,11 +91,11 @@ class CompactBody:
         self, model: RsdModel, tokenizer: ActionTokenizer, config: PolicyConfig, provenance: dict[str, Any]
     ) -> None:
         self.model, self.tokenizer, self.config, self.provenance = model, tokenizer, config, provenance
-        self.image_size = config.main.image_size
+        self.image_size = config.target.image_size
         self._texts = TextCache()
 
     def __call__(self, observations: Sequence[Observation]) -> PolicyInput:
-        size, device = self.image_size, self.model.main.state_mean.device
+        size, device = self.image_size, self.model.target.state_mean.device
         for observation in observations:
             if observation.images.shape[1:3] != (size, size):
                 found = " x ".join(map(str, observation.images.shape[1:3]))
@@ -106,7 +106,7 @@ class CompactBody:
         return PolicyInput(pixels, state, (torch.cat([t for t, _ in texts]), torch.cat([c for _, c in texts])))
 
     def _encode(self, instruction: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        encode = self.model.main.encode_text
+        encode = self.model.target.encode_text
         return self._texts.get(instruction, lambda: encode(word_ids([instruction]).to(device)))
 
     def save(self, directory: Path) -> None:
@@ -157,13 +157,13 @@ class SpeculativePolicy:
         """body: None takes the compact models'; facts: what of the checkpoint decides, None where none was read."""
         runtime = runtime or RuntimeOptions()
         facts = facts or Checkpoint(
-            model.light is not None, config.acceptance, config.fine, code=tokenizer.config.rfsq
+            model.visual_drafter is not None, config.acceptance, config.fine, code=tokenizer.config.rfsq
         )
         self.decoding = decoding = resolve(facts, options or DecodeOptions())
         self.decode, self.temperature = decoding.decode, decoding.temperature
         self.acceptance = decoding.rule.name if DECODERS[self.decode].drafts else ""  # of one that accepts nothing
         self.model, self.config, self.provenance = model.eval(), config, provenance or {}
-        self.device = model.main.state_mean.device
+        self.device = model.target.state_mean.device
         self.tokenizer = tokenizer.to(self.device)
         self.body: Body = body or CompactBody(model, tokenizer, config, self.provenance)
         self.image_size, self.cameras = self.body.image_size, self.body.cameras
@@ -177,11 +177,11 @@ class SpeculativePolicy:
         if self.temperature:
             sampler = Sampler(self.temperature, torch.Generator(self.device).manual_seed(0))
         self.ops = Primitives(
-            model.main,
-            model.draft,
+            model.target,
+            model.feature_drafter,
             decoding.rule,
             decoding.fine,
-            model.light,
+            model.visual_drafter,
             skip=decoding.skip,
             sampler=sampler,
             engine=make_engine(self.engine),
@@ -232,13 +232,13 @@ class SpeculativePolicy:
         """The target's pass over what was seen for chunks that are being executed: what it finds of them, and states
         that remember it."""
         with self._computing() as watch:
-            with watch.stage(FOLLOW_UP):
+            with watch.stage(VERIFY_PENDING):
                 result = look(self.ops, pending.seen, pending.draft)
                 self.ops.check()
                 after = self._after(pending.states, result)
             result, stats = replace(result, draft=pending.draft, forecast=pending.forecast), []
             for row, chunk in enumerate(pending.chunks):
-                times = {**chunk.stats.latency_ms, FOLLOW_UP: watch.ms[FOLLOW_UP]}
+                times = {**chunk.stats.latency_ms, VERIFY_PENDING: watch.ms[VERIFY_PENDING]}
                 stats.append(replace(self._stats(result, row), latency_ms=times))
             if self.decoding.audit:
                 stats = self._audited(pending.seen, result, stats)
@@ -298,7 +298,7 @@ class SpeculativePolicy:
     def _stats(self, result: DecodeResult, row: int) -> ChunkStats:
         """What is known of one row's chunk, without times."""
         skipped = result.skipped is not None and result.skipped[row]
-        stats = ChunkStats(self.decode, self.acceptance, 0 if skipped else result.prefills, result.main_passes)
+        stats = ChunkStats(self.decode, self.acceptance, 0 if skipped else result.prefills, result.target_passes)
         if result.draft is not None:
             forced = None if result.forced is None else result.forced[row]
             deviation = None if result.forecast is None else float(result.forecast.deviation_mm[row])
@@ -436,7 +436,7 @@ class RsdPolicy:
         return chunk
 
     def verify(self) -> ChunkStats | None:
-        """With `rsd-ahead`: the target's pass for the last chunk -> that chunk's statistics, complete now; else None.
+        """With `draft-first`: the target's pass for the last chunk -> that chunk's statistics, complete now; else None.
 
         Call it while that chunk is executed, from any thread; otherwise the next prediction begins with it."""
         with self._turn:

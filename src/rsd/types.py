@@ -18,6 +18,7 @@ CAMERAS = ("agentview", "wrist")
 AUTO, EAGER, CUDA_GRAPHS, COMPILED, ONNX = ENGINES = "auto", "eager", "cuda-graphs", "compiled", "onnx"
 MAX_SKIPS, MEMORY_CHUNKS = 6, 2  # of `decoding.gate.SkipRule`; here, where nothing loads torch
 BEST = "best"  # in the place of a decoder's name: the best proven one that the checkpoint supports
+VERIFYING = "rsd", "rsd-fused", "rsd-skip", "draft-first"  # decoders whose draft the target judges
 
 
 class RsdError(Exception):
@@ -102,22 +103,22 @@ def check_observation(found: Any) -> Observation:
 class ChunkStats:
     """How one action chunk was decoded. Counts per level use vLLM's words (levels = positions).
 
-    main_passes: passes of the main model AFTER its prefill (the prefill is counted in `prefills`).
+    target_passes: passes of the target AFTER its prefill (the prefill is counted in `prefills`).
     num_draft_tokens / num_accepted_tokens: per level, drafted and accepted scalars; empty without a draft. Of tokens
         drawn at a temperature, those before the first that was corrected are accepted.
     accepted_levels: length of the accepted prefix of levels (0 .. draft levels).
-    gripper_acceptance: share of the drafted gripper symbols that are the main's own; None where it verified no draft.
-    The rest is None without a light draft. skipped: its chunk was executed and the main stayed idle. forced: the main
-    had to run whatever the draft expected. expected_deviation_mm: how far its chunk would lead the fingertip away from
-    the main's, by its own estimate. Known of audited chunks: deviation_mm, how far it does; gripper_differs, whether
-    any gripper symbol is another than the main's.
+    gripper_acceptance: share of the drafted gripper symbols that are the target's own; None where it verified no draft.
+    The rest is None without a visual drafter. skipped: its chunk was executed and the target was skipped. forced: the
+    target had to run whatever the draft expected. expected_deviation_mm: how far its chunk would lead the fingertip
+    away from the target's, by its own estimate. Known of audited chunks: deviation_mm, how far it does;
+    gripper_differs, whether any gripper symbol is another than the target's.
     latency_ms: wall time by stage (preprocess, vision, prefill, draft, verify, decode) and `total`.
     """
 
     decode: str
     acceptance: str = ""
     prefills: int = 0
-    main_passes: int = 0
+    target_passes: int = 0
     num_draft_tokens: list[int] = field(default_factory=list)
     num_accepted_tokens: list[int] = field(default_factory=list)
     accepted_levels: int = 0

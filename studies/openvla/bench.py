@@ -161,7 +161,7 @@ class Bench:
                     assert self.ceiling is not None
                     return ideal_ms(model, case, self.ceiling, batch, cameras)
 
-                known = ideal if case.passes or case.vision else None  # of the light draft none is worth stating
+                known = ideal if case.passes or case.vision else None  # of the visual drafter none is worth stating
                 self.run_row(Row(section, case.name, cameras, batch), prepare, known)
 
     def decide(self, model: OpenVlaModel, graphs: bool) -> tuple[Tensor, Tensor, Tensor]:

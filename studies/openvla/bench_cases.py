@@ -16,14 +16,14 @@ from rsd.decoding.decoders import DECODERS
 from rsd.decoding.primitives import Primitives
 from rsd.decoding.state import EpisodeState, PolicyInput
 from rsd.evaluation.roofline import Ceiling
-from rsd.models.feature_drafter import DraftConfig, DraftModel
-from rsd.models.target import STATE_FEATURES, MainConfig
-from rsd.models.visual_drafter import LightDraftConfig, Memory
+from rsd.models.feature_drafter import DrafterConfig, FeatureDrafter
+from rsd.models.target import STATE_FEATURES, TargetConfig
+from rsd.models.visual_drafter import Memory, VisualDrafterConfig
 from rsd.nested import tensors_of
-from rsd.targets.openvla.drafter import OpenVlaLight
+from rsd.targets.openvla.drafter import OpenVlaVisualDrafter
 from rsd.targets.openvla.llama import LlamaConfig
 from rsd.targets.openvla.model import ACTION_TOKENS, OpenVlaConfig, OpenVlaModel
-from rsd.targets.openvla.target import OpenVlaMain
+from rsd.targets.openvla.target import OpenVlaTarget
 from rsd.targets.openvla.vision import DINO, SIGLIP, TIMM_MODELS
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, RsdError
@@ -127,15 +127,15 @@ def openvla_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
 
 def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
     """The decoders of residual tokens on the same trunk. In `rsd-fused` the visual drafter works beside the vision
-    towers and reads what the target remembers of an earlier chunk; `light` is its own chunk."""
-    code, own, (batch, cameras, *_) = RfsqConfig(), LightDraftConfig(), inputs.pixels.shape
+    towers and reads what the target remembers of an earlier chunk; `visual_drafter` is its own chunk."""
+    code, own, (batch, cameras, *_) = RfsqConfig(), VisualDrafterConfig(), inputs.pixels.shape
     torch.manual_seed(0)
-    main = OpenVlaMain(model, code, CHUNK_SIZE, MOTION_DIM, cameras).eval()
-    draft = DraftModel(DraftConfig(), code, CHUNK_SIZE, MOTION_DIM, model.config.llama.dim)
-    light = OpenVlaLight(own, code, CHUNK_SIZE, MOTION_DIM, model.config.llama.dim)
-    for part in (draft, light):
+    target = OpenVlaTarget(model, code, CHUNK_SIZE, MOTION_DIM, cameras).eval()
+    draft = FeatureDrafter(DrafterConfig(), code, CHUNK_SIZE, MOTION_DIM, model.config.llama.dim)
+    visual_drafter = OpenVlaVisualDrafter(own, code, CHUNK_SIZE, MOTION_DIM, model.config.llama.dim)
+    for part in (draft, visual_drafter):
         part.to(model.device, model.dtype).eval()
-    ops = Primitives(main, draft, acceptance_rule("margin", code), light=light)
+    ops = Primitives(target, draft, acceptance_rule("margin", code), visual_drafter=visual_drafter)
 
     def decide(name: str, *values: Tensor) -> tuple[Tensor, ...]:
         pixels, prompt, state, condition, *memory = values
@@ -151,7 +151,7 @@ def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, device=model.device, dtype=model.dtype)
 
-    condition = noise(batch, MainConfig().text_dim)
+    condition = noise(batch, TargetConfig().text_dim)
     features = torch.randn(batch, STATE_DIM + STATE_FEATURES, device=model.device)
     both = noise(batch, len(CAMERAS), *inputs.pixels.shape[2:])  # the drafter always has two cameras
     past = [noise(batch, own.heads, length + h, own.dim // own.heads) for _ in range(2 * own.layers)]
@@ -162,7 +162,7 @@ def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
         Case("rfsq-ar", partial(decide, "ar"), alone, [first, *levels], True),
         Case("rsd", partial(decide, "rsd"), alone, [first, Pass(coarse * h, length + h)], True),
         Case("rsd-fused", partial(decide, "rsd-fused"), beside, [Pass(length + (coarse + 1) * h)], True),
-        Case("light", partial(decide, "rsd-ahead"), beside, [], False),
+        Case("light", partial(decide, "draft-first"), beside, [], False),
     ]
 
 

@@ -40,7 +40,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
             ["evl"],
             "rsd: error: unknown command 'evl': expected one of eval, compare, report, ",
         ),
-        (["train", "polcy"], "rsd: error: 'train polcy': expected train policy or draft"),
+        (["train", "polcy"], "rsd: error: 'train polcy': expected train policy or drafter"),
         (["eval", "--num-trials", "x"], "rsd eval: error: Error parsing --num-trials: invalid literal"),
         (["eval", "--num-trials", "0"], "rsd eval: error: --num-trials 0: expected at least 1"),
         (["eval", "--tasks", "0,x"], "rsd eval: error: --tasks '0,x': expected all or numbers such as 0,3,5"),
@@ -56,7 +56,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
         ),
         (
             ["eval", "--compare", "--decode", "ar"],
-            "rsd eval: error: --compare runs l1, the checkpoint's best and light-alone: leave --decode",
+            "rsd eval: error: --compare runs l1, the checkpoint's best and drafter-only: leave --decode",
         ),
         (["eval", "--decode", "rds"], "rsd eval: error: --decode 'rds': expected one of ar, "),
         (["eval", "--acceptance", "most"], "rsd eval: error: --acceptance 'most': expected exact, margin, "),
@@ -70,7 +70,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
             "rsd demos collect: error: --noise.max-level nan: expected a finite number",
         ),
         (["train", "policy", "--loop.learning-rate", "inf"], "rsd train policy: error: --loop.learning-rate inf: "),
-        (["train", "draft", "--loss.blind", "nan"], "rsd train draft: error: --loss.blind nan: expected a finite"),
+        (["train", "drafter", "--loss.blind", "nan"], "rsd train drafter: error: --loss.blind nan: expected a finite"),
         (["demos", "render", "--source", "x", "--num-workers", "0"], "rsd demos render: error: --num-workers 0: "),
         (["tokenizer", "fit", "--tokenizer.rho", "nan"], "rsd tokenizer fit: error: RFSQ: expected levels"),
         (["eval", "--num-trials", "100000000"], "rsd eval: error: --num-trials 100000000: expected at most 1000000"),
@@ -159,7 +159,7 @@ def test_help_and_mistakes_of_every_command_are_quick() -> None:
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start < 10.0
 
 
-@pytest.mark.parametrize("command", ["train policy", "train draft", "calibrate"])
+@pytest.mark.parametrize("command", ["train policy", "train drafter", "calibrate"])
 def test_a_mistake_in_the_command_line_is_found_before_torch_is_loaded(command: str) -> None:
     line = [*command.split(), "--no-such-option"]
     code = f"import sys; from rsd.cli import dispatch; dispatch({line}); sys.exit('torch' in sys.modules)"
@@ -221,17 +221,17 @@ def test_compare_runs_all_on_the_same_initial_states() -> None:
     config = EvalConfig(num_trials=3, tasks="1,2", seed=5, audit=True, output="there")
     runs = plan_runs(arguments(config, compare=True))
     target, best, drafter = (run for run, _ in runs)
-    assert (target.decode, best.decode, drafter.decode) == ("l1", "rsd-fused", "light-alone")
+    assert (target.decode, best.decode, drafter.decode) == ("l1", "rsd-fused", "drafter-only")
     assert (runs[0][1], runs[2][1]) == ("", "")
     assert "decodes by rsd-fused" in runs[1][1]
     folders = [str(run.output_dir) for run, _ in runs]
-    assert folders == ["there/l1", "there/rsd-fused", "there/light-alone"]
+    assert folders == ["there/l1", "there/rsd-fused", "there/drafter-only"]
     assert best.audit
     for alone, expected in ((target, {"decode", "audit"}), (drafter, {"decode"})):  # a target's own has no audit
         assert {name for name in alone.identity if alone.identity[name] != best.identity[name]} == expected
     skipping = replace(config, skip_threshold_mm=50.0, max_skips=2, target_at_reset=False, audit=False)
     skips = [run for run, _ in plan_runs(arguments(skipping, compare=True))]
-    assert [run.decode for run in skips] == ["l1", "rsd-skip", "light-alone"]
+    assert [run.decode for run in skips] == ["l1", "rsd-skip", "drafter-only"]
     for alone in (skips[0], skips[2]):  # what only a gate asks for is left out of its run
         assert alone.identity == replace(config, decode=alone.decode, audit=False).identity
     for run, _ in runs:
@@ -243,7 +243,7 @@ def test_compare_runs_all_on_the_same_initial_states() -> None:
 def test_compare_without_a_visual_drafter_runs_the_target_and_the_best(
     policy: RsdPolicy, tokenizer: ActionTokenizer, tmp_path: Path
 ) -> None:
-    config = replace(policy.config, light=None)
+    config = replace(policy.config, visual_drafter=None)
     RsdPolicy.of(RsdModel(config, tokenizer), tokenizer, config).save_pretrained(tmp_path)
     runs = plan_runs(arguments(EvalConfig(policy=str(tmp_path)), compare=True))
     assert [run.decode for run, _ in runs] == ["l1", "rsd"]

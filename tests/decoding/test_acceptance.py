@@ -28,7 +28,7 @@ def prefers(tokens: Tensor) -> Tensor:
 
 @st.composite
 def drafts(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """Drafted and main's tokens [2, c, 5]."""
+    """Drafted and target's tokens [2, c, 5]."""
     c = draw(st.integers(1, 8))
     tokens = st.lists(st.integers(0, 6), min_size=10 * c, max_size=10 * c)
     return tuple(torch.tensor(draw(tokens)).view(2, c, 5) for _ in range(2))  # type: ignore[return-value]
@@ -111,7 +111,7 @@ def test_typical_accepts_the_mains_choice_where_nothing_exceeds_the_threshold() 
 
 @given(names, judged())
 def test_exact_implies_every_rule(name: str, case: tuple[Tensor, Tensor]) -> None:
-    """Level by level: a level that is the main's own stands, whatever happens in the others."""
+    """Level by level: a level that is the target's own stands, whatever happens in the others."""
     drafted, logits = case
     own = exact(drafted, logits).all(-1)
     assert accepted(name, drafted, logits).all(-1)[own].all()
@@ -284,7 +284,7 @@ def test_unknown_rules_and_shares_are_refused(name: str) -> None:
 @pytest.mark.parametrize("moving", [False, True])
 @given(seed=st.integers(0, 2**32 - 1), share=st.floats(0.05, 1.0))
 def test_a_whole_chunk_stands_if_enough_of_it_is_meant(moving: bool, seed: int, share: float) -> None:
-    """The main's own always stands, one out of reach everywhere never; whichever of the two says what."""
+    """The target's own always stands, one out of reach everywhere never; whichever of the two says what."""
     own = 3.0 * torch.randn(5, 48, generator=torch.Generator().manual_seed(seed))
     reach = 0.4
     assert within_reach(own, own, reach, share, moving).all()

@@ -365,16 +365,16 @@ def test_a_calibration_belongs_to_its_weights() -> None:
 
 
 def test_deviation_by_hand() -> None:
-    main = np.zeros((8, 7))
-    draft = main.copy()
+    target = np.zeros((8, 7))
+    draft = target.copy()
     draft[2, 0], draft[3, 1] = 0.3, 0.4  # 15 mm, then 20 mm to the side of it: 25 mm
     draft[5, 0], draft[5, 1] = -0.3, -0.4  # and back
     draft[:, 6] = 1.0  # the gripper does not count
-    assert fingertip_deviation(draft, main) == pytest.approx(25.0)
+    assert fingertip_deviation(draft, target) == pytest.approx(25.0)
     draft[3, 3] = -0.2  # 0.1 rad on a lever of 0.1 m
-    assert fingertip_deviation(draft, main) == pytest.approx(35.0)
-    draft[0, 2], main[0, 2] = 3.0, 1.0  # the controller clamps
-    assert fingertip_deviation(draft, main) == pytest.approx(35.0)
+    assert fingertip_deviation(draft, target) == pytest.approx(35.0)
+    draft[0, 2], target[0, 2] = 3.0, 1.0  # the controller clamps
+    assert fingertip_deviation(draft, target) == pytest.approx(35.0)
 
 
 @given(st.integers(0, 2**31), st.floats(0.0, 1.0))

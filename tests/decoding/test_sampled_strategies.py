@@ -1,4 +1,4 @@
-"""Decoders at a temperature, end to end, against the main's enumerated distribution; what a wrong one looks like."""
+"""Decoders at a temperature, end to end, against the target's enumerated distribution; what a wrong one looks like."""
 
 from collections.abc import Callable
 from itertools import product
@@ -16,10 +16,11 @@ from rsd.decoding.primitives import Primitives
 from rsd.decoding.sampling import Sampler, Verified
 from rsd.decoding.state import DecodeResult, EpisodeState, PolicyInput
 from rsd.models.bundle import RsdModel
-from rsd.models.feature_drafter import DraftConfig, DraftModel
-from rsd.models.target import MainConfig, MainModel
-from rsd.models.visual_drafter import LightDraft, LightDraftConfig
+from rsd.models.feature_drafter import DrafterConfig, FeatureDrafter
+from rsd.models.target import TargetConfig, TargetModel
+from rsd.models.visual_drafter import VisualDrafter, VisualDrafterConfig
 from rsd.tokenizer.rfsq import RfsqConfig
+from rsd.types import VERIFYING
 
 K, DIM, TEMPERATURE = 3, 16, 1.5  # not 1: a forgotten temperature has to show
 RUNS = {"ar": 20_000, "parallel": 20_000, "rsd": 1_000, "rsd-fused": 1_000}  # `rsd` goes sample by sample
@@ -40,26 +41,28 @@ def given(prefix: Tensor) -> PolicyInput:
 
 
 def make_decoder(horizon: int, levels: int, monkeypatch: pytest.MonkeyPatch) -> Primitives:
-    """Random weights that make distributions neither flat nor sure, the drafts' others than the main's."""
+    """Random weights that make distributions neither flat nor sure, the drafts' others than the target's."""
     torch.manual_seed(horizon)
     code = RfsqConfig(levels, K, 2.0)
-    config = MainConfig(32, (16, 16, 16, 16), DIM, layers=1, heads=2, text_dim=8)
-    coarse = DraftConfig(levels - 1, DIM, layers=1, heads=2)
-    main = MainModel(config, code, horizon, 1)
-    draft = DraftModel(coarse, code, horizon, 1, DIM)
-    light = LightDraft(LightDraftConfig(2, (16, 16, 16, 16), DIM, 1, 2, coarse), code, horizon, 1, config)
+    config = TargetConfig(32, (16, 16, 16, 16), DIM, layers=1, heads=2, text_dim=8)
+    coarse = DrafterConfig(levels - 1, DIM, layers=1, heads=2)
+    target = TargetModel(config, code, horizon, 1)
+    draft = FeatureDrafter(coarse, code, horizon, 1, DIM)
+    visual_drafter = VisualDrafter(
+        VisualDrafterConfig(2, (16, 16, 16, 16), DIM, 1, 2, coarse), code, horizon, 1, config
+    )
     with torch.no_grad():
-        for model in (main, draft, light.levels):
+        for model in (target, draft, visual_drafter.levels):
             model.block.position *= 20
             model.level_head.weight *= 8
-        main.parallel_head.weight *= 4
+        target.parallel_head.weight *= 4
     looks = torch.randn(1, horizon, DIM)
-    monkeypatch.setattr(light, "perceive", lambda *seen: looks)  # convolutions would take most of the time
-    parts: tuple[nn.Module, ...] = (main, draft, light)
+    monkeypatch.setattr(visual_drafter, "perceive", lambda *seen: looks)  # convolutions would take most of the time
+    parts: tuple[nn.Module, ...] = (target, draft, visual_drafter)
     for part in parts:
         part.eval()
     sampler = Sampler(TEMPERATURE, torch.Generator().manual_seed(7))
-    return Given(main, draft, acceptance_rule("exact", code), "sequential", light, sampler=sampler)
+    return Given(target, draft, acceptance_rule("exact", code), "sequential", visual_drafter, sampler=sampler)
 
 
 PREFIX = torch.randn(1, 4, DIM, generator=torch.Generator().manual_seed(0))
@@ -72,7 +75,7 @@ def decide(name: str, ops: Primitives, seen: PolicyInput) -> DecodeResult:
 @torch.no_grad()
 def draw(name: str, decoder: Primitives, runs: int) -> Tensor:
     """-> motion tokens [runs, L, P] of one and the same observation."""
-    batch = 1 if name.startswith("rsd") else runs
+    batch = 1 if name in VERIFYING else runs
     rounds = runs // batch
     decoded = [decide(name, decoder, given(PREFIX.expand(batch, -1, -1))) for _ in range(rounds)]
     decoder.check()
@@ -82,20 +85,20 @@ def draw(name: str, decoder: Primitives, runs: int) -> Tensor:
 @torch.no_grad()
 def enumerate_main(decoder: Primitives, parallel: bool) -> Tensor:
     """Probability of every outcome [K ** (L * P)], by teacher forcing, the tokens in the order of `codes`."""
-    main, code = decoder.main, decoder.code
-    width, levels = main.horizon, main.code.levels
+    target, code = decoder.target, decoder.code
+    width, levels = target.horizon, target.code.levels
     lines = torch.tensor(list(product(range(K), repeat=width)))  # [K ** P, P]
-    features, _ = main.prefill(PREFIX)
-    at_once = main.parallel_logits(features)  # [1, L, P, K]
-    gripper = (main.gripper_logits(features) > 0).long()
+    features, _ = target.prefill(PREFIX)
+    at_once = target.parallel_logits(features)  # [1, L, P, K]
+    gripper = (target.gripper_logits(features) > 0).long()
     paths, probs = torch.zeros(1, 0, width, dtype=torch.long), torch.ones(1, dtype=torch.float64)
     for level in range(1, levels + 1):
         count = len(paths)
-        block, cache = main.prefill(PREFIX.expand(count, -1, -1))
+        block, cache = target.prefill(PREFIX.expand(count, -1, -1))
         if level > 1:
             told = [code.dequantise(paths[:, :above]) for above in range(1, level)]
-            block = main.extend(told, gripper.expand(count, -1), 2, cache)[-1]
-        logits = at_once[:, level - 1].expand(count, -1, -1) if parallel else main.logits(block, level)
+            block = target.extend(told, gripper.expand(count, -1), 2, cache)[-1]
+        logits = at_once[:, level - 1].expand(count, -1, -1) if parallel else target.logits(block, level)
         given = (logits.double() / TEMPERATURE).softmax(-1)  # [paths, P, K]
         whole = torch.stack([given[:, p, lines[:, p]] for p in range(width)]).prod(0)  # [paths, K ** P]
         probs = (probs[:, None] * whole).flatten()
@@ -127,14 +130,14 @@ def test_tokens_have_the_mains_distribution(
     assert p_value(draw(name, decoder, RUNS[name]), expected) > 1e-3
 
 
-def accept_everything(drafted: Tensor, draft: Tensor, main: Tensor, generator: torch.Generator) -> Verified:
+def accept_everything(drafted: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator) -> Verified:
     return Verified(drafted, torch.ones_like(drafted, dtype=torch.bool), torch.full((1,), drafted.shape[1]))
 
 
-def accept_what_is_likeliest(drafted: Tensor, draft: Tensor, main: Tensor, generator: torch.Generator) -> Verified:
-    """Drawn tokens that are the main's greedy choice stand, others are drawn anew: looks exact, favours the mode."""
-    accepted = drafted == main.argmax(-1)
-    tokens = torch.where(accepted, drafted, sampling.sample(main, generator))
+def accept_what_is_likeliest(drafted: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator) -> Verified:
+    """Drawn tokens that are the target's greedy choice stand, others are drawn anew: looks exact, favours the mode."""
+    accepted = drafted == target.argmax(-1)
+    tokens = torch.where(accepted, drafted, sampling.sample(target, generator))
     return Verified(tokens, accepted, accepted.all(-1).long().cumprod(1).sum(1))
 
 
@@ -170,21 +173,23 @@ def test_some_levels_stand_and_some_do_not(monkeypatch: pytest.MonkeyPatch) -> N
             assert min(np.bincount(lengths, minlength=3)) > 3
             for one, length in zip(decoded, lengths, strict=True):
                 again = name == "rsd-fused" and not bool(one.accepted_gripper.all())  # type: ignore[union-attr]
-                assert one.main_passes == (name == "rsd") + again + 3 - length - 1
+                assert one.target_passes == (name == "rsd") + again + 3 - length - 1
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_vanishing_temperature_takes_the_likeliest(name: str, make_model: Callable[[int], RsdModel]) -> None:
     model = make_model(0).double()
-    rule = acceptance_rule("exact", model.main.code)
-    greedy = Primitives(model.main, model.draft, rule, "sequential", model.light)
+    rule = acceptance_rule("exact", model.target.code)
+    greedy = Primitives(model.target, model.feature_drafter, rule, "sequential", model.visual_drafter)
     generator = torch.Generator().manual_seed(0)
     for index in range(5):
         images = torch.rand(1, 2, 3, 32, 32, generator=generator).double() - 0.5
         text = torch.zeros(1, 4, 32).double(), torch.zeros(1, 32).double()
         for temperature in (1e-300, 1e-6):
             sampler = Sampler(temperature, generator)
-            cold = Primitives(model.main, model.draft, rule, "sequential", model.light, sampler=sampler)
+            cold = Primitives(
+                model.target, model.feature_drafter, rule, "sequential", model.visual_drafter, sampler=sampler
+            )
             with torch.no_grad():
                 found, expected = (
                     decide(name, ops, PolicyInput(images, torch.full((1, 11), 0.1 * index).double(), text))
@@ -193,4 +198,4 @@ def test_a_vanishing_temperature_takes_the_likeliest(name: str, make_model: Call
             assert found.motion is not None
             assert expected.motion is not None
             assert torch.equal(found.motion, expected.motion)
-            assert found.main_passes == expected.main_passes
+            assert found.target_passes == expected.target_passes

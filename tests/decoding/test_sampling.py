@@ -52,12 +52,12 @@ class Model:
 MAIN, DRAFT = Model(0), Model(1)
 
 
-def verify_tokens(drafted: Tensor, draft_probs: Tensor, main_probs: Tensor, generator: torch.Generator) -> Verified:
+def verify_tokens(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, generator: torch.Generator) -> Verified:
     """The yardstick: token by token (Leviathan et al., arXiv 2211.17192), each of a level corrected on its own."""
     x = drafted.unsqueeze(-1)
-    q, p = draft_probs.gather(-1, x).squeeze(-1), main_probs.gather(-1, x).squeeze(-1)
+    q, p = draft_probs.gather(-1, x).squeeze(-1), target_probs.gather(-1, x).squeeze(-1)
     accepted = torch.rand(drafted.shape, generator=generator) * q < p
-    corrected = sample(residual(main_probs, draft_probs), generator)
+    corrected = sample(residual(target_probs, draft_probs), generator)
     return sampling._verified(torch.where(accepted, drafted, corrected), accepted, accepted_prefix(accepted))
 
 
@@ -69,26 +69,26 @@ def draw(model: Model, levels: int, generator: torch.Generator) -> Tensor:
     return tokens
 
 
-def speculate(verify: Verify, levels: int, main: Model = MAIN, draft: Model = DRAFT) -> tuple[Tensor, Verified]:
+def speculate(verify: Verify, levels: int, target: Model = MAIN, draft: Model = DRAFT) -> tuple[Tensor, Verified]:
     """One round of drafting and verifying, then level by level -> the chunk's tokens [B, levels, P]."""
     generator = torch.Generator().manual_seed(7)
     drafted = draw(draft, levels, generator)
-    verified = verify(drafted, draft.path(drafted), main.path(drafted), generator)
+    verified = verify(drafted, draft.path(drafted), target.path(drafted), generator)
     tokens = verified.tokens.clone()
     for level in range(1, levels):
-        fresh = sample(main.probs(level, tokens[:, level - 1]), generator)
+        fresh = sample(target.probs(level, tokens[:, level - 1]), generator)
         stale = verified.levels + 1 <= level
         tokens[:, level] = torch.where(stale.unsqueeze(1), fresh, tokens[:, level])
     return tokens, verified
 
 
-def p_value(tokens: Tensor, main: Model = MAIN) -> float:
-    """Chi-square of the outcomes against the main's enumerated distribution."""
+def p_value(tokens: Tensor, target: Model = MAIN) -> float:
+    """Chi-square of the outcomes against the target's enumerated distribution."""
     levels = tokens.shape[1]
     digits = tokens.flatten(1)
     code = sum(digits[:, i] * K ** (P * levels - 1 - i) for i in range(P * levels))
     counts = torch.bincount(code, minlength=9**levels)
-    expected = main.joint(levels)
+    expected = target.joint(levels)
     return float(chisquare(counts.numpy(), (expected / expected.sum() * RUNS).numpy()).pvalue)
 
 
@@ -124,13 +124,13 @@ def test_a_draft_that_is_the_main_always_stands() -> None:
 
 @pytest.mark.parametrize("levels", [1, 2])
 def test_a_correction_from_the_main_itself_is_caught(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "residual", lambda main, draft, otherwise=None: main)
+    monkeypatch.setattr(sampling, "residual", lambda target, draft, otherwise=None: target)
     assert p_value(speculate(verify_block, levels)[0]) < SURE_WRONG
 
 
 def test_accepting_too_gladly_is_caught() -> None:
-    def greedy(drafted: Tensor, draft: Tensor, main: Tensor, generator: torch.Generator) -> Verified:
-        return verify_block(drafted, draft, (main + 0.1 * draft) / 1.1, generator)
+    def greedy(drafted: Tensor, draft: Tensor, target: Tensor, generator: torch.Generator) -> Verified:
+        return verify_block(drafted, draft, (target + 0.1 * draft) / 1.1, generator)
 
     assert p_value(speculate(greedy, 1)[0]) < SURE_WRONG
 
@@ -179,8 +179,8 @@ def test_sample_never_draws_what_has_no_weight() -> None:
 
 
 def test_residual_where_nothing_is_left_is_the_mains_own() -> None:
-    main = torch.tensor([[0.5, 0.5], [0.8, 0.2]])
-    assert residual(main, torch.tensor([[0.5, 0.5], [0.3, 0.7]])).tolist() == [[0.5, 0.5], [0.5, 0.0]]
+    target = torch.tensor([[0.5, 0.5], [0.8, 0.2]])
+    assert residual(target, torch.tensor([[0.5, 0.5], [0.3, 0.7]])).tolist() == [[0.5, 0.5], [0.5, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_residual_where_nothing_is_left_is_the_mains_own() -> None:
         (lambda x, q, p: (x[0], q, p), r"expected drafted \[B, c, P\]"),
         (lambda x, q, p: (x, q, p[..., :2]), r"expected drafted \[B, c, P\]"),
         (lambda x, q, p: (x + 3, q, p), "expected tokens in 0..2, found 3..3"),
-        (lambda x, q, p: (x, q, p * float("nan")), "main's probabilities are no distribution"),
+        (lambda x, q, p: (x, q, p * float("nan")), "target's probabilities are no distribution"),
         (lambda x, q, p: (x, 2 * q, p), "draft's probabilities are no distribution"),
         (lambda x, q, p: (x, q - 0.5 + torch.eye(3)[0] * 1.5, p), "draft's probabilities are no distribution"),
         (lambda x, q, p: (x, torch.eye(3)[1].expand_as(q), p), "probability 0 under the draft"),

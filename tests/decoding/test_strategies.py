@@ -29,25 +29,27 @@ LAST_STEP = 2.0 ** -(L - 1)
 def model(make_model: Callable[[int], RsdModel]) -> RsdModel:
     model = make_model(1).double()
     with torch.no_grad():  # fresh weights say nearly the same of every observation, step and level
-        for block in (model.main.block, model.draft.block):
+        for block in (model.target.block, model.feature_drafter.block):
             block.position *= 20
             block.level *= 20
-        for layer in model.main.trunk.layers:
+        for layer in model.target.trunk.layers:
             layer.qkv.weight *= 4
             layer.project.weight *= 4
-        model.main.level_head.weight *= 10
-        model.draft.level_head.weight *= 10
-        model.main.residual_head[2].weight *= 10
+        model.target.level_head.weight *= 10
+        model.feature_drafter.level_head.weight *= 10
+        model.target.residual_head[2].weight *= 10
     return model
 
 
 def decoder_of(model: RsdModel, rule: str = "exact", fine: str = "regress") -> Primitives:
-    return Primitives(model.main, model.draft, acceptance_rule(rule, model.main.code), fine, model.light)
+    return Primitives(
+        model.target, model.feature_drafter, acceptance_rule(rule, model.target.code), fine, model.visual_drafter
+    )
 
 
 @torch.no_grad()
 def decode(name: str, ops: Primitives, prefix: Tensor) -> DecodeResult:
-    given = Blindfolded(ops.main, ops.feature_drafter, ops.rule, ops.fine)
+    given = Blindfolded(ops.target, ops.feature_drafter, ops.rule, ops.fine)
     empty = torch.zeros(len(prefix), 0)
     decoded = DECODERS[name].decode(given, PolicyInput(prefix, empty, (empty, empty)), EpisodeState())
     given.check()
@@ -100,7 +102,7 @@ def test_random_weights_give_varied_tokens(model: RsdModel) -> None:
 def test_ar_takes_a_pass_a_level_after_the_prefill_and_decodes_to_its_tokens(model: RsdModel) -> None:
     decoder = decoder_of(model)
     decoded = decode("ar", decoder, prefixes(3))
-    assert decoded.main_passes == L - 1
+    assert decoded.target_passes == L - 1
     assert decoded.motion is not None
     assert torch.equal(decoded.value, decoder.code.dequantise(decoded.motion))
 
@@ -128,7 +130,7 @@ def test_exact_sequential_rsd_is_ar_whatever_the_draft_proposes(
         assert decoded.accepted_levels.tolist() == [right]
         assert not decoded.accepted_gripper.any()
         # verification yields one level past those that stand, the others cost a pass each
-        assert decoded.main_passes == 1 + (L - right - 1)
+        assert decoded.target_passes == 1 + (L - right - 1)
         seen.add(right)
     assert seen == set(range(C + 1))
 
@@ -150,7 +152,7 @@ def test_exact_sequential_rsd_has_the_tokens_of_ar_over_many_observations(
         images = torch.from_numpy(seen.images)[None].permute(0, 1, 4, 2, 3).double() / 255 - 0.5
         state = state_features(torch.from_numpy(seen.state)[None]).double()
         with torch.no_grad():
-            prefix = model.main.embed_prefix(images, state, model.main.encode_text(word_ids([seen.instruction])))
+            prefix = model.target.embed_prefix(images, state, model.target.encode_text(word_ids([seen.instruction])))
         assert same(decode("rsd", decoder, prefix), decode("ar", decoder, prefix))
 
 
@@ -160,7 +162,7 @@ def test_rsd_under_the_other_published_rules_accepts_part_of_the_draft(model: Rs
     decoded = decode("rsd", decoder, prefixes(40))
     assert decoded.accepted is not None
     assert 0.05 < decoded.accepted.float().mean() < 0.95
-    assert decoded.main_passes == 1
+    assert decoded.target_passes == 1
     assert torch.equal(decoded.value, decoder.code.dequantise(decoded.motion))
 
 
@@ -192,7 +194,7 @@ def test_sequential_margin_corrects_the_first_level_outside_the_margin(
 def test_regressed_rsd_takes_one_pass_and_its_tokens_decode_to_its_value(model: RsdModel, rule: str) -> None:
     decoder = decoder_of(model, rule)
     decoded = decode("rsd", decoder, prefixes(40))
-    assert decoded.main_passes == 1
+    assert decoded.target_passes == 1
     assert decoded.motion is not None
     assert decoded.motion.shape == (40, L, P)
     decoder.code.check(decoded.motion)
@@ -204,12 +206,12 @@ def test_regressed_margin_takes_each_scalar_from_the_block_after_its_own_accepte
     decoder = decoder_of(model, "margin")
     prefix = prefixes(40)
     with torch.no_grad():
-        features, cache = model.main.prefill(prefix)
+        features, cache = model.target.prefill(prefix)
         proposed = decoder.draft_from(features)
         drafted, gripper = proposed.motion, likelier_gripper(decoder, features)
         blocks = decoder.verify(proposed, Blocks([features], gripper, cache)).features
-        own = torch.stack([model.main.logits(blocks[i], i + 1).argmax(-1) for i in range(C)], dim=1)
-        missing = [model.main.residual(block, k + 1) for k, block in enumerate(blocks)]
+        own = torch.stack([model.target.logits(blocks[i], i + 1).argmax(-1) for i in range(C)], dim=1)
+        missing = [model.target.residual(block, k + 1) for k, block in enumerate(blocks)]
     within = (drafted - own).abs() <= 2
     assert 0.1 < within.float().mean() < 0.99
 
@@ -231,11 +233,11 @@ def test_a_draft_judged_as_a_whole_stands_where_the_finer_levels_take_out_what_i
     decoder = decoder_of(model, "residual")
     prefix = prefixes(40)
     with torch.no_grad():
-        features, cache = model.main.prefill(prefix)
+        features, cache = model.target.prefill(prefix)
         proposed = decoder.draft_from(features)
         gripper = likelier_gripper(decoder, features)
-        (last,) = model.main.extend(proposed.prefixes[-1:], gripper, C + 1, cache)  # one block, told everything
-        missing, alone = model.main.residual(last, C + 1), model.main.residual(features, 1)
+        (last,) = model.target.extend(proposed.prefixes[-1:], gripper, C + 1, cache)  # one block, told everything
+        missing, alone = model.target.residual(last, C + 1), model.target.residual(features, 1)
     within = missing.abs() <= decoder.code.config.reach(C)
     assert 0.1 < within.float().mean() < 0.99
 
@@ -254,10 +256,10 @@ def test_a_draft_judged_as_a_whole_stands_where_the_finer_levels_take_out_what_i
 
 @pytest.fixture
 def whole(model: RsdModel) -> Iterator[RsdModel]:
-    """The model as one whose main is trained to judge a whole draft in the place of block 1."""
-    model.main.whole_block = True
+    """The model as one whose target is trained to judge a whole draft in the place of block 1."""
+    model.target.whole_block = True
     yield model
-    model.main.whole_block = False
+    model.target.whole_block = False
 
 
 def test_judged_in_place_of_block_1_the_correction_is_added_and_the_gripper_is_that_blocks(whole: RsdModel) -> None:
@@ -266,18 +268,18 @@ def test_judged_in_place_of_block_1_the_correction_is_added_and_the_gripper_is_t
     with torch.no_grad():
         prefix = decoder.embed(scene)
         drafted = decoder.draft(scene, None)
-        features, cache = whole.main.prefill_whole(prefix, drafted.prefixes[-1])
-        _, plain = whole.main.prefill(prefix)
-        apart = whole.main.whole(drafted.prefixes[-1], plain, prefix.shape[1])
-        missing = whole.main.residual(features, C + 1)
+        features, cache = whole.target.prefill_whole(prefix, drafted.prefixes[-1])
+        _, plain = whole.target.prefill(prefix)
+        apart = whole.target.whole(drafted.prefixes[-1], plain, prefix.shape[1])
+        missing = whole.target.residual(features, C + 1)
     assert torch.allclose(features, apart, atol=1e-9)  # sees the prefix alone, riding in the prefill or after it
     assert plain.length == cache.length == prefix.shape[1] + H
 
     decoded = run("rsd-fused", decoder, scene)
-    assert decoded.main_passes == 0
+    assert decoded.target_passes == 0
     assert decoded.accepted is not None
     assert torch.equal(decoded.accepted[:, 0], missing.abs() <= decoder.code.config.reach(C))
-    assert torch.equal(decoded.gripper, (whole.main.gripper_logits(features) > 0).long())
+    assert torch.equal(decoded.gripper, (whole.target.gripper_logits(features) > 0).long())
     estimate = drafted.prefixes[-1] + missing
     inside = estimate.abs() <= decoder.code.config.span()
     assert ((decoded.value - estimate).abs()[inside] <= LAST_STEP / 2 + 1e-5).all()
@@ -288,9 +290,9 @@ def test_judged_in_place_of_block_1_the_correction_is_added_and_the_gripper_is_t
 def test_a_main_with_a_whole_block_verifies_token_by_token_as_any_other(whole: RsdModel) -> None:
     for rule in ("exact", "margin"):
         found = decode("rsd", decoder_of(whole, rule), prefixes(20))
-        whole.main.whole_block = False
+        whole.target.whole_block = False
         assert same(found, decode("rsd", decoder_of(whole, rule), prefixes(20)))
-        whole.main.whole_block = True
+        whole.target.whole_block = True
 
 
 @pytest.mark.parametrize("rho", [2.0, 3.0, 7.0])
@@ -324,10 +326,10 @@ def test_requantise_begins_with_drafted_digits_that_are_off_within_the_margin(ke
 
 def test_l1_draft_and_parallel_take_no_pass_of_the_main(model: RsdModel) -> None:
     decoder = decoder_of(model)
-    levels = {"parallel": L, "draft": C, "l1": 0}
+    levels = {"parallel": L, "coarse-only": C, "l1": 0}
     for name, expected in levels.items():
         decoded = decode(name, decoder, prefixes(3))
-        assert decoded.main_passes == 0
+        assert decoded.target_passes == 0
         assert decoded.value.shape == (3, P)
         assert (0 if decoded.motion is None else decoded.motion.shape[1]) == expected
 
@@ -339,7 +341,7 @@ def test_a_draft_that_is_right_decides_the_draft_strategy(
     expected = decode("ar", decoder, prefixes(5))
     assert expected.motion is not None
     forced(expected.motion[:, :C], expected.gripper)
-    decoded = decode("draft", decoder, prefixes(5))
+    decoded = decode("coarse-only", decoder, prefixes(5))
     assert torch.equal(decoded.value, decoder.code.dequantise(expected.motion[:, :C]))
     assert torch.equal(decoded.gripper, expected.gripper)
 
@@ -379,10 +381,10 @@ def test_a_batch_accepts_sample_by_sample_and_regresses_what_the_accepted_levels
     assert decoded.accepted_levels is not None
     assert decoded.accepted_levels.tolist() == list(range(C + 1))
     with torch.no_grad():
-        features, cache = model.main.prefill(prefix)
+        features, cache = model.target.prefill(prefix)
         given = as_draft(decoder.code, drafted, expected.gripper)
         blocks = decoder.verify(given, Blocks([features], expected.gripper, cache)).features
-        missing = [model.main.residual(block, level) for level, block in enumerate(blocks, start=1)]
+        missing = [model.target.residual(block, level) for level, block in enumerate(blocks, start=1)]
     for kept in range(C + 1):
         accepted = drafted[kept, :kept]
         estimate = decoder.code.dequantise(accepted) + missing[kept][kept]
@@ -420,7 +422,7 @@ def seen(model: RsdModel, seed: int) -> PolicyInput:
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(1, 2, 3, 32, 32, generator=generator, dtype=torch.float64) - 0.5
     state = torch.randn(1, 11, generator=generator, dtype=torch.float64)
-    return PolicyInput(images, state, model.main.encode_text(word_ids(["open the drawer"])))
+    return PolicyInput(images, state, model.target.encode_text(word_ids(["open the drawer"])))
 
 
 @torch.no_grad()
@@ -434,8 +436,8 @@ def test_fused_and_exact_gives_the_tokens_of_ar_whatever_the_light_draft_propose
     agreed = set[bool]()
     for seed in range(30):
         with torch.no_grad():  # a draft that is as sure of the open as of the closed gripper
-            model.light.levels.gripper_head.bias.fill_(100.0 if seed % 2 else -100.0)
-            model.main.gripper_head.bias.fill_(100.0 if seed % 3 else -100.0)
+            model.visual_drafter.levels.gripper_head.bias.fill_(100.0 if seed % 2 else -100.0)
+            model.target.gripper_head.bias.fill_(100.0 if seed % 3 else -100.0)
         scene = seen(model, seed)
         expected = run("ar", decoder, scene)
         state = EpisodeState()
@@ -458,13 +460,13 @@ def test_riding_in_the_prefill_is_prefill_and_verification_in_one(model: RsdMode
         looked = decoder.prefill(prefix, True)
         two = decoder.verify(given, replace(looked, gripper=given.gripper)).features
         fused = decoder.prefill_with(prefix, given)
-        read = decoder.drafter.reads(looked.cache, model.main.remembered(prefix.shape[1]))
+        read = decoder.drafter.reads(looked.cache, model.target.remembered(prefix.shape[1]))
         one, memory = fused.features, decoder.drafter.remember(read)
     assert len(one) == (2 if rule == "residual" else C + 1)
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(one, two, strict=True))
     assert fused.memory is not None
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(fused.memory.keys, memory.keys, strict=True))
-    assert run("rsd-fused", decoder, scene).main_passes == 0
+    assert run("rsd-fused", decoder, scene).target_passes == 0
 
 
 # blind verification
@@ -475,9 +477,9 @@ def judged_blind(model: RsdModel, rule: str, draft: Draft) -> tuple[DecodeResult
     """What comes out of a given draft, the target's own estimate, and what the told block finds missing."""
     ops, scene = decoder_of(model, rule), seen(model, 0)
     prefix = ops.embed(scene)
-    own, cache = model.main.prefill(prefix)
-    told = model.main.whole(draft.prefixes[-1], cache, prefix.shape[1])
-    return look(ops, scene, draft), model.main.residual(own, 1), model.main.residual(told, C + 1)
+    own, cache = model.target.prefill(prefix)
+    told = model.target.whole(draft.prefixes[-1], cache, prefix.shape[1])
+    return look(ops, scene, draft), model.target.residual(own, 1), model.target.residual(told, C + 1)
 
 
 def draft_of(model: RsdModel, value: Tensor) -> Draft:
@@ -489,9 +491,9 @@ def test_blind_the_two_blocks_are_those_of_passes_of_their_own(whole: RsdModel) 
     """Each sees the prefix and itself alone: the told one not what was decided, the other not the draft."""
     prefix, value = prefixes(3)[:, :, :], torch.randn(3, P, dtype=torch.float64)
     with torch.no_grad():
-        (own, told), _ = whole.main.prefill_blind(prefix, value)
-        alone, _ = whole.main.prefill(prefix)
-        in_place, _ = whole.main.prefill_whole(prefix, value)
+        (own, told), _ = whole.target.prefill_blind(prefix, value)
+        alone, _ = whole.target.prefill(prefix)
+        in_place, _ = whole.target.prefill_whole(prefix, value)
     assert torch.allclose(own, alone, atol=1e-9)
     assert torch.allclose(told, in_place, atol=1e-9)
 
@@ -500,7 +502,7 @@ def test_blind_the_two_blocks_are_those_of_passes_of_their_own(whole: RsdModel) 
 def test_blind_a_draft_that_means_the_same_stands_and_another_gives_way(whole: RsdModel, rule: str) -> None:
     nothing = draft_of(whole, torch.zeros(1, P, dtype=torch.float64))
     _, own, _ = judged_blind(whole, rule, nothing)
-    span, reach = whole.main.code.span(), whole.main.code.reach(C)
+    span, reach = whole.target.code.span(), whole.target.code.reach(C)
     assert (own.abs() > reach).any()  # it moves
 
     found, _, missing = judged_blind(whole, rule, near := draft_of(whole, own.clamp(-span, span)))

@@ -92,12 +92,12 @@ class ScriptedPolicy:
             actions[1, 2] = np.nan
         latency = {"total": float(self.predictions), "prefill": 0.5}
         if self.decode == "ar":
-            return ActionChunk(actions, ChunkStats("ar", prefills=1, main_passes=7, latency_ms=latency))
+            return ActionChunk(actions, ChunkStats("ar", prefills=1, target_passes=7, latency_ms=latency))
         stats = ChunkStats(
             self.decode,
             "margin",
             prefills=1,
-            main_passes=1,
+            target_passes=1,
             num_draft_tokens=[10, 10, 10],
             num_accepted_tokens=[10, 8, 5],
             accepted_levels=int(observation.state[2]) // 4 % 4,
@@ -232,7 +232,7 @@ def episode(task_id: int = 0, init_state: int = 0, **changes: Any) -> EpisodeRes
         "num_accepted_tokens": [10, 8, 5],
         "accepted_levels": [1],
         "prefills": 1,
-        "main_passes": 1,
+        "target_passes": 1,
         "wall_s": 1.5,
     }
     return EpisodeResult(**{**values, **changes})

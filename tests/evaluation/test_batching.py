@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rsd.decoding.gate import SkipRule
 from rsd.models.bundle import PolicyConfig, RsdModel
-from rsd.models.target import MainModel
+from rsd.models.target import TargetModel
 from rsd.policy import RsdPolicy, SpeculativePolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import ActionChunk, Observation, RsdError
@@ -27,7 +27,7 @@ def make_policy(
     return make
 
 
-@pytest.mark.parametrize("decode", ["ar", "l1", "rsd", "parallel", "draft"])
+@pytest.mark.parametrize("decode", ["ar", "l1", "rsd", "parallel", "coarse-only"])
 def test_a_row_does_not_depend_on_its_batch(
     decode: str, make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation]
 ) -> None:
@@ -44,8 +44,8 @@ def test_a_row_does_not_depend_on_its_batch(
         # another shape of the matrices rounds otherwise; a token on the edge of two may even fall the other way
         assert np.abs(single.actions - together[row].actions).mean() < 1e-3
         assert alone.stats.num_accepted_tokens == together[row].stats.num_accepted_tokens
-        assert (single.stats.main_passes, single.stats.num_draft_tokens) == (
-            together[row].stats.main_passes,
+        assert (single.stats.target_passes, single.stats.num_draft_tokens) == (
+            together[row].stats.target_passes,
             together[row].stats.num_draft_tokens,
         )
 
@@ -79,14 +79,14 @@ def single_episode(policy: RsdPolicy, observations: list[Observation]) -> list[A
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
-@pytest.mark.parametrize("decode", ["rsd-fused", "rsd-skip", "rsd-ahead", "light-alone"])
+@pytest.mark.parametrize("decode", ["rsd-fused", "rsd-skip", "draft-first", "drafter-only"])
 def test_episodes_that_remember_are_those_of_a_policy_of_their_own(
     decode: str,
     device: str,
     make_policy: Callable[..., RsdPolicy],
     make_observation: Callable[..., Observation],
 ) -> None:
-    """They begin and ask at different times; in a batch some remember, some skip and some need the main."""
+    """They begin and ask at different times; in a batch some remember, some skip and some need the target."""
     seen = [[make_observation(10 * e + i) for i in range(len(rounds))] for e, rounds in enumerate(EPISODES)]
     scores = sorted(
         chunk.stats.expected_deviation_mm or 0.0
@@ -120,15 +120,15 @@ def test_episodes_that_remember_are_those_of_a_policy_of_their_own(
 def test_an_audit_takes_what_the_main_made_of_the_batch(
     make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passes, look = [], MainModel.prefill_blocks  # observations in each pass of the main
+    passes, look = [], TargetModel.prefill_blocks  # observations in each pass of the target
 
-    def counted(main: MainModel, prefix: Tensor, *drafted: Any) -> Any:
+    def counted(target: TargetModel, prefix: Tensor, *drafted: Any) -> Any:
         passes.append(len(prefix))
-        return look(main, prefix, *drafted)
+        return look(target, prefix, *drafted)
 
-    monkeypatch.setattr(MainModel, "prefill_blocks", counted)
-    policy = make_policy(decode="rsd-ahead", audit=True)
-    batched = make_policy(decode="rsd-ahead", audit=True, batch=4).core
+    monkeypatch.setattr(TargetModel, "prefill_blocks", counted)
+    policy = make_policy(decode="draft-first", audit=True)
+    batched = make_policy(decode="draft-first", audit=True, batch=4).core
     seen = [[make_observation(10 * e + turn) for turn in range(2)] for e in range(3)]
     states, rounds = [None] * len(seen), []
     for observations in zip(*seen, strict=True):
@@ -138,7 +138,7 @@ def test_an_audit_takes_what_the_main_made_of_the_batch(
     for observations, together in zip(seen, zip(*rounds, strict=True), strict=True):
         for one, other in zip(single_episode(policy, observations), together, strict=True):
             assert other.stats.deviation_mm == pytest.approx(one.stats.deviation_mm, rel=1e-2, abs=1e-2)
-            assert other.stats.deviation_mm > 0.1  # of the executed chunk from the main's, not from itself
+            assert other.stats.deviation_mm > 0.1  # of the executed chunk from the target's, not from itself
             assert other.stats.gripper_differs == one.stats.gripper_differs
     assert passes == [4, 4, *[1] * 6]
 

@@ -33,8 +33,8 @@ def checkpoint(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     model = make_model(3)
-    assert model.light is not None
-    for gripper in (model.main.gripper_head, model.light.levels.gripper_head):
+    assert model.visual_drafter is not None
+    for gripper in (model.target.gripper_head, model.visual_drafter.levels.gripper_head):
         gripper.bias.data.fill_(-100.0)  # open throughout
     folder = tmp_path_factory.mktemp("calibrate") / "checkpoint"
     RsdPolicy.of(model, tokenizer, tiny_config).save_pretrained(folder)
@@ -75,7 +75,7 @@ def test_a_calibration_is_written_used_and_checked(checkpoint: Path, config: Cal
     for result in read_episodes(tmp_path / EPISODES_FILE).values():
         skipped, scores = (np.array(chunk_stat(result, name)) for name in ("skipped", SCORE))
         assert result.prefills == result.chunks - skipped.sum()
-        assert not (skipped[:-2] * skipped[1:-1] * skipped[2:]).any()  # the main looks after two at the latest
+        assert not (skipped[:-2] * skipped[1:-1] * skipped[2:]).any()  # the target looks after two at the latest
         assert (scores[skipped == 1] < calibration.threshold).all()
         assert len(chunk_stat(result, "deviation_mm")) == result.chunks
     assert any(sum(chunk_stat(r, "skipped")) for r in read_episodes(tmp_path / EPISODES_FILE).values())
@@ -158,7 +158,7 @@ def test_tasks_of_little_risk_do_not_vouch_for_the_others() -> None:
 def test_the_promise_is_kept_in_every_suite_by_itself(
     config: CalibrateConfig, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Together, easy rollouts vouch for the hard ones: every chunk of them all might go without the main."""
+    """Together, easy rollouts vouch for the hard ones: every chunk of them all might go without the target."""
 
     def rollouts(suite: str, count: int, hard: int) -> list[EpisodeResult]:
         return [

@@ -60,7 +60,7 @@ def test_what_was_not_taught_or_promised_is_said(options: dict[str, object], exp
 def test_an_image_size_that_the_data_did_not_have(checkpoint: Path) -> None:
     path = checkpoint / CONFIG_FILE
     content = json.loads(path.read_text())
-    size = content["policy"]["main"]["image_size"]
+    size = content["policy"]["target"]["image_size"]
     content["provenance"] = {"data": {"sources": [{"rendering": {"image_size": size}}]}}
     path.write_text(json.dumps(content))
     config = EvalConfig(policy=str(checkpoint), decode="l1", task_suite="libero_goal")

@@ -102,7 +102,7 @@ def test_a_checkpoint_is_shown(checkpoint: Path, capsys: pytest.CaptureFixture[s
     assert dispatch(["inspect", str(checkpoint), "--keys", "--provenance"]) == 0
     printed = capsys.readouterr().out
     for expected in (
-        *("8 x 7, steps shrink by rho = 2", "2, 2, 2, 2, 2, 1, 1, 0", "l1_error 0.123", "draft.level_head"),
+        *("8 x 7, steps shrink by rho = 2", "2, 2, 2, 2, 2, 1, 1, 0", "l1_error 0.123", "feature_drafter.level_head"),
         *("data.sources[0]       2 x", "data.sources[1].seed  2"),
     ):
         assert expected in printed, printed

@@ -43,7 +43,7 @@ def test_compare_ends_with_the_paired_table(output: Path, capsys: pytest.Capture
     assert "good decodes by rsd-fused: as scripted\n" in printed.err
     assert "| speed-up of p50 | - | " in (output / "comparison.md").read_text()
 
-    folders = [str(output / name) for name in ("l1", "rsd-fused", "light-alone")]
+    folders = [str(output / name) for name in ("l1", "rsd-fused", "drafter-only")]
     assert dispatch(["compare", *folders, "--markdown"]) == 0
     assert capsys.readouterr().out == (output / "comparison.md").read_text()
 

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from rsd.evaluation import latency
 from rsd.evaluation.latency import LatencyConfig, LatencyRecord, measure_latency, print_latencies
-from rsd.policy import FOLLOW_UP, RsdPolicy
+from rsd.policy import VERIFY_PENDING, RsdPolicy
 from rsd.types import Observation, RsdError
 from studies import scaling
-from studies.scaling import RESTING, ScalingConfig, ScalingRecord, measure_scaling
+from studies.scaling import SKIPPED, ScalingConfig, ScalingRecord, measure_scaling
 
 
 def printed(record: LatencyRecord) -> str:
@@ -63,7 +63,7 @@ def test_every_decoder_is_timed_equally_often(tmp_path: Path, monkeypatch: pytes
     for by_stage in record.milliseconds.values():
         parts = [sum(values[i] for stage, values in by_stage.items() if stage != "total") for i in range(2)]
         assert all(0 < part <= total * 1.01 for part, total in zip(parts, by_stage["total"], strict=True))
-    # one pass and its light draft do more than one pass, and less than eight
+    # one pass and its visual drafter do more than one pass, and less than eight
     assert record.work["l1"]["flops"] < record.work["rsd-fused"]["flops"] < record.work["ar"]["flops"]
     assert record.work["l1"]["weight_bytes"] < record.work["rsd"]["weight_bytes"] < record.work["ar"]["weight_bytes"]
     assert all(ideal > 0 for ideal in record.ideal_ms().values())
@@ -73,27 +73,27 @@ def test_the_roofline_is_of_the_work_that_is_timed(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(latency, "observations", one_observation)
     checkpoint = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
     config = LatencyConfig(
-        policy=str(checkpoint), decode=("l1", "rsd-ahead", "light-alone"), engine="eager", rounds=2, threads=1
+        policy=str(checkpoint), decode=("l1", "draft-first", "drafter-only"), engine="eager", rounds=2, threads=1
     )
     record = measure_latency(replace(config, warmup=1, output=tmp_path / "latency.json"))
-    # what comes after the chunk, the main's pass, is in neither the time nor the work of rsd-ahead
-    assert FOLLOW_UP in record.milliseconds["rsd-ahead"]
-    assert record.work["rsd-ahead"]["flops"] < 0.5 * record.work["l1"]["flops"]
-    assert record.work["rsd-ahead"]["flops"] == pytest.approx(record.work["light-alone"]["flops"], rel=0.2)
+    # what comes after the chunk, the target's pass, is in neither the time nor the work of draft-first
+    assert VERIFY_PENDING in record.milliseconds["draft-first"]
+    assert record.work["draft-first"]["flops"] < 0.5 * record.work["l1"]["flops"]
+    assert record.work["draft-first"]["flops"] == pytest.approx(record.work["drafter-only"]["flops"], rel=0.2)
     shares = {name: ideal / np.median(record.milliseconds[name]["total"]) for name, ideal in record.ideal_ms().items()}
     assert set(shares) == set(config.decode)
     assert all(0 < share < 1.05 for share in shares.values()), shares
-    assert f"{FOLLOW_UP}, after the chunk" in printed(record)
+    assert f"{VERIFY_PENDING}, after the chunk" in printed(record)
 
 
 def test_an_older_record_has_no_share_where_its_work_was_of_more_than_its_time() -> None:
     work = {"flops": 1e9, "weight_bytes": 1e6}
-    times = {"l1": {"total": [4.0]}, "rsd-ahead": {"total": [1.0], FOLLOW_UP: [4.0]}}
+    times = {"l1": {"total": [4.0]}, "draft-first": {"total": [1.0], VERIFY_PENDING: [4.0]}}
     ceiling = {"flops": 1e12, "bandwidth": 1e12}
     works = dict.fromkeys(times, work)
     old, new = (LatencyRecord(form, {}, {}, {"device": "cpu"}, times, ceiling, works) for form in (1, 2))
     assert set(old.ideal_ms()) == {"l1"}
-    assert set(new.ideal_ms()) == {"l1", "rsd-ahead"}
+    assert set(new.ideal_ms()) == {"l1", "draft-first"}
     assert "100%" not in printed(old)
     assert "100%" in printed(new)
 
@@ -109,8 +109,8 @@ def test_a_larger_main_takes_longer_and_its_draft_does_not_grow(
     small, large = record.sizes.values()
     assert 9e6 < small.parameters < 11e6 < 30e6 < large.parameters < 35e6
     assert large.p50("ar") > small.p50("ar")
-    assert large.p50(RESTING) < large.p50("l1")
-    assert large.skipping(1.0) == large.p50(RESTING) < large.skipping(0.5) < large.skipping(0.0)
+    assert large.p50(SKIPPED) < large.p50("l1")
+    assert large.skipping(1.0) == large.p50(SKIPPED) < large.skipping(0.5) < large.skipping(0.0)
     stored = ScalingRecord.from_json(json.loads(output.read_text()))
     assert stored.sizes["32M"].milliseconds == large.milliseconds
     with pytest.raises(RsdError, match="expected some of 10M"):
@@ -130,4 +130,4 @@ def test_scaling_verifies_as_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.
     checkpoint = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
     config = ScalingConfig(str(checkpoint), sizes=("10M",), rounds=1, warmup=1, output=tmp_path / "scaling.json")
     assert measure_scaling(replace(config, acceptance="residual")).config["engine"] == "eager"
-    assert verified == {"ar": "", "l1": "", "rsd": "residual", "rsd-fused": "residual", RESTING: "residual"}
+    assert verified == {"ar": "", "l1": "", "rsd": "residual", "rsd-fused": "residual", SKIPPED: "residual"}

@@ -19,7 +19,7 @@ from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
 from rsd.evaluation.rollout import Environment, run_episode
 from rsd.evaluation.video import FRAME_STEPS
 from rsd.models.bundle import PolicyConfig, RsdModel
-from rsd.models.target import MainConfig
+from rsd.models.target import TargetConfig
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 
 STEPS = 12  # of the suite's 220
@@ -41,8 +41,8 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chunks = torch.rand(200, 8, 7).numpy() * 2 - 1
     chunks[..., -1] = np.sign(chunks[..., -1])
     tokenizer = ActionTokenizer.fit(chunks, TokenizerConfig())
-    main = MainConfig(image_size=64, channels=(16, 16, 32, 32), dim=64, layers=2, heads=2)
-    config = PolicyConfig(main=main)
+    target = TargetConfig(image_size=64, channels=(16, 16, 32, 32), dim=64, layers=2, heads=2)
+    config = PolicyConfig(target=target)
     save_checkpoint(RsdModel(config, tokenizer), tokenizer, config, {"data": "none"}, directory)
     return directory
 
@@ -71,7 +71,7 @@ def test_both_ways_of_decoding_alone_in_a_worker_and_with_a_video(untrained: Pat
         alone.append(timeless(rollout.result))
     env.close()
     assert [result.steps for result in alone] == [STEPS, STEPS], alone
-    assert alone[0].main_passes > alone[1].main_passes
+    assert alone[0].target_passes > alone[1].target_passes
 
     summary = evaluate(runs[1], backend=SHORT_LIBERO, console=Console(file=io.StringIO()))
     assert summary.errors == 0, (tmp_path / "rsd" / "errors.log").read_text()
@@ -88,7 +88,7 @@ def test_both_ways_of_decoding_alone_in_a_worker_and_with_a_video(untrained: Pat
 @pytest.mark.simulator
 def test_in_real_time_an_episode_is_the_same(untrained: Path) -> None:
     env = short_env("libero_spatial", 3, 64)
-    for decode in ("l1", "rsd-fused", "rsd-ahead"):
+    for decode in ("l1", "rsd-fused", "draft-first"):
         policy = LIBERO.make_policy(EvalConfig(policy=str(untrained), decode=decode))
         names = {"suite": "libero_spatial", "task_id": 3, "task_name": "", "init_state": 4, "seed": 7, "decode": decode}
         turns = run_episode(env, policy, **names, warmup=1)  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ def test_in_real_time_an_episode_is_the_same(untrained: Path) -> None:
         stats = {name: values for name, values in motion.items() if name in turns.result.chunk_stats}
         assert replace(timeless(real.result), chunk_stats=stats) == timeless(turns.result)
         assert (real.result.steps, real.result.chunks) == (STEPS, 2)
-        assert ("follow-up" in real.result.latency_ms) == (decode == "rsd-ahead")
+        assert ("verify-pending" in real.result.latency_ms) == (decode == "draft-first")
         pause, undrawn = motion["pause_ms"][1], motion["pause_without_drawing_ms"][1]
         assert pause is not None
         assert undrawn is not None

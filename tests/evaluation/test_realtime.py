@@ -1,4 +1,5 @@
-"""A robot's pace, on a clock that only the test moves; and that a follow-up really runs beside the simulator."""
+"""A robot's pace, on a clock that only the test moves; and that a pending verification really runs beside the
+simulator."""
 
 import math
 import threading
@@ -110,13 +111,13 @@ class AheadPolicy(ScriptedPolicy):
         self.clock.now += self.follow_up_ms / 1e3
         self.followed += 1
         if self.followed == self.fails:
-            raise RuntimeError("the follow-up broke")
-        return replace(self.stats, latency_ms={**self.stats.latency_ms, "follow-up": self.follow_up_ms})
+            raise RuntimeError("the pending verification broke")
+        return replace(self.stats, latency_ms={**self.stats.latency_ms, "verify-pending": self.follow_up_ms})
 
 
 def roll(env: CountingEnv, policy: Any, pace: Pace | None, warmup: int = 0) -> Rollout:
     names: dict[str, Any] = {"suite": "any", "task_id": env.task_id, "task_name": "a task", "init_state": 0}
-    return run_episode(env, policy, **names, seed=7, decode="rsd-ahead", warmup=warmup, pace=pace)
+    return run_episode(env, policy, **names, seed=7, decode="draft-first", warmup=warmup, pace=pace)
 
 
 def paced(env: TimedEnv, policy: Any, warmup: int = 0) -> EpisodeResult:
@@ -144,7 +145,7 @@ def test_actions_begin_at_their_deadlines_and_the_robot_stands_still_while_it_is
     assert motion["pause_without_drawing_ms"] == pytest.approx([None, 10.0, 10.0, 10.0])
     assert motion["late_steps"] == motion["late_ms"] == [0.0] * 4
     assert motion["waited"] == [None, 0.0, 0.0, 0.0]
-    assert result.latency_ms == {"total": [10.0] * 4, "follow-up": [45.0] * 4}
+    assert result.latency_ms == {"total": [10.0] * 4, "verify-pending": [45.0] * 4}
     result.check("here")
 
 
@@ -218,7 +219,7 @@ def test_the_episode_is_that_of_taking_turns(hz: float) -> None:
 def test_what_a_follow_up_raises_is_the_episodes_error(fails: int) -> None:
     clock = Clock()
     rollout = roll(TimedEnv(clock), AheadPolicy(clock, fails=fails), RealTime(1e6))  # in a thread
-    assert rollout.result.failure == "error: RuntimeError: the follow-up broke"
+    assert rollout.result.failure == "error: RuntimeError: the pending verification broke"
     assert rollout.result.chunks == fails  # the fourth is the last, at whose end the task is solved
     assert "in verify" in rollout.traceback
     rollout.result.check("here")
@@ -231,7 +232,7 @@ def test_a_simulator_that_breaks_meanwhile_hides_no_follow_up() -> None:
 
     clock = Clock()
     rollout = roll(Breaking(clock), AheadPolicy(clock, fails=1), RealTime(1e6))
-    assert "the follow-up broke" in rollout.result.failure
+    assert "the pending verification broke" in rollout.result.failure
     assert "the simulator broke" in rollout.traceback
     rollout.result.check("here")
     rollout = roll(Breaking(clock), AheadPolicy(clock), RealTime(1e6))
@@ -245,12 +246,12 @@ def test_the_follow_up_runs_in_a_thread_of_its_own_while_the_robot_moves() -> No
         def step_once(self) -> None:
             super().step_once()
             moved.set()
-            assert thought.wait(10), "the follow-up has not begun while the robot moves"
+            assert thought.wait(10), "the pending verification has not begun while the robot moves"
 
     class Thinking(AheadPolicy):
         def verify(self) -> ChunkStats:
             thought.set()
-            assert moved.wait(10), "the robot does not move while the follow-up runs"
+            assert moved.wait(10), "the robot does not move while the pending verification runs"
             assert threading.current_thread() is not threading.main_thread()
             moved.clear()
             return super().verify()
@@ -258,7 +259,7 @@ def test_the_follow_up_runs_in_a_thread_of_its_own_while_the_robot_moves() -> No
     clock = Clock()
     result = roll(Meeting(clock, task_id=0), Thinking(clock), RealTime(1e6)).result
     assert (result.failure, result.chunks) == ("", 2)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("follow-up")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("verify-pending")]
 
 
 def test_an_evaluation_in_real_time_has_the_same_outcomes_and_a_table_of_standstills(tmp_path: Path) -> None:
@@ -283,7 +284,7 @@ def test_an_evaluation_in_real_time_has_the_same_outcomes_and_a_table_of_standst
     assert rows["the same without drawing"][0] == "-"
     assert rows["late steps"][0] == "-"
     assert rows["late steps"][1].split(",")[0].endswith(" of 11")
-    assert "chunks that waited for the follow-up" not in rows  # the scripted policy has none
+    assert "chunks that waited for the pending verification" not in rows  # the scripted policy has none
     assert not any("pause_ms" in row for row in rows)
 
 
@@ -301,8 +302,8 @@ def test_the_table_says_how_often_a_follow_up_was_waited_for(tmp_path: Path) -> 
     rows = dict(table_rows(load_runs(runs)))
     assert rows["standstill between chunks, p50 / p95"] == ["80.0 / 80.0 ms", "110.0 / 110.0 ms"]
     assert rows["the same without drawing"] == ["10.0 / 10.0 ms", "110.0 / 110.0 ms"]
-    assert rows["follow-up while the robot moves, p50 / p95"] == ["45.0 / 45.0 ms", "300.0 / 300.0 ms"]
-    assert rows["chunks that waited for the follow-up"] == ["0.0 %", "100.0 %"]
+    assert rows["pending verification while the robot moves, p50 / p95"] == ["45.0 / 45.0 ms", "300.0 / 300.0 ms"]
+    assert rows["chunks that waited for the pending verification"] == ["0.0 %", "100.0 %"]
     assert rows["late steps"] == ["0 of 14", "0 of 14"]
 
 

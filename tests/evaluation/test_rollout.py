@@ -31,7 +31,7 @@ def test_a_success_stops_inside_its_chunk_and_counts_only_executed_steps() -> No
     assert result.num_draft_tokens == [20, 20, 20]
     assert result.num_accepted_tokens == [20, 16, 10]
     assert result.accepted_levels == [0, 1]
-    assert (result.prefills, result.main_passes, result.acceptance) == (2, 2, "margin")
+    assert (result.prefills, result.target_passes, result.acceptance) == (2, 2, "margin")
     result.check("here")
 
 
@@ -44,7 +44,7 @@ def test_the_step_limit_is_a_failure_of_the_policy() -> None:
 def test_without_a_draft_there_is_no_acceptance() -> None:
     result = roll(CountingEnv("any", 0, 8), ScriptedPolicy("ar"), decode="ar").result
     assert (result.num_drafts, result.num_draft_tokens, result.accepted_levels) == (0, [], [])
-    assert result.main_passes == 14
+    assert result.target_passes == 14
 
 
 def test_warm_up_predictions_are_in_no_latency() -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 from rsd.data.demonstrations import Demonstration
 from rsd.decoding.decoders import names
 from rsd.models.bundle import PolicyConfig, RsdModel
-from rsd.models.feature_drafter import DraftConfig
-from rsd.models.target import MainConfig
-from rsd.models.visual_drafter import LightDraftConfig
+from rsd.models.feature_drafter import DrafterConfig
+from rsd.models.target import TargetConfig
+from rsd.models.visual_drafter import VisualDrafterConfig
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.training.dataset import Augmentation, FrameDataset, chunk_targets
@@ -47,7 +47,7 @@ class Case:
     seed: int | None = None
 
 
-DECODERS = ("ar", "parallel", "l1", "rsd", "rsd-fused", "rsd-skip", "rsd-ahead", "draft", "light-alone")
+DECODERS = ("ar", "parallel", "l1", "rsd", "rsd-fused", "rsd-skip", "draft-first", "coarse-only", "drafter-only")
 TOLD = {"acceptance": "residual"}  # the shipped checkpoint's own, which a draft has to be given by name
 CASES = {name: Case(name, TOLD if name in names(drafts=True) else {}) for name in DECODERS} | {
     "rsd blind": Case("rsd"),  # what is taken unless another is asked for
@@ -60,7 +60,7 @@ CASES = {name: Case(name, TOLD if name in names(drafts=True) else {}) for name i
     "rsd-fused exact": Case("rsd-fused", {"acceptance": "exact"}),
     "rsd-fused margin": Case("rsd-fused", {"acceptance": "margin"}),
     "rsd-fused distance": Case("rsd-fused", {"acceptance": "distance(1)"}),
-    "rsd-ahead audited": Case("rsd-ahead", TOLD | {"audit": True}),
+    "draft-first audited": Case("draft-first", TOLD | {"audit": True}),
     "rsd-skip audited": Case("rsd-skip", {"audit": True}),
     "ar drawn": Case("ar", {"temperature": 1.0}, seed=5),
     "rsd-fused drawn": Case("rsd-fused", {"temperature": 1.0}, seed=5),
@@ -111,13 +111,13 @@ def decode_episode(policy: RsdPolicy, observations: list[Observation], seed: int
 
 
 def tiny_model(whole_block: bool) -> tuple[RsdModel, ActionTokenizer]:
-    main = MainConfig(32, (16, 16, 32, 32), dim=64, layers=2, heads=2, text_dim=32, whole_block=whole_block)
-    draft = DraftConfig(levels=3, dim=32, layers=1, heads=2)
-    light = LightDraftConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=draft)
+    target = TargetConfig(32, (16, 16, 32, 32), dim=64, layers=2, heads=2, text_dim=32, whole_block=whole_block)
+    draft = DrafterConfig(levels=3, dim=32, layers=1, heads=2)
+    visual_drafter = VisualDrafterConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=draft)
     chunks = np.concatenate([chunk_targets(demonstration.labels, 8) for demonstration in tiny_data()])
     tokenizer = ActionTokenizer.fit(chunks, TokenizerConfig())
     torch.manual_seed(0)
-    return RsdModel(PolicyConfig(main, draft, light), tokenizer), tokenizer
+    return RsdModel(PolicyConfig(target, draft, visual_drafter), tokenizer), tokenizer
 
 
 def tiny_data() -> list[Demonstration]:
@@ -147,7 +147,9 @@ def train_tiny(run: Path, whole_block: bool, stops: tuple[int, ...] = (4,)) -> l
             if len(found) == stop:
                 raise KeyboardInterrupt
             batch = data.batch(*data.draw(config.batch_size, 2), augment=Augmentation())
-            values = policy_losses(model.main, model.draft, model.light, tokenizer, batch, LossConfig())
+            values = policy_losses(
+                model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, LossConfig()
+            )
             found.append({name: float(value.detach()) for name, value in values.items()})
             return values
 

@@ -71,7 +71,7 @@ def decode(cases: list[str]) -> None:
     write(STATISTICS, dict(sorted(statistics.items(), key=lambda entry: order.index(entry[0].split("/")[0]))))
 
 
-def main() -> None:
+def target() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--observations", action="store_true", help="render the observations first (simulator)")
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", help="freeze only these decoders")
@@ -88,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    target()

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rsd.decoding.state import PolicyInput
 from rsd.models.bundle import PolicyConfig, RsdModel
-from rsd.models.feature_drafter import DraftConfig, DraftModel
-from rsd.models.target import STATE_FEATURES, MainConfig, MainModel, merged, state_features
+from rsd.models.feature_drafter import DrafterConfig, FeatureDrafter
+from rsd.models.target import STATE_FEATURES, TargetConfig, TargetModel, merged, state_features
 from rsd.models.text import word_ids
 from rsd.models.trunk import KVCache
 from rsd.models.vision import Subsample, unit_images
@@ -23,8 +23,8 @@ LEVELS, HORIZON, SCALARS = 8, 8, 48
 
 
 @pytest.fixture(scope="module")
-def main(make_model: Callable[[int], RsdModel]) -> MainModel:
-    return make_model(0).main
+def target(make_model: Callable[[int], RsdModel]) -> TargetModel:
+    return make_model(0).target
 
 
 def blocks_of(seed: int, batch: int = 2) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -35,14 +35,14 @@ def blocks_of(seed: int, batch: int = 2) -> tuple[Tensor, list[Tensor], Tensor]:
     return prefix, prefixes, torch.randint(0, 2, (batch, HORIZON), generator=generator)
 
 
-def full_pass(main: MainModel, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor) -> list[Tensor]:
+def full_pass(target: TargetModel, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor) -> list[Tensor]:
     """Features of all blocks from one pass without a cache: causal across the groups, full within them."""
     nothing = torch.zeros(len(prefix), SCALARS)
-    blocks = [main.block(nothing.unsqueeze(1), None, 1)]
-    blocks += [main.block(p.unsqueeze(1), gripper, level) for level, p in enumerate(prefixes, start=2)]
+    blocks = [target.block(nothing.unsqueeze(1), None, 1)]
+    blocks += [target.block(p.unsqueeze(1), gripper, level) for level, p in enumerate(prefixes, start=2)]
     group = torch.cat([torch.zeros(prefix.shape[1]), torch.arange(1, LEVELS + 1).repeat_interleave(HORIZON)])
     mask = group[:, None] >= group[None, :]
-    hidden = main.trunk(torch.cat([prefix, *blocks], dim=1), KVCache(), mask)
+    hidden = target.trunk(torch.cat([prefix, *blocks], dim=1), KVCache(), mask)
     return list(hidden[:, prefix.shape[1] :].split(HORIZON, dim=1))
 
 
@@ -52,23 +52,23 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(3))
-def test_level_by_level_equals_one_extend_equals_the_full_pass(main: MainModel, seed: int) -> None:
+def test_level_by_level_equals_one_extend_equals_the_full_pass(target: TargetModel, seed: int) -> None:
     prefix, prefixes, gripper = blocks_of(seed)
-    expected = full_pass(main, prefix, prefixes, gripper)
+    expected = full_pass(target, prefix, prefixes, gripper)
 
-    first, cache = main.prefill(prefix)
+    first, cache = target.prefill(prefix)
     assert cache.length == prefix.shape[1] + HORIZON
     one_by_one = [first]
     for level, p in enumerate(prefixes, start=2):
-        one_by_one += main.extend([p], gripper, level, cache)
+        one_by_one += target.extend([p], gripper, level, cache)
     assert cache.length == prefix.shape[1] + LEVELS * HORIZON
 
-    first, cache = main.prefill(prefix)
-    at_once = [first, *main.extend(prefixes, gripper, 2, cache)]
+    first, cache = target.prefill(prefix)
+    at_once = [first, *target.extend(prefixes, gripper, 2, cache)]
 
-    first, cache = main.prefill(prefix)
-    in_two = [first, *main.extend(prefixes[:3], gripper, 2, cache)]
-    in_two += main.extend(prefixes[3:], gripper, 5, cache)
+    first, cache = target.prefill(prefix)
+    in_two = [first, *target.extend(prefixes[:3], gripper, 2, cache)]
+    in_two += target.extend(prefixes[3:], gripper, 5, cache)
 
     for way in (one_by_one, at_once, in_two):
         assert len(way) == LEVELS
@@ -76,70 +76,70 @@ def test_level_by_level_equals_one_extend_equals_the_full_pass(main: MainModel, 
 
 
 @torch.no_grad()
-def test_the_prefix_does_not_see_the_queries(main: MainModel) -> None:
+def test_the_prefix_does_not_see_the_queries(target: TargetModel) -> None:
     prefix, _, _ = blocks_of(0)
-    _, cache = main.prefill(prefix)
+    _, cache = target.prefill(prefix)
     alone = KVCache()
-    main.trunk(prefix, alone)
+    target.trunk(prefix, alone)
     for found, expected in zip(cache.keys + cache.values, alone.keys + alone.values, strict=True):
         assert close(found[:, :, : prefix.shape[1]], expected)
 
 
 @torch.no_grad()
-def test_a_block_depends_on_the_blocks_above_and_not_on_those_below(main: MainModel) -> None:
+def test_a_block_depends_on_the_blocks_above_and_not_on_those_below(target: TargetModel) -> None:
     prefix, prefixes, gripper = blocks_of(0)
     changed = [*prefixes[:3], prefixes[3] + 1.0, *prefixes[4:]]  # block 5
-    before = main.extend(prefixes, gripper, 2, main.prefill(prefix)[1])
-    after = main.extend(changed, gripper, 2, main.prefill(prefix)[1])
+    before = target.extend(prefixes, gripper, 2, target.prefill(prefix)[1])
+    after = target.extend(changed, gripper, 2, target.prefill(prefix)[1])
     same = [close(a, b) for a, b in zip(before, after, strict=True)]
     assert same == [True] * 3 + [False] * 4
 
 
 @torch.no_grad()
-def test_truncated_and_extended_again_gives_the_same(main: MainModel) -> None:
+def test_truncated_and_extended_again_gives_the_same(target: TargetModel) -> None:
     prefix, prefixes, gripper = blocks_of(1)
-    _, cache = main.prefill(prefix)
+    _, cache = target.prefill(prefix)
     start = cache.length
-    expected = main.extend(prefixes, gripper, 2, cache)
+    expected = target.extend(prefixes, gripper, 2, cache)
     cache.truncate(start + 2 * HORIZON)
-    again = main.extend(prefixes[2:], gripper, 4, cache)
+    again = target.extend(prefixes[2:], gripper, 4, cache)
     assert cache.length == start + 7 * HORIZON
     assert all(close(found, wanted) for found, wanted in zip(again, expected[2:], strict=True))
     cache.truncate(start)
-    wrong = main.extend([p + 1.0 for p in prefixes[:2]], gripper, 2, cache)
+    wrong = target.extend([p + 1.0 for p in prefixes[:2]], gripper, 2, cache)
     assert not close(wrong[1], expected[1])
 
 
 @torch.no_grad()
-def test_heads_give_one_distribution_a_scalar(main: MainModel) -> None:
-    features, _ = main.prefill(blocks_of(0)[0])
+def test_heads_give_one_distribution_a_scalar(target: TargetModel) -> None:
+    features, _ = target.prefill(blocks_of(0)[0])
     for level in range(1, LEVELS + 1):
-        assert main.logits(features, level).shape == (2, SCALARS, 7)
-    at_once = main.parallel_logits(features)
+        assert target.logits(features, level).shape == (2, SCALARS, 7)
+    at_once = target.parallel_logits(features)
     assert at_once.shape == (2, LEVELS, SCALARS, 7)
     # the scalars of one query position stay together: only step 3 changes when its features do
     features[:, 3] += 1.0
-    moved = (main.parallel_logits(features) != at_once).any(-1).any(1)[0].unflatten(0, (HORIZON, 6)).any(1)
+    moved = (target.parallel_logits(features) != at_once).any(-1).any(1)[0].unflatten(0, (HORIZON, 6)).any(1)
     assert moved.tolist() == [step == 3 for step in range(HORIZON)]
-    assert main.gripper_logits(features).shape == (2, HORIZON)
-    coarse = main.residual(features, 1)
+    assert target.gripper_logits(features).shape == (2, HORIZON)
+    coarse = target.residual(features, 1)
     assert coarse.shape == (2, SCALARS)
-    assert torch.allclose(main.residual(features, 3), coarse / 4)  # in units of the level's own step
+    assert torch.allclose(target.residual(features, 3), coarse / 4)  # in units of the level's own step
 
 
 @torch.no_grad()
-def test_prefix_hears_images_words_and_state(main: MainModel) -> None:
+def test_prefix_hears_images_words_and_state(target: TargetModel) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(1, 2, 3, 32, 32, generator=generator) - 0.5
     state = torch.randn(1, 11, generator=generator)
     ids = torch.zeros(1, 32, dtype=torch.long)
     ids[0, :3] = torch.tensor([5, 6, 7])
-    base = main.embed_prefix(images, state, main.encode_text(ids))
+    base = target.embed_prefix(images, state, target.encode_text(ids))
     assert base.shape == (1, 4 + 1 + 4 + 1, 64)  # agent view, wrist merged 2 x 2, words, state
-    other_words = main.embed_prefix(images, state, main.encode_text(ids.roll(1, 1)))
-    other_state = main.embed_prefix(images, state + 1.0, main.encode_text(ids))
+    other_words = target.embed_prefix(images, state, target.encode_text(ids.roll(1, 1)))
+    other_state = target.embed_prefix(images, state + 1.0, target.encode_text(ids))
     images[:, 1] += 0.1
-    other_wrist = main.embed_prefix(images, state, main.encode_text(ids))
+    other_wrist = target.embed_prefix(images, state, target.encode_text(ids))
     changed = [(base != other).any(-1)[0].tolist() for other in (other_words, other_state, other_wrist)]
     assert changed[0] == [True] * 9 + [False]  # the images too are read with the instruction in mind
     assert changed[1] == [False] * 9 + [True]
@@ -165,9 +165,9 @@ def test_merging_keeps_every_value_and_puts_neighbours_together(n: int) -> None:
 def test_merged_cameras_shorten_the_prefix(tiny_config: PolicyConfig, tokenizer: ActionTokenizer) -> None:
     lengths = []
     for merge in ((1, 1), (1, 2), (2, 2)):
-        main = RsdModel(replace(tiny_config, main=replace(tiny_config.main, merge=merge)), tokenizer).main
+        target = RsdModel(replace(tiny_config, target=replace(tiny_config.target, merge=merge)), tokenizer).target
         images, state = torch.rand(1, 2, 3, 32, 32) - 0.5, torch.zeros(1, STATE_FEATURES)
-        lengths.append(main.embed_prefix(images, state, main.encode_text(word_ids(["pick it up"]))).shape[1])
+        lengths.append(target.embed_prefix(images, state, target.encode_text(word_ids(["pick it up"]))).shape[1])
     assert lengths[0] - lengths[1] == lengths[1] - lengths[2] == 3  # 2 x 2 tokens a camera become one
 
 
@@ -207,17 +207,17 @@ def count(module: torch.nn.Module) -> int:
 
 def test_main_is_at_least_eight_times_the_draft() -> None:
     code = RfsqConfig()
-    main = MainModel(MainConfig(), code, HORIZON, 6).eval()
-    draft = DraftModel(DraftConfig(), code, HORIZON, 6, MainConfig().dim).eval()
-    assert count(main.trunk) >= 8 * count(draft)
-    prefix, nothing = torch.randn(1, 93, MainConfig().dim), torch.zeros(1, SCALARS)
+    target = TargetModel(TargetConfig(), code, HORIZON, 6).eval()
+    draft = FeatureDrafter(DrafterConfig(), code, HORIZON, 6, TargetConfig().dim).eval()
+    assert count(target.trunk) >= 8 * count(draft)
+    prefix, nothing = torch.randn(1, 93, TargetConfig().dim), torch.zeros(1, SCALARS)
     gripper = torch.zeros(1, HORIZON, dtype=torch.long)
     with torch.no_grad():
-        features, cache = main.prefill(prefix)
+        features, cache = target.prefill(prefix)
         read, _ = draft.read(features)
         with FlopCounterMode(display=False) as one_pass:
-            (block,) = main.extend([nothing], gripper, 2, cache)
-            main.logits(block, 2)
+            (block,) = target.extend([nothing], gripper, 2, cache)
+            target.logits(block, 2)
         with FlopCounterMode(display=False) as one_level:
             draft.logits(read, nothing, gripper, 2)
     assert one_pass.get_total_flops() >= 8 * one_level.get_total_flops() > 0
@@ -234,16 +234,16 @@ def test_main_is_at_least_eight_times_the_draft() -> None:
     ],
 )
 def test_impossible_sizes_are_refused(fields: dict[str, object]) -> None:
-    assert set(fields) <= set(inspect.signature(MainConfig).parameters)
-    with pytest.raises(RsdError, match="main model: expected"):
-        MainConfig(**fields)  # type: ignore[arg-type]
+    assert set(fields) <= set(inspect.signature(TargetConfig).parameters)
+    with pytest.raises(RsdError, match="target: expected"):
+        TargetConfig(**fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("levels", [0, LEVELS])
 def test_a_draft_leaves_the_main_at_least_one_level(
     tiny_config: PolicyConfig, tokenizer: ActionTokenizer, levels: int
 ) -> None:
-    config = replace(tiny_config, draft=replace(tiny_config.draft, levels=levels))
+    config = replace(tiny_config, feature_drafter=replace(tiny_config.feature_drafter, levels=levels))
     with pytest.raises(RsdError, match="draft: expected 1 to 7 levels"):
         RsdModel(config, tokenizer)
 

@@ -1,4 +1,4 @@
-"""What the light draft sees, remembers, and leaves alone."""
+"""What the visual drafter sees, remembers, and leaves alone."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from rsd.models.bundle import RsdModel
-from rsd.models.target import MainConfig
-from rsd.models.visual_drafter import LightDraft, LightDraftConfig
+from rsd.models.target import TargetConfig
+from rsd.models.visual_drafter import VisualDrafter, VisualDrafterConfig
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
 
-LENGTH = 10  # of the main's prefix
+LENGTH = 10  # of the target's prefix
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +25,27 @@ def inputs(model: RsdModel, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return torch.rand(3, 2, 3, 32, 32) - 0.5, torch.randn(3, 11), torch.randn(3, 32)
 
 
-def light_of(model: RsdModel) -> LightDraft:
-    assert model.light is not None
-    return model.light
+def visual_of(model: RsdModel) -> VisualDrafter:
+    assert model.visual_drafter is not None
+    return model.visual_drafter
 
 
 @torch.no_grad()
 def test_every_input_and_the_memory_count(model: RsdModel) -> None:
-    light, (images, state, condition) = light_of(model), inputs(model)
-    _, cache = model.main.prefill(torch.randn(3, LENGTH, 64))
-    memory = light.remember(light.reads(cache, LENGTH + 8))
-    base = light.perceive(images, state, condition, memory)
+    visual_drafter, (images, state, condition) = visual_of(model), inputs(model)
+    _, cache = model.target.prefill(torch.randn(3, LENGTH, 64))
+    memory = visual_drafter.remember(visual_drafter.reads(cache, LENGTH + 8))
+    base = visual_drafter.perceive(images, state, condition, memory)
     assert base.shape == (3, 8, 32)
-    _, other = model.main.prefill(torch.randn(3, LENGTH, 64))
+    _, other = model.target.prefill(torch.randn(3, LENGTH, 64))
     changed = [
-        light.perceive(images.flip(-1), state, condition, memory),
-        light.perceive(images, state + 1.0, condition, memory),
-        light.perceive(images, state, condition + 1.0, memory),
-        light.perceive(images, state, condition, light.remember(light.reads(other, LENGTH + 8))),
-        light.perceive(images, state, condition, None),
+        visual_drafter.perceive(images.flip(-1), state, condition, memory),
+        visual_drafter.perceive(images, state + 1.0, condition, memory),
+        visual_drafter.perceive(images, state, condition + 1.0, memory),
+        visual_drafter.perceive(
+            images, state, condition, visual_drafter.remember(visual_drafter.reads(other, LENGTH + 8))
+        ),
+        visual_drafter.perceive(images, state, condition, None),
     ]
     assert all(not torch.allclose(base, features, atol=1e-4) for features in changed)
 
@@ -51,38 +53,41 @@ def test_every_input_and_the_memory_count(model: RsdModel) -> None:
 @torch.no_grad()
 def test_an_unknown_memory_is_none(model: RsdModel) -> None:
     """As at an episode's start, which training knows as a mask and decoding as an empty cache."""
-    light, (images, state, condition) = light_of(model), inputs(model)
-    _, cache = model.main.prefill(torch.randn(3, LENGTH, 64))
-    memory = light.remember(light.reads(cache, LENGTH + 8))
+    visual_drafter, (images, state, condition) = visual_of(model), inputs(model)
+    _, cache = model.target.prefill(torch.randn(3, LENGTH, 64))
+    memory = visual_drafter.remember(visual_drafter.reads(cache, LENGTH + 8))
     known = torch.tensor([True, False, True])
-    mixed = light.perceive(images, state, condition, memory, known)
-    without, with_ = light.perceive(images, state, condition, None), light.perceive(images, state, condition, memory)
+    mixed = visual_drafter.perceive(images, state, condition, memory, known)
+    without, with_ = (
+        visual_drafter.perceive(images, state, condition, None),
+        visual_drafter.perceive(images, state, condition, memory),
+    )
     assert torch.allclose(mixed[1], without[1], atol=1e-5)
     assert torch.allclose(mixed[[0, 2]], with_[[0, 2]], atol=1e-5)
 
 
 @torch.no_grad()
 def test_perceiving_leaves_the_memory_as_it_was(model: RsdModel) -> None:
-    light, seen = light_of(model), inputs(model)
-    _, cache = model.main.prefill(torch.randn(3, LENGTH, 64))
-    memory = light.remember(light.reads(cache, LENGTH + 8))
-    first = light.perceive(*seen, memory)
+    visual_drafter, seen = visual_of(model), inputs(model)
+    _, cache = model.target.prefill(torch.randn(3, LENGTH, 64))
+    memory = visual_drafter.remember(visual_drafter.reads(cache, LENGTH + 8))
+    first = visual_drafter.perceive(*seen, memory)
     assert memory.keys[0].shape[2] == LENGTH + 8
-    assert torch.equal(light.perceive(*seen, memory), first)
+    assert torch.equal(visual_drafter.perceive(*seen, memory), first)
 
 
 @torch.no_grad()
 def test_blocks_after_the_first_are_not_remembered(model: RsdModel) -> None:
     """The memory after a fused pass is that of a plain prefill: the drafted blocks lie behind it."""
-    light, prefix = light_of(model), torch.randn(2, LENGTH, 64)
+    visual_drafter, prefix = visual_of(model), torch.randn(2, LENGTH, 64)
     gripper = torch.zeros(2, 8, dtype=torch.long)
-    _, plain = model.main.prefill(prefix)
-    _, fused = model.main.prefill_blocks(prefix, [torch.randn(2, 48), torch.randn(2, 48)], gripper)
-    memories = [light.remember(light.reads(cache, LENGTH + 8)) for cache in (plain, fused)]
+    _, plain = model.target.prefill(prefix)
+    _, fused = model.target.prefill_blocks(prefix, [torch.randn(2, 48), torch.randn(2, 48)], gripper)
+    memories = [visual_drafter.remember(visual_drafter.reads(cache, LENGTH + 8)) for cache in (plain, fused)]
     pairs = zip(*(memory.values for memory in memories), strict=True)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 
 def test_images_have_to_shrink_to_whole_patches() -> None:
     with pytest.raises(RsdError, match="expected an image size that is a multiple of 16 x 3, found 32"):
-        LightDraft(LightDraftConfig(shrink=3), RfsqConfig(), 8, 6, MainConfig(image_size=32))
+        VisualDrafter(VisualDrafterConfig(shrink=3), RfsqConfig(), 8, 6, TargetConfig(image_size=32))

@@ -44,7 +44,7 @@ def test_the_page_holds_everything_and_needs_nothing(runs: list[Path], tmp_path:
     page = write_report(runs, tmp_path / "page.html")
     text = page.read_text()
     for expected in (
-        *("8/10 = 80.0 %", "not distinguishable at n = 10", "chunks without the main", "pushed, never lifted"),
+        *("8/10 = 80.0 %", "not distinguishable at n = 10", "chunks without the target", "pushed, never lifted"),
         "4 failures, one by one",
         *("standstill between chunks, p50 / p95", "83.5 / 83.5 ms", "Standstill: from the end"),
         *("error: worker hung", "data:video/mp4;base64,", "rsd eval --num-trials 1", "2.00x the speed per chunk"),
@@ -113,14 +113,14 @@ def test_failures_and_successes_are_apart_and_counted_in_words(tmp_path: Path) -
 
 def test_a_stage_has_its_colour_in_every_report(tmp_path: Path) -> None:
     colours = []
-    for number, stages in enumerate((("decode", "prefill", "follow-up"), ("draft", "decode", "vision", "odd"))):
+    for number, stages in enumerate((("decode", "prefill", "verify-pending"), ("draft", "decode", "vision", "odd"))):
         run = write_run(tmp_path / str(number), "rsd", set(), 40.0, range(0))
         latencies = {stage: [2.0] for stage in (*stages, "total")}
         append_episode(run / "episodes.jsonl", episode(0, latency_ms=latencies))
         figure = latency_figure(load_runs([run]))
         assert figure is not None
         drawn = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
-        assert set(drawn) == {*stages} - {"follow-up"}  # which comes after the chunk
+        assert set(drawn) == {*stages} - {"verify-pending"}  # which comes after the chunk
         colours.append(to_hex(drawn["decode"].patches[0].get_facecolor()))
     assert colours == [stage_colour("decode")] * 2
     assert len({stage_colour(stage) for stage in STAGES}) == len(STAGES)
@@ -217,7 +217,7 @@ def test_a_browser_shows_it(browser: Any, page_file: Path, width: int, scheme: s
     # nothing sticks out of a phone's screen, every figure is drawn inside its card
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     boxes = page.evaluate(
-        "[...document.querySelectorAll('main svg')].map(s => [s.getBoundingClientRect().width,"
+        "[...document.querySelectorAll('target svg')].map(s => [s.getBoundingClientRect().width,"
         " s.parentElement.getBoundingClientRect().width, s.getBoundingClientRect().height])"
     )
     assert len(boxes) == 5
@@ -225,7 +225,7 @@ def test_a_browser_shows_it(browser: Any, page_file: Path, width: int, scheme: s
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) == (scheme == "dark")
     # letters of figures and page are legible on what they stand on
-    ink = page.evaluate("getComputedStyle(document.querySelector('main svg text')).fill")
+    ink = page.evaluate("getComputedStyle(document.querySelector('target svg text')).fill")
     brightness = sum(map(int, re.findall(r"\d+", ink)[:3]))
     assert (brightness > 380) == (scheme == "dark")
     # every run's numbers are on the screen, and nothing lies on anything else

@@ -25,7 +25,7 @@ def write_run(directory: Path, decode: str, failures: set[int], p50: float, task
             "num_accepted_tokens": [],
             "accepted_levels": [],
             "acceptance": "",
-            "main_passes": 7,
+            "target_passes": 7,
         }
     )
     for task in tasks:
@@ -43,7 +43,7 @@ def test_the_table_holds_every_run_against_the_first(tmp_path: Path) -> None:
     assert rows["McNemar p"] == ["-", "1 (n = 10)"]
     assert rows["latency per chunk, p50"] == ["80.0 ms", "40.0 ms"]
     assert rows["speed-up of p50"] == ["-", "2.00x"]
-    assert rows["main passes per chunk"] == ["1 prefill + 7", "1 prefill + 1"]
+    assert rows["target passes per chunk"] == ["1 prefill + 7", "1 prefill + 1"]
     assert rows["draft tokens accepted"] == ["-", "76.7 %"]
     assert rows["accepted per level"] == ["-", "100 % / 80 % / 50 %"]
     assert rows["mean acceptance length"] == ["-", "2.0"]
@@ -156,7 +156,7 @@ def test_an_audited_run_tells_its_realised_risk_and_the_gripper_apart(tmp_path: 
     assert rows["realised risk (bound at 90 %)"][0].startswith("0.500 (<= ")
     assert rows["drafts beyond epsilon"] == ["2 of 6 (75 mm)", "-"]
     assert rows["drafts whose gripper alone differs"] == ["1 of 6", "-"]
-    assert rows["chunks without the main"] == ["75.0 %", "-"]
+    assert rows["chunks without the target"] == ["75.0 %", "-"]
     assert rows["deviation of the draft, mean"] == ["47.5 mm", "-"]
     assert not any("_" in label for label in rows)
 
@@ -190,7 +190,7 @@ def test_the_verdict_and_both_intervals_say_of_what_they_speak(tmp_path: Path) -
 
 def test_the_shipped_runs_by_tasks_hold_zero_and_the_counts_of_the_page() -> None:
     folder = Path("results/libero_spatial_57M/h100")
-    rows = dict(table_rows(load_runs([folder / name for name in ("l1", "rsd-ahead", "rsd-skip")])))
+    rows = dict(table_rows(load_runs([folder / name for name in ("l1", "draft-first", "rsd-skip")])))
     assert rows["bootstrap 95 %, tasks drawn anew"][1] == "[-0.4, +6.4] points"
     assert rows["verdict on success"][1] == "better on these tasks, open for others"
     assert rows["drafts beyond epsilon"][2] == "405 of 4,275 (75 mm)"

@@ -12,7 +12,7 @@ from rsd.decoding.decoders import DECODERS
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.primitives import Primitives, Step
 from rsd.models.bundle import PolicyConfig, RsdModel
-from rsd.models.visual_drafter import LightDraft
+from rsd.models.visual_drafter import VisualDrafter
 from rsd.nested import tensors_of, with_tensors
 from rsd.policy import RsdPolicy
 from rsd.runtime import engines
@@ -127,7 +127,7 @@ def test_all_that_episodes_need_is_recorded_by_the_first_prediction_and_nothing_
         for actions, expected in zip(found, chunks_of, strict=True):
             assert np.allclose(actions, expected, atol=1e-6)
     assert counts == [counts[0]] * 12
-    if whole and decode not in ("rsd-skip", "rsd-ahead", "light-alone"):
+    if whole and decode not in ("rsd-skip", "draft-first", "drafter-only"):
         assert set(recorded) == {decode}  # all of it as one
 
 
@@ -161,15 +161,15 @@ def test_a_draft_that_is_corrected_anyway_is_not_completed(
         RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="rsd-fused", audit=audit, engine=engine)
         for audit in (False, True)
     )
-    foreseen = list[bool]()
-    remainder = LightDraft.remainder
-    monkeypatch.setattr(LightDraft, "remainder", lambda *a: foreseen.append(True) or remainder(*a))
+    forecast = list[bool]()
+    remainder = VisualDrafter.remainder
+    monkeypatch.setattr(VisualDrafter, "remainder", lambda *a: forecast.append(True) or remainder(*a))
     chunks = [plain.predict(make_observation(seed)) for seed in range(3)]
-    assert not foreseen
+    assert not forecast
     for seed, chunk in enumerate(chunks):
         complete = audited.predict(make_observation(seed))
         assert np.allclose(chunk.actions, complete.actions, atol=1e-5)
         assert chunk.stats.num_accepted_tokens == complete.stats.num_accepted_tokens
         assert chunk.stats.expected_deviation_mm is None
         assert complete.stats.expected_deviation_mm is not None
-    assert foreseen
+    assert forecast

@@ -64,7 +64,7 @@ def test_a_graph_acts_and_counts_as_pytorch_does(
     pairs = list(zip(episode(plain, make_observation), episode(graph, make_observation), strict=True))
     for expected, found in pairs:
         assert np.allclose(found.actions, expected.actions, atol=1e-5)
-        for name in ("prefills", "main_passes", "skipped", "forced", "num_draft_tokens", "num_accepted_tokens"):
+        for name in ("prefills", "target_passes", "skipped", "forced", "num_draft_tokens", "num_accepted_tokens"):
             assert getattr(found.stats, name) == getattr(expected.stats, name)
     if decode == "rsd-skip":
         assert [chunk.stats.skipped for _, chunk in pairs] == [False, True, True, True, False, True]
@@ -73,7 +73,7 @@ def test_a_graph_acts_and_counts_as_pytorch_does(
 def test_a_batch_of_graphs_acts_as_pytorch_does(make_policy: MakePolicy, make_observation: MakeObservation) -> None:
     found = {}
     for engine in (EAGER, ONNX):
-        core = make_policy("rsd-ahead", engine=engine, batch=2).core
+        core = make_policy("draft-first", engine=engine, batch=2).core
         states: list[Any] = [None, None]
         found[engine] = list[np.ndarray]()
         for turn in range(2):
@@ -105,9 +105,9 @@ def record(decoder: Primitives, key: str = "sum") -> DecodeResult:
 
     def call(inputs: Sequence[Tensor]) -> DecodeResult:
         values, symbols = inputs
-        return DecodeResult(values + decoder.main.state_mean, symbols + 1, main_passes=3)
+        return DecodeResult(values + decoder.target.state_mean, symbols + 1, target_passes=3)
 
-    step = Step(key, "main", by="rule")
+    step = Step(key, "target", by="rule")
     graph = OnnxGraphs()(step, decoder, call, [torch.zeros(2, 11), torch.zeros(2, dtype=torch.int64)])
     return graph([torch.ones(2, 11), torch.ones(2, dtype=torch.int64)])
 
@@ -128,13 +128,13 @@ def test_a_graph_is_exported_once_and_anew_for_other_weights(
         found = record(decoder)
         assert torch.equal(found.value, torch.ones(2, 11))
         assert torch.equal(found.gripper, torch.tensor([2, 2]))
-        assert found.main_passes == 3
+        assert found.target_passes == 3
     assert len(paths) == 1
     assert capfd.readouterr().err.count("exporting sum for ONNX Runtime") == 1  # nobody waits without knowing for what
-    decoder.main.state_mean += 5.0
+    decoder.target.state_mean += 5.0
     assert torch.equal(record(decoder).value, torch.full((2, 11), 6.0))
     assert len({path.parent for path in paths}) == 2  # another policy's folder
-    decoder.rule = acceptance_rule("exact", decoder.main.code)
+    decoder.rule = acceptance_rule("exact", decoder.target.code)
     record(decoder)
     record(decoder, "another")
     assert len(set(paths)) == 4
@@ -145,7 +145,7 @@ def test_decoders_and_rules_share_graphs_and_all_graphs_the_weights(
 ) -> None:
     with torch.no_grad():
         mine = make_policy("l1")
-        mine.model.main.state_mean += 1.0  # a policy that no other test has made graphs of
+        mine.model.target.state_mean += 1.0  # a policy that no other test has made graphs of
     paths = exports(monkeypatch)
 
     def run(decode: str, **options: object) -> list[str]:
@@ -160,7 +160,7 @@ def test_decoders_and_rules_share_graphs_and_all_graphs_the_weights(
     assert sorted(set(first)) == ["accept", "draft", "prefill_with"]
     assert run("rsd-fused") == []
     assert run("rsd-fused", acceptance="distance(1)") == ["accept"]
-    assert run("rsd-ahead") == ["forecast"]
+    assert run("draft-first") == ["forecast"]
     folder = paths[0].parent
     graphs = sum(path.stat().st_size for path in folder.glob("*.onnx"))
     weights = [path.stat().st_size for path in (folder / WEIGHTS).iterdir()]
@@ -242,7 +242,7 @@ def test_policies_used_longest_ago_give_way(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     paths, now = exports(monkeypatch), time.time()
     for offset in (101.0, 102.0, 101.0, 103.0):
-        decoder.main.state_mean.fill_(offset)
+        decoder.target.state_mean.fill_(offset)
         limit = onnx_graph._bytes(graph_folder()) if offset == 103.0 else 2e9
         monkeypatch.setattr(onnx_graph, "LIMIT_BYTES", limit)
         record(decoder)

@@ -85,6 +85,6 @@ def test_a_recorded_strategy_notices_what_is_not_finite(
     policy = RsdPolicy.of(model, tokenizer, tiny_config, decode="rsd-fused")
     policy.predict(make_observation())
     with torch.no_grad():
-        model.main.level_head.bias[0, -1] = float("nan")
+        model.target.level_head.bias[0, -1] = float("nan")
     with pytest.raises(RsdError, match="non-finite"):
         policy.predict(make_observation())

@@ -1,4 +1,4 @@
-"""A policy whose light draft remembers, and with `rsd-skip`, acts alone two chunks of three."""
+"""A policy whose visual drafter remembers, and with `rsd-skip`, acts alone two chunks of three."""
 
 from collections.abc import Callable
 from typing import Any

@@ -219,8 +219,8 @@ def test_an_evaluation_of_a_served_policy_has_the_episodes_of_a_local_one_and_ct
 
 
 def test_in_real_time_a_served_policy_follows_up_by_itself(make_policy: Callable[..., RsdPolicy]) -> None:
-    names = {"suite": "any", "task_id": 3, "task_name": "", "init_state": 0, "seed": 7, "decode": "rsd-ahead"}
-    with serving(server_of(make_policy("rsd-ahead"))) as address, closing(RemotePolicy(address)) as remote:
+    names = {"suite": "any", "task_id": 3, "task_name": "", "init_state": 0, "seed": 7, "decode": "draft-first"}
+    with serving(server_of(make_policy("draft-first"))) as address, closing(RemotePolicy(address)) as remote:
         env = CountingEnv("any", 3, remote.image_size)
         turns, real = (
             run_episode(env, remote, **names, pace=pace)  # type: ignore[arg-type]

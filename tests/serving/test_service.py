@@ -22,7 +22,7 @@ from rsd.targets.remote.wire import pack, unpack
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import Observation, RsdError
 
-EPISODE = 6  # chunks: under rsd-skip the main rests in two of three
+EPISODE = 6  # chunks: under rsd-skip the target rests in two of three
 ORDER = (0, 1, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1)  # who asks: both wait for the other, and for nobody
 
 
@@ -59,7 +59,7 @@ def check_interleaved(
     return stats
 
 
-@pytest.mark.parametrize("decode", ["l1", "rsd", "rsd-fused", "rsd-skip", "rsd-ahead"])
+@pytest.mark.parametrize("decode", ["l1", "rsd", "rsd-fused", "rsd-skip", "draft-first"])
 @pytest.mark.parametrize("instruction", ["pick up the bowl", "open the drawer"])  # the other client's, or its own
 def test_two_clients_get_what_each_would_get_alone(
     decode: str,
@@ -173,7 +173,7 @@ def test_a_bad_message_is_answered_by_a_text_and_changes_nothing(
         assert isinstance(answer, str)
         assert answer.startswith("rsd serve: ")
         assert "expected" in answer or "missing" in answer
-    # the episode goes on: in a new one the main would look
+    # the episode goes on: in a new one the target would look
     assert ask(service, session, content_of(make_observation(2)))["stats"]["skipped"] is True
 
 
@@ -256,18 +256,18 @@ def test_an_answer_that_no_robot_should_execute_is_not_given(
 def test_a_verification_that_fails_ends_its_own_episode_and_no_other(
     make_policy: Callable[..., RsdPolicy], make_observation: Callable[..., Observation]
 ) -> None:
-    policy, one, other = make_policy("rsd-ahead"), make_observation(1), make_observation(2)
+    policy, one, other = make_policy("draft-first"), make_observation(1), make_observation(2)
     service, sessions = PolicyService(policy.core), (Session(), Session())
     fresh = [ask(service, session, content_of(one))["actions"] for session in sessions]
     assert np.array_equal(*fresh)
-    bias = policy.model.main.level_head.bias
+    bias = policy.model.target.level_head.bias
     with torch.no_grad():
         kept = bias.clone()
         bias.fill_(float("nan"))
         service.verify(sessions[0])
         bias.copy_(kept)
     service.verify(sessions[1])
-    expected = make_policy("rsd-ahead")
+    expected = make_policy("draft-first")
     expected.predict(one)
     assert np.array_equal(ask(service, sessions[1], content_of(other))["actions"], expected.predict(other).actions)
     expected.reset()

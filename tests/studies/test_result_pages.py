@@ -20,5 +20,5 @@ PAGES = {
 def test_the_page_is_made_from_the_raw_results(name: str, tmp_path: Path) -> None:
     module, config = PAGES[name]
     made: Any = replace(config, output=tmp_path / "page.md")
-    module.main(made)
+    module.target(made)
     assert (tmp_path / "page.md").read_text() == config.output.read_text()

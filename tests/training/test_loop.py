@@ -238,4 +238,4 @@ def test_describe_gives_plain_json_values() -> None:
     described = describe(TrainPolicyConfig(data=(Path("a"), Path("b"))))
     assert json.loads(json.dumps(described)) == described
     assert described["data"] == ["a", "b"]
-    assert described["policy"]["main"]["channels"] == [32, 64, 128, 256]
+    assert described["policy"]["target"]["channels"] == [32, 64, 128, 256]

@@ -55,17 +55,17 @@ def test_jitter_moves_the_asked_share_both_ways_by_every_amount() -> None:
 def prefixes_shown(
     model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, config: LossConfig, monkeypatch: pytest.MonkeyPatch
 ) -> list[Tensor]:
-    """What the blocks 2..L of the main are told in training."""
+    """What the blocks 2..L of the target are told in training."""
     shown: list[Tensor] = []
-    extend = model.main.extend
+    extend = model.target.extend
 
     def spy(prefixes: list[Tensor], gripper: Tensor, first_level: int, cache: KVCache) -> list[Tensor]:
         assert first_level == 2
         shown.extend(prefixes)
         return extend(prefixes, gripper, first_level, cache)
 
-    monkeypatch.setattr(model.main, "extend", spy)
-    policy_losses(model.main, model.draft, None, tokenizer, batch, config)
+    monkeypatch.setattr(model.target, "extend", spy)
+    policy_losses(model.target, model.feature_drafter, None, tokenizer, batch, config)
     return shown
 
 
@@ -91,18 +91,18 @@ def test_with_the_draft_in_the_loop_its_digits_come_first_and_the_rest_corrects_
     model.eval()
     shown = prefixes_shown(model, tokenizer, batch, LossConfig(draft_share=1.0, jitter=jitter), monkeypatch)
     code = Rfsq(tokenizer.config.rfsq)
-    target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
+    truth = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
     with torch.no_grad():
-        prefix = model.main.embed_prefix(batch.images, batch.state, model.main.encode_text(batch.words))
-        features, _ = model.main.prefill(prefix)
-        read, _ = model.draft.read(features)
+        prefix = model.target.embed_prefix(batch.images, batch.state, model.target.encode_text(batch.words))
+        features, _ = model.target.prefill(prefix)
+        read, _ = model.feature_drafter.read(features)
         gripper = tokenizer.gripper_symbols(batch.chunk)
-        motion = torch.empty(len(target), 0, target.shape[1], dtype=torch.long)
+        motion = torch.empty(len(truth), 0, truth.shape[1], dtype=torch.long)
         for level in (1, 2, 3):
-            tokens = model.draft.logits(read, code.dequantise(motion), gripper, level).argmax(-1)
+            tokens = model.feature_drafter.logits(read, code.dequantise(motion), gripper, level).argmax(-1)
             motion = torch.cat([motion, tokens.unsqueeze(1)], dim=1)
             assert torch.allclose(shown[level - 1], code.dequantise(motion), atol=1e-5)
-    rest = code.continue_from(target, motion)
+    rest = code.continue_from(truth, motion)
     for level in range(4, 8):
         whole = torch.cat([motion, rest[:, : level - 3]], dim=1)
         assert torch.allclose(shown[level - 1], code.dequantise(whole), atol=1e-5)
@@ -113,12 +113,12 @@ def test_jittered_prefixes_leave_what_finer_levels_mostly_take_out(
 ) -> None:
     torch.manual_seed(0)
     shown = prefixes_shown(model, tokenizer, batch, LossConfig(draft_share=0.0, jitter=0.4), monkeypatch)
-    target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
+    truth = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
     code = Rfsq(tokenizer.config.rfsq)
-    plain = code.quantise(target)[0]
+    plain = code.quantise(truth)[0]
     moved = (shown[0] - code.dequantise(plain[:, :1])).abs() > 0.5
     assert 0.1 < moved.float().mean() < 0.3  # the rate is drawn between 0 and 0.4 for each sample
-    left = (shown[-1] - target).abs()
+    left = (shown[-1] - truth).abs()
     assert (left <= tokenizer.config.rfsq.tail_reach(7) + 2**-8).float().mean() > 0.9
 
 
@@ -126,12 +126,12 @@ def test_draft_digits_are_its_own_where_asked_and_the_truth_elsewhere(
     model: RsdModel, tokenizer: ActionTokenizer, batch: Batch
 ) -> None:
     code = Rfsq(tokenizer.config.rfsq)
-    target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
+    truth = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
     gripper = tokenizer.gripper_symbols(batch.chunk)
-    features = torch.randn(len(target), 8, 64)
-    own = (torch.arange(len(target)) % 2 == 0)[:, None]
-    shown, _ = draft_losses(model.draft, features, target, gripper, own, code)
-    true = code.quantise(target)[0][:, :3].float() - 3
+    features = torch.randn(len(truth), 8, 64)
+    own = (torch.arange(len(truth)) % 2 == 0)[:, None]
+    shown, _ = draft_losses(model.feature_drafter, features, truth, gripper, own, code)
+    true = code.quantise(truth)[0][:, :3].float() - 3
     found = torch.stack(shown, dim=1)
     assert torch.equal(found[1::2], true[1::2])
     assert not torch.equal(found[::2], true[::2])
@@ -145,12 +145,14 @@ def paired(batch: Batch) -> Batch:
 
 
 def losses_of(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> dict[str, Tensor]:
-    return policy_losses(model.main, model.draft, model.light, tokenizer, paired(batch), LossConfig())
+    return policy_losses(
+        model.target, model.feature_drafter, model.visual_drafter, tokenizer, paired(batch), LossConfig()
+    )
 
 
 def test_losses_are_finite_and_train_every_parameter(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
     losses = losses_of(model, tokenizer, batch)
-    drafts = {"draft", "light", "light_regress", "deviation"}
+    drafts = {"draft", "visual", "visual_regress", "deviation"}
     assert {"levels", "parallel", "gripper", "l1", "regress", "total"} | drafts == set(losses)
     assert all(torch.isfinite(value) and value.ndim == 0 for value in losses.values())
     losses["total"].backward()
@@ -162,17 +164,17 @@ def test_a_whole_block_is_told_the_whole_draft_and_trained(
     model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[Tensor] = []
-    whole = model.main.whole
+    whole = model.target.whole
 
     def spy(value: Tensor, cache: KVCache, length: int) -> Tensor:
         told.append(value)
         return whole(value, cache, length)
 
-    monkeypatch.setattr(model.main, "whole", spy)
-    level = model.main.block.level
-    model.main.whole_block = True
+    monkeypatch.setattr(model.target, "whole", spy)
+    level = model.target.block.level
+    model.target.whole_block = True
     losses = policy_losses(
-        model.main, model.draft, None, tokenizer, batch, LossConfig(draft_share=0.0, jitter=0.0)
+        model.target, model.feature_drafter, None, tokenizer, batch, LossConfig(draft_share=0.0, jitter=0.0)
     )
     code = Rfsq(tokenizer.config.rfsq)
     symbols, _ = code.quantise(tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step)
@@ -189,13 +191,13 @@ def test_counterfactual_drafts_are_another_samples_and_the_truth_is_still_asked_
 ) -> None:
     model.eval()  # no dropout
     told: list[Tensor] = []
-    whole = model.main.whole
-    monkeypatch.setattr(model.main, "whole", lambda value, *rest: told.append(value) or whole(value, *rest))
-    model.main.whole_block = True
+    whole = model.target.whole
+    monkeypatch.setattr(model.target, "whole", lambda value, *rest: told.append(value) or whole(value, *rest))
+    model.target.whole_block = True
     found = {}
     for share in (0.0, 1.0):
         config = LossConfig(draft_share=0.0, jitter=0.0, counterfactual=share)
-        found[share] = policy_losses(model.main, model.draft, None, tokenizer, batch, config)
+        found[share] = policy_losses(model.target, model.feature_drafter, None, tokenizer, batch, config)
     assert torch.equal(told[1], told[0].roll(1, 0))
     assert found[1.0]["whole"] > found[0.0]["whole"]  # more is missing after a wrong draft
     assert torch.equal(found[1.0]["regress"], found[0.0]["regress"])
@@ -208,7 +210,12 @@ def test_shares_of_a_loss_are_shares() -> None:
 
 @pytest.mark.parametrize(
     ("loss", "trained"),
-    [("draft", ("draft",)), ("light", ("light",)), ("light_regress", ("light",)), ("deviation", ("light",))],
+    [
+        ("draft", ("feature_drafter",)),
+        ("visual", ("visual_drafter",)),
+        ("visual_regress", ("visual_drafter",)),
+        ("deviation", ("visual_drafter",)),
+    ],
 )
 def test_a_drafts_losses_reach_that_draft_alone(
     model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, loss: str, trained: tuple[str, ...]
@@ -224,9 +231,9 @@ def test_the_deviation_loss_trains_the_self_assessment_alone(
     losses_of(model, tokenizer, batch)["deviation"].backward()
     reached = [name for name, p in model.named_parameters() if p.grad is not None]
     assert reached
-    assert all(name.startswith("light.deviation_head") for name in reached)
+    assert all(name.startswith("visual_drafter.deviation_head") for name in reached)
 
 
 def test_a_light_draft_needs_pairs_of_frames(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
     with pytest.raises(RsdError, match="expected a batch of paired frames"):
-        policy_losses(model.main, model.draft, model.light, tokenizer, batch, LossConfig())
+        policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, LossConfig())

@@ -20,20 +20,20 @@ from openvla_checkpoint import SUITE, statistics, write_checkpoint, write_heads,
 from rsd.cli import dispatch
 from rsd.data.demonstrations import load_demonstrations
 from rsd.evaluation.calibrate import CalibrateConfig, calibrate
-from rsd.models.feature_drafter import DraftConfig
-from rsd.models.visual_drafter import LightDraftConfig
+from rsd.models.feature_drafter import DrafterConfig
+from rsd.models.visual_drafter import VisualDrafterConfig
 from rsd.policy import RsdPolicy
 from rsd.targets.openvla.lora import LoraConfig
 from rsd.targets.openvla.rsd_policy import OpenVlaBody
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.training.draft import TrainDraftConfig, train_draft
+from rsd.training.draft import TrainDrafterConfig, train_drafter
 from rsd.training.loop import STATE_FILE, LoopConfig
 from rsd.training.openvla import TrainOpenVlaConfig, train_openvla
 from rsd.training.policy import TrainPolicyConfig, train_policy
 from rsd.types import Observation, RsdError
 
-DRAFT = DraftConfig(levels=3, dim=32, layers=1, heads=2)
-LIGHT = LightDraftConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=DRAFT)
+DRAFT = DrafterConfig(levels=3, dim=32, layers=1, heads=2)
+VISUAL = VisualDrafterConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=DRAFT)
 LOOP = LoopConfig(
     steps=4, batch_size=4, learning_rate=5e-3, warmup=2, ema=0.5, save_every=2, log_every=1, cuda_graph=False
 )
@@ -55,8 +55,8 @@ def config(
         validation_every=4,
         validation_frames=4,
         lora=LoraConfig(rank=4),
-        draft=DRAFT,
-        light=LIGHT,
+        feature_drafter=DRAFT,
+        visual_drafter=VISUAL,
         loop=LOOP,
     )
 
@@ -95,7 +95,7 @@ def test_one_batch_is_learned_by_heart(
     train_openvla(replace(config, output=tmp_path, loop=replace(LOOP, steps=12, save_every=0)))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    for name, share in (("total", 0.7), ("levels", 0.8), ("draft", 0.8), ("light", 0.8), ("l1", 0.6)):
+    for name, share in (("total", 0.7), ("levels", 0.8), ("draft", 0.8), ("visual", 0.8), ("l1", 0.6)):
         values = [event.value for event in events.Scalars(f"loss/{name}")]
         assert len(values) == 12
         assert np.mean(values[-3:]) < share * np.mean(values[:2]), name
@@ -155,7 +155,7 @@ def test_its_policy_loads_acts_and_knows_where_it_comes_from(trained: Path, seen
     assert policy.provenance["training"]["lora"]["rank"] == 4
     assert policy.provenance["data"]["episodes"] == 3
     assert policy.provenance["data"]["frames"] == 3 * 24
-    assert {"ar", "l1", "rsd margin", "rsd-fused margin", "light"} <= set(policy.provenance["validation"])
+    assert {"ar", "l1", "rsd margin", "rsd-fused margin", "visual"} <= set(policy.provenance["validation"])
     assert policy.core.body.config.state_low[2] == 0.9  # of the projector's own statistics
 
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_trained_is_refused(
     with pytest.raises(RsdError, match="expected a compact policy, found one on OpenVLA"):
         train_policy(TrainPolicyConfig(init=str(trained)))
     with pytest.raises(RsdError, match="its drafts are trained with it"):
-        train_draft(TrainDraftConfig(policy=str(trained)))
+        train_drafter(TrainDrafterConfig(policy=str(trained)))
 
 
 def test_the_command_line_reaches_it(
@@ -188,13 +188,13 @@ def test_the_command_line_reaches_it(
     command += ["--loop.steps", "1", "--loop.batch-size", "2", "--loop.accumulate", "2", "--lora.rank", "2"]
     assert dispatch([*command, "--lora.vision", "--validation-frames", "2", "light:none"]) == 0
     content = json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
-    assert content["policy"]["light"] is None
+    assert content["policy"]["visual_drafter"] is None
     assert content["provenance"]["training"]["lora"] == {"rank": 2, "alpha": 16.0, "vision": True}
     capsys.readouterr()
     for decode in ("rsd-fused", "rsd-skip"):
-        with pytest.raises(RsdError, match="has no light draft; use rsd, l1 or ar, or train one"):
+        with pytest.raises(RsdError, match="has no visual drafter; use rsd, l1 or ar, or train one"):
             RsdPolicy.from_pretrained(tmp_path / "run" / "checkpoint", decode=decode)
-    with pytest.raises(RsdError, match="has no light draft, whose chunks rsd-skip executes"):
+    with pytest.raises(RsdError, match="has no visual drafter, whose chunks rsd-skip executes"):
         calibrate(CalibrateConfig(policy=str(tmp_path / "run" / "checkpoint"), output=tmp_path / "rollouts"))
     assert dispatch(["train", "policy", "--backbone", "llava"]) == 2
     assert "--backbone 'llava': expected one of compact, openvla" in capsys.readouterr().err
@@ -209,9 +209,9 @@ def test_the_updates_are_merged_as_they_were_trained(
     finish, kept = openvla_training.finish, []
 
     def before(trainee: openvla_training.Trainee) -> object:
-        main = trainee.model.main
+        target = trainee.model.target
         with torch.no_grad():
-            kept.append(main.prefill(main.embed_prefix(*scene))[0])
+            kept.append(target.prefill(target.embed_prefix(*scene))[0])
         return finish(trainee)
 
     torch.manual_seed(0)
@@ -220,9 +220,9 @@ def test_the_updates_are_merged_as_they_were_trained(
     monkeypatch.setattr(openvla_training, "finish", before)
     lora, loop = replace(config.lora, vision=True), replace(LOOP, steps=3, ema=0.0)
     directory = train_openvla(replace(config, output=tmp_path, cameras=2, lora=lora, loop=loop))
-    main = RsdPolicy.from_pretrained(directory).model.main
+    target = RsdPolicy.from_pretrained(directory).model.target
     with torch.no_grad():
-        loaded = main.prefill(main.embed_prefix(*scene))[0]
+        loaded = target.prefill(target.embed_prefix(*scene))[0]
     torch.testing.assert_close(loaded, kept[0], rtol=0, atol=2e-5)
 
 
@@ -243,7 +243,7 @@ def work(rank: int, config: TrainOpenVlaConfig, port: int) -> None:
 
 
 def test_two_processes_train_one_policy(config: TrainOpenVlaConfig, tmp_path: Path) -> None:
-    config = replace(config, output=tmp_path, light=None, loop=replace(LOOP, steps=2, batch_size=2))
+    config = replace(config, output=tmp_path, visual_drafter=None, loop=replace(LOOP, steps=2, batch_size=2))
     mp.spawn(work, args=(config, 29_000 + (os.getpid() + 1_000) % 2_000), nprocs=2)
     mine, theirs = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)

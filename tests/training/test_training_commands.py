@@ -18,13 +18,13 @@ import rsd.training.policy as training_policy
 from rsd.data.demonstrations import load_demonstrations
 from rsd.locks import exclusive
 from rsd.models.bundle import PolicyConfig
-from rsd.models.feature_drafter import DraftConfig
-from rsd.models.target import MainModel
+from rsd.models.feature_drafter import DrafterConfig
+from rsd.models.target import TargetModel
 from rsd.models.trunk import KVCache
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.training.dataset import FrameDataset, chunk_targets
-from rsd.training.draft import TrainDraftConfig, train_draft
+from rsd.training.draft import TrainDrafterConfig, train_drafter
 from rsd.training.loop import STATE_FILE, LoopConfig
 from rsd.training.losses import LossConfig
 from rsd.training.policy import TrainPolicyConfig, resolve_device, split, train_policy
@@ -32,9 +32,7 @@ from rsd.training.tokenizer import TrainTokenizerConfig, train_tokenizer
 from rsd.types import Observation, RsdError
 from studies.deviation import DeviationConfig, measure_deviation
 
-LOOP = LoopConfig(
-    steps=30, batch_size=16, learning_rate=3e-3, warmup=3, ema=0.9, save_every=10, log_every=1
-)
+LOOP = LoopConfig(steps=30, batch_size=16, learning_rate=3e-3, warmup=3, ema=0.9, save_every=10, log_every=1)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +114,7 @@ def test_its_checkpoint_loads_acts_and_knows_where_it_comes_from(
     assert provenance["versions"]["torch"] == torch.__version__
     report = provenance["validation"]
     assert report["episodes"] == 3
-    assert {"ar", "parallel", "l1", "draft", "rsd margin", "rsd agreement", "rsd exact"} <= set(report)
+    assert {"ar", "parallel", "l1", "coarse-only", "rsd margin", "rsd agreement", "rsd exact"} <= set(report)
     assert all(0.0 < report[name]["l1_error"] < 5.0 for name in ("ar", "l1", "rsd margin"))
     accepted = {rule: report[f"rsd {rule}"]["tokens_accepted_by_level"] for rule in ("margin", "exact")}
     assert all(m >= e for m, e in zip(accepted["margin"], accepted["exact"], strict=True))
@@ -127,9 +125,9 @@ def test_state_normalisation_is_that_of_the_training_episodes(
 ) -> None:
     training, _ = split(load_demonstrations(demonstrations), config.validation_every)
     state = FrameDataset(training, 8, torch.device("cpu")).state
-    main = RsdPolicy.from_pretrained(trained).model.main
-    assert torch.allclose(main.state_mean, state.mean(0), atol=1e-3)
-    assert torch.allclose(main.state_std, state.std(0) + 1e-3, atol=1e-3)
+    target = RsdPolicy.from_pretrained(trained).model.target
+    assert torch.allclose(target.state_mean, state.mean(0), atol=1e-3)
+    assert torch.allclose(target.state_std, state.std(0) + 1e-3, atol=1e-3)
 
 
 def test_an_interrupted_training_continues_to_the_same_step(
@@ -165,7 +163,7 @@ def test_training_from_a_checkpoint_starts_with_its_weights(
     for name, value in source.state_dict().items():
         assert torch.equal(copy.state_dict()[name], value)
 
-    other = replace(config.policy, draft=replace(config.policy.draft, levels=2))
+    other = replace(config.policy, feature_drafter=replace(config.policy.feature_drafter, levels=2))
     with pytest.raises(RsdError, match=r"its sizes .* differ"):
         train_policy(replace(still, policy=other, output=tmp_path / "other"))
 
@@ -173,13 +171,13 @@ def test_training_from_a_checkpoint_starts_with_its_weights(
 def test_what_matches_is_taken_over_from_a_checkpoint_of_another_size(
     trained: Path, config: TrainPolicyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    deeper = replace(config.policy, main=replace(config.policy.main, layers=config.policy.main.layers + 1))
+    deeper = replace(config.policy, target=replace(config.policy.target, layers=config.policy.target.layers + 1))
     again = replace(config, init=str(trained), init_matching=True, policy=deeper, output=tmp_path / "deeper")
     grown = RsdPolicy.from_pretrained(train_policy(replace(again, loop=replace(LOOP, steps=0)))).model.state_dict()
     source = RsdPolicy.from_pretrained(trained).model.state_dict()
     assert all(torch.equal(grown[name], value) for name, value in source.items())
     assert grown.keys() - source.keys()
-    assert "start afresh: main.trunk" in capsys.readouterr().out
+    assert "start afresh: target.trunk" in capsys.readouterr().out
 
 
 def test_deviation_from_the_baseline_is_measured_on_held_out_frames(
@@ -221,7 +219,7 @@ def test_images_of_another_size_are_refused_before_the_training_wherever_they_ar
             obs.create_dataset(key, data=np.zeros((steps, height, width, 3), np.uint8))
     begin = {
         "policy": lambda: train_policy(replace(config, data=(data,), output=tmp_path / "run")),
-        "draft": lambda: train_draft(TrainDraftConfig(str(trained), (data,), tmp_path / "run", "cpu", 4)),
+        "draft": lambda: train_drafter(TrainDrafterConfig(str(trained), (data,), tmp_path / "run", "cpu", 4)),
     }
     with pytest.raises(RsdError, match=rf"demo_5 of .*task1_demo\.hdf5: {said}"):
         begin[kind]()
@@ -229,7 +227,7 @@ def test_images_of_another_size_are_refused_before_the_training_wherever_they_ar
 
 
 def test_images_of_another_size_than_the_models_are_refused(config: TrainPolicyConfig, tmp_path: Path) -> None:
-    larger = replace(config.policy, main=replace(config.policy.main, image_size=64))
+    larger = replace(config.policy, target=replace(config.policy.target, image_size=64))
     with pytest.raises(RsdError, match="images of 32 x 32 px, expected 64 x 64"):
         train_policy(replace(config, policy=larger, output=tmp_path / "run"))
 
@@ -243,10 +241,10 @@ def test_a_validation_that_fails_costs_no_training(
 
     monkeypatch.setattr(module, "validate", failing)
     loop = replace(LOOP, steps=2)
-    draft = TrainDraftConfig(str(trained), config.data, tmp_path, "cpu", resume_weights=True, loop=loop)
+    draft = TrainDrafterConfig(str(trained), config.data, tmp_path, "cpu", resume_weights=True, loop=loop)
     begin = {
         training_policy: lambda: train_policy(replace(config, output=tmp_path, loop=loop)),
-        training_draft: lambda: train_draft(draft),
+        training_draft: lambda: train_drafter(draft),
     }
     with pytest.raises(ZeroDivisionError):
         begin[module]()
@@ -259,7 +257,7 @@ def test_a_training_has_its_folder_for_itself(config: TrainPolicyConfig, states_
     with exclusive(tmp_path):
         for begin in (
             lambda: train_policy(replace(config, output=tmp_path)),
-            lambda: train_draft(TrainDraftConfig(output=tmp_path)),
+            lambda: train_drafter(TrainDrafterConfig(output=tmp_path)),
             lambda: train_tokenizer(TrainTokenizerConfig((states_only,), tmp_path)),
         ):
             with pytest.raises(RsdError, match="another run is writing here"):
@@ -292,39 +290,39 @@ def test_states_without_images_are_refused(config: TrainPolicyConfig, states_onl
 def test_train_draft_keeps_everything_else(
     trained: Path, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    modes, prefill = set[bool](), MainModel.prefill
+    modes, prefill = set[bool](), TargetModel.prefill
 
-    def spy(main: MainModel, prefix: Tensor) -> tuple[Tensor, KVCache]:
-        modes.add(main.training)
-        return prefill(main, prefix)
+    def spy(target: TargetModel, prefix: Tensor) -> tuple[Tensor, KVCache]:
+        modes.add(target.training)
+        return prefill(target, prefix)
 
-    monkeypatch.setattr(MainModel, "prefill", spy)
-    draft = DraftConfig(levels=2, dim=32, layers=1, heads=2)
-    directory = train_draft(
-        TrainDraftConfig(
+    monkeypatch.setattr(TargetModel, "prefill", spy)
+    draft = DrafterConfig(levels=2, dim=32, layers=1, heads=2)
+    directory = train_drafter(
+        TrainDrafterConfig(
             policy=str(trained),
             data=(demonstrations,),
             output=tmp_path,
             device="cpu",
             validation_every=4,
-            draft=draft,
+            feature_drafter=draft,
             loop=replace(LOOP, steps=10),
         )
     )
     assert modes == {False}  # no dropout in what the draft reads
     before, after = (RsdPolicy.from_pretrained(path, decode="rsd") for path in (trained, directory))
-    assert after.config == replace(before.config, draft=draft)
+    assert after.config == replace(before.config, feature_drafter=draft)
     for name, value in before.model.state_dict().items():
         if not name.startswith("draft."):
             assert torch.allclose(after.model.state_dict()[name], value, atol=1e-6), name
     assert len(after.predict(observation_of(demonstrations)).stats.num_draft_tokens) == 2
-    assert after.provenance["draft"]["training"]["draft"]["levels"] == 2
+    assert after.provenance["feature_drafter"]["training"]["feature_drafter"]["levels"] == 2
     assert after.provenance["data"] == before.provenance["data"]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     values = [event.value for event in events.Scalars("loss/draft")]
     assert np.mean(values[-3:]) < np.mean(values[:3])
-    assert json.loads((directory / "config.json").read_text())["policy"]["draft"]["levels"] == 2
+    assert json.loads((directory / "config.json").read_text())["policy"]["feature_drafter"]["levels"] == 2
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -332,31 +330,31 @@ def test_train_light_draft_keeps_everything_else(
     trained: Path, demonstrations: Path, tmp_path: Path, resume: bool
 ) -> None:
     before = RsdPolicy.from_pretrained(trained)
-    assert before.config.light is not None
-    light = replace(before.config.light, layers=1)
-    config = TrainDraftConfig(
+    assert before.config.visual_drafter is not None
+    visual_drafter = replace(before.config.visual_drafter, layers=1)
+    config = TrainDrafterConfig(
         policy=str(trained),
         data=(demonstrations,),
         output=tmp_path,
         device="cpu",
         validation_every=4,
-        kind="light",
+        kind="visual",
         resume_weights=resume,
-        light=light,
+        visual_drafter=visual_drafter,
         loss=LossConfig(blind=1.0),
         loop=replace(LOOP, learning_rate=1e-5 if resume else 3e-3),
     )
-    directory = train_draft(config)
+    directory = train_drafter(config)
     after = RsdPolicy.from_pretrained(directory)
-    assert after.config == (before.config if resume else replace(before.config, light=light))
-    assert after.model.light is not None
-    assert before.model.light is not None
+    assert after.config == (before.config if resume else replace(before.config, visual_drafter=visual_drafter))
+    assert after.model.visual_drafter is not None
+    assert before.model.visual_drafter is not None
     new, old = after.model.state_dict(), before.model.state_dict()
     assert all(torch.allclose(new[n], old[n], atol=1e-6) for n in old if not n.startswith("light."))
-    cameras = [after.model.light.cameras.state_dict(), before.model.light.cameras.state_dict()]
+    cameras = [after.model.visual_drafter.cameras.state_dict(), before.model.visual_drafter.cameras.state_dict()]
     moved = max(float((a - b).abs().max()) for a, b in zip(*(part.values() for part in cameras), strict=True))
     assert 0 < moved < 0.01 if resume else moved > 0.01  # it started from the weights there, or afresh
-    assert after.provenance["light"]["training"]["loss"]["blind"] == 1.0
+    assert after.provenance["visual"]["training"]["loss"]["blind"] == 1.0
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     if not resume:
@@ -367,11 +365,15 @@ def test_train_light_draft_keeps_everything_else(
 def test_weights_that_are_not_there_are_not_resumed(
     config: TrainPolicyConfig, demonstrations: Path, tmp_path: Path
 ) -> None:
-    without = replace(config, policy=replace(config.policy, light=None), loop=replace(LOOP, steps=1), output=tmp_path)
+    without = replace(
+        config, policy=replace(config.policy, visual_drafter=None), loop=replace(LOOP, steps=1), output=tmp_path
+    )
     directory = train_policy(without)
-    with pytest.raises(RsdError, match="has no light draft"):
-        train_draft(
-            TrainDraftConfig(str(directory), (demonstrations,), tmp_path / "d", "cpu", 4, "light", resume_weights=True)
+    with pytest.raises(RsdError, match="has no visual drafter"):
+        train_drafter(
+            TrainDrafterConfig(
+                str(directory), (demonstrations,), tmp_path / "d", "cpu", 4, "visual", resume_weights=True
+            )
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.markup import escape
 
+from rsd import former
 from rsd.cli.parsing import UsageError, parse
 from rsd.types import RsdError
 
@@ -58,7 +59,7 @@ COMMANDS = {
         "rsd.evaluation.bench_config:LatencyConfig",
     ),
     "calibrate": Command(
-        "fit when rsd-skip may leave the main model idle",
+        "fit when rsd-skip may skip the target",
         "rsd.evaluation.calibrate",
         "calibrate",
         "rsd.evaluation.bench_config:CalibrateConfig",
@@ -87,9 +88,9 @@ COMMANDS = {
         "render",
         "rsd.collection.render:RenderConfig",
     ),
-    "train policy": Command("train the main model and its drafts, compact or on OpenVLA", "rsd.cli.train_policy"),
-    "train draft": Command(
-        "train a draft alone", "rsd.training.draft", "train_draft", "rsd.training.config:TrainDraftConfig"
+    "train policy": Command("train the target and its drafts, compact or on OpenVLA", "rsd.cli.train_policy"),
+    "train drafter": Command(
+        "train a drafter alone", "rsd.training.draft", "train_drafter", "rsd.training.config:TrainDrafterConfig"
     ),
     "import-legacy": Command(
         "read the original experiment's checkpoints",
@@ -197,6 +198,8 @@ def say(text: str) -> None:
 
 def find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
     """(command, its arguments); the command is None for the help of a group such as `rsd train`."""
+    if (now := former.COMMANDS.get(" ".join(arguments[:2]))) is not None:
+        raise UsageError(f"'{' '.join(arguments[:2])}': it is called `{now}` now")
     for words in (2, 1):
         name = " ".join(arguments[:words])
         if name in COMMANDS:

@@ -15,7 +15,7 @@ from rsd.evaluation.config import EvalConfig, asked_rule, option, stored_config
 from rsd.types import BEST, RsdError
 
 BASELINE = "ar"
-TARGET_ALONE, DRAFTER_ALONE = "l1", "light-alone"  # what --compare runs beside the checkpoint's best
+TARGET_ALONE, DRAFTER_ALONE = "l1", "drafter-only"  # what --compare runs beside the checkpoint's best
 COMPARISON_FILE = "comparison.md"
 
 
@@ -32,8 +32,8 @@ class EvalArguments:
     resume: Path | None = None
     """Continue the run in this directory, with the options it was begun with."""
     compare: bool = False
-    """Run the target alone (--decode l1), best and the drafter alone (light-alone, if there is a light draft) on the
-    same initial states; print their table."""
+    """Run the target alone (--decode l1), best and the drafter alone (drafter-only, if there is a visual drafter) on
+    the same initial states; print their table."""
     report: bool = False
     """Also write the HTML report, as `rsd report` does."""
     overwrite: bool = False
@@ -160,7 +160,7 @@ def check_names(config: EvalConfig) -> None:
             raise UsageError(f"{option(name)} is of --decode rsd-skip, found --decode {config.decode}")
     if config.audit and config.decode not in names(visual=True):
         allowed = ", ".join(names(visual=True))
-        raise UsageError(f"--audit is of the light draft, of --decode {allowed}; found {config.decode}")
+        raise UsageError(f"--audit is of the visual drafter, of --decode {allowed}; found {config.decode}")
     try:
         acceptance = asked_rule(config.acceptance)
         if acceptance is not None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from rsd import former
 from rsd.types import RsdError, require_finite_numbers
 
 Result = TypeVar("Result")
@@ -30,6 +31,8 @@ def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str, wr
     Raises UsageError for what tyro or the dataclass itself refuses, and with `writes` for an output that cannot be
     written; `--help` prints and exits.
     """
+    if (found := former.refusal(arguments)) is not None:
+        raise UsageError(found)
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):

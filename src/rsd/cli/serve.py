@@ -28,11 +28,11 @@ class ServeArguments:
     acceptance: str = EvalConfig.acceptance
     """Rule for drafted levels, as of `rsd eval`; default: the checkpoint's."""
     skip_threshold_mm: float | None = EvalConfig.skip_threshold_mm
-    """For rsd-skip: leave the main idle where the draft expects to deviate less; by default what was calibrated."""
+    """For rsd-skip: skip the target where the draft expects to deviate less; by default what was calibrated."""
     max_skips: int | None = EvalConfig.max_skips
-    """For rsd-skip with a threshold of its own: chunks in a row without the main, at most."""
+    """For rsd-skip with a threshold of its own: chunks in a row without the target, at most."""
     memory_chunks: int | None = EvalConfig.memory_chunks
-    """The same: how many chunks the draft attends to what the main left behind."""
+    """The same: how many chunks the draft attends to what the target left behind."""
     target_at_reset: bool = EvalConfig.target_at_reset
     """For rsd-skip: the target always runs on an episode's first observation."""
     statistics: str = EvalConfig.task_suite

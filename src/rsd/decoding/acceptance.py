@@ -1,8 +1,8 @@
-"""Acceptance rules: which drafted tokens may stand, given the main model's logits. Pure functions.
+"""Acceptance rules: which drafted tokens may stand, given the target's logits. Pure functions.
 
-A rule sees drafted symbols int [B, c, P] and the main's logits [B, c, P, K] of the same levels (each
+A rule sees drafted symbols int [B, c, P] and the target's logits [B, c, P, K] of the same levels (each
 conditioned on the drafted levels above it) and returns bool [B, c, P]. Whatever the setting, a token that is the
-main's own greedy choice is never the reason for a rejection (but under `residual`, which sees no logits). Under a
+target's own greedy choice is never the reason for a rejection (but under `residual`, which sees no logits). Under a
 `per_scalar` rule every scalar keeps its own longest accepted prefix of levels; the others keep the longest one whose
 every token is accepted.
 The gripper is compared apart, with zero tolerance. Logits must be finite: the caller sees to it, since a NaN
@@ -25,8 +25,8 @@ from rsd.types import RsdError
 @dataclass(frozen=True)
 class AcceptanceRule:
     """accept(drafted, logits) -> bool [B, c, P]; see the module's docstring. None: the draft is judged as a whole, by
-    what the main finds that it misses (`verification.accept_as_a_whole`), or, with a `share`, by what the main means
-    without having been told of it (`within_reach`)."""
+    what the target finds that it misses (`verification.accept_as_a_whole`), or, with a `share`, by what the target
+    means without having been told of it (`within_reach`)."""
 
     name: str
     accept: Callable[[Tensor, Tensor], Tensor] | None
@@ -45,7 +45,7 @@ class AcceptanceRule:
 
 
 def exact(drafted: Tensor, logits: Tensor) -> Tensor:
-    """Token equals the main's own greedy choice: the decoded tokens are those of `ar`."""
+    """Token equals the target's own greedy choice: the decoded tokens are those of `ar`."""
     return drafted == logits.argmax(-1)
 
 
@@ -57,12 +57,12 @@ def margin(drafted: Tensor, logits: Tensor, code: RfsqConfig) -> Tensor:
 
 
 def distance(drafted: Tensor, logits: Tensor, bins: int) -> Tensor:
-    """Token at most `bins` from the main's choice at every level alike (Spec-VLA, arXiv 2507.22424)."""
+    """Token at most `bins` from the target's choice at every level alike (Spec-VLA, arXiv 2507.22424)."""
     return (drafted - logits.argmax(-1)).abs() <= bins
 
 
 def typical(drafted: Tensor, logits: Tensor, epsilon: float, delta: float) -> Tensor:
-    """Token the main finds likely enough for how sure it is: p > min(epsilon, delta * exp(-H)), H in nats.
+    """Token the target finds likely enough for how sure it is: p > min(epsilon, delta * exp(-H)), H in nats.
 
     Medusa's typical acceptance (arXiv 2401.10774). The likeliest token has p >= exp(-H) and so always passes
     for delta < 1; naming it here keeps that true at delta = 1 and against rounding.
@@ -74,14 +74,14 @@ def typical(drafted: Tensor, logits: Tensor, epsilon: float, delta: float) -> Te
 
 
 def agreement(drafted: Tensor, logits: Tensor, share: float) -> Tensor:
-    """A whole level stands if at least `share` of its tokens equal the main's (original experiment: 0.7)."""
+    """A whole level stands if at least `share` of its tokens equal the target's (original experiment: 0.7)."""
     equal = drafted == logits.argmax(-1)
     return (equal.float().mean(-1, keepdim=True) >= share).expand_as(equal)
 
 
 def within_reach(draft: Tensor, own: Tensor, reach: float, share: float, moving: bool = False) -> Tensor:
-    """Whether the draft as a whole means what the main means that was not told of it: at least `share` of its scalars
-    lie within `reach` of the main's own. draft, own: what they decode to [B, P] -> bool [B].
+    """Whether the draft as a whole means what the target means that was not told of it: at least `share` of its scalars
+    lie within `reach` of the target's own. draft, own: what they decode to [B, P] -> bool [B].
 
     One scalar for itself could be near by chance, and a mixture of two intentions is neither. moving: only scalars that
     carry motion count, those beyond reach of nothing in one of the two: most cosine coefficients are near zero whatever

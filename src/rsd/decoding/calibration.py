@@ -1,8 +1,8 @@
-"""Calibrated skipping: when may the draft's chunk be executed without asking the main? No simulator in here.
+"""Calibrated skipping: when may the draft's chunk be executed without asking the target? No simulator in here.
 
-A draft chunk is executed where its uncertainty score is below a threshold, the main is not forced (`forced`: at
-gripper switches, say) and fewer than `max_skips` chunks in a row went without the main: `executed`. It *deviates*
-if it is more than `epsilon_mm` from the main's (`fingertip_deviation`). `fit_threshold` picks the largest threshold
+A draft chunk is executed where its uncertainty score is below a threshold, the target is not forced (`forced`: at
+gripper switches, say) and fewer than `max_skips` chunks in a row went without the target: `executed`. It *deviates*
+if it is more than `epsilon_mm` from the target's (`fingertip_deviation`). `fit_threshold` picks the largest threshold
 whose risk is at most alpha with confidence 1 - delta over the draw of the calibration episodes.
 
 Episodes are exchangeable, the chunks of one are not, so an episode gives ONE loss in [0, 1]:
@@ -51,22 +51,22 @@ Bools = NDArray[np.bool_]
 Chunks = TypeVar("Chunks", torch.Tensor, NDArray[np.floating])
 
 
-def may_rest(score: float, threshold: float, skipped: int, max_skips: int, forced: bool) -> bool:
-    """The decision for one chunk, after `skipped` ones in a row without the main. A NaN score never may."""
+def may_skip(score: float, threshold: float, skipped: int, max_skips: int, forced: bool) -> bool:
+    """The decision for one chunk, after `skipped` ones in a row without the target. A NaN score never may."""
     return bool(score < threshold and skipped < max_skips and not forced)
 
 
 @dataclass(frozen=True)
 class SkipCalibration:
-    """When the main may rest, and what was promised for it.
+    """When the target may be skipped, and what was promised for it.
 
     threshold: execute the draft's chunk where its score (named `score`, >= 0) is below; 0 = never.
-    max_skips: chunks in a row without the main, at most. memory_chunks: see `steps.SkipRule`.
+    max_skips: chunks in a row without the target, at most. memory_chunks: see `gate.SkipRule`.
     epsilon_mm: a chunk deviates beyond it.
     alpha, delta: risk <= alpha with confidence 1 - delta. loss: an episode's, `share` or `any`; test: see `TESTS`.
-    p_value, empirical_risk, skip_share: of the calibration set at this threshold (share of chunks without main).
+    p_value, empirical_risk, skip_share: of the calibration set at this threshold (share of chunks without target).
     suites: what was calibrated for, with commas between; the numbers are of the one with the strictest threshold.
-    acceptance: how the main judged drafts meanwhile.
+    acceptance: how the target judged drafts meanwhile.
     weights_sha256: of the checkpoint's weights file that made scores and chunks.
     """
 
@@ -100,8 +100,8 @@ class SkipCalibration:
             raise RsdError(f"skip calibration: expected a SHA-256 in hexadecimal, found {self.weights_sha256!r}")
 
     def allows(self, score: float, skipped: int, forced: bool = False) -> bool:
-        """May this chunk go without the main, after `skipped` ones in a row that did? NaN never may."""
-        return may_rest(score, self.threshold, skipped, self.max_skips, forced)
+        """May this chunk go without the target, after `skipped` ones in a row that did? NaN never may."""
+        return may_skip(score, self.threshold, skipped, self.max_skips, forced)
 
     def check_belongs(self, weights_sha256: str) -> None:
         """Raise unless calibrated for these weights: other weights have other scores."""
@@ -133,7 +133,7 @@ class SkipCalibration:
 
 
 def executed(scores: Floats, threshold: float | Floats, max_skips: int, forced: Bools | None = None) -> Bools:
-    """Which chunks go without the main: scores [..., T] of an episode in order, threshold a number or [..., 1]."""
+    """Which chunks go without the target: scores [..., T] of an episode in order, threshold a number or [..., 1]."""
     below = scores < threshold
     if forced is not None:
         below = below & ~forced
@@ -251,14 +251,14 @@ def realised_risk(
     epsilon_mm: float,
     delta: float,
 ) -> RealisedRisk:
-    """Per episode: skipped bool [T], chunks that went without the main; deviations [T] in mm, computed beside the
+    """Per episode: skipped bool [T], chunks that went without the target; deviations [T] in mm, computed beside the
     control for those (NaN allowed for the others); gripper_differs bool [T], of chunks with another gripper symbol
-    than the main's, which deviate however near they are."""
+    than the target's, which deviate however near they are."""
     if not len(skipped) or any(len(a) != len(b) for a, b in zip(skipped, deviations, strict=True)):
         raise RsdError("realised risk: expected episodes with one flag and one deviation a chunk")
     ran, apart = _pad(skipped, False), _pad(deviations, np.nan)
     if not np.isfinite(apart[ran]).all():
-        raise RsdError("realised risk: an executed draft chunk has no finite deviation; compute the main's beside it")
+        raise RsdError("realised risk: an executed draft chunk has no finite deviation; compute the target's beside it")
     beyond = apart > epsilon_mm
     deviates = beyond if gripper_differs is None else beyond | _pad(gripper_differs, False)
     share, touched = (_losses(ran, deviates, loss) for loss in LOSSES)
@@ -276,22 +276,22 @@ def realised_risk(
     )
 
 
-def fingertip_deviation(draft: Chunks, main: Chunks) -> Chunks:
+def fingertip_deviation(draft: Chunks, target: Chunks) -> Chunks:
     """Chunks [..., H, 7] in action units -> mm [...], how far apart the two commands come, at the worst step.
 
     Norm of the summed difference of commanded translation plus `LEVER_METRES` times that of rotation (axis-angle,
-    summed as vectors: exact to first order). The gripper is left out: it is binary, and the main is asked where
+    summed as vectors: exact to first order). The gripper is left out: it is binary, and the target is asked where
     it switches. Commands, not motion: the controller's goal starts anew from where the arm is at every step, so the
     arm travels less. Measured in LIBERO for steady commands of 8 steps, each axis and size alike: 0.20 of the
     commanded translation at the chunk's end, 0.26 once at rest (rotation 0.3 to 0.5). Never waits for a device.
     """
     if isinstance(draft, np.ndarray):
-        pair = (torch.tensor(real_array("chunk", chunk, "float64")) for chunk in (draft, main))
+        pair = (torch.tensor(real_array("chunk", chunk, "float64")) for chunk in (draft, target))
         return fingertip_deviation(*pair).numpy()
-    if draft.shape != main.shape or draft.ndim < 2 or draft.shape[-1] != ACTION_DIM:
-        found = f"{list(draft.shape)} and {list(main.shape)}"
+    if draft.shape != target.shape or draft.ndim < 2 or draft.shape[-1] != ACTION_DIM:
+        found = f"{list(draft.shape)} and {list(target.shape)}"
         raise RsdError(f"fingertip deviation: expected two chunks [..., H, {ACTION_DIM}], found {found}")
-    apart = (draft.clamp(-1.0, 1.0) - main.clamp(-1.0, 1.0)).cumsum(-2)  # the controller clamps, too
+    apart = (draft.clamp(-1.0, 1.0) - target.clamp(-1.0, 1.0)).cumsum(-2)  # the controller clamps, too
     metres = ACTION_METRES * apart[..., :3].norm(dim=-1)
     metres = metres + LEVER_METRES * ACTION_RADIANS * apart[..., 3:6].norm(dim=-1)
     return 1e3 * metres.amax(-1)

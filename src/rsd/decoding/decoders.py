@@ -62,7 +62,7 @@ def decoder(name: str, *, one_pass: bool = True, **properties: bool) -> Callable
         DECODERS[name] = entry = Decoder(name, decode, **properties)
         if one_pass:
 
-            @primitive("main", name=name, whole=True)
+            @primitive("target", name=name, whole=True)
             def whole(ops: Primitives, seen: PolicyInput, memory: Memory | None) -> DecodeResult:
                 return decode(ops, seen, EpisodeState(memory))
 
@@ -133,22 +133,22 @@ def rsd_skip(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeR
     return replace(merged(ops, seen, draft, forecast, trusted), skipped=trusted, forced=forced)
 
 
-@decoder("rsd-ahead", one_pass=False, drafts=True, visual=True, remembers=True, verifies_later=True)
-def rsd_ahead(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
+@decoder("draft-first", one_pass=False, drafts=True, visual=True, remembers=True, verifies_later=True)
+def draft_first(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
     """The visual drafter acts at once. The target looks at the same observation while the chunk is executed: it judges
     the drafted tokens, and what it has seen is what the drafter remembers at the next chunk."""
     return replace(unverified(*proposed(ops, seen, state.memory)), pending=True)
 
 
-@decoder("draft")
-def draft(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
+@decoder("coarse-only")
+def coarse_only(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
     """The feature drafter's coarse levels and nothing more: what acceptance without verification would give."""
     drafted = ops.draft_from(ops.prefill(ops.embed(seen), False).features[0])
     return DecodeResult(drafted.prefixes[-1], drafted.gripper, drafted.motion)
 
 
-@decoder("light-alone", one_pass=False, visual=True)
-def light_alone(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
+@decoder("drafter-only", one_pass=False, visual=True)
+def drafter_only(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
     """The visual drafter as a policy of its own: the target never runs, nothing is remembered (an ablation)."""
     return replace(unverified(*proposed(ops, seen, None)), skipped=(True,) * len(seen.pixels))
 
@@ -163,7 +163,7 @@ def proposed(ops: Primitives, seen: PolicyInput, memory: Memory | None) -> tuple
     return drafted, ops.forecast(drafted)
 
 
-@primitive("main", whole=True)
+@primitive("target", whole=True)
 def look(ops: Primitives, seen: PolicyInput, draft: Draft) -> DecodeResult:
     """The target looks, with the draft in its prefill."""
     return verified_in_prefill(ops, ops.embed(seen), draft)
@@ -180,7 +180,7 @@ def verified_in_prefill(ops: Primitives, prefix: Tensor, draft: Draft) -> Decode
     if ops.fine == "sequential" and not torch.equal(looked.gripper, draft.gripper):
         # every token is to be the target's own: the blocks have to know its gripper
         assert looked.cache is not None
-        looked.cache.truncate(prefix.shape[1] + ops.main.horizon)
+        looked.cache.truncate(prefix.shape[1] + ops.target.horizon)
         looked, passes = ops.verify(draft, looked), 1
     return replace(judged(ops, draft, looked, passes), draft=draft, memory=looked.memory)
 
@@ -194,14 +194,14 @@ def judged(ops: Primitives, draft: Draft, blocks: Blocks, passes: int) -> Decode
     else:
         found = judge(ops, draft, torch.stack(blocks.features, dim=1))
         accepted, levels = found.accepted, found.levels
-        following = ops.choose(ops.main.logits(blocks.features[-1], len(blocks.features))).unsqueeze(1)
+        following = ops.choose(ops.target.logits(blocks.features[-1], len(blocks.features))).unsqueeze(1)
         tokens = torch.cat([found.tokens, following], dim=1)[:, : single(levels) + 1]
         assert blocks.cache is not None
-        blocks.cache.truncate(blocks.cache.length - (len(blocks.features) - tokens.shape[1]) * ops.main.horizon)
+        blocks.cache.truncate(blocks.cache.length - (len(blocks.features) - tokens.shape[1]) * ops.target.horizon)
         result = continued(ops, tokens, blocks)
     return replace(
         result,
-        main_passes=result.main_passes + passes,
+        target_passes=result.target_passes + passes,
         num_draft_tokens=[draft.motion.shape[2]] * draft.motion.shape[1],
         accepted=accepted,
         accepted_levels=levels,
@@ -213,7 +213,7 @@ def continued(ops: Primitives, motion: Tensor, blocks: Blocks) -> DecodeResult:
     """The levels that `motion` [B, k, P] lacks, one pass of the target each."""
     assert blocks.cache is not None
     tokens, value = ops.extend(motion, blocks.gripper, blocks.cache)
-    return DecodeResult(value, blocks.gripper, tokens, main_passes=tokens.shape[1] - motion.shape[1])
+    return DecodeResult(value, blocks.gripper, tokens, target_passes=tokens.shape[1] - motion.shape[1])
 
 
 def merged(

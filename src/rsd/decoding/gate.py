@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rsd.decoding.calibration import may_rest
+from rsd.decoding.calibration import may_skip
 from rsd.decoding.state import Draft, EpisodeState, Forecast
 from rsd.types import MAX_SKIPS, MEMORY_CHUNKS, RsdError
 
 
 @dataclass(frozen=True)
 class SkipRule:
-    """The target stays idle while the draft is expected to deviate less than threshold_mm (0 = never), at most
+    """The target is skipped while the draft is expected to deviate less than threshold_mm (0 = never), at most
     max_skips chunks in a row, and never where the gripper switches. The drafter attends to what the target left behind
     for memory_chunks chunks; after that it acts on what it sees, as at an episode's start: what has moved meanwhile
     would mislead it. target_at_reset: the target always runs on an episode's first observation, where it is decided
@@ -37,4 +37,4 @@ class SkipRule:
         # as double precision numbers: the calibration compares these very values
         scores: list[float] = forecast.deviation_mm.tolist()
         rows = zip(scores, state.skipped, forced, strict=True)
-        return tuple(may_rest(score, self.threshold_mm, skipped, self.max_skips, held) for score, skipped, held in rows)
+        return tuple(may_skip(score, self.threshold_mm, skipped, self.max_skips, held) for score, skipped, held in rows)

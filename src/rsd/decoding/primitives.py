@@ -23,12 +23,12 @@ from rsd.decoding.sampling import Sampler
 from rsd.decoding.state import Blocks, Draft, Forecast, PolicyInput, Verification, filled, rows_of
 from rsd.decoding.timing import Stopwatch
 from rsd.decoding.verification import accept
-from rsd.models.feature_drafter import DraftModel
+from rsd.models.feature_drafter import FeatureDrafter
 from rsd.models.fusing import fusible
 from rsd.models.streams import fork
-from rsd.models.target import MainModel
+from rsd.models.target import TargetModel
 from rsd.models.trunk import KVCache
-from rsd.models.visual_drafter import LightDraft, Memory
+from rsd.models.visual_drafter import Memory, VisualDrafter
 from rsd.nested import tensors_of, with_tensors
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.types import RsdError
@@ -87,35 +87,35 @@ class Primitives:
 
     def __init__(
         self,
-        main: MainModel,
-        draft: DraftModel,
+        target: TargetModel,
+        draft: FeatureDrafter,
         rule: AcceptanceRule,
         fine: str = "regress",
-        light: LightDraft | None = None,
+        visual_drafter: VisualDrafter | None = None,
         *,
         skip: SkipRule | None = None,
         sampler: Sampler | None = None,
         engine: Engine | None = None,
         rows: int = 1,
     ) -> None:
-        self.main, self.feature_drafter, self.visual_drafter = main, draft, light
+        self.target, self.feature_drafter, self.visual_drafter = target, draft, visual_drafter
         self.rule, self.fine, self.skip, self.sampler = rule, fine, skip or SkipRule(), sampler
         self.engine, self.rows = engine, rows
         self.checks: list[Tensor] = []
-        self.watch = Stopwatch(main.state_mean.device)
+        self.watch = Stopwatch(target.state_mean.device)
         self._inside = False
 
     @property
     def code(self) -> Rfsq:
         """The quantiser in units of D_1."""
-        return Rfsq(self.main.code)
+        return Rfsq(self.target.code)
 
     @property
-    def drafter(self) -> LightDraft:
+    def drafter(self) -> VisualDrafter:
         """The visual drafter, which a checkpoint may lack."""
         if self.visual_drafter is None:
-            remedy = "decode with rsd, l1 or ar, or train one (`policy.light`)"
-            raise RsdError(f"this checkpoint has no light draft: {remedy}")
+            remedy = "decode with rsd, l1 or ar, or train one (`policy.visual_drafter`)"
+            raise RsdError(f"this checkpoint has no visual drafter: {remedy}")
         return self.visual_drafter
 
     # how a primitive is run
@@ -170,12 +170,12 @@ class Primitives:
     @primitive("vision")
     def embed(self, seen: PolicyInput) -> Tensor:
         """The target's prefix tokens [B, N, D]: its whole perception."""
-        return self.main.embed_prefix(seen.images, seen.state, seen.text)
+        return self.target.embed_prefix(seen.images, seen.state, seen.text)
 
     @primitive("prefill")
     def prefill(self, prefix: Tensor, keep: int) -> Blocks:
         """One pass over what is seen -> block 1, which is told nothing, and the cache if it is to be kept."""
-        features, cache = self.main.prefill(prefix)
+        features, cache = self.target.prefill(prefix)
         return Blocks([features], likelier_gripper(self, features), cache if keep else None)
 
     @primitive("prefill", by="telling")
@@ -185,13 +185,13 @@ class Primitives:
         decoded over it."""
         if self.telling in ("levels", "last"):
             told, level = self._told(draft)
-            features, cache = self.main.prefill_blocks(prefix, told, draft.gripper, level)
+            features, cache = self.target.prefill_blocks(prefix, told, draft.gripper, level)
         elif self.telling == "blind":
-            features, cache = self.main.prefill_blind(prefix, draft.prefixes[-1])
+            features, cache = self.target.prefill_blind(prefix, draft.prefixes[-1])
         else:
-            block, cache = self.main.prefill_whole(prefix, draft.prefixes[-1])
+            block, cache = self.target.prefill_whole(prefix, draft.prefixes[-1])
             features = [block]
-        reads = self.drafter.reads(cache, self.main.remembered(prefix.shape[1]))
+        reads = self.drafter.reads(cache, self.target.remembered(prefix.shape[1]))
         memory = fork(lambda: self.drafter.remember(reads), prefix.device)
         gripper = likelier_gripper(self, features[0])
         return Blocks(features, gripper, cache if self.fine == "sequential" else None, memory())
@@ -204,9 +204,9 @@ class Primitives:
         cache = grown_apart(looked.cache)
         if self.telling in ("levels", "last"):
             told, level = self._told(draft)
-            blocks = self.main.extend(told, looked.gripper, level, cache)
+            blocks = self.target.extend(told, looked.gripper, level, cache)
         else:
-            blocks = [self.main.whole(draft.prefixes[-1], cache, cache.length - self.main.horizon)]
+            blocks = [self.target.whole(draft.prefixes[-1], cache, cache.length - self.target.horizon)]
         left = cache if self.fine == "sequential" else None
         return Blocks([looked.features[0], *blocks], looked.gripper, left, looked.memory)
 
@@ -216,7 +216,7 @@ class Primitives:
         trained for that, a block that sees the prefix alone, `in-place` of block 1 or `blind`, beside it."""
         if not self.rule.as_a_whole:
             return "levels"
-        if not self.main.whole_block:
+        if not self.target.whole_block:
             return "last"
         return "blind" if self.rule.blind else "in-place"
 
@@ -227,27 +227,27 @@ class Primitives:
     @primitive("decode", small=True)
     def regress(self, features: Tensor) -> Tensor:
         """Block-1 features -> the target's own estimate of the chunk [B, P]."""
-        return self.finite(self.main.residual(features, 1))
+        return self.finite(self.target.residual(features, 1))
 
     @primitive("decode", small=True)
     def first_level(self, features: Tensor) -> Tensor:
         """Block-1 features -> the tokens of level 1, [B, 1, P]."""
-        return self.choose(self.main.logits(features, 1)).unsqueeze(1)
+        return self.choose(self.target.logits(features, 1)).unsqueeze(1)
 
     @primitive("decode", small=True)
     def all_levels(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Block-1 features -> tokens [B, L, P] of all levels at once, and what they decode to [B, P]."""
-        motion = self.choose(self.main.parallel_logits(features))
+        motion = self.choose(self.target.parallel_logits(features))
         return motion, self.code.dequantise(motion)
 
     @primitive("decode")
     def extend(self, motion: Tensor, gripper: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
         """Decode the levels that `motion` [B, k, P] lacks, one pass each -> [B, L, P], and their value [B, P]."""
-        main, code = self.main, self.code
+        target, code = self.target, self.code
         value, levels = code.dequantise(motion), list(motion.unbind(1))
         cache = grown_apart(cache)
         for level in range(len(levels) + 1, code.config.levels + 1):
-            (features,) = main.extend([value], gripper, level, cache)
+            (features,) = target.extend([value], gripper, level, cache)
             symbols, value = choose_level(self, features, value, level)
             levels.append(symbols)
         tokens = torch.stack(levels, dim=1)
@@ -260,7 +260,7 @@ class Primitives:
         """The visual drafter's coarse tokens, made before the target has seen anything."""
         drafter = self.drafter
         known = memory.known if memory is not None else None
-        features = drafter.perceive(seen.images, self.main.normalise(seen.state), seen.text[1], memory, known)
+        features = drafter.perceive(seen.images, self.target.normalise(seen.state), seen.text[1], memory, known)
         draft = draft_levels(self, drafter.levels, features)
         return Draft(draft.motion, draft.gripper, draft.prefixes, draft.probs, features)
 
@@ -294,23 +294,23 @@ def likelier_gripper(ops: Primitives, features: Tensor) -> Tensor:
 
     The likeliest also where motion is drawn: the next chunk takes back a digit, but not a bowl let go. (At 99 %
     certainty a step, one chunk of eight steps in thirteen would draw such a step.)"""
-    return (ops.finite(ops.main.gripper_logits(features)) > 0).long()
+    return (ops.finite(ops.target.gripper_logits(features)) > 0).long()
 
 
 @fusible
 def choose_level(ops: Primitives, features: Tensor, value: Tensor, level: int) -> tuple[Tensor, Tensor]:
     """Features of block `level`, which was told `value` [B, P] -> its symbols [B, P], and what they all decode to."""
-    symbols = ops.choose(ops.main.logits(features, level))
+    symbols = ops.choose(ops.target.logits(features, level))
     return symbols, value + ops.code.value(symbols, level)
 
 
 @fusible
-def draft_levels(ops: Primitives, model: DraftModel, features: Tensor) -> Draft:
+def draft_levels(ops: Primitives, model: FeatureDrafter, features: Tensor) -> Draft:
     """A drafter's symbols, level by level, and its gripper."""
     code = ops.code
     read, gripper_logits = model.read(features)
     gripper = (ops.finite(gripper_logits) > 0).long()
-    value = torch.zeros(len(read), ops.main.horizon * ops.main.motion_dim, device=read.device)
+    value = torch.zeros(len(read), ops.target.horizon * ops.target.motion_dim, device=read.device)
     motion, prefixes, logits = [], [], []
     for level in range(1, model.config.levels + 1):
         logits.append(model.logits(read, value, gripper, level))

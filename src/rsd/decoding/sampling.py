@@ -1,12 +1,12 @@
-"""Sampling at a temperature, and speculative sampling: tokens distributed exactly as the main's own samples.
+"""Sampling at a temperature, and speculative sampling: tokens distributed exactly as the target's own samples.
 
 A level is P tokens that are independent given the levels above. For c drafted levels `verify_block` is given
 
     drafted     int   [B, c, P]     level l drawn from the draft given the drafted levels above it,
     draft_probs float [B, c, P, K]  the probabilities it was drawn with,
-    main_probs  float [B, c, P, K]  the main's, given the same drafted levels: one verification pass,
+    target_probs  float [B, c, P, K]  the target's, given the same drafted levels: one verification pass,
 
-and returns a `Verified`. Its levels 1 .. levels + 1 follow the main's joint distribution; the caller goes on below
+and returns a `Verified`. Its levels 1 .. levels + 1 follow the target's joint distribution; the caller goes on below
 them with fresh conditionals, so that a whole chunk does, too: `tests/decoding/test_sampling.py` holds this against
 enumeration, `tests/decoding/test_sampled_strategies.py` the strategies.
 
@@ -58,7 +58,7 @@ class Verified(NamedTuple):
     levels: Tensor
 
 
-def verify_block(drafted: Tensor, draft_probs: Tensor, main_probs: Tensor, generator: torch.Generator) -> Verified:
+def verify_block(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, generator: torch.Generator) -> Verified:
     """All tokens as one sequence: block verification (Sun et al., arXiv 2403.10444, algorithm 2).
 
     Keeps the first t tokens, at every t with a probability no smaller than token by token: a token that p likes
@@ -66,11 +66,11 @@ def verify_block(drafted: Tensor, draft_probs: Tensor, main_probs: Tensor, gener
     w_i = min(1, w_{i-1} p_i(x_i) / q_i(x_i)), w_0 = 1, and e_i = sum_k max(w_i p_{i+1}(k) - q_{i+1}(k), 0),
     position i is a candidate with probability e_i / (e_i + 1 - w_i) (the last one: w_N) and t is the largest
     candidate; then P(t >= i | x) = w_i, and a symbol of norm(max(w_t p_{t+1} - q_{t+1}, 0)) after it makes the
-    outcome p's. What is left of that token's level hangs on the levels above alone and is drawn from the main.
+    outcome p's. What is left of that token's level hangs on the levels above alone and is drawn from the target.
     """
-    _check(drafted, draft_probs, main_probs)
+    _check(drafted, draft_probs, target_probs)
     batch, levels, width = drafted.shape
-    x, q, p = drafted.flatten(1), draft_probs.double().flatten(1, 2), main_probs.double().flatten(1, 2)
+    x, q, p = drafted.flatten(1), draft_probs.double().flatten(1, 2), target_probs.double().flatten(1, 2)
     walk = (_of(p, x).log() - _of(q, x).log()).cumsum(1)  # [B, N]
     weight = (walk - walk.cummax(1).values.clamp(min=0.0)).exp()  # a walk reflected at 0
     before = torch.cat([torch.ones_like(weight[:, :1]), weight[:, :-1]], dim=1)  # w_0 .. w_{N-1}
@@ -98,13 +98,13 @@ def sample(probs: Tensor, generator: torch.Generator) -> Tensor:
     return (probs / times).argmax(-1)
 
 
-def residual(main: Tensor, draft: Tensor, otherwise: Tensor | None = None) -> Tensor:
-    """max(main - draft, 0) [..., K], not normalised.
+def residual(target: Tensor, draft: Tensor, otherwise: Tensor | None = None) -> Tensor:
+    """max(target - draft, 0) [..., K], not normalised.
 
-    Where nothing is left, no token is rejected but by rounding; there it is `otherwise` (the main's own).
+    Where nothing is left, no token is rejected but by rounding; there it is `otherwise` (the target's own).
     """
-    left = (main - draft).clamp(min=0.0)
-    return torch.where(left.sum(-1, keepdim=True) > 0.0, left, main if otherwise is None else otherwise)
+    left = (target - draft).clamp(min=0.0)
+    return torch.where(left.sum(-1, keepdim=True) > 0.0, left, target if otherwise is None else otherwise)
 
 
 def _of(probs: Tensor, symbols: Tensor) -> Tensor:
@@ -117,14 +117,14 @@ def _verified(tokens: Tensor, accepted: Tensor, levels: Tensor) -> Verified:
     return Verified(tokens.where(stands.unsqueeze(-1), STALE), accepted & stands.unsqueeze(-1), levels)
 
 
-def _check(drafted: Tensor, draft_probs: Tensor, main_probs: Tensor) -> None:
-    if drafted.ndim != 3 or draft_probs.shape[:-1] != drafted.shape or main_probs.shape != draft_probs.shape:
-        found = f"{list(drafted.shape)}, {list(draft_probs.shape)}, {list(main_probs.shape)}"
+def _check(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor) -> None:
+    if drafted.ndim != 3 or draft_probs.shape[:-1] != drafted.shape or target_probs.shape != draft_probs.shape:
+        found = f"{list(drafted.shape)}, {list(draft_probs.shape)}, {list(target_probs.shape)}"
         raise RsdError(f"speculative sampling: expected drafted [B, c, P] and twice [B, c, P, K], found {found}")
     if drafted.numel() and (drafted.min() < 0 or drafted.max() >= draft_probs.shape[-1]):
         found = f"{int(drafted.min())}..{int(drafted.max())}"
         raise RsdError(f"speculative sampling: expected tokens in 0..{draft_probs.shape[-1] - 1}, found {found}")
-    for name, probs in (("draft", draft_probs), ("main", main_probs)):
+    for name, probs in (("draft", draft_probs), ("target", target_probs)):
         sums_to_one = (probs.sum(-1) - 1.0).abs() < 1e-3  # NaN fails
         if not ((probs >= 0.0).all() and sums_to_one.all()):
             raise RsdError(f"speculative sampling: the {name}'s probabilities are no distribution; softmax its logits")

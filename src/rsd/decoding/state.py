@@ -88,7 +88,7 @@ class Verification:
 class DecodeResult:
     """value [B, P]: chunk coefficients; gripper: int [B, H]; motion: tokens [B, L, P], None where a decoder has none.
 
-    prefills, main_passes: the target's passes, of the rows that are not `skipped`; num_draft_tokens: by level;
+    prefills, target_passes: the target's passes, of the rows that are not `skipped`; num_draft_tokens: by level;
     accepted, accepted_gripper, accepted_levels: bool [B, c, P], bool [B, H], int [B], None without a verification.
     draft, forecast: the visual drafter's; memory: what the target's pass leaves for it. skipped: rows executed without
     the target; forced: rows for which the target had to run whatever was forecast; pending: the target has yet to look.
@@ -97,7 +97,7 @@ class DecodeResult:
     value: Tensor
     gripper: Tensor
     motion: Tensor | None = None
-    main_passes: int = 0
+    target_passes: int = 0
     prefills: int = 1
     num_draft_tokens: list[int] = field(default_factory=list)
     accepted: Tensor | None = None

@@ -35,7 +35,7 @@ def accept(ops: Primitives, draft: Draft, blocks: list[Tensor]) -> Verification:
     kept = verified.levels[:, None].expand_as(draft.motion[:, 0])
     if ops.rule.per_scalar:
         kept = leading(verified.accepted)
-    missing = ops.finite(ops.main.residuals(features))
+    missing = ops.finite(ops.target.residuals(features))
     prefix = torch.stack([torch.zeros_like(draft.prefixes[0]), *draft.prefixes], dim=1)  # [B, c+1, P]
     wanted = (prefix + missing).gather(1, kept.unsqueeze(1)).squeeze(1)
     tokens, value = requantise(ops.code, wanted, draft.motion, kept)
@@ -49,9 +49,9 @@ def accept_as_a_whole(ops: Primitives, draft: Draft, blocks: list[Tensor]) -> Ve
     A scalar's draft stands if what is missing is within what the finer levels take out. Under `blind` block 1, which
     was told nothing, has the first word, on the chunk as a whole."""
     count, rule, told = draft.motion.shape[1], ops.rule, draft.prefixes[-1]
-    reach = ops.main.code.reach(count)
-    missing = ops.finite(ops.main.residual(blocks[-1], count + 1))
-    own = ops.finite(ops.main.residual(blocks[0], 1)) if len(blocks) > 1 else told + missing
+    reach = ops.target.code.reach(count)
+    missing = ops.finite(ops.target.residual(blocks[-1], count + 1))
+    own = ops.finite(ops.target.residual(blocks[0], 1)) if len(blocks) > 1 else told + missing
     stands = near = missing.abs() <= reach  # [B, P]
     if rule.share is not None:
         stands = within_reach(told, own, reach, rule.share, rule.moving)[:, None].expand_as(near)
@@ -65,7 +65,7 @@ def judge(ops: Primitives, draft: Draft, features: Tensor) -> Verified:
     """Features [B, c+1, H, D] of the blocks 1..c+1 -> what stands, and the level after that corrected.
 
     Tokens are compared by the rule, drawn ones kept so often that the target's distribution comes out."""
-    logits = ops.finite(ops.main.level_head.first_levels(features[:, :-1]))  # [B, c, P, K]
+    logits = ops.finite(ops.target.level_head.first_levels(features[:, :-1]))  # [B, c, P, K]
     if ops.sampler is not None:
         assert draft.probs is not None
         ops.check()  # now: a NaN makes no probabilities

@@ -81,15 +81,15 @@ class CalibrateConfig:
     delta: float = 0.1
     """The promise holds with confidence 1 - delta over the draw of the rollouts."""
     epsilon_mm: float = 75.0
-    """A draft chunk deviates if its commands lead the fingertip further than this away from the main's. The arm follows
-    about a quarter of what is commanded."""
+    """A draft chunk deviates if its commands lead the fingertip further than this away from the target's. The arm
+    follows about a quarter of what is commanded."""
     max_skips: int = MAX_SKIPS
-    """Chunks in a row without the main, at most. A risk by chunk does not see where a row of them leads: without a
+    """Chunks in a row without the target, at most. A risk by chunk does not see where a row of them leads: without a
     limit the draft of the shipped policy goes round in circles at times."""
     memory_chunks: int = MEMORY_CHUNKS
-    """For so many chunks the draft attends to what the main left behind; after that it acts on what it sees alone."""
+    """For so many chunks the draft attends to what the target left behind; after that it acts on what it sees alone."""
     acceptance: str = DEFAULT
-    """How the main judges drafts, as in `rsd eval`; `rsd-skip` will take the same."""
+    """How the target judges drafts, as in `rsd eval`; `rsd-skip` will take the same."""
     tried_mm: float = 100.0
     """Threshold of the rollouts. The promise is about episodes that skip as these do: run again, in another folder,
     with the threshold that came out if it skips much more or less often."""

@@ -1,7 +1,7 @@
-"""`rsd calibrate`: when may the main rest? Rollouts on random placements, then the threshold that keeps a promise.
-
+"""`rsd calibrate`: when may the target be skipped? Rollouts on random placements, then the threshold that keeps a
+promise.
 None of the benchmark's initial states is used. The rollouts skip as `rsd-skip` would at the threshold tried, with the
-main run beside every skipped chunk; `decoding.calibration` fits the threshold; the result goes into the checkpoint.
+target run beside every skipped chunk; `decoding.calibration` fits the threshold; the result goes into the checkpoint.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ def describe(config: EvalConfig) -> dict[str, Any]:
     return {**describe_checkpoint(config), "initial_states": f"random placements from seed {FIRST_PLACEMENT}"}
 
 
-PLACEMENTS: Backend = replace(
-    LIBERO, make_env=placement_env, count_init_states=unlimited, describe_policy=describe
-)
+PLACEMENTS: Backend = replace(LIBERO, make_env=placement_env, count_init_states=unlimited, describe_policy=describe)
 
 
 def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCalibration:
@@ -65,8 +63,10 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     if not directory.is_dir():
         raise RsdError(f"calibrate: expected a checkpoint directory to write into, found {config.policy!r}")
     content = read_content(directory)
-    if not content["policy"].get("light"):
-        raise RsdError(f"calibrate: {directory} has no light draft, whose chunks rsd-skip executes; train one with it")
+    if not content["policy"].get("visual_drafter"):
+        raise RsdError(
+            f"calibrate: {directory} has no visual drafter, whose chunks rsd-skip executes; train one with it"
+        )
     asked = DecodeOptions("rsd-skip", asked_rule(config.acceptance), skip=SkipRule())
     decoding = resolve(facts_of(directory, content), asked)
     if decoding.fine != "regress":
@@ -119,13 +119,13 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
         limit = "" if one.threshold <= max(max(chunk_stat(e, SCORE)) for e in own) else " (no threshold failed)"
         say(
             f"{suite}: {one.episodes} rollouts, {one.chunks} chunks; threshold {one.threshold:.1f} mm{limit}: "
-            f"{one.skip_share:.1%} of the chunks without the main (the rollouts had {skipped_share(own):.1%}), "
+            f"{one.skip_share:.1%} of the chunks without the target (the rollouts had {skipped_share(own):.1%}), "
             f"risk {one.empirical_risk:.3f}, promised <= {config.alpha:g} at confidence {1 - config.delta:g}; "
             f"success of the rollouts {sum(e.success for e in own)}/{len(own)}"
         )
     if len(fitted) > 1:
         shares = ", ".join(f"{suite} {share_at(own, calibration):.1%}" for suite, own in by_suite.items())
-        say(f"written: {calibration.threshold:.1f} mm, the strictest; of the chunks without the main by that: {shares}")
+        say(f"written: {calibration.threshold:.1f} mm, the strictest; chunks without the target by that: {shares}")
     if install:
         say(f"calibration: {directory / FILE_NAME}; next: rsd eval --policy {directory} --decode rsd-skip")
     else:
@@ -134,12 +134,12 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
 
 
 def skipped_share(episodes: Iterable[EpisodeResult]) -> float:
-    """The share of the rollouts' chunks that went without the main."""
+    """The share of the rollouts' chunks that went without the target."""
     return float(np.concatenate([chunk_stat(episode, "skipped") for episode in episodes]).mean())
 
 
 def share_at(episodes: Iterable[EpisodeResult], calibration: SkipCalibration) -> float:
-    """The share of the rollouts' chunks that would go without the main by a calibration."""
+    """The share of the rollouts' chunks that would go without the target by a calibration."""
     skips = [
         executed(
             np.array(chunk_stat(episode, SCORE)),
@@ -179,7 +179,7 @@ def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str)
 
 
 def deviations(episode: EpisodeResult) -> NDArray[np.float64]:
-    """mm by chunk; another gripper symbol than the main's is further than any epsilon."""
+    """mm by chunk; another gripper symbol than the target's is further than any epsilon."""
     apart = np.array(chunk_stat(episode, "deviation_mm"))
     if "gripper_differs" in episode.chunk_stats:  # not recorded by the first audits
         apart = np.where(np.array(chunk_stat(episode, "gripper_differs")) > 0, FAR, apart)

@@ -54,9 +54,9 @@ class EvalConfig:
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory, Hugging Face hub id, or ws://HOST:PORT of `rsd serve`."""
     decode: str = BEST
-    """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, rsd-ahead, draft, light-alone;
-    best: what was proven best of this checkpoint, else rsd-fused, with a skip threshold rsd-skip, without a light draft
-    rsd."""
+    """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, draft-first, coarse-only,
+    drafter-only; best: what was proven best of this checkpoint, else rsd-fused, with a skip threshold rsd-skip, without
+    a visual drafter rsd."""
     acceptance: str = DEFAULT
     """Rule for drafted levels: exact, margin, residual, blind(0.95), distance(1), typical(0.09), agreement(0.7);
     default: the checkpoint's (for residual blind(0.95)), with rsd-skip its calibration's, with a --temperature
@@ -67,24 +67,24 @@ class EvalConfig:
     seed: int = 7
     """Seed of what is drawn at a temperature; the simulator is always seeded by 0, as the published protocol does."""
     skip_threshold_mm: float | None = None
-    """For rsd-skip: leave the main idle where the draft expects to deviate less; by default what was calibrated."""
+    """For rsd-skip: skip the target where the draft expects to deviate less; by default what was calibrated."""
     max_skips: int | None = None
-    """For rsd-skip with a threshold of its own: chunks in a row without the main, at most (6)."""
+    """For rsd-skip with a threshold of its own: chunks in a row without the target, at most (6)."""
     memory_chunks: int | None = None
-    """The same: how many chunks the draft attends to what the main left behind, after that what it sees alone (2)."""
+    """The same: how many chunks the draft attends to what the target left behind, after that what it sees alone (2)."""
     target_at_reset: bool = True
     """For rsd-skip: the target always runs on an episode's first observation; False is an ablation."""
     audit: bool = False
-    """With a light draft: record how far its chunks lead away from the main's; for that the main is run beside every
-    skipped chunk (not timed), and the realised risk is known."""
+    """With a visual drafter: record how far its chunks lead away from the target's; for that the target is run beside
+    every skipped chunk (not timed), and the realised risk is known."""
     device: str = "cpu"
     """Where the policy runs: cpu, cuda, cuda:1."""
     engine: str = AUTO
     """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager (PyTorch operation by operation), cuda-graphs, compiled
     (cuda-graphs of fewer, larger kernels; takes a minute or two to begin), onnx."""
     control_hz: float = 0.0
-    """Run in real time: an action every 1/hz seconds (LIBERO's own is 20), the main's follow-up meanwhile; how long the
-    robot stands still between chunks is recorded. 0: as fast as possible, simulator and policy in turn."""
+    """Run in real time: an action every 1/hz seconds (LIBERO's own is 20), the target's pending verification meanwhile;
+    how long the robot stands still between chunks is recorded. 0: as fast as possible, simulator and policy in turn."""
     num_workers: str = "auto"
     """Worker processes, each with a simulator of its own; auto takes one per CPU core, in real time one."""
     threads: int = 1

@@ -199,7 +199,7 @@ def broken_off(config: EvalConfig, job: Job, reason: str) -> Outcome:
         num_accepted_tokens=[],
         accepted_levels=[],
         prefills=0,
-        main_passes=0,
+        target_passes=0,
         wall_s=0.0,
         attempts=job.attempt,
     )

@@ -23,13 +23,13 @@ from rsd.evaluation.roofline import Ceiling, Work, measure_ceiling, work_of
 from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.tables import print_table
 from rsd.output import shown
-from rsd.policy import FOLLOW_UP, RsdPolicy
+from rsd.policy import VERIFY_PENDING, RsdPolicy
 from rsd.sim.libero import LiberoEnv
 from rsd.types import EAGER, Observation
 from rsd.versions import versions
 
-FORMAT = 2  # in 1 the work of a decoder with a follow-up was that of both, its time that of the chunk alone
-STAGES = ("preprocess", "vision", "prefill", "draft", "main", "verify", "decode", "total", FOLLOW_UP)
+FORMAT = 2  # in 1 the work of a decoder with a pending verification was that of both, its time that of the chunk alone
+STAGES = ("preprocess", "vision", "prefill", "draft", "target", "verify", "decode", "total", VERIFY_PENDING)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LatencyRecord:
         return {
             name: Work(**work).ideal_ms(Ceiling(**self.ceiling))
             for name, work in self.work.items()
-            if self.format > 1 or FOLLOW_UP not in self.milliseconds[name]
+            if self.format > 1 or VERIFY_PENDING not in self.milliseconds[name]
         }
 
 
@@ -105,7 +105,7 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
 
 
 def work_to_the_chunk(policy: RsdPolicy, observation: Observation) -> Work:
-    """What `total` times: a prediction alone, without the follow-up of the one before or its own."""
+    """What `total` times: a prediction alone, without the pending verification of the one before or its own."""
     plain = without_graphs(policy)
     plain.predict(observation)  # encodes the instruction, fills the memory
     plain.verify()
@@ -141,7 +141,7 @@ def print_latencies(console: Console, record: LatencyRecord) -> None:
     for stage in STAGES:
         found = [by_stage.get(stage) for by_stage in record.milliseconds.values()]
         if any(found):
-            label = f"{stage}, after the chunk" if stage == FOLLOW_UP else stage
+            label = f"{stage}, after the chunk" if stage == VERIFY_PENDING else stage
             rows.append([label, *("{:.1f} / {:.1f}".format(*percentiles(ms)) if ms else "" for ms in found)])
     totals = {name: percentiles(by_stage["total"])[0] for name, by_stage in record.milliseconds.items()}
     if ideals := record.ideal_ms():

@@ -19,7 +19,7 @@ from rsd.types import ActionChunk, ChunkStats, Observation, Policy, VerifiesLate
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
 
-WAIT = "wait"  # the stage of a chunk that had to wait for the follow-up of the one before; in `total`, too
+WAIT = "wait"  # the stage of a chunk that had to wait for the pending verification of the one before; in `total`, too
 Stepped = tuple[Any, float, bool, bool, dict[str, Any]]
 
 
@@ -28,11 +28,13 @@ class Motion:
     """How the robot came to a chunk, and how it moved by it. Of an episode's first chunk the first three are None.
 
     pause_ms: how long the robot stood still before it: from the end of the last action's period to the beginning of
-        this chunk's first action. Cameras are drawn in that time, it is waited for a follow-up, and predicted.
+        this chunk's first action. Cameras are drawn in that time, it is waited for a pending verification, and
+        predicted.
     pause_without_drawing_ms: less the drawing, which a robot's cameras do by themselves; what of it was needed by the
-        follow-up anyway stays in.
-    waited: whether the follow-up was still under way when the observation was there; None of a policy without one.
-    late_steps: actions whose physics was not computed when their period ended. late_ms: the latest of them by so much.
+        pending verification anyway stays in.
+    waited: whether the pending verification was still under way when the observation was there; None of a policy
+    without one. late_steps: actions whose physics was not computed when their period ended. late_ms: the latest of them
+    by so much.
     """
 
     pause_ms: float | None = None
@@ -102,14 +104,14 @@ class RealTime:
         sleep: Callable[[float], None] = time.sleep,
         executor: Executor | None = None,
     ) -> None:
-        """executor: runs one follow-up at a time, beside the caller; by default a thread."""
+        """executor: runs one pending verification at a time, beside the caller; by default a thread."""
         self.stats: list[ChunkStats] = []
         self.motions: list[Motion] = []
         self._period = 1.0 / hz
         self._clock, self._sleep = clock, sleep
-        self._executor = executor or ThreadPoolExecutor(1, "follow-up")
+        self._executor = executor or ThreadPoolExecutor(1, "verify-pending")
         self._following: Future[tuple[ChunkStats | None, float]] | None = None
-        self._followed = -math.inf  # when the last follow-up was done
+        self._followed = -math.inf  # when the last pending verification was done
         self._waited: bool | None = None
         self._still: float | None = None  # since when the robot stands still
         self._drawn = 0.0  # when its cameras' images were there
@@ -118,7 +120,8 @@ class RealTime:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for the follow-up, whatever happened: its exception ends the episode, beside one that is under way."""
+        """Wait for the pending verification, whatever happened: its exception ends the episode, beside one that is
+        under way."""
         try:
             self._join()
         finally:
@@ -126,7 +129,7 @@ class RealTime:
 
     def warm_up(self, policy: Policy, observation: Observation) -> None:
         policy.predict(observation)
-        self._follow_up(policy)
+        self._verify_pending(policy)
         self._join()
 
     def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
@@ -152,7 +155,7 @@ class RealTime:
                 self._wait_until(times[0] + len(times) * self._period)
             else:
                 self._end_pause(motion, now)
-                self._follow_up(policy)  # the robot moves already
+                self._verify_pending(policy)  # the robot moves already
             times.append(now)
 
         drawing_s = env.drawing_s
@@ -173,7 +176,7 @@ class RealTime:
         drawing = max(0.0, self._drawn - max(self._still, self._followed))
         motion.pause_without_drawing_ms = motion.pause_ms - 1e3 * drawing
 
-    def _follow_up(self, policy: Policy) -> None:
+    def _verify_pending(self, policy: Policy) -> None:
         if isinstance(policy, VerifiesLater):
 
             def beside() -> tuple[ChunkStats | None, float]:
@@ -182,7 +185,8 @@ class RealTime:
             self._following = self._executor.submit(beside)
 
     def _join(self) -> bool | None:
-        """Wait for the follow-up and raise what it raised -> whether it was still under way, None without one."""
+        """Wait for the pending verification and raise what it raised -> whether it was still under way, None without
+        one."""
         following, self._following = self._following, None
         if following is None:
             return None

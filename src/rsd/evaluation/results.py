@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rsd import former
 from rsd.evaluation.config import stored_config
 from rsd.json_files import from_json, parse_object, read_object, shown
 from rsd.json_files import write_atomically as write_atomically
@@ -42,7 +43,7 @@ class EpisodeResult:
     latency_ms: per stage and `total`, one number a chunk in the order of the chunks (ms).
     num_draft_tokens / num_accepted_tokens: per level, summed over chunks; empty without a draft.
     num_drafts: chunks that drafted. accepted_levels: accepted prefix, one number a drafted chunk.
-    prefills / main_passes: passes of the main model, prefills and those after them, summed over chunks.
+    prefills / target_passes: passes of the target, prefills and those after them, summed over chunks.
     wall_s: reset, predictions and simulation together.
     failure_detail: what the simulator saw of a failure, such as "bowl lifted, not at the goal".
     attempts: how often it was begun; a broken-off attempt (a crash, a hang) leaves nothing else here.
@@ -67,7 +68,7 @@ class EpisodeResult:
     num_accepted_tokens: list[int]
     accepted_levels: list[int]
     prefills: int
-    main_passes: int
+    target_passes: int
     wall_s: float
     failure_detail: str = ""
     attempts: int = 1
@@ -105,7 +106,7 @@ class EpisodeResult:
                 levels > len(self.num_draft_tokens) for levels in self.accepted_levels
             ),
             "a negative count or time": min(
-                *(self.steps, self.chunks, self.num_drafts, self.prefills, self.main_passes, self.wall_s),
+                *(self.steps, self.chunks, self.num_drafts, self.prefills, self.target_passes, self.wall_s),
                 *(*self.num_draft_tokens, *self.num_accepted_tokens, *self.accepted_levels),
                 *(value for values in self.latency_ms.values() for value in values),
             )
@@ -140,7 +141,7 @@ def record_of(kind: type[Record], values: dict[str, Any], where: str) -> Record:
     version = values.get("format")
     if type(version) is not int or version != FORMAT:
         raise RsdError(f"{where}: results format {shown(version)}, this program reads format {FORMAT}; run it again")
-    return from_json(kind, values, where, ignore=("format",))
+    return from_json(kind, former.record(values), where, ignore=("format",))
 
 
 def encode_record(record: Any, indent: int | None = None) -> str:

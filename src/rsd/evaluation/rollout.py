@@ -121,7 +121,7 @@ def run_episode(
         num_accepted_tokens=sum_per_level(chunk.num_accepted_tokens for chunk in stats),
         accepted_levels=[chunk.accepted_levels for chunk in stats if chunk.num_draft_tokens],
         prefills=sum(chunk.prefills for chunk in stats),
-        main_passes=sum(chunk.main_passes for chunk in stats),
+        target_passes=sum(chunk.target_passes for chunk in stats),
         wall_s=time.perf_counter() - start,
         failure_detail="" if success or trace else env.failure_detail(),
         chunk_stats={**further_stats(stats), **further_stats(pace.motions)},
@@ -142,7 +142,7 @@ def latency_by_stage(stats: list[ChunkStats]) -> dict[str, list[float]]:
 
 # Fields of ChunkStats that have a field of their own in an episode's result.
 RECORDED_STATS = {
-    *("decode", "acceptance", "prefills", "main_passes", "num_draft_tokens", "num_accepted_tokens"),
+    *("decode", "acceptance", "prefills", "target_passes", "num_draft_tokens", "num_accepted_tokens"),
     *("accepted_levels", "latency_ms"),
 }
 

@@ -56,7 +56,7 @@ class DecodingSummary:
     mean_acceptance_length: float | None
     accepted_levels: list[int]
     prefills_per_chunk: float
-    main_passes_per_chunk: float
+    target_passes_per_chunk: float
     chunk_stats: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -138,7 +138,7 @@ def summarize_decoding(episodes: Sequence[EpisodeResult]) -> DecodingSummary:
         mean_acceptance_length=1 + accepted_levels / num_drafts if num_drafts else None,
         accepted_levels=[histogram[length] for length in range(max(histogram, default=-1) + 1)],
         prefills_per_chunk=sum(e.prefills for e in episodes) / chunks if chunks else 0.0,
-        main_passes_per_chunk=sum(e.main_passes for e in episodes) / chunks if chunks else 0.0,
+        target_passes_per_chunk=sum(e.target_passes for e in episodes) / chunks if chunks else 0.0,
         chunk_stats={name: describe(numbers) for name, numbers in further.items() if numbers},
     )
 

@@ -26,8 +26,8 @@ def check_channels(kind: str, channels: tuple[int, ...]) -> None:
 
 
 @dataclass(frozen=True)
-class MainConfig:
-    """Sizes of the main model. image_size in pixels, a multiple of 32; merge: of each camera, n x n image tokens become
+class TargetConfig:
+    """Sizes of the target. image_size in pixels, a multiple of 32; merge: of each camera, n x n image tokens become
     one position of the trunk; whole_block: it is trained to judge a whole draft by one block in the place of block 1 as
     well."""
 
@@ -44,21 +44,21 @@ class MainConfig:
 
     def __post_init__(self) -> None:
         if self.image_size % 32 or not 32 <= self.image_size <= 1024:
-            raise RsdError(f"main model: expected image_size a multiple of 32, at most 1024, found {self.image_size}")
-        check_channels("main model", self.channels)
-        check_sizes("main model", self.dim, self.layers, self.heads)
-        check_sizes("main model's words", self.text_dim, 1, TEXT_HEADS)
+            raise RsdError(f"target: expected image_size a multiple of 32, at most 1024, found {self.image_size}")
+        check_channels("target", self.channels)
+        check_sizes("target", self.dim, self.layers, self.heads)
+        check_sizes("target's words", self.text_dim, 1, TEXT_HEADS)
         if not (0.0 <= self.dropout < 1.0 and 1 <= self.text_tokens <= 64):
             expected = "dropout in [0, 1) and 1 to 64 text_tokens"
-            raise RsdError(f"main model: expected {expected}, found {self.dropout} and {self.text_tokens}")
+            raise RsdError(f"target: expected {expected}, found {self.dropout} and {self.text_tokens}")
         side = self.image_size // 16
         if len(self.merge) != len(CAMERAS) or any(n < 1 or side % n for n in self.merge):
             expected = f"merge with {len(CAMERAS)} divisors of {side}, the image tokens of a side"
-            raise RsdError(f"main model: expected {expected}, found {self.merge}")
+            raise RsdError(f"target: expected {expected}, found {self.merge}")
 
 
 @dataclass(frozen=True)
-class DraftConfig:
+class DrafterConfig:
     """levels: how many coarse levels are drafted; the rest are sizes."""
 
     levels: int = 3
@@ -71,8 +71,8 @@ class DraftConfig:
 
 
 @dataclass(frozen=True)
-class LightDraftConfig:
-    """shrink: the main's images are averaged over shrink x shrink pixels; depth: residual blocks at each resolution;
+class VisualDrafterConfig:
+    """shrink: the target's images are averaged over shrink x shrink pixels; depth: residual blocks at each resolution;
     levels: how its coarse tokens are drafted; the rest are sizes."""
 
     shrink: int = 2
@@ -80,14 +80,16 @@ class LightDraftConfig:
     dim: int = 160
     layers: int = 3
     heads: int = 5
-    levels: DraftConfig = field(default_factory=lambda: DraftConfig(levels=3, dim=128, layers=1, heads=4))
+    levels: DrafterConfig = field(default_factory=lambda: DrafterConfig(levels=3, dim=128, layers=1, heads=4))
     depth: int = 2
 
     def __post_init__(self) -> None:
-        check_sizes("light draft", self.dim, self.layers, self.heads)
+        check_sizes("visual drafter", self.dim, self.layers, self.heads)
         if not (1 <= self.shrink <= 64 and 1 <= self.depth <= MAX_LAYERS):
-            raise RsdError(f"light draft: expected shrink and depth of at least 1, found {self.shrink}, {self.depth}")
-        check_channels("light draft", self.channels)
+            raise RsdError(
+                f"visual drafter: expected shrink and depth of at least 1, found {self.shrink}, {self.depth}"
+            )
+        check_channels("visual drafter", self.channels)
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ class PolicyConfig:
     """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.decoders.rsd`); without a light
     draft the decoders that need one are refused."""
 
-    main: MainConfig = field(default_factory=MainConfig)
-    draft: DraftConfig = field(default_factory=DraftConfig)
-    light: LightDraftConfig | None = field(default_factory=LightDraftConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    feature_drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    visual_drafter: VisualDrafterConfig | None = field(default_factory=VisualDrafterConfig)
     acceptance: str = "margin"
     fine: str = "regress"
 

@@ -3,8 +3,8 @@
 Block l = 1..L is told what levels < l decode to, and returns, for every scalar, logits of t_l given t_<l and
 a continuous estimate of what is still missing. Attention is causal across blocks and full within one, so one
 pass over several teacher-forced blocks returns all their conditionals: parallel verification. Block 1 rides
-in the prefill. A main with a `whole_block` can be told a whole draft in the place of block 1: a pass no wider.
-Next-scale prediction as in VAR (arXiv 2404.02905), here over action residuals.
+in the prefill. A target with a `whole_block` can be conditioned on a whole draft in the place of block 1: a pass no
+wider. Next-scale prediction as in VAR (arXiv 2404.02905), here over action residuals.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rsd.models.config import MainConfig
+from rsd.models.config import TargetConfig
 from rsd.models.fusing import fusible
 from rsd.models.streams import together
 from rsd.models.text import TextEncoder
@@ -35,7 +35,7 @@ class BlockEmbedding(nn.Module):
     def __init__(self, dim: int, horizon: int, motion_dim: int, levels: int) -> None:
         super().__init__()
         self.value = nn.Linear(motion_dim * (1 + 2 * FOURIER), dim)
-        self.level = nn.Parameter(torch.randn(levels + 1, dim) * 0.02)  # the last: told a whole draft
+        self.level = nn.Parameter(torch.randn(levels + 1, dim) * 0.02)  # the last: conditioned on a whole draft
         self.position = nn.Parameter(torch.randn(horizon, dim) * 0.02)
         self.gripper = nn.Embedding(3, dim)  # open, close, not yet known
         # powers of two, which no precision rounds
@@ -81,8 +81,8 @@ class LevelHead(nn.Module):
         return logits.unflatten(-1, (-1, self.symbols)).flatten(2, 3)
 
 
-class MainModel(nn.Module):
-    """Main model. All values of motion scalars are in units of the tokenizer's first step D_1.
+class TargetModel(nn.Module):
+    """Target. All values of motion scalars are in units of the tokenizer's first step D_1.
 
     `state_mean`, `state_std` [11] normalise the proprioceptive features and are stored with the weights.
     """
@@ -91,7 +91,7 @@ class MainModel(nn.Module):
     state_std: Tensor
     whole_block: bool = False
 
-    def __init__(self, config: MainConfig, code: RfsqConfig, horizon: int, motion_dim: int) -> None:
+    def __init__(self, config: TargetConfig, code: RfsqConfig, horizon: int, motion_dim: int) -> None:
         super().__init__()
         self.config, self.code, self.horizon, self.motion_dim = config, code, horizon, motion_dim
         self.whole_block = config.whole_block
@@ -186,8 +186,8 @@ class MainModel(nn.Module):
         return torch.cat([prefix, queries.to(prefix.dtype)], dim=1), mask
 
     def remembered(self, length: int) -> int:
-        """How many positions of the cache after a prefix of `length` a light draft may read: those that are the same
-        whatever was drafted, the prefix and block 1, which not every pass of a main with a `whole_block` has."""
+        """How many positions of the cache after a prefix of `length` a visual drafter may read: those that are the same
+        whatever was drafted, the prefix and block 1, which not every pass of a target with a `whole_block` has."""
         return length if self.whole_block else length + self.horizon
 
     def _queries(
@@ -214,7 +214,7 @@ class MainModel(nn.Module):
         """ONE pass over the blocks first_level, first_level+1, ...
 
         prefixes: per block [B, H*M], what the levels above it decode to, in first steps; gripper int [B, H], None for
-        the block that is told a whole draft (`whole`).
+        the block that is conditioned on a whole draft (`whole`).
         Returns features [B, H, D] per block. The cache must hold the prefix and the blocks before; those between 1
         and first_level are left out where a draft is judged as a whole.
         """

@@ -1,7 +1,8 @@
-"""The draft with its own light perception: small images and the state of now, and what the main remembers.
+"""The draft with its own light perception: small images and the state of now, and what the target remembers.
 
-It runs before the main, so that its tokens can ride in the main's prefill, or the main need not run at all. Precise
-positions of things it has from the main's key/value cache of an earlier chunk: what stands still needs no second look.
+It runs before the target, so that its tokens can ride in the target's prefill, or the target need not run at all.
+Precise positions of things it has from the target's key/value cache of an earlier chunk: what stands still needs no
+second look.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsd.models.config import LightDraftConfig
-from rsd.models.feature_drafter import DraftModel
+from rsd.models.config import VisualDrafterConfig
+from rsd.models.feature_drafter import FeatureDrafter
 from rsd.models.fusing import fusible
 from rsd.models.streams import together
-from rsd.models.target import STATE_FEATURES, MainConfig
+from rsd.models.target import STATE_FEATURES, TargetConfig
 from rsd.models.trunk import KVCache, Trunk
 from rsd.models.vision import CameraEncoder
 from rsd.tokenizer.rfsq import RfsqConfig
@@ -25,7 +26,7 @@ from rsd.types import CAMERAS, RsdError
 
 
 class Memory(NamedTuple):
-    """What the draft keeps of the main's last run, per layer of its own: keys and values [B, heads, S, head_dim].
+    """What the draft keeps of the target's last run, per layer of its own: keys and values [B, heads, S, head_dim].
 
     known: bool [B], rows that have one; None where all have."""
 
@@ -34,40 +35,40 @@ class Memory(NamedTuple):
     known: Tensor | None = None
 
 
-class LightDraft(nn.Module):
-    """Observation and memory -> features [B, H, d] of the chunk's steps; from them tokens, a chunk, self-doubt."""
+class VisualDrafter(nn.Module):
+    """Observation and memory -> features [B, H, d] of the chunk's steps; from them tokens, a chunk, a forecast."""
 
     def __init__(
-        self, config: LightDraftConfig, code: RfsqConfig, horizon: int, motion_dim: int, main: MainConfig
+        self, config: VisualDrafterConfig, code: RfsqConfig, horizon: int, motion_dim: int, target: TargetConfig
     ) -> None:
         super().__init__()
-        if main.image_size % (16 * config.shrink):
+        if target.image_size % (16 * config.shrink):
             expected = f"an image size that is a multiple of 16 x {config.shrink}"
-            raise RsdError(f"light draft: expected {expected}, found {main.image_size}")
+            raise RsdError(f"visual drafter: expected {expected}, found {target.image_size}")
         self.config, self.code = config, code
-        dim, side = config.dim, main.image_size // config.shrink // 16
-        self.cameras = nn.ModuleList(CameraEncoder(config.channels, main.text_dim, config.depth) for _ in CAMERAS)
+        dim, side = config.dim, target.image_size // config.shrink // 16
+        self.cameras = nn.ModuleList(CameraEncoder(config.channels, target.text_dim, config.depth) for _ in CAMERAS)
         self.image_in = nn.Linear(config.channels[-1], dim)
         self.image_position = nn.Parameter(torch.randn(len(CAMERAS) * side**2, dim) * 0.02)
         self.state_in = nn.Sequential(nn.Linear(STATE_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.text_in = nn.Linear(main.text_dim, dim)
+        self.text_in = nn.Linear(target.text_dim, dim)
         self.queries = nn.Parameter(torch.randn(horizon, dim) * 0.02)
-        self.memory_in = nn.Linear(2 * main.dim, 2 * config.layers * dim)
+        self.memory_in = nn.Linear(2 * target.dim, 2 * config.layers * dim)
         self.trunk = Trunk(dim, config.layers, config.heads)
-        self.levels = DraftModel(config.levels, code, horizon, motion_dim, dim)
+        self.levels = FeatureDrafter(config.levels, code, horizon, motion_dim, dim)
         self.residual_head = nn.Linear(config.levels.dim, motion_dim)
         self.deviation_head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
 
     @staticmethod
     def reads(cache: KVCache, length: int) -> list[Tensor]:
-        """What `remember` reads of the first `length` positions of the main's cache (`MainModel.remembered`): the
-        values of a middle and of the last layer, what the main's own queries take from its prefix."""
+        """What `remember` reads of the first `length` positions of the target's cache (`TargetModel.remembered`): the
+        values of a middle and of the last layer, what the target's own queries take from its prefix."""
         middle = len(cache.values) // 2 - 1 if len(cache.values) > 1 else 0
         return [cache.values[layer][:, :, :length] for layer in (middle, -1)]
 
     @fusible
     def remember(self, read: list[Tensor]) -> Memory:
-        """What `reads` takes of the main's cache -> what this draft attends to."""
+        """What `reads` takes of the target's cache -> what this draft attends to."""
         seen = torch.cat([values.transpose(1, 2).flatten(2) for values in read], dim=-1)
         both = self.memory_in(seen)  # [B, S, 2 * layers * d]
         keys, values = both.unflatten(-1, (2, self.config.layers, self.config.heads, -1)).permute(2, 3, 0, 4, 1, 5)
@@ -110,5 +111,5 @@ class LightDraft(nn.Module):
         return self.residual_head(self.levels.think(read, prefix, gripper, level)).flatten(1) * scale
 
     def log_deviation(self, features: Tensor) -> Tensor:
-        """Log of 1 mm + how far its chunk leads the fingertip away from the main's, as it expects it: [B]."""
+        """Log of 1 mm + how far its chunk leads the fingertip away from the target's, as it expects it: [B]."""
         return self.deviation_head(features.mean(1)).squeeze(-1)

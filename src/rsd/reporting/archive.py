@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rsd import former
 from rsd.types import RsdError
 
 SUFFIX, SUMMARY = ".tar.xz", "summary.json"
@@ -28,7 +29,9 @@ def located(path: Path) -> Path:
         return path
     for folder in (path, *path.parents):
         if folder.name and (archive := folder.with_name(folder.name + SUFFIX)).is_file():
-            return Path(_unpacked(archive.resolve()).name) / path.relative_to(folder)
+            found = Path(_unpacked(archive.resolve()).name) / path.relative_to(folder)
+            before = former.former_path(path.relative_to(folder))
+            return found if found.exists() or before is None else Path(_unpacked(archive.resolve()).name) / before
     return path
 
 

@@ -28,9 +28,9 @@ INK, MUTED, LINE = "#1d232b", "#68727f", "#dde2e8"
 # One hue a run, told apart by the colour-blind too; the page has a lighter set of them for dark screens.
 SERIES = ("#2f6db5", "#d9772b", "#2a9d78", "#a552b3", "#b3870a", "#c8415d")
 # One hue a stage of the policy, in the order in which they happen; a stage has the same one in every report.
-AFTER = "follow-up"  # while the chunk is executed: in no `total`
+AFTER = "verify-pending"  # while the chunk is executed: in no `total`
 STAGES = (
-    *("preprocess", "vision", "prefill", "draft", "main", "verify", "decode", "wait", "network", "queue", AFTER),
+    *("preprocess", "vision", "prefill", "draft", "target", "verify", "decode", "wait", "network", "queue", AFTER),
 )
 STAGE_COLOURS = (
     *("#9aa5b1", "#5b8fd0", "#31588f", "#e2954b", "#3d7f9e", "#2c9c85", "#8d64b8", "#bb5c74", "#7a8f3c", "#c27ba0"),

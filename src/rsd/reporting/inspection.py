@@ -94,8 +94,8 @@ def decoding_rows(directory: Path, content: dict[str, Any], config: Any) -> Rows
     """What it decodes by, and what its calibration promises."""
     from rsd.checkpoint import CALIBRATION_FILE, load_calibration, proven_decode
 
-    light = "yes" if content["policy"].get("light") else "no"
-    rows = [("acceptance rule", str(config.acceptance)), ("light draft", light)]
+    visual_drafter = "yes" if content["policy"].get("visual_drafter") else "no"
+    rows = [("acceptance rule", str(config.acceptance)), ("visual drafter", visual_drafter)]
     if (proven := proven_decode(directory, content)) is not None:
         rows.append((f"proven best: {proven[0]}", proven[1]))
     if (directory / CALIBRATION_FILE).is_file():

@@ -150,7 +150,7 @@ def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("latency per chunk, p95", [milliseconds(run, decoding, "p95") for run, decoding in timed]),
         ("speed-up of p50", [ABSENT, *(speedup(timed[0], other) for other in timed[1:])]),
         ("latency not shown, it holds waiting", [run.queued or ABSENT for run in runs]),
-        ("main passes per chunk", [passes_cell(decoding) for decoding in decodings]),
+        ("target passes per chunk", [passes_cell(decoding) for decoding in decodings]),
         ("draft tokens accepted", [percent(decoding.acceptance_rate) for decoding in decodings]),
         ("accepted per level", [level_cell(decoding.acceptance_per_level) for decoding in decodings]),
         ("mean acceptance length", [number(decoding.mean_acceptance_length) for decoding in decodings]),
@@ -237,7 +237,7 @@ def further_rows(decodings: Sequence[DecodingSummary]) -> list[tuple[str, list[s
 
 
 def risk_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """What `--audit` found: drafts that led away from the main's chunks, and the risk of those that were executed."""
+    """What `--audit` found: drafts that led away from the target's chunks, and the risk of those that were executed."""
     audits = [audit(run) for run in runs]
     risks, beyond, gripper = [], [], []
     for found in audits:
@@ -255,9 +255,9 @@ def risk_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def audit(run: Run) -> tuple[RealisedRisk, float, bool] | None:
-    """(risk, epsilon in mm, whether the drafts were executed without the main); None if the run was not audited.
+    """(risk, epsilon in mm, whether the drafts were executed without the target); None if the run was not audited.
 
-    Where no draft was executed so, the counts are of all drafts that were compared with the main's chunk."""
+    Where no draft was executed so, the counts are of all drafts that were compared with the target's chunk."""
     import numpy as np
 
     if not any("deviation_mm" in episode.chunk_stats for episode in run.episodes):
@@ -289,14 +289,17 @@ def real_time_rows(runs: Sequence[Run], decodings: Sequence[DecodingSummary]) ->
     """What `--control-hz` measured: how long the robot stands still between two chunks, and how well it kept time."""
     paced = [run.record.config.get("control_hz", 0) > 0 for run in runs]
     stats = [decoding.chunk_stats for decoding in decodings]
-    # only decoders that have a follow-up can wait for it
-    follow_ups = [d.latency_ms.get("follow-up") if on else None for d, on in zip(decodings, paced, strict=True)]
-    waited = [found.get("waited") if ran else None for found, ran in zip(stats, follow_ups, strict=True)]
+    # only decoders that have a pending verification can wait for it
+    verifications = [d.latency_ms.get("verify-pending") if on else None for d, on in zip(decodings, paced, strict=True)]
+    waited = [found.get("waited") if ran else None for found, ran in zip(stats, verifications, strict=True)]
     return [
         ("standstill between chunks, p50 / p95", [range_cell(found.get("pause_ms")) for found in stats]),
         ("the same without drawing", [range_cell(found.get("pause_without_drawing_ms")) for found in stats]),
-        ("follow-up while the robot moves, p50 / p95", [range_cell(found) for found in follow_ups]),
-        ("chunks that waited for the follow-up", [percent(found["mean"] if found else None) for found in waited]),
+        ("pending verification while the robot moves, p50 / p95", [range_cell(found) for found in verifications]),
+        (
+            "chunks that waited for the pending verification",
+            [percent(found["mean"] if found else None) for found in waited],
+        ),
         ("late steps", [late_cell(run.episodes) if on else ABSENT for run, on in zip(runs, paced, strict=True)]),
     ]
 
@@ -326,7 +329,7 @@ def speedup(first: tuple[Run, DecodingSummary], other: tuple[Run, DecodingSummar
 
 
 def passes_cell(decoding: DecodingSummary) -> str:
-    return f"{decoding.prefills_per_chunk:.3g} prefill + {decoding.main_passes_per_chunk:.3g}"
+    return f"{decoding.prefills_per_chunk:.3g} prefill + {decoding.target_passes_per_chunk:.3g}"
 
 
 def level_cell(rates: Sequence[float]) -> str:
@@ -343,8 +346,8 @@ def percent(rate: float | None) -> str:
 
 # Further statistics of chunks -> what people call the mean, and how it is written.
 CHUNK_STATS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "skipped": ("chunks without the main", percent),
-    "forced": ("chunks that had to ask the main", percent),
+    "skipped": ("chunks without the target", percent),
+    "forced": ("chunks that had to ask the target", percent),
     "gripper_acceptance": ("drafted gripper accepted", percent),
     "gripper_differs": ("drafts with another gripper", percent),
     "expected_deviation_mm": ("deviation the draft expects, mean", millimetres),

@@ -139,7 +139,7 @@ def graph_folder() -> Path:
 
 
 def _models(ops: Primitives) -> list[nn.Module]:
-    return [model for model in (ops.main, ops.feature_drafter, ops.visual_drafter) if model is not None]
+    return [model for model in (ops.target, ops.feature_drafter, ops.visual_drafter) if model is not None]
 
 
 def policy_name(ops: Primitives) -> str:

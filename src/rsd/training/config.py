@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from rsd.models.config import DraftConfig, LightDraftConfig, LoraConfig, PolicyConfig
+from rsd.models.config import DrafterConfig, LoraConfig, PolicyConfig, VisualDrafterConfig
 from rsd.tokenizer.config import TokenizerConfig
 from rsd.types import RsdError
 
@@ -51,8 +51,8 @@ class LoopConfig:
 class LossConfig:
     """draft_share: part of the batch on a draft's prefixes; jitter: largest share of digits disturbed in the rest;
     level_decay: weight of a level's loss relative to the one above, past the coarse ones; blind: share of the light
-    draft's samples without a memory of the main; counterfactual: share of the whole drafts judged in training that are
-    another sample's, so that the block that is told a draft learns to doubt it; the others are weights."""
+    draft's samples without a memory of the target; counterfactual: share of the whole drafts judged in training that
+    are another sample's, so that the block that is told a draft learns to doubt it; the others are weights."""
 
     draft_share: float = 0.5
     jitter: float = 0.4
@@ -96,7 +96,7 @@ class TrainTokenizerConfig:
 
 @dataclass(frozen=True)
 class TrainPolicyConfig:
-    """Train main and drafts on demonstrations (--backbone openvla has other options: see its --help)."""
+    """Train target and drafts on demonstrations (--backbone openvla has other options: see its --help)."""
 
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of rendered demonstrations (HDF5)."""
@@ -111,11 +111,12 @@ class TrainPolicyConfig:
     init_matching: bool = False
     """With `init`: take over what has the same name and shape there, and start the rest afresh (another size)."""
     init_fresh: tuple[str, ...] = ()
-    """With `init_matching`: parts that start afresh all the same, e.g. draft main.level_head (another tokenizer)."""
+    """With `init_matching`: parts that start afresh all the same, e.g. feature_drafter target.level_head (another
+    tokenizer)."""
     validation_every: int = 40
     """Every n-th episode is kept out of training for the offline validation."""
     remembered_chunks: int = 4
-    """The light draft is trained to remember the main's run of 1 to this many chunks before."""
+    """The visual drafter is trained to remember the target's run of 1 to this many chunks before."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     augment: Augmentation = field(default_factory=Augmentation)
@@ -123,11 +124,11 @@ class TrainPolicyConfig:
 
 
 @dataclass(frozen=True)
-class TrainDraftConfig:
-    """Train another draft for a finished main model."""
+class TrainDrafterConfig:
+    """Train another draft for a finished target."""
 
     policy: str = "checkpoints/libero_spatial"
-    """Checkpoint directory or hub id whose main model is kept."""
+    """Checkpoint directory or hub id whose target is kept."""
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of rendered demonstrations (HDF5)."""
     output: Path = Path("runs/draft")
@@ -136,18 +137,18 @@ class TrainDraftConfig:
     """cuda, cpu or auto."""
     validation_every: int = 40
     """Every n-th episode is kept out of training for the offline validation."""
-    kind: Literal["draft", "light"] = "draft"
-    """draft: the one that reads the main's prefill; light: the one with its own perception."""
+    kind: Literal["feature", "visual"] = "feature"
+    """feature: the one that reads the target's prefill; visual: the one with its own perception."""
     resume_weights: bool = False
     """Start from the checkpoint's own draft (and its sizes) instead of afresh."""
-    draft: DraftConfig = field(default_factory=DraftConfig)
-    light: LightDraftConfig = field(default_factory=LightDraftConfig)
+    feature_drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    visual_drafter: VisualDrafterConfig = field(default_factory=VisualDrafterConfig)
     own_prefix: float = 0.5
     """Share of the batch on which a draft that reads the prefill continues its own digits."""
     remembered_chunks: int = 4
-    """The light draft is trained to remember the main's run of 1 to this many chunks before."""
+    """The visual drafter is trained to remember the target's run of 1 to this many chunks before."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """For the light draft: `blind` (1: it never has a memory), `regress` and `deviation`."""
+    """For the visual drafter: `blind` (1: it never has a memory), `regress` and `deviation`."""
     augment: Augmentation = field(default_factory=Augmentation)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5_000))
 
@@ -167,7 +168,8 @@ class TrainOpenVlaConfig:
     device: str = "auto"
     """cuda, cpu or auto."""
     cameras: int = 0
-    """Cameras that the main reads, 1 or 2; 0: as many as the checkpoint was trained with, 2 if its files do not say."""
+    """Cameras that the target reads, 1 or 2; 0: as many as the checkpoint was trained with, 2 if its files do not
+    say."""
     unnorm_key: str = ""
     """Which data set's statistics the checkpoint's proprioception projector was trained with, if it has several."""
     validation_every: int = 40
@@ -175,13 +177,13 @@ class TrainOpenVlaConfig:
     validation_frames: int = 256
     """At most so many of their frames are decoded, once by every decoder."""
     remembered_chunks: int = 4
-    """The light draft is trained to remember the main's run of 1 to this many chunks before."""
+    """The visual drafter is trained to remember the target's run of 1 to this many chunks before."""
     checkpointing: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Keep only every layer's input and compute its inside again in the backward pass: less memory, a third more
     time."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    draft: DraftConfig = field(default_factory=lambda: DraftConfig(dim=256))
-    light: LightDraftConfig | None = field(default_factory=LightDraftConfig)
+    feature_drafter: DrafterConfig = field(default_factory=lambda: DrafterConfig(dim=256))
+    visual_drafter: VisualDrafterConfig | None = field(default_factory=VisualDrafterConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     augment: Augmentation = field(default_factory=Augmentation)
     loop: LoopConfig = field(

@@ -1,4 +1,4 @@
-"""`rsd train draft`: another draft for a main model that stays as it is."""
+"""`rsd train drafter`: another draft for a target that stays as it is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training import parallel
-from rsd.training.config import TrainDraftConfig
+from rsd.training.config import TrainDrafterConfig
 from rsd.training.dataset import Batch, FrameDataset
 from rsd.training.loop import describe, train
-from rsd.training.losses import MainRun, draft_losses, light_draft_losses, light_total
+from rsd.training.losses import TargetRun, draft_losses, visual_drafter_losses, visual_total
 from rsd.training.policy import data_provenance, load_folders, resolve_device, split
 from rsd.training.run_folder import one_run_a_folder, save_then_validate
 from rsd.training.validation import validate
@@ -26,35 +26,35 @@ from rsd.versions import versions
 
 
 @one_run_a_folder
-def train_draft(config: TrainDraftConfig) -> Path:
+def train_drafter(config: TrainDrafterConfig) -> Path:
     """Run the training; returns the checkpoint directory."""
     if parallel.launched():
-        raise RsdError("train draft: runs in one process; drop torchrun")
+        raise RsdError("train drafter: runs in one process; drop torchrun")
     device = resolve_device(config.device)
     source = RsdPolicy.from_pretrained(config.policy, decode="ar", engine=EAGER)
     if not source.core.body.compact:
-        raise RsdError(f"train draft: {config.policy} has OpenVLA as its main; its drafts are trained with it")
+        raise RsdError(f"train drafter: {config.policy} has OpenVLA as its target; its drafts are trained with it")
     tokenizer = source.tokenizer.to(device)
     training, held_out = split(load_folders(config.data), config.validation_every)
-    size = source.config.main.image_size
+    size = source.config.target.image_size
     dataset = FrameDataset(training, tokenizer.config.horizon, device, size)
     validation = FrameDataset(held_out, tokenizer.config.horizon, device, size)
     print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
     model, policy = with_draft(source, config)
     model.to(device).requires_grad_(False)
-    part = model.light if config.kind == "light" else model.draft
+    part = model.visual_drafter if config.kind == "visual" else model.feature_drafter
     assert part is not None
     part.requires_grad_(True)
-    paired = config.remembered_chunks if config.kind == "light" else 0
+    paired = config.remembered_chunks if config.kind == "visual" else 0
 
     def losses() -> dict[str, Tensor]:
         batch = dataset.batch(*dataset.draw(config.loop.batch_size, paired), augment=config.augment)
-        model.main.eval()  # `train` puts the whole model in training mode
+        model.target.eval()  # `train` puts the whole model in training mode
         with torch.no_grad():
-            text = model.main.encode_text(batch.words)
-            prefix = model.main.embed_prefix(batch.images, batch.state, text)
-            features, cache = model.main.prefill(prefix)
-        run = MainRun(model.main.remembered(prefix.shape[1]), cache, features, text[1])
+            text = model.target.encode_text(batch.words)
+            prefix = model.target.embed_prefix(batch.images, batch.state, text)
+            features, cache = model.target.prefill(prefix)
+        run = TargetRun(model.target.remembered(prefix.shape[1]), cache, features, text[1])
         return losses_of(model, tokenizer, batch, run, config)
 
     resolved = describe(config)
@@ -70,11 +70,11 @@ def train_draft(config: TrainDraftConfig) -> Path:
     return save_then_validate(directory, save, lambda: validate(ema, tokenizer, validation))
 
 
-def with_draft(source: RsdPolicy, config: TrainDraftConfig) -> tuple[RsdModel, PolicyConfig]:
+def with_draft(source: RsdPolicy, config: TrainDrafterConfig) -> tuple[RsdModel, PolicyConfig]:
     """The policy's model with the draft that is to be trained, and its sizes."""
     if config.resume_weights:
-        if config.kind == "light" and source.config.light is None:
-            raise RsdError(f"--resume-weights: {config.policy} has no light draft; leave it out to start one afresh")
+        if config.kind == "visual" and source.config.visual_drafter is None:
+            raise RsdError(f"--resume-weights: {config.policy} has no visual drafter; leave it out to start one afresh")
         policy = source.config
     else:
         policy = replace(source.config, **{config.kind: getattr(config, config.kind)})
@@ -88,15 +88,17 @@ def with_draft(source: RsdPolicy, config: TrainDraftConfig) -> tuple[RsdModel, P
 
 
 def losses_of(
-    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, run: MainRun, config: TrainDraftConfig
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, run: TargetRun, config: TrainDrafterConfig
 ) -> dict[str, Tensor]:
-    """Losses of the one draft that is trained, beside a main that has run; `total` is what to minimise."""
-    target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
+    """Losses of the one draft that is trained, beside a target that has run; `total` is what to minimise."""
+    truth = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
     gripper = tokenizer.gripper_symbols(batch.chunk)
-    if config.kind == "light":
-        assert model.light is not None
-        _, values = light_draft_losses(model.light, model.main, run, batch, target, gripper, tokenizer, config.loss)
-        return {**values, "total": light_total(values, config.loss)}
-    own = torch.rand(len(target), 1, device=target.device) < config.own_prefix
-    values = draft_losses(model.draft, run.features, target, gripper, own, Rfsq(model.main.code))[1]
+    if config.kind == "visual":
+        assert model.visual_drafter is not None
+        _, values = visual_drafter_losses(
+            model.visual_drafter, model.target, run, batch, truth, gripper, tokenizer, config.loss
+        )
+        return {**values, "total": visual_total(values, config.loss)}
+    own = torch.rand(len(truth), 1, device=truth.device) < config.own_prefix
+    values = draft_losses(model.feature_drafter, run.features, truth, gripper, own, Rfsq(model.target.code))[1]
     return {**values, "total": values["draft"]}

@@ -1,6 +1,6 @@
-"""What the main and the draft are trained on: the prefixes that decoding will meet.
+"""What the target and the draft are trained on: the prefixes that decoding will meet.
 
-Teacher forcing alone makes the main take a draft's digits as evidence of the truth and copy their error. So
+Teacher forcing alone makes the target take a draft's digits as evidence of the truth and copy their error. So
 part of the batch continues the draft's own coarse digits (detached; the targets are what is still missing
 after them), and part has its digits jittered within the code's margin, targets recomputed.
 """
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rsd.decoding.calibration import fingertip_deviation
-from rsd.models.feature_drafter import DraftModel
-from rsd.models.target import MainModel
+from rsd.models.feature_drafter import FeatureDrafter
+from rsd.models.target import TargetModel
 from rsd.models.trunk import KVCache
-from rsd.models.visual_drafter import LightDraft
+from rsd.models.visual_drafter import VisualDrafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training.config import LossConfig
@@ -26,71 +26,73 @@ from rsd.types import RsdError
 
 
 def policy_losses(
-    main: MainModel,
-    draft: DraftModel,
-    light: LightDraft | None,
+    target: TargetModel,
+    draft: FeatureDrafter,
+    visual_drafter: VisualDrafter | None,
     tokenizer: ActionTokenizer,
     batch: Batch,
     config: LossConfig,
 ) -> dict[str, Tensor]:
-    """Batch (paired, if there is a light draft) -> named scalar losses; `total` is what to minimise.
+    """Batch (paired, if there is a visual drafter) -> named scalar losses; `total` is what to minimise.
 
-    Neither draft's losses reach the main.
+    Neither draft's losses reach the target.
     """
-    code, c = Rfsq(main.code), draft.config.levels
-    target = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step  # [B, P] in first steps
+    code, c = Rfsq(target.code), draft.config.levels
+    truth = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step  # [B, P] in first steps
     gripper = tokenizer.gripper_symbols(batch.chunk)
 
-    text = main.encode_text(batch.words)
-    prefix = main.embed_prefix(batch.images, batch.state, text)
-    features, cache = main.prefill(prefix)
+    text = target.encode_text(batch.words)
+    prefix = target.embed_prefix(batch.images, batch.state, text)
+    features, cache = target.prefill(prefix)
     length = prefix.shape[1]
 
-    own = torch.rand(len(target), 1, device=target.device) < config.draft_share
-    drafted, losses = draft_losses(draft, features.detach(), target, gripper, own, code)
-    if light is not None:
-        run = MainRun(main.remembered(length), cache, features, text[1])
-        ahead, light_losses = light_draft_losses(light, main, run, batch, target, gripper, tokenizer, config)
-        losses.update(light_losses)
-        # half of the later moments' prefixes are the light draft's, whose tokens ride in the prefill
-        riding = torch.rand(len(ahead[0]), 1, device=target.device) < 0.5
+    own = torch.rand(len(truth), 1, device=truth.device) < config.draft_share
+    drafted, losses = draft_losses(draft, features.detach(), truth, gripper, own, code)
+    if visual_drafter is not None:
+        run = TargetRun(target.remembered(length), cache, features, text[1])
+        ahead, visual_losses = visual_drafter_losses(
+            visual_drafter, target, run, batch, truth, gripper, tokenizer, config
+        )
+        losses.update(visual_losses)
+        # half of the later moments' prefixes are the visual drafter's, whose tokens ride in the prefill
+        riding = torch.rand(len(ahead[0]), 1, device=truth.device) < 0.5
         for level in range(min(c, len(ahead))):
             later, earlier = drafted[level].chunk(2)
             drafted[level] = torch.cat([torch.where(riding & own[: len(later)], ahead[level], later), earlier])
 
-    value, prefixes, digits = torch.zeros_like(target), [torch.zeros_like(target)], []
-    jitter = config.jitter * torch.rand(len(target), 1, device=target.device)
-    for level in range(1, main.code.levels + 1):
-        digit = code.digit(target - value, level)
-        digits.append(digit.long() + main.code.half)
-        shown = jittered(digit, jitter, main.code.margin(level), main.code.half)
+    value, prefixes, digits = torch.zeros_like(truth), [torch.zeros_like(truth)], []
+    jitter = config.jitter * torch.rand(len(truth), 1, device=truth.device)
+    for level in range(1, target.code.levels + 1):
+        digit = code.digit(truth - value, level)
+        digits.append(digit.long() + target.code.half)
+        shown = jittered(digit, jitter, target.code.margin(level), target.code.half)
         shown = torch.where(own, drafted[level - 1] if level <= c else digit, shown)
-        value = value + shown * main.code.weight(level)
+        value = value + shown * target.code.weight(level)
         prefixes.append(value)
     # before `extend`, which fills the cache
     judging, told = None, prefixes[c]
-    if main.whole_block:
+    if target.whole_block:
         if config.counterfactual:  # another episode's, most likely; what it misses is as far as the two are apart
-            other = torch.rand(len(target), 1, device=target.device) < config.counterfactual
+            other = torch.rand(len(truth), 1, device=truth.device) < config.counterfactual
             told = torch.where(other, told.roll(1, 0), told)
-        judging = main.whole(told, cache, length)
-    blocks = [features, *main.extend(prefixes[1:-1], gripper, 2, cache)]
+        judging = target.whole(told, cache, length)
+    blocks = [features, *target.extend(prefixes[1:-1], gripper, 2, cache)]
 
     # made on the device: a list copied there would stop it at every step
-    levels = torch.arange(1, main.code.levels + 1, device=target.device)
+    levels = torch.arange(1, target.code.levels + 1, device=truth.device)
     weights = config.level_decay ** (levels - c).clamp(min=0)
     weights = weights / weights.sum()
-    logits = main.level_head.first_levels(torch.stack(blocks, dim=1))
+    logits = target.level_head.first_levels(torch.stack(blocks, dim=1))
     losses["levels"] = (level_errors(logits, torch.stack(digits, dim=1)) * weights).sum()
-    losses["parallel"] = (level_errors(main.parallel_logits(features), code.quantise(target)[0]) * weights).sum()
-    wanted = tokenizer.to_normalised(target * tokenizer.first_step)
+    losses["parallel"] = (level_errors(target.parallel_logits(features), code.quantise(truth)[0]) * weights).sum()
+    wanted = tokenizer.to_normalised(truth * tokenizer.first_step)
 
     def closing_error(block: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(main.gripper_logits(block).float(), gripper.float())
+        return F.binary_cross_entropy_with_logits(target.gripper_logits(block).float(), gripper.float())
 
     def chunk_error(block: Tensor, level: int, value: Tensor) -> Tensor:
         """Of a block that was told the levels 1..level, which decode to `value`."""
-        estimate = value + main.residual(block, level + 1).float()
+        estimate = value + target.residual(block, level + 1).float()
         return (tokenizer.to_normalised(estimate * tokenizer.first_step) - wanted).abs().mean()
 
     losses["gripper"] = closing_error(features)
@@ -106,13 +108,13 @@ def policy_losses(
     if judging is not None:
         losses["whole"] = chunk_error(judging, c, told)
         losses["total"] = losses["total"] + config.regress * losses["whole"] + config.gripper * closing_error(judging)
-    if light is not None:
-        losses["total"] = losses["total"] + light_total(losses, config)
+    if visual_drafter is not None:
+        losses["total"] = losses["total"] + visual_total(losses, config)
     return losses
 
 
-class MainRun(NamedTuple):
-    """The main's prefill of a batch: positions of its cache to remember, features of block 1 [B, H, D], instructions
+class TargetRun(NamedTuple):
+    """The target's prefill of a batch: positions of its cache to remember, features of block 1 [B, H, D], instructions
     [B, Dt]."""
 
     length: int
@@ -121,64 +123,64 @@ class MainRun(NamedTuple):
     condition: Tensor
 
 
-def light_draft_losses(
-    light: LightDraft,
-    main: MainModel,
-    run: MainRun,
+def visual_drafter_losses(
+    visual_drafter: VisualDrafter,
+    target: TargetModel,
+    run: TargetRun,
     batch: Batch,
-    target: Tensor,
+    truth: Tensor,
     gripper: Tensor,
     tokenizer: ActionTokenizer,
     config: LossConfig,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The light draft acts at the later moment of each pair and remembers the main's run at the earlier one.
+    """The visual drafter acts at the later moment of each pair and remembers the target's run at the earlier one.
 
-    Returns its own digits per level [B/2, P] and its losses: tokens and gripper; its chunk; how well it foresees its
-    chunk's deviation from the main's.
+    Returns its own digits per level [B/2, P] and its losses: tokens and gripper; its chunk; how well it forecasts its
+    chunk's deviation from the target's.
     """
     if not batch.paired:
-        raise RsdError("light draft: expected a batch of paired frames (FrameDataset.draw with most_chunks > 0)")
-    later = slice(0, len(target) // 2)
-    past = KVCache(values=[values.detach()[len(target) // 2 :] for values in run.cache.values])
-    memory = light.remember(light.reads(past, run.length))
-    state, condition = main.normalise(batch.state[later]), run.condition.detach()[later]
+        raise RsdError("visual drafter: expected a batch of paired frames (FrameDataset.draw with most_chunks > 0)")
+    later = slice(0, len(truth) // 2)
+    past = KVCache(values=[values.detach()[len(truth) // 2 :] for values in run.cache.values])
+    memory = visual_drafter.remember(visual_drafter.reads(past, run.length))
+    state, condition = target.normalise(batch.state[later]), run.condition.detach()[later]
     known = torch.rand(len(state), device=state.device) >= config.blind
-    features = light.perceive(batch.images[later], state, condition, memory, known)
-    code, goal, grip = Rfsq(main.code), target[later], gripper[later]
+    features = visual_drafter.perceive(batch.images[later], state, condition, memory, known)
+    code, goal, grip = Rfsq(target.code), truth[later], gripper[later]
     everywhere = torch.ones(len(goal), 1, dtype=torch.bool, device=goal.device)
-    digits, losses = draft_losses(light.levels, features, goal, grip, everywhere, code)
+    digits, losses = draft_losses(visual_drafter.levels, features, goal, grip, everywhere, code)
     coarse = sum((digit * code.step(level) for level, digit in enumerate(digits, start=1)), torch.zeros_like(goal))
-    value = coarse + light.remainder(features, coarse, grip).float()
+    value = coarse + visual_drafter.remainder(features, coarse, grip).float()
     unit = tokenizer.first_step
     wanted, found = tokenizer.to_normalised(goal * unit), tokenizer.to_normalised(value * unit)
-    mains = main.residual(run.features[later], 1).float()
-    own, reference = (tokenizer.to_actions(chunk.detach() * unit, grip) for chunk in (value, mains))
+    reference_values = target.residual(run.features[later], 1).float()
+    own, reference = (tokenizer.to_actions(chunk.detach() * unit, grip) for chunk in (value, reference_values))
     apart = fingertip_deviation(own, reference)
-    foreseen = light.log_deviation(features.detach()).float()
+    forecast = visual_drafter.log_deviation(features.detach()).float()
     return digits, {
-        "light": losses["draft"],
-        "light_regress": (found - wanted).abs().mean(),
-        "deviation": F.smooth_l1_loss(foreseen, torch.log1p(apart)),
+        "visual": losses["draft"],
+        "visual_regress": (found - wanted).abs().mean(),
+        "deviation": F.smooth_l1_loss(forecast, torch.log1p(apart)),
     }
 
 
-def light_total(losses: dict[str, Tensor], config: LossConfig) -> Tensor:
-    """What the light draft minimises, of the losses of `light_draft_losses`."""
-    return losses["light"] + config.regress * losses["light_regress"] + config.deviation * losses["deviation"]
+def visual_total(losses: dict[str, Tensor], config: LossConfig) -> Tensor:
+    """What the visual drafter minimises, of the losses of `visual_drafter_losses`."""
+    return losses["visual"] + config.regress * losses["visual_regress"] + config.deviation * losses["deviation"]
 
 
 def draft_losses(
-    draft: DraftModel, features: Tensor, target: Tensor, gripper: Tensor, own: Tensor, code: Rfsq
+    draft: FeatureDrafter, features: Tensor, truth: Tensor, gripper: Tensor, own: Tensor, code: Rfsq
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """features [B, H, D] of the main, target [B, P]; own bool [B, 1]: the draft continues its own digits.
+    """features [B, H, D] of the target, target [B, P]; own bool [B, 1]: the draft continues its own digits.
 
     Returns the digits per level that its prefix was built from, and its losses.
     """
     read, gripper_logits = draft.read(features)
-    value, shown, logits, digits = torch.zeros_like(target), [], [], []
+    value, shown, logits, digits = torch.zeros_like(truth), [], [], []
     for level in range(1, draft.config.levels + 1):
         logits.append(draft.logits(read, value, gripper, level))
-        digit = code.digit(target - value, level)
+        digit = code.digit(truth - value, level)
         digits.append(digit.long() + code.config.half)
         shown.append(torch.where(own, (logits[-1].argmax(-1) - code.config.half).float(), digit))
         value = value + shown[-1] * code.config.weight(level)

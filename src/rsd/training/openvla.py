@@ -68,7 +68,7 @@ def prepare(
 
 def finish(trainee: Trainee) -> OpenVlaRsdModel:
     """The model as a policy runs it: updates merged, everything in the base's precision."""
-    model, openvla = trainee.model, trainee.model.main.openvla
+    model, openvla = trainee.model, trainee.model.target.openvla
     trainee.adapter.merge()
     openvla.language_model.checkpointing = False
     openvla.vision_backbone.overlap = True
@@ -111,12 +111,12 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
     openvla = load_openvla(base, base=locate_under(base), device=str(device))
     torch.manual_seed(config.loop.seed)
     trainee = prepare(openvla, sizes, config.lora, tokenizer, config.checkpointing)
-    main, draft, light = trainee.model.main, trainee.model.draft, trainee.model.light
-    remembered = config.remembered_chunks if light is not None else 0
+    target, draft, visual_drafter = trainee.model.target, trainee.model.feature_drafter, trainee.model.visual_drafter
+    remembered = config.remembered_chunks if visual_drafter is not None else 0
 
     def losses() -> dict[str, Tensor]:
         batch = dataset.batch(*dataset.draw(config.loop.batch_size, remembered), augment=config.augment)
-        return policy_losses(main, draft, light, tokenizer, batch, config.loss)
+        return policy_losses(target, draft, visual_drafter, tokenizer, batch, config.loss)
 
     resolved = {**describe(config), "base_fingerprint": fingerprint(base, BASE_FILES)}  # a state belongs to its base
     ema = train(trainee.trained, losses, config.loop, config.output, device, resolved)
@@ -168,6 +168,6 @@ def observing(config: TrainOpenVlaConfig, base: Path, seen: Survey) -> OpenVlaRs
         state_high=tuple(high.tolist()),
         state_mean=tuple(features.mean(0).tolist()),
         state_std=tuple((features.std(0) + 1e-3).tolist()),
-        draft=config.draft,
-        light=config.light,
+        feature_drafter=config.feature_drafter,
+        visual_drafter=config.visual_drafter,
     )

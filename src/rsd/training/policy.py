@@ -1,4 +1,4 @@
-"""`rsd train policy`: main and draft together, from demonstrations to a checkpoint directory."""
+"""`rsd train policy`: target and draft together, from demonstrations to a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
         raise RsdError(f"--init-fresh {' '.join(config.init_fresh)}: expected --init and --init-matching beside it")
     tokenizer = choose_tokenizer(config, start).to(device)
     training, held_out = split(load_folders(config.data), config.validation_every)
-    size = config.policy.main.image_size
+    size = config.policy.target.image_size
     dataset = FrameDataset(training, tokenizer.config.horizon, device, size)
     validation = FrameDataset(held_out, tokenizer.config.horizon, device, size)
     print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
@@ -51,14 +51,14 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     if start:
         take_over(model, start, config)
     else:
-        model.main.state_mean.copy_(dataset.state.mean(0))
-        model.main.state_std.copy_(dataset.state.std(0) + 1e-3)
+        model.target.state_mean.copy_(dataset.state.mean(0))
+        model.target.state_std.copy_(dataset.state.std(0) + 1e-3)
 
-    remembered = config.remembered_chunks if model.light is not None else 0
+    remembered = config.remembered_chunks if model.visual_drafter is not None else 0
 
     def losses() -> dict[str, Tensor]:
         batch = dataset.batch(*dataset.draw(config.loop.batch_size, remembered), augment=config.augment)
-        return policy_losses(model.main, model.draft, model.light, tokenizer, batch, config.loss)
+        return policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, config.loss)
 
     resolved = describe(config)
     ema = train(model, losses, config.loop, config.output, device, resolved)
@@ -96,13 +96,13 @@ def choose_tokenizer(config: TrainPolicyConfig, start: RsdPolicy | None) -> Acti
 def take_over(model: RsdModel, start: RsdPolicy, config: TrainPolicyConfig) -> None:
     """Give the model the weights of the checkpoint that `init` names.
 
-    A checkpoint without a light draft leaves the model's own as it is; anything else that does not fit is an error,
+    A checkpoint without a visual drafter leaves the model's own as it is; anything else that does not fit is an error,
     unless `init_matching` asks for what does.
     """
     own, given = model.state_dict(), start.model.state_dict()
     for part in config.init_fresh:
         if not any(name.startswith(f"{part}.") for name in own):
-            raise RsdError(f"--init-fresh {part}: expected the beginning of a weight's name, such as main.level_head")
+            raise RsdError(f"--init-fresh {part}: expected the beginning of a weight's name, such as target.level_head")
     afresh = tuple(f"{part}." for part in config.init_fresh)
     kept = {name: tensor for name, tensor in given.items() if not name.startswith(afresh)}
     fitting = {name: tensor for name, tensor in kept.items() if name in own and tensor.shape == own[name].shape}
@@ -111,7 +111,9 @@ def take_over(model: RsdModel, start: RsdPolicy, config: TrainPolicyConfig) -> N
         missing = sum(own[name].numel() for name in fresh) / sum(tensor.numel() for tensor in own.values())
         parts = sorted({".".join(name.split(".")[:2]) for name in fresh})
         print(f"--init-matching: {missing:.0%} of the weights start afresh: {', '.join(parts) or 'none'}")
-    elif any(start.config.light or not name.startswith("light.") for name in fresh) or len(fitting) < len(given):
+    elif any(start.config.visual_drafter or not name.startswith("visual_drafter.") for name in fresh) or len(
+        fitting
+    ) < len(given):
         found = f"its sizes {start.config} differ from the run's {config.policy}"
         raise RsdError(f"--init {config.init}: {found}; --init-matching takes over what fits")
     model.load_state_dict({**own, **fitting})
@@ -130,9 +132,7 @@ def load_folders(folders: Iterable[Path]) -> Iterable[Demonstration]:
     return shown(chain.from_iterable(load_demonstrations(folder) for folder in folders), "demonstrations read")
 
 
-def split(
-    demonstrations: Iterable[Demonstration], every: int
-) -> tuple[list[Demonstration], list[Demonstration]]:
+def split(demonstrations: Iterable[Demonstration], every: int) -> tuple[list[Demonstration], list[Demonstration]]:
     """Whole episodes apart: every `every`-th one for validation."""
     everything = list(demonstrations)
     if len(everything) < 2:

@@ -32,15 +32,15 @@ def validate(
     model.eval()
     batches = dataset.spread(frames, batch)
     runs = [(name, name, "exact") for name in names(drafts=False, visual=False)]
-    rules = ["margin", "agreement", "exact"] + ["residual"] * model.main.whole_block
+    rules = ["margin", "agreement", "exact"] + ["residual"] * model.target.whole_block
     runs += [(f"rsd {rule}", "rsd", rule) for rule in rules]
-    if model.light is not None:
-        runs += [("light", "rsd-ahead", "margin")]
+    if model.visual_drafter is not None:
+        runs += [("visual", "draft-first", "margin")]
         runs += [(f"rsd-fused {rule}", "rsd-fused", rule) for rule in rules if rule in ("margin", "residual")]
     report: dict[str, object] = {"frames": sum(map(len, batches)), "episodes": dataset.episodes}
     for title, name, rule_name in runs:
         rule = acceptance_rule(rule_name, tokenizer.config.rfsq)
-        ops = Primitives(model.main, model.draft, rule, light=model.light)
+        ops = Primitives(model.target, model.feature_drafter, rule, visual_drafter=model.visual_drafter)
         parts = [_decode(ops, DECODERS[name], tokenizer, dataset, part) for part in batches]
         row: dict[str, object] = {
             "l1_error": round(float(torch.cat([error for error, _, _ in parts]).mean()), 4),
@@ -83,4 +83,4 @@ def remembering(ops: Primitives, entry: Decoder, dataset: FrameDataset, frames: 
 
 def frames_seen(ops: Primitives, dataset: FrameDataset, frames: Tensor) -> PolicyInput:
     batch = dataset.batch(frames)
-    return PolicyInput(batch.images, batch.state, ops.main.encode_text(batch.words))
+    return PolicyInput(batch.images, batch.state, ops.target.encode_text(batch.words))

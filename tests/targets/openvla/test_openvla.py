@@ -15,11 +15,11 @@ from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.decoders import DECODERS
 from rsd.decoding.primitives import Primitives
 from rsd.decoding.state import EpisodeState, PolicyInput
-from rsd.models.feature_drafter import DraftConfig, DraftModel
+from rsd.models.feature_drafter import DrafterConfig, FeatureDrafter
 from rsd.targets.openvla.llama import Attend, Llama, LlamaConfig
 from rsd.targets.openvla.loading import load_openvla
 from rsd.targets.openvla.model import OpenVlaConfig, OpenVlaModel
-from rsd.targets.openvla.target import OpenVlaMain
+from rsd.targets.openvla.target import OpenVlaTarget
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
 from studies.openvla.bench_cases import full_config, random_model
@@ -182,25 +182,25 @@ def test_the_published_defaults_are_openvla_7b() -> None:
 def test_every_strategy_runs_on_the_llama_trunk() -> None:
     code = RfsqConfig()
     openvla = random_model(full_config("tiny"), "cpu", torch.float32)
-    main = OpenVlaMain(openvla, code, horizon=8, motion_dim=6).eval()
-    draft = DraftModel(DraftConfig(), code, 8, 6, openvla.config.llama.dim).eval()
+    target = OpenVlaTarget(openvla, code, horizon=8, motion_dim=6).eval()
+    draft = FeatureDrafter(DrafterConfig(), code, 8, 6, openvla.config.llama.dim).eval()
     prompt = torch.tensor([[1, 40, 41]])
     seen = torch.randn(1, 2, 6, 56, 56), torch.zeros(1, 8), (prompt, prompt)
-    prefix = main.embed_prefix(*seen)
+    prefix = target.embed_prefix(*seen)
 
     def decode(name: str, rule: str, fine: str) -> Any:
-        ops = Primitives(main, draft, acceptance_rule(rule, code), fine)
+        ops = Primitives(target, draft, acceptance_rule(rule, code), fine)
         return DECODERS[name].decode(ops, PolicyInput(*seen), EpisodeState())
 
     ar = decode("ar", "exact", "sequential")
-    assert ar.main_passes == 7
+    assert ar.target_passes == 7
     assert torch.equal(decode("rsd", "exact", "sequential").motion, ar.motion)
-    assert decode("rsd", "margin", "regress").main_passes == 1
+    assert decode("rsd", "margin", "regress").target_passes == 1
     assert decode("l1", "margin", "regress").value.shape == (1, 48)
 
-    features, cache = main.prefill(prefix)
+    features, cache = target.prefill(prefix)
     told, gripper = [torch.randn(1, 48) for _ in range(3)], torch.ones(1, 8, dtype=torch.long)
-    after = [features, *main.extend(told, gripper, 2, cache)]
-    at_once, _ = main.prefill_blocks(prefix, told, gripper)
+    after = [features, *target.extend(told, gripper, 2, cache)]
+    at_once, _ = target.prefill_blocks(prefix, told, gripper)
     for one, other in zip(after, at_once, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

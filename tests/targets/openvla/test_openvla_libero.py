@@ -39,7 +39,7 @@ def test_oft_drives_a_closed_loop_and_its_run_can_be_continued(tmp_path: Path) -
     summary = evaluate(config, backend=SHORT_LIBERO, console=console)
     (episode,) = read_episodes(Path(config.output) / EPISODES_FILE).values()
     assert (summary.errors, episode.failure) == (0, STEP_LIMIT)
-    assert (episode.steps, episode.chunks, episode.prefills, episode.main_passes) == (STEPS, 2, 2, 0)
+    assert (episode.steps, episode.chunks, episode.prefills, episode.target_passes) == (STEPS, 2, 2, 0)
     assert {"preprocess", "vision", "prefill", "decode", "total"} <= set(episode.latency_ms)
     recorded = read_run_record(Path(config.output)).policy
     assert set(recorded) == {"policy", "engine", "checkpoint_fingerprint"}
@@ -65,7 +65,10 @@ def test_residual_tokens_on_openvla_drive_a_closed_loop(tmp_path: Path, tokenize
     summary = evaluate(config, backend=SHORT_LIBERO, console=Console(file=io.StringIO()))
     (episode,) = read_episodes(Path(config.output) / EPISODES_FILE).values()
     assert (summary.errors, episode.failure, episode.chunks) == (0, STEP_LIMIT, 2)
-    assert (episode.prefills, episode.main_passes) == (1, 0)  # the first chunk as `rsd-fused`, the second without main
+    assert (episode.prefills, episode.target_passes) == (
+        1,
+        0,
+    )  # the first chunk as `rsd-fused`, the second without target
     assert episode.chunk_stats["skipped"] == [0.0, 1.0]
     recorded = read_run_record(Path(config.output)).policy
     assert recorded["checkpoint_sha256"]

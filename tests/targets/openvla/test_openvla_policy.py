@@ -139,8 +139,8 @@ def test_failure_4_a_prediction_is_a_chunk_and_never_a_tuple(ar: OpenVlaPolicy, 
 def test_failure_5_actions_are_always_a_chunk(ar: OpenVlaPolicy, oft: OpenVlaPolicy) -> None:
     assert ar.predict(seen()).actions.shape == (1, 7)
     assert oft.predict(seen()).actions.shape == (8, 7)
-    assert ar.predict(seen()).stats.main_passes == 6
-    assert oft.predict(seen()).stats.main_passes == 0
+    assert ar.predict(seen()).stats.target_passes == 6
+    assert oft.predict(seen()).stats.target_passes == 0
 
 
 # what it sees

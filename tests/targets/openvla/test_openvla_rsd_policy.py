@@ -21,8 +21,8 @@ from rsd.decoding.state import EpisodeState, PolicyInput
 from rsd.evaluation.backend import batched_rsd_policy, describe_checkpoint, rsd_policy
 from rsd.evaluation.calibrate import CalibrateConfig, calibrate
 from rsd.evaluation.config import EvalConfig
-from rsd.models.feature_drafter import DraftConfig
-from rsd.models.visual_drafter import LightDraftConfig
+from rsd.models.feature_drafter import DrafterConfig
+from rsd.models.visual_drafter import VisualDrafterConfig
 from rsd.options import Checkpoint, DecodeOptions
 from rsd.policy import RsdPolicy, SpeculativePolicy
 from rsd.targets.openvla.loading import load_openvla
@@ -36,8 +36,8 @@ from rsd.training.losses import LossConfig, policy_losses
 from rsd.training.openvla import finish, prepare
 from rsd.types import AUTO, EAGER, Observation, RsdError
 
-SMALL_DRAFT = DraftConfig(levels=3, dim=32, layers=1, heads=2)
-SMALL_LIGHT = LightDraftConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=SMALL_DRAFT)
+SMALL_DRAFT = DrafterConfig(levels=3, dim=32, layers=1, heads=2)
+SMALL_VISUAL = VisualDrafterConfig(2, (16, 16, 16, 32), dim=32, layers=1, heads=2, levels=SMALL_DRAFT)
 SCRIPTED_SIMULATOR = replace(SCRIPTED, make_policy=rsd_policy, describe_policy=describe_checkpoint)
 
 
@@ -66,22 +66,24 @@ def seen() -> list[Observation]:
 
 def test_every_strategy_decodes(directory: Path, seen: list[Observation]) -> None:
     rules = {"exact": "rsd", "fused exact": "rsd-fused"}
-    names = ("ar", "parallel", "l1", "rsd", "rsd-fused", "rsd-ahead", "draft", *rules)
+    names = ("ar", "parallel", "l1", "rsd", "rsd-fused", "draft-first", "coarse-only", *rules)
     found, passes = {}, {}
     for name in names:
         acceptance = "exact" if name in rules else None
         policy = RsdPolicy.from_pretrained(directory, decode=rules.get(name, name), acceptance=acceptance)
         chunks = [policy.predict(observation) for observation in seen]
         found[name] = np.stack([chunk.actions for chunk in chunks])
-        passes[name] = {chunk.stats.main_passes for chunk in chunks}
+        passes[name] = {chunk.stats.target_passes for chunk in chunks}
         assert found[name].shape == (len(seen), 8, 7)
         assert np.abs(found[name]).max() <= 1.0
     assert np.array_equal(found["exact"], found["ar"])
     assert np.array_equal(found["fused exact"], found["ar"])
     assert passes["ar"] == {7}
     assert passes["rsd"] == {1}
-    assert all(passes[name] == {0} for name in ("parallel", "l1", "rsd-fused", "rsd-ahead", "draft"))
-    distinct = [found[name].tobytes() for name in ("ar", "parallel", "l1", "rsd", "rsd-fused", "rsd-ahead", "draft")]
+    assert all(passes[name] == {0} for name in ("parallel", "l1", "rsd-fused", "draft-first", "coarse-only"))
+    distinct = [
+        found[name].tobytes() for name in ("ar", "parallel", "l1", "rsd", "rsd-fused", "draft-first", "coarse-only")
+    ]
     assert len(set(distinct)) == len(distinct)
 
 
@@ -109,7 +111,7 @@ def test_both_cameras_the_state_and_the_words_matter_to_main_and_light_draft(
     images = one.images.copy()
     images[1] = 255 - images[1]
     others = [replace(one, images=images), replace(one, state=one.state + 0.1), replace(one, instruction="pick up it")]
-    for decode in ("l1", "rsd-ahead"):
+    for decode in ("l1", "draft-first"):
         policy = RsdPolicy.from_pretrained(directory, decode=decode)
         expected = policy.predict(one).actions
         for other in others:
@@ -120,16 +122,16 @@ def test_both_cameras_the_state_and_the_words_matter_to_main_and_light_draft(
 def test_one_camera_is_read_where_one_was_trained(
     base: Path, tokenizer: ActionTokenizer, tmp_path: Path, seen: list[Observation]
 ) -> None:
-    directory = write_rsd_policy(tmp_path, base, tokenizer, light=False, cameras=1)
+    directory = write_rsd_policy(tmp_path, base, tokenizer, visual_drafter=False, cameras=1)
     policy = RsdPolicy.from_pretrained(directory, decode="l1")
     images = seen[0].images.copy()
     images[1] = 0
     same, blind = (policy.predict(o).actions for o in (seen[0], replace(seen[0], images=images)))
     assert np.array_equal(same, blind)
     for decode in ("rsd-fused", "rsd-skip"):
-        with pytest.raises(RsdError, match="has no light draft; use rsd, l1 or ar, or train one"):
+        with pytest.raises(RsdError, match="has no visual drafter; use rsd, l1 or ar, or train one"):
             RsdPolicy.from_pretrained(directory, decode=decode)
-    with pytest.raises(RsdError, match="has no light draft, whose chunks rsd-skip executes"):
+    with pytest.raises(RsdError, match="has no visual drafter, whose chunks rsd-skip executes"):
         calibrate(CalibrateConfig(policy=str(directory), output=tmp_path / "rollouts"))
 
 
@@ -167,9 +169,7 @@ def test_a_calibration_is_fitted_and_used(directory: Path, copy: Path, tmp_path:
     assert policy.core.decoding.skip.threshold_mm == calibration.threshold > 0
 
 
-def test_saved_copied_and_loaded_it_acts_the_same(
-    directory: Path, tmp_path: Path, seen: list[Observation]
-) -> None:
+def test_saved_copied_and_loaded_it_acts_the_same(directory: Path, tmp_path: Path, seen: list[Observation]) -> None:
     policy = RsdPolicy.from_pretrained(directory, decode="rsd-fused")
     assert isinstance(policy.core.body, OpenVlaBody)
     assert policy.provenance["data"] == "random weights"
@@ -251,7 +251,7 @@ def test_a_batch_is_refused(directory: Path) -> None:
 def test_a_bfloat16_base_trains_in_float32_beside_it_and_decodes(base: Path, tokenizer: ActionTokenizer) -> None:
     """What a GPU does, on the CPU: autocast, updates and heads in float32, the finished policy in bfloat16."""
     torch.manual_seed(0)
-    config = OpenVlaRsdConfig(draft=SMALL_DRAFT, light=SMALL_LIGHT)
+    config = OpenVlaRsdConfig(feature_drafter=SMALL_DRAFT, visual_drafter=SMALL_VISUAL)
     openvla = load_openvla(base, dtype=torch.bfloat16)
     trainee = prepare(openvla, config, LoraConfig(rank=2), tokenizer, checkpointing=True)
     words = torch.cat([torch.ones(2, 32, dtype=torch.long), torch.tensor([[1, 40, 41, 29871]] * 2)], dim=1)
@@ -260,7 +260,9 @@ def test_a_bfloat16_base_trains_in_float32_beside_it_and_decodes(base: Path, tok
     batch = Batch(torch.randn(2, 2, 6, 224, 224), torch.randn(2, 19), words, chunk, paired=True)
     model = trainee.model
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        losses = policy_losses(model.main, model.draft, model.light, tokenizer, batch, LossConfig())
+        losses = policy_losses(
+            model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, LossConfig()
+        )
     losses["total"].backward()
     untouched = {name for name, p in trainee.trained.named_parameters() if p.grad is None or not p.grad.any()}
     assert all(p.dtype == torch.float32 for p in trainee.trained.parameters())
@@ -278,11 +280,11 @@ def test_a_bfloat16_base_trains_in_float32_beside_it_and_decodes(base: Path, tok
             decoded = entry.decode(policy.ops, scene, EpisodeState())
             policy.ops.check()
             assert decoded.value.shape == (1, 48)
-        light = policy.model.light
-        assert light is not None
+        visual_drafter = policy.model.visual_drafter
+        assert visual_drafter is not None
         ids = scene.text[1]
-        state = policy.model.main.normalise(scene.state)
-        given = [light.perceive(scene.images, state, text, None) for text in (ids, light.encode(ids))]
+        state = policy.model.target.normalise(scene.state)
+        given = [visual_drafter.perceive(scene.images, state, text, None) for text in (ids, visual_drafter.encode(ids))]
         assert torch.equal(*given)
 
 

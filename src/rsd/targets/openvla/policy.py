@@ -80,7 +80,7 @@ class OpenVlaPolicy:
             decision = self._decide(observation, watch, unnorm_key)
             with watch.stage("decode"):
                 actions = self._to_env(decision.actions[0], unnorm_key)
-        stats = ChunkStats(self.decode, prefills=1, main_passes=decision.passes, latency_ms=watch.ms)
+        stats = ChunkStats(self.decode, prefills=1, target_passes=decision.passes, latency_ms=watch.ms)
         return ActionChunk(actions, stats)
 
     def features(self, observation: Observation) -> NDArray[np.float32]:

@@ -31,13 +31,13 @@ from rsd.checkpoint import (
 from rsd.decoding.state import PolicyInput
 from rsd.manifest import BASE_LINK
 from rsd.models.bundle import PolicyConfig, RsdModel, check_code
-from rsd.models.feature_drafter import DraftConfig, DraftModel
+from rsd.models.feature_drafter import DrafterConfig, FeatureDrafter
 from rsd.models.target import STATE_FEATURES, state_features
 from rsd.models.text import word_ids
-from rsd.models.visual_drafter import LightDraftConfig
+from rsd.models.visual_drafter import VisualDrafterConfig
 from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions
 from rsd.policy import SpeculativePolicy, TextCache
-from rsd.targets.openvla.drafter import OpenVlaLight
+from rsd.targets.openvla.drafter import OpenVlaVisualDrafter
 from rsd.targets.openvla.files import ADAPTER_CONFIG, ADAPTER_DIR, ADAPTER_WEIGHTS, CONFIG_FILE
 from rsd.targets.openvla.images import prepare_images
 from rsd.targets.openvla.loading import load_openvla, merge_adapter
@@ -48,7 +48,7 @@ from rsd.targets.openvla.prompt import TOKENIZER_FILE as PROMPT_FILE
 from rsd.targets.openvla.prompt import Prompt
 from rsd.targets.openvla.published import fingerprint, locate_openvla, locate_under
 from rsd.targets.openvla.statistics import Bounds
-from rsd.targets.openvla.target import OpenVlaMain
+from rsd.targets.openvla.target import OpenVlaTarget
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import STATE_DIM, Observation, RsdError
@@ -64,8 +64,8 @@ BASE_FILES = (
 class OpenVlaRsdConfig:
     """Sizes and decoding defaults, as `PolicyConfig`, and how observations are scaled.
 
-    state_low, state_high: what becomes -1 and 1 in the 8 numbers of the state for the main; state_mean, state_std: of
-    the 11 state features for the light draft.
+    state_low, state_high: what becomes -1 and 1 in the 8 numbers of the state for the target; state_mean, state_std: of
+    the 11 state features for the visual drafter.
     """
 
     cameras: int = 2
@@ -74,8 +74,8 @@ class OpenVlaRsdConfig:
     state_high: tuple[float, ...] = (1.0,) * STATE_DIM
     state_mean: tuple[float, ...] = (0.0,) * STATE_FEATURES
     state_std: tuple[float, ...] = (1.0,) * STATE_FEATURES
-    draft: DraftConfig = field(default_factory=lambda: DraftConfig(dim=256))
-    light: LightDraftConfig | None = field(default_factory=LightDraftConfig)
+    feature_drafter: DrafterConfig = field(default_factory=lambda: DrafterConfig(dim=256))
+    visual_drafter: VisualDrafterConfig | None = field(default_factory=VisualDrafterConfig)
     acceptance: str = "margin"
     fine: str = "regress"
 
@@ -92,18 +92,18 @@ class OpenVlaRsdConfig:
 
     @property
     def views(self) -> int:
-        """Cameras that any reader needs: the light draft always has both."""
-        return 2 if self.light else self.cameras
+        """Cameras that any reader needs: the visual drafter always has both."""
+        return 2 if self.visual_drafter else self.cameras
 
 
 class OpenVlaRsdModel(RsdModel):
-    """Main on OpenVLA's trunk, and drafts, in the base's precision and on its device.
+    """Target on OpenVLA's trunk, and drafts, in the base's precision and on its device.
 
     The base loses its own action head and, where it has none, gets a fresh proprioception projector.
     """
 
-    main: OpenVlaMain
-    light: OpenVlaLight | None
+    target: OpenVlaTarget
+    visual_drafter: OpenVlaVisualDrafter | None
 
     def __init__(self, openvla: OpenVlaModel, config: OpenVlaRsdConfig, tokenizer: ActionTokenizer) -> None:
         nn.Module.__init__(self)
@@ -112,23 +112,27 @@ class OpenVlaRsdModel(RsdModel):
         dim = openvla.config.llama.dim
         openvla.action_head = None
         openvla.proprio_projector = openvla.proprio_projector or ProprioProjector(dim)
-        self.main = OpenVlaMain(openvla, code, horizon, motion, config.cameras)
-        self.draft = DraftModel(config.draft, code, horizon, motion, dim)
-        self.light = OpenVlaLight(config.light, code, horizon, motion, dim) if config.light else None
+        self.target = OpenVlaTarget(openvla, code, horizon, motion, config.cameras)
+        self.feature_drafter = FeatureDrafter(config.feature_drafter, code, horizon, motion, dim)
+        self.visual_drafter = (
+            OpenVlaVisualDrafter(config.visual_drafter, code, horizon, motion, dim) if config.visual_drafter else None
+        )
         self.to(openvla.device)
-        for part in (openvla.proprio_projector, self.draft, self.light):
+        for part in (openvla.proprio_projector, self.feature_drafter, self.visual_drafter):
             if part is not None:
                 part.to(openvla.dtype)
-        self.main.state_mean.copy_(torch.tensor(config.state_mean))
-        self.main.state_std.copy_(torch.tensor(config.state_std))
+        self.target.state_mean.copy_(torch.tensor(config.state_mean))
+        self.target.state_std.copy_(torch.tensor(config.state_std))
 
     def added(self) -> nn.ModuleDict:
         """Everything that the base does not have, and its proprioception: what `model.safetensors` holds."""
         names = ("block", "level_head", "parallel_head", "gripper_head", "residual_head")
-        parts: dict[str, nn.Module] = {name: getattr(self.main, name) for name in names}
-        assert self.main.openvla.proprio_projector is not None
-        parts |= {"proprio": self.main.openvla.proprio_projector, "draft": self.draft}
-        return nn.ModuleDict({**parts, "light": self.light} if self.light is not None else parts)
+        parts: dict[str, nn.Module] = {name: getattr(self.target, name) for name in names}
+        assert self.target.openvla.proprio_projector is not None
+        parts |= {"proprio": self.target.openvla.proprio_projector, "feature_drafter": self.feature_drafter}
+        return nn.ModuleDict(
+            {**parts, "visual_drafter": self.visual_drafter} if self.visual_drafter is not None else parts
+        )
 
 
 class OpenVlaBody:
@@ -148,13 +152,13 @@ class OpenVlaBody:
         """normalisation: see `OpenVlaPolicy`; directory: where the policy was loaded from."""
         self.model, self.config, self.prompt, self.directory = model, config, prompt, directory
         self.cameras = config.views
-        self._mean, self._std = (value.to(model.main.state_mean.device) for value in normalisation)
+        self._mean, self._std = (value.to(model.target.state_mean.device) for value in normalisation)
         self._texts = TextCache()
 
     def __call__(self, observations: Sequence[Observation]) -> PolicyInput:
         if len({observation.instruction for observation in observations}) > 1:
             raise RsdError("OpenVLA: expected one instruction in a batch, prompts of several lengths do not fit one")
-        config, device, count = self.config, self.model.main.state_mean.device, len(observations)
+        config, device, count = self.config, self.model.target.state_mean.device, len(observations)
         images = np.concatenate([observation.images[: config.views] for observation in observations])
         prepared = prepare_images(images, device, center_crop=config.center_crop) / 255.0
         pixels = (prepared.repeat(1, 2, 1, 1) - self._mean) / self._std
@@ -171,7 +175,7 @@ class OpenVlaBody:
     def _read_text(self, instruction: str, device: torch.device) -> tuple[Tensor, Tensor]:
         words = word_ids([instruction]).to(device)
         prompt = torch.tensor([self.prompt.ids(instruction)], device=device)
-        return prompt, words if self.model.light is None else self.model.light.encode(words)
+        return prompt, words if self.model.visual_drafter is None else self.model.visual_drafter.encode(words)
 
     def save(self, directory: Path) -> None:
         """Copy the directory that the policy was loaded from: its adapter is merged and cannot be taken out again."""

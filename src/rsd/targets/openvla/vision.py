@@ -147,12 +147,12 @@ class FusedVision(nn.Module):
         images = pixels.flatten(0, 1)
         first, second = images[:, :3], images[:, 3:]
         if self.overlap and pixels.is_cuda:
-            main, side = torch.cuda.current_stream(), _side_stream(pixels.device)
-            side.wait_stream(main)
+            current, side = torch.cuda.current_stream(), _side_stream(pixels.device)
+            side.wait_stream(current)
             with torch.cuda.stream(side):
                 right = self.fused_featurizer(second)
             left = self.featurizer(first)
-            main.wait_stream(side)
+            current.wait_stream(side)
         else:
             left, right = self.featurizer(first), self.fused_featurizer(second)
         return torch.cat([left, right], dim=2).unflatten(0, (batch, cameras)).flatten(1, 2)

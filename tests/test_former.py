@@ -1,0 +1,124 @@
+"""Names of before: stored files that hold them are read, command lines that use them are told the present one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from rsd import former
+from rsd.checkpoint import CONFIG_FILE, WEIGHTS_FILE, facts_of, load_model, parse_config, read_content, read_weights
+from rsd.cli import COMMANDS, dispatch
+from rsd.decoding.decoders import DECODERS
+from rsd.evaluation.config import stored_config
+from rsd.evaluation.results import EpisodeResult, read_run_record, record_of
+from rsd.models.bundle import PolicyConfig
+from rsd.options import DecodeOptions, resolve
+from rsd.reporting.archive import located
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import RsdError
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "checkpoints/libero_spatial"
+ARCHIVED = ROOT / "results/libero_pro"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("eval --decode rsd-ahead", "rsd eval: error: --decode rsd-ahead: it is called draft-first now"),
+        ("eval --decode=rsd-ahead", "rsd eval: error: --decode rsd-ahead: it is called draft-first now"),
+        ("eval --decode light-alone", "rsd eval: error: --decode light-alone: it is called drafter-only now"),
+        ("eval --decode draft", "rsd eval: error: --decode draft: it is called coarse-only now"),
+        (
+            "train policy --policy.light.dim 8",
+            "rsd train policy: error: --policy.light.dim: it is called --policy.visual-",
+        ),
+        (
+            "train policy --policy.main.dim 8",
+            "rsd train policy: error: --policy.main.dim: it is called --policy.target.",
+        ),
+        (
+            "train policy --policy.draft.dim 8",
+            "rsd train policy: error: --policy.draft.dim: it is called --policy.feat",
+        ),
+        ("train drafter --kind light", "rsd train drafter: error: --kind light: it is called visual now"),
+        ("train draft --kind visual", "rsd: error: 'train draft': it is called `rsd train drafter` now"),
+        ("bench eval", "rsd: error: 'bench eval': it is called `python -m studies.throughput` now"),
+        ("tokenizer bench", "rsd: error: 'tokenizer bench': it is called `python -m studies.tokenizers` now"),
+    ],
+)
+def test_a_former_name_on_the_command_line_is_told_the_present_one(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dispatch(line.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(message)
+    assert printed.err.count("\n") == 1
+
+
+def test_what_is_said_to_be_the_present_name_is_one() -> None:
+    assert set(former.DECODERS.values()) <= set(DECODERS)
+    assert not former.DECODERS.keys() & set(DECODERS)
+    assert not former.COMMANDS.keys() & set(COMMANDS)
+    assert {name.removeprefix("rsd ") for name in former.COMMANDS.values() if name.startswith("rsd ")} <= set(COMMANDS)
+    assert set(former.PARTS.values()) <= PolicyConfig.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize("name", former.DECODERS)
+def test_a_former_decoder_is_refused_in_python_too(name: str) -> None:
+    facts = facts_of(SHIPPED, read_content(SHIPPED))
+    with pytest.raises(RsdError, match=f"it is called {former.DECODERS[name]} now"):
+        resolve(facts, DecodeOptions(decode=name))
+
+
+def test_the_weights_and_sizes_of_a_checkpoint_are_read_by_present_names() -> None:
+    stored = json.loads((SHIPPED / CONFIG_FILE).read_text())
+    assert {"main", "draft", "light"} <= stored["policy"].keys()  # else this tests nothing
+    with safe_open(SHIPPED / WEIGHTS_FILE, "pt") as file:
+        assert {name.partition(".")[0] for name in file.keys()} == {"main", "draft", "light"}  # noqa: SIM118
+    weights = read_weights(SHIPPED / WEIGHTS_FILE)
+    assert {name.partition(".")[0] for name in weights} == {"target", "feature_drafter", "visual_drafter"}
+    content = read_content(SHIPPED)
+    config = parse_config(SHIPPED, content, PolicyConfig)
+    assert config == parse_config(SHIPPED, stored, PolicyConfig)  # as `rsd checkpoint seal` reads it
+    assert config.target.image_size == stored["policy"]["main"]["image_size"]
+    assert facts_of(SHIPPED, content).visual_drafter
+    model, _ = load_model(SHIPPED, content, ActionTokenizer.load(SHIPPED))
+    assert model.state_dict().keys() == weights.keys()
+
+
+def test_an_episode_of_before_is_read_by_present_names() -> None:
+    line = (located(ARCHIVED / "rsd-ahead") / "episodes.jsonl").read_text().splitlines()[0]
+    values = json.loads(line)
+    episode = record_of(EpisodeResult, values, "episode")
+    assert (values["decode"], episode.decode) == ("rsd-ahead", "draft-first")
+    assert episode.target_passes == values["main_passes"]
+    assert episode.latency_ms["verify-pending"] == values["latency_ms"]["follow-up"]
+    assert episode.chunks == values["chunks"]
+
+
+def test_a_run_of_before_is_read_whatever_stood_for_no_threshold() -> None:
+    folder = located(ARCHIVED / "rsd-ahead")
+    assert json.loads((folder / "config.json").read_text())["config"]["skip_threshold_mm"] == -1.0
+    record = read_run_record(folder)
+    assert record.config["decode"] == "draft-first"
+    assert stored_config(record.config, "here", older=True).skip_threshold_mm is None
+
+
+def test_an_archive_of_before_is_found_by_present_names() -> None:
+    assert located(ARCHIVED / "draft-first") == located(ARCHIVED / "rsd-ahead")
+    assert not located(ARCHIVED / "nothing").exists()
+
+
+def test_results_of_before_are_compared_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(located(ARCHIVED / name)) for name in ("l1", "draft-first")]
+    assert dispatch(["compare", *runs]) == 0
+    printed = capsys.readouterr().out
+    assert "draft-first" in printed
+    assert dispatch(["report", *runs, "--output", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "draft-first" in page
