@@ -20,6 +20,7 @@ eval: env  ## run the shipped policy in LIBERO, without and with speculative dec
 		--report --output results/make-eval --overwrite
 
 test: env  ## lint, type-check and test, simulator included
+	$(BIN)/python scripts/check_limits.py
 	$(BIN)/ruff check src tests
 	$(BIN)/mypy
 	$(BIN)/pytest
