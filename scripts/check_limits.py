@@ -55,7 +55,8 @@ def main(arguments: list[str]) -> int:
         if value > limit.ceiling:
             verdict = f"TOO MUCH, at most {limit.ceiling:,}"
         elif limit.ceiling > limit.goal and value < limit.ceiling * (1 - SLACK):
-            verdict = f"LESS THAN ITS CEILING {limit.ceiling:,}: lower that to {max(value, limit.goal):,} in this script"
+            lower = max(value, limit.goal)
+            verdict = f"LESS THAN ITS CEILING {limit.ceiling:,}: lower that to {lower:,} in this script"
         elif limit.ceiling > limit.goal:
             verdict = f"ok today, at most {limit.ceiling:,}"
         failed += not verdict.startswith("ok")
