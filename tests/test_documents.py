@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from rsd import former
+
 ROOT = Path(__file__).resolve().parent.parent
-FORMER = {"draft-first": "rsd-ahead", "drafter-only": "light-alone", "coarse-only": "draft"}  # in these raw results
+FORMER = {new: old for old, new in former.DECODERS.items()}  # in these raw results
 # document, its section, the column of successes, the summary of the raw results, and the folder of the runs there
 TABLES = {
     "readme": ("README.md", "What it gains", "stock libero_spatial", "libero_spatial_57M", "h100/"),
