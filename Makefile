@@ -20,7 +20,8 @@ eval: env  ## run the shipped policy in LIBERO, target alone, speculative, draft
 		--report --output results/make-eval --overwrite
 
 test: env  ## lint, type-check and test, simulator included
-	$(BIN)/ruff check src studies tests
+	$(BIN)/python scripts/check_limits.py
+	$(BIN)/ruff check src studies tests scripts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
