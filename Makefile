@@ -24,4 +24,4 @@ test: env  ## lint, type-check and test, simulator included
 	$(BIN)/ruff check src studies tests scripts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a checkpoint like the shipped one and its evaluation, on one machine with a GPU. Two trainings: a small
-# main on the expert's demonstrations, then one of the shipped sizes, whose cameras and words start from the first's, on
+# target on the expert's demonstrations, then one of the shipped sizes, whose cameras and words start from the first's, on
 # those and on states that the first policy led itself into (DAgger). Every step continues where it was interrupted.
 # Usage: train_libero_spatial.sh [RUN_FOLDER]; WORKERS, NUM_DEMOS, NUM_DAGGER,
 # FIRST_MINUTES and SECOND_MINUTES may be set.
@@ -21,9 +21,9 @@ train --data "$run/expert" --tokenizer "$run/tokenizer" --output "$run/first" --
     --policy "$run/first/checkpoint" --policy-share 0.85 --seed 101
 render dagger
 train --data "$run/expert" "$run/dagger" --init "$run/first/checkpoint" --init-matching --output "$run/second" \
-    --loop.minutes "${SECOND_MINUTES:-8.5}" --loss.blind 0.3 --policy.acceptance residual \
+    --loop.minutes "${SECOND_MINUTES:-8.5}" --loss.blind 0.3 --policy.acceptance "blind(0.95)" --loss.counterfactual 0.3 \
     --policy.target.dim 576 --policy.target.layers 12 --policy.target.heads 9 --policy.target.merge 2 2 \
-    --policy.target.whole-block policy.light:light-draft-config \
+    --policy.target.whole-block policy.visual-drafter:visual-drafter-config \
     --policy.visual-drafter.depth 1 --policy.visual-drafter.channels 16 48 96 128 --policy.visual-drafter.layers 2
 
 "$rsd" calibrate --policy "$run/second/checkpoint" --device cuda --batch 16 --num-workers "$workers" \

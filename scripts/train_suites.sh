@@ -8,7 +8,7 @@ set -euo pipefail
 run=${1:-runs/suites}
 bin=${BIN:-.venv/bin}
 workers=${WORKERS:-$(nproc)}
-afresh="main.block target.level_head main.parallel_head main.residual_head draft light.levels light.residual_head"
+afresh="target.block target.level_head target.parallel_head target.residual_head feature_drafter visual_drafter.levels visual_drafter.residual_head"
 
 collect() { # suite, demonstrations a task, of which rendered
     "$bin/rsd" demos collect --suite "$1" --out "$run/$1_states" --num-demos "$2" --states-only --num-workers "$workers"

@@ -1,4 +1,4 @@
-"""`docs/results/scaling.md` from committed raw results: what speculation gains as the target grows.
+"""`runs/pages/scaling.md` from committed raw results: what speculation gains as the target grows.
 
     python -m studies.scaling_page
 
@@ -77,7 +77,7 @@ class ScalingPageConfig:
     """Raw milliseconds of `python -m studies.openvla`, for the largest target."""
     skipping: Path = Path("results/libero_spatial/cpu/rsd-skip-500")
     """Run of `rsd-skip` whose share of chunks without the target is taken."""
-    output: Path = Path("docs/results/scaling.md")
+    output: Path = Path("runs/pages/scaling.md")
     """The page."""
 
 

@@ -1,4 +1,4 @@
-"""`docs/results/decoding.md` from committed raw results: what every decoder does with the files that ship.
+"""`runs/pages/decoding.md` from committed raw results: what every decoder does with the files that ship.
 
     python -m studies.shipped_page
 
@@ -117,7 +117,7 @@ class ShippedPageConfig:
     """Folder of the smaller target's runs."""
     checkpoint: Path = Path("checkpoints/libero_spatial/config.json")
     """The policy's own record."""
-    output: Path = Path("docs/results/decoding.md")
+    output: Path = Path("runs/pages/decoding.md")
     """The page."""
 
 

@@ -1,4 +1,4 @@
-"""`docs/results/studies.md` from committed raw results: trainings that are not the shipped policy's.
+"""`runs/pages/studies.md` from committed raw results: trainings that are not the shipped policy's.
 
     python -m studies.studies_page
 
@@ -182,7 +182,7 @@ class StudiesPageConfig:
 
     results: Path = Path("results/libero_spatial")
     """Folder of the runs."""
-    output: Path = Path("docs/results/studies.md")
+    output: Path = Path("runs/pages/studies.md")
     """The page."""
 
 

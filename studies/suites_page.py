@@ -1,4 +1,4 @@
-"""`docs/results/suites.md` from committed raw results: one policy on several suites, with and without its target.
+"""`runs/pages/suites.md` from committed raw results: one policy on several suites, with and without its target.
 
     python -m studies.suites_page
 
@@ -102,7 +102,7 @@ class SuitesPageConfig:
     """Directories in that, in the order of the rows."""
     skipping: str = "libero_10-rsd-skip"
     """Directory in it of a run of one suite by rsd-skip."""
-    output: Path = Path("docs/results/suites.md")
+    output: Path = Path("runs/pages/suites.md")
     """The page."""
 
 
