@@ -1,4 +1,4 @@
-# `make help` lists the targets; everything runs in .venv and nothing else is touched.
+# `make help` lists the targets. Everything runs in .venv; scripts/make_env.sh installs missing system libraries by apt-get.
 VENV := .venv
 BIN := $(VENV)/bin
 

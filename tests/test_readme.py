@@ -14,7 +14,7 @@ def test_the_snippets_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setenv("RSD_ENGINE", "eager")  # no graphs to export
     monkeypatch.chdir(README.parent)
     snippets = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 2  # a policy by itself, and in a gymnasium environment
+    assert len(snippets) == 1  # a policy by itself, then in a gymnasium environment
     names: dict[str, Any] = {}
     try:
         for snippet in snippets:

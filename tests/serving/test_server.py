@@ -252,7 +252,7 @@ def test_options_that_belong_to_the_server_are_refused(address: str, tmp_path: P
         (["--port", "70000"], "--port 70000: expected 0 to 65535"),
         (["--threads", "-1"], "--threads -1: expected at least 0"),
         (["--decode", "rsd-fast"], "--decode 'rsd-fast': expected one of"),
-        (["--decode", "l1", "--acceptance", "exact"], "--decode l1 accepts nothing, only rsd does"),
+        (["--decode", "l1", "--acceptance", "exact"], "--decode l1 accepts nothing; expected --decode rsd, rsd-fused"),
         (["--device", "tpu"], "--device 'tpu': expected cpu, cuda, or cuda with a number"),
     ],
 )

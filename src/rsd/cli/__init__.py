@@ -53,7 +53,7 @@ COMMANDS = {
     "doctor": Command("check this machine and a checkpoint before an evaluation", "rsd.cli.doctor"),
     "serve": Command("put a policy behind a network port, in openpi's protocol", "rsd.cli.serve"),
     "bench latency": Command(
-        "milliseconds per chunk of every decoder, in one run",
+        "milliseconds per chunk of several decoders, in one run",
         "rsd.evaluation.latency",
         "measure_latency",
         "rsd.evaluation.bench_config:LatencyConfig",

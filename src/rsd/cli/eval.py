@@ -139,7 +139,7 @@ def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
 
 
 def check_names(config: EvalConfig) -> None:
-    """Raises UsageError for a strategy, rule or device that is not there, before anything is started."""
+    """Raises UsageError for a decoder, rule or device that is not there, before anything is started."""
     from rsd.decoding import decoders as strategies
     from rsd.decoding.acceptance import acceptance_rule
     from rsd.decoding.decoders import names
@@ -154,7 +154,8 @@ def check_names(config: EvalConfig) -> None:
         published = local.is_dir() and is_openvla(local)
         check_choice("--decode", config.decode, DECODERS if published else strategies.DECODERS)
     if asked_rule(config.acceptance) is not None and config.decode not in names(drafts=True):
-        raise UsageError(f"--acceptance {config.acceptance}: --decode {config.decode} accepts nothing, only rsd does")
+        found = f"--acceptance {config.acceptance}: --decode {config.decode} accepts nothing"
+        raise UsageError(f"{found}; expected --decode {', '.join(names(drafts=True))}, or leave it out")
     for name in ("skip_threshold_mm", "target_at_reset"):
         if getattr(config, name) != getattr(EvalConfig, name) and config.decode not in names(gated=True):
             raise UsageError(f"{option(name)} is of --decode rsd-skip, found --decode {config.decode}")

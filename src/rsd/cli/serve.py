@@ -24,7 +24,7 @@ class ServeArguments:
     policy: str = EvalConfig.policy
     """Checkpoint directory or Hugging Face hub id: everything that `rsd eval --policy` takes."""
     decode: str = EvalConfig.decode
-    """Decoding strategy, as of `rsd eval`."""
+    """Decoder, as of `rsd eval`."""
     acceptance: str = EvalConfig.acceptance
     """Rule for drafted levels, as of `rsd eval`; default: the checkpoint's."""
     skip_threshold_mm: float | None = EvalConfig.skip_threshold_mm
@@ -34,7 +34,7 @@ class ServeArguments:
     memory_chunks: int | None = EvalConfig.memory_chunks
     """The same: how many chunks the draft attends to what the target left behind."""
     target_at_reset: bool = EvalConfig.target_at_reset
-    """For rsd-skip: the target always runs on an episode's first observation."""
+    """For rsd-skip: whether the target always runs on an episode's first observation, as of `rsd eval`."""
     statistics: str = EvalConfig.task_suite
     """Data set whose statistics scale a published OpenVLA checkpoint's actions, where its own files do not say."""
     device: str = EvalConfig.device

@@ -80,7 +80,7 @@ def primitive(
 class Primitives:
     """The models at hand and an engine; one thread at a time.
 
-    rule: judges drafted levels. fine: how the fine levels come, `regress` or `sequential` (see `strategies.rsd`).
+    rule: judges drafted levels. fine: how the fine levels come, `regress` or `sequential` (see `decoders.rsd`).
     sampler: draws the motion tokens, drafted ones too, which it then judges in the place of `rule`. rows: every call is
     filled up to so many rows, so that there is one way to multiply the matrices whatever a batch happens to hold.
     """

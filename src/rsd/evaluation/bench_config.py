@@ -21,12 +21,12 @@ TRUNKS = {  # dim, layers, heads; cameras and words are those of the checkpoint
 
 @dataclass(frozen=True)
 class LatencyConfig:
-    """Time every decoder of a policy, the first one being the baseline."""
+    """Time decoders of a policy, the first one being the baseline."""
 
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory or hub id."""
     decode: tuple[str, ...] = ("ar", "l1", "parallel", "rsd", "rsd-fused")
-    """Decoders, in the order of the columns."""
+    """Decoders, in the order of the columns; any but rsd-skip."""
     suite: str = "libero_spatial"
     """Suite whose tasks give the observations: initial state 0 of each, and two chunks later."""
     num_tasks: int = 10

@@ -94,8 +94,8 @@ class VisualDrafterConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.decoders.rsd`); without a light
-    draft the decoders that need one are refused."""
+    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.decoders.rsd`); without a visual
+    drafter the decoders that need one are refused."""
 
     target: TargetConfig = field(default_factory=TargetConfig)
     feature_drafter: DrafterConfig = field(default_factory=DrafterConfig)

@@ -50,8 +50,8 @@ class LoopConfig:
 @dataclass(frozen=True)
 class LossConfig:
     """draft_share: part of the batch on a draft's prefixes; jitter: largest share of digits disturbed in the rest;
-    level_decay: weight of a level's loss relative to the one above, past the coarse ones; blind: share of the light
-    draft's samples without a memory of the target; counterfactual: share of the whole drafts judged in training that
+    level_decay: weight of a level's loss relative to the one above, past the coarse ones; blind: share of the visual
+    drafter's samples without a memory of the target; counterfactual: share of the whole drafts judged in training that
     are another sample's, so that the block that is told a draft learns to doubt it; the others are weights."""
 
     draft_share: float = 0.5
@@ -96,7 +96,7 @@ class TrainTokenizerConfig:
 
 @dataclass(frozen=True)
 class TrainPolicyConfig:
-    """Train target and drafts on demonstrations (--backbone openvla has other options: see its --help)."""
+    """Train target and drafters on demonstrations (--backbone openvla has other options: see its --help)."""
 
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of rendered demonstrations (HDF5)."""
