@@ -34,7 +34,8 @@ class ServeArguments:
     memory_chunks: int | None = EvalConfig.memory_chunks
     """The same: how many chunks the draft attends to what the target left behind."""
     target_at_reset: bool = EvalConfig.target_at_reset
-    """For rsd-skip: whether the target always runs on an episode's first observation, as of `rsd eval`."""
+    """With --no-target-at-reset, an ablation of rsd-skip, the gate decides on an episode's first observation, too;
+    otherwise the target always runs there."""
     statistics: str = EvalConfig.task_suite
     """Data set whose statistics scale a published OpenVLA checkpoint's actions, where its own files do not say."""
     device: str = EvalConfig.device

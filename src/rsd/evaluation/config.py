@@ -73,8 +73,8 @@ class EvalConfig:
     memory_chunks: int | None = None
     """The same: how many chunks the draft attends to what the target left behind, after that what it sees alone (2)."""
     target_at_reset: bool = True
-    """For rsd-skip: whether the target always runs on an episode's first observation; the ablation
-    --no-target-at-reset lets the gate decide there, too."""
+    """With --no-target-at-reset, an ablation of rsd-skip, the gate decides on an episode's first observation, too;
+    otherwise the target always runs there."""
     audit: bool = False
     """With a visual drafter: record how far its chunks lead away from the target's; for that the target is run beside
     every skipped chunk (not timed), and the realised risk is known."""
