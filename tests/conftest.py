@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from rsd.decoding.gate import SkipRule
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.models.feature_drafter import DrafterConfig
 from rsd.models.target import TargetConfig
@@ -134,5 +136,18 @@ def make_observation() -> Callable[..., Observation]:
         rng = np.random.default_rng(seed)
         images = rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
         return Observation(images, rng.normal(0.0, 0.5, 8).astype(np.float32), instruction)
+
+    return make
+
+
+@pytest.fixture
+def make_policy(
+    make_steady_model: Callable[[], RsdModel], tokenizer: ActionTokenizer, tiny_config: PolicyConfig
+) -> Callable[..., RsdPolicy]:
+    """A policy whose visual drafter remembers, and with `rsd-skip`, acts alone two chunks of three."""
+
+    def make(decode: str = "rsd-skip", **options: Any) -> RsdPolicy:
+        skip = SkipRule(threshold_mm=1e9, max_skips=2)
+        return RsdPolicy.of(make_steady_model(), tokenizer, tiny_config, decode=decode, skip=skip, **options)
 
     return make

@@ -70,7 +70,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
             "rsd demos collect: error: --noise.max-level nan: expected a finite number",
         ),
         (["train", "policy", "--loop.learning-rate", "inf"], "rsd train policy: error: --loop.learning-rate inf: "),
-        (["train", "drafter", "--loss.blind", "nan"], "rsd train drafter: error: --loss.blind nan: expected a finite"),
+        (["train", "drafter", "--loss.blind", "nan"], "rsd train drafter: error: --loss.blind nan: expected a share"),
         (["demos", "render", "--source", "x", "--num-workers", "0"], "rsd demos render: error: --num-workers 0: "),
         (["tokenizer", "fit", "--tokenizer.rho", "nan"], "rsd tokenizer fit: error: RFSQ: expected levels"),
         (["eval", "--num-trials", "100000000"], "rsd eval: error: --num-trials 100000000: expected at most 1000000"),

@@ -82,7 +82,7 @@ def test_both_ways_of_decoding_alone_in_a_worker_and_with_a_video(untrained: Pat
     assert len(imageio.mimread(video, memtest=False)) == 1 + STEPS // FRAME_STEPS
     assert summary.versions["mujoco"] == "3.2.3"
     assert len(summary.policy["checkpoint_sha256"]) == 64
-    assert len(summary.decoding.acceptance_per_level) == PolicyConfig().draft.levels
+    assert len(summary.decoding.acceptance_per_level) == PolicyConfig().feature_drafter.levels
 
 
 @pytest.mark.simulator

@@ -217,7 +217,7 @@ def test_a_browser_shows_it(browser: Any, page_file: Path, width: int, scheme: s
     # nothing sticks out of a phone's screen, every figure is drawn inside its card
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     boxes = page.evaluate(
-        "[...document.querySelectorAll('target svg')].map(s => [s.getBoundingClientRect().width,"
+        "[...document.querySelectorAll('main svg')].map(s => [s.getBoundingClientRect().width,"
         " s.parentElement.getBoundingClientRect().width, s.getBoundingClientRect().height])"
     )
     assert len(boxes) == 5
@@ -225,7 +225,7 @@ def test_a_browser_shows_it(browser: Any, page_file: Path, width: int, scheme: s
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) == (scheme == "dark")
     # letters of figures and page are legible on what they stand on
-    ink = page.evaluate("getComputedStyle(document.querySelector('target svg text')).fill")
+    ink = page.evaluate("getComputedStyle(document.querySelector('main svg text')).fill")
     brightness = sum(map(int, re.findall(r"\d+", ink)[:3]))
     assert (brightness > 380) == (scheme == "dark")
     # every run's numbers are on the screen, and nothing lies on anything else

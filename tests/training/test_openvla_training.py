@@ -186,7 +186,7 @@ def test_the_command_line_reaches_it(
     command = ["train", "policy", "--backbone=openvla", "--from", config.source, "--data", str(config.data[0])]
     command += ["--tokenizer", str(config.tokenizer), "--output", str(tmp_path / "run"), "--device", "cpu"]
     command += ["--loop.steps", "1", "--loop.batch-size", "2", "--loop.accumulate", "2", "--lora.rank", "2"]
-    assert dispatch([*command, "--lora.vision", "--validation-frames", "2", "light:none"]) == 0
+    assert dispatch([*command, "--lora.vision", "--validation-frames", "2", "visual-drafter:none"]) == 0
     content = json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
     assert content["policy"]["visual_drafter"] is None
     assert content["provenance"]["training"]["lora"] == {"rank": 2, "alpha": 16.0, "vision": True}

@@ -313,7 +313,7 @@ def test_train_draft_keeps_everything_else(
     before, after = (RsdPolicy.from_pretrained(path, decode="rsd") for path in (trained, directory))
     assert after.config == replace(before.config, feature_drafter=draft)
     for name, value in before.model.state_dict().items():
-        if not name.startswith("draft."):
+        if not name.startswith("feature_drafter."):
             assert torch.allclose(after.model.state_dict()[name], value, atol=1e-6), name
     assert len(after.predict(observation_of(demonstrations)).stats.num_draft_tokens) == 2
     assert after.provenance["feature_drafter"]["training"]["feature_drafter"]["levels"] == 2
@@ -350,15 +350,15 @@ def test_train_light_draft_keeps_everything_else(
     assert after.model.visual_drafter is not None
     assert before.model.visual_drafter is not None
     new, old = after.model.state_dict(), before.model.state_dict()
-    assert all(torch.allclose(new[n], old[n], atol=1e-6) for n in old if not n.startswith("light."))
+    assert all(torch.allclose(new[n], old[n], atol=1e-6) for n in old if not n.startswith("visual_drafter."))
     cameras = [after.model.visual_drafter.cameras.state_dict(), before.model.visual_drafter.cameras.state_dict()]
     moved = max(float((a - b).abs().max()) for a, b in zip(*(part.values() for part in cameras), strict=True))
     assert 0 < moved < 0.01 if resume else moved > 0.01  # it started from the weights there, or afresh
-    assert after.provenance["visual"]["training"]["loss"]["blind"] == 1.0
+    assert after.provenance["visual_drafter"]["training"]["loss"]["blind"] == 1.0
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     if not resume:
-        values = [event.value for event in events.Scalars("loss/light_regress")]
+        values = [event.value for event in events.Scalars("loss/visual_regress")]
         assert np.mean(values[-3:]) < np.mean(values[:3])
 
 
@@ -405,4 +405,5 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RsdError, match="no CUDA device"):
         resolve_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert resolve_device("auto").type == "cuda"

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -80,7 +80,7 @@ class OnnxGraph:
         with torch.inference_mode(False), torch.no_grad():
             given = [tensor.clone().contiguous() for tensor in inputs]
             self.template = call(given)
-            path = folder / f"{graph_name(step, ops, given)}.onnx"
+            path = folder / f"{graph_name(step, ops, given, tensors_of(self.template))}.onnx"
             with contextlib.suppress(OSError):
                 os.utime(folder)  # used last now
             if not path.exists():
@@ -154,9 +154,10 @@ def policy_name(ops: Primitives) -> str:
     return digest.hexdigest()[:32]
 
 
-def graph_name(step: Step, ops: Primitives, inputs: Sequence[Tensor]) -> str:
-    """A file's name that changes with everything else that the graph depends on."""
-    kind: list[object] = [(tuple(x.shape), x.dtype) for x in inputs]
+def graph_name(step: Step, ops: Primitives, inputs: Sequence[Tensor], outputs: Iterable[Tensor]) -> str:
+    """A file's name that changes with everything else that the graph depends on: what goes in, what comes out (a
+    prefill with and without its cache), and what the primitive reads of the rule."""
+    kind: list[object] = [[(tuple(x.shape), x.dtype) for x in tensors] for tensors in (inputs, outputs)]
     kind += {"rule": [ops.rule.name], "telling": [ops.fine, ops.telling]}.get(step.by, [])
     return f"{step.name}-{hashlib.sha256(repr(kind).encode()).hexdigest()[:16]}"
 

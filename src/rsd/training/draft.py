@@ -65,24 +65,25 @@ def train_drafter(config: TrainDrafterConfig) -> Path:
 
     def save(report: dict[str, object]) -> None:
         made = {"data": data, "training": resolved, "validation": report, "versions": versions()}
-        save_checkpoint(ema, tokenizer, policy, {**source.provenance, config.kind: made}, directory)
+        save_checkpoint(ema, tokenizer, policy, {**source.provenance, f"{config.kind}_drafter": made}, directory)
 
     return save_then_validate(directory, save, lambda: validate(ema, tokenizer, validation))
 
 
 def with_draft(source: RsdPolicy, config: TrainDrafterConfig) -> tuple[RsdModel, PolicyConfig]:
-    """The policy's model with the draft that is to be trained, and its sizes."""
+    """The policy's model with the drafter that is to be trained, and its sizes."""
+    part = f"{config.kind}_drafter"
     if config.resume_weights:
         if config.kind == "visual" and source.config.visual_drafter is None:
             raise RsdError(f"--resume-weights: {config.policy} has no visual drafter; leave it out to start one afresh")
         policy = source.config
     else:
-        policy = replace(source.config, **{config.kind: getattr(config, config.kind)})
+        policy = replace(source.config, **{part: getattr(config, part)})
     model = RsdModel(policy, source.tokenizer)
     kept = source.model.state_dict()
     if not config.resume_weights:
-        fresh = {name: value for name, value in model.state_dict().items() if name.startswith(f"{config.kind}.")}
-        kept = {name: value for name, value in kept.items() if not name.startswith(f"{config.kind}.")} | fresh
+        fresh = {name: value for name, value in model.state_dict().items() if name.startswith(f"{part}.")}
+        kept = {name: value for name, value in kept.items() if not name.startswith(f"{part}.")} | fresh
     model.load_state_dict(kept)
     return model, policy
 
