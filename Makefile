@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help env eval test test-gpu
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(VENV)/.complete  ## make the environment in .venv: locked versions, OpenGL library
 
