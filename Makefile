@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env eval test
+.PHONY: help env eval test test-gpu
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(VENV)/.complete  ## make the environment in .venv: locked versions, OpenGL library
 
@@ -18,6 +18,9 @@ $(VENV)/.complete: requirements.lock pyproject.toml scripts/make_env.sh
 eval: env  ## run the shipped policy in LIBERO, target alone, speculative, drafter alone: results/make-eval/report.html
 	$(BIN)/rsd eval --compare --task-suite libero_spatial --num-trials 1 --videos all --max-videos 3 \
 		--report --output results/make-eval --overwrite
+
+test-gpu: env  ## what needs a CUDA GPU: recordings, compiled kernels, batches, goldens
+	$(BIN)/pytest tests/runtime tests/goldens tests/evaluation/test_batching.py tests/targets -k "cuda or compiled or record or stream or golden"
 
 test: env  ## lint, type-check and test, simulator included
 	$(BIN)/python scripts/check_limits.py

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rsd import former
+from studies.permuted_page import ROWS, permuted_table
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMER = {new: old for old, new in former.DECODERS.items()}  # in these raw results
@@ -50,3 +51,14 @@ def test_a_table_of_successes_is_that_of_the_raw_results(name: str) -> None:
         assert interval in row[column], (row, interval)
         if counted := re.match(r"(\d+)(?:/(\d+))? =", row[column]):
             assert (int(counted[1]), int(counted[2] or 500)) == (success["successes"], success["n"]), row
+
+
+def test_the_table_of_the_permuted_scenes_is_made_from_the_raw_results() -> None:
+    made = permuted_table(ROOT / "results" / "permuted_object")
+    assert made in (ROOT / "docs" / "results.md").read_text()
+    runs = {"l1": "l1", "drafter-only": "alone", "rsd-fused": "fused_blind", "rsd-skip": "skip_reset_3", "ar": "ar"}
+    in_full = {cells[0]: cells[1] for cells in (line.strip("| ").split(" | ") for line in made.splitlines()[2:])}
+    table = rows("README.md", "What it gains")
+    assert [row["decoder"] for row in table] == list(runs)
+    for row in table:
+        assert re.sub(r" \(\w\)", "", row["permuted scenes"]) == in_full[ROWS[runs[row["decoder"]]]]

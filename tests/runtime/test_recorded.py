@@ -14,6 +14,9 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, Observation, RsdError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+# A recording replays the very kernels. The compiler's own round otherwise (TF32), and a digit at a bin's edge may fall the
+# other way: with the random weights of these tests by at most 0.016 on an H200.
+PROMISED = {AUTO: 1e-5, COMPILED: 0.03}
 
 
 @pytest.mark.parametrize("recorded_engine", [AUTO, COMPILED])
@@ -33,7 +36,7 @@ def test_a_recorded_strategy_acts_as_the_plain_one(
     )
     for seed in range(6):
         expected, found = (policy.predict(make_observation(seed)) for policy in (plain, recorded))
-        assert np.allclose(found.actions, expected.actions, atol=1e-5)
+        assert np.allclose(found.actions, expected.actions, atol=PROMISED[recorded_engine])
         assert found.stats.prefills == expected.stats.prefills
         for policy in (plain, recorded):
             policy.verify()

@@ -1,0 +1,78 @@
+"""The table of the permuted scenes in docs/results.md, from raw results: verification where the target is worth it.
+
+    python -m studies.permuted_page
+
+prints it. Successes are compared on the states that a run shares with the target alone; *kept* is what a decoder keeps
+of the gap between the drafter alone and the target alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from rsd.evaluation.summary import success_rate
+from rsd.reporting.tables import Run, load_run, paired
+from studies.page_tables import table
+
+ROWS = {  # run -> how the table calls it
+    "l1": "`l1`, the target alone",
+    "alone": "`drafter-only`",
+    "fused_blind": "`rsd-fused`, `blind(0.95)`",
+    "fused_residual": "`rsd-fused`, `residual`",
+    "fused_margin": "`rsd-fused`, `margin`",
+    "skip_reset_3": "`rsd-skip`: target at reset, at most 3 without in a row",
+    "skip_reset_1": "the same, every second chunk by the target",
+    "skip_reset_99": "the same, only gripper switches call the target",
+    "skip_noreset_3_mem99": "without the target at reset, memory kept",
+    "skip_old": "as it was: gate of 400 mm, no target at reset, `residual`",
+    "ar": "`ar`",
+}
+HEADER = ["", "success [Wilson 95 %]", "like training / held out", "against the target alone", "kept", "passes"]
+
+
+@dataclass(frozen=True)
+class PermutedPageConfig:
+    """Print the table."""
+
+    results: Path = Path("results/permuted_object")
+    """Folder of the runs, or what its archive was made of."""
+
+
+def shared(run: Run, states: Run) -> int:
+    """Successes of a run on the states that another one has."""
+    return sum(run.successes[key] for key in states.successes)
+
+
+def row(name: str, run: Run, target: Run, drafter: Run) -> list[str]:
+    rate, count = success_rate(run.episodes), len(run.episodes)
+    interval = f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+    shown = f"{rate.successes}/{count} = {100 * rate.successes / count:.1f} % {interval}"
+    halves = [[e.success for e in run.episodes if e.init_state % 2 == odd] for odd in (0, 1)]
+    seen = f"{sum(halves[0])} / {sum(halves[1])} of {len(halves[0])}"
+    passes = sum(e.prefills for e in run.episodes) / sum(e.chunks for e in run.episodes)
+    of_target, of_drafter = shared(target, run), shared(drafter, run)
+    kept = f"{(rate.successes - of_drafter) / (of_target - of_drafter):.2f}"
+    against = "-"
+    if run is not target:
+        pair = paired(target, run)
+        tasks = pair.clustered_interval()
+        assert tasks is not None
+        against = f"{100 * pair.difference:+.1f} (+{pair.only_second} -{pair.only_first}), p {pair.p_value:.2g}"
+        against += f" [{100 * tasks[0]:+.1f}, {100 * tasks[1]:+.1f}]"
+        if count < len(target.episodes):
+            against = f"of {of_target}: {against}"
+    return [name, shown, seen, against, kept, f"{passes:.2f}"]
+
+
+def permuted_table(folder: Path) -> str:
+    """The table, in Markdown. Raises RsdError where a run is not there."""
+    runs = {name: load_run(folder / name) for name in ROWS}
+    rows = [row(ROWS[name], run, runs["l1"], runs["alone"]) for name, run in runs.items()]
+    return table(HEADER, rows)
+
+
+if __name__ == "__main__":
+    print(permuted_table(tyro.cli(PermutedPageConfig).results))
