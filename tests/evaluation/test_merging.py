@@ -91,6 +91,14 @@ def test_a_shard_that_is_not_done_is_merged_as_far_as_it_is_and_again_later(whol
     assert read(sharded) == read(whole)
 
 
+def test_a_run_is_no_shard_of_itself_and_no_shard_counts_twice(whole: Path, sharded: Path) -> None:
+    before = (whole / "episodes.jsonl").read_bytes()
+    for shards in ([whole], [sharded, sharded]):
+        with pytest.raises(RsdError, match="expected shards that are other directories, each named once"):
+            merge_shards(whole, shards)
+    assert (whole / "episodes.jsonl").read_bytes() == before
+
+
 def test_an_error_gives_way_to_a_result_from_wherever(whole: Path, sharded: Path) -> None:
     first = next(iter(read(sharded / "shard-1-of-2").values()))
     broken = replace(first, success=False, failure="error: worker died")

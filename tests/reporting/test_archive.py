@@ -35,6 +35,11 @@ def test_what_is_no_archive_or_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "damaged.tar.xz").write_bytes(b"not one")
     with pytest.raises(RsdError, match=r"damaged.tar.xz: cannot be unpacked"):
         located(tmp_path / "damaged" / "l1")
+    content = pack(study(tmp_path / "flipped")).read_bytes()
+    middle = len(content) // 3
+    (tmp_path / "flipped.tar.xz").write_bytes(content[:middle] + b"\xff" * 8 + content[middle + 8 :])
+    with pytest.raises(RsdError, match=r"flipped.tar.xz: cannot be unpacked"):
+        located(tmp_path / "flipped" / "l1")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RsdError, match="no file in it"):
         pack(tmp_path / "empty")

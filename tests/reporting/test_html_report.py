@@ -87,6 +87,11 @@ def test_the_command_says_where_the_page_is(runs: list[Path], capsys: pytest.Cap
     assert page.is_file()
     with pytest.raises(RsdError, match="expected the name of an HTML file, found a directory"):
         write_report(runs, runs[0])
+    episodes = runs[0] / "episodes.jsonl"
+    before = episodes.read_bytes()
+    with pytest.raises(RsdError, match=r"expected a name that ends in .html"):
+        write_report(runs, episodes)
+    assert episodes.read_bytes() == before
 
 
 def test_a_run_without_drafts_or_failures_has_a_shorter_page(tmp_path: Path) -> None:

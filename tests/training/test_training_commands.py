@@ -1,6 +1,7 @@
 """The three training commands from demonstrations on disk to files that load, in miniature."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,15 @@ def test_train_tokenizer_fits_the_labels_and_saves(
 
 
 # policy
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"acceptance": "blind(nan)"}, "acceptance 'blind"), ({"fine": "regres"}, "--policy.fine regres: expected")],
+)
+def test_what_could_not_be_loaded_is_not_trained(config: TrainPolicyConfig, wrong: dict[str, str], said: str) -> None:
+    with pytest.raises(RsdError, match=re.escape(said)):
+        train_policy(replace(config, policy=replace(config.policy, **wrong)))
 
 
 def test_train_policy_lowers_the_loss(trained: Path, config: TrainPolicyConfig) -> None:

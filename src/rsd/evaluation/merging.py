@@ -42,6 +42,9 @@ def merge_shards(output: Path, shards: Sequence[Path] = (), backend: Backend = L
     shards = list(shards) or [shard for shard in sorted(output.glob(SHARD_PATTERN)) if (shard / CONFIG_FILE).exists()]
     if not shards:
         raise RsdError(f"{output}: holds no {SHARD_PATTERN} with results; name the shards' directories")
+    folders = [shard.resolve() for shard in shards]
+    if output.resolve() in folders or len(set(folders)) < len(folders):
+        raise RsdError(f"{output}: expected shards that are other directories, each named once; found one twice")
     with exclusive(output):
         return merge_locked(output, shards, backend)
 

@@ -43,7 +43,7 @@ class EpisodeProgress:
     def __enter__(self) -> EpisodeProgress:
         self._bar.start()
         if not self._console.is_terminal:
-            said = f"{self._label}: {self._pending} episodes to run, starting workers"
+            said = f"{self._label}: {plural(self._pending, 'episode')} to run, starting workers"
             self._console.print(said, highlight=False, soft_wrap=True)
         return self
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import shutil
 import sys
 import tarfile
@@ -46,7 +47,7 @@ def _unpacked(archive: Path) -> tempfile.TemporaryDirectory[str]:
     try:
         with tarfile.open(archive) as content:
             content.extractall(folder.name, filter="data")
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
         raise RsdError(f"{archive}: cannot be unpacked ({error}); fetch it again") from error
     return folder
 

@@ -92,6 +92,8 @@ def write_report(directories: Sequence[Path], output: Path | None = None, videos
         output = shared / REPORT_FILE
     elif output.is_dir():
         raise RsdError(f"--output {output}: expected the name of an HTML file, found a directory")
+    elif output.suffix.lower() not in (".html", ".htm"):
+        raise RsdError(f"--output {output}: expected a name that ends in .html; another file would be written over")
     figures = draw_all(runs)
     folder = output.parent / FIGURES_DIR
     folder.mkdir(parents=True, exist_ok=True)

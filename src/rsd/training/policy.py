@@ -11,11 +11,14 @@ from torch import Tensor
 
 from rsd.checkpoint import save_checkpoint
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
+from rsd.decoding.acceptance import acceptance_rule
 from rsd.devices import check_device
 from rsd.models.bundle import RsdModel
+from rsd.options import FINE
 from rsd.output import shown
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.training import parallel
 from rsd.training.config import DEFAULT_TOKENIZER, TrainPolicyConfig
 from rsd.training.dataset import FrameDataset
@@ -30,6 +33,9 @@ from rsd.versions import versions
 @one_run_a_folder
 def train_policy(config: TrainPolicyConfig) -> Path:
     """Run the training; returns the checkpoint directory. Prints the offline validation of every decoder."""
+    acceptance_rule(config.policy.acceptance, RfsqConfig())  # or a whole training could not be loaded
+    if config.policy.fine not in FINE:
+        raise RsdError(f"--policy.fine {config.policy.fine}: expected {' or '.join(FINE)}")
     parallel.join()
     device = resolve_device(config.device)
     if device.type == "cuda":
