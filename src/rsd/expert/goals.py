@@ -16,7 +16,7 @@ import numpy as np
 from rsd.expert.grasps import BOWL, WHOLE, Rim, Span
 from rsd.expert.scene import Scene, Vector
 from rsd.sim.permuted import is_permuted
-from rsd.sim.suites import bddl_file, start_regions, suite_task, suite_tasks
+from rsd.sim.suites import scene_file, start_regions, suite_task, suite_tasks
 from rsd.types import RsdError
 
 GRASPS: dict[str, Rim | Span] = {
@@ -92,9 +92,7 @@ def kind(name: str) -> str:
 
 def predicates(suite: str, task_id: int) -> list[tuple[str, ...]]:
     """The goal of a task, as its scene file has it: [("on", "akita_black_bowl_1", "plate_1")]."""
-    text = bddl_file(suite, task_id).read_text(encoding="utf-8")
-    found = re.findall(r"\(([A-Za-z]+(?:\s+\w+)+)\)", text[text.index("(:goal") :].replace("(And", ""))
-    return [(words[0].lower(), *words[1:]) for words in map(str.split, found)]
+    return list(scene_file(suite, task_id).goal)
 
 
 def solvable_goals(suite: str, task_id: int) -> Goals | None:

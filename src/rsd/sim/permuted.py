@@ -17,7 +17,6 @@ held-out combinations, the even ones for combinations of the kind that training 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -377,7 +376,6 @@ def _predicates(section: str) -> tuple[Predicate, ...]:
     return tuple((name.lower(), *names.split()) for name, names in found if name.lower() != "and")
 
 
-@functools.lru_cache(maxsize=64)
 def _regions(section: str) -> dict[str, Region]:
     found: dict[str, Region] = {}
     number = r"(-?[\d.]+(?:e-?\d+)?)"

@@ -240,10 +240,7 @@ def fixed_layout(suite: str, task_id: int, k: int) -> permuted.Layout:
 
 def start_regions(suite: str, task_id: int) -> dict[str, str]:
     """Where the scene file puts each movable object: object name -> region or object it starts on or in."""
-    text = bddl_file(suite, task_id).read_text(encoding="utf-8")
-    start = text[text.index("(:init") : text.index("(:goal")]
-    pairs = re.findall(r"\((?:On|In)\s+(\S+)\s+(\S+?)\)", start, flags=re.IGNORECASE)
-    return dict(pairs)
+    return {words[1]: words[2] for words in scene_file(suite, task_id).start if len(words) == 3}
 
 
 @functools.cache
