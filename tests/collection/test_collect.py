@@ -263,7 +263,7 @@ def test_rendered_images_are_those_of_a_live_recording_but_for_one_substep() -> 
         env.advance(action, draw=True)
     rows = recorder.arrays()
     env.reset(options={"placement_seed": 2})
-    rendered, live = render_frames(env, rows["states"], *fixtures).astype(int), rows["images"]
+    rendered, live = render_frames(env, rows["states"], *fixtures)[0].astype(int), rows["images"]
     env.close()
     near = np.abs(rendered - live).mean(axis=(1, 2, 3, 4))
     next_step = np.abs(rendered[1:] - live[:-1]).mean(axis=(1, 2, 3, 4))

@@ -76,6 +76,35 @@ def test_every_thing_is_asked_for_at_every_place_but_its_own_held_out_one() -> N
     assert found == expected
 
 
+@given(task=tasks, seed=seeds)
+def test_free_layouts_keep_things_apart_on_the_floor_and_nothing_held_out_is_asked(task: int, seed: int) -> None:
+    suite = "libero_object_permuted"
+    layout = permuted_layout(suite, task, np.random.default_rng(seed), free=1.0)
+    things = [name for name in places(layout) if name != "basket_1"]
+    spots = {name: centre(layout, name) for name in things}
+    assert min(np.linalg.norm(spots[a] - spots[b]) for a in things for b in things if a < b) >= permuted.FLOOR_APART
+    low, high = np.array(permuted.FREE_FLOOR)
+    assert all((low <= spot).all() and (spot <= high).all() for spot in spots.values())
+    stock = scene_file(suite, task)
+    regions = sorted(place for name, place in ((w[1], w[2]) for w in stock.start) if name in things)
+    for sentence, thing in layout.asks:
+        nearest = min(regions, key=lambda place: np.linalg.norm(spots[thing] - stock.regions[place].centre))
+        kind = thing.rsplit("_", 1)[0]
+        assert not Combination(kind, regions.index(nearest), 6).held_out
+        assert kind.replace("_", " ") in sentence
+    assert layout.instruction in [sentence for sentence, _ in layout.asks]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@given(task=tasks, seed=seeds)
+def test_what_a_layout_asks_for_has_its_own_sentence_among_the_others(suite: str, task: int, seed: int) -> None:
+    layout = drawn(suite, task, seed)
+    things = {words[1] for words in layout.start}
+    assert {thing for _, thing in layout.asks} <= things
+    if suite != "libero_goal_permuted":  # some of whose tasks ask for no thing that is put
+        assert (layout.instruction, layout.goal[0][1]) in layout.asks
+
+
 @settings(max_examples=60)
 @given(task=tasks, seed=seeds)
 def test_words_of_libero_spatial_are_true_of_the_asked_bowl_alone(task: int, seed: int) -> None:
@@ -144,5 +173,25 @@ def test_an_episode_asks_for_what_its_layout_says(suite: str) -> None:
         assert np.array_equal(first, env.sim_state())  # bit for bit, whatever ran before
         assert expert.run(env).success
         assert env.success()
+    finally:
+        env.close()
+
+
+@pytest.mark.simulator
+def test_spots_are_where_the_picture_shows_a_thing() -> None:
+    env = LiberoEnv("libero_object_permuted", 3, image_size=128)
+    try:
+        env.reset(options={"placement_seed": 2})
+        state, before = env.sim_state(), env.render().astype(int)
+        for _, thing in env.asks[:3]:
+            (spot,) = env.spots([thing])
+            joint = env.simulation.objects_dict[thing].joints[0]
+            moved = state.copy()
+            moved[1 + env.model.joint(joint).qposadr[0] + 2] -= 5.0  # under the floor
+            env.restore(moved)
+            rows, columns = np.nonzero(np.abs(env.render() - before).max(axis=-1) > 40)
+            found = np.array([np.median(columns), np.median(rows)]) / 128
+            assert np.abs(found - spot).max() < 0.06
+            env.restore(state)
     finally:
         env.close()

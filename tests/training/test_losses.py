@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from rsd.models.trunk import KVCache
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training.dataset import Batch, FrameDataset
-from rsd.training.losses import LossConfig, draft_losses, jittered, policy_losses
+from rsd.training.losses import LossConfig, draft_losses, grounding_loss, jittered, policy_losses
 from rsd.types import RsdError
 
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def test_draft_digits_are_its_own_where_asked_and_the_truth_elsewhere(
 def paired(batch: Batch) -> Batch:
     """The same batch, its second half taken for earlier moments of the first."""
     even = len(batch.chunk) // 2 * 2
-    rows = (getattr(batch, field.name)[:even] for field in fields(batch) if field.name != "paired")
+    rows = (getattr(batch, field.name)[:even] for field in fields(batch) if field.name not in ("paired", "asked"))
     return Batch(*rows, paired=True)
 
 
@@ -237,3 +237,37 @@ def test_the_deviation_loss_trains_the_self_assessment_alone(
 def test_a_light_draft_needs_pairs_of_frames(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
     with pytest.raises(RsdError, match="expected a batch of paired frames"):
         policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, LossConfig())
+
+
+def test_grounding_is_learnt_from_the_things_that_could_have_been_asked_for(
+    tiny_config: PolicyConfig, tokenizer: ActionTokenizer, batch: Batch
+) -> None:
+    torch.manual_seed(0)
+    target = RsdModel(replace(tiny_config, target=replace(tiny_config.target, grounded=True)), tokenizer).target
+    half = (len(batch.words) + 1) // 2
+    side = tiny_config.target.image_size // 16 // tiny_config.target.merge[0]
+    spot = torch.full((half, 2), 0.5 / side)  # the middle of the first token
+    spot[0] = torch.nan
+    asked = replace(batch, asked=(batch.words[::2], spot))
+    weights = list(target.parameters())
+    optimiser = torch.optim.Adam(weights, 3e-3)
+    before = grounding_loss(target, asked)
+    for _ in range(30):
+        optimiser.zero_grad()
+        grounding_loss(target, asked).backward()
+        optimiser.step()
+    after = grounding_loss(target, asked)
+    assert after < 0.2 * before
+    text = target.encode_text(batch.words[::2])
+    logits = target.grounding_logits(target.embed_prefix(batch.images[::2], batch.state[::2], text))
+    assert (logits[1:].argmax(-1) == 0).all()
+    assert grounding_loss(target, replace(batch, asked=(batch.words[::2], torch.full((half, 2), torch.nan)))) == 0
+
+
+def test_grounding_needs_a_target_that_is_trained_for_it(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch
+) -> None:
+    with pytest.raises(RsdError, match="grounded"):
+        policy_losses(
+            model.target, model.feature_drafter, None, tokenizer, batch, LossConfig(grounding=1.0)
+        )

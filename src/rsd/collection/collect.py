@@ -209,6 +209,7 @@ def _try_placement(
         "placement_rejections": info["placement_rejections"],
         "language_instruction": instruction,
         "target_object": ",".join(goal.target for goal in goals),
+        "asks": json.dumps(env.asks),
         "noise_level": level * config.noise.max_level,
         "attempts": result.attempts,
         "success": True,

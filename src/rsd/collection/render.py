@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from rsd.data.demonstrations import demonstration_files
 from rsd.data.schema import (
     FILE_SUFFIX,
     IMAGE_KEYS,
+    SPOTS,
+    asked_things,
     atomic_file,
     data_group,
     demo_names,
@@ -68,17 +71,23 @@ class RenderConfig:
 
 
 def render_frames(
-    env: LiberoEnv, states: NDArray[np.float64], body_pos: NDArray[np.float64], body_quat: NDArray[np.float64]
-) -> NDArray[np.uint8]:
-    """Draws recorded states [T, 1 + nq + nv] -> uint8 [T, 2, S, S, 3], NOT rotated, cameras in the order of CAMERAS.
+    env: LiberoEnv,
+    states: NDArray[np.float64],
+    body_pos: NDArray[np.float64],
+    body_quat: NDArray[np.float64],
+    things: Sequence[str] = (),
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Draws recorded states [T, 1 + nq + nv] -> uint8 [T, 2, S, S, 3], NOT rotated, cameras in the order of CAMERAS,
+    and where the things are seen, [T, n, 2] (`LiberoEnv.spots`).
 
     `env` has been reset once (that hides LIBERO's marker sites); its own episode is lost.
     """
     frames = np.empty((len(states), len(CAMERAS), env.image_size, env.image_size, 3), np.uint8)
+    spots = np.empty((len(states), len(things), 2), np.float32)
     for t, state in enumerate(states):
         env.restore(state, body_pos, body_quat)
-        frames[t] = env.draw()
-    return frames
+        frames[t], spots[t] = env.draw(), env.spots(things)
+    return frames, spots
 
 
 def render(config: RenderConfig) -> dict[str, int]:
@@ -181,19 +190,22 @@ def _render_batch(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
-    def draw(name: str) -> NDArray[np.uint8]:
+    def draw(name: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         demo, where = member(data_group(file, path), name, f"demonstrations {path}"), f"demonstration {name} of {path}"
         with reading(f"{where}, its states or fixtures"):
             states, *fixtures = demo["states"][:: config.every], demo["body_pos"][()], demo["body_quat"][()]
-            return render_frames(env, states, *fixtures)
+            return render_frames(env, states, *fixtures, [thing for _, thing in asked_things(demo, where)])
 
-    def keep(name: str, frames: NDArray[np.uint8]) -> None:
+    def keep(name: str, drawn: tuple[NDArray[np.uint8], NDArray[np.float32]]) -> None:
         with atomic_file(folder / f"{name}.hdf5") as part:
             file.copy(file["data"][name], part, name=name)
             for key in IMAGE_KEYS:
                 if key in part[name]["obs"]:
                     del part[name]["obs"][key]
+            frames, spots = drawn
             write_images(part[name]["obs"], frames)
+            if spots.size:
+                part[name].require_dataset(SPOTS, spots.shape, spots.dtype, data=spots)
             part[name].attrs["image_every"] = config.every
 
     with open_file(path) as file:

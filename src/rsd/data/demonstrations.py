@@ -15,6 +15,8 @@ from rsd.conventions import rotate_180
 from rsd.data.schema import (
     FILE_SUFFIX,
     IMAGE_KEYS,
+    SPOTS,
+    asked_things,
     data_group,
     demo_names,
     member,
@@ -38,6 +40,8 @@ class Demonstration:
     image_every = n they show the steps 0, n, 2n, ... only.
     state: float32 [T, 8], position, axis-angle, gripper. actions: float32 [T, 7] executed; labels: float32 [T, 7] what
     the expert would have done at the visited state (equal to actions in files without noise).
+    asks: sentences that would ask for a thing of this scene, with that thing; spots: float32 [frames, n, 2], where the
+    first camera sees those things (x to the right, y down, shares of the picture), None where that is not stored.
     placement_seed is -1 where the file does not know it. success_step is the first step after which the goal held.
     """
 
@@ -53,6 +57,8 @@ class Demonstration:
     placement_seed: int
     source: Path
     image_every: int = 1
+    asks: tuple[tuple[str, str], ...] = ()
+    spots: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -127,6 +133,7 @@ def _read(data: h5py.Group, name: str, path: Path, images: bool) -> Demonstratio
     every = whole_attribute(group, "image_every", where, 1, least=1)
     pixels = _pixels(obs, -(-steps // every), where) if images else None
     task = path.name.removesuffix(FILE_SUFFIX)
+    asks = tuple(asked_things(group, where))
     return Demonstration(
         task=task,
         episode=name,
@@ -140,7 +147,17 @@ def _read(data: h5py.Group, name: str, path: Path, images: bool) -> Demonstratio
         placement_seed=whole_attribute(group, "placement_seed", where, -1, least=-1),
         source=path,
         image_every=every,
+        asks=asks,
+        spots=_spots(group, -(-steps // every), len(asks), where) if images and SPOTS in group else None,
     )
+
+
+def _spots(group: h5py.Group, frames: int, things: int, where: str) -> NDArray[np.float32]:
+    with reading(f"{where}, {SPOTS}"):
+        spots = np.asarray(group[SPOTS][()])
+    if spots.shape != (frames, things, 2) or spots.dtype != "f4" or not np.isfinite(spots).all():
+        raise RsdError(f"{where}: expected {SPOTS} float32 [{frames}, {things}, 2], found {spots.dtype} {spots.shape}")
+    return spots
 
 
 def _pixels(obs: h5py.Group, frames: int, where: str) -> NDArray[np.uint8] | None:

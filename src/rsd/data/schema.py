@@ -30,6 +30,7 @@ from rsd.types import RsdError
 
 FORMAT_VERSION = 1
 FILE_SUFFIX = "_demo.hdf5"
+SPOTS = "obs/spots"  # float32 [frames, n, 2]: where the third-person camera sees the things of the attribute `asks`
 IMAGE_KEYS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of rsd.types.CAMERAS
 
 
@@ -201,6 +202,16 @@ def whole_attribute(node: h5py.Group, name: str, where: str, default: int, least
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise RsdError(f"{where}: expected the attribute {name} to be an integer >= {least}, found {value!r:.80}")
     return int(value)
+
+
+def asked_things(node: h5py.Group, where: str) -> list[tuple[str, str]]:
+    """Sentences that would ask for a thing of the scene, with that thing: the attribute `asks`, none where it lacks."""
+    text = text_attribute(node, "asks", where, "[]")
+    try:
+        return [(str(sentence), str(thing)) for sentence, thing in json.loads(text)]
+    except (ValueError, TypeError):
+        expected = "the attribute asks to be pairs of a sentence and a thing"
+        raise RsdError(f"{where}: expected {expected}, found {text:.80}") from None
 
 
 def data_group(file: h5py.File, path: Path) -> h5py.Group:

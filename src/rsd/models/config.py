@@ -29,7 +29,7 @@ def check_channels(kind: str, channels: tuple[int, ...]) -> None:
 class TargetConfig:
     """Sizes of the target. image_size in pixels, a multiple of 32; merge: of each camera, n x n image tokens become
     one position of the trunk; whole_block: it is trained to judge a whole draft by one block in the place of block 1 as
-    well."""
+    well; grounded: it is trained to say which image token shows what is asked for."""
 
     image_size: int = 128
     channels: tuple[int, ...] = (32, 64, 128, 256)
@@ -40,6 +40,7 @@ class TargetConfig:
     text_tokens: int = 4
     dropout: float = 0.1
     whole_block: bool = False
+    grounded: bool = False
     merge: tuple[int, ...] = (1, 2)
 
     def __post_init__(self) -> None:

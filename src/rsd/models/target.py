@@ -111,6 +111,7 @@ class TargetModel(nn.Module):
         self.parallel_head = nn.Linear(dim, code.levels * motion_dim * code.symbols)
         self.gripper_head = nn.Linear(dim, 1)
         self.residual_head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, motion_dim))
+        self.grounding_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1)) if config.grounded else None
         self.register_buffer("state_mean", torch.zeros(STATE_FEATURES))
         self.register_buffer("state_std", torch.ones(STATE_FEATURES))
 
@@ -184,6 +185,13 @@ class TargetModel(nn.Module):
         mask[:length, length:] = False
         mask[length:, length:] = self._block_mask(queries.shape[1] // self.horizon, prefix.device, apart)
         return torch.cat([prefix, queries.to(prefix.dtype)], dim=1), mask
+
+    def grounding_logits(self, prefix: Tensor) -> Tensor:
+        """prefix [B, N, D] -> logits [B, n] over the first camera's n positions, row by row from the top: where what is
+        asked for is seen. After two thirds of the layers, so that the rest can act on it."""
+        assert self.grounding_head is not None
+        hidden = self.trunk.lower(prefix, KVCache(), max(1, 2 * len(self.trunk.layers) // 3))
+        return self.grounding_head(hidden[:, : len(self.image_position[0])]).squeeze(-1)
 
     def remembered(self, length: int) -> int:
         """How many positions of the cache after a prefix of `length` a visual drafter may read: those that are the same

@@ -78,6 +78,10 @@ class Trunk(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
-        for index, layer in enumerate(self.layers):
+        return self.norm(self.lower(x, cache, len(self.layers), mask))
+
+    def lower(self, x: Tensor, cache: KVCache, layers: int, mask: Tensor | None = None) -> Tensor:
+        """The first so many layers, not normalised."""
+        for index, layer in enumerate(self.layers[:layers]):
             x = layer(x, cache, index, mask)
-        return self.norm(x)
+        return x

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -51,6 +51,7 @@ ARM_JOINT_NOISE = 0.02  # rad, standard deviation per joint of the benchmark's i
 # 5.6 cm (7 of the first 30 of libero_spatial task 0 more than 2 cm), so a stricter limit would leave them untrained.
 UNSTABLE_DISTANCE = 0.06
 PLACEMENT_TRIES = 50
+FREE_SHARE = 0.5  # of random placements of libero_object_permuted: things anywhere on the floor
 
 
 class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
@@ -59,7 +60,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     Observations: `agentview`, `wrist` uint8 [S, S, 3] upright (absent with cameras=False) and `state` float32 [8].
     Actions: 7 numbers in [-1, 1], gripper -1 = open, +1 = close.
     fast=False is the plain path: the model is rebuilt at every reset and every step draws.
-    instruction: what is asked for; of a permuted suite it changes with every reset, as does `goal`.
+    instruction: what is asked for; of a permuted suite it changes with every reset, as do `goal` and `asks`, the
+    sentences that would ask for a thing of this layout, with that thing.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self._unplaced_fixtures = self._read_unplaced_fixtures()
         self._scene_regions = dict(self.simulation.parsed_problem["regions"])
         self.goal: tuple[Predicate, ...] = scene_file(suite, task_id).goal
+        self.asks: tuple[tuple[str, str], ...] = ()
 
     # -- gymnasium ------------------------------------------------------------------------------------------------
 
@@ -274,6 +277,17 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         ]
         return np.stack(frames)
 
+    def spots(self, things: Sequence[str]) -> NDArray[np.float32]:
+        """Where the third-person camera sees the middles of things: [n, 2], x to the right and y down as shares of the
+        upright picture (which is mirrored: LIBERO's is stored upside down and turned by 180 degrees), whether or not
+        something hides them."""
+        camera = self.data.camera(SIM_CAMERAS[CAMERAS[0]])
+        bodies = [self.simulation.obj_body_id[name] for name in things]
+        local = (self.data.xpos[bodies] - camera.xpos) @ camera.xmat.reshape(3, 3)  # x right, y up, looks along -z
+        reach = np.tan(np.radians(self.model.camera(SIM_CAMERAS[CAMERAS[0]]).fovy[0]) / 2)
+        right, up = (local[:, :2] / (-local[:, 2:] * reach)).T
+        return np.stack([0.5 - right / 2, 0.5 - up / 2], axis=1).astype(np.float32)
+
     def latest(self) -> Mapping[str, Any]:
         """robosuite's observables as of the last step (`robot0_eef_pos`, `agentview_image`, ...)."""
         return self._latest
@@ -317,7 +331,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         if self.fast:  # else the rebuild reads the problem
             simulation.object_property_initializers.clear()
             simulation._setup_placement_initializer(None)
-        self.goal, self.instruction = layout.goal, layout.instruction
+        self.goal, self.instruction, self.asks = layout.goal, layout.instruction, layout.asks
 
     def _start_placement(self, seed: int) -> dict[str, Any]:
         from robosuite.utils.errors import RandomizationError
@@ -326,7 +340,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         for rejections in range(PLACEMENT_TRIES):
             draws = np.random.default_rng([seed, rejections])
             if is_permuted(self.suite):
-                self._arrange(permuted_layout(self.suite, self.task.task_id, draws))
+                self._arrange(permuted_layout(self.suite, self.task.task_id, draws, free=FREE_SHARE))
             try:
                 state = self._draw_state(draws)
             except RandomizationError:  # these draws leave no room for one of the objects

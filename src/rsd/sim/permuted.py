@@ -3,7 +3,8 @@
 In the stock suites the asked-for thing always starts in the same region, so a policy need not look. Here a layout is
 drawn anew for every episode, from the scene file's own predicates (On, In, Open) and LIBERO's own samplers:
 
-    libero_object_permuted    the six things exchange places; any of them can be asked for
+    libero_object_permuted    the six things exchange places, or (of random placements half) stand anywhere on the free
+                              floor; any of them can be asked for
     libero_spatial_permuted   plate, ramekin and cookie box stand anywhere on the free table; the words ("next to the
                               ramekin") are true of one bowl only, which the program checks
     libero_goal_permuted      the four things exchange places, cabinet and stove may; any thing that fits can be asked
@@ -79,7 +80,8 @@ class Layout:
     """Where a scene's things start, and what is asked for.
 
     start: predicates such as ("on", "milk_1", "floor_target_object_region"); regions: those that `start` names and the
-    scene file lacks; goal: predicates that make success; combination: what is held out or not.
+    scene file lacks; goal: predicates that make success; combination: what is held out or not; asks: sentences that
+    would ask for a thing of this layout, with that thing, none of them held out.
     """
 
     start: tuple[Predicate, ...]
@@ -87,6 +89,7 @@ class Layout:
     instruction: str
     combination: Combination
     regions: dict[str, Region] = field(default_factory=dict)
+    asks: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,23 @@ def base_suite(suite: str) -> str:
 
 
 def layout_of(
-    suite: str, scene: SceneFile, language: str, rng: np.random.Generator, wanted: bool, others: tuple[SceneFile, ...]
+    suite: str,
+    scene: SceneFile,
+    language: str,
+    rng: np.random.Generator,
+    wanted: bool,
+    others: tuple[SceneFile, ...],
+    free: float = 0.0,
 ) -> Layout:
     """A layout of one task. wanted: whether its combination is to be a held-out one (evaluation) or not (training);
-    others: scenes that no layout may come near (LIBERO-PRO's).
+    others: scenes that no layout may come near (LIBERO-PRO's); free: share of libero_object's layouts in which things
+    stand anywhere on the floor.
 
     Raises RsdError if TRIES draws gave none, which a scene of another kind would.
     """
     draw = SUITES[suite]
+    if draw is object_layout and free and rng.random() < free:
+        draw = free_object_layout
     for _ in range(TRIES):
         layout = draw(scene, language, rng)
         if layout is None or layout.combination.held_out != wanted:
@@ -164,6 +176,8 @@ LOOK_ALIKES = (
     ("ketchup", "bbq_sauce", "salad_dressing"),
     ("milk", "orange_juice"),
 )
+FREE_FLOOR = ((-0.22, -0.26), (0.17, 0.08))  # m, (x, y) low and high: what the places of the scene files lie in
+FLOOR_APART = 0.115  # m between the middles of two things, the least of the scene files
 BESIDE = 0.5  # share of layouts in which a look-alike, if the scene has one, takes the place nearest to what is asked
 
 
@@ -179,11 +193,52 @@ def object_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> 
         beside, nearest = alike[rng.integers(len(alike))], _nearest(at[asked], places, scene.regions)
         other = next(thing for thing in things if at[thing] == nearest)
         at[beside], at[other] = at[other], at[beside]
-    start = tuple(("on", thing, at[thing]) for thing in things) + fixed
-    words = f"pick up the {_kind(asked).replace('_', ' ')} and place it in the basket"
+    return _object_layout(scene, asked, at, {}, sorted(places))
+
+
+def free_object_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> Layout | None:
+    """The things stand anywhere on the free floor, a look-alike often beside what is asked for; None where two are too
+    close to each other. A thing's place is the nearest of the scene file's, for what is held out."""
+    things = [words[1] for words in scene.start if _kind(words[1]) != "basket"]
+    asked = things[rng.integers(len(things))]
+    spots = {thing: _point(rng, FREE_FLOOR) for thing in things}
+    alike = [thing for thing in things if thing != asked and _alike(thing, asked)]
+    if alike and rng.random() < BESIDE:
+        angle, apart = rng.uniform(0, 2 * np.pi), rng.uniform(FLOOR_APART, 1.3 * FLOOR_APART)
+        x, y = spots[asked]
+        beside = x + apart * float(np.cos(angle)), y + apart * float(np.sin(angle))
+        if not all(low < c < high for low, c, high in zip(FREE_FLOOR[0], beside, FREE_FLOOR[1], strict=True)):
+            return None
+        spots[alike[rng.integers(len(alike))]] = beside
+    if not _all_apart(list(spots.values()), FLOOR_APART):
+        return None
+    regions = {
+        f"floor_{thing}_place": Region("floor", (x - 0.005, y - 0.005), (x + 0.005, y + 0.005))
+        for thing, (x, y) in spots.items()
+    }
+    places = sorted(words[2] for words in scene.start if words[1] in things)
+    return _object_layout(scene, asked, {thing: f"floor_{thing}_place" for thing in things}, regions, places)
+
+
+def _object_layout(
+    scene: SceneFile, asked: str, at: dict[str, str], regions: dict[str, Region], places: list[str]
+) -> Layout:
+    """at: thing -> its region, one of `places` (the scene file's) or of `regions`."""
+    known = {**scene.regions, **regions}
+
+    def combination(thing: str) -> Combination:
+        def apart(place: str) -> float:
+            return float(np.hypot(*np.subtract(known[place].centre, known[at[thing]].centre)))
+
+        return Combination(_kind(thing), places.index(min(places, key=apart)), len(places))
+
+    def words(thing: str) -> str:
+        return f"pick up the {_kind(thing).replace('_', ' ')} and place it in the basket"
+
+    start = (*(("on", thing, place) for thing, place in at.items()), *(w for w in scene.start if w[1] not in at))
     goal = (("in", asked, "basket_1_contain_region"),)
-    combination = Combination(_kind(asked), sorted(places).index(at[asked]), len(places))
-    return Layout(start, goal, words, combination)
+    asks = tuple((words(thing), thing) for thing in at if not combination(thing).held_out)
+    return Layout(start, goal, words(asked), combination(asked), regions, asks)
 
 
 def _alike(one: str, other: str) -> bool:
@@ -262,8 +317,14 @@ def spatial_layout(scene: SceneFile, language: str, rng: np.random.Generator) ->
     start += [("on", name, f"main_table_{name}_place") for name in LANDMARKS]
     start += [words for words in scene.start if words[1] in ("wooden_cabinet_1", "flat_stove_1")]
     far, left = (bool(c > middle) for c, middle in zip(at[PLATE], np.mean(FREE_TABLE, axis=0), strict=True))
-    combination = Combination(relation, 2 * far + left, 4)  # of the four quarters of the table that the plate is in
-    return Layout(tuple(start), (("on", BOWL, PLATE),), language, combination, regions)
+    quarter = 2 * far + left  # of the table, that the plate is in
+    asks = tuple(
+        (language.replace(relation, words), bowl)
+        for bowl, words in ((BOWL, relation), (OTHER_BOWL, other))
+        if not Combination(words, quarter, 4).held_out
+    )
+    combination = Combination(relation, quarter, 4)
+    return Layout(tuple(start), (("on", BOWL, PLATE),), language, combination, regions, asks)
 
 
 def _bowl_spot(words: str, at: dict[str, Point], rng: np.random.Generator) -> Point | None:
@@ -332,8 +393,7 @@ def goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> La
     if len(scene.goal) == 1 and scene.goal[0][1] in PLACED and rng.random() < ASKED_OTHERWISE:
         thing = PLACED[rng.integers(len(PLACED))]
         destination = FITS[thing][rng.integers(len(FITS[thing]))]
-        goal = (("on", thing, destination),)
-        words = f"put the {SPOKEN.get(_kind(thing), _kind(thing).replace('_', ' '))} {DESTINATIONS[destination]}"
+        goal, words = (("on", thing, destination),), _putting(thing, destination)
     rest = [each for each in scene.start if each not in movable]
     if rng.random() < FIXTURES_EXCHANGED and not {CABINET + "_middle_region", STOVE + "_cook_region"} & set(goal[0]):
         there = {each[1]: each[2] for each in rest if each[1] in (CABINET, STOVE)}
@@ -341,8 +401,21 @@ def goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> La
         rest = [(*each[:2], exchanged.get(each[1], each[2])) for each in rest]
     start = (*(("on", thing, place) for thing, place in at.items()), *rest)
     moved = goal[0][1] if goal[0][1] in at else "plate_1"
-    combination = Combination(_kind(moved), sorted(places).index(at[moved]), len(places))
-    return Layout(start, goal, words, combination)
+
+    def combination(thing: str) -> Combination:
+        return Combination(_kind(thing), sorted(places).index(at[thing]), len(places))
+
+    asks = tuple(
+        (_putting(thing, destination), thing)
+        for thing, destinations in FITS.items()
+        for destination in destinations
+        if not combination(thing).held_out
+    )
+    return Layout(start, goal, words, combination(moved), asks=asks)
+
+
+def _putting(thing: str, destination: str) -> str:
+    return f"put the {SPOKEN.get(_kind(thing), _kind(thing).replace('_', ' '))} {DESTINATIONS[destination]}"
 
 
 SPOKEN = {"akita_black_bowl": "bowl"}

@@ -210,12 +210,15 @@ def scene_file(suite: str, task_id: int) -> SceneFile:
     return SceneFile.read(bddl_file(suite, task_id))
 
 
-def permuted_layout(suite: str, task_id: int, rng: np.random.Generator, held_out: bool = False) -> permuted.Layout:
-    """A layout of a task of a permuted suite; held_out: of the combinations that training never sees."""
+def permuted_layout(
+    suite: str, task_id: int, rng: np.random.Generator, held_out: bool = False, free: float = 0.0
+) -> permuted.Layout:
+    """A layout of a task of a permuted suite; held_out: of the combinations that training never sees; free: share of
+    libero_object's layouts in which things stand anywhere on the floor."""
     variants = (f"{base_suite(suite)}_{name}" for name in ("swap", "task"))
     others = tuple(scene_file(name, task_id) for name in variants if name in suite_names())
     task = suite_task(suite, task_id)
-    return permuted.layout_of(suite, scene_file(suite, task_id), task.language, rng, held_out, others)
+    return permuted.layout_of(suite, scene_file(suite, task_id), task.language, rng, held_out, others, free)
 
 
 def fixed_states(suite: str, task_id: int) -> NDArray[np.float64]:

@@ -63,6 +63,7 @@ class LossConfig:
     blind: float = 0.1
     counterfactual: float = 0.0
     deviation: float = 0.2
+    grounding: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("draft_share", "jitter", "blind", "counterfactual"):

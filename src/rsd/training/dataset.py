@@ -17,6 +17,7 @@ from rsd.models.vision import unit_images
 from rsd.training.config import Augmentation
 from rsd.types import RsdError
 
+MOST_ASKED = 12  # sentences that a frame is kept with
 WORDINGS = 32  # per instruction, sampled anew for every frame
 
 
@@ -25,6 +26,8 @@ class Batch:
     """images [B, 2, 3, S, S] in [-0.5, 0.5]; state features [B, 11]; words int [B, 32]; chunk [B, H, 7].
 
     paired: row i + B/2 is an earlier moment of row i's episode, for i < B/2.
+    asked: words int [B/2, 32] of another sentence for the frames of the even rows, with where what it asks for is seen,
+    spot [B/2, 2], NaN where that is not known.
     """
 
     images: Tensor
@@ -32,6 +35,7 @@ class Batch:
     words: Tensor
     chunk: Tensor
     paired: bool = False
+    asked: tuple[Tensor, Tensor] | None = None
 
 
 class FrameDataset:
@@ -47,6 +51,7 @@ class FrameDataset:
 
         Raises RsdError for a demonstration without images, or with others than that, or of other steps."""
         images, states, chunks, tasks, firsts, instructions = [], [], [], [], [], dict[str, int]()
+        asks, spots = [], []
         frames, spacing = 0, 0
         for demonstration in demonstrations:
             if demonstration.images is None:
@@ -73,6 +78,11 @@ class FrameDataset:
             chunks.append(chunk_targets(demonstration.labels, horizon)[::every])
             index = instructions.setdefault(demonstration.instruction, len(instructions))
             tasks.append(np.full(count, index))
+            seen = demonstration.spots if demonstration.spots is not None else np.zeros((count, 0, 2), np.float32)
+            numbers = [instructions.setdefault(sentence, len(instructions)) for sentence, _ in demonstration.asks]
+            asks.append(np.tile(np.resize(numbers or [index], MOST_ASKED), (count, 1)))
+            order = np.resize(np.arange(seen.shape[1]), MOST_ASKED) if seen.shape[1] else None
+            spots.append(np.full((count, MOST_ASKED, 2), np.nan, np.float32) if order is None else seen[:, order])
             firsts.append(np.full(count, frames))
             frames += count
         if not images:
@@ -84,6 +94,8 @@ class FrameDataset:
         self.chunk = torch.from_numpy(np.concatenate(chunks)).to(device)
         self.task = torch.from_numpy(np.concatenate(tasks)).to(device)
         self.first = torch.from_numpy(np.concatenate(firsts)).to(device)  # of the frame's own episode
+        self.asks = torch.from_numpy(np.concatenate(asks)).to(device)  # instructions [N, MOST_ASKED], some repeated
+        self.spots = torch.from_numpy(np.concatenate(spots)).to(device)  # of the things that they ask for
         self.horizon, self.spacing = horizon, spacing
         self.instructions = list(instructions)
         wordings = [paraphrases(text, WORDINGS) for text in self.instructions]
@@ -122,8 +134,11 @@ class FrameDataset:
             )
         return torch.maximum(frames - chunks * (self.horizon // self.spacing), self.first[frames])
 
-    def batch(self, frames: Tensor, paired: bool = False, augment: Augmentation | None = None) -> Batch:
-        """frames int [B] (see `draw`) -> a batch; without `augment` the images as they are and the original wording."""
+    def batch(
+        self, frames: Tensor, paired: bool = False, augment: Augmentation | None = None, asking: bool = False
+    ) -> Batch:
+        """frames int [B] (see `draw`) -> a batch; without `augment` the images as they are and the original wording;
+        asking: with `asked`."""
         images, state = self.images[frames], self.state[frames]
         wording = torch.zeros_like(frames)
         if augment is not None:
@@ -135,7 +150,12 @@ class FrameDataset:
         if augment is not None:
             pixels = random_colour(pixels, augment)
             state = state + augment.state_noise * self.state_std * torch.randn_like(state)
-        return Batch(pixels, state, self.words[self.task[frames], wording], self.chunk[frames], paired)
+        asked = None
+        if asking:
+            even = frames[::2]
+            which = torch.randint(0, MOST_ASKED, even.shape, device=frames.device)
+            asked = self.words[self.asks[even, which], wording[::2]], self.spots[even, which]
+        return Batch(pixels, state, self.words[self.task[frames], wording], self.chunk[frames], paired, asked)
 
 
 def chunk_targets(labels: np.ndarray, horizon: int) -> np.ndarray:

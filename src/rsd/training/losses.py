@@ -108,9 +108,32 @@ def policy_losses(
     if judging is not None:
         losses["whole"] = chunk_error(judging, c, told)
         losses["total"] = losses["total"] + config.regress * losses["whole"] + config.gripper * closing_error(judging)
+    if config.grounding:
+        losses["grounding"] = grounding_loss(target, batch)
+        losses["total"] = losses["total"] + config.grounding * losses["grounding"]
     if visual_drafter is not None:
         losses["total"] = losses["total"] + visual_total(losses, config)
     return losses
+
+
+def grounding_loss(target: TargetModel, batch: Batch) -> Tensor:
+    """How badly the target says which image token shows what another sentence asks for, on the even rows of the batch.
+
+    A policy that has seen few combinations of thing and place learns places by heart; the same pictures asked for each
+    of their things teach it to look. The aim is shared out to the four tokens about a spot, by their nearness."""
+    if target.grounding_head is None or batch.asked is None:
+        raise RsdError("--loss.grounding: expected a target that is --policy.target.grounded")
+    words, spot = batch.asked
+    text = target.encode_text(words)
+    logits = target.grounding_logits(target.embed_prefix(batch.images[::2], batch.state[::2], text)).float()
+    side = round(logits.shape[1] ** 0.5)
+    known = spot.isfinite().all(1)
+    at = (torch.where(known[:, None], spot, 0.5) * side - 0.5).clamp(0, side - 1)  # in tokens, from the first's middle
+    cells = torch.arange(side, device=at.device)
+    across, down = ((1 - (cells - at[:, axis, None]).abs()).clamp(min=0) for axis in (0, 1))  # each [B/2, side]
+    aim = (down[:, :, None] * across[:, None, :]).flatten(1)
+    errors = -(aim * F.log_softmax(logits, dim=-1)).sum(-1)
+    return (errors * known).sum() / known.sum().clamp(min=1)
 
 
 class TargetRun(NamedTuple):

@@ -34,6 +34,8 @@ from rsd.versions import versions
 def train_policy(config: TrainPolicyConfig) -> Path:
     """Run the training; returns the checkpoint directory. Prints the offline validation of every decoder."""
     acceptance_rule(config.policy.acceptance, RfsqConfig())  # or a whole training could not be loaded
+    if config.loss.grounding and not config.policy.target.grounded:
+        raise RsdError("--loss.grounding: expected --policy.target.grounded beside it")
     if config.policy.fine not in FINE:
         raise RsdError(f"--policy.fine {config.policy.fine}: expected {' or '.join(FINE)}")
     parallel.join()
@@ -63,7 +65,8 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     remembered = config.remembered_chunks if model.visual_drafter is not None else 0
 
     def losses() -> dict[str, Tensor]:
-        batch = dataset.batch(*dataset.draw(config.loop.batch_size, remembered), augment=config.augment)
+        frames, paired = dataset.draw(config.loop.batch_size, remembered)
+        batch = dataset.batch(frames, paired, config.augment, asking=config.loss.grounding > 0)
         return policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, config.loss)
 
     resolved = describe(config)
