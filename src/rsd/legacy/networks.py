@@ -1,16 +1,13 @@
-"""The original experiment's networks, so that its users' checkpoints can be read: autoencoder, drafts, heads.
+"""The original experiment's networks, so that its users' checkpoints can be read: autoencoder, draft, heads.
 
 Files are recognised by their parameters' names, sizes are read off the weights, and every name and shape must fit.
-Two kinds of draft and three of head are in use (see `read_network`); those that predict one symbol per level instead
-of one per latent scalar can be run, but make no action chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +16,11 @@ from rsd.pt_files import read_pt
 from rsd.types import ACTION_DIM, RsdError
 
 HEADS = 8  # attention heads of every transformer in these files; not to be read off the weights
+SYMBOLS = 7
 EPSILON = 1e-5  # what the robust quantiser adds to a standard deviation
 
 Weights = dict[str, Tensor]
-
-
-class LevelDraft(nn.Module):
-    """Features [B, D] -> logits [B, L, K], one symbol per level: draft and head of the first kind."""
-
-    def __init__(self, weights: Weights) -> None:
-        super().__init__()
-        width, inputs = weights["input_proj.weight"].shape
-        ff = weights["transformer.layers.0.linear1.weight"].shape[0]
-        layers = _count(weights, "transformer.layers.")
-        self.input_proj = nn.Linear(inputs, width)
-        layer = nn.TransformerEncoderLayer(width, HEADS, ff, batch_first=True)
-        self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.output_proj = nn.Linear(width, weights["output_proj.weight"].shape[0])
-
-    def forward(self, features: Tensor, symbols: int = 7) -> Tensor:
-        hidden = self.transformer(self.input_proj(features).unsqueeze(1)).squeeze(1)
-        return self.output_proj(hidden).unflatten(-1, (-1, symbols))
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class ChunkDraftDecoder(nn.Module):
@@ -69,9 +50,9 @@ class ChunkDraft(nn.Module):
         self.decoder = ChunkDraftDecoder(width, ff, weights["decoder.position_encoding"].shape[1])
         self.classification_heads = _level_heads(weights, "classification_heads", width)
 
-    def forward(self, features: Tensor, symbols: int = 7) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         hidden = self.decoder(self.input_projection(features).unsqueeze(1)).squeeze(1)
-        return torch.stack([head(hidden).unflatten(-1, (-1, symbols)) for head in self.classification_heads], dim=1)
+        return _logits(self.classification_heads, hidden)
 
 
 class ChunkHead(nn.Module):
@@ -86,13 +67,12 @@ class ChunkHead(nn.Module):
         self.feature_proj = _projection(inputs, width)
         self.conditioned = "token_embedding.weight" in weights
         if self.conditioned:
-            symbols, embedding = weights["token_embedding.weight"].shape
-            self.token_embedding = nn.Embedding(symbols, embedding)
+            self.token_embedding = nn.Embedding(*weights["token_embedding.weight"].shape)
             self.token_proj = _projection(weights["token_proj.0.weight"].shape[1], width)
             self.fusion = _projection(2 * width, width)
         self.layer_heads = _level_heads(weights, "layer_heads", width)
 
-    def forward(self, features: Tensor, coarse: Tensor | None = None, symbols: int = 7) -> Tensor:
+    def forward(self, features: Tensor, coarse: Tensor | None = None) -> Tensor:
         """coarse: int [B, c, 128]."""
         hidden = self.feature_proj(features)
         if self.conditioned:
@@ -100,7 +80,7 @@ class ChunkHead(nn.Module):
                 raise RsdError("this head is conditioned on coarse tokens: give it a draft")
             embedded = self.token_embedding(coarse.transpose(1, 2)).flatten(1)  # [B, 128, c, E], flat
             hidden = self.fusion(torch.cat([hidden, self.token_proj(embedded)], dim=-1))
-        return torch.stack([head(hidden).unflatten(-1, (-1, symbols)) for head in self.layer_heads], dim=1)
+        return _logits(self.layer_heads, hidden)
 
 
 class Autoencoder(nn.Module):
@@ -110,42 +90,35 @@ class Autoencoder(nn.Module):
     decode only with `scales` [levels, 2], the mean and deviation of each level over a user's data (`calibrate`).
     """
 
-    scales: Tensor
-
     def __init__(self, weights: Weights, layernorm: bool) -> None:
         super().__init__()
         hidden, actions = weights["encoder.0.weight"].shape
-        latent = weights["encoder.2.weight"].shape[0]
-        self.encoder = nn.Sequential(nn.Linear(actions, hidden), nn.Mish(), nn.Linear(hidden, latent), nn.Tanh())
-        self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.Mish(), nn.Linear(hidden, actions))
-        self.rfsq = nn.Module()
-        levels = _count(weights, "rfsq.layers.")
-        self.rfsq.layers = nn.ModuleList(nn.Module() for _ in range(levels))
-        for index, level in enumerate(self.rfsq.layers):
-            level.register_buffer("boundaries", torch.zeros_like(weights[f"rfsq.layers.{index}.boundaries"]))
-        self.layernorm, self.latent, self.calibrated = layernorm, latent, not layernorm
-        scales = torch.tensor([0.0, 1.0]).repeat(levels, 1)
-        self.register_buffer("scales", scales, persistent=False)
+        self.layernorm, self.latent = layernorm, weights["encoder.2.weight"].shape[0]
+        self.levels = _count(weights, "rfsq.layers.")
+        self.encoder = nn.Sequential(nn.Linear(actions, hidden), nn.Mish(), nn.Linear(hidden, self.latent), nn.Tanh())
+        self.decoder = nn.Sequential(nn.Linear(self.latent, hidden), nn.Mish(), nn.Linear(hidden, actions))
+        values = [weights[f"rfsq.layers.{level}.boundaries"] for level in range(self.levels)]
+        layers = [nn.ParameterDict({"boundaries": nn.Parameter(value, requires_grad=False)}) for value in values]
+        self.rfsq = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+        self.scales = None if layernorm else torch.tensor([0.0, 1.0]).repeat(self.levels, 1)
 
-    def _values(self, level: int) -> Tensor:
-        values = self.rfsq.layers[level].boundaries  # type: ignore[union-attr,index]
-        assert isinstance(values, Tensor)
-        return values
+    def values(self, level: int) -> Tensor:
+        """What a level's symbols stand for [7]."""
+        return self.get_parameter(f"rfsq.layers.{level}.boundaries")
 
     def quantise(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """actions [N, H, 7] -> tokens [N, levels, H*16], exact latent [N, H, 16], statistics [levels, N, H, 2]."""
         residual = self.encoder(actions)
         total, tokens, statistics = torch.zeros_like(residual), [], []
-        for level in range(len(self.scales)):
-            values, mean, deviation = self._values(level), torch.zeros(()), torch.ones(())
+        for level in range(self.levels):
+            mean, deviation = residual.new_zeros(*residual.shape[:-1], 1), residual.new_ones(*residual.shape[:-1], 1)
             if self.layernorm:
                 mean, deviation = residual.mean(-1, keepdim=True), residual.std(-1, keepdim=True) + EPSILON
-            index = (((residual - mean) / deviation).unsqueeze(-1) - values).abs().argmin(-1)
-            value = values[index] * deviation + mean
+            index = (((residual - mean) / deviation).unsqueeze(-1) - self.values(level)).abs().argmin(-1)
+            value = self.values(level)[index] * deviation + mean
             total, residual = total + value, residual - value
             tokens.append(index.flatten(-2))
-            shape = (*residual.shape[:-1], 1)
-            statistics.append(torch.cat([mean.expand(shape), deviation.expand(shape)], dim=-1))
+            statistics.append(torch.cat([mean, deviation], dim=-1))
         return torch.stack(tokens, dim=-2), total, torch.stack(statistics)
 
     @torch.no_grad()
@@ -157,23 +130,21 @@ class Autoencoder(nn.Module):
         tokens, latent, statistics = self.quantise(actions)
         if self.layernorm:
             self.scales = statistics.flatten(1, 2).mean(1)
-            self.calibrated = True
-        static = (self.decode(tokens) - actions).square().mean()
         return {
             "mse_own_statistics": float((self.decoder(latent) - actions).square().mean()),
-            "mse_static_scales": float(static),
+            "mse_static_scales": float((self.decode(tokens) - actions).square().mean()),
         }
 
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens int [B, levels, H*16] -> actions [B, H, 7] in the file's units."""
-        if not self.calibrated:
+        if self.scales is None:
             raise RsdError(
                 "autoencoder: trained with per-sample LayerNorm, whose statistics are not in the tokens; "
                 "calibrate static scales on your own action chunks (--calibration) to decode it"
             )
         latent = torch.zeros(tokens.shape[0], tokens.shape[2], device=tokens.device)
         for level, (mean, deviation) in enumerate(self.scales):
-            latent = latent + self._values(level)[tokens[:, level]] * deviation + mean
+            latent = latent + self.values(level)[tokens[:, level]] * deviation + mean
         return self.decoder(latent.unflatten(-1, (-1, self.latent)))
 
 
@@ -189,79 +160,79 @@ def _level_heads(weights: Weights, name: str, width: int) -> nn.ModuleList:
     return heads
 
 
+def _logits(heads: nn.ModuleList, hidden: Tensor) -> Tensor:
+    return torch.stack([head(hidden).unflatten(-1, (-1, SYMBOLS)) for head in heads], dim=1)
+
+
 def _count(weights: Weights, prefix: str) -> int:
-    numbers = {int(name[len(prefix) :].split(".")[0]) for name in weights if name.startswith(prefix)}
-    return len(numbers)
+    return len({name[len(prefix) :].split(".")[0] for name in weights if name.startswith(prefix)})
 
 
 # files
 
 
-@dataclass(frozen=True)
-class LegacyFile:
-    """weights of one file, and what else it says: accuracies, its trainer's settings."""
-
-    path: Path
-    weights: Weights
-    rest: dict[str, Any]
-
-
-def read_file(path: Path) -> LegacyFile:
-    """{'model_state_dict' or 'model': ..., ...} or a bare state dict; tensors and plain numbers only."""
+def read_file(path: Path) -> tuple[Weights, dict[str, Any]]:
+    """The weights of {'model_state_dict' or 'model': ..., ...} or of a bare state dict, and what else a file says."""
     content = read_pt(path)
     key = next((name for name in ("model_state_dict", "model") if isinstance(content.get(name), dict)), None)
     weights = content[key] if key else content
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         found = sorted(map(str, content))[:8]
         raise RsdError(f"{path}: expected a state dict, bare or under model_state_dict; found keys {found}")
-    rest = {name: value for name, value in content.items() if key and name != key and "optimizer" not in name}
-    return LegacyFile(path, {name: value.float() for name, value in weights.items()}, rest)
+    return {name: value.float() for name, value in weights.items()}, content if key else {}
 
 
-KINDS: dict[str, tuple[str, Callable[[Weights], nn.Module]]] = {
-    "input_proj.weight": ("one symbol per level", LevelDraft),
-    "input_projection.weight": ("coarse levels of the chunk", ChunkDraft),
-    "feature_proj.0.weight": ("all levels of the chunk", ChunkHead),
-}
+def read_draft(path: Path) -> ChunkDraft:
+    """Of the coarse levels of a chunk."""
+    return _read_chunk_network(path, "input_projection.weight", ChunkDraft)
 
 
-def read_network(path: Path) -> nn.Module:
-    """A draft or head file, whichever it is: `LevelDraft`, `ChunkDraft` or `ChunkHead`."""
-    file = read_file(path)
-    for name, (_, build) in KINDS.items():
-        if name in file.weights:
-            return _filled(file, build)
-    raise RsdError(f"{path}: neither draft nor head; expected one of {sorted(KINDS)}, found {sorted(file.weights)[:5]}")
+def read_head(path: Path) -> ChunkHead:
+    """Of all levels of a chunk."""
+    return _read_chunk_network(path, "feature_proj.0.weight", ChunkHead)
+
+
+def _read_chunk_network(path: Path, mark: str, build: Callable[[Weights], Network]) -> Network:
+    weights, _ = read_file(path)
+    if "input_proj.weight" in weights and "output_proj.weight" in weights:
+        levels = len(weights["output_proj.weight"]) // SYMBOLS
+        raise RsdError(
+            f"{path}: predicts one symbol for each of {levels} levels, where a chunk needs one for each of its latent "
+            "scalars; no action can be decoded from it. Train a draft and head of the other kind"
+        )
+    if mark not in weights:
+        what = "draft" if mark.startswith("input") else "head"
+        raise RsdError(f"{path}: no {what}; expected {mark}, found {sorted(weights)[:5]}")
+    return filled(path, weights, build)
 
 
 def read_autoencoder(path: Path, layernorm: bool | None = None) -> Autoencoder:
     """layernorm: as it was trained; needed where the file's own settings do not say (`use_layernorm`)."""
-    file = read_file(path)
-    if "encoder.0.weight" not in file.weights:
-        raise RsdError(f"{path}: no autoencoder; expected encoder.0.weight, found {sorted(file.weights)[:5]}")
-    said = (file.rest.get("config") or {}).get("use_layernorm")
+    weights, rest = read_file(path)
+    if "encoder.0.weight" not in weights:
+        raise RsdError(f"{path}: no autoencoder; expected encoder.0.weight, found {sorted(weights)[:5]}")
+    settings = rest.get("config")
+    said = settings.get("use_layernorm") if isinstance(settings, dict) else None
     if layernorm is not None and said is not None and layernorm != said:
         raise RsdError(f"{path}: says use_layernorm {said}, but {layernorm} was asked for")
     settled = said if layernorm is None else layernorm
     if settled is None:
         raise RsdError(f"{path}: does not say whether it was trained with LayerNorm; give --layernorm True or False")
-    model = _filled(file, lambda weights: Autoencoder(weights, bool(settled)))
-    assert isinstance(model, Autoencoder)
-    if model.encoder[0].in_features != ACTION_DIM:
-        raise RsdError(f"{path}: expected actions of {ACTION_DIM} numbers, found {model.encoder[0].in_features}")
+    model = filled(path, weights, lambda weights: Autoencoder(weights, bool(settled)))
+    if (found := weights["encoder.0.weight"].shape[1]) != ACTION_DIM:
+        raise RsdError(f"{path}: expected actions of {ACTION_DIM} numbers, found {found}")
     return model
 
 
-def _filled(file: LegacyFile, build: Callable[[Weights], nn.Module]) -> nn.Module:
-    """The network with the file's weights; `RsdError` lists what differs, key by key."""
+def filled(path: Path, weights: Weights, build: Callable[[Weights], Network]) -> Network:
+    """The network of a file with its weights; `RsdError` lists what differs, key by key."""
     try:
-        model = build(file.weights).eval()
+        model = build(weights).eval()
     except (KeyError, ValueError, RuntimeError) as error:
-        raise RsdError(f"{file.path}: not complete: {error}") from None
+        raise RsdError(f"{path}: not complete: {error}") from None
     expected = model.state_dict()
-    missing = expected.keys() - file.weights.keys()
-    lines = [f"{name} is missing, expected {list(expected[name].shape)}" for name in missing]
-    for name, value in file.weights.items():
+    lines = [f"{name} is missing, expected {list(expected[name].shape)}" for name in expected.keys() - weights.keys()]
+    for name, value in weights.items():
         if name not in expected:
             lines.append(f"{name} {list(value.shape)} is unknown")
         elif value.shape != expected[name].shape:
@@ -269,6 +240,6 @@ def _filled(file: LegacyFile, build: Callable[[Weights], nn.Module]) -> nn.Modul
         elif not torch.isfinite(value).all():
             lines.append(f"{name} holds NaN or infinity")
     if lines:
-        raise RsdError(f"{file.path}: does not fit {type(model).__name__}: " + "; ".join(sorted(lines)[:10]))
-    model.load_state_dict(file.weights)
+        raise RsdError(f"{path}: does not fit {type(model).__name__}: " + "; ".join(sorted(lines)[:10]))
+    model.load_state_dict(weights)
     return model

@@ -6,28 +6,40 @@ two, and the autoencoder's decoder. Nothing here stands in for a file that is mi
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rsd.conventions import CHUNK_SIZE
-from rsd.decoding.acceptance import AcceptanceRule, acceptance_rule, accepted_prefix
+from rsd.data.demonstrations import load_demonstrations
+from rsd.decoding.acceptance import acceptance_rule, accepted_prefix
 from rsd.decoding.timing import Stopwatch
 from rsd.json_files import read_versioned
 from rsd.legacy.config import ImportLegacyConfig
-from rsd.legacy.networks import Autoencoder, ChunkDraft, ChunkHead, LevelDraft, Weights, read_autoencoder, read_network
+from rsd.legacy.networks import (
+    SYMBOLS,
+    Autoencoder,
+    ChunkDraft,
+    ChunkHead,
+    filled,
+    read_autoencoder,
+    read_draft,
+    read_head,
+)
+from rsd.manifest import file_sha256
+from rsd.output import writing
 from rsd.targets.openvla.policy import OpenVlaPolicy
 from rsd.tokenizer.rfsq import RfsqConfig
-from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation
+from rsd.training.dataset import chunk_targets
+from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation, real_array
 
 FORMAT_VERSION = 1
 SETTINGS_FILE, WEIGHTS_FILE = "legacy.json", "legacy.safetensors"
@@ -39,13 +51,28 @@ class LegacyDecoder:
     def __init__(
         self, autoencoder: Autoencoder, head: ChunkHead, draft: ChunkDraft | None, acceptance: str = "agreement(0.7)"
     ) -> None:
+        """`RsdError` where the networks do not fit each other."""
         self.autoencoder, self.head, self.draft = autoencoder, head, draft
         self.acceptance = acceptance if draft else ""
-        self.rule: AcceptanceRule = acceptance_rule(acceptance, RfsqConfig())
-        if self.rule.per_scalar:
+        self.rule = acceptance_rule(acceptance, RfsqConfig())
+        if self.rule.accept is None or self.rule.per_scalar:
             raise RsdError(f"acceptance {acceptance}: this code has no margins; expected agreement(SHARE) or exact")
         if head.conditioned and draft is None:
             raise RsdError("the head is conditioned on a draft's tokens: a draft file is needed")
+        self.features = head.get_submodule("feature_proj.0").in_features
+        levels, logits = autoencoder.levels, CHUNK_SIZE * autoencoder.latent * SYMBOLS
+        pairs = {
+            "values of an autoencoder's level": (SYMBOLS, len(autoencoder.values(0))),
+            "levels of the head": (levels, len(head.layer_heads)),
+            "logits of a level of the head": (logits, head.get_submodule("layer_heads.0.3").out_features),
+        }
+        if draft is not None:
+            pairs["features that the draft reads"] = self.features, draft.input_projection.in_features
+            outputs = draft.get_submodule("classification_heads.0.3").out_features
+            pairs["logits of a level of the draft"] = logits, outputs
+        for what, (expected, found) in pairs.items():
+            if found != expected:
+                raise RsdError(f"{what}: expected {expected}, found {found}; these files are not of one experiment")
 
     @torch.inference_mode()
     def decode(self, features: Tensor) -> tuple[Tensor, ChunkStats]:
@@ -60,7 +87,7 @@ class LegacyDecoder:
             tokens = logits.argmax(-1)  # [B, L, P]
             if drafted is not None:
                 levels = drafted.shape[1]
-                assert self.rule.accept is not None  # of a rule that is not per scalar
+                assert self.rule.accept is not None
                 accepted = self.rule.accept(drafted, logits[:, :levels])
                 kept = accepted_prefix(accepted)
                 stands = torch.arange(levels, device=kept.device) < kept[:, None]
@@ -81,31 +108,35 @@ class LegacyDecoder:
         path = directory / SETTINGS_FILE
         settings = read_versioned(path, "imported checkpoint", FORMAT_VERSION, "import the original files again")
         weights = load_file(directory / WEIGHTS_FILE)
-        autoencoder = Autoencoder(_part(weights, "autoencoder"), bool(settings["layernorm"]))
-        autoencoder.load_state_dict(_part(weights, "autoencoder"))
-        autoencoder.scales, autoencoder.calibrated = weights["scales"], True
-        head = ChunkHead(_part(weights, "head"))
-        head.load_state_dict(_part(weights, "head"))
-        draft = None
-        if settings["sources"].get("draft"):
-            draft = ChunkDraft(_part(weights, "draft"))
-            draft.load_state_dict(_part(weights, "draft"))
-            draft.eval()
-        return cls(autoencoder.eval(), head.eval(), draft, acceptance)
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+
+        layernorm = bool(settings["layernorm"])
+        autoencoder = filled(path, part("autoencoder"), lambda weights: Autoencoder(weights, layernorm))
+        autoencoder.scales = weights["scales"]
+        draft = filled(path, part("draft"), ChunkDraft) if part("draft") else None
+        return cls(autoencoder, filled(path, part("head"), ChunkHead), draft, acceptance)
+
+    def save(self, directory: Path, content: dict[str, Any]) -> None:
+        """Write the directory. content: what else its settings say."""
+        directory.mkdir(parents=True, exist_ok=True)
+        parts = {"autoencoder": self.autoencoder, "head": self.head} | ({"draft": self.draft} if self.draft else {})
+        state = nn.ModuleDict(parts).state_dict()
+        assert self.autoencoder.scales is not None
+        weights = {**state, "scales": self.autoencoder.scales}
+        save_file({name: value.contiguous() for name, value in weights.items()}, directory / WEIGHTS_FILE)
+        settings = {"format_version": FORMAT_VERSION, "layernorm": self.autoencoder.layernorm, **content}
+        (directory / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
 
 
 class LegacyPolicy:
     """An imported checkpoint on the features of an OpenVLA policy; actions in the environment's units."""
 
     def __init__(self, openvla: OpenVlaPolicy, decoder: LegacyDecoder) -> None:
-        self.openvla, self.decoder = openvla, decoder
-        width, expected = openvla.model.config.llama.dim, decoder.head.feature_proj[0].in_features
-        if width != expected:
-            raise RsdError(f"legacy head: reads features of {expected} numbers, this OpenVLA has {width}")
-
-    @property
-    def image_size(self) -> int:
-        return self.openvla.image_size
+        self.openvla, self.decoder, self.image_size = openvla, decoder, openvla.image_size
+        if (width := openvla.model.config.llama.dim) != decoder.features:
+            raise RsdError(f"legacy head: reads features of {decoder.features} numbers, this OpenVLA has {width}")
 
     def reset(self, seed: int | None = None) -> None:
         """A new episode begins; nothing is drawn, nor remembered from one prediction to the next."""
@@ -124,28 +155,11 @@ class LegacyPolicy:
         return ActionChunk(actions[0].clamp(-1.0, 1.0).float().numpy(), stats)
 
 
-def _part(weights: Weights, name: str) -> Weights:
-    return {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-
-
 def import_legacy(config: ImportLegacyConfig) -> LegacyDecoder:
     """Check the files, calibrate, write; `RsdError` says which file cannot make an action chunk, and why."""
     autoencoder = read_autoencoder(config.autoencoder, config.layernorm)
-    head = read_network(config.head)
-    draft = read_network(config.draft) if config.draft else None
-    for path, network in ((config.head, head), (config.draft, draft)):
-        if isinstance(network, LevelDraft):
-            levels, needed = network.output_proj.out_features // 7, CHUNK_SIZE * autoencoder.latent
-            raise RsdError(
-                f"{path}: predicts one symbol for each of {levels} levels, where a chunk needs {needed} for each; "
-                "no action can be decoded from it. Train a draft and head of the other kind (one per latent scalar)"
-            )
-    if not isinstance(head, ChunkHead):
-        raise RsdError(f"{config.head}: expected a head (feature_proj, layer_heads), found a {type(head).__name__}")
-    if draft is not None and not isinstance(draft, ChunkDraft):
-        raise RsdError(f"{config.draft}: expected a draft (input_projection), found a {type(draft).__name__}")
-    _check_sizes(autoencoder, head, draft)
-    report: dict[str, Any] = {}
+    draft = read_draft(config.draft) if config.draft else None
+    head, report = read_head(config.head), dict[str, float]()
     if config.calibration is not None:
         report = autoencoder.calibrate(torch.from_numpy(read_chunks(config.calibration)))
     elif autoencoder.layernorm:
@@ -153,70 +167,31 @@ def import_legacy(config: ImportLegacyConfig) -> LegacyDecoder:
             f"{config.autoencoder}: trained with per-sample LayerNorm, whose statistics no token carries: it cannot "
             "decode as it is. Give --calibration with your own action chunks for static scales"
         )
-    decoder = LegacyDecoder(autoencoder, head, draft)
-    sources = {field.name: getattr(config, field.name) for field in fields(config)[:3]}
-    save(decoder, config.output, sources, report)
-    Console().print(f"written to {config.output}", soft_wrap=True, highlight=False)
+    decoder, files = LegacyDecoder(autoencoder, head, draft), (config.autoencoder, config.head, config.draft)
+    sources = {
+        name: {"file": path.name, "sha256": file_sha256(path)} if path else None
+        for name, path in zip(("autoencoder", "head", "draft"), files, strict=True)
+    }
+    with writing(config.output, SafetensorError):
+        decoder.save(config.output, {"sources": sources, "calibration": report})
+    print(f"written to {config.output}")
     for name, value in report.items():
-        Console().print(f"{name}: {value:.6f} (mean squared error on the calibration chunks)", highlight=False)
+        print(f"{name}: {value:.6f} (mean squared error on the calibration chunks)")
     return decoder
-
-
-def _check_sizes(autoencoder: Autoencoder, head: ChunkHead, draft: ChunkDraft | None) -> None:
-    levels, scalars = len(autoencoder.scales), CHUNK_SIZE * autoencoder.latent
-    symbols = len(autoencoder._values(0))
-    if len(head.layer_heads) != levels or head.layer_heads[0][3].out_features != scalars * symbols:  # type: ignore[index]
-        found = (len(head.layer_heads), head.layer_heads[0][3].out_features)  # type: ignore[index]
-        raise RsdError(f"head: expected {levels} levels of {scalars} x {symbols} logits, found {found}")
-    if draft is not None:
-        inputs, wanted = draft.input_projection.in_features, head.feature_proj[0].in_features
-        outputs = draft.classification_heads[0][3].out_features  # type: ignore[index]
-        if inputs != wanted or outputs != scalars * symbols:
-            raise RsdError(
-                f"draft: expected {wanted} features and {scalars} x {symbols} logits, found {inputs} and {outputs}"
-            )
 
 
 def read_chunks(path: Path) -> NDArray[np.float32]:
     """Action chunks float32 [N, 8, 7] of a .npy file, or cut from demonstrations."""
     if path.suffix == ".npy":
         try:
-            chunks = np.load(path, allow_pickle=False)
+            chunks = real_array(str(path), np.load(path, allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
             raise RsdError(f"{path}: expected action chunks of np.save, found {error!s:.200}") from None
-        if not isinstance(chunks, np.ndarray) or chunks.dtype.kind not in "iuf":
-            raise RsdError(f"{path}: expected one array of real numbers, found {getattr(chunks, 'dtype', 'several')}")
-        chunks = chunks.astype(np.float32)
     else:
-        from rsd.data.demonstrations import load_demonstrations
-        from rsd.training.dataset import chunk_targets
-
         labels = [demonstration.labels for demonstration in load_demonstrations(path, images=False)]
         if not labels:
             raise RsdError(f"{path}: found no demonstrations; collect some with `rsd demos collect`")
         chunks = np.concatenate([chunk_targets(label, CHUNK_SIZE) for label in labels])
-    if chunks.ndim != 3 or chunks.shape[1:] != (CHUNK_SIZE, ACTION_DIM) or not np.isfinite(chunks).all():
-        raise RsdError(f"{path}: expected finite chunks [N, {CHUNK_SIZE}, {ACTION_DIM}], found {list(chunks.shape)}")
+    if chunks.ndim != 3 or chunks.shape[1:] != (CHUNK_SIZE, ACTION_DIM):
+        raise RsdError(f"{path}: expected chunks [N, {CHUNK_SIZE}, {ACTION_DIM}], found {list(chunks.shape)}")
     return chunks
-
-
-def save(decoder: LegacyDecoder, directory: Path, sources: dict[str, Path | None], report: dict[str, Any]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    parts = {"autoencoder": decoder.autoencoder, "head": decoder.head, "draft": decoder.draft}
-    weights = {
-        f"{name}.{key}": value.contiguous()
-        for name, part in parts.items()
-        if part is not None
-        for key, value in part.state_dict().items()
-    }
-    save_file({**weights, "scales": decoder.autoencoder.scales.contiguous()}, directory / WEIGHTS_FILE)
-    content = {
-        "format_version": FORMAT_VERSION,
-        "layernorm": decoder.autoencoder.layernorm,
-        "sources": {
-            name: {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} if path else None
-            for name, path in sources.items()
-        },
-        "calibration": report,
-    }
-    (directory / SETTINGS_FILE).write_text(json.dumps(content, indent=1) + "\n")
