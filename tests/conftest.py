@@ -73,7 +73,7 @@ def tokenizer(chunks: np.ndarray) -> ActionTokenizer:
 def make_model(tiny_config: PolicyConfig, tokenizer: ActionTokenizer) -> Callable[[int], RsdModel]:
     def make(seed: int) -> RsdModel:
         torch.manual_seed(seed)
-        return RsdModel(tiny_config, tokenizer).eval()
+        return RsdModel.of(tiny_config, tokenizer).eval()
 
     return make
 

@@ -20,10 +20,9 @@ from rsd.models.feature_drafter import DrafterConfig, FeatureDrafter
 from rsd.models.target import STATE_FEATURES, TargetConfig
 from rsd.models.visual_drafter import Memory, VisualDrafterConfig
 from rsd.nested import tensors_of
-from rsd.targets.openvla.drafter import OpenVlaVisualDrafter
 from rsd.targets.openvla.llama import LlamaConfig
 from rsd.targets.openvla.model import ACTION_TOKENS, OpenVlaConfig, OpenVlaModel
-from rsd.targets.openvla.target import OpenVlaTarget
+from rsd.targets.openvla.target import OpenVlaTarget, OpenVlaVisualDrafter
 from rsd.targets.openvla.vision import DINO, SIGLIP, TIMM_MODELS
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, RsdError

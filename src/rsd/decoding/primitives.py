@@ -26,7 +26,7 @@ from rsd.decoding.verification import accept
 from rsd.models.feature_drafter import FeatureDrafter
 from rsd.models.fusing import fusible
 from rsd.models.streams import fork
-from rsd.models.target import TargetModel
+from rsd.models.target import BlockTarget
 from rsd.models.trunk import KVCache
 from rsd.models.visual_drafter import Memory, VisualDrafter
 from rsd.nested import tensors_of, with_tensors
@@ -87,7 +87,7 @@ class Primitives:
 
     def __init__(
         self,
-        target: TargetModel,
+        target: BlockTarget,
         draft: FeatureDrafter,
         rule: AcceptanceRule,
         fine: str = "regress",

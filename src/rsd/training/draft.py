@@ -79,7 +79,7 @@ def with_draft(source: RsdPolicy, config: TrainDrafterConfig) -> tuple[RsdModel,
         policy = source.config
     else:
         policy = replace(source.config, **{part: getattr(config, part)})
-    model = RsdModel(policy, source.tokenizer)
+    model = RsdModel.of(policy, source.tokenizer)
     kept = source.model.state_dict()
     if not config.resume_weights:
         fresh = {name: value for name, value in model.state_dict().items() if name.startswith(f"{part}.")}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rsd.decoding.calibration import fingertip_deviation
 from rsd.models.feature_drafter import FeatureDrafter
-from rsd.models.target import TargetModel
+from rsd.models.target import BlockTarget
 from rsd.models.trunk import KVCache
 from rsd.models.visual_drafter import VisualDrafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -26,7 +26,7 @@ from rsd.types import RsdError
 
 
 def policy_losses(
-    target: TargetModel,
+    target: BlockTarget,
     draft: FeatureDrafter,
     visual_drafter: VisualDrafter | None,
     tokenizer: ActionTokenizer,
@@ -125,7 +125,7 @@ class TargetRun(NamedTuple):
 
 def visual_drafter_losses(
     visual_drafter: VisualDrafter,
-    target: TargetModel,
+    target: BlockTarget,
     run: TargetRun,
     batch: Batch,
     truth: Tensor,

@@ -53,7 +53,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
 
     torch.manual_seed(config.loop.seed)
-    model = RsdModel(config.policy, tokenizer).to(device)
+    model = RsdModel.of(config.policy, tokenizer).to(device)
     if start:
         take_over(model, start, config)
     else:

@@ -30,14 +30,13 @@ from rsd.checkpoint import (
 )
 from rsd.decoding.state import PolicyInput
 from rsd.manifest import BASE_LINK
-from rsd.models.bundle import PolicyConfig, RsdModel, check_code
+from rsd.models.bundle import PolicyConfig, RsdModel, code_sizes
 from rsd.models.feature_drafter import DrafterConfig, FeatureDrafter
 from rsd.models.target import STATE_FEATURES, state_features
 from rsd.models.text import word_ids
 from rsd.models.visual_drafter import VisualDrafterConfig
 from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions
 from rsd.policy import SpeculativePolicy, TextCache
-from rsd.targets.openvla.drafter import OpenVlaVisualDrafter
 from rsd.targets.openvla.files import ADAPTER_CONFIG, ADAPTER_DIR, ADAPTER_WEIGHTS, CONFIG_FILE
 from rsd.targets.openvla.images import prepare_images
 from rsd.targets.openvla.loading import load_openvla, merge_adapter
@@ -48,7 +47,7 @@ from rsd.targets.openvla.prompt import TOKENIZER_FILE as PROMPT_FILE
 from rsd.targets.openvla.prompt import Prompt
 from rsd.targets.openvla.published import fingerprint, locate_openvla, locate_under
 from rsd.targets.openvla.statistics import Bounds
-from rsd.targets.openvla.target import OpenVlaTarget
+from rsd.targets.openvla.target import OpenVlaTarget, OpenVlaVisualDrafter
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import STATE_DIM, Observation, RsdError
@@ -106,17 +105,12 @@ class OpenVlaRsdModel(RsdModel):
     visual_drafter: OpenVlaVisualDrafter | None
 
     def __init__(self, openvla: OpenVlaModel, config: OpenVlaRsdConfig, tokenizer: ActionTokenizer) -> None:
-        nn.Module.__init__(self)
-        check_code(tokenizer)
-        code, horizon, motion = tokenizer.config.rfsq, tokenizer.config.horizon, tokenizer.motion_dim
-        dim = openvla.config.llama.dim
+        sizes, dim, visual = code_sizes(tokenizer), openvla.config.llama.dim, config.visual_drafter
         openvla.action_head = None
         openvla.proprio_projector = openvla.proprio_projector or ProprioProjector(dim)
-        self.target = OpenVlaTarget(openvla, code, horizon, motion, config.cameras)
-        self.feature_drafter = FeatureDrafter(config.feature_drafter, code, horizon, motion, dim)
-        self.visual_drafter = (
-            OpenVlaVisualDrafter(config.visual_drafter, code, horizon, motion, dim) if config.visual_drafter else None
-        )
+        target = OpenVlaTarget(openvla, *sizes, config.cameras)
+        feature_drafter = FeatureDrafter(config.feature_drafter, *sizes, dim)
+        super().__init__(target, feature_drafter, OpenVlaVisualDrafter(visual, *sizes, dim) if visual else None)
         self.to(openvla.device)
         for part in (openvla.proprio_projector, self.feature_drafter, self.visual_drafter):
             if part is not None:
@@ -130,9 +124,7 @@ class OpenVlaRsdModel(RsdModel):
         parts: dict[str, nn.Module] = {name: getattr(self.target, name) for name in names}
         assert self.target.openvla.proprio_projector is not None
         parts |= {"proprio": self.target.openvla.proprio_projector, "feature_drafter": self.feature_drafter}
-        return nn.ModuleDict(
-            {**parts, "visual_drafter": self.visual_drafter} if self.visual_drafter is not None else parts
-        )
+        return nn.ModuleDict(parts | ({"visual_drafter": self.visual_drafter} if self.visual_drafter else {}))
 
 
 class OpenVlaBody:
@@ -165,12 +157,10 @@ class OpenVlaBody:
         raw = np.stack([observation.state for observation in observations])
         given = torch.from_numpy(config.bounds.normalise(raw)).float()
         state = torch.cat([given, state_features(torch.from_numpy(raw))], dim=1).to(device)
-        prompt, words = self._encode(observations[0].instruction, device)
+        instruction = observations[0].instruction
+        prompt, words = self._texts.get(instruction, lambda: self._read_text(instruction, device))
         text = prompt.expand(count, -1), words.expand(count, -1)
         return PolicyInput(pixels.unflatten(0, (count, -1)), state, text)
-
-    def _encode(self, instruction: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        return self._texts.get(instruction, lambda: self._read_text(instruction, device))
 
     def _read_text(self, instruction: str, device: torch.device) -> tuple[Tensor, Tensor]:
         words = word_ids([instruction]).to(device)
