@@ -44,7 +44,7 @@ def test_the_compact_policy_needs_no_image_or_model_code_of_openvla() -> None:
     assert "rsd.policy" in loaded
     assert "simplejpeg" not in loaded
     of_openvla = {name for name in loaded if name.startswith("rsd.targets.openvla.")}
-    assert of_openvla == {"rsd.targets.openvla.published", "rsd.targets.openvla.files"}
+    assert of_openvla == {"rsd.targets.openvla.published"}
 
 
 @pytest.mark.parametrize(

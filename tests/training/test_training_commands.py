@@ -20,7 +20,7 @@ from rsd.data.demonstrations import load_demonstrations
 from rsd.locks import exclusive
 from rsd.models.bundle import PolicyConfig
 from rsd.models.feature_drafter import DrafterConfig
-from rsd.models.target import TargetModel
+from rsd.models.target import BlockTarget
 from rsd.models.trunk import KVCache
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
@@ -272,6 +272,14 @@ def test_a_training_has_its_folder_for_itself(config: TrainPolicyConfig, states_
         ):
             with pytest.raises(RsdError, match="another run is writing here"):
                 begin()
+    for fail in (
+        lambda: train_policy(replace(config, output=tmp_path / "runs" / "policy", device="abacus")),
+        lambda: train_drafter(TrainDrafterConfig("nowhere", config.data, tmp_path / "runs" / "draft", "cpu")),
+        lambda: train_tokenizer(TrainTokenizerConfig((tmp_path / "nowhere",), tmp_path / "runs" / "tokenizer")),
+    ):
+        with pytest.raises(RsdError, match="abacus|nowhere"):
+            fail()
+        assert not (tmp_path / "runs").exists()  # nothing is left of what never began
     (other / "checkpoint").mkdir(parents=True)
     with pytest.raises(RsdError, match="a checkpoint of another run; choose another --output"):
         train_policy(replace(config, output=other))
@@ -300,13 +308,13 @@ def test_states_without_images_are_refused(config: TrainPolicyConfig, states_onl
 def test_train_draft_keeps_everything_else(
     trained: Path, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    modes, prefill = set[bool](), TargetModel.prefill
+    modes, prefill = set[bool](), BlockTarget.prefill
 
-    def spy(target: TargetModel, prefix: Tensor) -> tuple[Tensor, KVCache]:
+    def spy(target: BlockTarget, prefix: Tensor) -> tuple[Tensor, KVCache]:
         modes.add(target.training)
         return prefill(target, prefix)
 
-    monkeypatch.setattr(TargetModel, "prefill", spy)
+    monkeypatch.setattr(BlockTarget, "prefill", spy)
     draft = DrafterConfig(levels=2, dim=32, layers=1, heads=2)
     directory = train_drafter(
         TrainDrafterConfig(
@@ -404,7 +412,7 @@ def test_impossible_splits_are_refused(demonstrations: Path) -> None:
     with pytest.raises(RsdError, match="at least 2 demonstrations, found 1"):
         split(everything[:1], 40)
     for every in (0, 1):
-        with pytest.raises(RsdError, match="validation_every: expected 2 or more"):
+        with pytest.raises(RsdError, match=f"--validation-every {every}: expected 2 or more"):
             split(everything, every)
 
 

@@ -61,7 +61,7 @@ class LegacyDecoder:
             raise RsdError("the head is conditioned on a draft's tokens: a draft file is needed")
         self.features = head.get_submodule("feature_proj.0").in_features
         levels, logits = autoencoder.levels, CHUNK_SIZE * autoencoder.latent * SYMBOLS
-        pairs: dict[str, tuple[int, object]] = {
+        pairs: dict[str, tuple[object, object]] = {
             "values of an autoencoder's level": (SYMBOLS, len(autoencoder.values(0))),
             "levels of the head": (levels, len(head.layer_heads)),
             "logits of a level of the head": (logits, head.get_submodule("layer_heads.0.3").out_features),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,13 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training import parallel
 from rsd.training.config import TrainDrafterConfig
-from rsd.training.dataset import Batch, FrameDataset
-from rsd.training.loop import describe, train
+from rsd.training.dataset import Batch
+from rsd.training.loop import train_and_save
 from rsd.training.losses import TargetRun, draft_losses, visual_drafter_losses, visual_total
-from rsd.training.policy import data_provenance, load_folders, resolve_device, split
-from rsd.training.run_folder import one_run_a_folder, save_then_validate
+from rsd.training.policy import data_provenance, load_frames, resolve_device
+from rsd.training.run_folder import one_run_a_folder
 from rsd.training.validation import validate
 from rsd.types import EAGER, RsdError
-from rsd.versions import versions
 
 
 @one_run_a_folder
@@ -34,21 +34,14 @@ def train_drafter(config: TrainDrafterConfig) -> Path:
     source = RsdPolicy.from_pretrained(config.policy, decode="ar", engine=EAGER)
     if not source.core.body.compact:
         raise RsdError(f"train drafter: {config.policy} has OpenVLA as its target; its drafts are trained with it")
-    tokenizer = source.tokenizer.to(device)
-    training, held_out = split(load_folders(config.data), config.validation_every)
-    size = source.config.target.image_size
-    dataset = FrameDataset(training, tokenizer.config.horizon, device, size)
-    validation = FrameDataset(held_out, tokenizer.config.horizon, device, size)
-    print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
+    tokenizer, visual = source.tokenizer.to(device), config.kind == "visual"
+    dataset, validation = load_frames(config, tokenizer, device, source.config.target.image_size, paired=visual)
     model, policy = with_draft(source, config)
     model.to(device).requires_grad_(False)
-    part = model.visual_drafter if config.kind == "visual" else model.feature_drafter
-    assert part is not None
-    part.requires_grad_(True)
-    paired = config.remembered_chunks if config.kind == "visual" else 0
+    model.get_submodule(f"{config.kind}_drafter").requires_grad_(True)
 
     def losses() -> dict[str, Tensor]:
-        batch = dataset.batch(*dataset.draw(config.loop.batch_size, paired), augment=config.augment)
+        batch = dataset.draw_batch(config.loop.batch_size, config.remembered_chunks if visual else 0, config.augment)
         model.target.eval()  # `train` puts the whole model in training mode
         with torch.no_grad():
             text = model.target.encode_text(batch.words)
@@ -57,34 +50,25 @@ def train_drafter(config: TrainDrafterConfig) -> Path:
         run = TargetRun(model.target.remembered(prefix.shape[1]), cache, features, text[1])
         return losses_of(model, tokenizer, batch, run, config)
 
-    resolved = describe(config)
-    ema = train(model, losses, config.loop, config.output, device, resolved)
-    assert isinstance(ema, RsdModel)
-    data = data_provenance(config.data, dataset)
-    directory = config.output / "checkpoint"
-
-    def save(report: dict[str, object]) -> None:
-        made = {"data": data, "training": resolved, "validation": report, "versions": versions()}
+    def save(ema: RsdModel, made: dict[str, Any], directory: Path) -> None:
         save_checkpoint(ema, tokenizer, policy, {**source.provenance, f"{config.kind}_drafter": made}, directory)
 
-    return save_then_validate(directory, save, lambda: validate(ema, tokenizer, validation))
+    def check(ema: RsdModel) -> dict[str, object]:
+        return validate(ema, tokenizer, validation)
+
+    return train_and_save(config, model, losses, device, save, check, data_provenance(config.data, dataset))
 
 
 def with_draft(source: RsdPolicy, config: TrainDrafterConfig) -> tuple[RsdModel, PolicyConfig]:
     """The policy's model with the drafter that is to be trained, and its sizes."""
-    part = f"{config.kind}_drafter"
-    if config.resume_weights:
-        if config.kind == "visual" and source.config.visual_drafter is None:
-            raise RsdError(f"--resume-weights: {config.policy} has no visual drafter; leave it out to start one afresh")
-        policy = source.config
-    else:
-        policy = replace(source.config, **{part: getattr(config, part)})
-    model = RsdModel.of(policy, source.tokenizer)
-    kept = source.model.state_dict()
+    part, policy, kept = f"{config.kind}_drafter", source.config, source.model.state_dict()
     if not config.resume_weights:
-        fresh = {name: value for name, value in model.state_dict().items() if name.startswith(f"{part}.")}
-        kept = {name: value for name, value in kept.items() if not name.startswith(f"{part}.")} | fresh
-    model.load_state_dict(kept)
+        policy = replace(policy, **{part: getattr(config, part)})
+        kept = {name: value for name, value in kept.items() if not name.startswith(f"{part}.")}
+    elif getattr(policy, part) is None:
+        raise RsdError(f"--resume-weights: {config.policy} has no visual drafter; leave it out to start one afresh")
+    model = RsdModel.of(policy, source.tokenizer)
+    model.load_state_dict({**model.state_dict(), **kept})
     return model, policy
 
 

@@ -10,22 +10,67 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from rsd.output import writing
 from rsd.pt_files import read_pt
 from rsd.runtime.cuda_graph import capture
 from rsd.training import parallel
 from rsd.training.config import LoopConfig
-from rsd.training.run_folder import STATE_FILE, stop_asked
+from rsd.training.run_folder import CHECKPOINT, STATE_FILE, stop_asked
 from rsd.types import RsdError
+from rsd.versions import versions
 
 CLOCK_STEPS = 20  # how often the processes ask the first one for its clock, and whether it was told to stop
 SHOW_SECONDS, LINE_SECONDS = 1.0, 60.0  # between updates of the bar, and between lines of the log
+
+
+class Trains(Protocol):
+    """What a training's configuration has, whatever is trained."""
+
+    @property
+    def loop(self) -> LoopConfig: ...
+    @property
+    def output(self) -> Path: ...
+
+
+def train_and_save(
+    config: Trains,
+    model: nn.Module,
+    losses: Callable[[], dict[str, Tensor]],
+    device: torch.device,
+    save: Callable[[Any, dict[str, Any], Path], None],
+    check: Callable[[Any], dict[str, object]],
+    data: dict[str, object],
+    **also: object,
+) -> Path:
+    """Train; then write the checkpoint; then validate, which may fail, and write it again with the report.
+
+    save(ema, provenance, directory), check(ema) -> report, where ema is what `train` makes of the model; data: its
+    provenance; also: what else a state of the training belongs to. Returns the checkpoint's directory."""
+    resolved, directory = {**describe(config), **also}, config.output / CHECKPOINT
+    ema = train(model, losses, config.loop, config.output, device, resolved)
+    if parallel.rank() > 0:
+        return directory
+    made = {"data": data, "training": resolved, "processes": parallel.world_size(), "versions": versions()}
+
+    def write(report: dict[str, object]) -> None:
+        with writing(directory, SafetensorError):
+            save(ema, {**made, "validation": report}, directory)
+
+    write({})
+    print(f"checkpoint: {directory}; now validating it on the held-out demonstrations", file=sys.stderr)
+    report = check(ema)
+    print(json.dumps(report, indent=1))
+    write(report)
+    print(f"checkpoint: {directory}; next: rsd eval --policy {directory} --num-trials 3")
+    return directory
 
 
 def train(
@@ -43,8 +88,6 @@ def train(
     CUDA, float32 on the CPU. Started by `torchrun`, the processes average their gradients and the first one writes.
     Ctrl-C or SIGTERM: the step at hand is finished and the state written before KeyboardInterrupt is raised.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(str(run / "tensorboard"))
@@ -153,18 +196,13 @@ def step_seed(config: LoopConfig, step: int) -> int:
 def record(forward_backward: Callable[[], dict[str, Tensor]], trained: list[Tensor]) -> Callable[[], dict[str, Tensor]]:
     """One CUDA graph of a forward and backward pass; random numbers are drawn anew at every replay.
 
-    The returned function gives the same tensors every time, with new contents; so are the gradients.
-    """
-
+    The returned function gives the same tensors every time, with new contents; so are the gradients."""
 
     def forget_gradients() -> None:
         for parameter in trained:
             parameter.grad = None
 
-    def step() -> dict[str, Tensor]:
-        return {name: value.detach() for name, value in forward_backward().items()}
-
-    return capture(step, warm_up=3, between=forget_gradients)
+    return capture(forward_backward, warm_up=3, between=forget_gradients)
 
 
 def learning_rate(config: LoopConfig, step: int, done: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,26 +17,24 @@ from torch import Tensor, nn
 
 from rsd.data.demonstrations import folder_provenance
 from rsd.models.target import state_features
-from rsd.targets.openvla.files import component_file
 from rsd.targets.openvla.loading import load_openvla
 from rsd.targets.openvla.lora import Adapter, LoraConfig
 from rsd.targets.openvla.model import OpenVlaModel
 from rsd.targets.openvla.policy import read_normalisation
 from rsd.targets.openvla.prompt import Prompt
-from rsd.targets.openvla.published import Settings, fingerprint, locate_openvla, locate_under
+from rsd.targets.openvla.published import Settings, component_file, fingerprint, locate_openvla, locate_under
 from rsd.targets.openvla.rsd_policy import BASE_FILES, OpenVlaRsdConfig, OpenVlaRsdModel, save_openvla_rsd
 from rsd.targets.openvla.statistics import Statistics
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
 from rsd.training.config import TrainOpenVlaConfig
-from rsd.training.loop import describe, train
+from rsd.training.loop import train_and_save
 from rsd.training.losses import policy_losses
-from rsd.training.openvla_frames import OpenVlaFrames, Survey, episode_numbers, pick, survey
-from rsd.training.policy import resolve_device
-from rsd.training.run_folder import one_run_a_folder, save_then_validate
+from rsd.training.openvla_frames import OpenVlaFrames, Survey, pick, survey
+from rsd.training.policy import episode_numbers, join
+from rsd.training.run_folder import one_run_a_folder
 from rsd.training.validation import validate
 from rsd.types import RsdError
-from rsd.versions import versions
 
 VALIDATION_BATCH = 8
 
@@ -79,17 +78,16 @@ def finish(trainee: Trainee) -> OpenVlaRsdModel:
 @one_run_a_folder
 def train_openvla(config: TrainOpenVlaConfig) -> Path:
     """Run the training; returns the policy's directory. Prints the offline validation of every decoder."""
-    parallel.join()
-    device = resolve_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = join(config.device)
+    if config.validation_frames < 1:
+        raise RsdError(f"--validation-frames {config.validation_frames}: expected at least 1")
     base = locate_openvla(config.source)
     if base is None:
         raise RsdError(f"--from {config.source}: expected a checkpoint in OpenVLA's format (docs/openvla.md)")
     tokenizer = ActionTokenizer.load(config.tokenizer).to(device)
-    seen = survey(config.data)
+    seen, rank = survey(config.data), parallel.rank()
+    mine, held_out = episode_numbers(len(seen.frames), config.validation_every, rank, parallel.world_size())
     sizes, prompt, normalisation = observing(config, base, seen), Prompt(base), read_normalisation(base)
-    mine, held_out = episode_numbers(len(seen.frames), config.validation_every, parallel.rank(), parallel.world_size())
 
     def frames(numbers: list[int]) -> OpenVlaFrames:
         return OpenVlaFrames(
@@ -104,49 +102,38 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
         )
 
     dataset = frames(mine)
-    first = parallel.rank() == 0
-    validation = frames(held_out) if first else None  # what is wrong with them is found now, not after the training
-    if first:
+    visual = config.visual_drafter is not None
+    dataset.check(config.loop.batch_size, config.remembered_chunks if visual else None, config.augment)
+    # what is wrong with the others is found now, not after the training; the first process validates
+    validation = frames(held_out if rank == 0 else held_out[:1])
+    if rank == 0:
         print(f"{len(seen.frames)} demonstrations, {len(held_out)} held out; {len(dataset)} frames in this process")
     openvla = load_openvla(base, base=locate_under(base), device=str(device))
     torch.manual_seed(config.loop.seed)
     trainee = prepare(openvla, sizes, config.lora, tokenizer, config.checkpointing)
-    target, draft, visual_drafter = trainee.model.target, trainee.model.feature_drafter, trainee.model.visual_drafter
-    remembered = config.remembered_chunks if visual_drafter is not None else 0
+    model = trainee.model
 
     def losses() -> dict[str, Tensor]:
-        batch = dataset.batch(*dataset.draw(config.loop.batch_size, remembered), augment=config.augment)
-        return policy_losses(target, draft, visual_drafter, tokenizer, batch, config.loss)
+        batch = dataset.draw_batch(config.loop.batch_size, config.remembered_chunks if visual else 0, config.augment)
+        return policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, config.loss)
 
-    resolved = {**describe(config), "base_fingerprint": fingerprint(base, BASE_FILES)}  # a state belongs to its base
-    ema = train(trainee.trained, losses, config.loop, config.output, device, resolved)
-    assert isinstance(ema, nn.ModuleDict)
-    directory = config.output / "checkpoint"
-    if validation is None:
-        return directory
-    trainee.trained.load_state_dict(ema.state_dict())
+    named = str(base.resolve()) if Path(config.source).is_dir() else config.source
+
+    def save(ema: nn.ModuleDict, provenance: dict[str, Any], directory: Path) -> None:
+        trainee.trained.load_state_dict(ema.state_dict())
+        save_openvla_rsd(ema["added"], trainee.adapter, tokenizer, sizes, base, named, provenance, directory)
+
+    def check(ema: nn.ModuleDict) -> dict[str, object]:
+        return validate(finish(trainee), tokenizer, validation, config.validation_frames, VALIDATION_BATCH)
+
     data = {
         "sources": [folder_provenance(folder) for folder in config.data],
         "episodes": len(seen.frames) - len(held_out),
         "frames": sum(seen.frames) - sum(seen.frames[number] for number in held_out),
         "instructions": seen.instructions,
     }
-    provenance = {
-        "data": data,
-        "training": resolved,
-        "processes": parallel.world_size(),
-        "versions": versions(),
-    }
-    named = str(base.resolve()) if Path(config.source).is_dir() else config.source
-
-    def save(report: dict[str, object]) -> None:
-        told = {**provenance, "validation": report}
-        save_openvla_rsd(ema["added"], trainee.adapter, tokenizer, sizes, base, named, told, directory)
-
-    def check() -> dict[str, object]:
-        return validate(finish(trainee), tokenizer, validation, config.validation_frames, VALIDATION_BATCH)
-
-    return save_then_validate(directory, save, check)
+    belongs = fingerprint(base, BASE_FILES)  # a state of the training belongs to its base
+    return train_and_save(config, trainee.trained, losses, device, save, check, data, base_fingerprint=belongs)
 
 
 def observing(config: TrainOpenVlaConfig, base: Path, seen: Survey) -> OpenVlaRsdConfig:

@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsd.data.demonstrations import Demonstration, load_demonstrations
-from rsd.output import shown
+from rsd.data.demonstrations import Demonstration
 from rsd.targets.openvla.images import crop, prepare_images
 from rsd.targets.openvla.policy import RENDER_SIZE
 from rsd.targets.openvla.prompt import Prompt
 from rsd.targets.openvla.statistics import Bounds
 from rsd.training.dataset import Augmentation, Batch, FrameDataset, random_colour, random_shift
-from rsd.types import RsdError
+from rsd.training.policy import load_folders
+from rsd.types import STATE_DIM, RsdError
 
 IMAGES_A_JOB = 16
 
@@ -36,33 +36,17 @@ class Survey:
 
 
 def survey(folders: Iterable[Path]) -> Survey:
-    states, instructions = [], dict[str, None]()
-    everything = (demonstration for folder in folders for demonstration in load_demonstrations(folder, images=False))
-    for demonstration in shown(everything, "demonstrations looked at"):
-        states.append(demonstration.state[:: demonstration.image_every])
-        instructions[demonstration.instruction] = None
-    if len(states) < 2:
-        raise RsdError(f"training data: expected at least 2 demonstrations, found {len(states)}")
-    return Survey([len(state) for state in states], list(instructions), np.concatenate(states))
-
-
-def episode_numbers(episodes: int, every: int, rank: int, world: int) -> tuple[list[int], list[int]]:
-    """Numbers of the demonstrations that this process trains on, and of those held out: every `every`-th one."""
-    if every < 2:
-        raise RsdError(f"validation_every: expected 2 or more, found {every}; that leaves no training data")
-    every = min(every, episodes)
-    training = [number for number in range(episodes) if (number + 1) % every]
-    if len(training) < world:
-        raise RsdError(f"training data: {len(training)} demonstrations for {world} processes; start fewer of them")
-    return training[rank::world], list(range(every - 1, episodes, every))
+    everything = list(load_folders(folders, images=False))
+    states = [demonstration.state[:: demonstration.image_every] for demonstration in everything]
+    instructions = list(dict.fromkeys(demonstration.instruction for demonstration in everything))
+    together = np.concatenate([np.zeros((0, STATE_DIM), np.float32), *states])
+    return Survey(list(map(len, states)), instructions, together)
 
 
 def pick(folders: Iterable[Path], numbers: Iterable[int]) -> Iterator[Demonstration]:
     """These demonstrations of all folders, one at a time: the images of a real data set fill a host's memory."""
     wanted = set(numbers)
-    everything = (demonstration for folder in folders for demonstration in load_demonstrations(folder))
-    read = enumerate(shown(everything, "demonstrations read"))
-    return (demonstration for number, demonstration in read if number in wanted)
+    return (demonstration for number, demonstration in enumerate(load_folders(folders)) if number in wanted)
 
 
 class OpenVlaFrames(FrameDataset):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +21,13 @@ from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.training import parallel
-from rsd.training.config import DEFAULT_TOKENIZER, TrainPolicyConfig
+from rsd.training.config import DEFAULT_TOKENIZER, TrainDrafterConfig, TrainPolicyConfig
 from rsd.training.dataset import FrameDataset
-from rsd.training.loop import describe, train
+from rsd.training.loop import train_and_save
 from rsd.training.losses import policy_losses
-from rsd.training.run_folder import one_run_a_folder, save_then_validate
+from rsd.training.run_folder import one_run_a_folder
 from rsd.training.validation import validate
 from rsd.types import EAGER, RsdError
-from rsd.versions import versions
 
 
 @one_run_a_folder
@@ -36,21 +36,15 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     acceptance_rule(config.policy.acceptance, RfsqConfig())  # or a whole training could not be loaded
     if config.policy.fine not in FINE:
         raise RsdError(f"--policy.fine {config.policy.fine}: expected {' or '.join(FINE)}")
-    parallel.join()
-    device = resolve_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = join(config.device)
     start = RsdPolicy.from_pretrained(config.init, decode="ar", engine=EAGER) if config.init else None
     if start and not start.core.body.compact:
         raise RsdError(f"--init {config.init}: expected a compact policy, found one on OpenVLA")
     if config.init_fresh and not (start and config.init_matching):
         raise RsdError(f"--init-fresh {' '.join(config.init_fresh)}: expected --init and --init-matching beside it")
     tokenizer = choose_tokenizer(config, start).to(device)
-    training, held_out = split(load_folders(config.data), config.validation_every)
-    size = config.policy.target.image_size
-    dataset = FrameDataset(training, tokenizer.config.horizon, device, size)
-    validation = FrameDataset(held_out, tokenizer.config.horizon, device, size)
-    print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
+    visual = config.policy.visual_drafter is not None
+    dataset, validation = load_frames(config, tokenizer, device, config.policy.target.image_size, paired=visual)
 
     torch.manual_seed(config.loop.seed)
     model = RsdModel.of(config.policy, tokenizer).to(device)
@@ -60,30 +54,18 @@ def train_policy(config: TrainPolicyConfig) -> Path:
         model.target.state_mean.copy_(dataset.state.mean(0))
         model.target.state_std.copy_(dataset.state.std(0) + 1e-3)
 
-    remembered = config.remembered_chunks if model.visual_drafter is not None else 0
-
     def losses() -> dict[str, Tensor]:
-        batch = dataset.batch(*dataset.draw(config.loop.batch_size, remembered), augment=config.augment)
+        batch = dataset.draw_batch(config.loop.batch_size, config.remembered_chunks if visual else 0, config.augment)
         return policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, config.loss)
 
-    resolved = describe(config)
-    ema = train(model, losses, config.loop, config.output, device, resolved)
-    assert isinstance(ema, RsdModel)
-    directory = config.output / "checkpoint"
-    if parallel.rank() > 0:
-        return directory
-    provenance = {
-        "data": data_provenance(config.data, dataset),
-        "training": resolved,
-        "processes": parallel.world_size(),
-        "init": start.provenance if start else {},
-        "versions": versions(),
-    }
+    def save(ema: RsdModel, provenance: dict[str, Any], directory: Path) -> None:
+        made = {**provenance, "init": start.provenance if start else {}}
+        save_checkpoint(ema, tokenizer, config.policy, made, directory)
 
-    def save(report: dict[str, object]) -> None:
-        save_checkpoint(ema, tokenizer, config.policy, {**provenance, "validation": report}, directory)
+    def check(ema: RsdModel) -> dict[str, object]:
+        return validate(ema, tokenizer, validation)
 
-    return save_then_validate(directory, save, lambda: validate(ema, tokenizer, validation))
+    return train_and_save(config, model, losses, device, save, check, data_provenance(config.data, dataset))
 
 
 def choose_tokenizer(config: TrainPolicyConfig, start: RsdPolicy | None) -> ActionTokenizer:
@@ -134,20 +116,54 @@ def data_provenance(folders: Iterable[Path], dataset: FrameDataset) -> dict[str,
     }
 
 
-def load_folders(folders: Iterable[Path]) -> Iterable[Demonstration]:
-    return shown(chain.from_iterable(load_demonstrations(folder) for folder in folders), "demonstrations read")
+def load_folders(folders: Iterable[Path], images: bool = True) -> Iterator[Demonstration]:
+    """The demonstrations of all of them, in order."""
+    everything = (load_demonstrations(folder, images=images) for folder in folders)
+    return shown(chain.from_iterable(everything), "demonstrations read")
+
+
+def load_frames(
+    config: TrainPolicyConfig | TrainDrafterConfig,
+    tokenizer: ActionTokenizer,
+    device: torch.device,
+    image_size: int,
+    paired: bool,
+) -> tuple[FrameDataset, FrameDataset]:
+    """What is trained on and what is held out, all of it checked; paired: batches will be of pairs of frames."""
+    parts = split(load_folders(config.data), config.validation_every)
+    training, validation = (FrameDataset(part, tokenizer.config.horizon, device, image_size) for part in parts)
+    training.check(config.loop.batch_size, config.remembered_chunks if paired else None, config.augment)
+    print(f"{training.episodes} demonstrations, {len(training)} frames; held out {validation.episodes}")
+    return training, validation
 
 
 def split(demonstrations: Iterable[Demonstration], every: int) -> tuple[list[Demonstration], list[Demonstration]]:
     """Whole episodes apart: every `every`-th one for validation."""
     everything = list(demonstrations)
-    if len(everything) < 2:
-        raise RsdError(f"training data: expected at least 2 demonstrations, found {len(everything)}")
+    training, held_out = episode_numbers(len(everything), every)
+    return [everything[number] for number in training], [everything[number] for number in held_out]
+
+
+def episode_numbers(episodes: int, every: int, rank: int = 0, world: int = 1) -> tuple[list[int], list[int]]:
+    """Numbers of the demonstrations that this process trains on, and of those held out: every `every`-th one."""
+    if episodes < 2:
+        raise RsdError(f"training data: expected at least 2 demonstrations, found {episodes}")
     if every < 2:
-        raise RsdError(f"validation_every: expected 2 or more, found {every}; that leaves no training data")
-    every = min(every, len(everything))
-    held_out = everything[every - 1 :: every]
-    return [d for i, d in enumerate(everything) if (i + 1) % every], held_out
+        raise RsdError(f"--validation-every {every}: expected 2 or more; that leaves no training data")
+    every = min(every, episodes)
+    training = [number for number in range(episodes) if (number + 1) % every]
+    if len(training) < world:
+        raise RsdError(f"training data: {len(training)} demonstrations for {world} processes; start fewer of them")
+    return training[rank::world], list(range(every - 1, episodes, every))
+
+
+def join(device: str) -> torch.device:
+    """Join the other processes of `torchrun`, if there are any -> this one's device."""
+    parallel.join()
+    found = resolve_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    return found
 
 
 def resolve_device(name: str) -> torch.device:

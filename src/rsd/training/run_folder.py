@@ -1,11 +1,9 @@
-"""The folder of a training: held by one run, its state written when it is told to stop, its checkpoint before the
-validation."""
+"""The folder of a training: held by one run, its state written when it is told to stop."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import sys
@@ -14,10 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors import SafetensorError
-
 from rsd.locks import exclusive
-from rsd.output import writing
 from rsd.types import RsdError
 
 STATE_FILE, CHECKPOINT = "training_state.pt", "checkpoint"
@@ -60,20 +55,3 @@ def one_run_a_folder(train: Callable[[Config], Result]) -> Callable[[Config], Re
             return train(config)
 
     return alone
-
-
-def save_then_validate(
-    directory: Path, save: Callable[[dict[str, object]], None], check: Callable[[], dict[str, object]]
-) -> Path:
-    """The checkpoint first, with an empty validation report; then the validation, which may fail, and its report.
-
-    Returns the checkpoint's directory."""
-    with writing(directory, SafetensorError):
-        save({})
-    print(f"checkpoint: {directory}; now validating it on the held-out demonstrations", file=sys.stderr)
-    report = check()
-    print(json.dumps(report, indent=1))
-    with writing(directory, SafetensorError):
-        save(report)
-    print(f"checkpoint: {directory}; next: rsd eval --policy {directory} --num-trials 3")
-    return directory

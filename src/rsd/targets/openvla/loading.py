@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rsd.pt_files import read_pt
-from rsd.targets.openvla.files import (
+from rsd.targets.openvla.model import OpenVlaConfig, OpenVlaModel
+from rsd.targets.openvla.published import (
     ADAPTER_CONFIG,
     ADAPTER_DIR,
     ADAPTER_WEIGHTS,
@@ -24,7 +25,6 @@ from rsd.targets.openvla.files import (
     component_file,
     read_json,
 )
-from rsd.targets.openvla.model import OpenVlaConfig, OpenVlaModel
 from rsd.types import RsdError
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rsd.models.config import LoraConfig
-from rsd.targets.openvla.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rsd.targets.openvla.loading import Slot, slots
 from rsd.targets.openvla.model import OpenVlaModel
+from rsd.targets.openvla.published import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 class LowRank(nn.Module):

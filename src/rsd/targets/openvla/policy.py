@@ -20,14 +20,13 @@ from rsd.conventions import openvla_gripper_to_env
 from rsd.decoding.timing import Stopwatch
 from rsd.devices import check_device
 from rsd.targets.openvla.engine import Decision, Engine
-from rsd.targets.openvla.files import read_json
 from rsd.targets.openvla.images import prepare_images
 from rsd.targets.openvla.llama import Attend
 from rsd.targets.openvla.loading import load_openvla
 from rsd.targets.openvla.model import OpenVlaModel
 from rsd.targets.openvla.precision import compile_layers, use_fp8
 from rsd.targets.openvla.prompt import Prompt
-from rsd.targets.openvla.published import Settings, locate_openvla, locate_under
+from rsd.targets.openvla.published import Settings, locate_openvla, locate_under, read_json
 from rsd.targets.openvla.statistics import Statistics
 from rsd.types import CAMERAS, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 

@@ -37,7 +37,6 @@ from rsd.models.text import word_ids
 from rsd.models.visual_drafter import VisualDrafterConfig
 from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions
 from rsd.policy import SpeculativePolicy, TextCache
-from rsd.targets.openvla.files import ADAPTER_CONFIG, ADAPTER_DIR, ADAPTER_WEIGHTS, CONFIG_FILE
 from rsd.targets.openvla.images import prepare_images
 from rsd.targets.openvla.loading import load_openvla, merge_adapter
 from rsd.targets.openvla.lora import Adapter
@@ -45,7 +44,15 @@ from rsd.targets.openvla.model import OpenVlaModel, ProprioProjector
 from rsd.targets.openvla.policy import PREPROCESSOR_FILE, RENDER_SIZE, read_normalisation
 from rsd.targets.openvla.prompt import TOKENIZER_FILE as PROMPT_FILE
 from rsd.targets.openvla.prompt import Prompt
-from rsd.targets.openvla.published import fingerprint, locate_openvla, locate_under
+from rsd.targets.openvla.published import (
+    ADAPTER_CONFIG,
+    ADAPTER_DIR,
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    fingerprint,
+    locate_openvla,
+    locate_under,
+)
 from rsd.targets.openvla.statistics import Bounds
 from rsd.targets.openvla.target import OpenVlaTarget, OpenVlaVisualDrafter
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
