@@ -25,6 +25,11 @@ settings.register_profile("rsd", deadline=None)  # a busy machine is no failure
 settings.load_profile("rsd")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -277,7 +277,7 @@ def test_a_training_has_its_folder_for_itself(config: TrainPolicyConfig, states_
         lambda: train_drafter(TrainDrafterConfig("nowhere", config.data, tmp_path / "runs" / "draft", "cpu")),
         lambda: train_tokenizer(TrainTokenizerConfig((tmp_path / "nowhere",), tmp_path / "runs" / "tokenizer")),
     ):
-        with pytest.raises(RsdError, match="abacus|nowhere"):
+        with pytest.raises(RsdError, match=r"abacus|nowhere"):
             fail()
         assert not (tmp_path / "runs").exists()  # nothing is left of what never began
     (other / "checkpoint").mkdir(parents=True)

@@ -8,8 +8,6 @@ from rsd.targets.openvla.engine import PROMPT_LENGTHS, Engine
 from rsd.targets.openvla.published import DECODERS
 from studies.openvla.bench_cases import Inputs, full_config, random_model
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
 
 @pytest.mark.parametrize("decode", DECODERS)
 @torch.inference_mode()
@@ -29,7 +27,7 @@ def test_a_decision_is_what_the_models_passes_give(decode: str) -> None:
     assert decision.passes == passes
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("decode", DECODERS)
 @torch.inference_mode()
 def test_graphs_change_nothing_for_any_prompt_length(decode: str) -> None:
