@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rsd.json_files import shown
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
 
@@ -91,9 +92,7 @@ def within_reach(draft: Tensor, own: Tensor, reach: float, share: float, moving:
     return agrees.sum(-1) >= share * counts.sum(-1)
 
 
-ACCEPTANCE_RULES = (
-    *("exact", "margin", "residual", "blind(SHARE)", "distance(D)", "typical(EPSILON)", "agreement(SHARE)"),
-)
+ACCEPTANCE_RULES = ["exact", "margin", "residual", "blind(SHARE)", "distance(D)", "typical(EPSILON)", "agreement(SHARE)"]
 NUMBER = r"(\d+\.?\d*|\.\d+)"
 
 
@@ -105,32 +104,33 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
     `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both in (0, 1] (Medusa's 0.09, and the root of EPSILON as its
     authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7).
     """
-    if name == "exact":
+    text = name if isinstance(name, str) else ""
+    if text == "exact":
         return AcceptanceRule(name, exact)
-    if name == "margin":
+    if text == "margin":
         return AcceptanceRule(name, lambda d, logits: margin(d, logits, code), per_scalar=True)
-    if name == "residual":
+    if text == "residual":
         return AcceptanceRule(name, None, per_scalar=True)
-    if match := re.fullmatch(rf"blind(?:\({NUMBER}(, ?moving)?\))?", name):
+    if match := re.fullmatch(rf"blind(?:\({NUMBER}(, ?moving)?\))?", text):
         share = float(match[1] or 0.95)
         if 0.0 < share <= 1.0:
             name = f"blind({share:g}{',moving' if match[2] else ''})"
             return AcceptanceRule(name, None, share=share, moving=bool(match[2]))
-    if match := re.fullmatch(r"distance(?:\((\d+)\))?", name):
+    if match := re.fullmatch(r"distance(?:\((\d{1,9})\))?", text):
         bins = int(match[1] or 1)
         return AcceptanceRule(f"distance({bins})", lambda d, logits: distance(d, logits, bins), per_scalar=True)
-    if match := re.fullmatch(rf"typical(?:\({NUMBER}(?:, ?{NUMBER})?\))?", name):
+    if match := re.fullmatch(rf"typical(?:\({NUMBER}(?:, ?{NUMBER})?\))?", text):
         epsilon = float(match[1] or 0.09)
         delta = float(match[2] or epsilon**0.5)
         if 0.0 < epsilon <= 1.0 and 0.0 < delta <= 1.0:
             name = f"typical({epsilon:g},{delta:g})" if match[2] else f"typical({epsilon:g})"
             return AcceptanceRule(name, lambda d, logits: typical(d, logits, epsilon, delta), per_scalar=True)
-    if match := re.fullmatch(rf"agreement(?:\({NUMBER}\))?", name):
+    if match := re.fullmatch(rf"agreement(?:\({NUMBER}\))?", text):
         share = float(match[1] or 0.7)
         if 0.0 < share <= 1.0:
             return AcceptanceRule(f"agreement({share:g})", lambda d, logits: agreement(d, logits, share))
     allowed = "D a whole number, 0 < EPSILON <= 1, 0 < SHARE <= 1"
-    raise RsdError(f"acceptance {name!r}: expected {', '.join(ACCEPTANCE_RULES)} with {allowed}")
+    raise RsdError(f"acceptance {shown(name)}: expected {', '.join(ACCEPTANCE_RULES)} with {allowed}")
 
 
 def accepted_prefix(accepted: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rsd.models.config import check_sizes
 from rsd.models.trunk import KVCache
 from rsd.types import RsdError
 
@@ -31,6 +32,11 @@ class LlamaConfig:
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     max_positions: int = 2048
+
+    def __post_init__(self) -> None:
+        check_sizes("Llama", self.dim, self.layers, self.heads)
+        if min(self.vocab_size, self.mlp_dim, self.max_positions) < 1:
+            raise RsdError(f"Llama: expected sizes of at least 1, found {self}")
 
     @property
     def head_dim(self) -> int:

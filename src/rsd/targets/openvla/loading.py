@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rsd.json_files import typed_value
 from rsd.pt_files import read_pt
 from rsd.targets.openvla.model import OpenVlaConfig, OpenVlaModel
 from rsd.targets.openvla.published import (
@@ -137,8 +138,8 @@ def shards(directory: Path) -> list[Path]:
     """The files that the index lists, or the only one."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        paths = [directory / name for name in names]
+        named = typed_value(dict[str, str], read_json(index).get("weight_map", {}), str(index), "weight_map")
+        paths = [directory / name for name in sorted(set(named.values()))]
     else:
         paths = sorted(directory.glob("model*.safetensors"))
     missing = [path.name for path in paths if not path.is_file()]
@@ -220,14 +221,17 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def merge_adapter(model: OpenVlaModel, directory: Path) -> None:
     """Add a PEFT LoRA adapter to the weights: W += (alpha / r) B A, in float32."""
-    settings = read_json(directory / ADAPTER_CONFIG)
+    source = directory / ADAPTER_CONFIG
+    settings = read_json(source)
     for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"):
         if settings.get(key):
-            raise RsdError(f"{directory / ADAPTER_CONFIG}: {key} is {settings[key]!r}: not supported; merge with PEFT")
+            raise RsdError(f"{source}: {key} is {settings[key]!r}: not supported; merge with PEFT")
     if settings.get("bias", "none") != "none" or settings.get("peft_type", "LORA") != "LORA":
-        raise RsdError(f"{directory / ADAPTER_CONFIG}: expected a LoRA adapter without biases; merge it with PEFT")
-    rank = int(settings["r"])
-    scale = float(settings["lora_alpha"]) / (rank**0.5 if settings.get("use_rslora") else rank)
+        raise RsdError(f"{source}: expected a LoRA adapter without biases; merge it with PEFT")
+    rank, alpha = (typed_value(float, settings.get(key), str(source), key) for key in ("r", "lora_alpha"))
+    if rank < 1:
+        raise RsdError(f"{source}: expected a rank r of at least 1, found {rank}")
+    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     path = directory / ADAPTER_WEIGHTS
     if not path.is_file():
         raise RsdError(f"{path}: not found; the adapter is incomplete")

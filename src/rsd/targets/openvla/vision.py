@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rsd.models.config import check_sizes
+from rsd.types import RsdError
+
 
 @dataclass(frozen=True)
 class VitConfig:
@@ -28,6 +31,11 @@ class VitConfig:
     registers: int = 0
     """Register tokens; a model with registers also has a class token."""
     layer_scale: bool = False
+
+    def __post_init__(self) -> None:
+        check_sizes("vision tower", self.dim, self.depth, self.heads)
+        if min(self.mlp_dim, self.patch) < 1 or self.registers < 0 or self.image_size < self.patch:
+            raise RsdError(f"vision tower: expected positive sizes and images no smaller than a patch, found {self}")
 
     @property
     def patches(self) -> int:
