@@ -92,7 +92,9 @@ def within_reach(draft: Tensor, own: Tensor, reach: float, share: float, moving:
     return agrees.sum(-1) >= share * counts.sum(-1)
 
 
-ACCEPTANCE_RULES = ["exact", "margin", "residual", "blind(SHARE)", "distance(D)", "typical(EPSILON)", "agreement(SHARE)"]
+ACCEPTANCE_RULES = (
+    *("exact", "margin", "residual", "blind(SHARE)", "distance(D)", "typical(EPSILON)", "agreement(SHARE)"),
+)
 NUMBER = r"(\d+\.?\d*|\.\d+)"
 
 

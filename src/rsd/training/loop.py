@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,7 +100,8 @@ def train(
     pairs = zip(ema.parameters(), model.parameters(), strict=True)
     averaged: list[Tensor] = [average for average, parameter in pairs if parameter.requires_grad]
     optimiser = optimiser_of(trained, config, device)
-    step, spent = _resume(run / STATE_FILE, model, ema, optimiser, resolved)
+    state = State(run / STATE_FILE, {"model": model, "ema": ema, "optimiser": optimiser}, resolved)
+    step, spent = state.resume()
     # resumed, it must not draw the batches of its first steps again; each process draws its own
     torch.manual_seed(step_seed(config, step))
     model.train()
@@ -160,11 +161,11 @@ def train(
                 progress.print(_line(values, step, now - start))
             if config.save_every and step % config.save_every == 0:
                 _require_finite(values, step)
-                _save(run / STATE_FILE, model, ema, optimiser, step, now - start, resolved)
+                state.save(step, now - start)
         stopped = parallel.from_first(float(stop.is_set() and step < config.steps), device)
         if first:
             _require_finite(values, step)  # a good state is not replaced by one that diverged
-            _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
+            state.save(step, time.monotonic() - start)
     if stopped:
         if first:
             kept = f"stopped after step {step} of {config.steps}: {run / STATE_FILE} is written"
@@ -233,43 +234,39 @@ def _line(values: dict[str, Tensor], step: int, seconds: float) -> str:
     return f"step {step}, {seconds:.0f} s: {numbers}"
 
 
-def _save(
-    path: Path,
-    model: nn.Module,
-    ema: nn.Module,
-    optimiser: Any,
-    step: int,
-    spent: float,
-    resolved: dict[str, Any],
-) -> None:
-    state = {
-        "model": model.state_dict(),
-        "ema": ema.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "step": step,
-        "spent": spent,
-        "config": json.dumps(resolved, sort_keys=True),
-    }
-    partial = path.with_suffix(".partial")
-    with writing(path):
-        torch.save(state, partial)
-        partial.replace(path)  # a kill leaves either the old state or the new one
+@dataclass(frozen=True)
+class State:
+    """A training's file to go on from. parts: what is restored, by name; resolved: the settings that it belongs to."""
 
+    path: Path
+    parts: dict[str, Any]
+    resolved: dict[str, Any]
 
-def _resume(
-    path: Path, model: nn.Module, ema: nn.Module, optimiser: Any, resolved: dict[str, Any]
-) -> tuple[int, float]:
-    if not path.exists():
-        return 0, 0.0
-    state = read_pt(path)
-    if missing := {"config", "model", "ema", "optimiser", "step", "spent"} - state.keys():
-        raise RsdError(f"{path}: expected the state of a training, found one without {', '.join(sorted(missing))}")
-    if json.loads(state["config"]) != json.loads(json.dumps(resolved, sort_keys=True)):
-        raise RsdError(f"{path}: belongs to a run with other settings; choose another --output")
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    optimiser.load_state_dict(state["optimiser"])
-    return state["step"], state["spent"]
+    def save(self, step: int, spent: float) -> None:
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"step": step, "spent": spent, "config": json.dumps(self.resolved, sort_keys=True)}
+        partial = self.path.with_suffix(".partial")
+        with writing(self.path):
+            torch.save(state, partial)
+            partial.replace(self.path)  # a kill leaves either the old state or the new one
+
+    def resume(self) -> tuple[int, float]:
+        """Restore the parts, where there is a file -> steps done and seconds spent."""
+        if not self.path.exists():
+            return 0, 0.0
+        state = read_pt(self.path)
+        if missing := {"config", "step", "spent", *self.parts} - state.keys():
+            found = f"found one without {', '.join(sorted(missing))}"
+            raise RsdError(f"{self.path}: expected the state of a training, {found}; choose another --output")
+        try:
+            if json.loads(state["config"]) != json.loads(json.dumps(self.resolved, sort_keys=True)):
+                raise RsdError(f"{self.path}: belongs to a run with other settings; choose another --output")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            return int(state["step"]), float(state["spent"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what torch makes of it
+            found = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+            raise RsdError(f"{self.path}: not the state of this training ({found}); choose another --output") from error
 
 
 def describe(config: Any) -> dict[str, Any]:
