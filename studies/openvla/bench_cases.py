@@ -120,8 +120,18 @@ def openvla_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
             [Pass(length)],
             False,
         ),
-        Case("ar7", lambda *values: model.generate(prefix(*values)), inputs.all(), [Pass(length), *continued], True),
+        Case("ar7", lambda *values: generate(model, prefix(*values)), inputs.all(), [Pass(length), *continued], True),
     ]
+
+
+def generate(model: OpenVlaModel, prefix: Tensor, count: int = ACTION_DIM) -> Tensor:
+    """Greedy continuation of the prefix -> ids [B, count]; one prefill and count - 1 passes of one token."""
+    hidden, cache = model.prefill(prefix, count - 1)
+    tokens = [model.language_model.logits(hidden).argmax(-1)]
+    while len(tokens) < count:
+        hidden = model.next_token(tokens[-1], cache)
+        tokens.append(model.language_model.logits(hidden).argmax(-1))
+    return torch.cat(tokens, dim=1)
 
 
 def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:

@@ -332,12 +332,3 @@ def complete(ops: Primitives, draft: Draft) -> Forecast:
 def grown_apart(cache: KVCache) -> KVCache:
     """A cache that may grow while the given one stays as it is; one that is allocated at once grows in place."""
     return KVCache(list(cache.keys), list(cache.values)) if isinstance(cache, KVCache) else cache
-
-
-def as_draft(code: Rfsq, motion: Tensor, gripper: Tensor) -> Draft:
-    """A draft of given tokens [B, c, P] and gripper [B, H]."""
-    value, prefixes = torch.zeros(motion.shape[::2], device=motion.device), []
-    for level in range(1, motion.shape[1] + 1):
-        value = value + code.value(motion[:, level - 1], level)
-        prefixes.append(value)
-    return Draft(motion, gripper, prefixes)

@@ -39,6 +39,11 @@ LIMIT_BYTES = 2_000_000_000  # of all policies' graphs together; the policy used
 LARGE = 1024  # bytes of a weight from which on it lies beside its graph
 WEIGHTS = "weights"  # the folder of them, each a file named by the SHA-256 of its bytes
 TOLERANCE = 1e-2  # of the largest number of an output, or of its symbols; rounding is 1e-5
+NUMPY_TYPES = {
+    dtype: torch.zeros(0, dtype=dtype).numpy().dtype.type
+    for dtype in (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+}
+Call = Callable[[Sequence[Tensor]], Any]
 LOG = logging.getLogger(__name__)
 
 
@@ -53,9 +58,7 @@ class OnnxGraphs:
     def __init__(self) -> None:
         self._folder: Path | None = None
 
-    def __call__(
-        self, step: Step, ops: Primitives, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
-    ) -> OnnxGraph:
+    def __call__(self, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> OnnxGraph:
         if self._folder is None:
             self._folder = graph_folder() / policy_name(ops)
         return OnnxGraph(self._folder, step, ops, call, inputs)
@@ -63,67 +66,76 @@ class OnnxGraphs:
 
 class OnnxGraph:
     """A call as a session of ONNX Runtime with as many threads as PyTorch has when it is made, and with the weights of
-    then: what changes in the models later does not reach it.
+    then: what changes in the models later does not reach it. As with a CUDA graph, what it returns are the SAME tensors
+    every time, overwritten by the next call: keys and values go from one graph to the next without a copy.
 
     A `small` primitive on one observation gets one thread: its operations are too small for two to meet after each.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        step: Step,
-        ops: Primitives,
-        call: Callable[[Sequence[Tensor]], Any],
-        inputs: Sequence[Tensor],
-    ) -> None:
+    def __init__(self, folder: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> None:
         """`RsdError` if what is exported does not give what the call gives on these inputs."""
         with torch.inference_mode(False), torch.no_grad():
             given = [tensor.clone().contiguous() for tensor in inputs]
-            self.template = call(given)
-            path = folder / f"{graph_name(step, ops, given, tensors_of(self.template))}.onnx"
+            expected = call(given)
+            path = folder / f"{graph_name(step, ops, given, tensors_of(expected))}.onnx"
             with contextlib.suppress(OSError):
                 os.utime(folder)  # used last now
             if not path.exists():
                 with first_or_after(folder):
                     if not path.exists():
                         export(path, step, ops, call, given)
-        small = step.small and len(given[0]) == 1
-        threads = 1 if small else torch.get_num_threads()
-        try:
-            self.session = _session(path, threads)
-        except RsdError as error:  # cut off by a full disk, say, or of another version of the runtime
-            LOG.warning("ONNX graph %s: cannot be loaded (%s); made anew", path, error.__cause__)
-            shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
-            with torch.inference_mode(False), torch.no_grad():
+            threads = 1 if step.small and len(given[0]) == 1 else torch.get_num_threads()
+            try:
+                self.session = _session(path, threads)
+            except RsdError as error:  # cut off by a full disk, say, or of another version of the runtime
+                LOG.warning("ONNX graph %s: cannot be loaded (%s); made anew", path, error.__cause__)
+                shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
                 export(path, step, ops, call, given)
-            self.session = _session(path, threads)
+                self.session = _session(path, threads)
+            outputs = [
+                torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors_of(expected)
+            ]
+        self.result = with_tensors(expected, iter(outputs))
         self.names = [argument.name for argument in self.session.get_inputs()]
-        self._compare(step.name, given)
+        self.binding = self.session.io_binding()
+        for argument, tensor in zip(self.session.get_outputs(), outputs, strict=True):
+            if tensor.numel():
+                self.binding.bind_output(argument.name, *_memory(tensor))
+        self(given)
+        _compare(step.name, tensors_of(expected), outputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        feed = {name: tensor.contiguous().numpy() for name, tensor in zip(self.names, inputs, strict=True)}
-        return with_tensors(self.template, map(torch.from_numpy, self.session.run(None, feed)))
+        given = [tensor.contiguous() for tensor in inputs]  # to live until the session has run
+        for name, tensor in zip(self.names, given, strict=True):
+            self.binding.bind_input(name, *_memory(tensor))
+        self.session.run_with_iobinding(self.binding)
+        return self.result
 
-    def _compare(self, name: str, inputs: Sequence[Tensor]) -> None:
-        pairs = zip(tensors_of(self.template), tensors_of(self(inputs)), strict=True)
-        for index, (expected, found) in enumerate(pairs):
-            if expected.numel() == 0 or not expected.isfinite().all():
-                continue
-            if expected.is_floating_point():
-                apart, most = float((expected - found).abs().max()), max(1.0, float(expected.abs().max()))
-            else:  # symbols and what is accepted of them: the share that differs
-                apart, most = float((expected != found).float().mean()), 1.0
-            if not apart <= TOLERANCE * most:
-                raise RsdError(
-                    f"ONNX graph of {name}: output {index} is {apart:.3g} away from PyTorch's; decode with the engine "
-                    "'eager', and report this with the versions of torch, onnxscript and onnxruntime"
-                )
+
+def _memory(tensor: Tensor) -> tuple[str, int, Any, list[int], int]:
+    """Where a contiguous tensor lies, as ONNX Runtime wants to know it: device and its number, type, shape, address."""
+    return "cpu", 0, NUMPY_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr()
+
+
+def _compare(name: str, expected: Iterable[Tensor], found: Iterable[Tensor]) -> None:
+    for index, (one, other) in enumerate(zip(expected, found, strict=True)):
+        if one.numel() == 0 or not one.isfinite().all():
+            continue
+        if one.is_floating_point():
+            apart, most = float((one - other).abs().max()), max(1.0, float(one.abs().max()))
+        else:  # symbols and what is accepted of them: the share that differs
+            apart, most = float((one != other).float().mean()), 1.0
+        if not apart <= TOLERANCE * most:
+            raise RsdError(
+                f"ONNX graph of {name}: output {index} is {apart:.3g} away from PyTorch's; decode with the engine "
+                "'eager', and report this with the versions of torch, onnxscript and onnxruntime"
+            )
 
 
 class _Call(nn.Module):
     """The call as a module, so that the exporter knows which tensors are weights."""
 
-    def __init__(self, ops: Primitives, call: Callable[[Sequence[Tensor]], Any]) -> None:
+    def __init__(self, ops: Primitives, call: Call) -> None:
         super().__init__()
         self.models = nn.ModuleList(_models(ops))
         self.call = call
@@ -170,9 +182,7 @@ def _code_and_versions() -> str:
     return " ".join([code, *(f"{name} {metadata.version(name)}" for name in ("torch", *PACKAGES))])
 
 
-def export(
-    path: Path, step: Step, ops: Primitives, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
-) -> None:
+def export(path: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> None:
     """Write the call's graph, with its weights beside it; says so, since it takes a while."""
     begun = time.monotonic()
     say(f"exporting {step.name} for ONNX Runtime, once for this policy ...")
@@ -261,7 +271,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _session(path: Path, threads: int) -> Any:
-    import onnxruntime
+    import onnxruntime  # may not be installed: then the engine is `eager`
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -6,7 +6,7 @@ import torch
 from rsd.decoding.timing import Stopwatch
 from rsd.targets.openvla.engine import PROMPT_LENGTHS, Engine
 from rsd.targets.openvla.published import DECODERS
-from studies.openvla.bench_cases import Inputs, full_config, random_model
+from studies.openvla.bench_cases import Inputs, full_config, generate, random_model
 
 
 @pytest.mark.parametrize("decode", DECODERS)
@@ -17,7 +17,7 @@ def test_a_decision_is_what_the_models_passes_give(decode: str) -> None:
     decision = Engine(model, decode)(*inputs.all(), Stopwatch(model.device))
     prefix = model.embed_prefix(model.embed_images(inputs.pixels), inputs.prompt, inputs.state)
     if decode == "ar":
-        expected, passes = model.token_values(model.generate(prefix)).unflatten(1, (1, 7)), 6
+        expected, passes = model.token_values(generate(model, prefix)).unflatten(1, (1, 7)), 6
     else:
         hidden, passes = model.action_hidden(prefix), 0
         torch.testing.assert_close(decision.hidden, hidden)

@@ -198,15 +198,6 @@ class OpenVlaModel(nn.Module):
         """token [B, 1] -> hidden state of its position [B, 1, D]; the cache grows by one."""
         return self.language_model(self.language_model.embed_tokens(token), Attend(), cache)
 
-    def generate(self, prefix: Tensor, count: int = ACTION_DIM) -> Tensor:
-        """Greedy continuation of the prefix -> ids [B, count]; one prefill and count - 1 passes of one token."""
-        hidden, cache = self.prefill(prefix, count - 1)
-        tokens = [self.language_model.logits(hidden).argmax(-1)]
-        while len(tokens) < count:
-            hidden = self.next_token(tokens[-1], cache)
-            tokens.append(self.language_model.logits(hidden).argmax(-1))
-        return torch.cat(tokens, dim=1)
-
     # OpenVLA-OFT: all at once
 
     def action_hidden(self, prefix: Tensor) -> Tensor:
