@@ -65,10 +65,10 @@ def test_openvla_is_not_compiled() -> None:
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(engines, "missing_packages", lambda: ["onnx", "onnxscript"])
+    monkeypatch.setattr(engines, "missing_packages", lambda: ["onnx", "onnxruntime"])
     assert choose_engine(AUTO, "cpu", recordable=True) == EAGER
-    assert "onnx, onnxscript not installed: engine eager" in caplog.text
-    with pytest.raises(RsdError, match="expected onnx, onnxscript; pip install onnx onnxscript"):
+    assert "onnx, onnxruntime not installed: engine eager" in caplog.text
+    with pytest.raises(RsdError, match="expected onnx, onnxruntime; pip install onnx onnxruntime"):
         choose_engine(ONNX, "cpu", recordable=True)
 
 
