@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsd.decoding.acceptance import acceptance_rule
+from rsd.decoding.acceptance import acceptance_rule, requantise
 from rsd.decoding.decoders import DECODERS, look, names, proposed
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.primitives import Primitives, likelier_gripper
 from rsd.decoding.state import Blocks, DecodeResult, Draft, EpisodeState, PolicyInput, stacked
 from rsd.decoding.timing import Stopwatch
-from rsd.decoding.verification import requantise
 from rsd.models.bundle import RsdModel
 from rsd.models.target import state_features
 from rsd.models.text import word_ids

@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from rsd.cli import dispatch
-from rsd.legacy.networks import Autoencoder, read_autoencoder, read_draft, read_head
-from rsd.legacy.run import ImportLegacyConfig, LegacyDecoder, LegacyPolicy, import_legacy
+from rsd.legacy.run import (
+    Autoencoder,
+    ImportLegacyConfig,
+    LegacyDecoder,
+    LegacyPolicy,
+    import_legacy,
+    read_autoencoder,
+    read_draft,
+    read_head,
+)
 from rsd.types import Observation, RsdError
 
 FIXTURES = dict(np.load(Path(__file__).parent.parent / "fixtures" / "openvla" / "legacy.npz"))

@@ -16,8 +16,7 @@ from rsd.models.visual_drafter import VisualDrafter
 from rsd.nested import tensors_of, with_tensors
 from rsd.policy import RsdPolicy
 from rsd.runtime import engines
-from rsd.runtime.engines import VARIABLE, choose_engine, make_engine
-from rsd.runtime.recorded import Call, Recordings
+from rsd.runtime.engines import VARIABLE, Call, Recordings, choose_engine, make_engine
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ONNX, Observation, RsdError
 

@@ -14,7 +14,7 @@ from rsd.targets.openvla.policy import OpenVlaPolicy, read_normalisation
 from rsd.targets.openvla.prompt import Prompt
 from rsd.targets.openvla.statistics import Statistics
 from rsd.training.dataset import Augmentation
-from rsd.training.openvla_frames import OpenVlaFrames, pick, survey
+from rsd.training.openvla import OpenVlaFrames, pick, survey
 from rsd.training.policy import episode_numbers
 from rsd.types import Observation, RsdError
 

@@ -27,10 +27,9 @@ from rsd.policy import RsdPolicy
 from rsd.targets.openvla.lora import LoraConfig
 from rsd.targets.openvla.rsd_policy import OpenVlaBody
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.training.draft import TrainDrafterConfig, train_drafter
 from rsd.training.loop import STATE_FILE, LoopConfig
 from rsd.training.openvla import TrainOpenVlaConfig, train_openvla
-from rsd.training.policy import TrainPolicyConfig, train_policy
+from rsd.training.policy import TrainDrafterConfig, TrainPolicyConfig, train_drafter, train_policy
 from rsd.types import Observation, RsdError
 
 DRAFT = DrafterConfig(levels=3, dim=32, layers=1, heads=2)

@@ -5,7 +5,6 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import h5py
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-import rsd.training.draft as training_draft
 import rsd.training.policy as training_policy
 from rsd.data.demonstrations import load_demonstrations
 from rsd.locks import exclusive
@@ -25,10 +23,16 @@ from rsd.models.trunk import KVCache
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.training.dataset import FrameDataset, chunk_targets
-from rsd.training.draft import TrainDrafterConfig, train_drafter
 from rsd.training.loop import STATE_FILE, LoopConfig
 from rsd.training.losses import LossConfig
-from rsd.training.policy import TrainPolicyConfig, resolve_device, split, train_policy
+from rsd.training.policy import (
+    TrainDrafterConfig,
+    TrainPolicyConfig,
+    resolve_device,
+    split,
+    train_drafter,
+    train_policy,
+)
 from rsd.training.tokenizer import TrainTokenizerConfig, train_tokenizer
 from rsd.types import Observation, RsdError
 from studies.deviation import DeviationConfig, measure_deviation
@@ -242,22 +246,22 @@ def test_images_of_another_size_than_the_models_are_refused(config: TrainPolicyC
         train_policy(replace(config, policy=larger, output=tmp_path / "run"))
 
 
-@pytest.mark.parametrize("module", [training_policy, training_draft])
+@pytest.mark.parametrize("kind", ["policy", "draft"])
 def test_a_validation_that_fails_costs_no_training(
-    trained: Path, config: TrainPolicyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType
+    trained: Path, config: TrainPolicyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     def failing(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(module, "validate", failing)
+    monkeypatch.setattr(training_policy, "validate", failing)
     loop = replace(LOOP, steps=2)
     draft = TrainDrafterConfig(str(trained), config.data, tmp_path, "cpu", resume_weights=True, loop=loop)
     begin = {
-        training_policy: lambda: train_policy(replace(config, output=tmp_path, loop=loop)),
-        training_draft: lambda: train_drafter(draft),
+        "policy": lambda: train_policy(replace(config, output=tmp_path, loop=loop)),
+        "draft": lambda: train_drafter(draft),
     }
     with pytest.raises(ZeroDivisionError):
-        begin[module]()
+        begin[kind]()
     assert torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] == 2
     RsdPolicy.from_pretrained(tmp_path / "checkpoint")
 

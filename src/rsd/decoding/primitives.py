@@ -1,8 +1,8 @@
 """The primitives that every decoder is composed of, for any engine: draft, prefill, verify, accept, extend.
 
 A primitive is a function of tensors that asks the host nothing, so an engine may run it as it is (eager) or record it
-once and replay it (`recorded`). Called from within another primitive it is part of that one. Symbols are the likeliest
-ones unless there is a sampler. A model output that is not finite is noted and raises `RsdError` before anything leaves
+once and replay it (`runtime.engines`). Called from within another primitive it is part of that one. Symbols are the
+likeliest ones unless there is a sampler. A model output that is not finite is noted and raises `RsdError` before anything leaves
 the policy: a NaN would win an argmax as an ordinary token.
 """
 
@@ -17,12 +17,11 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from rsd.decoding.acceptance import AcceptanceRule
+from rsd.decoding.acceptance import AcceptanceRule, accept
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.sampling import Sampler
 from rsd.decoding.state import Blocks, Draft, Forecast, PolicyInput, Verification, filled, rows_of
 from rsd.decoding.timing import Stopwatch
-from rsd.decoding.verification import accept
 from rsd.models.feature_drafter import FeatureDrafter
 from rsd.models.fusing import fusible
 from rsd.models.streams import fork
@@ -51,7 +50,7 @@ class Step:
 
 
 class Engine(Protocol):
-    """What primitives run on: `recorded.Recordings`, or None for PyTorch operation by operation."""
+    """What primitives run on: `runtime.engines.Recordings`, or None for PyTorch operation by operation."""
 
     whole: bool
 
@@ -276,7 +275,7 @@ class Primitives:
 
     @primitive("decode", small=True, by="rule")
     def accept(self, draft: Draft, blocks: Sequence[Tensor]) -> Verification:
-        """The draft and the target's features of the blocks that judge it -> the chunk; see `verification`."""
+        """The draft and the target's features of the blocks that judge it -> the chunk; see `acceptance`."""
         return accept(self, draft, list(blocks))
 
     def choose(self, logits: Tensor) -> Tensor:

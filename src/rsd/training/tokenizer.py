@@ -14,7 +14,7 @@ from rsd.output import refuse_to_replace, shown, writing
 from rsd.tokenizer.action_tokenizer import FILE_NAME, ActionTokenizer
 from rsd.training.config import TrainTokenizerConfig
 from rsd.training.dataset import chunk_targets
-from rsd.training.run_folder import one_run_a_folder
+from rsd.training.loop import one_run_a_folder
 from rsd.types import RsdError
 
 MOST_CHUNKS = 200_000  # neighbours overlap in all but a step: more would say nothing new

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rsd.decoding.timing import Stopwatch
-from rsd.targets.openvla.engine import PROMPT_LENGTHS, Engine
+from rsd.targets.openvla.policy import PROMPT_LENGTHS, Engine
 from rsd.targets.openvla.published import DECODERS
 from studies.openvla.bench_cases import Inputs, full_config, generate, random_model
 

@@ -19,15 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rsd.checkpoint import (
-    BACKBONE,
-    OPENVLA,
-    WEIGHTS_FILE,
-    load_weights,
-    parse_config,
-    require_finite,
-    write_content,
-)
+from rsd.checkpoint import BACKBONE, OPENVLA, WEIGHTS_FILE, load_weights, parse_config, require_finite, write_content
 from rsd.decoding.state import PolicyInput
 from rsd.manifest import BASE_LINK
 from rsd.models.bundle import PolicyConfig, RsdModel, code_sizes
