@@ -73,8 +73,7 @@ def typical(drafted: Tensor, logits: Tensor, epsilon: float, delta: float) -> Te
     """Token the target finds likely enough for how sure it is: p > min(epsilon, delta * exp(-H)), H in nats.
 
     Medusa's typical acceptance (arXiv 2401.10774). The likeliest token has p >= exp(-H) and so always passes
-    for delta < 1; naming it here keeps that true at delta = 1 and against rounding.
-    """
+    for delta < 1; naming it here keeps that true at delta = 1 and against rounding."""
     log_p = logits.log_softmax(-1)
     threshold = (delta * (log_p.exp() * log_p).sum(-1).exp()).clamp(max=epsilon)
     likely = log_p.gather(-1, drafted.unsqueeze(-1)).squeeze(-1).exp() > threshold
@@ -111,8 +110,7 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
     `exact`; `margin`; `residual`; `blind(SHARE)`, 0 < SHARE <= 1 (0.95) of the chunk's scalars within the code's reach
     of block 1's own estimate, or `blind(SHARE,moving)` of those that carry motion; `distance(D)`, D >= 0 bins (1);
     `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both in (0, 1] (Medusa's 0.09, and the root of EPSILON as its
-    authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7).
-    """
+    authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7)."""
     text = name if isinstance(name, str) else ""
     if text == "exact":
         return AcceptanceRule(name, exact)
@@ -214,8 +212,7 @@ def requantise(code: Rfsq, value: Tensor, drafted: Tensor, kept: Tensor) -> tupl
 
     A drafted digit after which the finer levels could no longer reach the value gives way to the value's own (the
     margins of a redundant code hold one level at a time, not all together), so inside the code's span the tokens
-    are within half the last step of `value` whatever was drafted.
-    """
+    are within half the last step of `value` whatever was drafted."""
     config, residual, decoded, symbols = code.config, value, torch.zeros_like(value, dtype=torch.float32), []
     stands = torch.ones_like(value, dtype=torch.bool)
     for level in range(1, config.levels + 1):

@@ -2,8 +2,8 @@
 
 A primitive is a function of tensors that asks the host nothing, so an engine may run it as it is (eager) or record it
 once and replay it (`runtime.engines`). Called from within another primitive it is part of that one. Symbols are the
-likeliest ones unless there is a sampler. A model output that is not finite is noted and raises `RsdError` before anything leaves
-the policy: a NaN would win an argmax as an ordinary token.
+likeliest ones unless there is a sampler. A model output that is not finite is noted and raises `RsdError` before
+anything leaves the policy: a NaN would win an argmax as an ordinary token.
 """
 
 from __future__ import annotations
@@ -81,8 +81,7 @@ class Primitives:
 
     rule: judges drafted levels. fine: how the fine levels come, `regress` or `sequential` (see `decoders.rsd`).
     sampler: draws the motion tokens, drafted ones too, which it then judges in the place of `rule`. rows: every call is
-    filled up to so many rows, so that there is one way to multiply the matrices whatever a batch happens to hold.
-    """
+    filled up to so many rows, so that there is one way to multiply the matrices whatever a batch happens to hold."""
 
     def __init__(
         self,

@@ -63,8 +63,7 @@ def verify_block(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, gen
     w_i = min(1, w_{i-1} p_i(x_i) / q_i(x_i)), w_0 = 1, and e_i = sum_k max(w_i p_{i+1}(k) - q_{i+1}(k), 0),
     position i is a candidate with probability e_i / (e_i + 1 - w_i) (the last one: w_N) and t is the largest
     candidate; then P(t >= i | x) = w_i, and a symbol of norm(max(w_t p_{t+1} - q_{t+1}, 0)) after it makes the
-    outcome p's. What is left of that token's level hangs on the levels above alone and is drawn from the target.
-    """
+    outcome p's. What is left of that token's level hangs on the levels above alone and is drawn from the target."""
     batch, levels, width = drafted.shape
     x, q, p = drafted.flatten(1), draft_probs.double().flatten(1, 2), target_probs.double().flatten(1, 2)
     walk = (_of(p, x).log() - _of(q, x).log()).cumsum(1)  # [B, N]
@@ -90,8 +89,7 @@ def verify_block(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, gen
 def sample(probs: Tensor, generator: torch.Generator) -> Tensor:
     """Weights [..., K], not necessarily normalised -> symbols int64 [...].
 
-    The smallest of exponential times with these rates; unlike `torch.multinomial` it never waits for the device.
-    """
+    The smallest of exponential times with these rates; unlike `torch.multinomial` it never waits for the device."""
     times = torch.empty_like(probs).exponential_(generator=generator).clamp(min=torch.finfo(probs.dtype).tiny)
     return (probs / times).argmax(-1)
 
@@ -99,8 +97,7 @@ def sample(probs: Tensor, generator: torch.Generator) -> Tensor:
 def residual(target: Tensor, draft: Tensor, otherwise: Tensor | None = None) -> Tensor:
     """max(target - draft, 0) [..., K], not normalised.
 
-    Where nothing is left, no token is rejected but by rounding; there it is `otherwise` (the target's own).
-    """
+    Where nothing is left, no token is rejected but by rounding; there it is `otherwise` (the target's own)."""
     left = (target - draft).clamp(min=0.0)
     return torch.where(left.sum(-1, keepdim=True) > 0.0, left, target if otherwise is None else otherwise)
 

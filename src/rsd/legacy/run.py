@@ -76,8 +76,7 @@ class ChunkDraft(nn.Module):
 class ChunkHead(nn.Module):
     """Features [B, D], and coarse tokens if it is conditioned on them -> logits [B, 8, 128, 7] of all levels.
 
-    The conditioned one is told the draft's tokens ("mode locking"): it embeds them and fuses both.
-    """
+    The conditioned one is told the draft's tokens ("mode locking"): it embeds them and fuses both."""
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
@@ -105,8 +104,7 @@ class Autoencoder(nn.Module):
     """Action [.., 7] <-> latent [.., 16], quantised in 8 levels of 7 values in linspace(-1, 1), step by step.
 
     layernorm: whether each level normalises its residual by the sample's own mean and deviation. Tokens alone then
-    decode only with `scales` [levels, 2], the mean and deviation of each level over a user's data (`calibrate`).
-    """
+    decode only with `scales` [levels, 2], the mean and deviation of each level over a user's data (`calibrate`)."""
 
     def __init__(self, weights: Weights, layernorm: bool) -> None:
         super().__init__()
@@ -143,8 +141,7 @@ class Autoencoder(nn.Module):
     def calibrate(self, actions: Tensor) -> dict[str, float]:
         """Take each level's mean and deviation over chunks [N, 8, 7] as constants; -> errors of both decodes.
 
-        What the constants cost is the difference: mean squared error in the file's action units.
-        """
+        What the constants cost is the difference: mean squared error in the file's action units."""
         tokens, latent, statistics = self.quantise(actions)
         if self.layernorm:
             self.scales = statistics.flatten(1, 2).mean(1)

@@ -47,8 +47,7 @@ class BlockEmbedding(nn.Module):
     def forward(self, prefixes: Tensor, gripper: Tensor | None, first_level: int) -> Tensor:
         """prefixes [B, n, H*M] in first steps, gripper int [B, H] or None where it is to be found -> [B, n*H, D].
 
-        n blocks at once, first_level, first_level + 1, ...: one call instead of n keeps a GPU busy.
-        """
+        n blocks at once, first_level, first_level + 1, ...: one call instead of n keeps a GPU busy."""
         grid = prefixes.unflatten(-1, (-1, self.motion_dim))  # [B, n, H, M]
         angles = torch.pi * grid.unsqueeze(-2) * self.octaves  # [B, n, H, F, M]
         waves = torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)
@@ -87,8 +86,7 @@ class BlockTarget(nn.Module):
 
     Values of motion scalars are in units of the tokenizer's first step D_1. `state_mean`, `state_std` [11] normalise
     the state features and are stored with the weights. A subclass makes the prefix (`encode_text`, `embed_prefix`), has
-    a `trunk`, and runs both through it (`_prefill`).
-    """
+    a `trunk`, and runs both through it (`_prefill`)."""
 
     state_mean: Tensor
     state_std: Tensor
@@ -138,8 +136,7 @@ class BlockTarget(nn.Module):
     ) -> tuple[list[Tensor], KVCache]:
         """`prefill` and `extend` from first_level on in ONE pass: features of block 1 and of the n others, the cache.
 
-        prefixes: what n blocks are told, each [B, H*M] in first steps; gripper int [B, H], needed if n > 0.
-        """
+        prefixes: what n blocks are told, each [B, H*M] in first steps; gripper int [B, H], needed if n > 0."""
         return self._prefill(prefix, self._queries(prefix, prefixes, gripper, first_level))
 
     def prefill_blind(self, prefix: Tensor, value: Tensor) -> tuple[list[Tensor], KVCache]:
@@ -182,8 +179,7 @@ class BlockTarget(nn.Module):
         prefixes: per block [B, H*M], what the levels above it decode to, in first steps; gripper int [B, H], None for
         the block that is conditioned on a whole draft (`whole`).
         Returns features [B, H, D] per block. The cache must hold the prefix and the blocks before; those between 1
-        and first_level are left out where a draft is judged as a whole.
-        """
+        and first_level are left out where a draft is judged as a whole."""
         count, h = len(prefixes), self.horizon
         x = self.block(torch.stack(prefixes, dim=1), gripper, first_level)
         mask = None
@@ -296,8 +292,7 @@ def state_features(state: Tensor) -> Tensor:
     """8-d state [B, 8] (position, axis-angle, gripper) -> [B, 11]: the rotation as two matrix columns.
 
     The axis-angle jumps where the angle passes pi, which a gripper pointing down does all the time; the
-    matrix does not (6-d rotation, Zhou et al. 2019).
-    """
+    matrix does not (6-d rotation, Zhou et al. 2019)."""
     position, rotation, gripper = state[:, :3], state[:, 3:6], state[:, 6:]
     angle = rotation.norm(dim=1, keepdim=True)
     axis = (rotation / angle.clamp_min(1e-8)).unsqueeze(1)  # [B, 1, 3]

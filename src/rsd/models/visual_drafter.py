@@ -79,8 +79,7 @@ class VisualDrafter(nn.Module):
     ) -> Tensor:
         """images [B, 2, 3, S, S] in [-0.5, 0.5], normalised state features [B, 11], instruction [B, Dt] -> [B, H, d].
 
-        known bool [B]: where False, the memory is out of sight (an episode's first chunk has none).
-        """
+        known bool [B]: where False, the memory is out of sight (an episode's first chunk has none)."""
         small = F.avg_pool2d(images.flatten(0, 1), self.config.shrink).unflatten(0, images.shape[:2])
         cameras = [partial(camera, small[:, i], condition) for i, camera in enumerate(self.cameras)]
         return self._attend(together(cameras, images.device), state, condition, memory, known)

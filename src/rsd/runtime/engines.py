@@ -72,8 +72,7 @@ def choose_engine(asked: str, device: str, recordable: bool, compact: bool = Tru
     compact: whether the models are the compact ones, and not OpenVLA's.
 
     `auto` takes graphs where they can be had and `eager` elsewhere; what is asked for by name and cannot be had is
-    an `RsdError`.
-    """
+    an `RsdError`."""
     if asked not in ENGINES:
         raise RsdError(f"engine {asked!r}: expected one of {', '.join(ENGINES)}")
     kind = torch.device(device).type

@@ -72,8 +72,7 @@ class OnnxGraph:
     then: what changes in the models later does not reach it. As with a CUDA graph, what it returns are the SAME tensors
     every time, overwritten by the next call: keys and values go from one graph to the next without a copy.
 
-    A `small` primitive on one observation gets one thread: its operations are too small for two to meet after each.
-    """
+    A `small` primitive on one observation gets one thread: its operations are too small for two to meet after each."""
 
     def __init__(self, folder: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> None:
         """`RsdError` if what is exported does not give what the call gives on these inputs."""

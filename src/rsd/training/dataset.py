@@ -25,8 +25,7 @@ WORDINGS = 32  # per instruction, sampled anew for every frame
 class Batch:
     """images [B, 2, 3, S, S] in [-0.5, 0.5]; state features [B, 11]; words int [B, 32]; chunk [B, H, 7].
 
-    paired: row i + B/2 is an earlier moment of row i's episode, for i < B/2.
-    """
+    paired: row i + B/2 is an earlier moment of row i's episode, for i < B/2."""
 
     images: Tensor
     state: Tensor
@@ -38,8 +37,7 @@ class Batch:
 class FrameDataset:
     """All frames of some demonstrations: images uint8 [N, 2, S, S, 3], states, chunks, instructions.
 
-    Where only every n-th step was rendered, these are the frames; a chunk has every step's action all the same.
-    """
+    Where only every n-th step was rendered, these are the frames; a chunk has every step's action all the same."""
 
     def __init__(
         self, demonstrations: Iterable[Demonstration], horizon: int, device: torch.device, image_size: int = 0
@@ -113,8 +111,7 @@ class FrameDataset:
 
     def draw(self, count: int, most_chunks: int = 0) -> tuple[Tensor, bool]:
         """`count` random frames; with most_chunks > 0 the second half of them lie 1 to most_chunks chunks before the
-        first half's (or at their episode's start): what a draft may remember. -> frames int [count], paired.
-        """
+        first half's (or at their episode's start): what a draft may remember. -> frames int [count], paired."""
         if most_chunks == 0:
             return self._random(count), False
         now = self._random(count // 2)

@@ -91,8 +91,7 @@ def train(
     `losses` draws its own batch. Interrupted, the same call continues from `run/training_state.pt`, with the batches
     that were to come unless a CUDA graph draws them; a state of another configuration is refused. bf16 autocast on
     CUDA, float32 on the CPU. Started by `torchrun`, the processes average their gradients and the first one writes.
-    Ctrl-C or SIGTERM: the step at hand is finished and the state written before KeyboardInterrupt is raised.
-    """
+    Ctrl-C or SIGTERM: the step at hand is finished and the state written before KeyboardInterrupt is raised."""
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(str(run / "tensorboard"))

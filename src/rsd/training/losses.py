@@ -35,8 +35,7 @@ def policy_losses(
 ) -> dict[str, Tensor]:
     """Batch (paired, if there is a visual drafter) -> named scalar losses; `total` is what to minimise.
 
-    Neither draft's losses reach the target.
-    """
+    Neither draft's losses reach the target."""
     code, c = Rfsq(target.code), draft.config.levels
     truth = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step  # [B, P] in first steps
     gripper = tokenizer.gripper_symbols(batch.chunk)
@@ -136,8 +135,7 @@ def visual_drafter_losses(
     """The visual drafter acts at the later moment of each pair and remembers the target's run at the earlier one.
 
     Returns its own digits per level [B/2, P] and its losses: tokens and gripper; its chunk; how well it forecasts its
-    chunk's deviation from the target's.
-    """
+    chunk's deviation from the target's."""
     if not batch.paired:
         raise RsdError("visual drafter: expected a batch of paired frames (FrameDataset.draw with most_chunks > 0)")
     later = slice(0, len(truth) // 2)
@@ -174,8 +172,7 @@ def draft_losses(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """features [B, H, D] of the target, target [B, P]; own bool [B, 1]: the draft continues its own digits.
 
-    Returns the digits per level that its prefix was built from, and its losses.
-    """
+    Returns the digits per level that its prefix was built from, and its losses."""
     read, gripper_logits = draft.read(features)
     value, shown, logits, digits = torch.zeros_like(truth), [], [], []
     for level in range(1, draft.config.levels + 1):

@@ -71,8 +71,7 @@ class OpenVlaFrames(FrameDataset):
     """`FrameDataset` with images uint8 [N, views, 224, 224, 3] on the host; batches go to `device`.
 
     A batch's state is [B, 19] and its words are [B, 32 + T], see `targets.openvla.target`. All prompts of a batch are
-    of one length T: then no position is padded, in training as in decoding. Views: cameras that any reader needs.
-    """
+    of one length T: then no position is padded, in training as in decoding. Views: cameras that any reader needs."""
 
     def __init__(
         self,
@@ -180,7 +179,6 @@ def prepare(
     towers = openvla.vision_backbone
     for tower in (towers.featurizer, towers.fused_featurizer):
         tower.checkpointing = checkpointing and lora.vision
-    towers.overlap = False  # a second stream's memory could be given away before the backward pass has read it
     return Trainee(model, trained, adapter)
 
 
@@ -189,7 +187,6 @@ def finish(trainee: Trainee) -> OpenVlaRsdModel:
     model, openvla = trainee.model, trainee.model.target.openvla
     trainee.adapter.merge()
     openvla.language_model.checkpointing = False
-    openvla.vision_backbone.overlap = True
     model.added().to(openvla.dtype)
     return model
 

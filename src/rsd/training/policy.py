@@ -85,8 +85,7 @@ def take_over(model: RsdModel, start: RsdPolicy, config: TrainPolicyConfig) -> N
     """Give the model the weights of the checkpoint that `init` names.
 
     A checkpoint without a visual drafter leaves the model's own as it is; anything else that does not fit is an error,
-    unless `init_matching` asks for what does.
-    """
+    unless `init_matching` asks for what does."""
     own, given = model.state_dict(), start.model.state_dict()
     for part in config.init_fresh:
         if not any(name.startswith(f"{part}.") for name in own):

@@ -23,8 +23,7 @@ MOST_CHUNKS = 200_000  # neighbours overlap in all but a step: more would say no
 def demonstration_chunks(data: Sequence[Path], horizon: int) -> tuple[np.ndarray, int]:
     """Chunks of the labels float32 [N, H, A], and the number of demonstrations they are from.
 
-    Every chunk, or every n-th where there would be more than MOST_CHUNKS.
-    """
+    Every chunk, or every n-th where there would be more than MOST_CHUNKS."""
     episodes = (episode for folder in data for episode in action_episodes(folder))
     labels = [episode.actions for episode in shown(episodes, "demonstrations read")]
     where = ", ".join(map(str, data))

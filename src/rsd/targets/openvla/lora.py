@@ -57,8 +57,7 @@ class Wrapped:
 class Adapter:
     """Puts an update beside every matrix of the trunk (and of vision) when made; `merge` takes them out again.
 
-    `updates` holds what is trained, and nothing of the model.
-    """
+    `updates` holds what is trained, and nothing of the model."""
 
     def __init__(self, model: OpenVlaModel, config: LoraConfig) -> None:
         self.config, self.updates = config, nn.ModuleDict()

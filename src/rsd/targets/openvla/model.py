@@ -55,8 +55,7 @@ LLAMA_NAMES = {  # of `text_config` -> ours
 class OpenVlaConfig:
     """What config.json says, sizes made explicit.
 
-    padding: how many ids the vocabulary was padded by; action tokens are the last ids before them.
-    """
+    padding: how many ids the vocabulary was padded by; action tokens are the last ids before them."""
 
     vision: tuple[VitConfig, VitConfig] = (TIMM_MODELS[DINO], TIMM_MODELS[SIGLIP])
     llama: LlamaConfig = field(default_factory=LlamaConfig)
@@ -72,8 +71,7 @@ class OpenVlaConfig:
         """Content of a published config.json; `RsdError` names what this implementation does not read.
 
         timm_model_kwargs, sizes of the two towers in the order of timm_model_ids, is an addition of this package
-        for small test checkpoints.
-        """
+        for small test checkpoints."""
 
         def expect(key: str, found: Any, wanted: Any) -> None:
             if found != wanted:
@@ -203,8 +201,7 @@ class OpenVlaModel(nn.Module):
     def action_hidden(self, prefix: Tensor) -> Tensor:
         """One bidirectional pass over prefix, empty action positions and the stop token -> [B, 56, D].
 
-        An action is read one position early, where a causal model would have predicted it.
-        """
+        An action is read one position early, where a causal model would have predicted it."""
         empty = prefix.new_zeros(len(prefix), ACTION_TOKENS, prefix.shape[2])
         stop = self.language_model.embed_tokens.weight[STOP_TOKEN].expand(len(prefix), 1, -1)
         x = torch.cat([prefix, empty, stop], dim=1)
@@ -220,8 +217,7 @@ class OpenVlaModel(nn.Module):
     def token_values(self, tokens: Tensor) -> Tensor:
         """Action token ids [B, n] -> normalised actions float32 [B, n], the centres of their bins.
 
-        As published, an id outside the action tokens counts as the nearest of them.
-        """
+        As published, an id outside the action tokens counts as the nearest of them."""
         bins = torch.linspace(-1.0, 1.0, self.config.action_bins, dtype=torch.float64, device=tokens.device)
         centres = (bins[1:] + bins[:-1]) / 2
         index = self.config.llama.vocab_size - self.config.padding - tokens - 1

@@ -21,7 +21,7 @@ from rsd.conventions import openvla_gripper_to_env
 from rsd.decoding.timing import Stopwatch
 from rsd.devices import check_device
 from rsd.runtime.cuda_graph import Captured
-from rsd.targets.openvla.images import prepare_images
+from rsd.targets.openvla.images import tower_pixels
 from rsd.targets.openvla.llama import Attend, StaticCache
 from rsd.targets.openvla.loading import load_openvla
 from rsd.targets.openvla.model import OpenVlaModel
@@ -39,8 +39,7 @@ PROMPT_LENGTHS = 16  # captured lengths kept; a suite of ten tasks has fewer
 class Decision:
     """actions: normalised float32 [B, H, 7]; hidden: [B, n, D] of the positions they were read from.
 
-    passes: of the trunk after its prefill.
-    """
+    passes: of the trunk after its prefill."""
 
     actions: Tensor
     hidden: Tensor
@@ -50,8 +49,7 @@ class Decision:
 class Engine:
     """decode: one of `published.DECODERS`: `ar` (OpenVLA's 7 tokens), `l1` or `discrete` (OFT).
 
-    graphs: capture in CUDA graphs; without effect on a CPU.
-    """
+    graphs: capture in CUDA graphs; without effect on a CPU."""
 
     def __init__(self, model: OpenVlaModel, decode: str, *, graphs: bool = True) -> None:
         self.model, self.decode = model, decode
@@ -162,8 +160,7 @@ class OpenVlaPolicy:
     def predict(self, observation: Observation, *, unnorm_key: str | None = None) -> ActionChunk:
         """Observation -> chunk float32 [H, 7], environment-ready: H = 8 with OFT, 1 with `ar`.
 
-        unnorm_key: another data set's statistics than the policy's own.
-        """
+        unnorm_key: another data set's statistics than the policy's own."""
         check_observation(observation)
         watch = Stopwatch(self.device)
         with watch.stage("total"):
@@ -182,8 +179,7 @@ class OpenVlaPolicy:
     def prompt_features(self, observation: Observation) -> Tensor:
         """The trunk's final hidden state of the prompt's last word [1, D], which old RFSQ drafts and heads read.
 
-        That word is the colon of "Out:": token 29871, which follows it when actions are predicted, is left out.
-        """
+        That word is the colon of "Out:": token 29871, which follows it when actions are predicted, is left out."""
         prompt = torch.tensor([self.prompt.ids(observation.instruction)[:-1]], device=self.device)
         images = self.model.embed_images(self._pixels(observation.images))
         prefix = self.model.embed_prefix(images, prompt, self._state(observation, None))
@@ -199,8 +195,7 @@ class OpenVlaPolicy:
     def _pixels(self, images: NDArray[np.uint8]) -> Tensor:
         """-> [1, cameras, 6, 224, 224], the same three channels normalised for either tower."""
         used = images[: self.settings.cameras]
-        prepared = prepare_images(used, self.device, center_crop=self.settings.center_crop) / 255.0
-        return ((prepared.repeat(1, 2, 1, 1) - self._mean) / self._std).unsqueeze(0)
+        return tower_pixels(used, self._mean, self._std, center_crop=self.settings.center_crop).unsqueeze(0)
 
     def _state(self, observation: Observation, unnorm_key: str | None) -> Tensor | None:
         if self.model.proprio_projector is None:
@@ -212,8 +207,7 @@ class OpenVlaPolicy:
     def _to_env(self, actions: Tensor, unnorm_key: str | None) -> NDArray[np.float32]:
         """Normalised [H, 7] -> environment's units; the gripper from OpenVLA's 1 = open to -1 = open.
 
-        Clipped to [-1, 1], as the simulator's controller does with what it is given.
-        """
+        Clipped to [-1, 1], as the simulator's controller does with what it is given."""
         key = self.statistics.key(unnorm_key) if unnorm_key else self.unnorm_key
         if not torch.isfinite(actions).all():
             raise RsdError("decoding gave non-finite actions: damaged weights or an odd precision for this checkpoint")
@@ -242,8 +236,7 @@ class OpenVlaPolicy:
         decode, cameras, unnorm_key: see `Settings`; they come before what the directory's own file says.
         suite: names the statistics where nothing else does; like unnorm_key it is tried with `_no_noops`, too.
         base: the model under a LoRA adapter, needed only where the directory holds no merged weights.
-        graphs, compile, fp8: CUDA graphs, compiled layers, FP8 matrices of the trunk, on a GPU.
-        """
+        graphs, compile, fp8: CUDA graphs, compiled layers, FP8 matrices of the trunk, on a GPU."""
         check_device(device)
         directory = locate_openvla(path_or_hub_id)
         if directory is None:
@@ -270,8 +263,7 @@ class OpenVlaPolicy:
 def read_normalisation(directory: Path) -> tuple[Tensor, Tensor]:
     """Means and standard deviations [6, 1, 1] from preprocessor_config.json.
 
-    `tvf_normalize_params` comes first, as in the published code: its numbers were rounded to bfloat16.
-    """
+    `tvf_normalize_params` comes first, as in the published code: its numbers were rounded to bfloat16."""
     path = directory / PREPROCESSOR_FILE
     content = read_json(path)
     tables = content.get("tvf_normalize_params")

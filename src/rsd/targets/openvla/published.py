@@ -111,8 +111,7 @@ def locate_under(directory: Path, base: str | Path | None = None) -> Path | None
 def fingerprint(directory: Path, patterns: Sequence[str] = (*HUB_FILES, SETTINGS_FILE)) -> str:
     """SHA-256 over names, sizes, small files, and the first, middle and last MiB of the large ones.
 
-    Whole hashes of 15 GB take minutes in every worker; two trainings differ in every tensor.
-    """
+    Whole hashes of 15 GB take minutes in every worker; two trainings differ in every tensor."""
     digest, block = hashlib.sha256(), 1 << 20
     paths = [p for pattern in patterns for p in directory.glob(pattern) if p.is_file()]
     for path in sorted(set(paths)):

@@ -29,7 +29,7 @@ from rsd.models.text import word_ids
 from rsd.models.visual_drafter import VisualDrafterConfig
 from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions
 from rsd.policy import SpeculativePolicy, TextCache
-from rsd.targets.openvla.images import prepare_images
+from rsd.targets.openvla.images import tower_pixels
 from rsd.targets.openvla.loading import load_openvla, merge_adapter
 from rsd.targets.openvla.lora import Adapter
 from rsd.targets.openvla.model import OpenVlaModel, ProprioProjector
@@ -63,8 +63,7 @@ class OpenVlaRsdConfig:
     """Sizes and decoding defaults, as `PolicyConfig`, and how observations are scaled.
 
     state_low, state_high: what becomes -1 and 1 in the 8 numbers of the state for the target; state_mean, state_std: of
-    the 11 state features for the visual drafter.
-    """
+    the 11 state features for the visual drafter."""
 
     cameras: int = 2
     center_crop: bool = True
@@ -97,8 +96,7 @@ class OpenVlaRsdConfig:
 class OpenVlaRsdModel(RsdModel):
     """Target on OpenVLA's trunk, and drafts, in the base's precision and on its device.
 
-    The base loses its own action head and, where it has none, gets a fresh proprioception projector.
-    """
+    The base loses its own action head and, where it has none, gets a fresh proprioception projector."""
 
     target: OpenVlaTarget
     visual_drafter: OpenVlaVisualDrafter | None
@@ -151,8 +149,7 @@ class OpenVlaBody:
             raise RsdError("OpenVLA: expected one instruction in a batch, prompts of several lengths do not fit one")
         config, device, count = self.config, self.model.target.state_mean.device, len(observations)
         images = np.concatenate([observation.images[: config.views] for observation in observations])
-        prepared = prepare_images(images, device, center_crop=config.center_crop) / 255.0
-        pixels = (prepared.repeat(1, 2, 1, 1) - self._mean) / self._std
+        pixels = tower_pixels(images, self._mean, self._std, center_crop=config.center_crop)
         raw = np.stack([observation.state for observation in observations])
         given = torch.from_numpy(config.bounds.normalise(raw)).float()
         state = torch.cat([given, state_features(torch.from_numpy(raw))], dim=1).to(device)
@@ -201,8 +198,7 @@ def load_openvla_policy(
 def find_base(directory: Path, reference: dict[str, str]) -> Path:
     """The model that a policy was trained on: `base` in its directory, else the path or hub id of its config.json.
 
-    `RsdError` if it is not there, or is another one.
-    """
+    `RsdError` if it is not there, or is another one."""
     link, named = directory / BASE_LINK, reference["path"]
     source = str(link) if link.is_dir() else named
     remedy = f"link or copy the directory that it was trained on to {link}"
