@@ -19,8 +19,10 @@ eval: env  ## run the shipped policy in LIBERO, target alone, speculative, draft
 	$(BIN)/rsd eval --compare --task-suite libero_spatial --num-trials 1 --videos all --max-videos 3 \
 		--report --output results/make-eval --overwrite
 
+# These start no simulator and no browser, and need no network.
 test-gpu: env  ## what needs a CUDA GPU: recordings, compiled kernels, batches, goldens
-	$(BIN)/pytest tests/runtime tests/goldens tests/evaluation/test_batching.py tests/targets -k "cuda or compiled or record or stream or golden"
+	$(BIN)/pytest -m gpu tests/runtime tests/goldens tests/evaluation/test_batching.py tests/tokenizer/test_action_tokenizer.py \
+		tests/targets/openvla/test_engine.py tests/targets/openvla/test_openvla_rsd_policy.py
 
 test: env  ## lint, type-check and test, simulator included
 	$(BIN)/python scripts/check_limits.py

@@ -26,6 +26,7 @@ from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.tables import print_table
 from rsd.models.bundle import RsdModel
+from rsd.models.target import TargetModel
 from rsd.policy import RsdPolicy
 from rsd.types import AUTO, EAGER, RsdError
 from rsd.versions import versions
@@ -99,6 +100,7 @@ def measure_scaling(config: ScalingConfig) -> ScalingRecord:
     engine = (EAGER if config.device == "cpu" else AUTO) if config.engine == "default" else config.engine
     for name in config.sizes:
         model = resized(shipped, name)
+        assert isinstance(model.target, TargetModel)
         same: dict[str, Any] = {"engine": engine, "acceptance": asked_rule(config.acceptance)}
         load = partial(RsdPolicy.of, model, shipped.tokenizer, shipped.config, **same)
         policies = {decode: load(decode=decode) for decode in DECODERS}
@@ -125,7 +127,7 @@ def resized(shipped: RsdPolicy, size: str) -> RsdModel:
     dim, layers, heads = TRUNKS[size]
     torch.manual_seed(0)
     target = replace(shipped.config.target, dim=dim, layers=layers, heads=heads)
-    return RsdModel(replace(shipped.config, target=target), shipped.tokenizer).to(shipped.device).eval()
+    return RsdModel.of(replace(shipped.config, target=target), shipped.tokenizer).to(shipped.device).eval()
 
 
 def count(module: torch.nn.Module | None) -> int:

@@ -25,6 +25,11 @@ settings.register_profile("rsd", deadline=None)  # a busy machine is no failure
 settings.load_profile("rsd")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
@@ -73,7 +78,7 @@ def tokenizer(chunks: np.ndarray) -> ActionTokenizer:
 def make_model(tiny_config: PolicyConfig, tokenizer: ActionTokenizer) -> Callable[[int], RsdModel]:
     def make(seed: int) -> RsdModel:
         torch.manual_seed(seed)
-        return RsdModel(tiny_config, tokenizer).eval()
+        return RsdModel.of(tiny_config, tokenizer).eval()
 
     return make
 

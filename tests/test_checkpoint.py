@@ -265,7 +265,7 @@ def test_to_the_hub_and_back(policy: RsdPolicy, hub_folder: Path) -> None:
 
 
 def test_config_survives_json(tiny_config: PolicyConfig, tokenizer: ActionTokenizer, tmp_path: Path) -> None:
-    policy = RsdPolicy.of(RsdModel(tiny_config, tokenizer), tokenizer, tiny_config)
+    policy = RsdPolicy.of(RsdModel.of(tiny_config, tokenizer), tokenizer, tiny_config)
     policy.save_pretrained(tmp_path)
     content = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert from_json(PolicyConfig, content["policy"], "policy") == tiny_config

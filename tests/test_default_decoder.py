@@ -77,4 +77,4 @@ def test_the_default_of_a_model_at_hand(policy: RsdPolicy, tokenizer: ActionToke
     assert RsdPolicy.of(*parts, temperature=1.0).decode == "rsd-fused"
     assert RsdPolicy.of(*parts, skip=SkipRule(10.0)).decode == "rsd-skip"
     config = replace(policy.config, visual_drafter=None)
-    assert RsdPolicy.of(RsdModel(config, tokenizer), tokenizer, config, skip=SkipRule(10.0)).decode == "rsd"
+    assert RsdPolicy.of(RsdModel.of(config, tokenizer), tokenizer, config, skip=SkipRule(10.0)).decode == "rsd"

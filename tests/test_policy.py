@@ -380,7 +380,7 @@ def test_a_checkpoint_without_light_draft_decodes_the_other_ways(
     tiny_config: PolicyConfig, tokenizer: ActionTokenizer, make_observation: MakeObservation, tmp_path: Path
 ) -> None:
     config = replace(tiny_config, visual_drafter=None)
-    RsdPolicy.of(RsdModel(config, tokenizer), tokenizer, config).save_pretrained(tmp_path)
+    RsdPolicy.of(RsdModel.of(config, tokenizer), tokenizer, config).save_pretrained(tmp_path)
     RsdPolicy.from_pretrained(tmp_path, decode="rsd").predict(make_observation())
     assert RsdPolicy.from_pretrained(tmp_path).decode == "rsd"
     with pytest.raises(RsdError, match=r"decode 'rsd-fused': this checkpoint has no visual drafter; use rsd"):

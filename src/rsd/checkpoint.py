@@ -152,8 +152,8 @@ def load_model(directory: Path, content: dict[str, Any], tokenizer: ActionTokeni
     config, path = parse_config(directory, content, PolicyConfig), directory / WEIGHTS_FILE
     weights = read_weights(path)
     with torch.device("meta"):  # sizes that are not the weights' are found before memory is taken for them
-        check_fit(weights, RsdModel(config, tokenizer), path)
-    model = RsdModel(config, tokenizer)
+        check_fit(weights, RsdModel.of(config, tokenizer), path)
+    model = RsdModel.of(config, tokenizer)
     model.load_state_dict(weights)
     return model, config
 

@@ -27,7 +27,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises RsdError if another process has it, or if nothing can be written there. A file system without locks (NFS and
     Lustre can be mounted so) is used after a warning.
     """
-    new = not folder.exists()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(_locked(folder))
         with writing(folder):
@@ -39,8 +39,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):  # the folder may be gone
                 (folder / LOCK_FILE).unlink()  # while it is held: who opened it meanwhile finds another one there
-                if new:
-                    folder.rmdir()  # where nothing was written
+                for path in new:
+                    path.rmdir()  # where nothing was written
 
 
 def _locked(folder: Path) -> TextIO:

@@ -24,7 +24,16 @@ from rsd.evaluation.tables import print_table
 from rsd.runtime.cuda_graph import Captured
 from rsd.targets.openvla.model import OpenVlaModel
 from rsd.targets.openvla.precision import compile_layers, use_fp8
-from studies.openvla.bench_cases import Case, Inputs, full_config, ideal_ms, openvla_cases, random_model, rfsq_cases
+from studies.openvla.bench_cases import (
+    Case,
+    Inputs,
+    full_config,
+    generate,
+    ideal_ms,
+    openvla_cases,
+    random_model,
+    rfsq_cases,
+)
 from studies.openvla.config import CASES, OpenVlaBenchConfig
 
 FORMAT = 1
@@ -171,7 +180,7 @@ class Bench:
         def both(pixels: Tensor, prompt: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             prefix = model.embed_prefix(model.embed_images(pixels), prompt, state)
             hidden = model.action_hidden(prefix)
-            return model.head(hidden), hidden.float(), model.generate(prefix)
+            return model.head(hidden), hidden.float(), generate(model, prefix)
 
         call = Captured(both, inputs) if graphs else both
         actions, hidden, tokens = call(*inputs)

@@ -20,10 +20,9 @@ from rsd.models.feature_drafter import DrafterConfig, FeatureDrafter
 from rsd.models.target import STATE_FEATURES, TargetConfig
 from rsd.models.visual_drafter import Memory, VisualDrafterConfig
 from rsd.nested import tensors_of
-from rsd.targets.openvla.drafter import OpenVlaVisualDrafter
 from rsd.targets.openvla.llama import LlamaConfig
 from rsd.targets.openvla.model import ACTION_TOKENS, OpenVlaConfig, OpenVlaModel
-from rsd.targets.openvla.target import OpenVlaTarget
+from rsd.targets.openvla.target import OpenVlaTarget, OpenVlaVisualDrafter
 from rsd.targets.openvla.vision import DINO, SIGLIP, TIMM_MODELS
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, RsdError
@@ -121,8 +120,18 @@ def openvla_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
             [Pass(length)],
             False,
         ),
-        Case("ar7", lambda *values: model.generate(prefix(*values)), inputs.all(), [Pass(length), *continued], True),
+        Case("ar7", lambda *values: generate(model, prefix(*values)), inputs.all(), [Pass(length), *continued], True),
     ]
+
+
+def generate(model: OpenVlaModel, prefix: Tensor, count: int = ACTION_DIM) -> Tensor:
+    """Greedy continuation of the prefix -> ids [B, count]; one prefill and count - 1 passes of one token."""
+    hidden, cache = model.prefill(prefix, count - 1)
+    tokens = [model.language_model.logits(hidden).argmax(-1)]
+    while len(tokens) < count:
+        hidden = model.next_token(tokens[-1], cache)
+        tokens.append(model.language_model.logits(hidden).argmax(-1))
+    return torch.cat(tokens, dim=1)
 
 
 def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:

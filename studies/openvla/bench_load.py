@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from rsd.targets.openvla.files import CONFIG_FILE
 from rsd.targets.openvla.loading import load_openvla, slots
 from rsd.targets.openvla.model import OpenVlaConfig, OpenVlaModel
+from rsd.targets.openvla.published import CONFIG_FILE
 from studies.openvla.bench_cases import full_config, random_model
 
 if TYPE_CHECKING:

@@ -244,7 +244,7 @@ def test_compare_without_a_visual_drafter_runs_the_target_and_the_best(
     policy: RsdPolicy, tokenizer: ActionTokenizer, tmp_path: Path
 ) -> None:
     config = replace(policy.config, visual_drafter=None)
-    RsdPolicy.of(RsdModel(config, tokenizer), tokenizer, config).save_pretrained(tmp_path)
+    RsdPolicy.of(RsdModel.of(config, tokenizer), tokenizer, config).save_pretrained(tmp_path)
     runs = plan_runs(arguments(EvalConfig(policy=str(tmp_path)), compare=True))
     assert [run.decode for run, _ in runs] == ["l1", "rsd"]
 

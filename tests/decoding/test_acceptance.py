@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -273,9 +275,12 @@ def test_a_rule_names_its_settings_and_reads_that_name_again() -> None:
         "agreement(1.2.3)",
         "agreement(.)",
         "agreement(0.7",
+        f"distance({'9' * 5000})",
+        None,
+        7,
     ],
 )
-def test_unknown_rules_and_shares_are_refused(name: str) -> None:
+def test_unknown_rules_and_shares_are_refused(name: Any) -> None:
     expected = r"expected exact, margin, residual, blind\(SHARE\), distance\(D\), typical\(EPSILON\), agreement\(SHAR"
     with pytest.raises(RsdError, match=expected):
         acceptance_rule(name, CODE)

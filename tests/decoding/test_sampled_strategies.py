@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor, nn
 
-from rsd.decoding import sampling, verification
+from rsd.decoding import acceptance, sampling
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.decoders import DECODERS
 from rsd.decoding.primitives import Primitives
@@ -149,7 +149,7 @@ def test_a_verification_that_is_wrong_is_caught(
     name: str, wrong: Callable[..., Verified], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = make_decoder(*SHAPES[0], monkeypatch)
-    monkeypatch.setattr(verification, "verify_block", wrong)
+    monkeypatch.setattr(acceptance, "verify_block", wrong)
     assert p_value(draw(name, decoder, 1_000), enumerate_main(decoder, False)) < SURE_WRONG
 
 

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsd.decoding.acceptance import acceptance_rule
+from rsd.decoding.acceptance import acceptance_rule, requantise
 from rsd.decoding.decoders import DECODERS, look, names, proposed
 from rsd.decoding.gate import SkipRule
-from rsd.decoding.primitives import Primitives, as_draft, likelier_gripper
+from rsd.decoding.primitives import Primitives, likelier_gripper
 from rsd.decoding.state import Blocks, DecodeResult, Draft, EpisodeState, PolicyInput, stacked
 from rsd.decoding.timing import Stopwatch
-from rsd.decoding.verification import requantise
 from rsd.models.bundle import RsdModel
 from rsd.models.target import state_features
 from rsd.models.text import word_ids
@@ -23,6 +22,15 @@ from rsd.types import Observation, RsdError
 
 L, C, H, P = 8, 3, 8, 48  # levels, drafted levels, steps, scalars of a level
 LAST_STEP = 2.0 ** -(L - 1)
+
+
+def as_draft(code: Rfsq, motion: Tensor, gripper: Tensor) -> Draft:
+    """A draft of given tokens [B, c, P] and gripper [B, H]."""
+    value, prefixes = torch.zeros(motion.shape[::2], device=motion.device), []
+    for level in range(1, motion.shape[1] + 1):
+        value = value + code.value(motion[:, level - 1], level)
+        prefixes.append(value)
+    return Draft(motion, gripper, prefixes)
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def test_the_compact_policy_needs_no_image_or_model_code_of_openvla() -> None:
     assert "rsd.policy" in loaded
     assert "simplejpeg" not in loaded
     of_openvla = {name for name in loaded if name.startswith("rsd.targets.openvla.")}
-    assert of_openvla == {"rsd.targets.openvla.published", "rsd.targets.openvla.files"}
+    assert of_openvla == {"rsd.targets.openvla.published"}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_run_is_recorded_with_the_engine_that_the_policy_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RSD_ENGINE")
-    RsdPolicy.of(RsdModel(tiny_config, tokenizer), tokenizer, tiny_config, decode="ar").save_pretrained(tmp_path)
+    RsdPolicy.of(RsdModel.of(tiny_config, tokenizer), tokenizer, tiny_config, decode="ar").save_pretrained(tmp_path)
     content = json.loads((tmp_path / CONFIG_FILE).read_text())
     content["policy"]["acceptance"] = own
     (tmp_path / CONFIG_FILE).write_text(json.dumps(content))

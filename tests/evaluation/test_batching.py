@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 from rsd.decoding.gate import SkipRule
@@ -65,7 +64,6 @@ def predict_and_verify(
     return [replace(chunk, stats=stats) for chunk, stats in zip(chunks, found, strict=True)], after
 
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
 EPISODES = ([0, 2, 3, 4], [1, 2], [0, 1, 2, 4, 5])  # in which rounds each of three episodes asks
 
 
@@ -78,7 +76,7 @@ def single_episode(policy: RsdPolicy, observations: list[Observation]) -> list[A
     return chunks
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("decode", ["rsd-fused", "rsd-skip", "draft-first", "drafter-only"])
 def test_episodes_that_remember_are_those_of_a_policy_of_their_own(
     decode: str,

@@ -43,7 +43,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = ActionTokenizer.fit(chunks, TokenizerConfig())
     target = TargetConfig(image_size=64, channels=(16, 16, 32, 32), dim=64, layers=2, heads=2)
     config = PolicyConfig(target=target)
-    save_checkpoint(RsdModel(config, tokenizer), tokenizer, config, {"data": "none"}, directory)
+    save_checkpoint(RsdModel.of(config, tokenizer), tokenizer, config, {"data": "none"}, directory)
     return directory
 
 

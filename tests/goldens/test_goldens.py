@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from golden_cases import CASES, CHUNKS, DECODERS, STATISTICS, TRAINING, Decoding, decode_case, train_tiny
 from numpy.typing import NDArray
 
@@ -97,7 +96,7 @@ def test_so_it_does_as_onnx_graphs(decode: str) -> None:
     compare(decode, decode_case(CASES[decode], ONNX), TOLERANCES[ONNX])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+@pytest.mark.gpu
 @pytest.mark.parametrize("engine", [CUDA_GRAPHS, COMPILED])
 @pytest.mark.parametrize("decode", DECODERS)
 def test_so_it_does_as_cuda_graphs(decode: str, engine: str) -> None:

@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from rsd.cli import dispatch
-from rsd.legacy.networks import Autoencoder, LevelDraft, read_autoencoder, read_network
-from rsd.legacy.run import ImportLegacyConfig, LegacyDecoder, LegacyPolicy, import_legacy
+from rsd.legacy.run import (
+    Autoencoder,
+    ImportLegacyConfig,
+    LegacyDecoder,
+    LegacyPolicy,
+    import_legacy,
+    read_autoencoder,
+    read_draft,
+    read_head,
+)
 from rsd.types import Observation, RsdError
 
 FIXTURES = dict(np.load(Path(__file__).parent.parent / "fixtures" / "openvla" / "legacy.npz"))
@@ -39,13 +47,13 @@ def with_layernorm(path: Path, value: bool) -> Path:
 @torch.inference_mode()
 def test_draft_and_heads_compute_what_the_original_code_does(files: dict[str, Path]) -> None:
     features = torch.from_numpy(FIXTURES["features"])
-    draft = read_network(files["draft"])(features)
+    draft = read_draft(files["draft"])(features)
     assert draft.shape == (2, 3, 128, 7)
     np.testing.assert_allclose(draft[:, :, ::8].numpy(), FIXTURES["draft_logits"], atol=1e-5)
-    head = read_network(files["head"])(features)
+    head = read_head(files["head"])(features)
     assert head.shape == (2, 8, 128, 7)
     np.testing.assert_allclose(head[:, :, ::8].numpy(), FIXTURES["head_logits"], atol=1e-5)
-    conditioned = read_network(files["conditioned"])(features, draft.argmax(-1))
+    conditioned = read_head(files["conditioned"])(features, draft.argmax(-1))
     np.testing.assert_allclose(conditioned[:, :, ::8].numpy(), FIXTURES["conditioned_logits"], atol=1e-5)
 
 
@@ -77,28 +85,24 @@ def test_static_scales_decode_what_the_original_could_not(files: dict[str, Path]
     assert report["mse_static_scales"] == pytest.approx(float((model.decode(tokens) - actions).square().mean()))
 
 
-def test_the_first_kind_of_draft_runs_but_makes_no_chunk(tmp_path: Path, files: dict[str, Path]) -> None:
-    torch.manual_seed(0)
-    made = torch.nn.ModuleDict(
-        {
-            "input_proj": torch.nn.Linear(24, 16),
-            "transformer": torch.nn.TransformerEncoder(
-                torch.nn.TransformerEncoderLayer(16, 8, 32, batch_first=True), 2, enable_nested_tensor=False
-            ),
-            "output_proj": torch.nn.Linear(16, 8 * 7),
-        }
-    ).eval()
-    path = tmp_path / "level.pt"
-    torch.save({"model_state_dict": made.state_dict(), "best_accuracy": 0.9}, path)
-    network = read_network(path)
-    assert isinstance(network, LevelDraft)
-    x = torch.randn(2, 24)
-    expected = made["output_proj"](made["transformer"](made["input_proj"](x)[:, None])[:, 0])
-    torch.testing.assert_close(network(x), expected.unflatten(-1, (8, 7)))
-    config = ImportLegacyConfig(files["autoencoder"], path, layernorm=False, output=tmp_path / "out")
-    with pytest.raises(RsdError, match=r"one symbol for each of 8 levels, where a chunk needs 128 for each"):
-        import_legacy(config)
+def test_the_first_kind_of_draft_makes_no_chunk(tmp_path: Path, files: dict[str, Path]) -> None:
+    made = {"input_proj": torch.nn.Linear(24, 16), "output_proj": torch.nn.Linear(16, 8 * 7)}
+    torch.save({"model_state_dict": torch.nn.ModuleDict(made).state_dict()}, files["draft"])
+    for head, draft in ((files["draft"], None), (files["head"], files["draft"])):
+        config = ImportLegacyConfig(files["autoencoder"], head, draft, layernorm=False, output=tmp_path / "out")
+        with pytest.raises(RsdError, match=r"draft.pt: predicts one symbol for each of 8 levels.*no action"):
+            import_legacy(config)
     assert not (tmp_path / "out").exists()
+
+
+def test_files_of_two_experiments_do_not_make_a_decoder(files: dict[str, Path]) -> None:
+    wide = weights("draft")
+    wide["input_projection.weight"] = torch.nn.functional.pad(wide["input_projection.weight"], (0, 8))
+    torch.save(wide, files["draft"])
+    with pytest.raises(RsdError, match="features that the draft reads: expected 24, found 32"):
+        LegacyDecoder(
+            read_autoencoder(files["autoencoder"], False), read_head(files["head"]), read_draft(files["draft"])
+        )
 
 
 def test_differences_are_listed_key_by_key(files: dict[str, Path]) -> None:
@@ -108,7 +112,7 @@ def test_differences_are_listed_key_by_key(files: dict[str, Path]) -> None:
     del changed["feature_proj.2.bias"]
     torch.save(changed, files["head"])
     with pytest.raises(RsdError, match="does not fit ChunkHead") as error:
-        read_network(files["head"])
+        read_head(files["head"])
     for line in (
         r"layer_heads.0.0.bias: expected [8], found [3]",
         "surplus [2] is unknown",
@@ -117,9 +121,10 @@ def test_differences_are_listed_key_by_key(files: dict[str, Path]) -> None:
         assert line in str(error.value)
     torch.save({"model": object()}, files["head"])
     with pytest.raises(RsdError, match="not readable without unpickling"):
-        read_network(files["head"])
-    with pytest.raises(RsdError, match="neither draft nor head"):
-        read_network(files["autoencoder"])
+        read_head(files["head"])
+    for read, what in ((read_draft, "draft"), (read_head, "head")):
+        with pytest.raises(RsdError, match=f"no {what}"):
+            read(files["autoencoder"])
     with pytest.raises(RsdError, match="does not say whether it was trained with LayerNorm"):
         read_autoencoder(files["autoencoder"])
     with pytest.raises(RsdError, match="says use_layernorm True, but False"):
@@ -148,8 +153,8 @@ def test_the_command_writes_a_checkpoint_that_decodes_the_same(
     assert stats.num_draft_tokens == [128] * 3
     autoencoder = read_autoencoder(files["autoencoder"])
     autoencoder.calibrate(torch.from_numpy(FIXTURES["actions"]))
-    head, draft = read_network(files["conditioned"]), read_network(files["draft"])
-    again, _ = LegacyDecoder(autoencoder, head, draft).decode(features)  # type: ignore[arg-type]
+    head, draft = read_head(files["conditioned"]), read_draft(files["draft"])
+    again, _ = LegacyDecoder(autoencoder, head, draft).decode(features)
     torch.testing.assert_close(actions, again)
     with pytest.raises(RsdError, match="this code has no margins"):
         LegacyDecoder.from_pretrained(output, acceptance="margin")
@@ -158,13 +163,13 @@ def test_the_command_writes_a_checkpoint_that_decodes_the_same(
 @torch.inference_mode()
 def test_agreement_decides_level_by_level(files: dict[str, Path]) -> None:
     autoencoder = read_autoencoder(files["autoencoder"], False)
-    head, draft = read_network(files["head"]), read_network(files["draft"])
+    head, draft = read_head(files["head"]), read_draft(files["draft"])
     features = torch.from_numpy(FIXTURES["features"])
     drafted, own = draft(features).argmax(-1), head(features).argmax(-1)
     share = float((drafted[0, 0] == own[0, 0]).float().mean())
     assert 0.0 < share < 1.0
     for rule, kept in ((f"agreement({max(share - 0.01, 0.001):.4f})", 1), (f"agreement({share + 0.01:.4f})", 0)):
-        decoder = LegacyDecoder(autoencoder, head, draft, rule)  # type: ignore[arg-type]
+        decoder = LegacyDecoder(autoencoder, head, draft, rule)
         actions, stats = decoder.decode(features[:1])
         assert (stats.accepted_levels >= 1) == (kept == 1)
         tokens = own[:1].clone()
@@ -179,14 +184,14 @@ def test_an_imported_head_runs_on_openvla_and_must_fit_it(tmp_path: Path, files:
     policy = OpenVlaPolicy.from_pretrained(write_checkpoint(tmp_path / "openvla"))
     autoencoder = read_autoencoder(files["autoencoder"], False)
     assert isinstance(autoencoder, Autoencoder)
-    head = read_network(files["head"])
+    head = read_head(files["head"])
     with pytest.raises(RsdError, match="reads features of 24 numbers, this OpenVLA has 32"):
-        LegacyPolicy(policy, LegacyDecoder(autoencoder, head, None))  # type: ignore[arg-type]
+        LegacyPolicy(policy, LegacyDecoder(autoencoder, head, None))
 
     wide = weights("head")
     wide["feature_proj.0.weight"] = torch.nn.functional.pad(wide["feature_proj.0.weight"], (0, 8))
     torch.save(wide, files["head"])
-    decoder = LegacyDecoder(autoencoder, read_network(files["head"]), None)  # type: ignore[arg-type]
+    decoder = LegacyDecoder(autoencoder, read_head(files["head"]), None)
     images = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
     observation = Observation(images, np.zeros(8, np.float32), "pick up the bowl")
     chunk = LegacyPolicy(policy, decoder).predict(observation)

@@ -165,7 +165,7 @@ def test_merging_keeps_every_value_and_puts_neighbours_together(n: int) -> None:
 def test_merged_cameras_shorten_the_prefix(tiny_config: PolicyConfig, tokenizer: ActionTokenizer) -> None:
     lengths = []
     for merge in ((1, 1), (1, 2), (2, 2)):
-        target = RsdModel(replace(tiny_config, target=replace(tiny_config.target, merge=merge)), tokenizer).target
+        target = RsdModel.of(replace(tiny_config, target=replace(tiny_config.target, merge=merge)), tokenizer).target
         images, state = torch.rand(1, 2, 3, 32, 32) - 0.5, torch.zeros(1, STATE_FEATURES)
         lengths.append(target.embed_prefix(images, state, target.encode_text(word_ids(["pick it up"]))).shape[1])
     assert lengths[0] - lengths[1] == lengths[1] - lengths[2] == 3  # 2 x 2 tokens a camera become one
@@ -245,7 +245,7 @@ def test_a_draft_leaves_the_main_at_least_one_level(
 ) -> None:
     config = replace(tiny_config, feature_drafter=replace(tiny_config.feature_drafter, levels=levels))
     with pytest.raises(RsdError, match="draft: expected 1 to 7 levels"):
-        RsdModel(config, tokenizer)
+        RsdModel.of(config, tokenizer)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,6 +24,12 @@ def test_words_their_order_and_their_number_matter() -> None:
 def test_the_same_in_every_process() -> None:
     """Python's own `hash` of a text changes from process to process; a checkpoint's embeddings do not."""
     assert word_ids(["pick up"])[0, :3].tolist() == [3334, 2051, 0]
+
+
+@pytest.mark.parametrize("texts", ["pick up", [None], [b"pick up"], [7]])
+def test_anything_but_a_list_of_texts_is_refused(texts: Any) -> None:
+    with pytest.raises(RsdError, match="instructions: expected a list of texts, found"):
+        word_ids(texts)
 
 
 @pytest.mark.parametrize("text", ["", " ?! ", "word " * (MAX_WORDS + 1)])

@@ -16,8 +16,7 @@ from rsd.models.visual_drafter import VisualDrafter
 from rsd.nested import tensors_of, with_tensors
 from rsd.policy import RsdPolicy
 from rsd.runtime import engines
-from rsd.runtime.engines import VARIABLE, choose_engine, make_engine
-from rsd.runtime.recorded import Call, Recordings
+from rsd.runtime.engines import VARIABLE, Call, Recordings, choose_engine, make_engine
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ONNX, Observation, RsdError
 
@@ -65,10 +64,10 @@ def test_openvla_is_not_compiled() -> None:
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(engines, "missing_packages", lambda: ["onnx", "onnxscript"])
+    monkeypatch.setattr(engines, "missing_packages", lambda: ["onnx", "onnxruntime"])
     assert choose_engine(AUTO, "cpu", recordable=True) == EAGER
-    assert "onnx, onnxscript not installed: engine eager" in caplog.text
-    with pytest.raises(RsdError, match="expected onnx, onnxscript; pip install onnx onnxscript"):
+    assert "onnx, onnxruntime not installed: engine eager" in caplog.text
+    with pytest.raises(RsdError, match="expected onnx, onnxruntime; pip install onnx onnxruntime"):
         choose_engine(ONNX, "cpu", recordable=True)
 
 

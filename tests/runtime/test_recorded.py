@@ -13,7 +13,7 @@ from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, Observation, RsdError
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+pytestmark = pytest.mark.gpu
 # A recording replays the very kernels. The compiler's own round otherwise (TF32), and a digit at a bin's edge may fall
 # the other way: with the random weights of these tests by at most 0.016 on an H200.
 PROMISED = {AUTO: 1e-5, COMPILED: 0.03}

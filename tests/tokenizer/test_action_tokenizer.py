@@ -128,7 +128,7 @@ def test_tokens_and_actions_do_not_depend_on_the_batch_or_its_order(
             assert torch.equal(tokenizer.decode(alone)[0], actions[index])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_cuda_gives_the_tokens_and_actions_of_the_cpu(tokenizers: list[ActionTokenizer], chunks: np.ndarray) -> None:
     batch = torch.tensor(chunks)
     for tokenizer in tokenizers:

@@ -200,11 +200,27 @@ def test_pairs_lie_whole_chunks_apart_in_one_episode(demonstrations: Path, every
     assert len(single) == 7
 
 
-def test_impossible_pairs_are_refused(demonstrations: Path, dataset: FrameDataset) -> None:
-    with pytest.raises(RsdError, match="expected an even batch size, found 7"):
-        dataset.draw(7, 2)
+@pytest.mark.parametrize(
+    ("batch_size", "most_chunks", "shift", "said"),
+    [
+        (7, 2, 4, "--loop.batch-size 7: expected an even number"),
+        (8, 0, 4, "--remembered-chunks 0: expected at least 1"),
+        (8, None, -1, "--augment.shift -1: expected 0 to 31 pixels"),
+        (8, None, 32, "--augment.shift 32: expected 0 to 31 pixels"),
+        (10**9, None, 4, r"--loop.batch-size 1000000000: its images alone need 24576.0 GB, the device has"),
+    ],
+)
+def test_batches_that_cannot_be_are_refused_before_any_is_drawn(
+    dataset: FrameDataset, batch_size: int, most_chunks: int | None, shift: int, said: str
+) -> None:
+    with pytest.raises(RsdError, match=said):
+        dataset.check(batch_size, most_chunks, Augmentation(shift=shift))
+    dataset.check(8, 2, Augmentation())
+
+
+def test_frames_of_several_spacings_are_refused(demonstrations: Path) -> None:
     with pytest.raises(RsdError, match=r"a divisor of 8, found every 3; render again"):
-        FrameDataset(every_nth(demonstrations, 3), 8, CPU).draw(8, 2)
+        FrameDataset(every_nth(demonstrations, 3), 8, CPU).check(8, 2, Augmentation())
     mixed = [*every_nth(demonstrations, 1), *every_nth(demonstrations, 2)]
     with pytest.raises(RsdError, match=r"every 2. step, others have every 1"):
         FrameDataset(mixed, 8, CPU)

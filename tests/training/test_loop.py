@@ -194,6 +194,15 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     train(model, fit_line(model), CONFIG, tmp_path, CPU, {"dim": 64})
     with pytest.raises(RsdError, match="belongs to a run with other settings"):
         train(model, fit_line(model), CONFIG, tmp_path, CPU, {"dim": 65})
+    whole = torch.load(tmp_path / STATE_FILE, weights_only=True)
+    for change, said in (
+        ({"model": {}}, "not the state of this training .RuntimeError: .*linear.weight"),
+        ({"step": None}, "not the state of this training .TypeError"),
+        ({"config": "{"}, "not the state of this training .JSONDecodeError"),
+    ):
+        torch.save({**whole, **change}, tmp_path / STATE_FILE)
+        with pytest.raises(RsdError, match=said):
+            train(model, fit_line(model), CONFIG, tmp_path, CPU, {"dim": 64})
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def batch(demonstrations: Path) -> Batch:
 @pytest.fixture
 def model(tiny_config: PolicyConfig, tokenizer: ActionTokenizer) -> RsdModel:
     torch.manual_seed(0)
-    return RsdModel(tiny_config, tokenizer)
+    return RsdModel.of(tiny_config, tokenizer)
 
 
 @given(st.integers(1, 3), st.integers(0, 6), st.integers(0, 1000))

@@ -14,7 +14,8 @@ from rsd.targets.openvla.policy import OpenVlaPolicy, read_normalisation
 from rsd.targets.openvla.prompt import Prompt
 from rsd.targets.openvla.statistics import Statistics
 from rsd.training.dataset import Augmentation
-from rsd.training.openvla_frames import OpenVlaFrames, episode_numbers, pick, survey
+from rsd.training.openvla import OpenVlaFrames, pick, survey
+from rsd.training.policy import episode_numbers
 from rsd.types import Observation, RsdError
 
 CPU = torch.device("cpu")
@@ -87,7 +88,7 @@ def test_every_demonstration_goes_to_one_process_or_is_held_out() -> None:
     assert [len(mine) for mine, _ in dealt] == [3, 3, 3]
     with pytest.raises(RsdError, match="2 demonstrations for 3 processes; start fewer"):
         episode_numbers(3, 40, 0, 3)
-    with pytest.raises(RsdError, match="validation_every: expected 2 or more"):
+    with pytest.raises(RsdError, match="--validation-every 1: expected 2 or more"):
         episode_numbers(3, 1, 0, 1)
 
 

@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
+import rsd.training.loop as training_loop
 import rsd.training.openvla as openvla_training
 from openvla_checkpoint import SUITE, statistics, write_checkpoint, write_heads, write_json
 from rsd.cli import dispatch
@@ -26,10 +27,9 @@ from rsd.policy import RsdPolicy
 from rsd.targets.openvla.lora import LoraConfig
 from rsd.targets.openvla.rsd_policy import OpenVlaBody
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.training.draft import TrainDrafterConfig, train_drafter
 from rsd.training.loop import STATE_FILE, LoopConfig
 from rsd.training.openvla import TrainOpenVlaConfig, train_openvla
-from rsd.training.policy import TrainPolicyConfig, train_policy
+from rsd.training.policy import TrainDrafterConfig, TrainPolicyConfig, train_drafter, train_policy
 from rsd.types import Observation, RsdError
 
 DRAFT = DrafterConfig(levels=3, dim=32, layers=1, heads=2)
@@ -128,7 +128,7 @@ def test_an_interrupted_training_ends_as_a_whole_one(
     with pytest.raises(RsdError, match="belongs to a run with other settings"):
         train_openvla(replace(config, lora=LoraConfig(rank=5)))
     source = Path(shutil.copytree(config.source, tmp_path / "base"))
-    monkeypatch.setattr(openvla_training, "describe", lambda _: json.loads(state["config"]))  # all but the base alike
+    monkeypatch.setattr(training_loop, "describe", lambda _: json.loads(state["config"]))  # all but the base alike
     (source / "preprocessor_config.json").write_text((source / "preprocessor_config.json").read_text() + " ")
     with pytest.raises(RsdError, match="belongs to a run with other settings"):
         train_openvla(replace(config, source=str(source)))
@@ -230,14 +230,14 @@ def work(rank: int, config: TrainOpenVlaConfig, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    train = openvla_training.train
+    train = training_loop.train
 
     def spy(model: nn.Module, *arguments: Any) -> nn.Module:
         average = train(model, *arguments)
         torch.save(model.state_dict(), config.output / f"{rank}.pt")
         return average
 
-    openvla_training.train = spy
+    training_loop.train = spy
     train_openvla(config)
     dist.destroy_process_group()
 

@@ -5,7 +5,6 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import h5py
 import numpy as np
@@ -14,21 +13,26 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-import rsd.training.draft as training_draft
 import rsd.training.policy as training_policy
 from rsd.data.demonstrations import load_demonstrations
 from rsd.locks import exclusive
 from rsd.models.bundle import PolicyConfig
 from rsd.models.feature_drafter import DrafterConfig
-from rsd.models.target import TargetModel
+from rsd.models.target import BlockTarget
 from rsd.models.trunk import KVCache
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.training.dataset import FrameDataset, chunk_targets
-from rsd.training.draft import TrainDrafterConfig, train_drafter
 from rsd.training.loop import STATE_FILE, LoopConfig
 from rsd.training.losses import LossConfig
-from rsd.training.policy import TrainPolicyConfig, resolve_device, split, train_policy
+from rsd.training.policy import (
+    TrainDrafterConfig,
+    TrainPolicyConfig,
+    resolve_device,
+    split,
+    train_drafter,
+    train_policy,
+)
 from rsd.training.tokenizer import TrainTokenizerConfig, train_tokenizer
 from rsd.types import Observation, RsdError
 from studies.deviation import DeviationConfig, measure_deviation
@@ -242,22 +246,22 @@ def test_images_of_another_size_than_the_models_are_refused(config: TrainPolicyC
         train_policy(replace(config, policy=larger, output=tmp_path / "run"))
 
 
-@pytest.mark.parametrize("module", [training_policy, training_draft])
+@pytest.mark.parametrize("kind", ["policy", "draft"])
 def test_a_validation_that_fails_costs_no_training(
-    trained: Path, config: TrainPolicyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType
+    trained: Path, config: TrainPolicyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     def failing(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(module, "validate", failing)
+    monkeypatch.setattr(training_policy, "validate", failing)
     loop = replace(LOOP, steps=2)
     draft = TrainDrafterConfig(str(trained), config.data, tmp_path, "cpu", resume_weights=True, loop=loop)
     begin = {
-        training_policy: lambda: train_policy(replace(config, output=tmp_path, loop=loop)),
-        training_draft: lambda: train_drafter(draft),
+        "policy": lambda: train_policy(replace(config, output=tmp_path, loop=loop)),
+        "draft": lambda: train_drafter(draft),
     }
     with pytest.raises(ZeroDivisionError):
-        begin[module]()
+        begin[kind]()
     assert torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] == 2
     RsdPolicy.from_pretrained(tmp_path / "checkpoint")
 
@@ -272,6 +276,14 @@ def test_a_training_has_its_folder_for_itself(config: TrainPolicyConfig, states_
         ):
             with pytest.raises(RsdError, match="another run is writing here"):
                 begin()
+    for fail in (
+        lambda: train_policy(replace(config, output=tmp_path / "runs" / "policy", device="abacus")),
+        lambda: train_drafter(TrainDrafterConfig("nowhere", config.data, tmp_path / "runs" / "draft", "cpu")),
+        lambda: train_tokenizer(TrainTokenizerConfig((tmp_path / "nowhere",), tmp_path / "runs" / "tokenizer")),
+    ):
+        with pytest.raises(RsdError, match=r"abacus|nowhere"):
+            fail()
+        assert not (tmp_path / "runs").exists()  # nothing is left of what never began
     (other / "checkpoint").mkdir(parents=True)
     with pytest.raises(RsdError, match="a checkpoint of another run; choose another --output"):
         train_policy(replace(config, output=other))
@@ -300,13 +312,13 @@ def test_states_without_images_are_refused(config: TrainPolicyConfig, states_onl
 def test_train_draft_keeps_everything_else(
     trained: Path, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    modes, prefill = set[bool](), TargetModel.prefill
+    modes, prefill = set[bool](), BlockTarget.prefill
 
-    def spy(target: TargetModel, prefix: Tensor) -> tuple[Tensor, KVCache]:
+    def spy(target: BlockTarget, prefix: Tensor) -> tuple[Tensor, KVCache]:
         modes.add(target.training)
         return prefill(target, prefix)
 
-    monkeypatch.setattr(TargetModel, "prefill", spy)
+    monkeypatch.setattr(BlockTarget, "prefill", spy)
     draft = DrafterConfig(levels=2, dim=32, layers=1, heads=2)
     directory = train_drafter(
         TrainDrafterConfig(
@@ -404,7 +416,7 @@ def test_impossible_splits_are_refused(demonstrations: Path) -> None:
     with pytest.raises(RsdError, match="at least 2 demonstrations, found 1"):
         split(everything[:1], 40)
     for every in (0, 1):
-        with pytest.raises(RsdError, match="validation_every: expected 2 or more"):
+        with pytest.raises(RsdError, match=f"--validation-every {every}: expected 2 or more"):
             split(everything, every)
 
 

@@ -90,7 +90,7 @@ COMMANDS = {
     ),
     "train policy": Command("train the target and its drafts, compact or on OpenVLA", "rsd.cli.train_policy"),
     "train drafter": Command(
-        "train a drafter alone", "rsd.training.draft", "train_drafter", "rsd.training.config:TrainDrafterConfig"
+        "train a drafter alone", "rsd.training.policy", "train_drafter", "rsd.training.config:TrainDrafterConfig"
     ),
     "import-legacy": Command(
         "read the original experiment's checkpoints",

@@ -145,8 +145,7 @@ def check_names(config: EvalConfig) -> None:
     from rsd.decoding.decoders import names
     from rsd.devices import check_device
     from rsd.options import check_sampling
-    from rsd.targets.openvla.files import is_openvla
-    from rsd.targets.openvla.published import DECODERS
+    from rsd.targets.openvla.published import DECODERS, is_openvla
     from rsd.tokenizer.rfsq import RfsqConfig
 
     local = Path(config.policy)

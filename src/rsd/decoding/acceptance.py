@@ -1,4 +1,4 @@
-"""Acceptance rules: which drafted tokens may stand, given the target's logits. Pure functions.
+"""Which drafted tokens may stand, given the target's logits, and the chunk that comes of it. Pure functions.
 
 A rule sees drafted symbols int [B, c, P] and the target's logits [B, c, P, K] of the same levels (each
 conditioned on the drafted levels above it) and returns bool [B, c, P]. Whatever the setting, a token that is the
@@ -14,18 +14,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rsd.tokenizer.rfsq import RfsqConfig
+from rsd.decoding.sampling import Verified, verify_block
+from rsd.decoding.state import Draft, Verification
+from rsd.json_files import shown
+from rsd.models.fusing import fusible
+from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
 from rsd.types import RsdError
+
+if TYPE_CHECKING:
+    from rsd.decoding.primitives import Primitives
 
 
 @dataclass(frozen=True)
 class AcceptanceRule:
     """accept(drafted, logits) -> bool [B, c, P]; see the module's docstring. None: the draft is judged as a whole, by
-    what the target finds that it misses (`verification.accept_as_a_whole`), or, with a `share`, by what the target
+    what the target finds that it misses (`accept_as_a_whole`), or, with a `share`, by what the target
     means without having been told of it (`within_reach`)."""
 
     name: str
@@ -65,8 +73,7 @@ def typical(drafted: Tensor, logits: Tensor, epsilon: float, delta: float) -> Te
     """Token the target finds likely enough for how sure it is: p > min(epsilon, delta * exp(-H)), H in nats.
 
     Medusa's typical acceptance (arXiv 2401.10774). The likeliest token has p >= exp(-H) and so always passes
-    for delta < 1; naming it here keeps that true at delta = 1 and against rounding.
-    """
+    for delta < 1; naming it here keeps that true at delta = 1 and against rounding."""
     log_p = logits.log_softmax(-1)
     threshold = (delta * (log_p.exp() * log_p).sum(-1).exp()).clamp(max=epsilon)
     likely = log_p.gather(-1, drafted.unsqueeze(-1)).squeeze(-1).exp() > threshold
@@ -103,34 +110,34 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
     `exact`; `margin`; `residual`; `blind(SHARE)`, 0 < SHARE <= 1 (0.95) of the chunk's scalars within the code's reach
     of block 1's own estimate, or `blind(SHARE,moving)` of those that carry motion; `distance(D)`, D >= 0 bins (1);
     `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both in (0, 1] (Medusa's 0.09, and the root of EPSILON as its
-    authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7).
-    """
-    if name == "exact":
+    authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7)."""
+    text = name if isinstance(name, str) else ""
+    if text == "exact":
         return AcceptanceRule(name, exact)
-    if name == "margin":
+    if text == "margin":
         return AcceptanceRule(name, lambda d, logits: margin(d, logits, code), per_scalar=True)
-    if name == "residual":
+    if text == "residual":
         return AcceptanceRule(name, None, per_scalar=True)
-    if match := re.fullmatch(rf"blind(?:\({NUMBER}(, ?moving)?\))?", name):
+    if match := re.fullmatch(rf"blind(?:\({NUMBER}(, ?moving)?\))?", text):
         share = float(match[1] or 0.95)
         if 0.0 < share <= 1.0:
             name = f"blind({share:g}{',moving' if match[2] else ''})"
             return AcceptanceRule(name, None, share=share, moving=bool(match[2]))
-    if match := re.fullmatch(r"distance(?:\((\d+)\))?", name):
+    if match := re.fullmatch(r"distance(?:\((\d{1,9})\))?", text):
         bins = int(match[1] or 1)
         return AcceptanceRule(f"distance({bins})", lambda d, logits: distance(d, logits, bins), per_scalar=True)
-    if match := re.fullmatch(rf"typical(?:\({NUMBER}(?:, ?{NUMBER})?\))?", name):
+    if match := re.fullmatch(rf"typical(?:\({NUMBER}(?:, ?{NUMBER})?\))?", text):
         epsilon = float(match[1] or 0.09)
         delta = float(match[2] or epsilon**0.5)
         if 0.0 < epsilon <= 1.0 and 0.0 < delta <= 1.0:
             name = f"typical({epsilon:g},{delta:g})" if match[2] else f"typical({epsilon:g})"
             return AcceptanceRule(name, lambda d, logits: typical(d, logits, epsilon, delta), per_scalar=True)
-    if match := re.fullmatch(rf"agreement(?:\({NUMBER}\))?", name):
+    if match := re.fullmatch(rf"agreement(?:\({NUMBER}\))?", text):
         share = float(match[1] or 0.7)
         if 0.0 < share <= 1.0:
             return AcceptanceRule(f"agreement({share:g})", lambda d, logits: agreement(d, logits, share))
     allowed = "D a whole number, 0 < EPSILON <= 1, 0 < SHARE <= 1"
-    raise RsdError(f"acceptance {name!r}: expected {', '.join(ACCEPTANCE_RULES)} with {allowed}")
+    raise RsdError(f"acceptance {shown(name)}: expected {', '.join(ACCEPTANCE_RULES)} with {allowed}")
 
 
 def accepted_prefix(accepted: Tensor) -> Tensor:
@@ -143,3 +150,86 @@ def leading(accepted: Tensor) -> Tensor:
 
     By a sum that counts what is not: ONNX has no cumulative product."""
     return ((~accepted).long().cumsum(dim=1) == 0).sum(1)
+
+
+@fusible
+def accept(ops: Primitives, draft: Draft, blocks: list[Tensor]) -> Verification:
+    """The target's features of block 1 and of those that were told the draft -> the chunk, fine levels regressed.
+
+    Block k+1 has seen just the levels 1..k, so the continuous estimate of what they miss is at hand however many are
+    accepted. k counts a scalar's own accepted levels under a rule that judges single tokens, the accepted levels of
+    the chunk under the others."""
+    if ops.rule.as_a_whole:
+        return accept_as_a_whole(ops, draft, blocks)
+    features = torch.stack(blocks, dim=1)  # [B, c+1, H, D]
+    verified = judge(ops, draft, features)
+    kept = verified.levels[:, None].expand_as(draft.motion[:, 0])
+    if ops.rule.per_scalar:
+        kept = leading(verified.accepted)
+    missing = ops.finite(ops.target.residuals(features))
+    prefix = torch.stack([torch.zeros_like(draft.prefixes[0]), *draft.prefixes], dim=1)  # [B, c+1, P]
+    wanted = (prefix + missing).gather(1, kept.unsqueeze(1)).squeeze(1)
+    tokens, value = requantise(ops.code, wanted, draft.motion, kept)
+    return Verification(value, tokens, verified.accepted, verified.levels)
+
+
+def accept_as_a_whole(ops: Primitives, draft: Draft, blocks: list[Tensor]) -> Verification:
+    """The last block was told all that was drafted and says what is missing, which is added where the draft stands;
+    elsewhere block 1's own estimate is executed, or, if there is no block 1, the tokens follow the correction alone.
+
+    A scalar's draft stands if what is missing is within what the finer levels take out. Under `blind` block 1, which
+    was told nothing, has the first word, on the chunk as a whole."""
+    count, rule, told = draft.motion.shape[1], ops.rule, draft.prefixes[-1]
+    reach = ops.target.code.reach(count)
+    missing = ops.finite(ops.target.residual(blocks[-1], count + 1))
+    own = ops.finite(ops.target.residual(blocks[0], 1)) if len(blocks) > 1 else told + missing
+    stands = near = missing.abs() <= reach  # [B, P]
+    if rule.share is not None:
+        stands = within_reach(told, own, reach, rule.share, rule.moving)[:, None].expand_as(near)
+    wanted = torch.where(stands & near, told + missing, own)
+    tokens, value = requantise(ops.code, wanted, draft.motion, count * stands.long())
+    accepted = stands[:, None].expand(-1, count, -1)
+    return Verification(value, tokens, accepted, accepted_prefix(accepted))
+
+
+def judge(ops: Primitives, draft: Draft, features: Tensor) -> Verified:
+    """Features [B, c+1, H, D] of the blocks 1..c+1 -> what stands, and the level after that corrected.
+
+    Tokens are compared by the rule, drawn ones kept so often that the target's distribution comes out."""
+    logits = ops.finite(ops.target.level_head.first_levels(features[:, :-1]))  # [B, c, P, K]
+    if ops.sampler is not None:
+        assert draft.probs is not None
+        ops.check()  # now: a NaN makes no probabilities
+        return verify_block(draft.motion, draft.probs, ops.sampler.probs(logits), ops.sampler.generator)
+    assert ops.rule.accept is not None  # else it is judged as a whole
+    accepted = ops.rule.accept(draft.motion, logits)
+    return Verified(torch.where(accepted, draft.motion, logits.argmax(-1)), accepted, accepted_prefix(accepted))
+
+
+def requantise(code: Rfsq, value: Tensor, drafted: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B, L, P] of `value` [B, P] that begin, scalar by scalar, with kept[b, p] of the drafted symbols, and
+    what they decode to [B, P].
+
+    A drafted digit after which the finer levels could no longer reach the value gives way to the value's own (the
+    margins of a redundant code hold one level at a time, not all together), so inside the code's span the tokens
+    are within half the last step of `value` whatever was drafted."""
+    config, residual, decoded, symbols = code.config, value, torch.zeros_like(value, dtype=torch.float32), []
+    stands = torch.ones_like(value, dtype=torch.bool)
+    for level in range(1, config.levels + 1):
+        digit = code.digit(residual, level)
+        if level <= drafted.shape[1]:
+            proposed = (drafted[:, level - 1] - config.half).to(value.dtype)
+            left = residual - proposed * code.step(level)
+            stands = stands & (kept >= level) & (left.abs() <= config.reach(level) * code.first_step)
+            digit = torch.where(stands, proposed, digit)
+        part = digit * code.step(level)
+        residual, decoded = residual - part, decoded + part
+        symbols.append(digit)
+    return torch.stack(symbols, dim=1).long() + config.half, decoded
+
+
+def single(kept: Tensor) -> int:
+    """The one accepted length; sequential decoding goes sample by sample."""
+    if len(kept) != 1:
+        raise RsdError(f"fine='sequential' decodes one observation at a time, found a batch of {len(kept)}")
+    return int(kept)

@@ -311,9 +311,7 @@ def _pad(rows: Sequence[NDArray[Any]], fill: float | bool) -> NDArray[Any]:
     return out
 
 
-def check_promise(
-    alpha: float, delta: float, epsilon_mm: float, max_skips: int, loss: str, test: str
-) -> None:
+def check_promise(alpha: float, delta: float, epsilon_mm: float, max_skips: int, loss: str, test: str) -> None:
     if not (0.0 < alpha < 1.0 and 0.0 < delta < 1.0 and 0.0 < epsilon_mm < math.inf):
         found = f"alpha {alpha}, delta {delta}, epsilon {epsilon_mm} mm"
         raise RsdError(f"skip calibration: expected alpha and delta in (0, 1) and epsilon > 0, found {found}")
@@ -324,9 +322,7 @@ def check_promise(
         raise RsdError(f"skip calibration: expected test {' or '.join(TESTS[loss])} for loss {loss}, found {test!r}")
 
 
-def _check_episodes(
-    scores: Sequence[Floats], deviations: Sequence[Floats], forced: Sequence[Bools] | None
-) -> None:
+def _check_episodes(scores: Sequence[Floats], deviations: Sequence[Floats], forced: Sequence[Bools] | None) -> None:
     flags = scores if forced is None else forced
     if not len(scores) or not len(scores) == len(deviations) == len(flags):
         found = f"{len(scores)}, {len(deviations)} and {len(flags)}"

@@ -2,7 +2,7 @@
 
 A decoder is a short function composed of primitives (`primitives`: embed, draft, prefill, verify, accept, extend), for
 whatever engine runs them. What is registered with it says what it needs and can. To add one, write the function and
-register it; where it accepts tokens is `verification`, by the rules of `acceptance`.
+register it; where it accepts tokens is `acceptance`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rsd.decoding.acceptance import judge, single
 from rsd.decoding.primitives import Primitives, primitive
-from rsd.decoding.state import (
-    Blocks,
-    DecodeResult,
-    Draft,
-    EpisodeState,
-    Forecast,
-    PolicyInput,
-    rows_of,
-    scattered,
-)
-from rsd.decoding.verification import judge, single
+from rsd.decoding.state import Blocks, DecodeResult, Draft, EpisodeState, Forecast, PolicyInput, rows_of, scattered
 from rsd.models.visual_drafter import Memory
 
 Decode = Callable[[Primitives, PolicyInput, EpisodeState], DecodeResult]

@@ -1,9 +1,9 @@
 """The primitives that every decoder is composed of, for any engine: draft, prefill, verify, accept, extend.
 
 A primitive is a function of tensors that asks the host nothing, so an engine may run it as it is (eager) or record it
-once and replay it (`recorded`). Called from within another primitive it is part of that one. Symbols are the likeliest
-ones unless there is a sampler. A model output that is not finite is noted and raises `RsdError` before anything leaves
-the policy: a NaN would win an argmax as an ordinary token.
+once and replay it (`runtime.engines`). Called from within another primitive it is part of that one. Symbols are the
+likeliest ones unless there is a sampler. A model output that is not finite is noted and raises `RsdError` before
+anything leaves the policy: a NaN would win an argmax as an ordinary token.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from rsd.decoding.acceptance import AcceptanceRule
+from rsd.decoding.acceptance import AcceptanceRule, accept
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.sampling import Sampler
 from rsd.decoding.state import Blocks, Draft, Forecast, PolicyInput, Verification, filled, rows_of
 from rsd.decoding.timing import Stopwatch
-from rsd.decoding.verification import accept
 from rsd.models.feature_drafter import FeatureDrafter
 from rsd.models.fusing import fusible
 from rsd.models.streams import fork
-from rsd.models.target import TargetModel
+from rsd.models.target import BlockTarget
 from rsd.models.trunk import KVCache
 from rsd.models.visual_drafter import Memory, VisualDrafter
 from rsd.nested import tensors_of, with_tensors
@@ -51,7 +50,7 @@ class Step:
 
 
 class Engine(Protocol):
-    """What primitives run on: `recorded.Recordings`, or None for PyTorch operation by operation."""
+    """What primitives run on: `runtime.engines.Recordings`, or None for PyTorch operation by operation."""
 
     whole: bool
 
@@ -82,12 +81,11 @@ class Primitives:
 
     rule: judges drafted levels. fine: how the fine levels come, `regress` or `sequential` (see `decoders.rsd`).
     sampler: draws the motion tokens, drafted ones too, which it then judges in the place of `rule`. rows: every call is
-    filled up to so many rows, so that there is one way to multiply the matrices whatever a batch happens to hold.
-    """
+    filled up to so many rows, so that there is one way to multiply the matrices whatever a batch happens to hold."""
 
     def __init__(
         self,
-        target: TargetModel,
+        target: BlockTarget,
         draft: FeatureDrafter,
         rule: AcceptanceRule,
         fine: str = "regress",
@@ -276,7 +274,7 @@ class Primitives:
 
     @primitive("decode", small=True, by="rule")
     def accept(self, draft: Draft, blocks: Sequence[Tensor]) -> Verification:
-        """The draft and the target's features of the blocks that judge it -> the chunk; see `verification`."""
+        """The draft and the target's features of the blocks that judge it -> the chunk; see `acceptance`."""
         return accept(self, draft, list(blocks))
 
     def choose(self, logits: Tensor) -> Tensor:
@@ -332,12 +330,3 @@ def complete(ops: Primitives, draft: Draft) -> Forecast:
 def grown_apart(cache: KVCache) -> KVCache:
     """A cache that may grow while the given one stays as it is; one that is allocated at once grows in place."""
     return KVCache(list(cache.keys), list(cache.values)) if isinstance(cache, KVCache) else cache
-
-
-def as_draft(code: Rfsq, motion: Tensor, gripper: Tensor) -> Draft:
-    """A draft of given tokens [B, c, P] and gripper [B, H]."""
-    value, prefixes = torch.zeros(motion.shape[::2], device=motion.device), []
-    for level in range(1, motion.shape[1] + 1):
-        value = value + code.value(motion[:, level - 1], level)
-        prefixes.append(value)
-    return Draft(motion, gripper, prefixes)

@@ -117,8 +117,7 @@ class EpisodeState:
 
     memory: the drafter's view of the target's last run, with `known` in a batch of which some rows have none. By row:
     skipped, chunks since then without the target; gripper, the symbol executed last (an episode begins open); seen,
-    whether there has been a chunk. instruction: what `memory` was read under, "" where that is no matter.
-    """
+    whether there has been a chunk. instruction: what `memory` was read under, "" where that is no matter."""
 
     memory: Memory | None = None
     skipped: tuple[int, ...] = (0,)

@@ -6,32 +6,38 @@ from torch import nn
 
 from rsd.models.config import PolicyConfig
 from rsd.models.feature_drafter import FeatureDrafter
-from rsd.models.target import TargetModel
+from rsd.models.target import BlockTarget, TargetModel
 from rsd.models.visual_drafter import VisualDrafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
 
 
 class RsdModel(nn.Module):
-    """Target and drafts under one roof, so that one file holds their weights."""
+    """Target and drafters under one roof, so that one file holds their weights."""
 
-    def __init__(self, config: PolicyConfig, tokenizer: ActionTokenizer) -> None:
+    def __init__(
+        self, target: BlockTarget, feature_drafter: FeatureDrafter, visual_drafter: VisualDrafter | None
+    ) -> None:
         super().__init__()
-        check_code(tokenizer)
-        code, horizon, motion = tokenizer.config.rfsq, tokenizer.config.horizon, tokenizer.motion_dim
-        self.target = TargetModel(config.target, code, horizon, motion)
-        self.feature_drafter = FeatureDrafter(config.feature_drafter, code, horizon, motion, config.target.dim)
-        self.visual_drafter = (
-            VisualDrafter(config.visual_drafter, code, horizon, motion, config.target)
-            if config.visual_drafter
-            else None
-        )
+        self.target, self.feature_drafter, self.visual_drafter = target, feature_drafter, visual_drafter
+
+    @classmethod
+    def of(cls, config: PolicyConfig, tokenizer: ActionTokenizer) -> RsdModel:
+        """The compact models of these sizes, with random weights."""
+        sizes = code_sizes(tokenizer)
+        target = TargetModel(config.target, *sizes)
+        feature_drafter = FeatureDrafter(config.feature_drafter, *sizes, config.target.dim)
+        visual = config.visual_drafter
+        return cls(target, feature_drafter, VisualDrafter(visual, *sizes, config.target) if visual else None)
 
 
-def check_code(tokenizer: ActionTokenizer) -> None:
-    """Raise unless the models can learn the code: linear, every digit of every level in use, one gripper."""
+def code_sizes(tokenizer: ActionTokenizer) -> tuple[RfsqConfig, int, int]:
+    """The code, steps of a chunk and motion scalars of a step; `RsdError` unless the models can learn the code: linear,
+    every digit of every level in use, one gripper."""
     parts, config = tokenizer.parts, tokenizer.config
     odd = [name for name in ("autoencoder", "refiner", "active") if getattr(parts, name) is not None]
     if odd or len(config.binary) != 1:
         found = ", ".join(odd) or f"{len(config.binary)} binary dimensions"
         raise RsdError(f"policy: expected a linear tokenizer without a bit budget and with one gripper, found {found}")
+    return config.rfsq, config.horizon, tokenizer.motion_dim

@@ -16,9 +16,7 @@ class FeatureDrafter(nn.Module):
     """Reads the target's block-1 features [B, H, D_target]; level after level, only H positions wide and without
     a cache: what the levels so far decode to is all a level needs to know of them."""
 
-    def __init__(
-        self, config: DrafterConfig, code: RfsqConfig, horizon: int, motion_dim: int, target_dim: int
-    ) -> None:
+    def __init__(self, config: DrafterConfig, code: RfsqConfig, horizon: int, motion_dim: int, target_dim: int) -> None:
         super().__init__()
         if not 1 <= config.levels < code.levels:
             allowed = f"1 to {code.levels - 1} levels for a code of {code.levels}"

@@ -9,6 +9,7 @@ wider. Next-scale prediction as in VAR (arXiv 2404.02905), here over action resi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -46,8 +47,7 @@ class BlockEmbedding(nn.Module):
     def forward(self, prefixes: Tensor, gripper: Tensor | None, first_level: int) -> Tensor:
         """prefixes [B, n, H*M] in first steps, gripper int [B, H] or None where it is to be found -> [B, n*H, D].
 
-        n blocks at once, first_level, first_level + 1, ...: one call instead of n keeps a GPU busy.
-        """
+        n blocks at once, first_level, first_level + 1, ...: one call instead of n keeps a GPU busy."""
         grid = prefixes.unflatten(-1, (-1, self.motion_dim))  # [B, n, H, M]
         angles = torch.pi * grid.unsqueeze(-2) * self.octaves  # [B, n, H, F, M]
         waves = torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)
@@ -81,66 +81,50 @@ class LevelHead(nn.Module):
         return logits.unflatten(-1, (-1, self.symbols)).flatten(2, 3)
 
 
-class TargetModel(nn.Module):
-    """Target. All values of motion scalars are in units of the tokenizer's first step D_1.
+class BlockTarget(nn.Module):
+    """What stands behind the prefix of any target: blocks of query positions and the heads that read them.
 
-    `state_mean`, `state_std` [11] normalise the proprioceptive features and are stored with the weights.
-    """
+    Values of motion scalars are in units of the tokenizer's first step D_1. `state_mean`, `state_std` [11] normalise
+    the state features and are stored with the weights. A subclass makes the prefix (`encode_text`, `embed_prefix`), has
+    a `trunk`, and runs both through it (`_prefill`)."""
 
     state_mean: Tensor
     state_std: Tensor
-    whole_block: bool = False
+    trunk: nn.Module
 
-    def __init__(self, config: TargetConfig, code: RfsqConfig, horizon: int, motion_dim: int) -> None:
+    def __init__(self, code: RfsqConfig, horizon: int, motion_dim: int, whole_block: bool = False) -> None:
         super().__init__()
-        self.config, self.code, self.horizon, self.motion_dim = config, code, horizon, motion_dim
-        self.whole_block = config.whole_block
-        dim = config.dim
-        self.text = TextEncoder(config.text_dim, config.text_tokens)
-        self.cameras = nn.ModuleList(CameraEncoder(config.channels, config.text_dim) for _ in CAMERAS)
-        side, last = config.image_size // 16, config.channels[-1]
-        self.image_in = nn.ModuleList(nn.Linear(n**2 * last, dim) for n in config.merge)
-        self.image_position = nn.ParameterList(
-            [nn.Parameter(torch.randn((side // n) ** 2, dim) * 0.02) for n in config.merge]
-        )
-        self.text_in = nn.Linear(config.text_dim, dim)
-        self.state_in = nn.Sequential(nn.Linear(STATE_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.block = BlockEmbedding(dim, horizon, motion_dim, code.levels)
-        self.trunk = Trunk(dim, config.layers, config.heads, dropout=config.dropout)
-        self.level_head = LevelHead(dim, motion_dim, code.levels, code.symbols)
-        self.parallel_head = nn.Linear(dim, code.levels * motion_dim * code.symbols)
-        self.gripper_head = nn.Linear(dim, 1)
-        self.residual_head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, motion_dim))
-        self.grounding_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1)) if config.grounded else None
+        self.code, self.horizon, self.motion_dim, self.whole_block = code, horizon, motion_dim, whole_block
         self.register_buffer("state_mean", torch.zeros(STATE_FEATURES))
         self.register_buffer("state_std", torch.ones(STATE_FEATURES))
+
+    def _add_blocks(self, dim: int, trunk: Callable[[], nn.Module]) -> None:
+        """The parts behind the prefix, last: the order of parts is that of a training's saved state."""
+        levels, symbols = self.code.levels, self.code.symbols
+        self.block = BlockEmbedding(dim, self.horizon, self.motion_dim, levels)
+        self.trunk = trunk()
+        self.level_head = LevelHead(dim, self.motion_dim, levels, symbols)
+        self.parallel_head = nn.Linear(dim, levels * self.motion_dim * symbols)
+        self.gripper_head = nn.Linear(dim, 1)
+        self.residual_head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, self.motion_dim))
 
     # prefix
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Word ids [B, 32] -> language tokens [B, N, Dt], condition [B, Dt]; constant over an episode."""
-        tokens, condition = self.text(ids)
-        return tokens, condition
+        raise NotImplementedError
+
+    def embed_prefix(self, images: Tensor, state: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        """images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded text -> prefix [B, N, D]."""
+        raise NotImplementedError
+
+    def _prefill(self, prefix: Tensor, queries: Tensor, apart: bool = False) -> tuple[list[Tensor], KVCache]:
+        """Prefix and query positions in one pass -> features of each block, the cache; apart: no block sees another."""
+        raise NotImplementedError
 
     def normalise(self, state: Tensor) -> Tensor:
         """State features [B, 11] in standard deviations of the training data."""
         return (state - self.state_mean) / self.state_std
-
-    def embed_prefix(self, images: Tensor, state: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        """images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded text -> prefix [B, N, D]."""
-        tokens, condition = text
-        cameras = [partial(self._embed_image, index, images[:, index], condition) for index in range(len(self.cameras))]
-        return torch.cat(together([*cameras, partial(self._embed_rest, tokens, state)], images.device), dim=1)
-
-    @fusible
-    def _embed_rest(self, tokens: Tensor, state: Tensor) -> Tensor:
-        """Language tokens and the state as one token, [B, n + 1, D]."""
-        return torch.cat([self.text_in(tokens), self.state_in(self.normalise(state))[:, None]], dim=1)
-
-    def _embed_image(self, index: int, image: Tensor, condition: Tensor) -> Tensor:
-        """One camera's tokens [B, n, D]."""
-        features = merged(self.cameras[index](image, condition), self.config.merge[index])
-        return self.image_in[index](features) + self.image_position[index]
 
     def prefill(self, prefix: Tensor) -> tuple[Tensor, KVCache]:
         """prefix [B, N, D] -> features of block 1 [B, H, D] and the cache of N + H positions."""
@@ -152,8 +136,7 @@ class TargetModel(nn.Module):
     ) -> tuple[list[Tensor], KVCache]:
         """`prefill` and `extend` from first_level on in ONE pass: features of block 1 and of the n others, the cache.
 
-        prefixes: what n blocks are told, each [B, H*M] in first steps; gripper int [B, H], needed if n > 0.
-        """
+        prefixes: what n blocks are told, each [B, H*M] in first steps; gripper int [B, H], needed if n > 0."""
         return self._prefill(prefix, self._queries(prefix, prefixes, gripper, first_level))
 
     def prefill_blind(self, prefix: Tensor, value: Tensor) -> tuple[list[Tensor], KVCache]:
@@ -169,38 +152,12 @@ class TargetModel(nn.Module):
         (features,), cache = self._prefill(prefix, self.block(value.unsqueeze(1), None, self.code.levels + 1))
         return features, cache
 
-    def _prefill(self, prefix: Tensor, queries: Tensor, apart: bool = False) -> tuple[list[Tensor], KVCache]:
-        cache = KVCache()
-        sequence, mask = self._together(prefix, queries, apart)
-        hidden = self.trunk(sequence, cache, mask)
-        return list(hidden[:, prefix.shape[1] :].split(self.horizon, dim=1)), cache
-
-    @fusible
-    def _together(self, prefix: Tensor, queries: Tensor, apart: bool = False) -> tuple[Tensor, Tensor]:
-        """Prefix and query positions as one sequence, and which of them may attend to which; apart: no block to
-        another."""
-        length, total = prefix.shape[1], prefix.shape[1] + queries.shape[1]
-        mask = torch.ones(total, total, dtype=torch.bool, device=prefix.device)
-        # the prefix does not see the queries: its cache is the same for all decoders
-        mask[:length, length:] = False
-        mask[length:, length:] = self._block_mask(queries.shape[1] // self.horizon, prefix.device, apart)
-        return torch.cat([prefix, queries.to(prefix.dtype)], dim=1), mask
-
-    def grounding_logits(self, prefix: Tensor) -> Tensor:
-        """prefix [B, N, D] -> logits [B, n] over the first camera's n positions, row by row from the top: where what is
-        asked for is seen. After two thirds of the layers, so that the rest can act on it."""
-        assert self.grounding_head is not None
-        hidden = self.trunk.lower(prefix, KVCache(), max(1, 2 * len(self.trunk.layers) // 3))
-        return self.grounding_head(hidden[:, : len(self.image_position[0])]).squeeze(-1)
-
     def remembered(self, length: int) -> int:
         """How many positions of the cache after a prefix of `length` a visual drafter may read: those that are the same
         whatever was drafted, the prefix and block 1, which not every pass of a target with a `whole_block` has."""
         return length if self.whole_block else length + self.horizon
 
-    def _queries(
-        self, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor | None, first_level: int
-    ) -> Tensor:
+    def _queries(self, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor | None, first_level: int) -> Tensor:
         """Query positions of block 1, which is told nothing, and of n others, [B, (n+1)*H, D]."""
         nothing = torch.zeros(len(prefix), 1, self.horizon * self.motion_dim, device=prefix.device)
         queries = self.block(nothing, None, 1)
@@ -216,16 +173,13 @@ class TargetModel(nn.Module):
 
     # blocks
 
-    def extend(
-        self, prefixes: list[Tensor], gripper: Tensor | None, first_level: int, cache: KVCache
-    ) -> list[Tensor]:
+    def extend(self, prefixes: list[Tensor], gripper: Tensor | None, first_level: int, cache: KVCache) -> list[Tensor]:
         """ONE pass over the blocks first_level, first_level+1, ...
 
         prefixes: per block [B, H*M], what the levels above it decode to, in first steps; gripper int [B, H], None for
         the block that is conditioned on a whole draft (`whole`).
         Returns features [B, H, D] per block. The cache must hold the prefix and the blocks before; those between 1
-        and first_level are left out where a draft is judged as a whole.
-        """
+        and first_level are left out where a draft is judged as a whole."""
         count, h = len(prefixes), self.horizon
         x = self.block(torch.stack(prefixes, dim=1), gripper, first_level)
         mask = None
@@ -261,15 +215,76 @@ class TargetModel(nn.Module):
     @fusible
     def residual(self, features: Tensor, level: int) -> Tensor:
         """Features of block `level` -> estimate [B, H*M] of what its prefix still misses, in first steps."""
-        return self.residual_head(features).flatten(1) * self._residual_scale(level)
+        return self.residual_head(features).flatten(1) * (2.0 * self.code.weight(level))
 
     def residuals(self, features: Tensor) -> Tensor:
         """Features [B, n, H, D] of the blocks 1..n -> `residual` of each [B, n, H*M]."""
         missing = self.residual_head(features).flatten(2).unbind(1)
-        return torch.stack([part * self._residual_scale(level) for level, part in enumerate(missing, start=1)], dim=1)
+        return torch.stack([part * (2.0 * self.code.weight(k)) for k, part in enumerate(missing, start=1)], dim=1)
 
-    def _residual_scale(self, level: int) -> float:
-        return 2.0 * self.code.weight(level)
+
+class TargetModel(BlockTarget):
+    """The compact target: two cameras' encoders, which the instruction conditions, words and the state as prefix."""
+
+    trunk: Trunk
+
+    def __init__(self, config: TargetConfig, code: RfsqConfig, horizon: int, motion_dim: int) -> None:
+        super().__init__(code, horizon, motion_dim, config.whole_block)
+        self.config, dim = config, config.dim
+        self.text = TextEncoder(config.text_dim, config.text_tokens)
+        self.cameras = nn.ModuleList(CameraEncoder(config.channels, config.text_dim) for _ in CAMERAS)
+        side, last = config.image_size // 16, config.channels[-1]
+        self.image_in = nn.ModuleList(nn.Linear(n**2 * last, dim) for n in config.merge)
+        self.image_position = nn.ParameterList(
+            [nn.Parameter(torch.randn((side // n) ** 2, dim) * 0.02) for n in config.merge]
+        )
+        self.text_in = nn.Linear(config.text_dim, dim)
+        self.state_in = nn.Sequential(nn.Linear(STATE_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self._add_blocks(dim, lambda: Trunk(dim, config.layers, config.heads, dropout=config.dropout))
+        self.grounding_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1)) if config.grounded else None
+
+    def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, condition = self.text(ids)
+        return tokens, condition
+
+    def embed_prefix(self, images: Tensor, state: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        tokens, condition = text
+        cameras = [partial(self._embed_image, index, images[:, index], condition) for index in range(len(self.cameras))]
+        return torch.cat(together([*cameras, partial(self._embed_rest, tokens, state)], images.device), dim=1)
+
+    @fusible
+    def _embed_rest(self, tokens: Tensor, state: Tensor) -> Tensor:
+        """Language tokens and the state as one token, [B, n + 1, D]."""
+        return torch.cat([self.text_in(tokens), self.state_in(self.normalise(state))[:, None]], dim=1)
+
+    def _embed_image(self, index: int, image: Tensor, condition: Tensor) -> Tensor:
+        """One camera's tokens [B, n, D]."""
+        features = merged(self.cameras[index](image, condition), self.config.merge[index])
+        return self.image_in[index](features) + self.image_position[index]
+
+    def grounding_logits(self, prefix: Tensor) -> Tensor:
+        """prefix [B, N, D] -> logits [B, n] over the first camera's n positions, row by row from the top: where what is
+        asked for is seen. After two thirds of the layers, so that the rest can act on it."""
+        assert self.grounding_head is not None
+        hidden = self.trunk.lower(prefix, KVCache(), max(1, 2 * len(self.trunk.layers) // 3))
+        return self.grounding_head(hidden[:, : len(self.image_position[0])]).squeeze(-1)
+
+    def _prefill(self, prefix: Tensor, queries: Tensor, apart: bool = False) -> tuple[list[Tensor], KVCache]:
+        cache = KVCache()
+        sequence, mask = self._together(prefix, queries, apart)
+        hidden = self.trunk(sequence, cache, mask)
+        return list(hidden[:, prefix.shape[1] :].split(self.horizon, dim=1)), cache
+
+    @fusible
+    def _together(self, prefix: Tensor, queries: Tensor, apart: bool = False) -> tuple[Tensor, Tensor]:
+        """Prefix and query positions as one sequence, and which of them may attend to which; apart: no block to
+        another."""
+        length, total = prefix.shape[1], prefix.shape[1] + queries.shape[1]
+        mask = torch.ones(total, total, dtype=torch.bool, device=prefix.device)
+        # the prefix does not see the queries: its cache is the same for all decoders
+        mask[:length, length:] = False
+        mask[length:, length:] = self._block_mask(queries.shape[1] // self.horizon, prefix.device, apart)
+        return torch.cat([prefix, queries.to(prefix.dtype)], dim=1), mask
 
 
 def merged(tokens: Tensor, n: int) -> Tensor:
@@ -285,8 +300,7 @@ def state_features(state: Tensor) -> Tensor:
     """8-d state [B, 8] (position, axis-angle, gripper) -> [B, 11]: the rotation as two matrix columns.
 
     The axis-angle jumps where the angle passes pi, which a gripper pointing down does all the time; the
-    matrix does not (6-d rotation, Zhou et al. 2019).
-    """
+    matrix does not (6-d rotation, Zhou et al. 2019)."""
     position, rotation, gripper = state[:, :3], state[:, 3:6], state[:, 6:]
     angle = rotation.norm(dim=1, keepdim=True)
     axis = (rotation / angle.clamp_min(1e-8)).unsqueeze(1)  # [B, 1, 3]

@@ -25,6 +25,8 @@ def word_ids(instructions: list[str]) -> Tensor:
     """Texts -> int64 [B, MAX_WORDS], zero-padded. Case, accents and punctuation do not matter.
 
     `RsdError` for longer texts and for letters of other alphabets."""
+    if isinstance(instructions, str) or not all(isinstance(text, str) for text in instructions):
+        raise RsdError(f"instructions: expected a list of texts, found {shown(instructions)}")
     rows = []
     for text in instructions:
         # accents off, as in "bläck": the vocabulary is of English words

@@ -69,8 +69,7 @@ class TrunkLayer(nn.Module):
 class Trunk(nn.Module):
     """x [B, n, D] and a cache of S positions -> hidden [B, n, D] (normalised); the cache grows to S + n.
 
-    mask: bool [n, S + n], True = may attend; None = everything so far.
-    """
+    mask: bool [n, S + n], True = may attend; None = everything so far."""
 
     def __init__(self, dim: int, layers: int, heads: int, mlp_ratio: int = 4, dropout: float = 0.0) -> None:
         super().__init__()

@@ -16,7 +16,8 @@ from rsd.models.fusing import fusible
 
 def unit_images(pixels: Tensor) -> Tensor:
     """uint8 [..., S, S, 3] as cameras give them -> [..., 3, S, S] in [-0.5, 0.5], as the encoders take them."""
-    return pixels.movedim(-1, -3).float() / 255.0 - 0.5
+    dims = range(pixels.ndim)
+    return pixels.permute(*dims[:-3], dims[-1], *dims[-3:-1]).float() / 255.0 - 0.5  # an exporter knows no `movedim`
 
 
 class Subsample(nn.Conv2d):

@@ -61,7 +61,7 @@ class VisualDrafter(nn.Module):
 
     @staticmethod
     def reads(cache: KVCache, length: int) -> list[Tensor]:
-        """What `remember` reads of the first `length` positions of the target's cache (`TargetModel.remembered`): the
+        """What `remember` reads of the first `length` positions of the target's cache (`BlockTarget.remembered`): the
         values of a middle and of the last layer, what the target's own queries take from its prefix."""
         middle = len(cache.values) // 2 - 1 if len(cache.values) > 1 else 0
         return [cache.values[layer][:, :, :length] for layer in (middle, -1)]
@@ -79,8 +79,7 @@ class VisualDrafter(nn.Module):
     ) -> Tensor:
         """images [B, 2, 3, S, S] in [-0.5, 0.5], normalised state features [B, 11], instruction [B, Dt] -> [B, H, d].
 
-        known bool [B]: where False, the memory is out of sight (an episode's first chunk has none).
-        """
+        known bool [B]: where False, the memory is out of sight (an episode's first chunk has none)."""
         small = F.avg_pool2d(images.flatten(0, 1), self.config.shrink).unflatten(0, images.shape[:2])
         cameras = [partial(camera, small[:, i], condition) for i, camera in enumerate(self.cameras)]
         return self._attend(together(cameras, images.device), state, condition, memory, known)
@@ -98,9 +97,9 @@ class VisualDrafter(nn.Module):
         if memory is not None:
             cache = KVCache(list(memory.keys), list(memory.values))
         if known is not None:
-            mask = torch.cat(
-                [known[:, None].expand(-1, cache.length), known.new_ones(len(x), x.shape[1])], dim=1
-            )[:, None, None].expand(-1, 1, x.shape[1], -1)
+            mask = torch.cat([known[:, None].expand(-1, cache.length), known.new_ones(len(x), x.shape[1])], dim=1)[
+                :, None, None
+            ].expand(-1, 1, x.shape[1], -1)
         return self.trunk(x, cache, mask)[:, -len(self.queries) :]
 
     def remainder(self, features: Tensor, prefix: Tensor, gripper: Tensor) -> Tensor:

@@ -131,8 +131,8 @@ def compact_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> t
 def openvla_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     """Configuration, and the weights that were added to the base, which is not looked at."""
     from rsd.checkpoint import WEIGHTS_FILE, parse_config
-    from rsd.targets.openvla.files import ADAPTER_DIR, ADAPTER_WEIGHTS
     from rsd.targets.openvla.loading import tensors
+    from rsd.targets.openvla.published import ADAPTER_DIR, ADAPTER_WEIGHTS
     from rsd.targets.openvla.rsd_policy import OpenVlaRsdConfig
 
     added = dict(tensors(directory / WEIGHTS_FILE, "cpu"))

@@ -4,13 +4,63 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
+from rsd.decoding.primitives import Primitives, Step
+from rsd.nested import signature, tensors_of, with_tensors
 from rsd.runtime.cuda_graph import compiled_graph, cuda_graph
 from rsd.runtime.onnx_graph import OnnxGraphs, missing_packages
-from rsd.runtime.recorded import Recordings
 from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ENGINES, ONNX, RsdError
+
+T = TypeVar("T")
+Call = Callable[[Sequence[Tensor]], Any]
+KEPT = 128  # recordings of other shapes, as prompts of other lengths have them; the one used longest ago gives way
+
+
+class Recorder(Protocol):
+    """Makes of a call on tensors of fixed shapes another one that gives the same; see `cuda_graph` and `OnnxGraphs`."""
+
+    def __call__(self, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> Call:
+        """step: names the call among all calls with the models and the rule of these primitives."""
+        ...
+
+
+class Recordings:
+    """An `Engine` that records what it is given once for every kind of input. whole: compositions as one recording."""
+
+    def __init__(self, recorder: Recorder, whole: bool) -> None:
+        self.recorder, self.whole = recorder, whole
+        self._recordings: OrderedDict[Any, Call] = OrderedDict()
+
+    def __call__(self, ops: Primitives, step: Step, body: Callable[..., T], args: tuple[Any, ...]) -> T:
+        tensors, kind = list(tensors_of(args)), (step, signature(args))
+        if kind not in self._recordings:
+            earlier, ops.checks = ops.checks, []  # of calls before this one: not part of the recording
+
+            def call(given: Sequence[Tensor]) -> tuple[T, Tensor]:
+                result = body(ops, *with_tensors(args, iter(given)))
+                return result, sound(ops)
+
+            self._recordings[kind] = self.recorder(step, ops, call, tensors)
+            ops.checks = earlier
+            if len(self._recordings) > KEPT:
+                self._recordings.popitem(last=False)
+        self._recordings.move_to_end(kind)
+        result, finite = self._recordings[kind](tensors)
+        ops.checks.append(finite)
+        return result
+
+
+def sound(ops: Primitives) -> Tensor:
+    """A number that is finite if all outputs noted so far were; takes them off the list."""
+    checks, ops.checks = ops.checks, []
+    return torch.stack(checks).sum() if checks else torch.zeros((), device=ops.watch.device)
+
 
 DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}  # of the engines that record
 VARIABLE = "RSD_ENGINE"  # what `auto` takes on a CPU, if it is set
@@ -22,8 +72,7 @@ def choose_engine(asked: str, device: str, recordable: bool, compact: bool = Tru
     compact: whether the models are the compact ones, and not OpenVLA's.
 
     `auto` takes graphs where they can be had and `eager` elsewhere; what is asked for by name and cannot be had is
-    an `RsdError`.
-    """
+    an `RsdError`."""
     if asked not in ENGINES:
         raise RsdError(f"engine {asked!r}: expected one of {', '.join(ENGINES)}")
     kind = torch.device(device).type

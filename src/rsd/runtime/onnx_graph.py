@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.onnx import register_custom_op_symbolic
 
 import rsd
 from rsd.decoding.primitives import Primitives, Step
@@ -33,12 +34,19 @@ from rsd.locks import first_or_after
 from rsd.nested import tensors_of, with_tensors
 from rsd.types import RsdError
 
-PACKAGES = ("onnxruntime", "onnx", "onnxscript")
+PACKAGES = ("onnxruntime", "onnx")
 CODE = ("models/*.py", "decoding/*.py", "runtime/*.py", "tokenizer/*.py", "nested.py")  # of an exported graph
 LIMIT_BYTES = 2_000_000_000  # of all policies' graphs together; the policy used longest ago gives way
 LARGE = 1024  # bytes of a weight from which on it lies beside its graph
 WEIGHTS = "weights"  # the folder of them, each a file named by the SHA-256 of its bytes
+OPSET = 20
+INPUT = "input"  # the name of each, before its number
 TOLERANCE = 1e-2  # of the largest number of an output, or of its symbols; rounding is 1e-5
+NUMPY_TYPES = {
+    dtype: torch.zeros(0, dtype=dtype).numpy().dtype.type
+    for dtype in (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+}
+Call = Callable[[Sequence[Tensor]], Any]
 LOG = logging.getLogger(__name__)
 
 
@@ -53,9 +61,7 @@ class OnnxGraphs:
     def __init__(self) -> None:
         self._folder: Path | None = None
 
-    def __call__(
-        self, step: Step, ops: Primitives, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
-    ) -> OnnxGraph:
+    def __call__(self, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> OnnxGraph:
         if self._folder is None:
             self._folder = graph_folder() / policy_name(ops)
         return OnnxGraph(self._folder, step, ops, call, inputs)
@@ -63,67 +69,76 @@ class OnnxGraphs:
 
 class OnnxGraph:
     """A call as a session of ONNX Runtime with as many threads as PyTorch has when it is made, and with the weights of
-    then: what changes in the models later does not reach it.
+    then: what changes in the models later does not reach it. As with a CUDA graph, what it returns are the SAME tensors
+    every time, overwritten by the next call: keys and values go from one graph to the next without a copy.
 
-    A `small` primitive on one observation gets one thread: its operations are too small for two to meet after each.
-    """
+    A `small` primitive on one observation gets one thread: its operations are too small for two to meet after each."""
 
-    def __init__(
-        self,
-        folder: Path,
-        step: Step,
-        ops: Primitives,
-        call: Callable[[Sequence[Tensor]], Any],
-        inputs: Sequence[Tensor],
-    ) -> None:
+    def __init__(self, folder: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> None:
         """`RsdError` if what is exported does not give what the call gives on these inputs."""
         with torch.inference_mode(False), torch.no_grad():
             given = [tensor.clone().contiguous() for tensor in inputs]
-            self.template = call(given)
-            path = folder / f"{graph_name(step, ops, given, tensors_of(self.template))}.onnx"
+            expected = call(given)
+            path = folder / f"{graph_name(step, ops, given, tensors_of(expected))}.onnx"
             with contextlib.suppress(OSError):
                 os.utime(folder)  # used last now
             if not path.exists():
                 with first_or_after(folder):
                     if not path.exists():
                         export(path, step, ops, call, given)
-        small = step.small and len(given[0]) == 1
-        threads = 1 if small else torch.get_num_threads()
-        try:
-            self.session = _session(path, threads)
-        except RsdError as error:  # cut off by a full disk, say, or of another version of the runtime
-            LOG.warning("ONNX graph %s: cannot be loaded (%s); made anew", path, error.__cause__)
-            shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
-            with torch.inference_mode(False), torch.no_grad():
+            threads = 1 if step.small and len(given[0]) == 1 else torch.get_num_threads()
+            try:
+                self.session = _session(path, threads)
+            except RsdError as error:  # cut off by a full disk, say, or of another version of the runtime
+                LOG.warning("ONNX graph %s: cannot be loaded (%s); made anew", path, error.__cause__)
+                shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
                 export(path, step, ops, call, given)
-            self.session = _session(path, threads)
-        self.names = [argument.name for argument in self.session.get_inputs()]
-        self._compare(step.name, given)
+                self.session = _session(path, threads)
+            outputs = [
+                torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors_of(expected)
+            ]
+        self.result = with_tensors(expected, iter(outputs))
+        # an input that the outputs do not depend on is none of the graph's
+        self.inputs = [(each.name, int(each.name.removeprefix(INPUT))) for each in self.session.get_inputs()]
+        self.binding = self.session.io_binding()
+        for argument, tensor in zip(self.session.get_outputs(), outputs, strict=True):
+            if tensor.numel():
+                self.binding.bind_output(argument.name, *_memory(tensor))
+        self(given)
+        _compare(step.name, tensors_of(expected), outputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        feed = {name: tensor.contiguous().numpy() for name, tensor in zip(self.names, inputs, strict=True)}
-        return with_tensors(self.template, map(torch.from_numpy, self.session.run(None, feed)))
+        given = [(name, inputs[index].contiguous()) for name, index in self.inputs]  # to live until the session has run
+        for name, tensor in given:
+            self.binding.bind_input(name, *_memory(tensor))
+        self.session.run_with_iobinding(self.binding)
+        return self.result
 
-    def _compare(self, name: str, inputs: Sequence[Tensor]) -> None:
-        pairs = zip(tensors_of(self.template), tensors_of(self(inputs)), strict=True)
-        for index, (expected, found) in enumerate(pairs):
-            if expected.numel() == 0 or not expected.isfinite().all():
-                continue
-            if expected.is_floating_point():
-                apart, most = float((expected - found).abs().max()), max(1.0, float(expected.abs().max()))
-            else:  # symbols and what is accepted of them: the share that differs
-                apart, most = float((expected != found).float().mean()), 1.0
-            if not apart <= TOLERANCE * most:
-                raise RsdError(
-                    f"ONNX graph of {name}: output {index} is {apart:.3g} away from PyTorch's; decode with the engine "
-                    "'eager', and report this with the versions of torch, onnxscript and onnxruntime"
-                )
+
+def _memory(tensor: Tensor) -> tuple[str, int, Any, list[int], int]:
+    """Where a contiguous tensor lies, as ONNX Runtime wants to know it: device and its number, type, shape, address."""
+    return "cpu", 0, NUMPY_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr()
+
+
+def _compare(name: str, expected: Iterable[Tensor], found: Iterable[Tensor]) -> None:
+    for index, (one, other) in enumerate(zip(expected, found, strict=True)):
+        if one.numel() == 0 or not one.isfinite().all():
+            continue
+        if one.is_floating_point():
+            apart, most = float((one - other).abs().max()), max(1.0, float(one.abs().max()))
+        else:  # symbols and what is accepted of them: the share that differs
+            apart, most = float((one != other).float().mean()), 1.0
+        if not apart <= TOLERANCE * most:
+            raise RsdError(
+                f"ONNX graph of {name}: output {index} is {apart:.3g} away from PyTorch's; decode with the engine "
+                "'eager', and report this with the versions of torch and onnxruntime"
+            )
 
 
 class _Call(nn.Module):
     """The call as a module, so that the exporter knows which tensors are weights."""
 
-    def __init__(self, ops: Primitives, call: Callable[[Sequence[Tensor]], Any]) -> None:
+    def __init__(self, ops: Primitives, call: Call) -> None:
         super().__init__()
         self.models = nn.ModuleList(_models(ops))
         self.call = call
@@ -170,22 +185,27 @@ def _code_and_versions() -> str:
     return " ".join([code, *(f"{name} {metadata.version(name)}" for name in ("torch", *PACKAGES))])
 
 
-def export(
-    path: Path, step: Step, ops: Primitives, call: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
-) -> None:
+def export(path: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> None:
     """Write the call's graph, with its weights beside it; says so, since it takes a while."""
     begun = time.monotonic()
+    import onnx  # may not be installed: then the engine is `eager`
+
     say(f"exporting {step.name} for ONNX Runtime, once for this policy ...")
     earlier, ops.checks = ops.checks, []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder, _quiet():
-            file = Path(folder) / path.name
-            module = _Call(ops, call).eval()
-            program = torch.onnx.export(module, tuple(inputs), dynamo=True, verbose=False)
-            assert program is not None
-            write_graph(program.model_proto, file, path.parent / WEIGHTS)
-            file.replace(path)  # whole or not at all, whoever else exports the same
+        names = [f"{INPUT}{index}" for index in range(len(inputs))]
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            warnings.simplefilter("ignore")  # that a shape is taken for a constant: it is one
+            graph = Path(folder) / path.name
+            register_custom_op_symbolic("aten::expm1", _expm1, OPSET)
+            # by tracing: the newer exporter takes ten times as long for the same graph
+            options: dict[str, Any] = {"dynamo": False, "opset_version": OPSET, "input_names": names}
+            torch.onnx.export(_Call(ops, call).eval(), tuple(inputs), graph, **options)
+            proto = onnx.load(graph)
+            write_weights(proto, path.parent / WEIGHTS)
+            graph.write_bytes(proto.SerializeToString())
+            graph.replace(path)  # whole or not at all, whoever else exports the same
         make_room(path.parent)
     except RuntimeError as error:  # the exporter's own are of this kind
         raise RsdError(f"ONNX graph {path.stem}: not exported ({error}); take the engine 'eager'") from error
@@ -207,14 +227,19 @@ def say(line: str) -> None:
     LOG.info(line)
 
 
-def write_graph(proto: Any, file: Path, weights: Path) -> None:
-    """Write a model with every large weight in a file of its own, which graphs with the same weight share."""
-    weights.mkdir(parents=True, exist_ok=True)
+def _expm1(graph: Any, x: Any) -> Any:
+    """ONNX has no such operator."""
+    return graph.op("Sub", graph.op("Exp", x), graph.op("Constant", value_t=torch.ones(())))
+
+
+def write_weights(proto: Any, folder: Path) -> None:
+    """Move every large weight of a model to a file of its own, which graphs with the same weight share."""
+    folder.mkdir(parents=True, exist_ok=True)
     for initialiser in proto.graph.initializer:
         content = initialiser.raw_data
         if len(content) < LARGE:
             continue
-        beside = weights / hashlib.sha256(content).hexdigest()
+        beside = folder / hashlib.sha256(content).hexdigest()
         if not beside.exists():
             partial = beside.with_name(f"{beside.name}.{os.getpid()}")
             partial.write_bytes(content)
@@ -223,7 +248,6 @@ def write_graph(proto: Any, file: Path, weights: Path) -> None:
         initialiser.data_location = type(initialiser).EXTERNAL
         for key, value in (("location", f"{WEIGHTS}/{beside.name}"), ("offset", "0"), ("length", str(len(content)))):
             initialiser.external_data.add(key=key, value=value)
-    file.write_bytes(proto.SerializeToString())
 
 
 def make_room(current: Path) -> None:
@@ -245,23 +269,8 @@ def _bytes(folder: Path) -> int:
     return total
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter speaks of its own future; a failure is an exception."""
-    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for name in levels:
-                logging.getLogger(name).setLevel(logging.ERROR)
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
-
-
 def _session(path: Path, threads: int) -> Any:
-    import onnxruntime
+    import onnxruntime  # may not be installed: then the engine is `eager`
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -41,8 +42,7 @@ class Batch:
 class FrameDataset:
     """All frames of some demonstrations: images uint8 [N, 2, S, S, 3], states, chunks, instructions.
 
-    Where only every n-th step was rendered, these are the frames; a chunk has every step's action all the same.
-    """
+    Where only every n-th step was rendered, these are the frames; a chunk has every step's action all the same."""
 
     def __init__(
         self, demonstrations: Iterable[Demonstration], horizon: int, device: torch.device, image_size: int = 0
@@ -52,7 +52,7 @@ class FrameDataset:
         Raises RsdError for a demonstration without images, or with others than that, or of other steps."""
         images, states, chunks, tasks, firsts, instructions = [], [], [], [], [], dict[str, int]()
         asks, spots = [], []
-        frames, spacing = 0, 0
+        frames, spacing, self.device = 0, 0, device
         for demonstration in demonstrations:
             if demonstration.images is None:
                 raise RsdError(
@@ -105,17 +105,35 @@ class FrameDataset:
     def __len__(self) -> int:
         return len(self.state)
 
+    def check(self, batch_size: int, most_chunks: int | None, augment: Augmentation) -> None:
+        """`RsdError` for what `draw` and `batch` cannot do, before anything is trained. most_chunks: None where no
+        pairs of frames are to be drawn."""
+        side = self.images.shape[2]
+        if not 0 <= augment.shift < side:
+            raise RsdError(f"--augment.shift {augment.shift}: expected 0 to {side - 1} pixels of images of {side}")
+        if most_chunks is not None:
+            if most_chunks < 1:
+                raise RsdError(f"--remembered-chunks {most_chunks}: expected at least 1")
+            if batch_size % 2:
+                raise RsdError(f"--loop.batch-size {batch_size}: expected an even number, half of it is remembered")
+            self.earlier(torch.zeros(1, dtype=torch.long, device=self.first.device), most_chunks)
+        needed, there = 4 * batch_size * self.images[0].numel(), memory_bytes(self.device)
+        if needed > there:
+            found = f"its images alone need {needed / 1e9:.1f} GB, the device has {there / 1e9:.1f} GB"
+            raise RsdError(f"--loop.batch-size {batch_size}: {found}; take a smaller one with --loop.accumulate")
+
     def draw(self, count: int, most_chunks: int = 0) -> tuple[Tensor, bool]:
         """`count` random frames; with most_chunks > 0 the second half of them lie 1 to most_chunks chunks before the
-        first half's (or at their episode's start): what a draft may remember. -> frames int [count], paired.
-        """
+        first half's (or at their episode's start): what a draft may remember. -> frames int [count], paired."""
         if most_chunks == 0:
             return self._random(count), False
-        if count % 2:
-            raise RsdError(f"pairs of frames: expected an even batch size, found {count}")
         now = self._random(count // 2)
         chunks = torch.randint(1, most_chunks + 1, now.shape, device=now.device)
         return torch.cat([now, self.earlier(now, chunks)]), True
+
+    def draw_batch(self, count: int, most_chunks: int, augment: Augmentation, asking: bool = False) -> Batch:
+        """A batch of frames drawn at random, see `draw`."""
+        return self.batch(*self.draw(count, most_chunks), augment=augment, asking=asking)
 
     def _random(self, count: int) -> Tensor:
         return torch.randint(0, len(self), (count,), device=self.first.device)
@@ -156,6 +174,13 @@ class FrameDataset:
             which = torch.randint(0, MOST_ASKED, even.shape, device=frames.device)
             asked = self.words[self.asks[even, which], wording[::2]], self.spots[even, which]
         return Batch(pixels, state, self.words[self.task[frames], wording], self.chunk[frames], paired, asked)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All the memory that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def chunk_targets(labels: np.ndarray, horizon: int) -> np.ndarray:

@@ -2,30 +2,80 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import json
 import math
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
+from rsd.locks import exclusive
 from rsd.output import writing
 from rsd.pt_files import read_pt
 from rsd.runtime.cuda_graph import capture
 from rsd.training import parallel
 from rsd.training.config import LoopConfig
-from rsd.training.run_folder import STATE_FILE, stop_asked
 from rsd.types import RsdError
+from rsd.versions import versions
 
 CLOCK_STEPS = 20  # how often the processes ask the first one for its clock, and whether it was told to stop
 SHOW_SECONDS, LINE_SECONDS = 1.0, 60.0  # between updates of the bar, and between lines of the log
+
+
+class Trains(Protocol):
+    """What a training's configuration has, whatever is trained."""
+
+    @property
+    def loop(self) -> LoopConfig: ...
+    @property
+    def output(self) -> Path: ...
+
+
+def train_and_save(
+    config: Trains,
+    model: nn.Module,
+    losses: Callable[[], dict[str, Tensor]],
+    device: torch.device,
+    save: Callable[[Any, dict[str, Any], Path], None],
+    check: Callable[[Any], dict[str, object]],
+    data: dict[str, object],
+    **also: object,
+) -> Path:
+    """Train; then write the checkpoint; then validate, which may fail, and write it again with the report.
+
+    save(ema, provenance, directory), check(ema) -> report, where ema is what `train` makes of the model; data: its
+    provenance; also: what else a state of the training belongs to. Returns the checkpoint's directory."""
+    resolved, directory = {**describe(config), **also}, config.output / CHECKPOINT
+    ema = train(model, losses, config.loop, config.output, device, resolved)
+    if parallel.rank() > 0:
+        return directory
+    made = {"data": data, "training": resolved, "processes": parallel.world_size(), "versions": versions()}
+
+    def write(report: dict[str, object]) -> None:
+        with writing(directory, SafetensorError):
+            save(ema, {**made, "validation": report}, directory)
+
+    write({})
+    print(f"checkpoint: {directory}; now validating it on the held-out demonstrations", file=sys.stderr)
+    report = check(ema)
+    print(json.dumps(report, indent=1))
+    write(report)
+    print(f"checkpoint: {directory}; next: rsd eval --policy {directory} --num-trials 3")
+    return directory
 
 
 def train(
@@ -41,10 +91,7 @@ def train(
     `losses` draws its own batch. Interrupted, the same call continues from `run/training_state.pt`, with the batches
     that were to come unless a CUDA graph draws them; a state of another configuration is refused. bf16 autocast on
     CUDA, float32 on the CPU. Started by `torchrun`, the processes average their gradients and the first one writes.
-    Ctrl-C or SIGTERM: the step at hand is finished and the state written before KeyboardInterrupt is raised.
-    """
-    from torch.utils.tensorboard import SummaryWriter
-
+    Ctrl-C or SIGTERM: the step at hand is finished and the state written before KeyboardInterrupt is raised."""
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(str(run / "tensorboard"))
@@ -57,7 +104,8 @@ def train(
     pairs = zip(ema.parameters(), model.parameters(), strict=True)
     averaged: list[Tensor] = [average for average, parameter in pairs if parameter.requires_grad]
     optimiser = optimiser_of(trained, config, device)
-    step, spent = _resume(run / STATE_FILE, model, ema, optimiser, resolved)
+    state = State(run / STATE_FILE, {"model": model, "ema": ema, "optimiser": optimiser}, resolved)
+    step, spent = state.resume()
     # resumed, it must not draw the batches of its first steps again; each process draws its own
     torch.manual_seed(step_seed(config, step))
     model.train()
@@ -117,11 +165,11 @@ def train(
                 progress.print(_line(values, step, now - start))
             if config.save_every and step % config.save_every == 0:
                 _require_finite(values, step)
-                _save(run / STATE_FILE, model, ema, optimiser, step, now - start, resolved)
+                state.save(step, now - start)
         stopped = parallel.from_first(float(stop.is_set() and step < config.steps), device)
         if first:
             _require_finite(values, step)  # a good state is not replaced by one that diverged
-            _save(run / STATE_FILE, model, ema, optimiser, step, time.monotonic() - start, resolved)
+            state.save(step, time.monotonic() - start)
     if stopped:
         if first:
             kept = f"stopped after step {step} of {config.steps}: {run / STATE_FILE} is written"
@@ -153,18 +201,13 @@ def step_seed(config: LoopConfig, step: int) -> int:
 def record(forward_backward: Callable[[], dict[str, Tensor]], trained: list[Tensor]) -> Callable[[], dict[str, Tensor]]:
     """One CUDA graph of a forward and backward pass; random numbers are drawn anew at every replay.
 
-    The returned function gives the same tensors every time, with new contents; so are the gradients.
-    """
-
+    The returned function gives the same tensors every time, with new contents; so are the gradients."""
 
     def forget_gradients() -> None:
         for parameter in trained:
             parameter.grad = None
 
-    def step() -> dict[str, Tensor]:
-        return {name: value.detach() for name, value in forward_backward().items()}
-
-    return capture(step, warm_up=3, between=forget_gradients)
+    return capture(forward_backward, warm_up=3, between=forget_gradients)
 
 
 def learning_rate(config: LoopConfig, step: int, done: float) -> float:
@@ -195,45 +238,83 @@ def _line(values: dict[str, Tensor], step: int, seconds: float) -> str:
     return f"step {step}, {seconds:.0f} s: {numbers}"
 
 
-def _save(
-    path: Path,
-    model: nn.Module,
-    ema: nn.Module,
-    optimiser: Any,
-    step: int,
-    spent: float,
-    resolved: dict[str, Any],
-) -> None:
-    state = {
-        "model": model.state_dict(),
-        "ema": ema.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "step": step,
-        "spent": spent,
-        "config": json.dumps(resolved, sort_keys=True),
-    }
-    partial = path.with_suffix(".partial")
-    with writing(path):
-        torch.save(state, partial)
-        partial.replace(path)  # a kill leaves either the old state or the new one
+@dataclass(frozen=True)
+class State:
+    """A training's file to go on from. parts: what is restored, by name; resolved: the settings that it belongs to."""
 
+    path: Path
+    parts: dict[str, Any]
+    resolved: dict[str, Any]
 
-def _resume(
-    path: Path, model: nn.Module, ema: nn.Module, optimiser: Any, resolved: dict[str, Any]
-) -> tuple[int, float]:
-    if not path.exists():
-        return 0, 0.0
-    state = read_pt(path)
-    if missing := {"config", "model", "ema", "optimiser", "step", "spent"} - state.keys():
-        raise RsdError(f"{path}: expected the state of a training, found one without {', '.join(sorted(missing))}")
-    if json.loads(state["config"]) != json.loads(json.dumps(resolved, sort_keys=True)):
-        raise RsdError(f"{path}: belongs to a run with other settings; choose another --output")
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    optimiser.load_state_dict(state["optimiser"])
-    return state["step"], state["spent"]
+    def save(self, step: int, spent: float) -> None:
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"step": step, "spent": spent, "config": json.dumps(self.resolved, sort_keys=True)}
+        partial = self.path.with_suffix(".partial")
+        with writing(self.path):
+            torch.save(state, partial)
+            partial.replace(self.path)  # a kill leaves either the old state or the new one
+
+    def resume(self) -> tuple[int, float]:
+        """Restore the parts, where there is a file -> steps done and seconds spent."""
+        if not self.path.exists():
+            return 0, 0.0
+        state = read_pt(self.path)
+        if missing := {"config", "step", "spent", *self.parts} - state.keys():
+            found = f"found one without {', '.join(sorted(missing))}"
+            raise RsdError(f"{self.path}: expected the state of a training, {found}; choose another --output")
+        try:
+            if json.loads(state["config"]) != json.loads(json.dumps(self.resolved, sort_keys=True)):
+                raise RsdError(f"{self.path}: belongs to a run with other settings; choose another --output")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            return int(state["step"]), float(state["spent"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what torch makes of it
+            found = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+            raise RsdError(f"{self.path}: not the state of this training ({found}); choose another --output") from error
 
 
 def describe(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON values (paths and tuples as text and lists)."""
     return json.loads(json.dumps(asdict(config), default=str))
+
+
+STATE_FILE, CHECKPOINT = "training_state.pt", "checkpoint"
+Config = TypeVar("Config")
+Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def stop_asked() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that work ends where it can be taken up again; a second one ends it at
+    once. In another thread than the main one, nothing sets it."""
+    asked = threading.Event()
+
+    def ask(*_: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        print("\nstopping after this step; once more to stop at once, without saving", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def one_run_a_folder(train: Callable[[Config], Result]) -> Callable[[Config], Result]:
+    """A training that has its `config.output` for itself; of the processes of `torchrun` the first one holds it."""
+
+    @functools.wraps(train)
+    def alone(config: Config) -> Result:
+        output: Path = config.output  # type: ignore[attr-defined]
+        with exclusive(output) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+            if (output / CHECKPOINT).exists() and not (output / STATE_FILE).exists():
+                raise RsdError(f"{output / CHECKPOINT}: a checkpoint of another run; choose another --output")
+            return train(config)
+
+    return alone

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rsd.decoding.calibration import fingertip_deviation
 from rsd.models.feature_drafter import FeatureDrafter
-from rsd.models.target import TargetModel
+from rsd.models.target import BlockTarget
 from rsd.models.trunk import KVCache
 from rsd.models.visual_drafter import VisualDrafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -26,7 +26,7 @@ from rsd.types import RsdError
 
 
 def policy_losses(
-    target: TargetModel,
+    target: BlockTarget,
     draft: FeatureDrafter,
     visual_drafter: VisualDrafter | None,
     tokenizer: ActionTokenizer,
@@ -35,8 +35,7 @@ def policy_losses(
 ) -> dict[str, Tensor]:
     """Batch (paired, if there is a visual drafter) -> named scalar losses; `total` is what to minimise.
 
-    Neither draft's losses reach the target.
-    """
+    Neither draft's losses reach the target."""
     code, c = Rfsq(target.code), draft.config.levels
     truth = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step  # [B, P] in first steps
     gripper = tokenizer.gripper_symbols(batch.chunk)
@@ -148,7 +147,7 @@ class TargetRun(NamedTuple):
 
 def visual_drafter_losses(
     visual_drafter: VisualDrafter,
-    target: TargetModel,
+    target: BlockTarget,
     run: TargetRun,
     batch: Batch,
     truth: Tensor,
@@ -159,8 +158,7 @@ def visual_drafter_losses(
     """The visual drafter acts at the later moment of each pair and remembers the target's run at the earlier one.
 
     Returns its own digits per level [B/2, P] and its losses: tokens and gripper; its chunk; how well it forecasts its
-    chunk's deviation from the target's.
-    """
+    chunk's deviation from the target's."""
     if not batch.paired:
         raise RsdError("visual drafter: expected a batch of paired frames (FrameDataset.draw with most_chunks > 0)")
     later = slice(0, len(truth) // 2)
@@ -197,8 +195,7 @@ def draft_losses(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """features [B, H, D] of the target, target [B, P]; own bool [B, 1]: the draft continues its own digits.
 
-    Returns the digits per level that its prefix was built from, and its losses.
-    """
+    Returns the digits per level that its prefix was built from, and its losses."""
     read, gripper_logits = draft.read(features)
     value, shown, logits, digits = torch.zeros_like(truth), [], [], []
     for level in range(1, draft.config.levels + 1):

@@ -7,35 +7,152 @@ checkpoint of the training holds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rsd.data.demonstrations import folder_provenance
+from rsd.data.demonstrations import Demonstration, folder_provenance
 from rsd.models.target import state_features
-from rsd.targets.openvla.files import component_file
+from rsd.targets.openvla.images import crop, prepare_images
 from rsd.targets.openvla.loading import load_openvla
 from rsd.targets.openvla.lora import Adapter, LoraConfig
 from rsd.targets.openvla.model import OpenVlaModel
-from rsd.targets.openvla.policy import read_normalisation
+from rsd.targets.openvla.policy import RENDER_SIZE, read_normalisation
 from rsd.targets.openvla.prompt import Prompt
-from rsd.targets.openvla.published import Settings, fingerprint, locate_openvla, locate_under
+from rsd.targets.openvla.published import Settings, component_file, fingerprint, locate_openvla, locate_under
 from rsd.targets.openvla.rsd_policy import BASE_FILES, OpenVlaRsdConfig, OpenVlaRsdModel, save_openvla_rsd
-from rsd.targets.openvla.statistics import Statistics
+from rsd.targets.openvla.statistics import Bounds, Statistics
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
 from rsd.training.config import TrainOpenVlaConfig
-from rsd.training.loop import describe, train
+from rsd.training.dataset import Augmentation, Batch, FrameDataset, random_colour, random_shift
+from rsd.training.loop import one_run_a_folder, train_and_save
 from rsd.training.losses import policy_losses
-from rsd.training.openvla_frames import OpenVlaFrames, Survey, episode_numbers, pick, survey
-from rsd.training.policy import resolve_device
-from rsd.training.run_folder import one_run_a_folder, save_then_validate
+from rsd.training.policy import episode_numbers, join, load_folders
 from rsd.training.validation import validate
-from rsd.types import RsdError
-from rsd.versions import versions
+from rsd.types import STATE_DIM, RsdError
+
+IMAGES_A_JOB = 16
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What all folders hold together, read without images. frames: with images, by episode; states: theirs, float32
+    [sum of frames, 8]."""
+
+    frames: list[int]
+    instructions: list[str]
+    states: NDArray[np.float32]
+
+
+def survey(folders: Iterable[Path]) -> Survey:
+    everything = list(load_folders(folders, images=False))
+    states = [demonstration.state[:: demonstration.image_every] for demonstration in everything]
+    instructions = list(dict.fromkeys(demonstration.instruction for demonstration in everything))
+    together = np.concatenate([np.zeros((0, STATE_DIM), np.float32), *states])
+    return Survey(list(map(len, states)), instructions, together)
+
+
+def pick(folders: Iterable[Path], numbers: Iterable[int]) -> Iterator[Demonstration]:
+    """These demonstrations of all folders, one at a time: the images of a real data set fill a host's memory."""
+    wanted = set(numbers)
+    return (demonstration for number, demonstration in enumerate(load_folders(folders)) if number in wanted)
+
+
+class OpenVlaFrames(FrameDataset):
+    """`FrameDataset` with images uint8 [N, views, 224, 224, 3] on the host; batches go to `device`.
+
+    A batch's state is [B, 19] and its words are [B, 32 + T], see `targets.openvla.target`. All prompts of a batch are
+    of one length T: then no position is padded, in training as in decoding. Views: cameras that any reader needs."""
+
+    def __init__(
+        self,
+        demonstrations: Iterable[Demonstration],
+        horizon: int,
+        device: torch.device,
+        *,
+        prompt: Prompt,
+        bounds: Bounds,
+        normalisation: tuple[Tensor, Tensor],
+        center_crop: bool,
+        views: int,
+    ) -> None:
+        raw: list[NDArray[np.float32]] = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            super().__init__(prepared(demonstrations, views, pool, raw), horizon, torch.device("cpu"))
+        self.device, self.center_crop = device, center_crop
+        self.mean, self.std = (value.to(device) for value in normalisation)
+        given = torch.from_numpy(bounds.normalise(np.concatenate(raw))).float()
+        self.state = torch.cat([given, self.state], dim=1)
+        self.state_std = self.state.std(0)
+        self.prompts = [torch.tensor(prompt.ids(text)) for text in self.instructions]
+        self.length = torch.tensor([len(ids) for ids in self.prompts])[self.task]  # of each frame's prompt
+
+    def _random(self, count: int) -> Tensor:
+        """Frames of one prompt length, which is drawn as often as frames have it."""
+        length = self.length[torch.randint(0, len(self), ())]
+        alike = torch.nonzero(self.length == length).squeeze(1)
+        return alike[torch.randint(0, len(alike), (count,))]
+
+    def spread(self, most: int, size: int) -> list[Tensor]:
+        (frames,) = super().spread(most, len(self))
+        lengths = self.length[frames]
+        return [part for length in lengths.unique() for part in frames[lengths == length].split(size)]
+
+    def batch(self, frames: Tensor, paired: bool = False, augment: Augmentation | None = None) -> Batch:
+        """As `FrameDataset.batch`; the crop takes the place of a shift's border: with `center_crop` it moves by up to
+        augment.shift pixels (5 stay inside the image), without it the image itself is shifted."""
+        images, state, task = self.images[frames].to(self.device), self.state[frames], self.task[frames]
+        wording = torch.zeros_like(frames)
+        if augment is not None:
+            images = random_shift(images, augment.shift)
+            wording = torch.randint(0, self.words.shape[1], frames.shape) * torch.randint(0, 2, frames.shape)
+            state = state + augment.state_noise * self.state_std * torch.randn_like(state)
+        pixels = images.permute(0, 1, 4, 2, 3).float()
+        if self.center_crop:
+            pixels = crop(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        pixels = pixels / 255.0
+        if augment is not None:
+            pixels = random_colour(pixels - 0.5, augment) + 0.5
+        pixels = (pixels.repeat(1, 1, 2, 1, 1) - self.mean) / self.std
+        prompts = torch.stack([self.prompts[index] for index in task.tolist()])
+        words = torch.cat([self.words[task, wording], prompts], dim=1)
+        state, words, chunk = (value.to(self.device) for value in (state, words, self.chunk[frames]))
+        return Batch(pixels, state, words, chunk, paired)
+
+
+def prepared(
+    demonstrations: Iterable[Demonstration], views: int, pool: ThreadPoolExecutor, raw: list[NDArray[np.float32]]
+) -> Iterator[Demonstration]:
+    """Demonstrations with images of 224 px as the pipeline leaves them before the crop; their states go to `raw`."""
+    for demonstration in demonstrations:
+        images = demonstration.images
+        if images is not None:
+            if images.shape[2:4] != (RENDER_SIZE, RENDER_SIZE):
+                raise RsdError(
+                    f"{demonstration.source}: images of {images.shape[2]} x {images.shape[3]} px, OpenVLA's pipeline "
+                    f"starts from {RENDER_SIZE}; render again with --image-size {RENDER_SIZE}"
+                )
+            flat = images[:, :views].reshape(-1, *images.shape[2:])
+            parts = pool.map(resized, [flat[i : i + IMAGES_A_JOB] for i in range(0, len(flat), IMAGES_A_JOB)])
+            small = np.concatenate(list(parts))
+            demonstration = replace(demonstration, images=small.reshape(len(images), -1, *small.shape[1:]))
+        raw.append(demonstration.state[:: demonstration.image_every])
+        yield demonstration
+
+
+def resized(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """uint8 [n, 256, 256, 3] -> [n, 224, 224, 3]: JPEG round trip and Lanczos-3."""
+    return prepare_images(images, center_crop=False).permute(0, 2, 3, 1).byte().numpy()
+
 
 VALIDATION_BATCH = 8
 
@@ -62,7 +179,6 @@ def prepare(
     towers = openvla.vision_backbone
     for tower in (towers.featurizer, towers.fused_featurizer):
         tower.checkpointing = checkpointing and lora.vision
-    towers.overlap = False  # a second stream's memory could be given away before the backward pass has read it
     return Trainee(model, trained, adapter)
 
 
@@ -71,7 +187,6 @@ def finish(trainee: Trainee) -> OpenVlaRsdModel:
     model, openvla = trainee.model, trainee.model.target.openvla
     trainee.adapter.merge()
     openvla.language_model.checkpointing = False
-    openvla.vision_backbone.overlap = True
     model.added().to(openvla.dtype)
     return model
 
@@ -79,17 +194,16 @@ def finish(trainee: Trainee) -> OpenVlaRsdModel:
 @one_run_a_folder
 def train_openvla(config: TrainOpenVlaConfig) -> Path:
     """Run the training; returns the policy's directory. Prints the offline validation of every decoder."""
-    parallel.join()
-    device = resolve_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = join(config.device)
+    if config.validation_frames < 1:
+        raise RsdError(f"--validation-frames {config.validation_frames}: expected at least 1")
     base = locate_openvla(config.source)
     if base is None:
         raise RsdError(f"--from {config.source}: expected a checkpoint in OpenVLA's format (docs/openvla.md)")
     tokenizer = ActionTokenizer.load(config.tokenizer).to(device)
-    seen = survey(config.data)
+    seen, rank = survey(config.data), parallel.rank()
+    mine, held_out = episode_numbers(len(seen.frames), config.validation_every, rank, parallel.world_size())
     sizes, prompt, normalisation = observing(config, base, seen), Prompt(base), read_normalisation(base)
-    mine, held_out = episode_numbers(len(seen.frames), config.validation_every, parallel.rank(), parallel.world_size())
 
     def frames(numbers: list[int]) -> OpenVlaFrames:
         return OpenVlaFrames(
@@ -104,49 +218,38 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
         )
 
     dataset = frames(mine)
-    first = parallel.rank() == 0
-    validation = frames(held_out) if first else None  # what is wrong with them is found now, not after the training
-    if first:
+    visual = config.visual_drafter is not None
+    dataset.check(config.loop.batch_size, config.remembered_chunks if visual else None, config.augment)
+    # what is wrong with the others is found now, not after the training; the first process validates
+    validation = frames(held_out if rank == 0 else held_out[:1])
+    if rank == 0:
         print(f"{len(seen.frames)} demonstrations, {len(held_out)} held out; {len(dataset)} frames in this process")
     openvla = load_openvla(base, base=locate_under(base), device=str(device))
     torch.manual_seed(config.loop.seed)
     trainee = prepare(openvla, sizes, config.lora, tokenizer, config.checkpointing)
-    target, draft, visual_drafter = trainee.model.target, trainee.model.feature_drafter, trainee.model.visual_drafter
-    remembered = config.remembered_chunks if visual_drafter is not None else 0
+    model = trainee.model
 
     def losses() -> dict[str, Tensor]:
-        batch = dataset.batch(*dataset.draw(config.loop.batch_size, remembered), augment=config.augment)
-        return policy_losses(target, draft, visual_drafter, tokenizer, batch, config.loss)
+        batch = dataset.draw_batch(config.loop.batch_size, config.remembered_chunks if visual else 0, config.augment)
+        return policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, config.loss)
 
-    resolved = {**describe(config), "base_fingerprint": fingerprint(base, BASE_FILES)}  # a state belongs to its base
-    ema = train(trainee.trained, losses, config.loop, config.output, device, resolved)
-    assert isinstance(ema, nn.ModuleDict)
-    directory = config.output / "checkpoint"
-    if validation is None:
-        return directory
-    trainee.trained.load_state_dict(ema.state_dict())
+    named = str(base.resolve()) if Path(config.source).is_dir() else config.source
+
+    def save(ema: nn.ModuleDict, provenance: dict[str, Any], directory: Path) -> None:
+        trainee.trained.load_state_dict(ema.state_dict())
+        save_openvla_rsd(ema["added"], trainee.adapter, tokenizer, sizes, base, named, provenance, directory)
+
+    def check(ema: nn.ModuleDict) -> dict[str, object]:
+        return validate(finish(trainee), tokenizer, validation, config.validation_frames, VALIDATION_BATCH)
+
     data = {
         "sources": [folder_provenance(folder) for folder in config.data],
         "episodes": len(seen.frames) - len(held_out),
         "frames": sum(seen.frames) - sum(seen.frames[number] for number in held_out),
         "instructions": seen.instructions,
     }
-    provenance = {
-        "data": data,
-        "training": resolved,
-        "processes": parallel.world_size(),
-        "versions": versions(),
-    }
-    named = str(base.resolve()) if Path(config.source).is_dir() else config.source
-
-    def save(report: dict[str, object]) -> None:
-        told = {**provenance, "validation": report}
-        save_openvla_rsd(ema["added"], trainee.adapter, tokenizer, sizes, base, named, told, directory)
-
-    def check() -> dict[str, object]:
-        return validate(finish(trainee), tokenizer, validation, config.validation_frames, VALIDATION_BATCH)
-
-    return save_then_validate(directory, save, check)
+    belongs = fingerprint(base, BASE_FILES)  # a state of the training belongs to its base
+    return train_and_save(config, trainee.trained, losses, device, save, check, data, base_fingerprint=belongs)
 
 
 def observing(config: TrainOpenVlaConfig, base: Path, seen: Survey) -> OpenVlaRsdConfig:

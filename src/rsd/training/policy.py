@@ -1,10 +1,12 @@
-"""`rsd train policy`: target and draft together, from demonstrations to a checkpoint directory."""
+"""`rsd train policy`, target and drafts together, and `rsd train drafter`: demonstrations to a checkpoint directory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,21 +15,19 @@ from rsd.checkpoint import save_checkpoint
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.devices import check_device
-from rsd.models.bundle import RsdModel
+from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.options import FINE
 from rsd.output import shown
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.tokenizer.rfsq import RfsqConfig
+from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
 from rsd.training import parallel
-from rsd.training.config import DEFAULT_TOKENIZER, TrainPolicyConfig
-from rsd.training.dataset import FrameDataset
-from rsd.training.loop import describe, train
-from rsd.training.losses import policy_losses
-from rsd.training.run_folder import one_run_a_folder, save_then_validate
+from rsd.training.config import DEFAULT_TOKENIZER, TrainDrafterConfig, TrainPolicyConfig
+from rsd.training.dataset import Batch, FrameDataset
+from rsd.training.loop import one_run_a_folder, train_and_save
+from rsd.training.losses import TargetRun, draft_losses, policy_losses, visual_drafter_losses, visual_total
 from rsd.training.validation import validate
 from rsd.types import EAGER, RsdError
-from rsd.versions import versions
 
 
 @one_run_a_folder
@@ -38,55 +38,37 @@ def train_policy(config: TrainPolicyConfig) -> Path:
         raise RsdError("--loss.grounding: expected --policy.target.grounded beside it")
     if config.policy.fine not in FINE:
         raise RsdError(f"--policy.fine {config.policy.fine}: expected {' or '.join(FINE)}")
-    parallel.join()
-    device = resolve_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = join(config.device)
     start = RsdPolicy.from_pretrained(config.init, decode="ar", engine=EAGER) if config.init else None
     if start and not start.core.body.compact:
         raise RsdError(f"--init {config.init}: expected a compact policy, found one on OpenVLA")
     if config.init_fresh and not (start and config.init_matching):
         raise RsdError(f"--init-fresh {' '.join(config.init_fresh)}: expected --init and --init-matching beside it")
     tokenizer = choose_tokenizer(config, start).to(device)
-    training, held_out = split(load_folders(config.data), config.validation_every)
-    size = config.policy.target.image_size
-    dataset = FrameDataset(training, tokenizer.config.horizon, device, size)
-    validation = FrameDataset(held_out, tokenizer.config.horizon, device, size)
-    print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
+    visual = config.policy.visual_drafter is not None
+    dataset, validation = load_frames(config, tokenizer, device, config.policy.target.image_size, paired=visual)
 
     torch.manual_seed(config.loop.seed)
-    model = RsdModel(config.policy, tokenizer).to(device)
+    model = RsdModel.of(config.policy, tokenizer).to(device)
     if start:
         take_over(model, start, config)
     else:
         model.target.state_mean.copy_(dataset.state.mean(0))
         model.target.state_std.copy_(dataset.state.std(0) + 1e-3)
 
-    remembered = config.remembered_chunks if model.visual_drafter is not None else 0
-
     def losses() -> dict[str, Tensor]:
-        frames, paired = dataset.draw(config.loop.batch_size, remembered)
-        batch = dataset.batch(frames, paired, config.augment, asking=config.loss.grounding > 0)
+        remembered, asking = config.remembered_chunks if visual else 0, config.loss.grounding > 0
+        batch = dataset.draw_batch(config.loop.batch_size, remembered, config.augment, asking)
         return policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, config.loss)
 
-    resolved = describe(config)
-    ema = train(model, losses, config.loop, config.output, device, resolved)
-    assert isinstance(ema, RsdModel)
-    directory = config.output / "checkpoint"
-    if parallel.rank() > 0:
-        return directory
-    provenance = {
-        "data": data_provenance(config.data, dataset),
-        "training": resolved,
-        "processes": parallel.world_size(),
-        "init": start.provenance if start else {},
-        "versions": versions(),
-    }
+    def save(ema: RsdModel, provenance: dict[str, Any], directory: Path) -> None:
+        made = {**provenance, "init": start.provenance if start else {}}
+        save_checkpoint(ema, tokenizer, config.policy, made, directory)
 
-    def save(report: dict[str, object]) -> None:
-        save_checkpoint(ema, tokenizer, config.policy, {**provenance, "validation": report}, directory)
+    def check(ema: RsdModel) -> dict[str, object]:
+        return validate(ema, tokenizer, validation)
 
-    return save_then_validate(directory, save, lambda: validate(ema, tokenizer, validation))
+    return train_and_save(config, model, losses, device, save, check, data_provenance(config.data, dataset))
 
 
 def choose_tokenizer(config: TrainPolicyConfig, start: RsdPolicy | None) -> ActionTokenizer:
@@ -106,8 +88,7 @@ def take_over(model: RsdModel, start: RsdPolicy, config: TrainPolicyConfig) -> N
     """Give the model the weights of the checkpoint that `init` names.
 
     A checkpoint without a visual drafter leaves the model's own as it is; anything else that does not fit is an error,
-    unless `init_matching` asks for what does.
-    """
+    unless `init_matching` asks for what does."""
     own, given = model.state_dict(), start.model.state_dict()
     for part in config.init_fresh:
         if not any(name.startswith(f"{part}.") for name in own):
@@ -137,20 +118,54 @@ def data_provenance(folders: Iterable[Path], dataset: FrameDataset) -> dict[str,
     }
 
 
-def load_folders(folders: Iterable[Path]) -> Iterable[Demonstration]:
-    return shown(chain.from_iterable(load_demonstrations(folder) for folder in folders), "demonstrations read")
+def load_folders(folders: Iterable[Path], images: bool = True) -> Iterator[Demonstration]:
+    """The demonstrations of all of them, in order."""
+    everything = (load_demonstrations(folder, images=images) for folder in folders)
+    return shown(chain.from_iterable(everything), "demonstrations read")
+
+
+def load_frames(
+    config: TrainPolicyConfig | TrainDrafterConfig,
+    tokenizer: ActionTokenizer,
+    device: torch.device,
+    image_size: int,
+    paired: bool,
+) -> tuple[FrameDataset, FrameDataset]:
+    """What is trained on and what is held out, all of it checked; paired: batches will be of pairs of frames."""
+    parts = split(load_folders(config.data), config.validation_every)
+    training, validation = (FrameDataset(part, tokenizer.config.horizon, device, image_size) for part in parts)
+    training.check(config.loop.batch_size, config.remembered_chunks if paired else None, config.augment)
+    print(f"{training.episodes} demonstrations, {len(training)} frames; held out {validation.episodes}")
+    return training, validation
 
 
 def split(demonstrations: Iterable[Demonstration], every: int) -> tuple[list[Demonstration], list[Demonstration]]:
     """Whole episodes apart: every `every`-th one for validation."""
     everything = list(demonstrations)
-    if len(everything) < 2:
-        raise RsdError(f"training data: expected at least 2 demonstrations, found {len(everything)}")
+    training, held_out = episode_numbers(len(everything), every)
+    return [everything[number] for number in training], [everything[number] for number in held_out]
+
+
+def episode_numbers(episodes: int, every: int, rank: int = 0, world: int = 1) -> tuple[list[int], list[int]]:
+    """Numbers of the demonstrations that this process trains on, and of those held out: every `every`-th one."""
+    if episodes < 2:
+        raise RsdError(f"training data: expected at least 2 demonstrations, found {episodes}")
     if every < 2:
-        raise RsdError(f"validation_every: expected 2 or more, found {every}; that leaves no training data")
-    every = min(every, len(everything))
-    held_out = everything[every - 1 :: every]
-    return [d for i, d in enumerate(everything) if (i + 1) % every], held_out
+        raise RsdError(f"--validation-every {every}: expected 2 or more; that leaves no training data")
+    every = min(every, episodes)
+    training = [number for number in range(episodes) if (number + 1) % every]
+    if len(training) < world:
+        raise RsdError(f"training data: {len(training)} demonstrations for {world} processes; start fewer of them")
+    return training[rank::world], list(range(every - 1, episodes, every))
+
+
+def join(device: str) -> torch.device:
+    """Join the other processes of `torchrun`, if there are any -> this one's device."""
+    parallel.join()
+    found = resolve_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    return found
 
 
 def resolve_device(name: str) -> torch.device:
@@ -159,3 +174,67 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(name)
     return torch.device(f"cuda:{parallel.local_rank()}" if name == "cuda" else name)
+
+
+@one_run_a_folder
+def train_drafter(config: TrainDrafterConfig) -> Path:
+    """Run the training; returns the checkpoint directory."""
+    if parallel.launched():
+        raise RsdError("train drafter: runs in one process; drop torchrun")
+    device = resolve_device(config.device)
+    source = RsdPolicy.from_pretrained(config.policy, decode="ar", engine=EAGER)
+    if not source.core.body.compact:
+        raise RsdError(f"train drafter: {config.policy} has OpenVLA as its target; its drafts are trained with it")
+    tokenizer, visual = source.tokenizer.to(device), config.kind == "visual"
+    dataset, validation = load_frames(config, tokenizer, device, source.config.target.image_size, paired=visual)
+    model, policy = with_draft(source, config)
+    model.to(device).requires_grad_(False)
+    model.get_submodule(f"{config.kind}_drafter").requires_grad_(True)
+
+    def losses() -> dict[str, Tensor]:
+        batch = dataset.draw_batch(config.loop.batch_size, config.remembered_chunks if visual else 0, config.augment)
+        model.target.eval()  # `train` puts the whole model in training mode
+        with torch.no_grad():
+            text = model.target.encode_text(batch.words)
+            prefix = model.target.embed_prefix(batch.images, batch.state, text)
+            features, cache = model.target.prefill(prefix)
+        run = TargetRun(model.target.remembered(prefix.shape[1]), cache, features, text[1])
+        return losses_of(model, tokenizer, batch, run, config)
+
+    def save(ema: RsdModel, made: dict[str, Any], directory: Path) -> None:
+        save_checkpoint(ema, tokenizer, policy, {**source.provenance, f"{config.kind}_drafter": made}, directory)
+
+    def check(ema: RsdModel) -> dict[str, object]:
+        return validate(ema, tokenizer, validation)
+
+    return train_and_save(config, model, losses, device, save, check, data_provenance(config.data, dataset))
+
+
+def with_draft(source: RsdPolicy, config: TrainDrafterConfig) -> tuple[RsdModel, PolicyConfig]:
+    """The policy's model with the drafter that is to be trained, and its sizes."""
+    part, policy, kept = f"{config.kind}_drafter", source.config, source.model.state_dict()
+    if not config.resume_weights:
+        policy = replace(policy, **{part: getattr(config, part)})
+        kept = {name: value for name, value in kept.items() if not name.startswith(f"{part}.")}
+    elif getattr(policy, part) is None:
+        raise RsdError(f"--resume-weights: {config.policy} has no visual drafter; leave it out to start one afresh")
+    model = RsdModel.of(policy, source.tokenizer)
+    model.load_state_dict({**model.state_dict(), **kept})
+    return model, policy
+
+
+def losses_of(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, run: TargetRun, config: TrainDrafterConfig
+) -> dict[str, Tensor]:
+    """Losses of the one draft that is trained, beside a target that has run; `total` is what to minimise."""
+    truth = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
+    gripper = tokenizer.gripper_symbols(batch.chunk)
+    if config.kind == "visual":
+        assert model.visual_drafter is not None
+        _, values = visual_drafter_losses(
+            model.visual_drafter, model.target, run, batch, truth, gripper, tokenizer, config.loss
+        )
+        return {**values, "total": visual_total(values, config.loss)}
+    own = torch.rand(len(truth), 1, device=truth.device) < config.own_prefix
+    values = draft_losses(model.feature_drafter, run.features, truth, gripper, own, Rfsq(model.target.code))[1]
+    return {**values, "total": values["draft"]}

@@ -14,7 +14,7 @@ from rsd.output import refuse_to_replace, shown, writing
 from rsd.tokenizer.action_tokenizer import FILE_NAME, ActionTokenizer
 from rsd.training.config import TrainTokenizerConfig
 from rsd.training.dataset import chunk_targets
-from rsd.training.run_folder import one_run_a_folder
+from rsd.training.loop import one_run_a_folder
 from rsd.types import RsdError
 
 MOST_CHUNKS = 200_000  # neighbours overlap in all but a step: more would say nothing new
@@ -23,8 +23,7 @@ MOST_CHUNKS = 200_000  # neighbours overlap in all but a step: more would say no
 def demonstration_chunks(data: Sequence[Path], horizon: int) -> tuple[np.ndarray, int]:
     """Chunks of the labels float32 [N, H, A], and the number of demonstrations they are from.
 
-    Every chunk, or every n-th where there would be more than MOST_CHUNKS.
-    """
+    Every chunk, or every n-th where there would be more than MOST_CHUNKS."""
     episodes = (episode for folder in data for episode in action_episodes(folder))
     labels = [episode.actions for episode in shown(episodes, "demonstrations read")]
     where = ", ".join(map(str, data))

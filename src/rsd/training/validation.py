@@ -27,8 +27,7 @@ def validate(
 ) -> dict[str, object]:
     """-> mean absolute error (normalised units) and gripper accuracy by decoder; acceptance by level.
 
-    frames: at most so many, spread over the episodes; batch: of them at once.
-    """
+    frames: at most so many, spread over the episodes; batch: of them at once."""
     model.eval()
     batches = dataset.spread(frames, batch)
     runs = [(name, name, "exact") for name in names(drafts=False, visual=False)]

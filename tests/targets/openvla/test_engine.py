@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from rsd.decoding.timing import Stopwatch
-from rsd.targets.openvla.engine import PROMPT_LENGTHS, Engine
+from rsd.targets.openvla.policy import PROMPT_LENGTHS, Engine
 from rsd.targets.openvla.published import DECODERS
-from studies.openvla.bench_cases import Inputs, full_config, random_model
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+from studies.openvla.bench_cases import Inputs, full_config, generate, random_model
 
 
 @pytest.mark.parametrize("decode", DECODERS)
@@ -19,7 +17,7 @@ def test_a_decision_is_what_the_models_passes_give(decode: str) -> None:
     decision = Engine(model, decode)(*inputs.all(), Stopwatch(model.device))
     prefix = model.embed_prefix(model.embed_images(inputs.pixels), inputs.prompt, inputs.state)
     if decode == "ar":
-        expected, passes = model.token_values(model.generate(prefix)).unflatten(1, (1, 7)), 6
+        expected, passes = model.token_values(generate(model, prefix)).unflatten(1, (1, 7)), 6
     else:
         hidden, passes = model.action_hidden(prefix), 0
         torch.testing.assert_close(decision.hidden, hidden)
@@ -29,7 +27,7 @@ def test_a_decision_is_what_the_models_passes_give(decode: str) -> None:
     assert decision.passes == passes
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("decode", DECODERS)
 @torch.inference_mode()
 def test_graphs_change_nothing_for_any_prompt_length(decode: str) -> None:

@@ -113,6 +113,13 @@ def test_weights_that_do_not_fit_are_named(
         ({"vision_backbone_id": "siglip-vit-so400m"}, "vision_backbone_id: expected 'dinosiglip-vit-so-224px'"),
         ({"text_config": {"num_attention_heads": 32, "num_key_value_heads": 8}}, "num_key_value_heads: expected 32"),
         ({"timm_model_kwargs": [{"depht": 1}, {}]}, "timm_model_kwargs"),
+        ({"timm_model_kwargs": {"depth": 1}}, "timm_model_kwargs: expected two objects, found {'depth': 1}"),
+        ({"timm_model_kwargs": [{"depth": 0}, {}]}, "timm_model_kwargs: vision tower: expected 1 to 256 layers"),
+        ({"text_config": ["llama"]}, r"field text_config: expected an object, found \['llama'\]"),
+        ({"text_config": {"hidden_size": "32"}}, "text_config: field dim: expected int, found '32'"),
+        ({"text_config": {"num_attention_heads": 0}}, "text_config: Llama: expected 1 to 256 layers"),
+        ({"text_config": {"rope_parameters": {"rope_theta": [1]}}}, "field rope_theta: expected float"),
+        ({"n_action_bins": 256.0}, "field action_bins: expected int, found 256.0"),
     ],
 )
 def test_a_configuration_that_is_not_supported_is_named(copy: Path, change: dict[str, Any], message: str) -> None:
@@ -151,9 +158,16 @@ def test_an_adapter_needs_its_base_and_only_what_is_supported(tmp_path: Path, pu
     with pytest.raises(RsdError, match=r"no merged weights.*the adapter says 'openvla/openvla-7b'"):
         load_openvla(run)
     settings = run / "lora_adapter" / "adapter_config.json"
-    write_json(settings, {**json.loads(settings.read_text()), "use_dora": True})
-    with pytest.raises(RsdError, match="use_dora is True: not supported"):
-        load_openvla(run, base=published)
+    content = json.loads(settings.read_text())
+    for change, said in (
+        ({"use_dora": True}, "use_dora is True: not supported"),
+        ({"r": "8"}, "adapter_config.json: field r: expected float, found '8'"),
+        ({"r": 0}, "expected a rank r of at least 1"),
+        ({"lora_alpha": None}, "field lora_alpha: expected float, found None"),
+    ):
+        write_json(settings, {**content, **change})
+        with pytest.raises(RsdError, match=said):
+            load_openvla(run, base=published)
 
 
 def block_numbers(dim: int, mlp: int) -> int:

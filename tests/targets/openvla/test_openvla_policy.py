@@ -16,10 +16,9 @@ from rsd.evaluation.backend import rsd_policy
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.doctor import checkpoint_files
 from rsd.policy import RsdPolicy
-from rsd.targets.openvla.files import is_openvla
 from rsd.targets.openvla.policy import OpenVlaPolicy
 from rsd.targets.openvla.prompt import Prompt
-from rsd.targets.openvla.published import fingerprint, locate_openvla
+from rsd.targets.openvla.published import fingerprint, is_openvla, locate_openvla
 from rsd.targets.openvla.selftest import image_self_test
 from rsd.targets.openvla.statistics import Statistics
 from rsd.types import Observation, RsdError

@@ -87,7 +87,7 @@ def test_every_strategy_decodes(directory: Path, seen: list[Observation]) -> Non
     assert len(set(distinct)) == len(distinct)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+@pytest.mark.gpu
 @pytest.mark.parametrize("decode", DECODERS)
 def test_a_recorded_strategy_acts_as_the_plain_one(directory: Path, seen: list[Observation], decode: str) -> None:
     plain, recorded = (

@@ -23,6 +23,13 @@ JPEG_QUALITY = 95  # TensorFlow's default
 LANCZOS_RADIUS = 3
 
 
+def tower_pixels(images: NDArray[np.uint8], mean: Tensor, std: Tensor, *, center_crop: bool = True) -> Tensor:
+    """uint8 [n, S, S, 3] as rendered -> [n, 6, 224, 224], the same three channels normalised for either tower.
+
+    mean, std: [6, 1, 1], on the device that the result is to be on."""
+    return ((prepare_images(images, mean.device, center_crop=center_crop) / 255.0).repeat(1, 2, 1, 1) - mean) / std
+
+
 def prepare_images(
     images: NDArray[np.uint8], device: torch.device | str = "cpu", *, center_crop: bool = True
 ) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rsd.models.config import check_sizes
 from rsd.models.trunk import KVCache
 from rsd.types import RsdError
 
@@ -32,6 +33,11 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     max_positions: int = 2048
 
+    def __post_init__(self) -> None:
+        check_sizes("Llama", self.dim, self.layers, self.heads)
+        if min(self.vocab_size, self.mlp_dim, self.max_positions) < 1:
+            raise RsdError(f"Llama: expected sizes of at least 1, found {self}")
+
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
@@ -48,8 +54,7 @@ class StaticCache:
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write [B, heads, n, head_dim] behind the filled positions; -> all keys and values so far.
 
-        `length` moves only when the whole pass is over (`Llama.forward`).
-        """
+        `length` moves only when the whole pass is over (`Llama.forward`)."""
         end = self.length + key.shape[2]
         if end > self.capacity:
             raise RsdError(f"key/value cache: room for {self.capacity} positions, asked for {end}")
@@ -67,8 +72,7 @@ class Attend:
     """Who sees whom. causal: as Llama was trained; otherwise everything so far, or `mask` bool [n, S + n].
 
     split: the first `split` positions see one another only, the rest what `mask` [n - split, S + n] lets them: a
-    prefix that must not depend on the queries behind it, and is read without a mask, which is faster.
-    """
+    prefix that must not depend on the queries behind it, and is read without a mask, which is faster."""
 
     causal: bool = False
     mask: Tensor | None = None
@@ -156,8 +160,7 @@ class Llama(nn.Module):
     ) -> Tensor:
         """x [B, n, D] behind what `cache` holds -> hidden [B, n, D], or of the last `keep` positions only.
 
-        The last layer's MLP runs on kept positions alone. Where gradients are wanted the cache is a `KVCache`.
-        """
+        The last layer's MLP runs on kept positions alone. Where gradients are wanted the cache is a `KVCache`."""
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
         if end > self.config.max_positions:

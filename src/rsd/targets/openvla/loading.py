@@ -15,8 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rsd.json_files import typed_value
 from rsd.pt_files import read_pt
-from rsd.targets.openvla.files import (
+from rsd.targets.openvla.model import OpenVlaConfig, OpenVlaModel
+from rsd.targets.openvla.published import (
     ADAPTER_CONFIG,
     ADAPTER_DIR,
     ADAPTER_WEIGHTS,
@@ -24,7 +26,6 @@ from rsd.targets.openvla.files import (
     component_file,
     read_json,
 )
-from rsd.targets.openvla.model import OpenVlaConfig, OpenVlaModel
 from rsd.types import RsdError
 
 
@@ -47,8 +48,7 @@ def load_openvla(
 
     base: the model that `directory/lora_adapter` was trained on, where the directory holds no merged weights.
     dtype: bfloat16 on a GPU, as published, and float32 on a CPU, unless given.
-    Peak memory of the host is one tensor: shards are read through memory maps, straight to the device.
-    """
+    Peak memory of the host is one tensor: shards are read through memory maps, straight to the device."""
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     merged = sorted(directory.glob("model*.safetensors"))
     source = directory if merged else base
@@ -56,7 +56,9 @@ def load_openvla(
         raise RsdError(_nothing_to_load(directory))
     config = OpenVlaConfig.from_json(read_json(source / CONFIG_FILE), str(source / CONFIG_FILE))
     heads = {name: component_file(directory, name) for name in ("action_head", "proprio_projector")}
-    _refuse_unsupported(directory)
+    for pattern, what in (("noisy_action_projector--*", "diffusion"), ("vision_backbone--*", "FiLM")):
+        if found := list(directory.glob(pattern)):
+            raise RsdError(f"{found[0]}: this is an OFT checkpoint with {what}, which is not supported")
     with torch.device("meta"):
         model = OpenVlaModel(
             config, action_head=heads["action_head"] is not None, proprio=heads["proprio_projector"] is not None
@@ -69,7 +71,9 @@ def load_openvla(
     for name, path in heads.items():
         if path is not None:
             load_component(getattr(model, name), path)
-    _check_finite(model, source)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise RsdError(f"{source}: {name} holds NaN or infinity; the checkpoint is damaged")
     return model.eval()
 
 
@@ -84,12 +88,6 @@ def _nothing_to_load(directory: Path) -> str:
     if list(directory.glob("pytorch_model*.bin")):
         return f"{directory}: weights are pickled (pytorch_model*.bin); expected safetensors: save the model again"
     return f"{directory}: no weights; expected model*.safetensors as in the published checkpoints"
-
-
-def _refuse_unsupported(directory: Path) -> None:
-    for pattern, what in (("noisy_action_projector--*", "diffusion"), ("vision_backbone--*", "FiLM")):
-        if found := list(directory.glob(pattern)):
-            raise RsdError(f"{found[0]}: this is an OFT checkpoint with {what}, which is not supported")
 
 
 # the trunk and the eyes
@@ -137,8 +135,8 @@ def shards(directory: Path) -> list[Path]:
     """The files that the index lists, or the only one."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        paths = [directory / name for name in names]
+        named = typed_value(dict[str, str], read_json(index).get("weight_map", {}), str(index), "weight_map")
+        paths = [directory / name for name in sorted(set(named.values()))]
     else:
         paths = sorted(directory.glob("model*.safetensors"))
     missing = [path.name for path in paths if not path.is_file()]
@@ -183,20 +181,16 @@ def _check_shape(path: Path, name: str, value: Tensor, shape: tuple[int, ...]) -
         raise RsdError(f"{path}: {name}: expected {list(shape)}, found {list(value.shape)}")
 
 
-def _check_finite(model: OpenVlaModel, directory: Path) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise RsdError(f"{directory}: {name} holds NaN or infinity; the checkpoint is damaged")
-
-
 # OFT's components
 
 
 @torch.no_grad()
 def load_component(module: nn.Module, path: Path) -> None:
     """`action_head--*` or `proprio_projector--*`: a state dict, possibly with DistributedDataParallel's prefix."""
-    weights = read_state_dict(path)
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    content = read_pt(path)
+    if odd := [name for name, value in content.items() if not isinstance(value, Tensor)]:
+        raise RsdError(f"{path}: expected a state dict (names to tensors), found no tensor under {odd[0]!r:.80}")
+    weights = {str(name).removeprefix("module."): value for name, value in content.items()}
     expected = dict(module.named_parameters())
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
@@ -206,28 +200,23 @@ def load_component(module: nn.Module, path: Path) -> None:
         parameter.copy_(weights[name])
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A .pt file of tensors only; anything that would have to be unpickled is refused."""
-    content = read_pt(path)
-    if odd := [name for name, value in content.items() if not isinstance(value, Tensor)]:
-        raise RsdError(f"{path}: expected a state dict (names to tensors), found no tensor under {odd[0]!r:.80}")
-    return content
-
-
 # LoRA
 
 
 @torch.no_grad()
 def merge_adapter(model: OpenVlaModel, directory: Path) -> None:
     """Add a PEFT LoRA adapter to the weights: W += (alpha / r) B A, in float32."""
-    settings = read_json(directory / ADAPTER_CONFIG)
+    source = directory / ADAPTER_CONFIG
+    settings = read_json(source)
     for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"):
         if settings.get(key):
-            raise RsdError(f"{directory / ADAPTER_CONFIG}: {key} is {settings[key]!r}: not supported; merge with PEFT")
+            raise RsdError(f"{source}: {key} is {settings[key]!r}: not supported; merge with PEFT")
     if settings.get("bias", "none") != "none" or settings.get("peft_type", "LORA") != "LORA":
-        raise RsdError(f"{directory / ADAPTER_CONFIG}: expected a LoRA adapter without biases; merge it with PEFT")
-    rank = int(settings["r"])
-    scale = float(settings["lora_alpha"]) / (rank**0.5 if settings.get("use_rslora") else rank)
+        raise RsdError(f"{source}: expected a LoRA adapter without biases; merge it with PEFT")
+    rank, alpha = (typed_value(float, settings.get(key), str(source), key) for key in ("r", "lora_alpha"))
+    if rank < 1:
+        raise RsdError(f"{source}: expected a rank r of at least 1, found {rank}")
+    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     path = directory / ADAPTER_WEIGHTS
     if not path.is_file():
         raise RsdError(f"{path}: not found; the adapter is incomplete")

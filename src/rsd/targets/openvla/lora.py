@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rsd.models.config import LoraConfig
-from rsd.targets.openvla.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rsd.targets.openvla.loading import Slot, slots
 from rsd.targets.openvla.model import OpenVlaModel
+from rsd.targets.openvla.published import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 class LowRank(nn.Module):
@@ -57,8 +57,7 @@ class Wrapped:
 class Adapter:
     """Puts an update beside every matrix of the trunk (and of vision) when made; `merge` takes them out again.
 
-    `updates` holds what is trained, and nothing of the model.
-    """
+    `updates` holds what is trained, and nothing of the model."""
 
     def __init__(self, model: OpenVlaModel, config: LoraConfig) -> None:
         self.config, self.updates = config, nn.ModuleDict()

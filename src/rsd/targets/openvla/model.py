@@ -7,7 +7,7 @@ every position see every other and reads all actions from one pass (arXiv 2406.0
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,21 +15,47 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsd.conventions import CHUNK_SIZE
+from rsd.json_files import from_json, shown, typed_value
 from rsd.targets.openvla.llama import Attend, Llama, LlamaConfig, StaticCache
 from rsd.targets.openvla.vision import DINO, SIGLIP, TIMM_MODELS, FusedVision, Projector, VitConfig
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 
 STOP_TOKEN = 2
 ACTION_TOKENS = CHUNK_SIZE * ACTION_DIM  # OFT's empty positions
-SUPPORTED_VISION = "dinosiglip-vit-so-224px"
+
+
+# What a published config.json has to say where it says anything; the first three it has to say.
+SUPPORTED: dict[str, Any] = {
+    "model_type": "openvla",
+    "vision_backbone_id": "dinosiglip-vit-so-224px",
+    "image_resize_strategy": "resize-naive",
+    "timm_model_ids": list(TIMM_MODELS),
+    "use_fused_vision_backbone": True,
+    "text_config.model_type": "llama",
+    "text_config.hidden_act": "silu",
+    "text_config.rope_scaling": None,
+    "text_config.attention_bias": False,
+    "text_config.mlp_bias": False,
+    "text_config.rope_parameters.rope_type": "default",
+}
+REQUIRED = list(SUPPORTED)[:3]
+LLAMA_NAMES = {  # of `text_config` -> ours
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "intermediate_size": "mlp_dim",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "max_position_embeddings": "max_positions",
+}
 
 
 @dataclass(frozen=True)
 class OpenVlaConfig:
     """What config.json says, sizes made explicit.
 
-    padding: how many ids the vocabulary was padded by; action tokens are the last ids before them.
-    """
+    padding: how many ids the vocabulary was padded by; action tokens are the last ids before them."""
 
     vision: tuple[VitConfig, VitConfig] = (TIMM_MODELS[DINO], TIMM_MODELS[SIGLIP])
     llama: LlamaConfig = field(default_factory=LlamaConfig)
@@ -45,48 +71,37 @@ class OpenVlaConfig:
         """Content of a published config.json; `RsdError` names what this implementation does not read.
 
         timm_model_kwargs, sizes of the two towers in the order of timm_model_ids, is an addition of this package
-        for small test checkpoints.
-        """
+        for small test checkpoints."""
 
         def expect(key: str, found: Any, wanted: Any) -> None:
             if found != wanted:
-                raise RsdError(f"{source}: {key}: expected {wanted!r}, found {found!r}; only this is supported")
+                raise RsdError(f"{source}: {key}: expected {wanted!r}, found {shown(found)}; only this is supported")
 
-        expect("model_type", content.get("model_type"), "openvla")
-        expect("vision_backbone_id", content.get("vision_backbone_id"), SUPPORTED_VISION)
-        expect("image_resize_strategy", content.get("image_resize_strategy"), "resize-naive")
-        expect("timm_model_ids", content.get("timm_model_ids", list(TIMM_MODELS)), list(TIMM_MODELS))
-        expect("use_fused_vision_backbone", content.get("use_fused_vision_backbone", True), True)
-        text = dict(content.get("text_config") or {})
-        expect("text_config.model_type", text.get("model_type", "llama"), "llama")
-        expect("text_config.hidden_act", text.get("hidden_act", "silu"), "silu")
-        expect("text_config.rope_scaling", text.get("rope_scaling"), None)
-        expect("text_config.attention_bias", text.get("attention_bias", False), False)
-        expect("text_config.mlp_bias", text.get("mlp_bias", False), False)
-        rope = text.get("rope_parameters") or {}  # transformers 5 writes it instead of rope_theta
-        expect("text_config.rope_parameters.rope_type", rope.get("rope_type", "default"), "default")
-        default = LlamaConfig()
-        llama = LlamaConfig(
-            vocab_size=text.get("vocab_size", default.vocab_size),
-            dim=text.get("hidden_size", default.dim),
-            layers=text.get("num_hidden_layers", default.layers),
-            heads=text.get("num_attention_heads", default.heads),
-            mlp_dim=text.get("intermediate_size", default.mlp_dim),
-            norm_eps=text.get("rms_norm_eps", default.norm_eps),
-            rope_theta=text.get("rope_theta", rope.get("rope_theta", default.rope_theta)),
-            max_positions=text.get("max_position_embeddings", default.max_positions),
+        for key, wanted in SUPPORTED.items():
+            expect(key, said(content, key, None if key in REQUIRED else wanted), wanted)
+        text = typed_value(dict[str, Any], said(content, "text_config", {}), source, "text_config")
+        # transformers 5 writes it so
+        theta = said(content, "text_config.rope_parameters.rope_theta", LlamaConfig.rope_theta)
+        sizes = {ours: text[theirs] for theirs, ours in LLAMA_NAMES.items() if text.get(theirs) is not None}
+        llama = from_json(LlamaConfig, {"rope_theta": theta, **sizes}, f"{source}: text_config")
+        for key, size in {"num_key_value_heads": llama.heads, "head_dim": llama.head_dim}.items():
+            expect(f"text_config.{key}", said(text, key, size), size)
+        towers = content.get("timm_model_kwargs") or [{}, {}]
+        if not (isinstance(towers, list) and len(towers) == 2 and all(isinstance(size, dict) for size in towers)):
+            raise RsdError(f"{source}: timm_model_kwargs: expected two objects, found {shown(towers)}")
+        dino, siglip = (
+            from_json(VitConfig, {**vars(tower), **size}, f"{source}: timm_model_kwargs")
+            for tower, size in zip(TIMM_MODELS.values(), towers, strict=True)
         )
-        expect("text_config.num_key_value_heads", text.get("num_key_value_heads") or llama.heads, llama.heads)
-        expect("text_config.head_dim", text.get("head_dim") or llama.head_dim, llama.head_dim)
-        sizes = content.get("timm_model_kwargs") or [{}, {}]
-        try:
-            towers = [
-                VitConfig(**{**vars(tower), **size}) for tower, size in zip(TIMM_MODELS.values(), sizes, strict=True)
-            ]
-        except (TypeError, ValueError) as error:
-            raise RsdError(f"{source}: timm_model_kwargs: {error}") from None
-        bins, padding = content.get("n_action_bins", 256), content.get("pad_to_multiple_of", 64)
-        return cls((towers[0], towers[1]), llama, bins, padding)
+        numbers = {"action_bins": content.get("n_action_bins", 256), "padding": content.get("pad_to_multiple_of", 64)}
+        return replace(from_json(cls, numbers, source), vision=(dino, siglip), llama=llama)
+
+
+def said(content: Any, path: str, otherwise: Any) -> Any:
+    """What a config.json says at a path, or `otherwise` where it says nothing, or null."""
+    for key in path.split("."):
+        content = content.get(key) if isinstance(content, dict) else None
+    return otherwise if content is None else content
 
 
 class ActionHead(nn.Module):
@@ -181,22 +196,12 @@ class OpenVlaModel(nn.Module):
         """token [B, 1] -> hidden state of its position [B, 1, D]; the cache grows by one."""
         return self.language_model(self.language_model.embed_tokens(token), Attend(), cache)
 
-    def generate(self, prefix: Tensor, count: int = ACTION_DIM) -> Tensor:
-        """Greedy continuation of the prefix -> ids [B, count]; one prefill and count - 1 passes of one token."""
-        hidden, cache = self.prefill(prefix, count - 1)
-        tokens = [self.language_model.logits(hidden).argmax(-1)]
-        while len(tokens) < count:
-            hidden = self.next_token(tokens[-1], cache)
-            tokens.append(self.language_model.logits(hidden).argmax(-1))
-        return torch.cat(tokens, dim=1)
-
     # OpenVLA-OFT: all at once
 
     def action_hidden(self, prefix: Tensor) -> Tensor:
         """One bidirectional pass over prefix, empty action positions and the stop token -> [B, 56, D].
 
-        An action is read one position early, where a causal model would have predicted it.
-        """
+        An action is read one position early, where a causal model would have predicted it."""
         empty = prefix.new_zeros(len(prefix), ACTION_TOKENS, prefix.shape[2])
         stop = self.language_model.embed_tokens.weight[STOP_TOKEN].expand(len(prefix), 1, -1)
         x = torch.cat([prefix, empty, stop], dim=1)
@@ -212,8 +217,7 @@ class OpenVlaModel(nn.Module):
     def token_values(self, tokens: Tensor) -> Tensor:
         """Action token ids [B, n] -> normalised actions float32 [B, n], the centres of their bins.
 
-        As published, an id outside the action tokens counts as the nearest of them.
-        """
+        As published, an id outside the action tokens counts as the nearest of them."""
         bins = torch.linspace(-1.0, 1.0, self.config.action_bins, dtype=torch.float64, device=tokens.device)
         centres = (bins[1:] + bins[:-1]) / 2
         index = self.config.llama.vocab_size - self.config.padding - tokens - 1

@@ -7,9 +7,10 @@ dataset_statistics.json, and for OFT action_head--* and proprio_projector--*. Wh
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,17 +20,104 @@ from torch import Tensor
 from rsd.conventions import openvla_gripper_to_env
 from rsd.decoding.timing import Stopwatch
 from rsd.devices import check_device
-from rsd.targets.openvla.engine import Decision, Engine
-from rsd.targets.openvla.files import read_json
-from rsd.targets.openvla.images import prepare_images
-from rsd.targets.openvla.llama import Attend
+from rsd.runtime.cuda_graph import Captured
+from rsd.targets.openvla.images import tower_pixels
+from rsd.targets.openvla.llama import Attend, StaticCache
 from rsd.targets.openvla.loading import load_openvla
 from rsd.targets.openvla.model import OpenVlaModel
 from rsd.targets.openvla.precision import compile_layers, use_fp8
 from rsd.targets.openvla.prompt import Prompt
-from rsd.targets.openvla.published import Settings, locate_openvla, locate_under
+from rsd.targets.openvla.published import Settings, locate_openvla, locate_under, read_json
 from rsd.targets.openvla.statistics import Statistics
-from rsd.types import CAMERAS, ActionChunk, ChunkStats, Observation, RsdError, check_observation
+from rsd.types import ACTION_DIM, CAMERAS, ActionChunk, ChunkStats, Observation, RsdError, check_observation
+
+T = TypeVar("T")
+PROMPT_LENGTHS = 16  # captured lengths kept; a suite of ten tasks has fewer
+
+
+@dataclass(frozen=True)
+class Decision:
+    """actions: normalised float32 [B, H, 7]; hidden: [B, n, D] of the positions they were read from.
+
+    passes: of the trunk after its prefill."""
+
+    actions: Tensor
+    hidden: Tensor
+    passes: int
+
+
+class Engine:
+    """decode: one of `published.DECODERS`: `ar` (OpenVLA's 7 tokens), `l1` or `discrete` (OFT).
+
+    graphs: capture in CUDA graphs; without effect on a CPU."""
+
+    def __init__(self, model: OpenVlaModel, decode: str, *, graphs: bool = True) -> None:
+        self.model, self.decode = model, decode
+        self.graphs = graphs and model.device.type == "cuda"
+        self._vision: dict[Any, Captured[Tensor]] = {}
+        self._lengths: dict[Any, list[Captured[tuple[Tensor, Tensor]]]] = {}
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor, prompt: Tensor, state: Tensor | None, watch: Stopwatch) -> Decision:
+        """pixels [B, cameras, 6, 224, 224], prompt ids [B, T], normalised state [B, 8] or None."""
+        with watch.stage("vision"):
+            embed = self._kept(self._vision, [pixels], lambda: self._captured(self.model.embed_images, [pixels]))
+            images = embed(pixels)
+        inputs = [images, prompt] + ([] if state is None else [state])
+        make = self._token_by_token if self.decode == "ar" else self._at_once
+        first, *rest = self._kept(self._lengths, inputs, lambda: make(inputs))
+        with watch.stage("prefill"):
+            result, hidden = first(*inputs)
+        with watch.stage("decode"):
+            for part in rest:
+                more, more_hidden = part(result)
+                result, hidden = torch.cat([result, more], 1), torch.cat([hidden, more_hidden], 1)
+            actions = result if self.decode == "l1" else self.model.token_values(result)
+            actions = actions.reshape(len(actions), -1, ACTION_DIM).float()
+        return Decision(actions, hidden, len(rest) * (ACTION_DIM - 1))
+
+    def _captured(self, call: Callable[..., T], inputs: Sequence[Tensor]) -> Captured[T]:
+        return Captured(call, inputs if self.graphs else [])
+
+    def _kept(self, graphs: dict[Any, T], inputs: Sequence[Tensor], make: Callable[[], T]) -> T:
+        """What is made for inputs of these shapes: once, where there are graphs."""
+        if not self.graphs:
+            return make()
+        shapes = tuple(value.shape for value in inputs)
+        if shapes not in graphs:
+            if len(graphs) >= PROMPT_LENGTHS:
+                graphs.pop(next(iter(graphs)))  # the oldest
+            graphs[shapes] = make()
+        return graphs[shapes]
+
+    def _token_by_token(self, inputs: Sequence[Tensor]) -> list[Captured[tuple[Tensor, Tensor]]]:
+        """The prefill with the first token, and the tokens after it, over the prefill's cache."""
+        model, kept = self.model, list[tuple[StaticCache, int]]()
+
+        def first(*values: Tensor) -> tuple[Tensor, Tensor]:
+            hidden, cache = model.prefill(model.embed_prefix(*values), ACTION_DIM - 1)
+            kept[:] = [(cache, cache.length)]
+            return model.language_model.logits(hidden).argmax(-1), hidden
+
+        def rest(token: Tensor) -> tuple[Tensor, Tensor]:
+            (cache, length), tokens, hiddens = kept[0], [token], []
+            cache.truncate(length)
+            for _ in range(ACTION_DIM - 1):
+                hiddens.append(model.next_token(tokens[-1], cache))
+                tokens.append(model.language_model.logits(hiddens[-1]).argmax(-1))
+            return torch.cat(tokens[1:], 1), torch.cat(hiddens, 1)
+
+        return [self._captured(first, inputs), self._captured(rest, [inputs[1][:, :1]])]
+
+    def _at_once(self, inputs: Sequence[Tensor]) -> list[Captured[tuple[Tensor, Tensor]]]:
+        def every(*values: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.model.action_hidden(self.model.embed_prefix(*values))
+            if self.decode == "l1":
+                return self.model.head(hidden), hidden
+            return self.model.language_model.logits(hidden).argmax(-1), hidden
+
+        return [self._captured(every, inputs)]
+
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 RENDER_SIZE = 256  # pixels a side, what the published evaluation renders and then resizes to 224
@@ -72,8 +160,7 @@ class OpenVlaPolicy:
     def predict(self, observation: Observation, *, unnorm_key: str | None = None) -> ActionChunk:
         """Observation -> chunk float32 [H, 7], environment-ready: H = 8 with OFT, 1 with `ar`.
 
-        unnorm_key: another data set's statistics than the policy's own.
-        """
+        unnorm_key: another data set's statistics than the policy's own."""
         check_observation(observation)
         watch = Stopwatch(self.device)
         with watch.stage("total"):
@@ -92,8 +179,7 @@ class OpenVlaPolicy:
     def prompt_features(self, observation: Observation) -> Tensor:
         """The trunk's final hidden state of the prompt's last word [1, D], which old RFSQ drafts and heads read.
 
-        That word is the colon of "Out:": token 29871, which follows it when actions are predicted, is left out.
-        """
+        That word is the colon of "Out:": token 29871, which follows it when actions are predicted, is left out."""
         prompt = torch.tensor([self.prompt.ids(observation.instruction)[:-1]], device=self.device)
         images = self.model.embed_images(self._pixels(observation.images))
         prefix = self.model.embed_prefix(images, prompt, self._state(observation, None))
@@ -109,8 +195,7 @@ class OpenVlaPolicy:
     def _pixels(self, images: NDArray[np.uint8]) -> Tensor:
         """-> [1, cameras, 6, 224, 224], the same three channels normalised for either tower."""
         used = images[: self.settings.cameras]
-        prepared = prepare_images(used, self.device, center_crop=self.settings.center_crop) / 255.0
-        return ((prepared.repeat(1, 2, 1, 1) - self._mean) / self._std).unsqueeze(0)
+        return tower_pixels(used, self._mean, self._std, center_crop=self.settings.center_crop).unsqueeze(0)
 
     def _state(self, observation: Observation, unnorm_key: str | None) -> Tensor | None:
         if self.model.proprio_projector is None:
@@ -122,8 +207,7 @@ class OpenVlaPolicy:
     def _to_env(self, actions: Tensor, unnorm_key: str | None) -> NDArray[np.float32]:
         """Normalised [H, 7] -> environment's units; the gripper from OpenVLA's 1 = open to -1 = open.
 
-        Clipped to [-1, 1], as the simulator's controller does with what it is given.
-        """
+        Clipped to [-1, 1], as the simulator's controller does with what it is given."""
         key = self.statistics.key(unnorm_key) if unnorm_key else self.unnorm_key
         if not torch.isfinite(actions).all():
             raise RsdError("decoding gave non-finite actions: damaged weights or an odd precision for this checkpoint")
@@ -152,8 +236,7 @@ class OpenVlaPolicy:
         decode, cameras, unnorm_key: see `Settings`; they come before what the directory's own file says.
         suite: names the statistics where nothing else does; like unnorm_key it is tried with `_no_noops`, too.
         base: the model under a LoRA adapter, needed only where the directory holds no merged weights.
-        graphs, compile, fp8: CUDA graphs, compiled layers, FP8 matrices of the trunk, on a GPU.
-        """
+        graphs, compile, fp8: CUDA graphs, compiled layers, FP8 matrices of the trunk, on a GPU."""
         check_device(device)
         directory = locate_openvla(path_or_hub_id)
         if directory is None:
@@ -180,8 +263,7 @@ class OpenVlaPolicy:
 def read_normalisation(directory: Path) -> tuple[Tensor, Tensor]:
     """Means and standard deviations [6, 1, 1] from preprocessor_config.json.
 
-    `tvf_normalize_params` comes first, as in the published code: its numbers were rounded to bfloat16.
-    """
+    `tvf_normalize_params` comes first, as in the published code: its numbers were rounded to bfloat16."""
     path = directory / PREPROCESSOR_FILE
     content = read_json(path)
     tables = content.get("tvf_normalize_params")

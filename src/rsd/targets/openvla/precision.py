@@ -40,8 +40,7 @@ class Fp8Linear(nn.Module):
 def use_fp8(model: OpenVlaModel, *, vision: bool = False) -> None:
     """Replace the trunk's matrices (and the vision blocks' and the projector's) in place; embeddings and heads stay.
 
-    Needs a GPU with FP8 units (compute capability 8.9 or later) and the model in bfloat16.
-    """
+    Needs a GPU with FP8 units (compute capability 8.9 or later) and the model in bfloat16."""
     if model.dtype != torch.bfloat16:
         raise RsdError(f"FP8: expected a bfloat16 model, found {model.dtype}; load it with dtype bfloat16")
     if model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) < (8, 9):
@@ -62,8 +61,7 @@ def compile_layers(model: OpenVlaModel) -> None:
     """Compile what repeats: the two halves of a trunk layer and a vision block, once each, not the whole graph.
 
     Attention itself stays with PyTorch's own kernels. The first shape met gets code of its own, all others share code
-    for any length.
-    """
+    for any length."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in model.language_model.blocks:
         layer.before = torch.compile(layer.before)  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""A checkpoint in OpenVLA's published format: finding it, telling it from others, what its files do not say.
+"""A checkpoint in OpenVLA's published format: its files, finding it, telling it from others, what it does not say.
 
 No model and no image code in here: every evaluation asks whether its policy is one of these.
 """
@@ -9,15 +9,38 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rsd import hub
 from rsd.checkpoint import locate_checkpoint
-from rsd.json_files import from_json
-from rsd.targets.openvla.files import ADAPTER_CONFIG, ADAPTER_DIR, HUB_FILES, component_file, is_openvla, read_json
+from rsd.json_files import from_json, read_object
 from rsd.types import RsdError
 
+CONFIG_FILE, STATISTICS_FILE, ADAPTER_DIR = "config.json", "dataset_statistics.json", "lora_adapter"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HUB_FILES = ["*.json", "*.safetensors", "*_checkpoint.pt", f"{ADAPTER_DIR}/*"]
 DECODERS = ("ar", "l1", "discrete")
 SETTINGS_FILE = "rsd_openvla.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return read_object(path, "an OpenVLA directory")
+
+
+def is_openvla(directory: Path) -> bool:
+    """Whether a checkpoint directory is in OpenVLA's format: its config.json says so, or it is a LoRA run's."""
+    path = directory / CONFIG_FILE
+    if path.is_file():
+        return read_json(path).get("model_type") == "openvla"
+    return (directory / ADAPTER_DIR / ADAPTER_CONFIG).is_file()
+
+
+def component_file(directory: Path, name: str) -> Path | None:
+    """`action_head--150000_checkpoint.pt` and the like; None where there is none, an error where there are several."""
+    found = sorted(directory.glob(f"{name}--*checkpoint.pt"))
+    if len(found) > 1:
+        raise RsdError(f"{directory}: expected one {name} file, found {[path.name for path in found]}; keep one")
+    return found[0] if found else None
 
 
 @dataclass(frozen=True)
@@ -88,8 +111,7 @@ def locate_under(directory: Path, base: str | Path | None = None) -> Path | None
 def fingerprint(directory: Path, patterns: Sequence[str] = (*HUB_FILES, SETTINGS_FILE)) -> str:
     """SHA-256 over names, sizes, small files, and the first, middle and last MiB of the large ones.
 
-    Whole hashes of 15 GB take minutes in every worker; two trainings differ in every tensor.
-    """
+    Whole hashes of 15 GB take minutes in every worker; two trainings differ in every tensor."""
     digest, block = hashlib.sha256(), 1 << 20
     paths = [p for pattern in patterns for p in directory.glob(pattern) if p.is_file()]
     for path in sorted(set(paths)):

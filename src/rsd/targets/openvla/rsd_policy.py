@@ -19,36 +19,34 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rsd.checkpoint import (
-    BACKBONE,
-    OPENVLA,
-    WEIGHTS_FILE,
-    load_weights,
-    parse_config,
-    require_finite,
-    write_content,
-)
+from rsd.checkpoint import BACKBONE, OPENVLA, WEIGHTS_FILE, load_weights, parse_config, require_finite, write_content
 from rsd.decoding.state import PolicyInput
 from rsd.manifest import BASE_LINK
-from rsd.models.bundle import PolicyConfig, RsdModel, check_code
+from rsd.models.bundle import PolicyConfig, RsdModel, code_sizes
 from rsd.models.feature_drafter import DrafterConfig, FeatureDrafter
 from rsd.models.target import STATE_FEATURES, state_features
 from rsd.models.text import word_ids
 from rsd.models.visual_drafter import VisualDrafterConfig
 from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions
 from rsd.policy import SpeculativePolicy, TextCache
-from rsd.targets.openvla.drafter import OpenVlaVisualDrafter
-from rsd.targets.openvla.files import ADAPTER_CONFIG, ADAPTER_DIR, ADAPTER_WEIGHTS, CONFIG_FILE
-from rsd.targets.openvla.images import prepare_images
+from rsd.targets.openvla.images import tower_pixels
 from rsd.targets.openvla.loading import load_openvla, merge_adapter
 from rsd.targets.openvla.lora import Adapter
 from rsd.targets.openvla.model import OpenVlaModel, ProprioProjector
 from rsd.targets.openvla.policy import PREPROCESSOR_FILE, RENDER_SIZE, read_normalisation
 from rsd.targets.openvla.prompt import TOKENIZER_FILE as PROMPT_FILE
 from rsd.targets.openvla.prompt import Prompt
-from rsd.targets.openvla.published import fingerprint, locate_openvla, locate_under
+from rsd.targets.openvla.published import (
+    ADAPTER_CONFIG,
+    ADAPTER_DIR,
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    fingerprint,
+    locate_openvla,
+    locate_under,
+)
 from rsd.targets.openvla.statistics import Bounds
-from rsd.targets.openvla.target import OpenVlaTarget
+from rsd.targets.openvla.target import OpenVlaTarget, OpenVlaVisualDrafter
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import STATE_DIM, Observation, RsdError
@@ -65,8 +63,7 @@ class OpenVlaRsdConfig:
     """Sizes and decoding defaults, as `PolicyConfig`, and how observations are scaled.
 
     state_low, state_high: what becomes -1 and 1 in the 8 numbers of the state for the target; state_mean, state_std: of
-    the 11 state features for the visual drafter.
-    """
+    the 11 state features for the visual drafter."""
 
     cameras: int = 2
     center_crop: bool = True
@@ -99,24 +96,18 @@ class OpenVlaRsdConfig:
 class OpenVlaRsdModel(RsdModel):
     """Target on OpenVLA's trunk, and drafts, in the base's precision and on its device.
 
-    The base loses its own action head and, where it has none, gets a fresh proprioception projector.
-    """
+    The base loses its own action head and, where it has none, gets a fresh proprioception projector."""
 
     target: OpenVlaTarget
     visual_drafter: OpenVlaVisualDrafter | None
 
     def __init__(self, openvla: OpenVlaModel, config: OpenVlaRsdConfig, tokenizer: ActionTokenizer) -> None:
-        nn.Module.__init__(self)
-        check_code(tokenizer)
-        code, horizon, motion = tokenizer.config.rfsq, tokenizer.config.horizon, tokenizer.motion_dim
-        dim = openvla.config.llama.dim
+        sizes, dim, visual = code_sizes(tokenizer), openvla.config.llama.dim, config.visual_drafter
         openvla.action_head = None
         openvla.proprio_projector = openvla.proprio_projector or ProprioProjector(dim)
-        self.target = OpenVlaTarget(openvla, code, horizon, motion, config.cameras)
-        self.feature_drafter = FeatureDrafter(config.feature_drafter, code, horizon, motion, dim)
-        self.visual_drafter = (
-            OpenVlaVisualDrafter(config.visual_drafter, code, horizon, motion, dim) if config.visual_drafter else None
-        )
+        target = OpenVlaTarget(openvla, *sizes, config.cameras)
+        feature_drafter = FeatureDrafter(config.feature_drafter, *sizes, dim)
+        super().__init__(target, feature_drafter, OpenVlaVisualDrafter(visual, *sizes, dim) if visual else None)
         self.to(openvla.device)
         for part in (openvla.proprio_projector, self.feature_drafter, self.visual_drafter):
             if part is not None:
@@ -130,9 +121,7 @@ class OpenVlaRsdModel(RsdModel):
         parts: dict[str, nn.Module] = {name: getattr(self.target, name) for name in names}
         assert self.target.openvla.proprio_projector is not None
         parts |= {"proprio": self.target.openvla.proprio_projector, "feature_drafter": self.feature_drafter}
-        return nn.ModuleDict(
-            {**parts, "visual_drafter": self.visual_drafter} if self.visual_drafter is not None else parts
-        )
+        return nn.ModuleDict(parts | ({"visual_drafter": self.visual_drafter} if self.visual_drafter else {}))
 
 
 class OpenVlaBody:
@@ -160,17 +149,14 @@ class OpenVlaBody:
             raise RsdError("OpenVLA: expected one instruction in a batch, prompts of several lengths do not fit one")
         config, device, count = self.config, self.model.target.state_mean.device, len(observations)
         images = np.concatenate([observation.images[: config.views] for observation in observations])
-        prepared = prepare_images(images, device, center_crop=config.center_crop) / 255.0
-        pixels = (prepared.repeat(1, 2, 1, 1) - self._mean) / self._std
+        pixels = tower_pixels(images, self._mean, self._std, center_crop=config.center_crop)
         raw = np.stack([observation.state for observation in observations])
         given = torch.from_numpy(config.bounds.normalise(raw)).float()
         state = torch.cat([given, state_features(torch.from_numpy(raw))], dim=1).to(device)
-        prompt, words = self._encode(observations[0].instruction, device)
+        instruction = observations[0].instruction
+        prompt, words = self._texts.get(instruction, lambda: self._read_text(instruction, device))
         text = prompt.expand(count, -1), words.expand(count, -1)
         return PolicyInput(pixels.unflatten(0, (count, -1)), state, text)
-
-    def _encode(self, instruction: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        return self._texts.get(instruction, lambda: self._read_text(instruction, device))
 
     def _read_text(self, instruction: str, device: torch.device) -> tuple[Tensor, Tensor]:
         words = word_ids([instruction]).to(device)
@@ -212,8 +198,7 @@ def load_openvla_policy(
 def find_base(directory: Path, reference: dict[str, str]) -> Path:
     """The model that a policy was trained on: `base` in its directory, else the path or hub id of its config.json.
 
-    `RsdError` if it is not there, or is another one.
-    """
+    `RsdError` if it is not there, or is another one."""
     link, named = directory / BASE_LINK, reference["path"]
     source = str(link) if link.is_dir() else named
     remedy = f"link or copy the directory that it was trained on to {link}"

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.json_files import shown
-from rsd.targets.openvla.files import CONFIG_FILE, STATISTICS_FILE, read_json
-from rsd.targets.openvla.published import SETTINGS_FILE
+from rsd.targets.openvla.published import CONFIG_FILE, SETTINGS_FILE, STATISTICS_FILE, read_json
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError, real_array
 
 NO_NOOPS = "_no_noops"  # LIBERO's data without idle steps, which the published fine-tunes saw

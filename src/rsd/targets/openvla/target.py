@@ -1,4 +1,4 @@
-"""The RFSQ target on OpenVLA's trunk: `TargetModel`'s interface, so that every strategy of `decoding` runs on it.
+"""Residual tokens on OpenVLA's trunk, and the visual drafter beside it: every decoder of `decoding` runs on them.
 
 The prefix is OFT's (every position sees every other) and ends with the prompt; the level blocks follow it. Heads and
 block embeddings are the compact model's own, as wide as the trunk.
@@ -13,15 +13,20 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsd.models.target import STATE_FEATURES, BlockEmbedding, LevelHead, TargetModel
-from rsd.models.text import MAX_WORDS
+from rsd.models.config import TargetConfig, VisualDrafterConfig
+from rsd.models.target import BlockTarget
+from rsd.models.text import MAX_WORDS, TextEncoder
 from rsd.models.trunk import KVCache
+from rsd.models.visual_drafter import Memory, VisualDrafter
 from rsd.targets.openvla.llama import Attend, Llama, StaticCache
 from rsd.targets.openvla.model import OpenVlaModel
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import STATE_DIM
+
+IMAGE_SIZE = 128  # pixels a side of the visual drafter before the configuration's `shrink`, as in the compact policy
 
 
 class LlamaTrunk(nn.Module):
@@ -35,27 +40,19 @@ class LlamaTrunk(nn.Module):
         return self.llama(x.to(self.llama.norm.dtype), Attend(mask=mask), cache)
 
 
-class OpenVlaTarget(TargetModel):
-    """`logits`, `residual`, `extend` and the like are `TargetModel`'s; prefix, trunk and cache are OpenVLA's."""
+class OpenVlaTarget(BlockTarget):
+    """Blocks and heads are `BlockTarget`'s; prefix, trunk and cache are OpenVLA's."""
 
     def __init__(
         self, openvla: OpenVlaModel, code: RfsqConfig, horizon: int, motion_dim: int, cameras: int = 2
     ) -> None:
-        nn.Module.__init__(self)  # not TargetModel's: none of its cameras and words
-        self.code, self.horizon, self.motion_dim, self.used_cameras = code, horizon, motion_dim, cameras
-        self.openvla = openvla
-        dim = openvla.config.llama.dim
-        self.trunk = LlamaTrunk(openvla.language_model)  # type: ignore[assignment]
-        self.block = BlockEmbedding(dim, horizon, motion_dim, code.levels)
-        self.level_head = LevelHead(dim, motion_dim, code.levels, code.symbols)
-        self.parallel_head = nn.Linear(dim, code.levels * motion_dim * code.symbols)
-        self.gripper_head = nn.Linear(dim, 1)
-        self.residual_head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, motion_dim))
+        super().__init__(code, horizon, motion_dim)
+        self.openvla, self.used_cameras = openvla, cameras
+        self._add_blocks(openvla.config.llama.dim, lambda: LlamaTrunk(openvla.language_model))
         for name, part in self.named_children():
             if name not in ("openvla", "trunk"):  # whose matrices may be FP8 and stay so
                 part.to(openvla.device, openvla.dtype)
-        self.register_buffer("state_mean", torch.zeros(STATE_FEATURES, device=openvla.device))
-        self.register_buffer("state_std", torch.ones(STATE_FEATURES, device=openvla.device))
+        self.state_mean, self.state_std = self.state_mean.to(openvla.device), self.state_std.to(openvla.device)
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """A batch's ids [B, 32 + T], words for the visual drafter and then the prompt -> prompt [B, T], words [B,
@@ -72,15 +69,11 @@ class OpenVlaTarget(TargetModel):
         given = None if self.openvla.proprio_projector is None else state[:, :STATE_DIM]
         return self.openvla.embed_prefix(self.openvla.embed_images(images[:, : self.used_cameras]), text[0], given)
 
-    def prefill_blocks(
-        self, prefix: Tensor, prefixes: list[Tensor], gripper: Tensor | None, first_level: int = 2
-    ) -> tuple[list[Tensor], KVCache]:
-        """`TargetModel.prefill_blocks`; the cache has room for all levels. In training it grows, as gradients need
-        it."""
-        (batch, length), queries = prefix.shape[:2], self._queries(prefix, prefixes, gripper, first_level)
-        mask = None
-        if prefixes:
-            own = self._block_mask(1 + len(prefixes), prefix.device)
+    def _prefill(self, prefix: Tensor, queries: Tensor, apart: bool = False) -> tuple[list[Tensor], KVCache]:
+        """The cache has room for all levels. In training it grows, as gradients need it."""
+        (batch, length), blocks, mask = prefix.shape[:2], queries.shape[1] // self.horizon, None
+        if blocks > 1:
+            own = self._block_mask(blocks, prefix.device, apart)
             mask = torch.cat([own.new_ones(len(own), length), own], dim=1)
         llama = self.openvla.language_model
         growing = torch.is_grad_enabled()
@@ -88,3 +81,32 @@ class OpenVlaTarget(TargetModel):
         hidden = llama(torch.cat([prefix, queries.to(prefix.dtype)], dim=1), Attend(split=length, mask=mask), cache)
         # the same to its users: `length` and `truncate`
         return list(hidden[:, length:].split(self.horizon, dim=1)), cast(KVCache, cache)
+
+
+class OpenVlaVisualDrafter(VisualDrafter):
+    """`VisualDrafter` on the target's own pixels, made smaller, with a text encoder of its own; target_dim: width of
+    the Llama, of whose cache its memory are values."""
+
+    def __init__(
+        self, config: VisualDrafterConfig, code: RfsqConfig, horizon: int, motion_dim: int, target_dim: int
+    ) -> None:
+        reads = TargetConfig(image_size=IMAGE_SIZE, dim=target_dim, heads=1)
+        super().__init__(config, code, horizon, motion_dim, reads)
+        self.text = TextEncoder(reads.text_dim, reads.text_tokens)
+
+    def perceive(
+        self, images: Tensor, state: Tensor, condition: Tensor, memory: Memory | None, known: Tensor | None = None
+    ) -> Tensor:
+        """images [B, 2, 6, S, S] as the target reads them, normalised state features [B, 11], condition: word ids int
+        [B, 32], or what `encode` made of them -> [B, H, d]."""
+        dtype = self.queries.dtype
+        # SigLIP's three channels are the pixels in [-1, 1]
+        small = F.adaptive_avg_pool2d(images[:, :, 3:].flatten(0, 1).float() / 2, IMAGE_SIZE)
+        pixels = small.unflatten(0, images.shape[:2]).to(dtype)
+        words = condition if condition.is_floating_point() else self.encode(condition)
+        return super().perceive(pixels, state.to(dtype), words, memory, known)
+
+    def encode(self, words: Tensor) -> Tensor:
+        """Word ids int [B, 32] -> the condition [B, Dt]; constant over an episode."""
+        _, condition = self.text(words)
+        return condition

@@ -8,11 +8,16 @@ the checkpoints but take no part, and do not exist here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from rsd.models.config import check_sizes
+from rsd.models.streams import together
+from rsd.types import RsdError
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class VitConfig:
     registers: int = 0
     """Register tokens; a model with registers also has a class token."""
     layer_scale: bool = False
+
+    def __post_init__(self) -> None:
+        check_sizes("vision tower", self.dim, self.depth, self.heads)
+        if min(self.mlp_dim, self.patch) < 1 or self.registers < 0 or self.image_size < self.patch:
+            raise RsdError(f"vision tower: expected positive sizes and images no smaller than a patch, found {self}")
 
     @property
     def patches(self) -> int:
@@ -133,38 +143,20 @@ class VisionTransformer(nn.Module):
 class FusedVision(nn.Module):
     """Both towers on the same images, their features side by side.
 
-    On a GPU the towers run on two streams: one image's matrices are too small to fill it.
-    """
+    On a GPU the towers run on two streams: one image's matrices are too small to fill it."""
 
     def __init__(self, configs: tuple[VitConfig, VitConfig]) -> None:
         super().__init__()
         self.featurizer, self.fused_featurizer = VisionTransformer(configs[0]), VisionTransformer(configs[1])
-        self.overlap = True
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [B, cameras, 6, S, S], three channels normalised for each tower -> [B, cameras*patches, D1+D2]."""
         batch, cameras = pixels.shape[:2]
         images = pixels.flatten(0, 1)
         first, second = images[:, :3], images[:, 3:]
-        if self.overlap and pixels.is_cuda:
-            current, side = torch.cuda.current_stream(), _side_stream(pixels.device)
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                right = self.fused_featurizer(second)
-            left = self.featurizer(first)
-            current.wait_stream(side)
-        else:
-            left, right = self.featurizer(first), self.fused_featurizer(second)
+        towers = [partial(self.fused_featurizer, second), partial(self.featurizer, first)]
+        right, left = together(towers, pixels.device)
         return torch.cat([left, right], dim=2).unflatten(0, (batch, cameras)).flatten(1, 2)
-
-
-_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _STREAMS:
-        _STREAMS[device] = torch.cuda.Stream(device)
-    return _STREAMS[device]
 
 
 class Projector(nn.Module):
