@@ -43,6 +43,7 @@ from rsd.locks import exclusive
 from rsd.output import Faults, attempt, writing
 from rsd.sim import permuted
 from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
+from rsd.sim.rendering import check_gl
 from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
 from rsd.types import CAMERAS, Policy, RsdError
 
@@ -231,6 +232,8 @@ def collect(config: CollectConfig) -> dict[str, int]:
     """
     if config.suite not in SUITES:
         raise RsdError(f"collect: the expert solves {', '.join(SUITES)}, found the suite {config.suite!r}")
+    if config.policy or not config.states_only:
+        check_gl()
     if config.policy:
         _check_policy(config)
     tasks = config.tasks or solvable_tasks(config.suite)

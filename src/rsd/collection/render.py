@@ -36,6 +36,7 @@ from rsd.data.schema import (
 from rsd.locks import exclusive
 from rsd.output import Faults, attempt, writing
 from rsd.sim.libero import LiberoEnv, simulator_versions
+from rsd.sim.rendering import check_gl
 from rsd.sim.suites import suite_tasks
 from rsd.types import CAMERAS, RsdError
 
@@ -89,6 +90,7 @@ def render(config: RenderConfig) -> dict[str, int]:
     """
     out = config.out or config.source
     demonstration_files(config.source)  # an error before a folder is made
+    check_gl()
     faults = Faults(f"what is rendered is kept in {out}; the same command tries the others again")
     with exclusive(out):
         jobs: list[tuple[Path, str, int, list[str]]] = []

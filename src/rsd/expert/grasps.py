@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
 from rsd.expert.scene import Scene, Vector
+from rsd.sim.physics import mujoco
 from rsd.types import RsdError
 
 GraspMode = Literal["canonical", "two-sided", "two-sided-late"]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
 from rsd.sim.libero import LiberoEnv
+from rsd.sim.physics import mujoco
 from rsd.types import RsdError
 
 Vector = NDArray[np.float64]

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
+
+from rsd.sim.physics import mujoco
 
 
 class Contacts:

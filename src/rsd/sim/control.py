@@ -12,10 +12,10 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.sim.physics import mujoco
 from rsd.types import RsdError
 
 FINGER_SIGNS = np.array([-1.0, 1.0])  # of the two fingers, for a closing action

@@ -17,7 +17,6 @@ from importlib import metadata
 from typing import Any
 
 import gymnasium
-import mujoco
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -27,6 +26,7 @@ from rsd.sim.compiling import compile_maths
 from rsd.sim.contacts import Contacts
 from rsd.sim.control import ArmControl
 from rsd.sim.permuted import Layout, Predicate, is_permuted
+from rsd.sim.physics import mujoco
 from rsd.sim.rendering import ArmedCamera, gl_backend
 from rsd.sim.sampling import Sampling
 from rsd.sim.scenes import kept_scenes, start_drawing
