@@ -1,5 +1,6 @@
 import contextlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+from rsd.cli import dispatch
 from rsd.collection.collect import CollectConfig, EpisodeRecorder, collect, make_demonstration
 from rsd.collection.render import RenderConfig, render, render_frames
 from rsd.data.demonstrations import Demonstration, load_demonstrations
@@ -223,6 +225,28 @@ def test_what_the_expert_cannot_do_is_refused_before_anything_is_written(tmp_pat
     with pytest.raises(RsdError, match=f"the expert solves .*{solved}, found the suite 'libero_90'"):
         collect(CollectConfig(out, "libero_90"))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["collect --num-demos 1", "render --source SOURCE"])
+@pytest.mark.parametrize(("place", "holds"), [("policy", "config.json"), ("policy", "tokenizer.json"), ("", "x.py")])
+def test_demonstrations_do_not_come_among_the_files_of_something_else(
+    command: str,
+    place: str,
+    holds: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, here = tmp_path / "source", tmp_path / "here"
+    for folder in (source, here / place):
+        folder.mkdir(parents=True)
+    (source / f"x{FILE_SUFFIX}").touch()
+    (here / place / holds).write_text("{}")
+    monkeypatch.chdir(here)
+    assert dispatch(["demos", *command.replace("SOURCE", str(source)).split(), "--out", place]) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"--out: expected a folder for demonstrations alone, found {holds} in .*; choose another", said)
+    assert [each.name for each in (here / place).iterdir()] == [holds]
 
 
 def test_rendering_adds_images_once(config: CollectConfig, collected: list[Demonstration], tmp_path: Path) -> None:

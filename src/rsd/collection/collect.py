@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.collection.policy_driver import PolicyDriver
-from rsd.collection.workers import part_files, progress_bar, worker_environment, worker_pool
+from rsd.collection.workers import check_place, part_files, progress_bar, worker_environment, worker_pool
 from rsd.data.schema import (
     FILE_SUFFIX,
     Episode,
@@ -43,6 +43,7 @@ from rsd.locks import exclusive
 from rsd.output import Faults, attempt, writing
 from rsd.sim import permuted
 from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
+from rsd.sim.physics import mujoco
 from rsd.sim.rendering import check_gl
 from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
 from rsd.types import CAMERAS, Policy, RsdError
@@ -162,7 +163,7 @@ def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy
         rng = np.random.default_rng([config.seed, env.task.task_id, index, failed])
         try:
             episode = _try_placement(env, config, goals, alike, instruction, rng, policy)
-        except RsdError as error:
+        except (RsdError, mujoco.FatalError) as error:
             refused = f"; of the last that it refused it says: {error}"
             continue
         if episode is not None:
@@ -232,6 +233,7 @@ def collect(config: CollectConfig) -> dict[str, int]:
     """
     if config.suite not in SUITES:
         raise RsdError(f"collect: the expert solves {', '.join(SUITES)}, found the suite {config.suite!r}")
+    check_place(config.out)
     if config.policy or not config.states_only:
         check_gl()
     if config.policy:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.collection.workers import part_files, progress_bar, worker_environment, worker_pool
+from rsd.collection.workers import check_place, part_files, progress_bar, worker_environment, worker_pool
+from rsd.data import h5py
 from rsd.data.demonstrations import demonstration_files
 from rsd.data.schema import (
     FILE_SUFFIX,
@@ -90,6 +90,7 @@ def render(config: RenderConfig) -> dict[str, int]:
     """
     out = config.out or config.source
     demonstration_files(config.source)  # an error before a folder is made
+    check_place(out)
     check_gl()
     faults = Faults(f"what is rendered is kept in {out}; the same command tries the others again")
     with exclusive(out):

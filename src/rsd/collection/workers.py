@@ -16,9 +16,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rsd.data.schema import DamagedFile, open_file
+from rsd.data.schema import FILE_SUFFIX, DamagedFile, open_file
 from rsd.sim.libero import LiberoEnv
 from rsd.types import RsdError
+
+FILES_OF_OTHERS = ("config.json", "manifest.json", "tokenizer.json", "training_state.pt", "episodes.jsonl")
+
+
+def check_place(out: Path) -> None:
+    """Raises RsdError where demonstrations would come among the files of something else: of a checkpoint, a tokenizer,
+    a run, or whatever the current folder holds (an empty name means that one)."""
+    others = [name for name in FILES_OF_OTHERS if (out / name).exists()]
+    if out.resolve() == Path.cwd():
+        others += sorted(name for name in os.listdir(out) if name[0] != "." and not name.endswith(FILE_SUFFIX))
+    if others:
+        found = f"{others[0]} in {'the current folder' if out == Path() else out}"
+        raise RsdError(f"--out: expected a folder for demonstrations alone, found {found}; choose another one")
 
 
 @contextmanager

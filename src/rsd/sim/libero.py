@@ -182,6 +182,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     def advance(self, action: NDArray[np.float64], draw: bool = False) -> None:
         """One control step [7] without episode bookkeeping: no limit, no termination, cameras only if `draw`."""
         self._control_step(action, draw)
+        self._check_physics()
 
     def render(self) -> NDArray[np.uint8]:
         """gymnasium's rgb_array: the third-person camera's present picture, upright, uint8 [S, S, 3]."""

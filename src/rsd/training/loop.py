@@ -16,6 +16,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from rsd.extras import extra
 from rsd.output import writing
 from rsd.pt_files import read_pt
 from rsd.runtime.cuda_graph import capture
@@ -43,7 +44,8 @@ def train(
     CUDA, float32 on the CPU. Started by `torchrun`, the processes average their gradients and the first one writes.
     Ctrl-C or SIGTERM: the step at hand is finished and the state written before KeyboardInterrupt is raised.
     """
-    from torch.utils.tensorboard import SummaryWriter
+    with extra("train"):
+        from torch.utils.tensorboard import SummaryWriter
 
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
