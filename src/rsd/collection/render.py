@@ -23,13 +23,13 @@ from rsd.data.schema import (
     FILE_SUFFIX,
     IMAGE_KEYS,
     atomic_file,
-    data_group,
-    demo_names,
     member,
     merge,
+    open_data,
     open_file,
     read_provenance,
     reading,
+    stored_names,
     whole_attribute,
     write_images,
 )
@@ -99,8 +99,7 @@ def render(config: RenderConfig) -> dict[str, int]:
         done = 0
         for path in demonstration_files(config.source):
             suite, task_id = _task_of(path)
-            with open_file(path) as file:
-                wanted[path] = demo_names(data_group(file, path))[: config.max_per_task]
+            wanted[path] = stored_names(path)[: config.max_per_task]
             made = (config.image_size, config.every)
             parts = [part for part in part_files(_folder(out, path)) if _images_of(part) == made]
             have = _rendered(out / path.name, config) | {part.stem for part in parts}
@@ -127,8 +126,8 @@ def _folder(out: Path, path: Path) -> Path:
 
 
 def _task_of(path: Path) -> tuple[str, int]:
-    with open_file(path) as file:
-        provenance = read_provenance(data_group(file, path), path)
+    with open_data(path) as data:
+        provenance = read_provenance(data)
     if provenance is None:
         raise RsdError(
             f"render: expected demonstrations written by `rsd demos collect`, found {path} without rsd_provenance; "
@@ -145,12 +144,12 @@ def _task_of(path: Path) -> tuple[str, int]:
 
 def _rendered(path: Path, config: RenderConfig) -> set[str]:
     """Demonstrations of a file that have images. Raises RsdError if those are of another size or of other steps."""
-    if not path.exists():
-        return set()
-    found = set()
-    with open_file(path) as file:
-        data, where = data_group(file, path), f"demonstrations {path}"
-        for name in demo_names(data):
+    found: set[str] = set()
+    if not (names := stored_names(path)):
+        return found
+    with open_data(path) as data:
+        where = f"demonstrations {path}"
+        for name in names:
             group = member(data, name, where)
             if IMAGE_KEYS[0] not in member(group, "obs", where):
                 continue
@@ -185,21 +184,18 @@ def _render_batch(
         folder.mkdir(parents=True, exist_ok=True)
 
     def draw(name: str) -> NDArray[np.uint8]:
-        demo, where = member(data_group(file, path), name, f"demonstrations {path}"), f"demonstration {name} of {path}"
+        demo, where = member(data, name, f"demonstrations {path}"), f"demonstration {name} of {path}"
         with reading(f"{where}, its states or fixtures"):
             states, *fixtures = demo["states"][:: config.every], demo["body_pos"][()], demo["body_quat"][()]
             return render_frames(env, states, *fixtures)
 
     def keep(name: str, frames: NDArray[np.uint8]) -> None:
         with atomic_file(folder / f"{name}.hdf5") as part:
-            file.copy(file["data"][name], part, name=name)
-            for key in IMAGE_KEYS:
-                if key in part[name]["obs"]:
-                    del part[name]["obs"][key]
+            data.copy(name, part)
             write_images(part[name]["obs"], frames)
             part[name].attrs["image_every"] = config.every
 
-    with open_file(path) as file:
+    with open_data(path) as data:
         done, failed = attempt(names, draw, keep)
     return done, [(f"{path.name} {name}", fault) for name, fault in failed]
 
@@ -208,11 +204,9 @@ def _merge(config: RenderConfig, out: Path, path: Path) -> int:
     parts = part_files(_folder(out, path))
     target = out / path.name
     if parts:
-        with open_file(path) as file:
-            attributes, provenance = _attributes(data_group(file, path), path, config)
+        with open_data(path) as data:
+            attributes, provenance = _attributes(data, path, config)
         merge(target, parts, attributes, provenance)
-        for part in parts:
-            part.unlink()
     return len(_rendered(target, config))
 
 
@@ -222,10 +216,5 @@ def _attributes(data: h5py.Group, path: Path, config: RenderConfig) -> tuple[dic
         env_args = json.loads(attributes["env_args"])
         env_args["env_kwargs"].update(camera_heights=config.image_size, camera_widths=config.image_size)
     attributes["env_args"] = json.dumps(env_args)
-    provenance = dict(read_provenance(data, path) or {})
-    provenance["rendering"] = {
-        "image_size": config.image_size,
-        "every": config.every,
-        "versions": simulator_versions(),
-    }
-    return attributes, provenance
+    rendering = {"image_size": config.image_size, "every": config.every, "versions": simulator_versions()}
+    return attributes, {**(read_provenance(data) or {}), "rendering": rendering}

@@ -15,11 +15,10 @@ from rsd.conventions import rotate_180
 from rsd.data.schema import (
     FILE_SUFFIX,
     IMAGE_KEYS,
-    data_group,
     demo_names,
     member,
     numbers,
-    open_file,
+    open_data,
     read_provenance,
     reading,
     text_attribute,
@@ -73,9 +72,8 @@ def demonstration_files(path: str | Path) -> list[Path]:
 
 def folder_provenance(path: str | Path) -> dict[str, Any]:
     """What a folder's first file says of its making: settings, versions, and `recorded_by`."""
-    first = demonstration_files(path)[0]
-    with open_file(first) as file:
-        found = read_provenance(data_group(file, first), first)
+    with open_data(demonstration_files(path)[0]) as data:
+        found = read_provenance(data)
     if found is None:
         return {"recorded_by": "another tool (LIBERO's own files, for example)"}
     return {"recorded_by": "the scripted expert of this package, on random placements", **found}
@@ -93,9 +91,8 @@ def load_demonstrations(
     """
     size: tuple[int, Path] | None = None
     for file_path in demonstration_files(path):
-        with open_file(file_path) as file:
-            data = data_group(file, file_path)
-            read_provenance(data, file_path)
+        with open_data(file_path) as data:
+            read_provenance(data)
             names = demo_names(data)
             if not names:
                 raise RsdError(f"demonstrations {file_path}: expected demo_0, ..., found no demonstration")
