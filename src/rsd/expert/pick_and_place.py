@@ -22,10 +22,11 @@ from rsd.expert.grasps import (
     GraspMode,
     RimGrasp,
     Span,
-    choose_rim_grasp,
-    choose_span_grasp,
+    choose_grasp,
     hand_rotation,
     lean_limit,
+    rim_grasps,
+    span_grasps,
 )
 from rsd.expert.motion import funnel, step_towards, turn_left
 from rsd.expert.scene import Scene, Vector
@@ -209,17 +210,15 @@ class PickAndPlace:
         scene = self.scene
         self.attempts += 1
         there, surface = destination(scene, self.goal)
+        # angles missed twice: the first miss may be a push's fault
+        hopeless = tuple(angle for angle in set(self._failed) if self._failed.count(angle) > 1)
+        if isinstance(self.goal.hold, Span):
+            candidates = span_grasps(scene, self.target, self.goal.hold, hopeless)
+        else:
+            self._walled = self._in_drawer()
+            candidates = rim_grasps(self.goal.hold, self._walled, hopeless)
         spot = np.array([*there[:2], surface])
-        hold = self.goal.hold
-        if isinstance(hold, Span):
-            self._grasp = choose_span_grasp(
-                scene, self.target, spot, self._mode, self._rng, self._hopeless(), hold
-            )
-            return
-        self._walled = self._in_drawer()
-        self._grasp = choose_rim_grasp(
-            scene, self.target, spot, self._mode, self._rng, self._walled, self._hopeless(), hold
-        )
+        self._grasp = choose_grasp(scene, self.target, candidates, spot, self._mode, self._rng)
 
     def _in_drawer(self) -> bool:
         """The bowl stands inside a cabinet's bounds, well below its top."""
@@ -234,10 +233,6 @@ class PickAndPlace:
             if bool(((low < bowl) & (bowl < high)).all()):
                 return True
         return False
-
-    def _hopeless(self) -> tuple[float, ...]:
-        """Grasp angles missed twice: the first miss may be a push's fault."""
-        return tuple(angle for angle in set(self._failed) if self._failed.count(angle) > 1)
 
     def _miss(self) -> None:
         if self._grasp is not None:
