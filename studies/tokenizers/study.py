@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from rsd.data.episodes import ActionEpisode, action_episodes, recorded_by
+from rsd.data.demonstrations import ActionEpisode, action_episodes, recorded_by
 from rsd.evaluation.backend import available_cores, cpu_model
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.output import Faults, refuse_to_replace, shown

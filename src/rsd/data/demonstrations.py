@@ -1,4 +1,5 @@
-"""Reading demonstrations: files of this package and LIBERO's official ones, checked before they are believed."""
+"""Reading demonstrations, checked before they are believed: files of this package, LIBERO's official ones, and of
+LeRobot data sets the actions."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.conventions import rotate_180
+from rsd.data import lerobot
 from rsd.data.schema import (
     FILE_SUFFIX,
     IMAGE_KEYS,
@@ -105,6 +107,34 @@ def load_demonstrations(
                         expected = f"images of {size[0]} px as in {size[1]} before, found {side} px"
                         raise RsdError(f"demonstration {name} of {file_path}: expected {expected}; render all alike")
                 yield demonstration
+
+
+@dataclass(frozen=True)
+class ActionEpisode:
+    """actions float32 [T, A] as a learner takes them: the expert's labels where the file has them, else the executed.
+
+    task: name of the demonstration's task, or of the data set.
+    """
+
+    task: str
+    actions: NDArray[np.float32]
+
+
+def recorded_by(folder: str | Path) -> str:
+    """Who made the demonstrations of a folder, as far as it says."""
+    folder = Path(folder)
+    return "a LeRobot data set" if lerobot.is_dataset(folder) else str(folder_provenance(folder)["recorded_by"])
+
+
+def action_episodes(folder: str | Path) -> Iterator[ActionEpisode]:
+    """The episodes of a folder, one at a time, in a fixed order. Raises RsdError for anything missing or damaged."""
+    folder = Path(folder)
+    if lerobot.is_dataset(folder):
+        name = folder.resolve().name
+        yield from (ActionEpisode(name, actions) for actions in lerobot.read_actions(folder))
+    else:
+        for demonstration in load_demonstrations(folder, images=False):
+            yield ActionEpisode(demonstration.task, demonstration.labels)
 
 
 def _read(data: h5py.Group, name: str, path: Path, images: bool) -> Demonstration:

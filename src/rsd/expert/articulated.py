@@ -122,7 +122,7 @@ class MovePart:
         """The ridge on the knob, from above; the wrist leads the knob."""
         scene = self.scene
         part = scene.moving_part(self.goal.target)
-        vertices = scene.part_vertices(part)
+        vertices = np.concatenate(scene.part_shapes(part))
         top = float(vertices[:, 2].max())
         ridge = vertices[vertices[:, 2] > top - RIDGE].mean(axis=0)
         across = scene.part_rotation(part)[:, 0]

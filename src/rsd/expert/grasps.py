@@ -8,6 +8,7 @@ would jump about with a millimetre.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Grasp(ABC):
 
     @property
     def yaw(self) -> float:
-        """Smallest rotation about z that brings the closing axis onto the direction (rad, within +-pi/2)."""
+        """`yaw_of` the direction."""
         return yaw_of(self.angle)
 
     @abstractmethod
@@ -296,21 +297,13 @@ def _overlap(scene: Scene, target: str, grasp: Grasp, destination: Vector) -> fl
     """How deep the open hand would sink into the scene at the grasp, and the palm at the destination (m, summed)."""
     centre = grasp.point(scene, target)
     along, across = grasp.direction, np.array([-grasp.direction[1], grasp.direction[0]])
-    fingers = np.array(
-        [
-            side * (FINGER_OPENING / 2 + out) * along + q * across
-            for side in (-1, 1)
-            for out in np.linspace(0.001, 0.027, 7)  # dense: drawer walls are thin
-            for q in np.linspace(-FINGER_HALF_WIDTH, FINGER_HALF_WIDTH, 7)
-        ]
-    )
-    palm = np.array(
-        [
-            r * along + q * across
-            for r in np.linspace(-PALM_HALF_LENGTH, PALM_HALF_LENGTH, 9)
-            for q in (-PALM_HALF_WIDTH, 0.0, PALM_HALF_WIDTH)
-        ]
-    )
+
+    def grid(lengths: Iterable[float], widths: Iterable[float]) -> Vector:
+        return np.array([r * along + q * across for r, q in itertools.product(lengths, widths)])
+
+    sides = [side * (FINGER_OPENING / 2 + out) for side in (-1, 1) for out in np.linspace(0.001, 0.027, 7)]
+    fingers = grid(sides, np.linspace(-FINGER_HALF_WIDTH, FINGER_HALF_WIDTH, 7))  # dense: drawer walls are thin
+    palm = grid(np.linspace(-PALM_HALF_LENGTH, PALM_HALF_LENGTH, 9), (-PALM_HALF_WIDTH, 0.0, PALM_HALF_WIDTH))
     tips, palm_height = centre[2] - TIP_BELOW_SITE, centre[2] + PALM_ABOVE_SITE
     others = scene.heights(np.concatenate([fingers, palm]) + centre[:2], ignore=(target,))
     own = scene.heights(fingers + centre[:2])  # the bowl's floor under the inner finger
