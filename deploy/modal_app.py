@@ -27,7 +27,7 @@ image = (
     .add_local_file(ROOT / "requirements.lock", f"{SOURCE}/requirements.lock", copy=True)
     .add_local_file(ROOT / "README.md", f"{SOURCE}/README.md", copy=True)
     .add_local_file(ROOT / "LICENSE", f"{SOURCE}/LICENSE", copy=True)
-    .run_commands(f"pip install -c {SOURCE}/requirements.lock -e {SOURCE}")
+    .run_commands(f"pip install -c {SOURCE}/requirements.lock -e '{SOURCE}[openvla]'")
     .env({"NVIDIA_DRIVER_CAPABILITIES": "all"})  # without `graphics` EGL does not draw
     .workdir(SOURCE)
 )

@@ -88,7 +88,7 @@ class Measured:
 
 
 def plain_env(suite: str, task_id: int, image_size: int) -> Environment:
-    from rsd.sim.failures import WatchedLibero
+    from rsd.sim.failures import WatchedLibero  # start-up time: MuJoCo
 
     return WatchedLibero(suite, task_id, image_size=image_size, fast=False)
 

@@ -1,7 +1,7 @@
 """Tiny models and data that the tests share; random weights, so nothing here needs a download."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rsd.models.feature_drafter import DrafterConfig
 from rsd.models.target import TargetConfig
 from rsd.models.visual_drafter import VisualDrafterConfig
 from rsd.policy import RsdPolicy
+from rsd.runtime import onnx_graph
 from rsd.runtime.engines import VARIABLE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.types import EAGER, Observation
@@ -39,6 +40,16 @@ def _one_thread() -> None:
 def _eager() -> None:
     """Tiny models need no ONNX graphs, of which each takes seconds to export; also in processes that tests start."""
     os.environ[VARIABLE] = EAGER
+
+
+@pytest.fixture
+def shared_graphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One folder of ONNX graphs for all workers: what one has exported, the others load."""
+    base = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
+        patch.setattr(onnx_graph, "graph_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

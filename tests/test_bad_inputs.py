@@ -214,7 +214,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-def write_lerobot(folder: Path, rows: list[Any] | None = None, **info: Any) -> Path:
+def write_lerobot(folder: Path, rows: Any = None, **info: Any) -> Path:
     """Three episodes of random actions in format 2.1; rows: of the second one, whatever they are."""
     rng = np.random.default_rng(0)
     (folder / "data/chunk-000").mkdir(parents=True)
@@ -248,7 +248,7 @@ def info(**changes: Any) -> Callable[[Path], None]:
     return lambda folder: write_lerobot(folder, **changes) and None
 
 
-def second_episode(rows: list[Any]) -> Callable[[Path], None]:
+def second_episode(rows: Any) -> Callable[[Path], None]:
     return lambda folder: write_lerobot(folder, rows) and None
 
 
@@ -265,7 +265,7 @@ def index_with_a_gap(folder: Path) -> None:
     parquet.write_table(table.set_column(table.schema.get_field_index("frame_index"), "frame_index", column), path)
 
 
-ROW = [0.5] * 7
+ROW, MAP = [0.5] * 7, pyarrow.map_(pyarrow.string(), pyarrow.float64())
 LEROBOT: dict[str, tuple[Callable[[Path], None], str]] = {
     "rows-of-6-and-8": (second_episode([ROW] * 10 + [ROW[:6], [*ROW, 0.5]]), "7 numbers in every action, found 6"),
     "row-missing": (second_episode([*[ROW] * 11, None]), "expected 7 numbers in every action, found nothing"),
@@ -273,6 +273,12 @@ LEROBOT: dict[str, tuple[Callable[[Path], None], str]] = {
     "rows-of-text": (second_episode([["x"] * 7] * STEPS), "expected real numbers in action, found string"),
     "rows-of-bool": (second_episode([[True] * 7] * STEPS), "expected real numbers in action, found bool"),
     "rows-of-rows": (second_episode([[ROW] * 7] * STEPS), "LeRobot data set"),
+    "structs": (second_episode([{"x": 0.5, "y": 1.0}] * STEPS), "expected 7 numbers in every action, found 1"),
+    "maps": (second_episode(pyarrow.array([[("x", 0.5)]] * STEPS, MAP)), "7 numbers in every action, found 1"),
+    "bytes": (second_episode([b"1234567"] * STEPS), "expected 7 numbers in every action, found 1"),
+    "codes": (second_episode(pyarrow.array(["x"] * STEPS).dictionary_encode()), "7 numbers in every action, found 1"),
+    "nothing": (second_episode([None] * STEPS), "expected 7 numbers in every action, found nothing"),
+    "rows-of-structs": (second_episode([[{"x": 0.5}] * 7] * STEPS), "expected real numbers in action, found struct"),
     "nan": (second_episode([[float("nan")] * 7] * STEPS), "expected finite numbers in action"),
     "no-rows": (no_rows, "expected 0 frames as meta/info.json says, found 0"),
     "index-with-a-gap": (index_with_a_gap, "expected real numbers in frame_index, found 1 of 12 empty"),

@@ -126,10 +126,8 @@ def test_skipping_solves_a_task_with_less_than_a_pass_a_chunk() -> None:
 
 
 @pytest.mark.simulator
-def test_the_default_decoder_acts_alike_as_onnx_graphs(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("graphs")))
+@pytest.mark.usefixtures("shared_graphs")
+def test_the_default_decoder_acts_alike_as_onnx_graphs() -> None:
     env = LiberoEnv("libero_spatial", task_number("next to the plate"), image_size=128)
     eager, graphs = load(engine=EAGER), load(engine=ONNX)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ MEASURE = "import sys, studies.openvla.bench_load as load; print(load.measure(sy
 
 def run_load(bench: Bench, dtype: torch.dtype) -> None:
     """Write a random checkpoint in the published format, drop it from the page cache, load it, delete it."""
-    from studies.openvla.bench import Row
+    from studies.openvla.bench import Row  # which imports this module
 
     directory, device = bench.config.checkpoint, bench.config.device
     row = Row("load", "checkpoint", 0, 0)
@@ -106,8 +107,6 @@ def write_config(config: OpenVlaConfig, path: Path) -> None:
 
 def measure(directory: str, device: str) -> str:
     """Load once; seconds and the host's peak resident memory (mapped pages of the files included), as JSON."""
-    import resource
-
     begin = time.perf_counter()
     model = load_openvla(Path(directory), device=device)
     if device.startswith("cuda"):

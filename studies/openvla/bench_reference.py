@@ -23,7 +23,7 @@ class Reference(nn.Module):
 
     def __init__(self, size: str, device: str, dtype: torch.dtype) -> None:
         super().__init__()
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaConfig, LlamaForCausalLM  # not installed with the package
 
         config = full_config(size)
         self.config = config
@@ -83,7 +83,7 @@ class Reference(nn.Module):
 
 
 def timm_tower(vit: VitConfig) -> nn.Module:
-    from timm.models.vision_transformer import VisionTransformer
+    from timm.models.vision_transformer import VisionTransformer  # not installed with the package
 
     options: dict[str, Any] = {"class_token": False, "global_pool": "map"}
     if vit.registers:
@@ -106,7 +106,7 @@ def tower_features(tower: nn.Module, image: Tensor) -> Tensor:
 
 
 def run_reference(bench: Bench, dtype: torch.dtype) -> None:
-    from studies.openvla.bench import Row
+    from studies.openvla.bench import Row  # which imports this module
 
     config = bench.config
     try:
@@ -117,7 +117,7 @@ def run_reference(bench: Bench, dtype: torch.dtype) -> None:
         bench.rows.append(Row("reference", "all", 0, 0, error=message))
         bench.free()
         return
-    import timm
+    import timm  # not installed with the package
     import transformers
 
     bench.notes["reference"] = {"transformers": transformers.__version__, "timm": timm.__version__}

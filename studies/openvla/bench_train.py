@@ -34,7 +34,7 @@ TIMES_FORWARD = 3  # the forward pass, the same again from checkpoints, and grad
 
 def run_train(bench: Bench, dtype: torch.dtype) -> None:
     """One row for each of the configured batch sizes, with the options that training has by default."""
-    from studies.openvla.bench import Row
+    from studies.openvla.bench import Row  # which imports this module
 
     with torch.inference_mode(False), torch.enable_grad():
         tokenizer = ActionTokenizer(TokenizerConfig(), -torch.ones(MOTION_DIM), torch.ones(MOTION_DIM), 1.0)

@@ -128,7 +128,7 @@ def layer_norm(chunks: Chunks, effort: Effort) -> Iterator[Entry]:
 
 
 def fast(chunks: Chunks, effort: Effort) -> Iterator[Entry]:
-    from studies.tokenizers.fast import Fast
+    from studies.tokenizers.fast import Fast  # the extra `tokenizers`
 
     for factor in (0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0):
         codec = Fast(chunks.train, factor)
@@ -137,7 +137,7 @@ def fast(chunks: Chunks, effort: Effort) -> Iterator[Entry]:
 
 
 def residual_vq(chunks: Chunks, effort: Effort) -> Iterator[Entry]:
-    from studies.tokenizers.vector import ResidualVq, count_parameters
+    from studies.tokenizers.vector import ResidualVq, count_parameters  # the extra `tokenizers`
 
     for alphabet, levels in zip((1024, 256), effort.vq_levels, strict=True):
         codec = ResidualVq(chunks.train, alphabet, levels, effort.vq_steps)
@@ -151,7 +151,7 @@ def residual_vq(chunks: Chunks, effort: Effort) -> Iterator[Entry]:
 
 
 def residual_fsq(chunks: Chunks, effort: Effort) -> Iterator[Entry]:
-    from studies.tokenizers.vector import ResidualFsq, count_parameters
+    from studies.tokenizers.vector import ResidualFsq, count_parameters  # the extra `tokenizers`
 
     for latents, levels in ((16, 4), (48, 3)):
         codec = ResidualFsq(chunks.train, latents, levels, effort.learn)

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
+
+from rsd.conventions import MAX_STEPS
 from rsd.output import writing
+from rsd.sim.suites import suite_tasks
 from rsd.types import RsdError
 from studies.tokenizers.tables import (
     EXPERT,
@@ -186,9 +191,6 @@ def document_lines(
 
 def suites(tasks: Sequence[str]) -> str:
     """The suites that hold the tasks, by name."""
-    from rsd.conventions import MAX_STEPS
-    from rsd.sim.suites import suite_tasks
-
     holding = [suite for suite in MAX_STEPS if {task.name for task in suite_tasks(suite)} & set(tasks)]
     return ", ".join(holding) or "no suite of LIBERO"
 
@@ -220,18 +222,12 @@ def plot_prefixes(curves: Curves, path: Path) -> None:
 
 
 def new_plot() -> tuple[Any, Any]:
-    import matplotlib
-
     matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     matplotlib.rcParams["svg.hashsalt"] = "rsd"  # the same data give the same file
     matplotlib.rcParams["svg.fonttype"] = "none"
     return plt.subplots(figsize=PLOT_SIZE, layout="constrained")
 
 
 def save_plot(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
     figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from rsd.data.episodes import ActionEpisode, action_episodes, recorded_by
+from rsd.data.demonstrations import ActionEpisode, action_episodes, recorded_by
 from rsd.evaluation.backend import available_cores, cpu_model
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.output import Faults, refuse_to_replace, shown
@@ -122,8 +123,6 @@ def measure(
 
 
 def extra_versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
     found = {}
     for name in ("scipy", "tokenizers", "vector-quantize-pytorch"):
         try:

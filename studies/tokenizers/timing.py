@@ -62,7 +62,7 @@ def measure_times(chunks: Chunks) -> list[Timing]:
 
 
 def timed_codes(chunks: Chunks) -> dict[str, Codec]:
-    from studies.tokenizers.fast import Fast
+    from studies.tokenizers.fast import Fast  # the extra `tokenizers`
     from studies.tokenizers.vector import ResidualFsq, ResidualVq
 
     horizon, motion = chunks.train.shape[1:]

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+from rsd.cli import dispatch
 from rsd.collection.collect import CollectConfig, EpisodeRecorder, collect, make_demonstration
 from rsd.collection.render import RenderConfig, render, render_frames
 from rsd.data.demonstrations import Demonstration, load_demonstrations
@@ -132,7 +134,8 @@ def test_a_placement_that_the_expert_refuses_costs_that_placement_only(
             raise RsdError("too wide")
 
         monkeypatch.setattr(expert, "run", never)
-        with pytest.raises(RsdError, match=r"failed on 30 placements in a row; of the last .* it says: too wide"):
+        monkeypatch.setattr(collecting, "MAX_TRIES", 3)
+        with pytest.raises(RsdError, match=r"failed on 3 placements in a row; of the last .* it says: too wide"):
             make_demonstration(env, config, 0)
         # its sibling: the measurement counts it as a failure, and why
         monkeypatch.setattr("studies.measure_expert.worker_environment", lambda *_, **__: env)
@@ -225,8 +228,30 @@ def test_what_the_expert_cannot_do_is_refused_before_anything_is_written(tmp_pat
     assert not out.exists()
 
 
+@pytest.mark.parametrize("command", ["collect --num-demos 1", "render --source SOURCE"])
+@pytest.mark.parametrize(("place", "holds"), [("policy", "config.json"), ("policy", "tokenizer.json"), ("", "x.py")])
+def test_demonstrations_do_not_come_among_the_files_of_something_else(
+    command: str,
+    place: str,
+    holds: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, here = tmp_path / "source", tmp_path / "here"
+    for folder in (source, here / place):
+        folder.mkdir(parents=True)
+    (source / f"x{FILE_SUFFIX}").touch()
+    (here / place / holds).write_text("{}")
+    monkeypatch.chdir(here)
+    assert dispatch(["demos", *command.replace("SOURCE", str(source)).split(), "--out", place]) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"--out: expected a folder for demonstrations alone, found {holds} in .*; choose another", said)
+    assert [each.name for each in (here / place).iterdir()] == [holds]
+
+
 def test_rendering_adds_images_once(config: CollectConfig, collected: list[Demonstration], tmp_path: Path) -> None:
-    job = RenderConfig(config.out, tmp_path, image_size=32, num_workers=1, max_per_task=1)
+    job = RenderConfig(config.out, tmp_path, image_size=32, num_workers=1, every=4, max_per_task=1)
     assert render(job) == {NAME: 1}
     path = tmp_path / f"{NAME}{FILE_SUFFIX}"
     stamp = path.stat().st_mtime_ns
@@ -236,17 +261,17 @@ def test_rendering_adds_images_once(config: CollectConfig, collected: list[Demon
         render(replace(job, image_size=64))
     (rendered,) = load_demonstrations(tmp_path)
     assert rendered.images is not None
-    assert rendered.images.shape == (len(rendered), 2, 32, 32, 3)
+    assert rendered.images.shape == (-(-len(rendered) // 4), 2, 32, 32, 3)
     assert rendered.images.std() > 10.0
     np.testing.assert_array_equal(rendered.actions, collected[0].actions)
 
-    with pytest.raises(RsdError, match=r"32 px of every 1. step, asked for were 32 px of every 16. step"):
+    with pytest.raises(RsdError, match=r"32 px of every 4. step, asked for were 32 px of every 16. step"):
         render(replace(job, every=16))
     sparse = tmp_path / "sparse"
     assert render(replace(job, out=sparse, every=16)) == {NAME: 1}
     (few,) = load_demonstrations(sparse)
     assert few.images is not None
-    np.testing.assert_array_equal(few.images, rendered.images[::16])
+    np.testing.assert_array_equal(few.images, rendered.images[::4])
     np.testing.assert_array_equal(few.labels, rendered.labels)
     assert few.image_every == 16
 

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from rsd.cli import dispatch
-from rsd.data.episodes import action_episodes
+from rsd.data.demonstrations import action_episodes
 from rsd.data.lerobot import is_dataset, read_actions
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError

@@ -11,11 +11,12 @@ from rsd.expert.grasps import (
     POINTING_DOWN,
     WIDTH_STEP,
     RimGrasp,
-    choose_rim_grasp,
-    choose_span_grasp,
+    choose_grasp,
     hand_rotation,
     lean_angle,
+    rim_grasps,
     rotation_vector,
+    span_grasps,
 )
 from rsd.expert.noise import ActionNoise, NoiseConfig
 from rsd.expert.pick_and_place import PickAndPlace
@@ -154,13 +155,13 @@ def test_two_sided_grasps_use_both_sides_where_the_canonical_one_uses_one(env: L
     scene = Scene(env)
     plate = scene.position(PLATE)
     rng = np.random.default_rng(0)
-    canonical = {choose_rim_grasp(scene, TARGET, plate).angle for _ in range(3)}
-    both = {choose_rim_grasp(scene, TARGET, plate, "two-sided", rng).angle for _ in range(12)}
+    canonical = {choose_grasp(scene, TARGET, rim_grasps(), plate).angle for _ in range(3)}
+    both = {choose_grasp(scene, TARGET, rim_grasps(), plate, "two-sided", rng).angle for _ in range(12)}
     assert len(canonical) == 1
     assert len(both) == 2
     assert canonical < both
     with pytest.raises(RsdError, match="random generator"):
-        choose_rim_grasp(scene, TARGET, plate, "two-sided")
+        choose_grasp(scene, TARGET, rim_grasps(), plate, "two-sided")
 
 
 @pytest.mark.simulator
@@ -271,7 +272,7 @@ def test_a_span_goes_across_the_narrowest_side_with_the_least_turn(env: LiberoEn
     env.reset(options={"placement_seed": 1})
     scene = Scene(env)
     box, plate = "cookies_1", scene.position(PLATE)
-    grasp = choose_span_grasp(scene, box, plate)
+    grasp = choose_grasp(scene, box, span_grasps(scene, box), plate)
     outline = scene.vertices(box)[:, :2]
 
     def width(angle: float) -> float:
@@ -283,7 +284,7 @@ def test_a_span_goes_across_the_narrowest_side_with_the_least_turn(env: LiberoEn
     assert outline.min(0) == pytest.approx(2 * point[:2] - outline.max(0), abs=0.01)  # over the middle
     assert grasp.lost(scene, box)  # the hand is elsewhere
     with pytest.raises(RsdError, match=r"plate_1: expected something at most 0\.07 m wide"):
-        choose_span_grasp(scene, PLATE, plate)
+        choose_grasp(scene, PLATE, span_grasps(scene, PLATE), plate)
 
 
 @pytest.mark.simulator

@@ -1,6 +1,7 @@
 import pytest
 
-from rsd.expert.goals import Goal, kind, predicates, solvable_tasks, swapped_goals, task_goals
+from rsd.expert.goals import Goal, kind, solvable_tasks, swapped_goals, task_goals
+from rsd.sim.suites import scene_file
 from rsd.types import RsdError
 
 
@@ -14,7 +15,7 @@ def test_the_goal_is_the_predicate_of_the_scene_file() -> None:
     assert task_goals("libero_object", 6) == (Goal("in", "butter_1", "basket_1_contain_region"),)
     assert task_goals("libero_goal", 9) == (Goal("on", "wine_bottle_1", "wine_rack_1_top_region"),)
     assert task_goals("libero_goal", 7)[0].words == ("turnon", "flat_stove_1")
-    assert predicates("libero_goal", 8) == [("on", "akita_black_bowl_1", "plate_1")]
+    assert scene_file("libero_goal", 8).goal == (("on", "akita_black_bowl_1", "plate_1"),)
     assert task_goals("libero_10", 0) == tuple(
         Goal("in", name, "basket_1_contain_region") for name in ("alphabet_soup_1", "tomato_sauce_1")
     )
@@ -29,7 +30,7 @@ def test_what_the_expert_can_do() -> None:
 def test_goals_come_in_an_order_that_leaves_room_for_the_hand() -> None:
     pudding, mug = task_goals("libero_10", 6)  # the scene file has the mug first
     assert (pudding.target, mug.target) == ("chocolate_pudding_1", "porcelain_mug_1")
-    assert [goal.words for goal in task_goals("libero_10", 2)] == predicates("libero_10", 2)
+    assert tuple(goal.words for goal in task_goals("libero_10", 2)) == scene_file("libero_10", 2).goal
     far, near, stove = task_goals("libero_10", 8)
     assert far.ahead - near.ahead > 0.08  # the width of a pot
     assert stove.words == ("turnon", "flat_stove_1")  # it is on from the start

@@ -92,6 +92,7 @@ def test_a_decoder_gives_the_frozen_chunks_tokens_and_statistics(name: str) -> N
 
 
 @pytest.mark.parametrize("decode", DECODERS if os.environ.get("RSD_ALL_GOLDENS") else ["rsd-skip"])
+@pytest.mark.usefixtures("shared_graphs")
 def test_so_it_does_as_onnx_graphs(decode: str) -> None:
     compare(decode, decode_case(CASES[decode], ONNX), TOLERANCES[ONNX])
 

@@ -12,7 +12,6 @@ from rsd.decoding.decoders import DECODERS
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.primitives import Primitives, Step
 from rsd.models.bundle import PolicyConfig, RsdModel
-from rsd.models.visual_drafter import VisualDrafter
 from rsd.nested import tensors_of, with_tensors
 from rsd.policy import RsdPolicy
 from rsd.runtime import engines
@@ -149,26 +148,3 @@ def test_eager_runs_primitives_as_they_are() -> None:
     assert on_cpu is not None
     assert on_gpu is not None
     assert (on_cpu.whole, on_gpu.whole) == (False, True)
-
-
-@pytest.mark.parametrize("engine", [EAGER, ONNX])
-def test_a_draft_that_is_corrected_anyway_is_not_completed(
-    policy: RsdPolicy, make_observation: Callable[..., Observation], engine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`rsd-fused` needs the coarse tokens alone; its chunks are those of a policy that has the rest as well."""
-    plain, audited = (
-        RsdPolicy.of(policy.model, policy.tokenizer, policy.config, decode="rsd-fused", audit=audit, engine=engine)
-        for audit in (False, True)
-    )
-    forecast = list[bool]()
-    remainder = VisualDrafter.remainder
-    monkeypatch.setattr(VisualDrafter, "remainder", lambda *a: forecast.append(True) or remainder(*a))
-    chunks = [plain.predict(make_observation(seed)) for seed in range(3)]
-    assert not forecast
-    for seed, chunk in enumerate(chunks):
-        complete = audited.predict(make_observation(seed))
-        assert np.allclose(chunk.actions, complete.actions, atol=1e-5)
-        assert chunk.stats.num_accepted_tokens == complete.stats.num_accepted_tokens
-        assert chunk.stats.expected_deviation_mm is None
-        assert complete.stats.expected_deviation_mm is not None
-    assert forecast

@@ -18,6 +18,7 @@ from rsd.decoding.gate import SkipRule
 from rsd.decoding.primitives import Primitives, Step
 from rsd.decoding.state import DecodeResult
 from rsd.models.bundle import PolicyConfig, RsdModel
+from rsd.models.visual_drafter import VisualDrafter
 from rsd.policy import RsdPolicy
 from rsd.runtime import onnx_graph
 from rsd.runtime.onnx_graph import WEIGHTS, OnnxGraphs, graph_folder
@@ -55,6 +56,41 @@ def episode(policy: RsdPolicy, make_observation: MakeObservation, chunks: int = 
     return found
 
 
+def exports(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The graphs exported from now on."""
+    paths: list[Path] = []
+    export = onnx_graph.export
+    monkeypatch.setattr(onnx_graph, "export", lambda path, *rest: paths.append(path) or export(path, *rest))
+    return paths
+
+
+def test_decoders_and_rules_share_graphs_and_all_graphs_the_weights(
+    make_policy: MakePolicy, make_observation: MakeObservation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first test of this file, so that nothing is there yet; the others find these graphs."""
+    mine, paths = make_policy("l1"), exports(monkeypatch)
+
+    def run(decode: str, **options: object) -> list[str]:
+        before = len(paths)
+        policy = RsdPolicy.of(mine.model, mine.tokenizer, mine.config, decode=decode, engine=ONNX, **options)
+        policy.predict(make_observation(0))
+        return [path.name.rsplit("-", 1)[0] for path in paths[before:]]
+
+    assert run("l1") == ["embed", "prefill", "regress"]
+    assert run("parallel") == ["all_levels"]
+    first = run("rsd-fused")
+    assert sorted(set(first)) == ["accept", "draft", "prefill_with"]
+    assert run("rsd-fused") == []
+    assert run("rsd-fused", acceptance="distance(1)") == ["accept"]
+    assert run("draft-first") == ["forecast"]
+    folder = paths[0].parent
+    graphs = sum(path.stat().st_size for path in folder.glob("*.onnx"))
+    weights = [path.stat().st_size for path in (folder / WEIGHTS).iterdir()]
+    parameters = sum(4 * p.numel() for p in mine.model.parameters())
+    assert sum(weights) < 1.1 * parameters
+    assert graphs < 5e6
+
+
 @pytest.mark.parametrize("decode", DECODERS)
 def test_a_graph_acts_and_counts_as_pytorch_does(
     decode: str, make_policy: MakePolicy, make_observation: MakeObservation
@@ -82,6 +118,26 @@ def test_a_batch_of_graphs_acts_as_pytorch_does(make_policy: MakePolicy, make_ob
             _, states = core.verify_pending(pending)
             found[engine] += [chunk.actions for chunk in chunks]
     np.testing.assert_allclose(found[ONNX], found[EAGER], atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", [EAGER, ONNX])
+def test_a_draft_that_is_corrected_anyway_is_not_completed(
+    make_policy: MakePolicy, make_observation: MakeObservation, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rsd-fused` needs the coarse tokens alone; its chunks are those of a policy that has the rest as well."""
+    plain, audited = (make_policy("rsd-fused", audit=audit, engine=engine) for audit in (False, True))
+    forecast = list[bool]()
+    remainder = VisualDrafter.remainder
+    monkeypatch.setattr(VisualDrafter, "remainder", lambda *a: forecast.append(True) or remainder(*a))
+    chunks = [plain.predict(make_observation(seed)) for seed in range(3)]
+    assert not forecast
+    for seed, chunk in enumerate(chunks):
+        complete = audited.predict(make_observation(seed))
+        assert np.allclose(chunk.actions, complete.actions, atol=1e-5)
+        assert chunk.stats.num_accepted_tokens == complete.stats.num_accepted_tokens
+        assert chunk.stats.expected_deviation_mm is None
+        assert complete.stats.expected_deviation_mm is not None
+    assert forecast
 
 
 def test_what_is_not_finite_is_noticed(make_policy: MakePolicy, make_observation: MakeObservation) -> None:
@@ -112,14 +168,6 @@ def record(decoder: Primitives, key: str = "sum") -> DecodeResult:
     return graph([torch.ones(2, 11), torch.ones(2, dtype=torch.int64)])
 
 
-def exports(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The graphs exported from now on."""
-    paths: list[Path] = []
-    export = onnx_graph.export
-    monkeypatch.setattr(onnx_graph, "export", lambda path, *rest: paths.append(path) or export(path, *rest))
-    return paths
-
-
 def test_a_graph_is_exported_once_and_anew_for_other_weights(
     decoder: Primitives, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,35 +186,6 @@ def test_a_graph_is_exported_once_and_anew_for_other_weights(
     record(decoder)
     record(decoder, "another")
     assert len(set(paths)) == 4
-
-
-def test_decoders_and_rules_share_graphs_and_all_graphs_the_weights(
-    make_policy: MakePolicy, make_observation: MakeObservation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with torch.no_grad():
-        mine = make_policy("l1")
-        mine.model.target.state_mean += 1.0  # a policy that no other test has made graphs of
-    paths = exports(monkeypatch)
-
-    def run(decode: str, **options: object) -> list[str]:
-        before = len(paths)
-        policy = RsdPolicy.of(mine.model, mine.tokenizer, mine.config, decode=decode, engine=ONNX, **options)
-        policy.predict(make_observation(0))
-        return [path.name.rsplit("-", 1)[0] for path in paths[before:]]
-
-    assert run("l1") == ["embed", "prefill", "regress"]
-    assert run("parallel") == ["all_levels"]
-    first = run("rsd-fused")
-    assert sorted(set(first)) == ["accept", "draft", "prefill_with"]
-    assert run("rsd-fused") == []
-    assert run("rsd-fused", acceptance="distance(1)") == ["accept"]
-    assert run("draft-first") == ["forecast"]
-    folder = paths[0].parent
-    graphs = sum(path.stat().st_size for path in folder.glob("*.onnx"))
-    weights = [path.stat().st_size for path in (folder / WEIGHTS).iterdir()]
-    parameters = sum(4 * p.numel() for p in mine.model.parameters())
-    assert sum(weights) < 1.1 * parameters
-    assert graphs < 5e6
 
 
 @pytest.mark.parametrize(

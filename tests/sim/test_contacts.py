@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from rsd.sim.contacts import Contacts
+from rsd.sim.fast_path import Contacts
 from rsd.sim.libero import LiberoEnv
 
 pytestmark = pytest.mark.simulator

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rsd.sim.fast_path import Sampling
 from rsd.sim.libero import LiberoEnv
-from rsd.sim.sampling import Sampling
 from rsd.sim.suites import load_libero
 
 pytestmark = pytest.mark.simulator

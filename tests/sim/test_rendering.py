@@ -1,5 +1,8 @@
 import ctypes.util
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,15 +64,40 @@ def test_an_egl_device_that_is_no_number_is_refused(undecided: pytest.MonkeyPatc
         rendering.gl_backend()
 
 
-def test_an_egl_device_that_is_not_there_is_one_line(undecided: pytest.MonkeyPatch) -> None:
-    undecided.setenv("MUJOCO_EGL_DEVICE_ID", "99")
-    undecided.setenv("MUJOCO_GL", "egl")
+@pytest.mark.parametrize(("backend", "number"), [("egl", "99"), ("egl", None), ("glx", None)])
+def test_a_backend_that_does_not_draw_is_one_line(
+    undecided: pytest.MonkeyPatch, backend: str, number: str | None
+) -> None:
+    undecided.setenv("MUJOCO_GL", backend)
+    if number is not None:
+        undecided.setenv("MUJOCO_EGL_DEVICE_ID", number)
     undecided.setattr(ctypes.util, "find_library", lambda name: "found")
-    undecided.setattr(rendering, "_EGL_PROBE", "raise RuntimeError('must be in [0, 3)')")
-    with pytest.raises(RsdError, match=r"_ID=99: expected .*, found: RuntimeError: must be in \[0, 3\); unset it"):
-        rendering.gl_backend()
-    undecided.setattr(rendering, "_EGL_PROBE", "")
-    assert rendering.gl_backend() == "egl"
+    undecided.setattr(rendering, "_PROBE", "raise RuntimeError('must be in [0, 3)')")
+    asked = f"_ID={number}" if number else f"MUJOCO_GL={backend}"
+    with pytest.raises(RsdError, match=rf"{asked}: expected .*, found: RuntimeError: must be in \[0, 3\); unset it"):
+        rendering.check_gl.__wrapped__()
+    undecided.setattr(rendering, "_PROBE", "")
+    rendering.check_gl.__wrapped__()
+    assert rendering.gl_backend() == backend
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"MUJOCO_GL": "vulkan"}, "MUJOCO_GL: expected one of egl, osmesa"),
+        ({"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "99"}, "MUJOCO_EGL_DEVICE_ID"),
+        ({"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "egl"}, "unset MUJOCO_GL"),
+    ],
+)
+def test_an_environment_in_which_mujoco_cannot_be_imported_is_one_line(
+    environment: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "rsd", "demos", "collect", "--out", str(tmp_path / "demos")]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "demos").exists()
 
 
 def test_a_disarmed_camera_repeats_its_last_image() -> None:

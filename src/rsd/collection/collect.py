@@ -8,6 +8,7 @@ share a file, and a killed run continues where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -21,17 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.collection.policy_driver import PolicyDriver
-from rsd.collection.workers import part_files, progress_bar, worker_environment, worker_pool
+from rsd.collection.workers import check_place, part_files, progress_bar, worker_environment, worker_pool
 from rsd.data.schema import (
     FILE_SUFFIX,
     Episode,
     atomic_file,
-    data_group,
-    demo_names,
     merge,
-    open_file,
+    open_data,
     read_provenance,
     reading,
+    stored_names,
     write_episode,
 )
 from rsd.expert import expert
@@ -43,6 +43,8 @@ from rsd.locks import exclusive
 from rsd.output import Faults, attempt, writing
 from rsd.sim import permuted
 from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
+from rsd.sim.physics import mujoco
+from rsd.sim.rendering import check_gl
 from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
 from rsd.types import CAMERAS, Policy, RsdError
 
@@ -161,7 +163,7 @@ def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy
         rng = np.random.default_rng([config.seed, env.task.task_id, index, failed])
         try:
             episode = _try_placement(env, config, goals, alike, instruction, rng, policy)
-        except RsdError as error:
+        except (RsdError, mujoco.FatalError) as error:
             refused = f"; of the last that it refused it says: {error}"
             continue
         if episode is not None:
@@ -232,6 +234,9 @@ def collect(config: CollectConfig) -> dict[str, int]:
     """
     if config.suite not in SUITES:
         raise RsdError(f"collect: the expert solves {', '.join(SUITES)}, found the suite {config.suite!r}")
+    check_place(config.out)
+    if config.policy or not config.states_only:
+        check_gl()
     if config.policy:
         _check_policy(config)
     tasks = config.tasks or solvable_tasks(config.suite)
@@ -275,20 +280,16 @@ def collect(config: CollectConfig) -> dict[str, int]:
     return counts
 
 
-_policy: tuple[tuple[str, str], Policy] | None = None
-
-
+@functools.lru_cache(maxsize=1)
 def worker_policy(name: str, decode: str) -> Policy:
     """The policy of this worker process, loaded once; one thread, as there is a worker per core."""
-    global _policy
-    if _policy is None or _policy[0] != (name, decode):
-        import torch
+    # start-up time: most collections need neither
+    import torch
 
-        from rsd.policy import RsdPolicy
+    from rsd.policy import RsdPolicy
 
-        torch.set_num_threads(1)
-        _policy = ((name, decode), RsdPolicy.from_pretrained(name, decode=decode))
-    return _policy[1]
+    torch.set_num_threads(1)
+    return RsdPolicy.from_pretrained(name, decode=decode)
 
 
 def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> tuple[int, list[tuple[int, str]]]:
@@ -315,48 +316,35 @@ def _parts(out: Path, name: str) -> list[Path]:
 
 def _finished(out: Path, name: str) -> set[int]:
     """Indices of demonstrations that exist, merged or as parts."""
-    found = {int(part.stem[5:]) for part in _parts(out, name)}
-    path = out / f"{name}{FILE_SUFFIX}"
-    if path.exists():
-        with open_file(path) as file:
-            found.update(int(key[5:]) for key in demo_names(data_group(file, path)))
-    return found
+    parts = [part.stem for part in _parts(out, name)]
+    return {int(demo[5:]) for demo in [*parts, *stored_names(out / f"{name}{FILE_SUFFIX}")]}
 
 
 def _merge(config: CollectConfig, task_id: int) -> int:
     name = suite_task(config.suite, task_id).name
-    parts = _parts(config.out, name)
-    path = config.out / f"{name}{FILE_SUFFIX}"
-    if not parts and path.exists():
-        with open_file(path) as file:
-            return len(demo_names(data_group(file, path)))
+    path, parts = config.out / f"{name}{FILE_SUFFIX}", _parts(config.out, name)
+    if not parts:
+        return len(stored_names(path))
     provenance = {
         "versions": simulator_versions(),
         "settings": settings(config),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    if not parts:
-        return 0
-    count = merge(path, parts, libero_attributes(config, task_id), provenance)
-    for part in parts:
-        part.unlink()
-    return count
+    return merge(path, parts, libero_attributes(config, task_id), provenance)
 
 
 def settings(config: CollectConfig) -> dict[str, Any]:
     """What a demonstration depends on, as JSON values."""
-    everything = dataclasses.asdict(config)
-    for key in ("out", "tasks", "num_demos", "num_workers"):
-        del everything[key]
-    if config.states_only:
-        del everything["image_size"]
+    unused = {"out", "tasks", "num_demos", "num_workers"} | ({"image_size"} if config.states_only else set())
+    everything = {key: value for key, value in dataclasses.asdict(config).items() if key not in unused}
     if config.policy:  # its path may come to hold another one
+        # start-up time: most collections need no torch
         from rsd.checkpoint import checkpoint_hash, load_calibration, locate_checkpoint
 
         everything["policy_sha256"] = checkpoint_hash(config.policy)
         if config.policy_decode == "rsd-skip":
             everything["skip_calibration"] = load_calibration(locate_checkpoint(config.policy)).to_json()
-    return _that_matter(dict(json.loads(json.dumps(everything))))
+    return _that_matter(json.loads(json.dumps(everything)))
 
 
 def _that_matter(everything: dict[str, Any]) -> dict[str, Any]:
@@ -372,18 +360,13 @@ def _check_policy(config: CollectConfig) -> None:
 
 
 def _check_settings(config: CollectConfig, names: list[str]) -> None:
-    wanted = settings(config)
-    stored = config.out / PARTS / "settings.json"
-    found: list[tuple[Path, dict[str, Any]]] = []
-    if stored.exists():
-        found.append((stored, read_object(stored, "a folder of parts")))
-    for name in names:
-        path = config.out / f"{name}{FILE_SUFFIX}"
-        if path.exists():
-            with open_file(path) as file:
-                provenance = read_provenance(data_group(file, path), path)
-            with reading(f"demonstrations {path}, rsd_provenance"):
-                found.append((path, {} if provenance is None else dict(provenance["settings"])))
+    wanted, stored = settings(config), config.out / PARTS / "settings.json"
+    found = [(stored, read_object(stored, "a folder of parts"))] if stored.exists() else []
+    for path in filter(Path.exists, (config.out / f"{name}{FILE_SUFFIX}" for name in names)):
+        with open_data(path) as data:
+            provenance = read_provenance(data)
+        with reading(f"demonstrations {path}, rsd_provenance"):
+            found.append((path, {} if provenance is None else dict(provenance["settings"])))
     for path, stored_settings in found:
         other = _that_matter(stored_settings)
         if other != wanted:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.collection.workers import part_files, progress_bar, worker_environment, worker_pool
+from rsd.collection.workers import check_place, part_files, progress_bar, worker_environment, worker_pool
+from rsd.data import h5py
 from rsd.data.demonstrations import demonstration_files
 from rsd.data.schema import (
     FILE_SUFFIX,
@@ -26,19 +26,20 @@ from rsd.data.schema import (
     SPOTS,
     asked_things,
     atomic_file,
-    data_group,
-    demo_names,
     member,
     merge,
+    open_data,
     open_file,
     read_provenance,
     reading,
+    stored_names,
     whole_attribute,
     write_images,
 )
 from rsd.locks import exclusive
 from rsd.output import Faults, attempt, writing
 from rsd.sim.libero import LiberoEnv, simulator_versions
+from rsd.sim.rendering import check_gl
 from rsd.sim.suites import suite_tasks
 from rsd.types import CAMERAS, RsdError
 
@@ -98,6 +99,8 @@ def render(config: RenderConfig) -> dict[str, int]:
     """
     out = config.out or config.source
     demonstration_files(config.source)  # an error before a folder is made
+    check_place(out)
+    check_gl()
     faults = Faults(f"what is rendered is kept in {out}; the same command tries the others again")
     with exclusive(out):
         jobs: list[tuple[Path, str, int, list[str]]] = []
@@ -105,8 +108,7 @@ def render(config: RenderConfig) -> dict[str, int]:
         done = 0
         for path in demonstration_files(config.source):
             suite, task_id = _task_of(path)
-            with open_file(path) as file:
-                wanted[path] = demo_names(data_group(file, path))[: config.max_per_task]
+            wanted[path] = stored_names(path)[: config.max_per_task]
             made = (config.image_size, config.every)
             parts = [part for part in part_files(_folder(out, path)) if _images_of(part) == made]
             have = _rendered(out / path.name, config) | {part.stem for part in parts}
@@ -133,8 +135,8 @@ def _folder(out: Path, path: Path) -> Path:
 
 
 def _task_of(path: Path) -> tuple[str, int]:
-    with open_file(path) as file:
-        provenance = read_provenance(data_group(file, path), path)
+    with open_data(path) as data:
+        provenance = read_provenance(data)
     if provenance is None:
         raise RsdError(
             f"render: expected demonstrations written by `rsd demos collect`, found {path} without rsd_provenance; "
@@ -151,12 +153,12 @@ def _task_of(path: Path) -> tuple[str, int]:
 
 def _rendered(path: Path, config: RenderConfig) -> set[str]:
     """Demonstrations of a file that have images. Raises RsdError if those are of another size or of other steps."""
-    if not path.exists():
-        return set()
-    found = set()
-    with open_file(path) as file:
-        data, where = data_group(file, path), f"demonstrations {path}"
-        for name in demo_names(data):
+    found: set[str] = set()
+    if not (names := stored_names(path)):
+        return found
+    with open_data(path) as data:
+        where = f"demonstrations {path}"
+        for name in names:
             group = member(data, name, where)
             if IMAGE_KEYS[0] not in member(group, "obs", where):
                 continue
@@ -191,24 +193,21 @@ def _render_batch(
         folder.mkdir(parents=True, exist_ok=True)
 
     def draw(name: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        demo, where = member(data_group(file, path), name, f"demonstrations {path}"), f"demonstration {name} of {path}"
+        demo, where = member(data, name, f"demonstrations {path}"), f"demonstration {name} of {path}"
         with reading(f"{where}, its states or fixtures"):
             states, *fixtures = demo["states"][:: config.every], demo["body_pos"][()], demo["body_quat"][()]
             return render_frames(env, states, *fixtures, [thing for _, thing in asked_things(demo, where)])
 
     def keep(name: str, drawn: tuple[NDArray[np.uint8], NDArray[np.float32]]) -> None:
         with atomic_file(folder / f"{name}.hdf5") as part:
-            file.copy(file["data"][name], part, name=name)
-            for key in IMAGE_KEYS:
-                if key in part[name]["obs"]:
-                    del part[name]["obs"][key]
+            data.copy(name, part)
             frames, spots = drawn
             write_images(part[name]["obs"], frames)
             if spots.size:
                 part[name].require_dataset(SPOTS, spots.shape, spots.dtype, data=spots)
             part[name].attrs["image_every"] = config.every
 
-    with open_file(path) as file:
+    with open_data(path) as data:
         done, failed = attempt(names, draw, keep)
     return done, [(f"{path.name} {name}", fault) for name, fault in failed]
 
@@ -217,11 +216,9 @@ def _merge(config: RenderConfig, out: Path, path: Path) -> int:
     parts = part_files(_folder(out, path))
     target = out / path.name
     if parts:
-        with open_file(path) as file:
-            attributes, provenance = _attributes(data_group(file, path), path, config)
+        with open_data(path) as data:
+            attributes, provenance = _attributes(data, path, config)
         merge(target, parts, attributes, provenance)
-        for part in parts:
-            part.unlink()
     return len(_rendered(target, config))
 
 
@@ -231,10 +228,5 @@ def _attributes(data: h5py.Group, path: Path, config: RenderConfig) -> tuple[dic
         env_args = json.loads(attributes["env_args"])
         env_args["env_kwargs"].update(camera_heights=config.image_size, camera_widths=config.image_size)
     attributes["env_args"] = json.dumps(env_args)
-    provenance = dict(read_provenance(data, path) or {})
-    provenance["rendering"] = {
-        "image_size": config.image_size,
-        "every": config.every,
-        "versions": simulator_versions(),
-    }
-    return attributes, provenance
+    rendering = {"image_size": config.image_size, "every": config.every, "versions": simulator_versions()}
+    return attributes, {**(read_provenance(data) or {}), "rendering": rendering}

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rsd.data.schema import DamagedFile, open_file
+from rsd.data.schema import FILE_SUFFIX, DamagedFile, open_file
 from rsd.sim.libero import LiberoEnv
 from rsd.types import RsdError
+
+FILES_OF_OTHERS = ("config.json", "manifest.json", "tokenizer.json", "training_state.pt", "episodes.jsonl")
+
+
+def check_place(out: Path) -> None:
+    """Raises RsdError where demonstrations would come among the files of something else: of a checkpoint, a tokenizer,
+    a run, or whatever the current folder holds (an empty name means that one)."""
+    others = [name for name in FILES_OF_OTHERS if (out / name).exists()]
+    if out.resolve() == Path.cwd():
+        others += sorted(name for name in os.listdir(out) if name[0] != "." and not name.endswith(FILE_SUFFIX))
+    if others:
+        found = f"{others[0]} in {'the current folder' if out == Path() else out}"
+        raise RsdError(f"--out: expected a folder for demonstrations alone, found {found}; choose another one")
 
 
 @contextmanager
@@ -26,7 +38,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Fresh processes of one thread each; pending work is dropped if the body raises."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent, (os.getpid(),))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -42,19 +54,19 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
-_environment: tuple[tuple[Any, ...], LiberoEnv] | None = None
+_kept: dict[tuple[str, int, int, bool], LiberoEnv] = {}  # one at most
 
 
 def worker_environment(suite: str, task_id: int, image_size: int, cameras: bool) -> LiberoEnv:
     """The environment of this worker process, reset once and kept until another task is asked for."""
-    global _environment
     key = (suite, task_id, image_size, cameras)
-    if _environment is None or _environment[0] != key:
-        if _environment is not None:
-            _environment[1].close()
-        _environment = (key, LiberoEnv(suite, task_id, image_size, cameras))
-        _environment[1].reset(options={"placement_seed": 0})  # hides LIBERO's marker sites
-    return _environment[1]
+    if key not in _kept:
+        for other in list(_kept):
+            _kept.pop(other).close()
+        env = LiberoEnv(*key)
+        env.reset(options={"placement_seed": 0})  # hides LIBERO's marker sites
+        _kept[key] = env
+    return _kept[key]
 
 
 def part_files(folder: Path) -> list[Path]:
@@ -70,12 +82,8 @@ def part_files(folder: Path) -> list[Path]:
     return found
 
 
-def _end_with_parent(parent: int) -> None:
+def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

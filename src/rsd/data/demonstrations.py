@@ -1,4 +1,5 @@
-"""Reading demonstrations: files of this package and LIBERO's official ones, checked before they are believed."""
+"""Reading demonstrations, checked before they are believed: files of this package, LIBERO's official ones, and of
+LeRobot data sets the actions."""
 
 from __future__ import annotations
 
@@ -12,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.conventions import rotate_180
+from rsd.data import lerobot
 from rsd.data.schema import (
     FILE_SUFFIX,
     IMAGE_KEYS,
     SPOTS,
     asked_things,
-    data_group,
     demo_names,
     member,
     numbers,
-    open_file,
+    open_data,
     read_provenance,
     reading,
     text_attribute,
@@ -79,9 +80,8 @@ def demonstration_files(path: str | Path) -> list[Path]:
 
 def folder_provenance(path: str | Path) -> dict[str, Any]:
     """What a folder's first file says of its making: settings, versions, and `recorded_by`."""
-    first = demonstration_files(path)[0]
-    with open_file(first) as file:
-        found = read_provenance(data_group(file, first), first)
+    with open_data(demonstration_files(path)[0]) as data:
+        found = read_provenance(data)
     if found is None:
         return {"recorded_by": "another tool (LIBERO's own files, for example)"}
     return {"recorded_by": "the scripted expert of this package, on random placements", **found}
@@ -99,9 +99,8 @@ def load_demonstrations(
     """
     size: tuple[int, Path] | None = None
     for file_path in demonstration_files(path):
-        with open_file(file_path) as file:
-            data = data_group(file, file_path)
-            read_provenance(data, file_path)
+        with open_data(file_path) as data:
+            read_provenance(data)
             names = demo_names(data)
             if not names:
                 raise RsdError(f"demonstrations {file_path}: expected demo_0, ..., found no demonstration")
@@ -114,6 +113,34 @@ def load_demonstrations(
                         expected = f"images of {size[0]} px as in {size[1]} before, found {side} px"
                         raise RsdError(f"demonstration {name} of {file_path}: expected {expected}; render all alike")
                 yield demonstration
+
+
+@dataclass(frozen=True)
+class ActionEpisode:
+    """actions float32 [T, A] as a learner takes them: the expert's labels where the file has them, else the executed.
+
+    task: name of the demonstration's task, or of the data set.
+    """
+
+    task: str
+    actions: NDArray[np.float32]
+
+
+def recorded_by(folder: str | Path) -> str:
+    """Who made the demonstrations of a folder, as far as it says."""
+    folder = Path(folder)
+    return "a LeRobot data set" if lerobot.is_dataset(folder) else str(folder_provenance(folder)["recorded_by"])
+
+
+def action_episodes(folder: str | Path) -> Iterator[ActionEpisode]:
+    """The episodes of a folder, one at a time, in a fixed order. Raises RsdError for anything missing or damaged."""
+    folder = Path(folder)
+    if lerobot.is_dataset(folder):
+        name = folder.resolve().name
+        yield from (ActionEpisode(name, actions) for actions in lerobot.read_actions(folder))
+    else:
+        for demonstration in load_demonstrations(folder, images=False):
+            yield ActionEpisode(demonstration.task, demonstration.labels)
 
 
 def _read(data: h5py.Group, name: str, path: Path, images: bool) -> Demonstration:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.extras import extra
 from rsd.json_files import read_object
 from rsd.types import RsdError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 INFO = Path("meta/info.json")
 ACTION_KEYS = ("action", "actions")  # LeRobot's name; openpi's LIBERO conversion writes the plural
 FORMATS = ("v2.0", "v2.1", "v3.0")
+LISTS = ("list", "large_list", "fixed_size_list")  # pyarrow's names of their types
 EPISODE, FRAME = "episode_index", "frame_index"
 
 
@@ -99,13 +101,9 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def read_columns(path: Path, columns: list[str]) -> pyarrow.Table:
-    try:
+    with extra("lerobot"):
         import pyarrow
         from pyarrow import parquet
-    except ImportError:
-        raise RsdError(
-            "LeRobot data sets need the package pyarrow, found none. Install it: pip install 'rsd-vla[lerobot]'"
-        ) from None
     try:
         return parquet.read_table(path, columns=columns, partitioning=None)
     except (OSError, pyarrow.ArrowException) as error:
@@ -121,7 +119,7 @@ def matrix(column: pyarrow.ChunkedArray, width: int, folder: Path, key: str) -> 
     parts = []
     for part in column.chunks:
         values, lengths = part, np.ones(len(part))
-        if hasattr(part, "flatten"):
+        if str(part.type).partition("<")[0] in LISTS:
             values, lengths = part.flatten(), part.value_lengths().to_numpy(zero_copy_only=False)
         # row by row: a short one and a long one have the right sum
         if part.null_count or values.null_count or (lengths != width).any():

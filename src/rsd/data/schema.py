@@ -60,36 +60,37 @@ class Episode:
 def write_episode(group: h5py.Group, episode: Episode) -> None:
     """Fills the group of one demonstration."""
     steps = len(episode.actions)
-    packed = {"compression": "gzip", "shuffle": True}
     done = (np.arange(steps) >= episode.success_step).astype(np.uint8)
-    group.create_dataset("actions", data=episode.actions)
-    group.create_dataset("expert_actions", data=episode.expert_actions)
-    group.create_dataset("states", data=episode.states, **packed)
-    group.create_dataset("robot_states", data=np.hstack([episode.gripper, episode.eef_pos, episode.eef_quat]))
-    group.create_dataset("rewards", data=done)
-    group.create_dataset("dones", data=done)
-    group.create_dataset("body_pos", data=episode.body_pos, **packed)
-    group.create_dataset("body_quat", data=episode.body_quat, **packed)
-    obs = group.create_group("obs")
-    obs.create_dataset("ee_pos", data=episode.eef_pos)
-    obs.create_dataset("ee_ori", data=episode.eef_axis_angle)
-    obs.create_dataset("ee_states", data=np.hstack([episode.eef_pos, episode.eef_axis_angle]))
-    obs.create_dataset("gripper_states", data=episode.gripper)
-    obs.create_dataset("joint_states", data=episode.joints)
+    datasets = {
+        "actions": episode.actions,
+        "expert_actions": episode.expert_actions,
+        "states": episode.states,
+        "robot_states": np.hstack([episode.gripper, episode.eef_pos, episode.eef_quat]),
+        "rewards": done,
+        "dones": done,
+        "body_pos": episode.body_pos,
+        "body_quat": episode.body_quat,
+        "obs/ee_pos": episode.eef_pos,
+        "obs/ee_ori": episode.eef_axis_angle,
+        "obs/ee_states": np.hstack([episode.eef_pos, episode.eef_axis_angle]),
+        "obs/gripper_states": episode.gripper,
+        "obs/joint_states": episode.joints,
+    }
+    for name, values in datasets.items():
+        packed = {"compression": "gzip", "shuffle": True} if name in ("states", "body_pos", "body_quat") else {}
+        group.create_dataset(name, data=values, **packed)
     if episode.images is not None:
-        write_images(obs, episode.images)
-    group.attrs["num_samples"] = steps
-    group.attrs["init_state"] = episode.states[0]
-    group.attrs["success_step"] = episode.success_step
-    for key, value in episode.attributes.items():
-        group.attrs[key] = value
+        write_images(group["obs"], episode.images)
+    own = {"num_samples": steps, "init_state": episode.states[0], "success_step": episode.success_step}
+    group.attrs.update({**own, **episode.attributes})
 
 
 def write_images(obs: h5py.Group, images: NDArray[np.uint8]) -> None:
-    """images: uint8 [T, 2, S, S, 3], not rotated -> LIBERO's two datasets, uncompressed as there (it reads faster)."""
+    """images: uint8 [T, 2, S, S, 3], not rotated -> LIBERO's two datasets, uncompressed as there (it reads faster); in
+    the place of those that are there."""
     for camera, key in enumerate(IMAGE_KEYS):
-        frames = images[:, camera]
-        obs.create_dataset(key, data=frames)
+        obs.pop(key, None)
+        obs.create_dataset(key, data=images[:, camera])
 
 
 @contextlib.contextmanager
@@ -214,17 +215,19 @@ def asked_things(node: h5py.Group, where: str) -> list[tuple[str, str]]:
         raise RsdError(f"{where}: expected {expected}, found {text:.80}") from None
 
 
-def data_group(file: h5py.File, path: Path) -> h5py.Group:
-    """The group that holds the demonstrations of a file."""
-    return member(file, "data", f"demonstrations {path}")
+@contextlib.contextmanager
+def open_data(path: Path) -> Iterator[h5py.Group]:
+    """Opens a file as `open_file` does -> the group that holds its demonstrations."""
+    with open_file(path) as file:
+        yield member(file, "data", f"demonstrations {path}")
 
 
-def read_provenance(data: h5py.Group, path: Path) -> dict[str, Any] | None:
+def read_provenance(data: h5py.Group) -> dict[str, Any] | None:
     """`rsd_provenance`, or None for a file that this package did not write.
 
     Raises RsdError for a version of the format that this version does not read.
     """
-    where = f"demonstrations {path}"
+    where = f"demonstrations {data.file.filename}"
     text = text_attribute(data, "rsd_provenance", where)
     if not text:
         return None
@@ -241,16 +244,25 @@ def read_provenance(data: h5py.Group, path: Path) -> dict[str, Any] | None:
 
 def demo_names(data: h5py.Group) -> list[str]:
     """`demo_<i>` groups in the order of i; RsdError for a name that only resembles one."""
-    with reading(f"demonstrations {data.file.filename}"):
+    where = f"demonstrations {data.file.filename}"
+    with reading(where):
         names = [name for name in data if name.startswith("demo")]
     if odd := [name for name in names if not re.fullmatch(r"demo_(0|[1-9][0-9]{0,8})", name)]:
         found = f"{odd[0]!r:.80}; rename or remove it, it would be left out"
-        raise RsdError(f"demonstrations {data.file.filename}: expected groups demo_0, demo_1, ..., found {found}")
+        raise RsdError(f"{where}: expected groups demo_0, demo_1, ..., found {found}")
     return sorted(names, key=lambda name: int(name[5:]))
 
 
+def stored_names(path: Path) -> list[str]:
+    """`demo_names` of a file; none where it is not there."""
+    if not path.exists():
+        return []
+    with open_data(path) as data:
+        return demo_names(data)
+
+
 def merge(path: Path, parts: list[Path], attributes: Mapping[str, Any], provenance: Mapping[str, Any]) -> int:
-    """Adds part files (each one `demo_<i>` group at its root) to the file of a task; returns its number of demos.
+    """Moves part files (each one `demo_<i>` group at its root) into the file of a task; returns its number of demos.
 
     The present file is copied, not edited, so an interruption leaves it as it was. Compressed chunks are copied as
     they are. A demonstration that is present already is replaced by its part (rendering adds images this way).
@@ -262,21 +274,19 @@ def merge(path: Path, parts: list[Path], attributes: Mapping[str, Any], provenan
     with atomic_file(path) as out:
         data = out.create_group("data")
         if path.exists():
-            with open_file(path) as old:
-                present = data_group(old, path)
+            with open_data(path) as present:
                 for name in demo_names(present):
                     if name not in fresh:
-                        old.copy(present[name], data, name=name)
+                        present.copy(name, data)
         for name, part in fresh.items():
             with open_file(part) as file:
                 file.copy(file[name], data, name=name)
         names = demo_names(data)
-        for key, value in attributes.items():
-            data.attrs[key] = value
-        data.attrs["num_demos"] = len(names)
-        data.attrs["total"] = int(sum(data[name].attrs["num_samples"] for name in names))
-        tries = int(sum(data[name].attrs.get("failed_tries", 0) for name in names))
-        data.attrs["rsd_provenance"] = json.dumps(
-            {"format_version": FORMAT_VERSION, **provenance, "failed_tries": tries}
+        total, tries = (
+            int(sum(data[name].attrs.get(key, 0) for name in names)) for key in ("num_samples", "failed_tries")
         )
+        made = json.dumps({"format_version": FORMAT_VERSION, **provenance, "failed_tries": tries})
+        data.attrs.update({**attributes, "num_demos": len(names), "total": total, "rsd_provenance": made})
+    for part in parts:
+        part.unlink()
     return len(names)

@@ -12,6 +12,7 @@ from rsd.evaluation.backend import LIBERO, Backend
 from rsd.evaluation.config import EvalConfig, OptionError
 from rsd.evaluation.episodes import EpisodeRunner, Job, JobQueue, Outcome, broken_off
 from rsd.evaluation.workers import MAX_FAILED_STARTS, Ready, Retry, WorkerPool
+from rsd.extras import extra
 from rsd.types import BEST, RsdError
 
 
@@ -47,10 +48,8 @@ class RayPool:
     """
 
     def __init__(self, config: EvalConfig, backend: Backend, count: int, videos: Path) -> None:
-        try:
+        with extra("ray"):
             import ray
-        except ImportError as error:
-            raise OptionError("--launcher ray: Ray is not installed; pip install 'rsd-vla[ray]'") from error
         self._ray: Any = ray
         self._arguments, self._count = (config, backend, videos), count
         self._config, self._started_ray = config, False
@@ -154,10 +153,8 @@ def submit_shards(
     cluster: slurm, or local for processes of this machine (to try it out). parameters: submitit's, such as
     slurm_partition, timeout_min, cpus_per_task.
     """
-    try:
+    with extra("slurm"):
         import submitit
-    except ImportError as error:
-        raise OptionError("--launcher slurm: submitit is not installed; pip install 'rsd-vla[slurm]'") from error
     executor = submitit.AutoExecutor(folder=config.output_dir / "jobs", cluster=cluster)
     executor.update_parameters(name="rsd-eval", **(parameters or {}))
     return executor.map_array(run_shard, shard_configs(config, shards))

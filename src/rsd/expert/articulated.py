@@ -12,7 +12,7 @@ import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
 from rsd.expert.goals import Goal
-from rsd.expert.grasps import POINTING_DOWN, SHOULDER_HEIGHT, WRIST_BACK, WRIST_UP, about, yaw_of
+from rsd.expert.grasps import POINTING_DOWN, about, wrist_reach, yaw_of
 from rsd.expert.motion import funnel, step_towards, turn_left
 from rsd.expert.scene import Scene, Vector
 
@@ -122,7 +122,7 @@ class MovePart:
         """The ridge on the knob, from above; the wrist leads the knob."""
         scene = self.scene
         part = scene.moving_part(self.goal.target)
-        vertices = scene.part_vertices(part)
+        vertices = np.concatenate(scene.part_shapes(part))
         top = float(vertices[:, 2].max())
         ridge = vertices[vertices[:, 2] > top - RIDGE].mean(axis=0)
         across = scene.part_rotation(part)[:, 0]
@@ -139,13 +139,7 @@ def inward_lean(base: Vector, point: Vector) -> Vector:
 
     The wrist of a hand that points straight down at what stands close is nearer to the shoulder than the elbow bends.
     """
-    offset = point - base
-    radius, height = float(np.hypot(offset[0], offset[1])), float(offset[2]) - SHOULDER_HEIGHT
-    inward = np.array([-offset[0], -offset[1], 0.0]) / radius
-    lean = 0.0
-    for lean in np.arange(0.0, MAX_INWARD_LEAN, np.radians(1.0)):
-        out = radius - WRIST_BACK * np.cos(lean) + WRIST_UP * np.sin(lean)
-        up = height + WRIST_UP * np.cos(lean) + WRIST_BACK * np.sin(lean)
-        if np.hypot(out, up) >= NEAREST_WRIST:
-            break
+    inward = np.array([*(base - point)[:2], 0.0]) / float(np.hypot(*(point - base)[:2]))
+    leans = np.arange(0.0, MAX_INWARD_LEAN, np.radians(1.0))
+    lean = next((each for each in leans if wrist_reach(base, point, -each) >= NEAREST_WRIST), leans[-1])
     return about(np.cross([0.0, 0.0, -1.0], inward), float(lean))

@@ -23,23 +23,9 @@ GRASPS: dict[str, Rim | Span] = {
     "akita_black_bowl": BOWL,
     "porcelain_mug": Rim(0.041, 0.106, 0.012),
     "white_yellow_mug": Rim(0.046, 0.103, -0.015),
-    **dict.fromkeys(
-        (
-            "alphabet_soup",
-            "bbq_sauce",
-            "butter",
-            "chocolate_pudding",
-            "cream_cheese",
-            "ketchup",
-            "milk",
-            "orange_juice",
-            "salad_dressing",
-            "tomato_sauce",
-            "wine_bottle",
-        ),
-        WHOLE,
-    ),
     "moka_pot": Span(0.006, 0.010),  # by the knob on its lid
+    **dict.fromkeys(("alphabet_soup", "bbq_sauce", "butter", "chocolate_pudding", "cream_cheese", "ketchup"), WHOLE),
+    **dict.fromkeys(("milk", "orange_juice", "salad_dressing", "tomato_sauce", "wine_bottle"), WHOLE),
 }
 HOLLOW = ("akita_black_bowl", "basket")  # things are let go inside their rim
 UNDER_RIM = 0.015  # m; deeper, the fingers would touch the wall
@@ -90,18 +76,9 @@ def kind(name: str) -> str:
     return re.sub(r"_\d+(?=_|$)", "", name)
 
 
-def predicates(suite: str, task_id: int) -> list[tuple[str, ...]]:
-    """The goal of a task, as its scene file has it: [("on", "akita_black_bowl_1", "plate_1")]."""
-    return list(scene_file(suite, task_id).goal)
-
-
-def solvable_goals(suite: str, task_id: int) -> Goals | None:
-    """The goals of a task in the order of doing if the expert can reach them all, else None."""
-    return goals_of(predicates(suite, task_id))
-
-
 def goals_of(wanted: Sequence[tuple[str, ...]]) -> Goals | None:
-    """The same of predicates such as ("on", "akita_black_bowl_1", "plate_1")."""
+    """Goals in the order of doing, of predicates such as ("on", "akita_black_bowl_1", "plate_1"), if the expert can
+    reach them all; else None."""
     goals = tuple(sorted((Goal(*words) for words in wanted), key=_turn))
     return _spread(goals) if goals and all(_solvable(goal) for goal in goals) else None
 
@@ -128,14 +105,15 @@ def _solvable(goal: Goal) -> bool:
 
 def solvable_tasks(suite: str) -> tuple[int, ...]:
     """Ids of the tasks that the expert can do."""
-    return tuple(task.task_id for task in suite_tasks(suite) if solvable_goals(suite, task.task_id) is not None)
+    return tuple(task.task_id for task in suite_tasks(suite) if goals_of(scene_file(suite, task.task_id).goal))
 
 
 def task_goals(suite: str, task_id: int) -> Goals:
     """The goals of a task. Raises RsdError, naming the tasks that it can do, for one that the expert cannot."""
-    goals = solvable_goals(suite, task_id)
+    asked = scene_file(suite, task_id).goal
+    goals = goals_of(asked)
     if goals is None:
-        wanted = " and ".join(" ".join(words) for words in predicates(suite, task_id))
+        wanted = " and ".join(map(" ".join, asked))
         can = [f"{i} ({suite_task(suite, i).language})" for i in solvable_tasks(suite)]
         raise RsdError(
             f"scripted expert: found {suite} task {task_id} with the goal {wanted!r}; it puts objects on or into "

@@ -8,16 +8,17 @@ would jump about with a millimetre.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
 from rsd.expert.scene import Scene, Vector
+from rsd.sim.physics import mujoco
 from rsd.types import RsdError
 
 GraspMode = Literal["canonical", "two-sided", "two-sided-late"]
@@ -65,7 +66,7 @@ class Grasp(ABC):
 
     @property
     def yaw(self) -> float:
-        """Smallest rotation about z that brings the closing axis onto the direction (rad, within +-pi/2)."""
+        """`yaw_of` the direction."""
         return yaw_of(self.angle)
 
     @abstractmethod
@@ -182,16 +183,19 @@ class SpanGrasp(Grasp):
         return float(np.linalg.norm(np.maximum(outside, 0.0))) > LOST
 
 
-def lean_angle(base: Vector, point: Vector, limit: float) -> float:
-    """How far to lean the fingers outward at `point` so that the wrist stays in comfortable reach (rad)."""
+def wrist_reach(base: Vector, point: Vector, lean: float) -> float:
+    """Shoulder to wrist (m) with the hand at `point` leaned outward by `lean` (rad)."""
     offset = point - base
     radius, height = float(np.hypot(offset[0], offset[1])), float(offset[2]) - SHOULDER_HEIGHT
-    for lean in np.arange(0.0, limit + 1e-9, np.radians(1.0)):
-        out = radius - WRIST_BACK * np.cos(lean) - WRIST_UP * np.sin(lean)
-        up = height + WRIST_UP * np.cos(lean) - WRIST_BACK * np.sin(lean)
-        if np.hypot(out, up) <= COMFORTABLE_REACH:
-            return float(lean)
-    return float(limit)
+    out = radius - WRIST_BACK * np.cos(lean) - WRIST_UP * np.sin(lean)
+    up = height + WRIST_UP * np.cos(lean) - WRIST_BACK * np.sin(lean)
+    return float(np.hypot(out, up))
+
+
+def lean_angle(base: Vector, point: Vector, limit: float) -> float:
+    """How far to lean the fingers outward at `point` so that the wrist stays in comfortable reach (rad)."""
+    leans = np.arange(0.0, limit + 1e-9, np.radians(1.0))
+    return next((float(lean) for lean in leans if wrist_reach(base, point, lean) <= COMFORTABLE_REACH), float(limit))
 
 
 def lean_limit(base: Vector, point: Vector, closing_axis: Vector) -> float:
@@ -216,44 +220,29 @@ def rotation_vector(rotation: NDArray[np.float64]) -> Vector:
     return vector
 
 
-def choose_rim_grasp(
-    scene: Scene,
-    target: str,
-    destination: Vector,
-    mode: GraspMode = "canonical",
-    rng: np.random.Generator | None = None,
-    walled: bool = False,
-    avoid: tuple[float, ...] = (),
-    rim: Rim = BOWL,
-) -> Grasp:
-    """The first free grasp of a bowl's or mug's rim in the order of preference, or the least blocked one.
+def rim_grasps(rim: Rim = BOWL, walled: bool = False, avoid: tuple[float, ...] = ()) -> Iterator[Grasp]:
+    """Grasps of a bowl's or mug's rim in the order of preference.
 
-    destination: where the bowl's lowest point goes [3]; the palm must be free there too.
-    mode "two-sided" and "two-sided-late" toss a coin (rng) between the two sides of the rim where both are free.
     walled: the bowl is in the drawer; shallower, and angles near the roomiest come first.
     avoid: angles that failed before (rad); they and their neighbours come last.
     """
-    angles = [2 * np.pi * k / DIRECTIONS for k in range(0, DIRECTIONS, 1 if walled else 3)]
     below, inward = (BELOW_RIM_IN_DRAWER, INWARD_IN_DRAWER) if walled else (BELOW_RIM, 0.0)
-    ordered = sorted(angles, key=lambda angle: _preference(angle, walled, avoid))
-    return _first_free(
-        scene, target, (RimGrasp(angle, rim, below, inward) for angle in ordered), destination, mode, rng
-    )
+
+    def preference(angle: float) -> tuple[float, float, float]:
+        nearest_failure = max((np.cos(angle - other) for other in avoid), default=-1.0)
+        failed = float(nearest_failure > (0.99 if walled else 0.8))
+        if walled:
+            return (failed, -round(float(np.cos(angle - DRAWER_ANGLE)), 3), angle)
+        return (failed, round(abs(yaw_of(angle)), 3), -round(float(np.sin(angle)), 3))
+
+    angles = [2 * np.pi * k / DIRECTIONS for k in range(0, DIRECTIONS, 1 if walled else 3)]
+    return (RimGrasp(angle, rim, below, inward) for angle in sorted(angles, key=preference))
 
 
-def choose_span_grasp(
-    scene: Scene,
-    target: str,
-    destination: Vector,
-    mode: GraspMode = "canonical",
-    rng: np.random.Generator | None = None,
-    avoid: tuple[float, ...] = (),
-    span: Span = WHOLE,
-) -> Grasp:
-    """The first free grasp across the object: across its narrowest side, and of those the least wrist rotation.
+def span_grasps(scene: Scene, target: str, span: Span = WHOLE, avoid: tuple[float, ...] = ()) -> Iterator[Grasp]:
+    """Grasps across an object: across its narrowest side first, and of those with the least wrist rotation.
 
-    As `choose_rim_grasp`. A coin has a choice only where turning the wrist left and right is equally far.
-    Raises RsdError for an object that is wider than the hand.
+    avoid: as in `rim_grasps`. Raises RsdError for an object that is wider than the hand.
     """
     vertices = span.vertices(scene, target)
     angles = np.pi * np.arange(SPAN_DIRECTIONS) / SPAN_DIRECTIONS
@@ -269,68 +258,52 @@ def choose_span_grasp(
 
     above = SpanGrasp(0.0, span=span).point(scene, target)[2] - float(scene.vertices(target)[:, 2].min())
     ordered = sorted((k for k in range(SPAN_DIRECTIONS) if widths[k] <= WIDEST_SPAN), key=preference)
-    return _first_free(
-        scene, target, (SpanGrasp(float(angles[k]), above, span) for k in ordered), destination, mode, rng
-    )
+    return (SpanGrasp(float(angles[k]), above, span) for k in ordered)
 
 
-def _first_free(
+def choose_grasp(
     scene: Scene,
     target: str,
     candidates: Iterable[Grasp],
     destination: Vector,
-    mode: GraspMode,
-    rng: np.random.Generator | None,
+    mode: GraspMode = "canonical",
+    rng: np.random.Generator | None = None,
 ) -> Grasp:
+    """The first candidate that collides with nothing, or the least blocked one.
+
+    destination: where the object's lowest point goes [3]; the palm must be free there too.
+    mode "two-sided" and "two-sided-late" toss a coin (rng) between the free candidates that turn the wrist as far as
+    the first one: between the two sides of a rim.
+    """
     if mode not in get_args(GraspMode):
         raise RsdError(f"grasp mode: expected one of {', '.join(get_args(GraspMode))}, found {mode!r}")
     if mode != "canonical" and rng is None:
         raise RsdError(f"grasp mode {mode}: expected a random generator, found none")
-    least: tuple[float, Grasp] | None = None
+    overlaps: list[tuple[float, Grasp]] = []
     free: list[Grasp] = []
     for grasp in candidates:
-        overlap = _overlap(scene, target, grasp, destination)
-        if least is None or overlap < least[0]:
-            least = (overlap, grasp)
-        if overlap <= ALLOWED_OVERLAP:
-            if mode == "canonical":
+        overlaps.append((_overlap(scene, target, grasp, destination), grasp))
+        if overlaps[-1][0] <= ALLOWED_OVERLAP:
+            if rng is None or mode == "canonical":
                 return grasp
             free.append(grasp)
-    if free:
-        sides = [grasp for grasp in free if np.isclose(abs(grasp.yaw), abs(free[0].yaw))]
-        assert rng is not None
-        return sides[int(rng.integers(len(sides)))]
-    assert least is not None
-    return least[1]
-
-
-def _preference(angle: float, walled: bool, avoid: tuple[float, ...]) -> tuple[float, float, float]:
-    nearest_failure = max((np.cos(angle - other) for other in avoid), default=-1.0)
-    failed = float(nearest_failure > (0.99 if walled else 0.8))
-    if walled:
-        return (failed, -round(float(np.cos(angle - DRAWER_ANGLE)), 3), angle)
-    return (failed, round(abs(RimGrasp(angle).yaw), 3), -round(float(np.sin(angle)), 3))
+    if not free or rng is None:
+        return min(overlaps, key=lambda each: each[0])[1]
+    sides = [grasp for grasp in free if np.isclose(abs(grasp.yaw), abs(free[0].yaw))]
+    return sides[int(rng.integers(len(sides)))]
 
 
 def _overlap(scene: Scene, target: str, grasp: Grasp, destination: Vector) -> float:
     """How deep the open hand would sink into the scene at the grasp, and the palm at the destination (m, summed)."""
     centre = grasp.point(scene, target)
     along, across = grasp.direction, np.array([-grasp.direction[1], grasp.direction[0]])
-    fingers = np.array(
-        [
-            side * (FINGER_OPENING / 2 + out) * along + q * across
-            for side in (-1, 1)
-            for out in np.linspace(0.001, 0.027, 7)  # dense: drawer walls are thin
-            for q in np.linspace(-FINGER_HALF_WIDTH, FINGER_HALF_WIDTH, 7)
-        ]
-    )
-    palm = np.array(
-        [
-            r * along + q * across
-            for r in np.linspace(-PALM_HALF_LENGTH, PALM_HALF_LENGTH, 9)
-            for q in (-PALM_HALF_WIDTH, 0.0, PALM_HALF_WIDTH)
-        ]
-    )
+
+    def grid(lengths: Iterable[float], widths: Iterable[float]) -> Vector:
+        return np.array([r * along + q * across for r, q in itertools.product(lengths, widths)])
+
+    sides = [side * (FINGER_OPENING / 2 + out) for side in (-1, 1) for out in np.linspace(0.001, 0.027, 7)]
+    fingers = grid(sides, np.linspace(-FINGER_HALF_WIDTH, FINGER_HALF_WIDTH, 7))  # dense: drawer walls are thin
+    palm = grid(np.linspace(-PALM_HALF_LENGTH, PALM_HALF_LENGTH, 9), (-PALM_HALF_WIDTH, 0.0, PALM_HALF_WIDTH))
     tips, palm_height = centre[2] - TIP_BELOW_SITE, centre[2] + PALM_ABOVE_SITE
     others = scene.heights(np.concatenate([fingers, palm]) + centre[:2], ignore=(target,))
     own = scene.heights(fingers + centre[:2])  # the bowl's floor under the inner finger

@@ -22,10 +22,11 @@ from rsd.expert.grasps import (
     GraspMode,
     RimGrasp,
     Span,
-    choose_rim_grasp,
-    choose_span_grasp,
+    choose_grasp,
     hand_rotation,
     lean_limit,
+    rim_grasps,
+    span_grasps,
 )
 from rsd.expert.motion import funnel, step_towards, turn_left
 from rsd.expert.scene import Scene, Vector
@@ -54,25 +55,16 @@ class PickAndPlace:
     """The law for one goal of an episode. Call `action` once per step."""
 
     def __init__(
-        self,
-        scene: Scene,
-        goal: Goal,
-        mode: GraspMode = "canonical",
-        rng: np.random.Generator | None = None,
+        self, scene: Scene, goal: Goal, mode: GraspMode = "canonical", rng: np.random.Generator | None = None
     ) -> None:
-        self.scene = scene
-        self.goal = goal
-        self.target = goal.target
-        self.attempts = 0
-        self.closed = False
+        self.scene, self.goal, self.target = scene, goal, goal.target
+        self.attempts, self.closed = 0, False
         self._mode: GraspMode = mode
         self._rng = rng
         self._failed: list[float] = []
         self._grasp: Grasp | None = None
         self._walled = False
-        self._grasped_steps = 0
-        self._closed_steps = 0
-        self._slow_steps = 0
+        self._grasped_steps = self._closed_steps = self._slow_steps = 0
         self._last_eef = scene.eef
 
     @property
@@ -106,8 +98,7 @@ class PickAndPlace:
         eef = self.scene.eef
         freed = (self._grasp or RimGrasp(np.pi / 2)).freed(self.scene.grip_width)
         goal = eef + np.array([0.0, 0.0, 0.03 * freed])
-        rotation, _ = self._orientation(self._place_point())
-        return self._move(goal, rotation, GRIPPER_OPEN, CARRY_TURN)
+        return self._move(goal, self._orientation(self._place_point()), GRIPPER_OPEN, CARRY_TURN)
 
     # -- phases ---------------------------------------------------------------------------------------------------
 
@@ -119,11 +110,12 @@ class PickAndPlace:
             if self._mode == "two-sided-late" and np.linalg.norm((middle - scene.eef)[:2]) > OVER:
                 # nothing tells yet which side it will be
                 over = np.array([*middle[:2], self._free_height(middle)])
-                return self._move(over, self._orientation(over)[0], GRIPPER_OPEN)
+                return self._move(over, self._orientation(over), GRIPPER_OPEN)
             self._plan()
         assert self._grasp is not None
         eef, goal = scene.eef, self._grasp.point(scene, self.target)
-        rotation, turn = self._orientation(goal)
+        rotation = self._orientation(goal)
+        turn = turn_left(scene, rotation)
         off, above = float(np.linalg.norm((goal - eef)[:2])), float(eef[2] - goal[2])
         arrived = off < AT_GRASP and abs(above) < AT_GRASP_HEIGHT and turn < AT_GRASP_ANGLE
         stuck = self._slow_steps >= SLOW_STEPS and off < NEAR_GRASP and abs(above) < NEAR_GRASP
@@ -161,8 +153,7 @@ class PickAndPlace:
         if np.linalg.norm(goal - scene.eef) > 0.03:  # pushed away while closing
             self.closed = False
             return self._approach()
-        rotation, _ = self._orientation(goal)
-        return self._move(goal, rotation, GRIPPER_CLOSE)
+        return self._move(goal, self._orientation(goal), GRIPPER_CLOSE)
 
     def _carry(self) -> Vector:
         """Object in hand: up, over, and down the funnel above its destination."""
@@ -177,8 +168,7 @@ class PickAndPlace:
         over = max(way + CARRY_CLEARANCE, surface + 0.01)
         height = funnel(off, surface + RELEASE_GAP, over, PLACE_RADIUS, PLACE_SLOPE)
         goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom])
-        rotation, _ = self._orientation(self._place_point())
-        return self._move(goal, rotation, GRIPPER_CLOSE, CARRY_TURN)
+        return self._move(goal, self._orientation(self._place_point()), GRIPPER_CLOSE, CARRY_TURN)
 
     # -- decisions ------------------------------------------------------------------------------------------------
 
@@ -209,35 +199,26 @@ class PickAndPlace:
         scene = self.scene
         self.attempts += 1
         there, surface = destination(scene, self.goal)
+        # angles missed twice: the first miss may be a push's fault
+        hopeless = tuple(angle for angle in set(self._failed) if self._failed.count(angle) > 1)
+        if isinstance(self.goal.hold, Span):
+            candidates = span_grasps(scene, self.target, self.goal.hold, hopeless)
+        else:
+            self._walled = self._in_drawer()
+            candidates = rim_grasps(self.goal.hold, self._walled, hopeless)
         spot = np.array([*there[:2], surface])
-        hold = self.goal.hold
-        if isinstance(hold, Span):
-            self._grasp = choose_span_grasp(
-                scene, self.target, spot, self._mode, self._rng, self._hopeless(), hold
-            )
-            return
-        self._walled = self._in_drawer()
-        self._grasp = choose_rim_grasp(
-            scene, self.target, spot, self._mode, self._rng, self._walled, self._hopeless(), hold
-        )
+        self._grasp = choose_grasp(scene, self.target, candidates, spot, self._mode, self._rng)
 
     def _in_drawer(self) -> bool:
         """The bowl stands inside a cabinet's bounds, well below its top."""
         bowl = self.scene.position(self.target)
-        for name in self.scene.bodies:
-            if "cabinet" not in name:
-                continue
-            points = self.scene.vertices(name)
-            low, high = points.min(axis=0), points.max(axis=0)
+        for name in (name for name in self.scene.bodies if "cabinet" in name):
+            low, high = (find(self.scene.vertices(name), axis=0) for find in (np.min, np.max))
             low[2] += 0.02
             high[2] -= 0.03
-            if bool(((low < bowl) & (bowl < high)).all()):
+            if ((low < bowl) & (bowl < high)).all():
                 return True
         return False
-
-    def _hopeless(self) -> tuple[float, ...]:
-        """Grasp angles missed twice: the first miss may be a push's fault."""
-        return tuple(angle for angle in set(self._failed) if self._failed.count(angle) > 1)
 
     def _miss(self) -> None:
         if self._grasp is not None:
@@ -252,19 +233,16 @@ class PickAndPlace:
 
     # -- motion ---------------------------------------------------------------------------------------------------
 
-    def _orientation(self, point: Vector) -> tuple[Vector, float]:
-        """The hand's orientation wanted at `point` [3, 3] and how far it is away (rad).
+    def _orientation(self, point: Vector) -> Vector:
+        """The hand's orientation wanted at `point` [3, 3].
 
         `point` is where the phase ends, not where the hand is: a lean that follows the hand feeds back into its
         position near the singular reach and overshoots by 10 cm.
         """
-        scene = self.scene
-        yaw = 0.0 if self._grasp is None else self._grasp.yaw
+        grasp, base = self._grasp, self.scene.base
         # with an object in hand the fingers' heights no longer matter, the reach over its destination does
-        reaching = self._grasp is not None and not self.closed
-        limit = lean_limit(scene.base, point, self._grasp.direction) if self._grasp and reaching else MAX_LEAN
-        rotation = hand_rotation(scene.base, point, yaw, limit)
-        return rotation, turn_left(scene, rotation)
+        limit = MAX_LEAN if grasp is None or self.closed else lean_limit(base, point, grasp.direction)
+        return hand_rotation(base, point, 0.0 if grasp is None else grasp.yaw, limit)
 
     def _move(self, goal: Vector, rotation: Vector, gripper: float, turn_limit: float = 1.0) -> Vector:
         """Proportional step towards a pose. Sideways waits while the hand is too low for it."""

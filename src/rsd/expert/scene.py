@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
 from rsd.sim.libero import LiberoEnv
+from rsd.sim.physics import mujoco
 from rsd.types import RsdError
 
 Vector = NDArray[np.float64]
@@ -104,9 +104,9 @@ class Scene:
         joint = self.model.joint(joints[0]).id
         return MovingPart(int(self.model.jnt_bodyid[joint]), self.data.xaxis[joint].copy())
 
-    def part_vertices(self, part: MovingPart) -> Vector:
-        """World vertices of its collision shapes [n, 3]."""
-        return np.concatenate([self._world(*each) for each in self._local_vertices(self._geoms_of({part.body}))])
+    def part_shapes(self, part: MovingPart) -> list[Vector]:
+        """World vertices of each of its collision shapes [n, 3]."""
+        return self._world(self._local_vertices(self._geoms_of({part.body})))
 
     def part_rotation(self, part: MovingPart) -> Vector:
         """[3, 3]"""
@@ -114,8 +114,7 @@ class Scene:
 
     def outermost(self, part: MovingPart, direction: Vector) -> Vector:
         """Middle of that shape of the part which stands out furthest along `direction` [3]."""
-        shapes = [self._world(*each) for each in self._local_vertices(self._geoms_of({part.body}))]
-        middles = [(shape.min(axis=0) + shape.max(axis=0)) / 2 for shape in shapes]
+        middles = [(shape.min(axis=0) + shape.max(axis=0)) / 2 for shape in self.part_shapes(part)]
         return max(middles, key=lambda middle: float(middle @ direction))
 
     def rotation(self, name: str) -> Vector:
@@ -125,7 +124,7 @@ class Scene:
     def vertices(self, name: str) -> Vector:
         """World vertices of the object's collision shapes [n, 3]."""
         self._body(name)
-        return np.concatenate([self._world(*each) for each in self._vertices[name]])
+        return np.concatenate(self._world(self._vertices[name]))
 
     def height(self, x: float, y: float) -> float:
         """Top of the scene at (x, y), -1 where there is nothing. Use inside `without`."""
@@ -175,8 +174,9 @@ class Scene:
             raise RsdError(f"object: found the unknown name {name!r}, known are {', '.join(sorted(self.bodies))}")
         return self.bodies[name]
 
-    def _world(self, geom: int, local: Vector) -> Vector:
-        return self.data.geom_xpos[geom] + local @ self.data.geom_xmat[geom].reshape(3, 3).T
+    def _world(self, shapes: list[tuple[int, Vector]]) -> list[Vector]:
+        positions, rotations = self.data.geom_xpos, self.data.geom_xmat
+        return [positions[geom] + local @ rotations[geom].reshape(3, 3).T for geom, local in shapes]
 
     def _subtree(self, root: int) -> set[int]:
         members = {root}
@@ -186,12 +186,12 @@ class Scene:
         return members
 
     def _geoms_of(self, bodies: set[int]) -> NDArray[np.int64]:
-        return np.array([g for g in range(self.model.ngeom) if int(self.model.geom_bodyid[g]) in bodies], dtype=int)
+        return np.flatnonzero(np.isin(self.model.geom_bodyid, list(bodies)))
 
     def _local_vertices(self, geoms: NDArray[np.int64]) -> list[tuple[int, Vector]]:
         model = self.model
         corners = 2 * np.array(list(np.ndindex(2, 2, 2))) - 1
-        found: list[tuple[int, Vector]] = []
+        found = list[tuple[int, Vector]]()
         for geom in geoms:
             if not (model.geom_contype[geom] or model.geom_conaffinity[geom]):
                 continue

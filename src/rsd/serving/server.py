@@ -19,17 +19,16 @@ from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any
 
+from rsd.extras import extra
 from rsd.serving.service import PolicyService, Servable, Session
 from rsd.targets.remote.request import IMAGES, LIMITS
 from rsd.targets.remote.wire import Welcome, pack
 from rsd.types import RsdError
 
-try:
+with extra("serve"):
     from websockets.asyncio.server import ServerConnection, serve
     from websockets.exceptions import ConnectionClosed
     from websockets.http11 import Request, Response
-except ImportError as error:
-    raise RsdError("serving needs websockets, found none: pip install 'rsd-vla[serve]'") from error
 
 MAX_MESSAGE = len(IMAGES) * LIMITS.array + 2 * LIMITS.text  # bytes: 25 MB
 

@@ -17,18 +17,15 @@ from importlib import metadata
 from typing import Any
 
 import gymnasium
-import mujoco
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 import rsd
 from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
-from rsd.sim.compiling import compile_maths
-from rsd.sim.contacts import Contacts
-from rsd.sim.control import ArmControl
+from rsd.sim.fast_path import ArmControl, Contacts, Sampling, compile_maths
 from rsd.sim.permuted import Layout, Predicate, is_permuted
+from rsd.sim.physics import mujoco
 from rsd.sim.rendering import ArmedCamera, gl_backend
-from rsd.sim.sampling import Sampling
 from rsd.sim.scenes import kept_scenes, start_drawing
 from rsd.sim.suites import (
     DISTRIBUTION,
@@ -185,6 +182,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     def advance(self, action: NDArray[np.float64], draw: bool = False) -> None:
         """One control step [7] without episode bookkeeping: no limit, no termination, cameras only if `draw`."""
         self._control_step(action, draw)
+        self._check_physics()
 
     def render(self) -> NDArray[np.uint8]:
         """gymnasium's rgb_array: the third-person camera's present picture, upright, uint8 [S, S, 3]."""
@@ -334,16 +332,12 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self.goal, self.instruction, self.asks = layout.goal, layout.instruction, layout.asks
 
     def _start_placement(self, seed: int) -> dict[str, Any]:
-        from robosuite.utils.errors import RandomizationError
-
         moved = np.inf
         for rejections in range(PLACEMENT_TRIES):
             draws = np.random.default_rng([seed, rejections])
             if is_permuted(self.suite):
                 self._arrange(permuted_layout(self.suite, self.task.task_id, draws, free=FREE_SHARE))
-            try:
-                state = self._draw_state(draws)
-            except RandomizationError:  # these draws leave no room for one of the objects
+            if (state := self._draw_state(draws)) is None:
                 continue
             moved = self._settle(state)
             if moved <= UNSTABLE_DISTANCE:
@@ -356,25 +350,27 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     def draw_fixed_state(self, k: int, attempt: int) -> NDArray[np.float64] | None:
         """A state for the fixed layout k of a permuted suite, [1 + nq + nv], in which nothing slides; else None. The
         episode has begun there when it returns."""
-        from robosuite.utils.errors import RandomizationError
-
         self._arrange(fixed_layout(self.suite, self.task.task_id, k))
-        try:
-            state = self._draw_state(np.random.default_rng([self.task.task_id, k, attempt]), BENCHMARK_SEED)
-        except RandomizationError:
+        state = self._draw_state(np.random.default_rng([self.task.task_id, k, attempt]), BENCHMARK_SEED)
+        if state is None or self._settle(state.copy()) > UNSTABLE_DISTANCE:
             return None
-        start = state.copy()
-        return start if self._settle(state) <= UNSTABLE_DISTANCE else None
+        return state
 
-    def _draw_state(self, draws: np.random.Generator, fixtures_seed: int | None = None) -> NDArray[np.float64]:
-        """Poses of objects and arm; the fixtures stand as `fixtures_seed` draws them when it returns, None: any way.
+    def _draw_state(self, draws: np.random.Generator, fixtures_seed: int | None = None) -> NDArray[np.float64] | None:
+        """Poses of objects and arm, None where the draws leave no room for one of the objects; the fixtures stand as
+        `fixtures_seed` draws them when it returns, None: any way.
 
         Every recorded placement seed stands for this order of the draws."""
-        self._rebuild(int(draws.integers(2**32)))
-        state = self.sim_state()
-        # the benchmark's states were drawn with other fixture poses than its reset draws: a bowl stands up to
-        # 2 cm off the middle of its drawer. Two draws here give the same offsets.
-        self._rebuild(int(draws.integers(2**32)) if fixtures_seed is None else fixtures_seed)
+        from robosuite.utils.errors import RandomizationError  # robosuite's import follows the choice of its OpenGL
+
+        try:
+            self._rebuild(int(draws.integers(2**32)))
+            state = self.sim_state()
+            # the benchmark's states were drawn with other fixture poses than its reset draws: a bowl stands up to
+            # 2 cm off the middle of its drawer. Two draws here give the same offsets.
+            self._rebuild(int(draws.integers(2**32)) if fixtures_seed is None else fixtures_seed)
+        except RandomizationError:
+            return None
         joints = self.simulation.robots[0]._ref_joint_pos_indexes
         # the benchmark's reset leaves the nominal arm pose; its noise comes with the stored state, as here
         state[1 + np.asarray(joints)] += draws.normal(0.0, ARM_JOINT_NOISE, len(joints))

@@ -7,6 +7,7 @@ chunked policy looks once per chunk, so drawing every step would be most of the 
 from __future__ import annotations
 
 import ctypes.util
+import functools
 import os
 import subprocess
 import sys
@@ -21,7 +22,11 @@ from numpy.typing import NDArray
 from rsd.types import RsdError
 
 BACKENDS = ("egl", "osmesa", "glfw", "glx")
-_EGL_PROBE = "import mujoco; context = mujoco.GLContext(64, 64); context.make_current(); context.free()"
+_PROBE = """import mujoco
+context = mujoco.GLContext(64, 64)
+context.make_current()
+mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), mujoco.mjtFontScale.mjFONTSCALE_150).free()
+context.free()"""
 EGL_NUMBER = "MUJOCO_EGL_DEVICE_ID"
 _chosen: str | None = None
 
@@ -37,8 +42,10 @@ def gl_backend() -> str:
     if _chosen is None:
         requested = os.environ.get("MUJOCO_GL", "").strip().lower()
         if requested and requested not in BACKENDS:
-            raise RsdError(f"MUJOCO_GL: expected one of {', '.join(BACKENDS)} or unset, found {requested!r}")
-        _check_egl_number()
+            raise RsdError(f"MUJOCO_GL: expected one of {', '.join(BACKENDS)} or unset, found {requested[:60]!r}")
+        number = os.environ.get(EGL_NUMBER)
+        if number is not None and not (number.isascii() and number.isdecimal()):
+            raise RsdError(f"{EGL_NUMBER}: expected a device's number such as 0, or unset, found {number[:60]!r}")
         backend = requested or ("egl" if _nvidia_egl_works() else "osmesa")
         _require_library(backend)
         os.environ["MUJOCO_GL"] = backend
@@ -46,17 +53,21 @@ def gl_backend() -> str:
             os.environ["PYOPENGL_PLATFORM"] = backend
         if backend == "egl":
             _pin_egl_device()
-            if EGL_NUMBER in os.environ and (error := _egl_error()):
-                found = f"{EGL_NUMBER}={os.environ[EGL_NUMBER]}: expected the number of an EGL device that draws"
-                raise RsdError(f"{found}, found: {error}; unset it, or MUJOCO_GL=osmesa draws on the CPU")
         _chosen = backend
     return _chosen
 
 
-def _check_egl_number() -> None:
-    number = os.environ.get(EGL_NUMBER)
-    if number is not None and not (number.isascii() and number.isdecimal()):
-        raise RsdError(f"{EGL_NUMBER}: expected a device's number such as 0, or unset, found {number[:60]!r}")
+@functools.cache
+def check_gl() -> None:
+    """Raises RsdError where the GL backend that the environment asks for does not draw, before a job begins whose every
+    worker would fail. Costs a second where it is another than OSMesa."""
+    backend = gl_backend()
+    # robosuite draws with EGL where GLFW is asked for
+    if backend in ("egl", "glx") and (error := _drawing_error(backend)):
+        asked = f"MUJOCO_GL={backend}: expected a backend that draws here"
+        if backend == "egl" and EGL_NUMBER in os.environ:
+            asked = f"{EGL_NUMBER}={os.environ[EGL_NUMBER]}: expected the number of an EGL device that draws"
+        raise RsdError(f"{asked}, found: {error}; unset it, or MUJOCO_GL=osmesa draws on the CPU")
 
 
 def _nvidia_egl_works() -> bool:
@@ -64,20 +75,23 @@ def _nvidia_egl_works() -> bool:
         return False
     if ctypes.util.find_library("EGL") is None:
         return False
-    return EGL_NUMBER in os.environ or not _egl_error()  # a number that was asked for is no reason to draw elsewhere
+    # a number that was asked for is no reason to draw elsewhere
+    return EGL_NUMBER in os.environ or not _drawing_error("egl")
 
 
-def _egl_error() -> str:
-    """Why EGL does not draw here, "" if it does."""
-    probe = dict(os.environ, MUJOCO_GL="egl", PYOPENGL_PLATFORM="egl")
+def _drawing_error(backend: str) -> str:
+    """Why a GL backend does not draw here, "" if it does."""
+    probe = dict(os.environ, MUJOCO_GL=backend, PYOPENGL_PLATFORM=backend)
     try:
         # a broken driver may abort the process: ask a child
-        command = [sys.executable, "-c", _EGL_PROBE]
+        command = [sys.executable, "-c", _PROBE]
         done = subprocess.run(command, env=probe, capture_output=True, text=True, errors="replace", timeout=60)
     except subprocess.TimeoutExpired:
         return "no answer within a minute"
-    lines = done.stderr.strip().splitlines()
-    return "" if done.returncode == 0 else lines[-1] if lines else f"exit status {done.returncode}"
+    if done.returncode == 0:
+        return ""
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("Exception ignored")]
+    return lines[-1].strip() if lines else f"exit status {done.returncode}"
 
 
 def _require_library(backend: str) -> None:

@@ -18,8 +18,9 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-import mujoco
 import numpy as np
+
+from rsd.sim.physics import mujoco
 
 _models: dict[str, mujoco.MjModel] = {}  # scene XML -> as compiled; at most one
 _contexts: dict[str, tuple[Any, mujoco.MjrContext]] = {}  # scene XML -> its GL and MuJoCo context, idle; at most one

@@ -125,10 +125,13 @@ def _listed(suite: str) -> Any:
         return load_libero().benchmark.get_benchmark_dict()[suite]()
 
 
+def _scene_path(task: Any) -> Path:
+    return Path(load_libero().get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+
+
 def _has_files(suite: str) -> bool:
-    folder = Path(load_libero().get_libero_path("bddl_files"))
     tasks = _listed(suite).tasks
-    return bool(tasks) and all((folder / task.problem_folder / task.bddl_file).is_file() for task in tasks)
+    return bool(tasks) and all(_scene_path(task).is_file() for task in tasks)
 
 
 @functools.cache
@@ -162,7 +165,7 @@ def _instruction(suite: str, task: Any) -> str:
     """
     if not suite.endswith(("_lan", "_task")):
         return str(task.language)
-    path = Path(load_libero().get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+    path = _scene_path(task)
     sentence = re.search(r"\(:language\s+([^)]*)\)", path.read_text(encoding="utf-8"))
     if sentence is None:
         raise RsdError(f"{path}: expected (:language ...), found none")
@@ -180,8 +183,7 @@ def suite_task(suite: str, task_id: int) -> SuiteTask:
 def bddl_file(suite: str, task_id: int) -> Path:
     """The scene file of a task. Raises RsdError if the installed LIBERO lacks it."""
     suite_task(suite, task_id)
-    task = _benchmark(suite).get_task(task_id)
-    path = Path(load_libero().get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+    path = _scene_path(_benchmark(suite).get_task(task_id))
     if not path.is_file():
         raise RsdError(
             f"scene file of {suite} task {task_id}: expected {path}, found none; the installed {DISTRIBUTION} "

@@ -21,8 +21,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
+from rsd.extras import extra
 from rsd.locks import exclusive
 from rsd.output import writing
 from rsd.pt_files import read_pt
@@ -91,7 +91,11 @@ def train(
     `losses` draws its own batch. Interrupted, the same call continues from `run/training_state.pt`, with the batches
     that were to come unless a CUDA graph draws them; a state of another configuration is refused. bf16 autocast on
     CUDA, float32 on the CPU. Started by `torchrun`, the processes average their gradients and the first one writes.
-    Ctrl-C or SIGTERM: the step at hand is finished and the state written before KeyboardInterrupt is raised."""
+    Ctrl-C or SIGTERM: the step at hand is finished and the state written before KeyboardInterrupt is raised.
+    """
+    with extra("train"):
+        from torch.utils.tensorboard import SummaryWriter
+
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(str(run / "tensorboard"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rsd.decoding.calibration import fingertip_deviation
 from rsd.models.feature_drafter import FeatureDrafter
-from rsd.models.target import BlockTarget
+from rsd.models.target import BlockTarget, TargetModel
 from rsd.models.trunk import KVCache
 from rsd.models.visual_drafter import VisualDrafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -115,12 +115,12 @@ def policy_losses(
     return losses
 
 
-def grounding_loss(target: TargetModel, batch: Batch) -> Tensor:
+def grounding_loss(target: BlockTarget, batch: Batch) -> Tensor:
     """How badly the target says which image token shows what another sentence asks for, on the even rows of the batch.
 
     A policy that has seen few combinations of thing and place learns places by heart; the same pictures asked for each
     of their things teach it to look. The aim is shared out to the four tokens about a spot, by their nearness."""
-    if target.grounding_head is None or batch.asked is None:
+    if not isinstance(target, TargetModel) or target.grounding_head is None or batch.asked is None:
         raise RsdError("--loss.grounding: expected a target that is --policy.target.grounded")
     words, spot = batch.asked
     text = target.encode_text(words)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from rsd.data.episodes import action_episodes
+from rsd.data.demonstrations import action_episodes
 from rsd.output import refuse_to_replace, shown, writing
 from rsd.tokenizer.action_tokenizer import FILE_NAME, ActionTokenizer
 from rsd.training.config import TrainTokenizerConfig

@@ -11,11 +11,15 @@ import io
 from functools import cache
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from rsd.extras import extra
+
+with extra("openvla"):
+    import simplejpeg
 
 SIZE = 224  # pixels a side, what the vision towers read
 CROP_AREA = 0.9

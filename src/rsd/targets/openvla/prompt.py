@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
+from rsd.extras import extra
 from rsd.types import RsdError
+
+with extra("openvla"):
+    from tokenizers import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 START_TOKEN = 1

@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 
 from rsd.chunks import checked_chunk
+from rsd.extras import extra
 from rsd.targets.remote.request import IMAGES, MAX_SIDE, PROMPT, RESET, STATE
 from rsd.targets.remote.wire import Welcome, pack, unpack
 from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
-try:
+with extra("serve"):
     from websockets.exceptions import WebSocketException
     from websockets.sync.client import ClientConnection, connect
-except ImportError as error:
-    raise RsdError("serving needs websockets, found none: pip install 'rsd-vla[serve]'") from error
 
 MAX_STEPS = 1000  # of a chunk
 WELCOME = {"decode": str, "image_size": int, "images": list, "chunk": list, "policy": dict, "versions": dict}

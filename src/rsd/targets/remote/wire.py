@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from rsd.extras import extra
 from rsd.types import RsdError
 
-try:
+with extra("serve"):
     import msgpack
-except ImportError as error:
-    raise RsdError("serving needs msgpack and websockets, found no msgpack: pip install 'rsd-vla[serve]'") from error
 
 KINDS = "biuf"  # numpy's kinds of numbers that may travel: bool, int, unsigned, float
 

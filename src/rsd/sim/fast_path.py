@@ -1,30 +1,34 @@
-"""robosuite's operational space control of one arm, with all that is constant in an episode looked up once.
-
-Arithmetic of robosuite 1.4.0 (`controllers/osc.py`, `robots/single_arm.py`, `robots/manipulator.py`; the control law
-is Khatib, 1987), in its order, data types and array layouts: torques are equal to the last bit. Its numba functions and
-its `set_goal` are called, not repeated. Left out are the histories that robosuite keeps of torques, poses and forces
-(`robots[0].recent_*`), which nothing in LIBERO reads.
+"""What `fast=True` puts in the place of robosuite 1.4.0's own control, contacts and sampling: all that is constant is
+looked up once, and its numba functions are compiled once on a machine. The answers are robosuite's to the last bit.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.locks import first_or_after
+from rsd.sim.physics import mujoco
 from rsd.types import RsdError
 
 FINGER_SIGNS = np.array([-1.0, 1.0])  # of the two fingers, for a closing action
 
 
 class ArmControl:
-    """Controls of the arm and the gripper of one LIBERO simulation, for one episode: make a new one after a reset.
+    """Operational space control of the arm and the gripper of one LIBERO simulation, for one episode: make a new one
+    after a reset.
 
-    Works on MuJoCo's own arrays (nq, nv and nu as in the model; 7 arm joints, 2 fingers). Raises RsdError where
+    Arithmetic of robosuite (`controllers/osc.py`, `robots/single_arm.py`, `robots/manipulator.py`; the control law is
+    Khatib, 1987), in its order, data types and array layouts. Its numba functions and its `set_goal` are called, not
+    repeated. Left out are its histories of torques, poses and forces (`robots[0].recent_*`), which nothing in LIBERO
+    reads. Works on MuJoCo's own arrays (nq, nv and nu as in the model; 7 arm joints, 2 fingers). Raises RsdError where
     robosuite would do something else than the control it repeats.
     """
 
@@ -116,9 +120,9 @@ def _span(indices: Sequence[int]) -> slice:
 def _require_supported(simulation: Any) -> None:
     """Raises RsdError unless robosuite would run just the control of `ArmControl`."""
     robot = simulation.robots[0]
-    controller = robot.controller
-    kinds = type(robot).__name__, type(robot.gripper).__name__, getattr(controller, "name", None)
+    kinds = type(robot).__name__, type(robot.gripper).__name__, getattr(robot.controller, "name", None)
     _require(simulation, "robot, gripper, controller", ("SingleArm", "PandaGripper", "OSC_POSE"), kinds)
+    controller = robot.controller
     _require(simulation, "number of robots", 1, len(simulation.robots))
     _require(simulation, "impedance mode", "fixed", controller.impedance_mode)
     _require(simulation, "position and rotation decoupled", True, bool(controller.uncoupling))
@@ -140,3 +144,116 @@ def _require(simulation: Any, what: str, expected: object, found: object) -> Non
             f"{what} of {type(simulation).__name__}: expected {expected}, found {found}, which the fast path does not "
             "repeat; make the environment with fast=False"
         )
+
+
+class Contacts:
+    """`check_contact` of a robosuite environment, for one MuJoCo model and its data, by geom numbers.
+
+    robosuite looks up the names of both geoms of every contact, 0.3 ms a question in a scene of 87 contacts, and
+    LIBERO's goals ask it twice a control step.
+    """
+
+    def __init__(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
+        self._model, self._data = model, data
+        self._members: dict[Any, NDArray[np.bool_]] = {}
+
+    def __call__(self, geoms_1: Any, geoms_2: Any = None) -> bool:
+        """Whether a geom of the first group touches one of the second; None: anything at all.
+
+        A group is a geom's name, some names, or a robosuite model with its `contact_geoms`. Names that the model does
+        not have touch nothing.
+        """
+        one, other = self._data.contact.geom.T  # [contacts] each
+        first, second = self._group(geoms_1), self._group(geoms_2)
+        return bool(((first[one] & second[other]) | (first[other] & second[one])).any())
+
+    def _group(self, geoms: Any) -> NDArray[np.bool_]:
+        """[geoms of the model]: which belong to the group; a robosuite model's are looked up once."""
+        if geoms is None:
+            return np.ones(self._model.ngeom, dtype=bool)
+        if isinstance(geoms, str):
+            return self._members_of([geoms])
+        if not hasattr(geoms, "contact_geoms"):
+            return self._members_of(geoms)
+        if geoms not in self._members:
+            self._members[geoms] = self._members_of(geoms.contact_geoms)
+        return self._members[geoms]
+
+    def _members_of(self, names: Iterable[str]) -> NDArray[np.bool_]:
+        members = np.zeros(self._model.ngeom, dtype=bool)
+        numbers = [mujoco.mj_name2id(self._model, mujoco.mjtObj.mjOBJ_GEOM, name) for name in names]
+        members[[number for number in numbers if number >= 0]] = True
+        return members
+
+
+Clock = tuple[float, bool, float, float]  # seconds since the last sample, sampled, period, delay (s)
+
+
+class Sampling:
+    """`_update_observables` of a robosuite environment after each substep of ONE control step: `substep` n times, then
+    `finish`.
+
+    robosuite asks each of the 30 or so observables in each of the 25 substeps whether it is to take a sample. They all
+    follow the same clock, and in 23 of the substeps the answer is that only the clock goes on.
+    """
+
+    _time: float
+    _sampled: bool
+    _period: float
+    _last_moment: float  # to sample at
+
+    def __init__(self, simulation: Any) -> None:
+        self._simulation = simulation
+        self._observables = [each for each in simulation._observables.values() if each._enabled]
+        self._timestep: float = simulation.model_timestep
+        self._read()
+
+    def substep(self) -> None:
+        """Where all observables share their clock, and it neither asks for a sample nor starts anew, it alone goes on;
+        otherwise this is robosuite's own update."""
+        if self._shared:
+            time = self._time + self._timestep
+            if time < self._period and (self._sampled or time > self._last_moment):
+                self._time = time
+                return
+        self.finish()
+        self._simulation._update_observables()
+        self._read()
+
+    def finish(self) -> None:
+        """Sets the observables' own clocks."""
+        if self._shared:
+            for observable in self._observables:
+                observable._time_since_last_sample = self._time
+
+    def _read(self) -> None:
+        clocks: set[Clock] = {
+            (each._time_since_last_sample, each._sampled, each._sampling_timestep, each._current_delay)
+            for each in self._observables
+        }
+        self._shared = len(clocks) == 1
+        if self._shared:
+            ((self._time, self._sampled, self._period, delay),) = clocks
+            self._last_moment = self._period - delay
+
+
+@functools.cache
+def compile_maths() -> None:
+    """Makes ready all that an episode calls; after `load_libero`, which chooses where numba's cache lies.
+
+    Compiling takes 11 s of CPU where numba's cache is empty, as on a new machine; reading the cache takes 0.4 s. Where
+    another process is about to do so, this one waits for it and reads what it has compiled.
+    """
+    transforms: Any = importlib.import_module("robosuite.utils.transform_utils")
+    control: Any = importlib.import_module("robosuite.utils.control_utils")
+    # numba compiles for types and layouts, and these are those of an episode
+    rotation, part = np.eye(3), np.eye(4)[:3, :3]
+    inertia, jacobian = np.asfortranarray(np.eye(7)), np.asfortranarray(np.eye(6, 7))
+    halves, joints = [np.asfortranarray(half) for half in (jacobian[:3], jacobian[3:])], np.zeros(7)
+    with first_or_after(Path(os.environ["NUMBA_CACHE_DIR"])):
+        transforms.mat2quat(rotation)
+        transforms.mat2quat(part)
+        transforms.quat2mat(np.array([0.0, 0.0, 0.0, 1.0]))
+        control.orientation_error(rotation, rotation)
+        null_space = control.opspace_matrices(inertia, jacobian, *halves)[3]
+        control.nullspace_torques(inertia, null_space, joints, joints, joints)
