@@ -11,12 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule
+from rsd.evaluation.cautions import cautions
+from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule, option
+from rsd.evaluation.doctor import preflight
 from rsd.types import BEST, CUDA_GRAPHS, ONNX, ChunkPolicy, Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
     from rsd.options import Choice, DecodeOptions
+    from rsd.targets.remote.client import RemotePolicy
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,7 @@ def prepare_libero(suite: str, task_id: int) -> None:
 def rsd_policy(config: EvalConfig) -> Policy:
     """A checkpoint of this package, one in OpenVLA's format, or either of them behind a port."""
     if config.served:
-        from rsd.evaluation.served import policy_for
-
-        return policy_for(config)
+        return served_policy(config)
     from rsd.options import RuntimeOptions
     from rsd.policy import RsdPolicy, load_policy
     from rsd.targets.openvla.published import locate_openvla
@@ -90,6 +91,21 @@ def rsd_policy(config: EvalConfig) -> Policy:
             openvla, device=config.device, decode=config.decode, suite=config.task_suite, graphs=graphs
         )
     return RsdPolicy(load_policy(config.policy, decode_options(config), RuntimeOptions(config.device, config.engine)))
+
+
+def served_policy(config: EvalConfig) -> RemotePolicy:
+    """The policy served at `config.policy`; `RsdError` where the options ask for another one."""
+    from rsd.targets.remote.client import RemotePolicy  # of an extra
+
+    own = ("acceptance", "temperature", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset", "audit")
+    mine = (*own, "device", "batch", "engine")  # of the server
+    if given := [option(name) for name in mine if getattr(config, name) != getattr(EvalConfig, name)]:
+        raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here; give it to `rsd serve`")
+    remote = RemotePolicy(config.policy)
+    if remote.decode != config.decode:
+        remote.close()
+        raise RsdError(f"{config.policy}: decodes with {remote.decode}, asked for is --decode {config.decode}")
+    return remote
 
 
 def decode_options(config: EvalConfig) -> DecodeOptions:
@@ -146,18 +162,6 @@ def batched_rsd_policy(config: EvalConfig) -> ChunkPolicy:
     return policy
 
 
-def check_machine(config: EvalConfig) -> None:
-    from rsd.evaluation.doctor import preflight
-
-    preflight(config)
-
-
-def libero_cautions(config: EvalConfig) -> list[str]:
-    from rsd.evaluation.cautions import cautions
-
-    return cautions(config)
-
-
 def libero_versions(device: str) -> dict[str, str]:
     import torch
 
@@ -187,11 +191,11 @@ def available_cores() -> int:
 
 
 def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
-    """The checkpoint's hash and its own provenance."""
+    """What names the weights beyond doubt, with their provenance; of a served policy also what it runs on."""
     if config.served:
-        from rsd.evaluation.served import describe
-
-        return describe(config)
+        remote = served_policy(config)
+        remote.close()
+        return {**remote.welcome.policy, "policy": config.policy, "server": remote.welcome.versions}
     from rsd.checkpoint import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
     from rsd.targets.openvla.published import fingerprint, locate_openvla
 
@@ -238,8 +242,8 @@ LIBERO = Backend(
     choose_decode=best_of_checkpoint,
     make_batch_policy=batched_rsd_policy,
     prepare=prepare_libero,
-    preflight=check_machine,
-    cautions=libero_cautions,
+    preflight=preflight,
+    cautions=cautions,
 )
 
 

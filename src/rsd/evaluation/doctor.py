@@ -6,6 +6,7 @@ The cheap checks (well under a second) are the ones `rsd eval` runs before it st
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import shutil
 import sys
@@ -115,11 +116,11 @@ def gl_library() -> Check:
 
 def disk(directory: Path) -> Check:
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        return Check("disk", "fail", f"expected a folder, found that {existing} is none", "choose another --output")
     free = shutil.disk_usage(existing).free / 2**20
     if free < DISK_MIB:
         return Check("disk", "fail", f"{free:.0f} MiB free at {existing}", "make room, or choose another --output")
-    import os
-
     if not os.access(existing, os.W_OK):
         return Check("disk", "fail", f"{existing} may not be written to", "choose another --output")
     return Check("disk", "ok", f"{free / 1024:.1f} GiB free at {existing}")

@@ -15,8 +15,8 @@ from rich.console import Console
 from rsd.evaluation.backend import LIBERO, Backend, settle
 from rsd.evaluation.config import NEUTRAL, EvalConfig, OptionError
 from rsd.evaluation.episodes import Job, JobQueue, Outcome
-from rsd.evaluation.launchers import make_pool
 from rsd.evaluation.lerobot import EVAL_INFO_FILE, write_eval_info
+from rsd.evaluation.pools import Retry, make_pool, worker_count
 from rsd.evaluation.progress import EpisodeProgress, last_line
 from rsd.evaluation.results import (
     CONFIG_FILE,
@@ -35,7 +35,7 @@ from rsd.evaluation.results import (
 from rsd.evaluation.summary import RunSummary, summarize
 from rsd.evaluation.tables import plural
 from rsd.evaluation.video import VIDEOS_DIR
-from rsd.evaluation.workers import Ready, Retry, worker_count
+from rsd.evaluation.workers import Ready
 from rsd.locks import exclusive
 from rsd.output import Faults, writing
 from rsd.types import CUDA_GRAPHS, EAGER, RsdError
@@ -174,7 +174,8 @@ def remove_run(directory: Path) -> None:
     Raises RsdError where config.json is something else's, such as a checkpoint's.
     """
     config = directory / CONFIG_FILE
-    if config.exists() and not (directory / EPISODES_FILE).exists() and b'"config_hash"' not in config.read_bytes():
+    runs_own = not config.exists() or (config.is_file() and b'"config_hash"' in config.read_bytes())
+    if not (runs_own or (directory / EPISODES_FILE).exists()):
         raise RsdError(f"{directory}: its {CONFIG_FILE} is no run's, so nothing is deleted; choose another --output")
     names = (EPISODES_FILE, SUMMARY_FILE, EVAL_INFO_FILE, ERRORS_FILE, CONFIG_FILE)
     with writing(directory):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -382,11 +383,5 @@ def task_labels(runs: Sequence[Run]) -> dict[tuple[str, int], str]:
 
 def shared(texts: Sequence[list[str]]) -> int:
     """How many leading words several texts share; 0 for a single one, which has nothing to be told from."""
-    if len(texts) < 2:
-        return 0
-    count = 0
-    for words in zip(*texts, strict=False):
-        if len(set(words)) > 1:
-            break
-        count += 1
-    return count
+    alike = takewhile(lambda words: len(set(words)) == 1, zip(*texts, strict=False))
+    return len(list(alike)) if len(texts) > 1 else 0
