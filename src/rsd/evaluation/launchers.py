@@ -62,11 +62,11 @@ def wait_for(jobs: Sequence[Any]) -> None:
 @contextlib.contextmanager
 def refusals(what: str) -> Iterator[None]:
     """What submitit raises, with the output of SLURM or the traceback of a job in it, as one line."""
-    from submitit.core.utils import FailedJobError, UncompletedJobError  # an extra
+    from submitit.core.utils import FailedSubmissionError, UncompletedJobError  # an extra
 
     try:
         yield
-    except (FailedJobError, UncompletedJobError) as error:
+    except (FailedSubmissionError, UncompletedJobError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
         raise RsdError(f"{what} ({lines[-1]:.300})") from error
 

@@ -274,11 +274,10 @@ class ProcessPool(Pool):
 class Simulator:
     """A Ray actor: simulator and policy together, as in a worker process."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self._ready, self._runner = make_runner(*arguments)
-
-    def ready(self) -> Ready:
-        return self._ready
+    def ready(self, *arguments: Any) -> Ready:
+        """In a call of its own: what an actor's constructor raises is not told apart from its death."""
+        ready, self._runner = make_runner(*arguments)
+        return ready
 
     def run(self, job: Job) -> Outcome:
         return self._runner.run(job)
@@ -312,9 +311,9 @@ class RayPool(Pool):
 
     def _start(self) -> Worker:
         gpus = 1 / self.count if self.config.device.startswith("cuda") else 0
-        actor = self._ray.remote(Simulator).options(num_cpus=1, num_gpus=gpus)
-        actor = actor.remote(self.config, self.backend, self.videos)
-        return Worker(actor, actor.ready.remote(), math.inf)  # who knows how long a cluster takes to find room for it
+        actor = self._ray.remote(Simulator).options(num_cpus=1, num_gpus=gpus).remote()
+        # infinite: nobody knows how long a cluster takes to find room for an actor
+        return Worker(actor, actor.ready.remote(self.config, self.backend, self.videos), math.inf)
 
     def _end(self, worker: Worker) -> None:
         self._ray.kill(worker.handle)
@@ -331,9 +330,7 @@ class RayPool(Pool):
         try:
             message: Ready | Outcome = self._ray.get(worker.channel)
             return message
-        except self._ray.exceptions.RayActorError as error:
-            # a policy that cannot be loaded ends its actor, too
-            cause = getattr(error, "cause", None)
-            return "Ray actor died" if cause is None else failed(cause)
+        except self._ray.exceptions.RayActorError:
+            return "Ray actor died"
         except self._ray.exceptions.RayTaskError as error:
             return failed(error.cause)
