@@ -33,6 +33,7 @@ class Backend:
     make_env: Callable[[str, int, int], Environment]
     """suite, task number, image size (pixels) -> simulator."""
     make_policy: Callable[[EvalConfig], Policy]
+    """On as many of torch's threads as the options say."""
     describe_policy: Callable[[EvalConfig], dict[str, Any]]
     """What names the weights beyond doubt: a run is never continued with others."""
     versions: Callable[[str], dict[str, str]]
@@ -40,7 +41,7 @@ class Backend:
     choose_decode: Callable[[EvalConfig], Choice]
     """What --decode best is for this policy and these options."""
     make_batch_policy: Callable[[EvalConfig], ChunkPolicy] | None = None
-    """A policy for `--batch`; None where there is none."""
+    """A policy for `--batch`, on as many threads; None where there is none."""
     prepare: Callable[[str, int], None] | None = None
     """suite, task number -> what a simulator's process can do of `make_env` while its policy still loads elsewhere."""
     preflight: Callable[[EvalConfig], None] | None = None
@@ -70,6 +71,14 @@ def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
 def prepare_libero(suite: str, task_id: int) -> None:
     """Imports, compiles and draws; the process keeps the scene and its drawing context (`rsd.sim.scenes`)."""
     libero_env(suite, task_id, 64).close()
+
+
+def worker_policy(config: EvalConfig) -> Policy:
+    """On as many threads as the run's options say."""
+    import torch
+
+    torch.set_num_threads(config.threads)
+    return rsd_policy(config)
 
 
 def rsd_policy(config: EvalConfig) -> Policy:
@@ -148,10 +157,13 @@ def best_of_checkpoint(config: EvalConfig) -> Choice:
 
 
 def batched_rsd_policy(config: EvalConfig) -> ChunkPolicy:
+    import torch
+
     from rsd.options import RuntimeOptions
     from rsd.policy import load_policy
     from rsd.targets.openvla.published import locate_openvla
 
+    torch.set_num_threads(config.threads)
     policy = None
     if config.served or locate_openvla(config.policy) is None:
         runtime = RuntimeOptions(config.device, config.engine, max(2, config.batch))
@@ -236,7 +248,7 @@ LIBERO = Backend(
     list_tasks=libero_tasks,
     count_init_states=libero_init_states,
     make_env=libero_env,
-    make_policy=rsd_policy,
+    make_policy=worker_policy,
     describe_policy=describe_checkpoint,
     versions=libero_versions,
     choose_decode=best_of_checkpoint,

@@ -88,9 +88,6 @@ def policy_main(connection: Connection, config: EvalConfig, backend: Backend, th
     """Body of the policy's process: says Ready or Failed, then serves until it is ended."""
     prepare_process(threads)
     try:
-        import torch  # the simulators' processes, which import what this module imports, do without
-
-        torch.set_num_threads(config.threads)
         if backend.make_batch_policy is None:
             raise RsdError(f"--batch {config.batch}: this policy cannot predict in batches")
         policy = backend.make_batch_policy(config)

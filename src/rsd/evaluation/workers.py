@@ -64,9 +64,6 @@ def prepare_process(threads: int) -> None:
 
 def make_runner(config: EvalConfig, backend: Backend, videos: Path) -> tuple[Ready, EpisodeRunner]:
     """A simulator with a policy of its own."""
-    import torch  # with --batch a simulator's process does without
-
-    torch.set_num_threads(config.threads)
     policy = backend.make_policy(config)
     ready = Ready(backend.versions(config.device), backend.describe_policy(config), policy.image_size)
     return ready, EpisodeRunner(config, backend, policy, videos)
