@@ -1,4 +1,4 @@
-"""Ray on one node, submitit without a cluster, the Modal app's import; and what each refuses."""
+"""Ray on one node, submitit on this machine, the Modal app's import; and what each refuses."""
 
 import importlib.util
 import io
@@ -61,18 +61,6 @@ def test_ray_refuses_what_its_actors_cannot_do(config: EvalConfig) -> None:
         replace(config, launcher="rya")  # type: ignore[arg-type]
 
 
-def test_submitted_shards_make_one_run(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "LIBERO", SCRIPTED)
-    config = replace(config, num_workers="1")
-    jobs = submit_shards(config, 2, cluster="debug")
-    directories = [job.result() for job in jobs]
-    assert [Path(directory).name for directory in directories] == ["shard-0-of-2", "shard-1-of-2"]
-    table = merge_and_report(config.output_dir)
-    assert "4/4 = 100.0 %" in table
-    assert len(timeless(config)) == 4
-    assert (config.output_dir / "report.html").is_file()
-
-
 def scripted_shard(config: EvalConfig) -> str:
     evaluate(config, backend=SCRIPTED)
     return str(config.output_dir)
@@ -86,7 +74,10 @@ def test_jobs_of_submitits_local_executor_make_one_run(config: EvalConfig, monke
     jobs = submit_shards(config, 2, "local", {"timeout_min": 2})
     fails = submit_shards(replace(config, policy="missing", output=f"{config.output}2"), 1, "local", {"timeout_min": 2})
     wait_for(jobs)
+    assert [Path(job.result()).name for job in jobs] == ["shard-0-of-2", "shard-1-of-2"]
     assert "4/4 = 100.0 %" in merge_and_report(config.output_dir)
+    assert len(timeless(config)) == 4
+    assert (config.output_dir / "report.html").is_file()
     line = r"job .* failed, see .*\.err \(.*RsdError: missing: expected a checkpoint"
     with pytest.raises(RsdError, match=line) as raised:
         wait_for(fails)

@@ -67,7 +67,8 @@ def refusals(what: str) -> Iterator[None]:
     try:
         yield
     except (FailedSubmissionError, UncompletedJobError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
+        told = str(error).partition("You can check full logs")[0]
+        lines = [line.strip() for line in told.splitlines() if line.strip(" -")]
         raise RsdError(f"{what} ({lines[-1]:.300})") from error
 
 
