@@ -21,6 +21,7 @@ from matplotlib.ticker import PercentFormatter
 from rsd.evaluation.results import EpisodeResult
 from rsd.evaluation.statistics import wilson
 from rsd.evaluation.summary import summarize_decoding
+from rsd.output import shown
 from rsd.reporting.tables import Run, task_labels
 
 WIDTH = 5.0  # inches
@@ -224,7 +225,8 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[Run]], Figure | None]]] = {
 def draw_all(runs: Sequence[Run]) -> dict[str, Figure]:
     """Every figure that these runs have something for."""
     with mpl.rc_context(STYLE):
-        drawn = {name: draw(runs) for name, (_, draw) in FIGURES.items()}
+        figures = shown(FIGURES.items(), "figures drawn", len(FIGURES))
+        drawn = {name: draw(runs) for name, (_, draw) in figures}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
