@@ -20,7 +20,7 @@ from matplotlib.ticker import PercentFormatter
 
 from rsd.evaluation.results import EpisodeResult
 from rsd.evaluation.statistics import wilson
-from rsd.evaluation.summary import summarize_decoding
+from rsd.evaluation.summary import pooled, summarize_decoding
 from rsd.output import shown
 from rsd.reporting.tables import Run, task_labels
 
@@ -262,11 +262,7 @@ def themed_svg(figure: Figure, name: str, title: str) -> str:
 
 def stage_samples(run: Run) -> dict[str, list[float]]:
     """Stage -> milliseconds of every chunk of the run; empty where they hold waiting for others."""
-    samples: dict[str, list[float]] = {}
-    for episode in run.episodes if not run.queued else ():
-        for stage, values in episode.latency_ms.items():
-            samples.setdefault(stage, []).extend(values)
-    return samples
+    return {} if run.queued else pooled(episode.latency_ms for episode in run.episodes)
 
 
 def ordered_stages(by_run: Sequence[dict[str, list[float]]]) -> list[str]:

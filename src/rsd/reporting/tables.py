@@ -22,7 +22,13 @@ from rsd.evaluation.results import (
     scored,
 )
 from rsd.evaluation.statistics import PairedDifference, paired_difference
-from rsd.evaluation.summary import DecodingSummary, SuccessRate, success_rate, summarize_decoding
+from rsd.evaluation.summary import (
+    DecodingSummary,
+    SuccessRate,
+    mean_success_steps,
+    success_rate,
+    summarize_decoding,
+)
 from rsd.evaluation.tables import ABSENT, plural, print_table
 from rsd.reporting.archive import located
 from rsd.types import RsdError
@@ -158,7 +164,7 @@ def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         *real_time_rows(runs, decodings),
         *further_rows(decodings),
         *risk_rows(runs),
-        ("steps per success", [number(mean_steps(run.episodes)) for run in runs]),
+        ("steps per success", [number(mean_success_steps(run.episodes)) for run in runs]),
         ("chunks decoded", [str(decoding.chunks) for decoding in decodings]),
         ("episodes not run", [str(run.not_run) if run.not_run else ABSENT for run in runs]),
         ("episodes with an error", [str(run.errors) if run.errors else ABSENT for run in runs]),
@@ -359,11 +365,6 @@ AUDITED = ("skipped", "deviation_mm", "gripper_differs")
 
 def number(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.1f}"
-
-
-def mean_steps(episodes: Sequence[EpisodeResult]) -> float | None:
-    steps = [episode.steps for episode in episodes if episode.success]
-    return sum(steps) / len(steps) if steps else None
 
 
 def task_labels(runs: Sequence[Run]) -> dict[tuple[str, int], str]:
