@@ -38,7 +38,7 @@ from rsd.evaluation.video import VIDEOS_DIR
 from rsd.evaluation.workers import Ready
 from rsd.locks import exclusive
 from rsd.output import Faults, writing
-from rsd.types import CUDA_GRAPHS, EAGER, RsdError
+from rsd.types import RsdError
 
 ERRORS_FILE = "errors.log"
 MAX_EQUAL_FAULTS = 5  # episodes in a row that end in the same error
@@ -243,10 +243,7 @@ def run_differences(record: RunRecord, versions: dict[str, str], policy: dict[st
     """What sets versions and weights apart from a record's, the machine's own names left out; "" if nothing does."""
     compared = [name for name in {**record.versions, **versions} if name not in MACHINE_VERSIONS]
     found = [differences({**record.versions}, {**versions}, compared)]
-    begun = dict(record.policy)
-    if "engine" in policy and "engine" not in begun:  # a run of before there was a choice
-        begun["engine"] = EAGER if versions.get("device", "cpu") == "cpu" else CUDA_GRAPHS
-    found.append(differences(begun, policy, {**begun, **policy}))
+    found.append(differences(record.policy, policy, {**record.policy, **policy}))
     return ", ".join(filter(None, found))
 
 

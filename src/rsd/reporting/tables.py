@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from rsd.evaluation.config import planned_states, planned_tasks
+from rsd.evaluation.config import planned_states
 from rsd.evaluation.results import (
     CONFIG_FILE,
     EPISODES_FILE,
@@ -85,17 +85,7 @@ class Run:
     @property
     def not_run(self) -> int:
         """Planned episodes that an interrupted run never finished; they may well be the long, failing ones."""
-        if self.record.planned:
-            return max(0, self.record.planned - len(self.episodes) - self.errors)
-        config = self.record.config
-        tasks, count = planned_tasks(config["tasks"]), 0
-        named = {suite.strip() for suite in config.get("task_suite", "").split(",")}
-        for suite in {episode.suite for episode in self.episodes} | named - {""}:
-            seen = {episode.task_id for episode in self.episodes if episode.suite == suite}
-            count += len(tasks.get(suite, tasks.get("", seen)))
-        part, _, parts = (config.get("shard") or "0/1").partition("/")
-        planned = len(range(int(part), count * len(self.planned_states), int(parts)))
-        return max(0, planned - len(self.episodes) - self.errors)
+        return max(0, self.record.planned - len(self.episodes) - self.errors)
 
 
 def load_run(directory: Path) -> Run:
