@@ -169,7 +169,7 @@ class ProcessPool(Pool):
     def __enter__(self) -> ProcessPool:
         try:
             if self.config.batch:
-                self._server = self._start_server()
+                self._server = self._spawn(policy_main)
             self._workers = [self._start() for _ in range(self.count)]
             if self.config.batch:
                 self._await_server()  # the workers make ready meanwhile
@@ -247,13 +247,11 @@ class ProcessPool(Pool):
             yield from super()._messages(busy)
             return
         self._count_failed_start("the policy's process", "died")
-        self._server = self._start_server()
+        self._server[1].close()
+        self._server = self._spawn(policy_main)
         self._await_server()
         for worker in list(busy):
             yield worker, POLICY_DIED
-
-    def _start_server(self) -> tuple[BaseProcess, Connection]:
-        return self._spawn(policy_main)
 
     def _await_server(self) -> None:
         """Waits until it is ready. Raises RsdError where the policy cannot be loaded, or cannot be batched."""
