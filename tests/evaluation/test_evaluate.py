@@ -82,6 +82,18 @@ def test_workers_tidy_up_after_themselves(config: EvalConfig, monkeypatch: pytes
     assert codes == [0, 0]
 
 
+def test_ctrl_c_says_what_is_kept(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProcessPool, "run", interrupted)
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config, backend=SCRIPTED, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"interrupted: finished episodes are kept in {config.output_dir}; the same command" in said
+
+
 def test_what_a_policy_draws_hangs_on_the_episode_alone(config: EvalConfig, tmp_path: Path) -> None:
     one = replace(config, policy="draws")
     two = replace(one, num_workers="2", seed=8, output=str(tmp_path / "two"))

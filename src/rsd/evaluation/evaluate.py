@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,7 @@ def run_missing(
         (directory / VIDEOS_DIR).mkdir(parents=True, exist_ok=True)
     videos = len(list((directory / VIDEOS_DIR).glob("*.mp4")))
     with (
+        told(f"interrupted: {kept}", console),
         make_pool(config, backend, workers, directory / VIDEOS_DIR) as pool,
         EpisodeProgress(config, finished.values(), len(queue), console) as progress,
     ):
@@ -223,6 +225,16 @@ def run_missing(
                     faults.failed(message.result.key, last_line(message.log or message.result.failure))
                 else:
                     faults.worked()
+
+
+@contextlib.contextmanager
+def told(text: str, console: Console) -> Iterator[None]:
+    """Prints what Ctrl-C leaves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(text, soft_wrap=True, highlight=False)
+        raise
 
 
 def record_run(config: EvalConfig, directory: Path, ready: Ready, planned: int) -> None:
