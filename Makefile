@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env eval test test-gpu
+.PHONY: help env eval test test-fast test-gpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,14 @@ eval: env  ## run the shipped policy in LIBERO, target alone, speculative, draft
 test-gpu: env  ## what needs a CUDA GPU: recordings, compiled kernels, batches, goldens
 	$(BIN)/pytest -m gpu tests/runtime tests/goldens tests/evaluation/test_batching.py tests/tokenizer/test_action_tokenizer.py \
 		tests/targets/openvla/test_engine.py tests/targets/openvla/test_openvla_rsd_policy.py
+
+# Neither a simulator nor a browser, no graphs to export, no processes to wait for.
+FAST := $(addprefix tests/,tokenizer decoding models data targets/remote training/test_losses.py) \
+	$(patsubst %,tests/evaluation/test_%.py,statistics results rollout realtime tables lerobot) \
+	$(patsubst %,tests/test_%.py,options policy former exact nested conventions output checkpoint default_decoder)
+
+test-fast: env  ## the pure, fast tests, for daily work
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile -m "not simulator" $(FAST)
 
 test: env  ## lint, type-check and test, simulator included
 	$(BIN)/python scripts/check_limits.py

@@ -9,6 +9,7 @@ command. Exit status 1 unless every episode is there once with the undisturbed o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -24,7 +25,6 @@ from pathlib import Path
 import tyro
 
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, read_episodes
-from rsd.evaluation.workers import running_workers
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,20 @@ class KillTest:
     undisturbed: Path | None = None
     """An undisturbed run of the same policy and options that holds these episodes; default: made first."""
     seed: int = 0
+
+
+def running_workers(pid: int) -> list[int]:
+    """The workers of the evaluation that runs as process `pid`, by Linux's /proc: its spawned children.
+
+    multiprocessing's own resource tracker, which is a child, too, is none of them.
+    """
+    found = []
+    for entry in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, entry.read_text().split()):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(child)
+    return found
 
 
 def outcomes(directory: Path) -> dict[EpisodeKey, tuple[object, ...]]:

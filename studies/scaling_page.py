@@ -14,9 +14,9 @@ import tyro
 
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.summary import summarize_decoding
-from rsd.reporting.archive import read_json
 from rsd.reporting.tables import load_run
 from rsd.types import RsdError
+from studies.archive import read_json
 from studies.page_tables import rule_phrase, table, timed_table
 from studies.scaling import DECODERS, SKIPPED, ScalingRecord, SizeRecord
 

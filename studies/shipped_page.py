@@ -18,8 +18,8 @@ from rsd.evaluation.latency import LatencyRecord
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.summary import success_rate
-from rsd.reporting.archive import read_json
 from rsd.reporting.tables import Run, load_run, paired
+from studies.archive import read_json
 from studies.deviation import DeviationRecord
 from studies.modes import shares
 from studies.page_tables import (

@@ -14,9 +14,9 @@ from pathlib import Path
 import tyro
 
 from rsd.evaluation.results import write_atomically
-from rsd.reporting.archive import read_json
 from rsd.reporting.tables import level_cell, load_run
 from rsd.types import VERIFYING
+from studies.archive import read_json
 from studies.deviation import DeviationRecord
 from studies.page_tables import ABSENT, FORMER, success_section, table, task_section
 

@@ -18,8 +18,9 @@ from rsd.evaluation.calibrate import CalibrateConfig, fit, share_at, skipped_sha
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.statistics import paired_difference
 from rsd.evaluation.summary import success_rate
-from rsd.reporting.archive import located, read_json
+from rsd.reporting.archive import located
 from rsd.reporting.tables import Run, load_run, success_cell
+from studies.archive import read_json
 from studies.page_tables import (
     DELTA,
     EPSILON_MM,

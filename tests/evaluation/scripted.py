@@ -19,7 +19,6 @@ import numpy as np
 from rsd.evaluation.backend import Backend
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.results import EpisodeResult
-from rsd.options import Choice
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 STEP_LIMIT = 20
@@ -152,7 +151,9 @@ def versions(device: str) -> dict[str, str]:
     return {"simulator": "scripted 1", "cpu": "any"}
 
 
-def choose_decode(config: EvalConfig) -> Choice:
+def choose_decode(config: EvalConfig) -> Any:
+    from rsd.options import Choice  # loads torch, which would take a worker longer than its episodes
+
     return Choice("rsd-fused", "as scripted")
 
 

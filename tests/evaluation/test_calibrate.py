@@ -12,7 +12,7 @@ from scripted import SCRIPTED, episode
 from rsd import manifest
 from rsd.checkpoint import weights_hash
 from rsd.decoding.calibration import FILE_NAME, SkipCalibration
-from rsd.evaluation.backend import describe_checkpoint, rsd_policy
+from rsd.evaluation.backend import describe_checkpoint, worker_policy
 from rsd.evaluation.calibrate import SCORE, CalibrateConfig, calibrate, chunk_stat, deviations, fit
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
@@ -22,7 +22,7 @@ from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
 
-BACKEND = replace(SCRIPTED, make_policy=rsd_policy, describe_policy=describe_checkpoint)
+BACKEND = replace(SCRIPTED, make_policy=worker_policy, describe_policy=describe_checkpoint)
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,14 @@ def test_red_lines_say_what_to_do(monkeypatch: pytest.MonkeyPatch, checkpoint: P
         )
 
 
+@pytest.mark.parametrize("output", ["/dev/null/results", "/etc/passwd", "file/results"])
+def test_results_that_could_go_nowhere_are_red(output: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (check,) = [check for check in [doctor.disk(tmp_path / output)] if check.status == "fail"]
+    assert check.found.startswith("expected a folder, found that")
+    assert check.remedy == "choose another --output"
+
+
 def test_a_policy_that_sees_nothing_is_red(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -24,9 +24,9 @@ from scripted import SCRIPTED, episode, make_patient_batch_policy
 from rsd.evaluation.config import EvalConfig, OptionError, stored_config
 from rsd.evaluation.episodes import Job, JobQueue, Outcome, VideoBudget, wants_video
 from rsd.evaluation.evaluate import evaluate, plan_episodes
+from rsd.evaluation.pools import ProcessPool, worker_count
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes
 from rsd.evaluation.summary import RunSummary
-from rsd.evaluation.workers import WorkerPool, worker_count
 from rsd.locks import exclusive
 from rsd.reporting.tables import load_run
 from rsd.types import RsdError
@@ -71,15 +71,27 @@ def test_a_run_is_whole_summed_up_and_the_same_with_any_number_of_workers(config
 
 def test_workers_tidy_up_after_themselves(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is killed leaves semaphores behind, of which Python complains at the end of the run."""
-    leave, codes = WorkerPool.__exit__, list[int | None]()
+    leave, codes = ProcessPool.__exit__, list[int | None]()
 
-    def watched(pool: WorkerPool, *error: Any) -> None:
+    def watched(pool: ProcessPool, *error: Any) -> None:
         leave(pool, *error)
-        codes.extend(worker.process.exitcode for worker in pool._workers)
+        codes.extend(worker.handle.exitcode for worker in pool._workers)
 
-    monkeypatch.setattr(WorkerPool, "__exit__", watched)
+    monkeypatch.setattr(ProcessPool, "__exit__", watched)
     run(replace(config, num_workers="2"))
     assert codes == [0, 0]
+
+
+def test_ctrl_c_says_what_is_kept(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProcessPool, "run", interrupted)
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config, backend=SCRIPTED, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"interrupted: finished episodes are kept in {config.output_dir}; the same command" in said
 
 
 def test_what_a_policy_draws_hangs_on_the_episode_alone(config: EvalConfig, tmp_path: Path) -> None:

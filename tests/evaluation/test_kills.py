@@ -16,7 +16,7 @@ from scripted import SCRIPTED
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
-from rsd.evaluation.workers import running_workers
+from scripts.kill_test import running_workers
 
 
 def run(config: EvalConfig) -> None:

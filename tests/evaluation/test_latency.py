@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from rsd.evaluation import latency
-from rsd.evaluation.latency import LatencyConfig, LatencyRecord, measure_latency, print_latencies
+from rsd.evaluation.latency import LatencyConfig, LatencyRecord, is_record, measure_latency, print_latencies
+from rsd.output import refuse_to_replace
 from rsd.policy import VERIFY_PENDING, RsdPolicy
 from rsd.types import Observation, RsdError
 from studies import scaling
@@ -44,6 +45,13 @@ def test_impossible_settings_are_refused(bad: dict[str, object]) -> None:
         LatencyConfig(**bad)  # type: ignore[arg-type]
 
 
+def test_another_file_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "notes.json").write_text("{}")
+    with pytest.raises(RsdError, match="exists already; choose another --output, or --overwrite"):
+        measure_latency(LatencyConfig(output=tmp_path / "notes.json"))
+    assert (tmp_path / "notes.json").read_text() == "{}"
+
+
 def one_observation(suite: str, tasks: int, policy: RsdPolicy) -> list[Observation]:
     images = np.full((2, policy.image_size, policy.image_size, 3), 90, np.uint8)
     state = np.array([-0.2, 0, 1.17, 3.14, 0, 0, 0.04, -0.04], np.float32)
@@ -60,6 +68,7 @@ def test_every_decoder_is_timed_equally_often(tmp_path: Path, monkeypatch: pytes
     )
     stored = json.loads(output.read_text())
     assert stored["milliseconds"] == record.milliseconds
+    refuse_to_replace(output, is_record(output))  # the next measurement may
     for by_stage in record.milliseconds.values():
         parts = [sum(values[i] for stage, values in by_stage.items() if stage != "total") for i in range(2)]
         assert all(0 < part <= total * 1.01 for part, total in zip(parts, by_stage["total"], strict=True))

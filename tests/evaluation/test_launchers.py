@@ -1,4 +1,4 @@
-"""Ray on one node, submitit without a cluster, the Modal app's import; and what each refuses."""
+"""Ray on one node, submitit on this machine, the Modal app's import; and what each refuses."""
 
 import importlib.util
 import io
@@ -13,7 +13,7 @@ from scripted import SCRIPTED
 import rsd.evaluation.launchers as launchers
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
-from rsd.evaluation.launchers import cloud_config, shard_configs, submit_shards
+from rsd.evaluation.launchers import cloud_config, shard_configs, submit_shards, wait_for
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
 from rsd.reporting.html_report import merge_and_report
 from rsd.types import RsdError
@@ -61,16 +61,46 @@ def test_ray_refuses_what_its_actors_cannot_do(config: EvalConfig) -> None:
         replace(config, launcher="rya")  # type: ignore[arg-type]
 
 
-def test_submitted_shards_make_one_run(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "LIBERO", SCRIPTED)
+def scripted_shard(config: EvalConfig) -> str:
+    evaluate(config, backend=SCRIPTED)
+    return str(config.output_dir)
+
+
+def test_jobs_of_submitits_local_executor_make_one_run(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of their own that find their task in a file, as SLURM's do."""
+    monkeypatch.setattr(launchers, "run_shard", scripted_shard)
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
     config = replace(config, num_workers="1")
-    jobs = submit_shards(config, 2, cluster="debug")
-    directories = [job.result() for job in jobs]
-    assert [Path(directory).name for directory in directories] == ["shard-0-of-2", "shard-1-of-2"]
-    table = merge_and_report(config.output_dir)
-    assert "4/4 = 100.0 %" in table
+    jobs = submit_shards(config, 2, "local", {"timeout_min": 2})
+    fails = submit_shards(replace(config, policy="missing", output=f"{config.output}2"), 1, "local", {"timeout_min": 2})
+    wait_for(jobs)
+    assert [Path(job.result()).name for job in jobs] == ["shard-0-of-2", "shard-1-of-2"]
+    assert "4/4 = 100.0 %" in merge_and_report(config.output_dir)
     assert len(timeless(config)) == 4
     assert (config.output_dir / "report.html").is_file()
+    line = r"job .* failed, see .*\.err \(.*RsdError: missing: expected a checkpoint"
+    with pytest.raises(RsdError, match=line) as raised:
+        wait_for(fails)
+    assert "\n" not in str(raised.value)
+
+
+def scheduler(folder: Path, says: str) -> None:
+    for name in ("srun", "sbatch"):
+        (folder / name).write_text(f"#!/bin/sh\necho '{says}' >&2\nexit 1\n")
+        (folder / name).chmod(0o755)
+
+
+def test_a_cluster_that_is_not_there_or_refuses_is_a_line(
+    config: EvalConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RsdError, match=r"expected SLURM's srun and sbatch, found none here; .* --cluster local"):
+        submit_shards(config, 2)
+    assert not config.output_dir.exists()
+    scheduler(tmp_path, "sbatch: error: invalid partition specified")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(RsdError, match=r"the jobs were refused \(.*invalid partition specified\)"):
+        submit_shards(config, 2)
 
 
 def test_the_cloud_run_is_the_one_that_was_asked_for() -> None:

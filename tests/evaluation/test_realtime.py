@@ -17,7 +17,7 @@ from scripted import SCRIPTED, CountingEnv, ScriptedPolicy
 from reporting.test_report import write_run
 from rsd.evaluation.config import EvalConfig, OptionError
 from rsd.evaluation.evaluate import evaluate
-from rsd.evaluation.realtime import InTurn, Pace, RealTime
+from rsd.evaluation.realtime import Pace, RealTime
 from rsd.evaluation.results import (
     EPISODES_FILE,
     EpisodeResult,
@@ -208,7 +208,7 @@ def test_warming_up_is_in_no_pause_and_no_wait() -> None:
 @pytest.mark.parametrize("hz", [HZ, 1e6])
 def test_the_episode_is_that_of_taking_turns(hz: float) -> None:
     clock = Clock()
-    turns = roll(TimedEnv(clock), AheadPolicy(clock), InTurn())
+    turns = roll(TimedEnv(clock), AheadPolicy(clock), Pace())
     pace = RealTime(hz, clock, clock.sleep, Beside(clock))
     real = roll(TimedEnv(clock), AheadPolicy(clock), pace)
     assert timeless(real.result) == timeless(turns.result)

@@ -1,4 +1,6 @@
 import json
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,3 +122,10 @@ def test_only_an_error_episode_may_be_run_again(tmp_path: Path) -> None:
 def test_a_directory_without_a_run_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RsdError, match="rsd eval"):
         read_run_record(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_and_not_waited_for(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "episodes.jsonl")
+    with pytest.raises(RsdError, match=r"episodes\.jsonl: expected a file, found something else"):
+        read_episodes(tmp_path / "episodes.jsonl")

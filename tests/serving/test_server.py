@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 import pytest
 import websockets.sync.client as websocket
-from messages import content_of
+from messages import content_of, serving
 from websockets.exceptions import InvalidStatus
 
 from evaluation.scripted import SCRIPTED, CountingEnv
 from rsd.cli import main
-from rsd.evaluation.backend import LIBERO, describe_checkpoint, rsd_policy
+from rsd.evaluation.backend import LIBERO, describe_checkpoint, rsd_policy, worker_policy
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.realtime import RealTime
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
 from rsd.evaluation.rollout import Environment, run_episode
 from rsd.policy import Prediction, RsdPolicy
-from rsd.serving.server import PolicyServer, reserve, serving
+from rsd.serving.server import PolicyServer, reserve
 from rsd.targets.remote.client import RemotePolicy
 from rsd.targets.remote.wire import pack, unpack
 from rsd.types import Observation, RsdError
@@ -195,7 +195,7 @@ def test_an_evaluation_of_a_served_policy_has_the_episodes_of_a_local_one_and_ct
     command: tuple[subprocess.Popen[str], str], checkpoint: Path, tmp_path: Path
 ) -> None:
     process, address = command
-    simulator = replace(SCRIPTED, make_policy=rsd_policy, describe_policy=describe_checkpoint)
+    simulator = replace(SCRIPTED, make_policy=worker_policy, describe_policy=describe_checkpoint)
     local = EvalConfig(num_trials=2, tasks="0,2", policy=str(checkpoint), decode="l1", num_workers="1")
     alone = {}
     policy = LIBERO.make_policy(local)

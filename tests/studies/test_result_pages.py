@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from studies import scaling_page, shipped_page, studies_page, suites_page
+from rsd.types import RsdError
+from studies import readme_table, scaling_page, shipped_page, studies_page, suites_page
 
 PAGES: dict[str, tuple[Any, Any, str]] = {
     "decoding": (shipped_page, shipped_page.ShippedPageConfig(), "| success [Wilson 95 %] "),
@@ -24,3 +25,13 @@ def test_the_page_is_made_from_the_raw_results(name: str, tmp_path: Path) -> Non
     page = (tmp_path / "page.md").read_text()
     assert row in page
     assert "nan" not in page
+
+
+def test_the_readmes_table_is_made_from_the_raw_results() -> None:
+    config = readme_table.ReadmeTableConfig()
+    made = readme_table.readme_table(config.permuted, config.stock)
+    readme = config.readme.read_text()
+    assert readme_table.replaced(readme, made) == readme
+    assert readme_table.replaced(readme.replace("252/500", "253/500"), made) == readme
+    with pytest.raises(RsdError, match="expected one table that begins with"):
+        readme_table.replaced("", made)

@@ -44,9 +44,9 @@ class Command:
 
 COMMANDS = {
     "eval": Command("run a policy in LIBERO and measure success, latency and acceptance", "rsd.cli.eval"),
-    "compare": Command("one table from several results directories", "rsd.cli.compare"),
-    "report": Command("one HTML page about runs: success, latency, acceptance, failures", "rsd.cli.report"),
-    "merge": Command("bring shards of one run together", "rsd.cli.merge"),
+    "compare": Command("one table from several results directories", "rsd.cli.runs", "compare"),
+    "report": Command("one HTML page about runs: success, latency, acceptance, failures", "rsd.cli.runs", "report"),
+    "merge": Command("bring shards of one run together", "rsd.cli.runs", "merge"),
     "submit": Command("run an evaluation as SLURM jobs, a shard each", "rsd.cli.submit"),
     "inspect": Command("what a checkpoint or a results directory holds", "rsd.cli.inspect"),
     "checkpoint seal": Command("vouch for a checkpoint that was edited on purpose", "rsd.cli.seal"),

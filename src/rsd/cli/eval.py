@@ -55,15 +55,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     summaries = []
     warned: set[str] = set()
     for config, note in planned:
-        try:
-            summary = evaluate(config, overwrite=options.overwrite, console=console, note=note, warned=warned)
-        except KeyboardInterrupt:
-            console.print(
-                f"interrupted: finished episodes are kept in {config.output_dir}; "
-                "the same command without --overwrite continues",
-                soft_wrap=True,
-            )
-            return 130
+        summary = evaluate(config, overwrite=options.overwrite, console=console, note=note, warned=warned)
         summaries.append(summary)
         if summary.errors:
             console.print(

@@ -12,6 +12,10 @@ from rsd.cli.parsing import UsageError, parse
 from rsd.evaluation.config import EvalConfig
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+SHARED = (  # with `rsd eval`
+    *("policy", "decode", "acceptance", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset"),
+    *("device", "engine"),
+)
 
 
 @dataclass(frozen=True)
@@ -58,18 +62,8 @@ class ServeArguments:
     @property
     def evaluated(self) -> EvalConfig:
         """The evaluation whose policy this is."""
-        config = EvalConfig(
-            policy=self.policy,
-            decode=self.decode,
-            acceptance=self.acceptance,
-            skip_threshold_mm=self.skip_threshold_mm,
-            max_skips=self.max_skips,
-            memory_chunks=self.memory_chunks,
-            target_at_reset=self.target_at_reset,
-            task_suite=self.statistics,
-            device=self.device,
-            engine=self.engine,
-        )
+        own = {name: getattr(self, name) for name in SHARED}
+        config = EvalConfig(**own, task_suite=self.statistics)
         if config.served:
             raise UsageError(f"--policy {self.policy}: is served already; expected a checkpoint directory or hub id")
         return config

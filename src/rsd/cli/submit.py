@@ -11,6 +11,7 @@ from rich.console import Console
 
 from rsd.cli.eval import check_names
 from rsd.cli.parsing import UsageError, parse
+from rsd.cli.runs import merge
 from rsd.evaluation.config import EvalConfig
 
 
@@ -40,8 +41,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
     config = options.config
     if config.shard:
         raise UsageError("--shard is what the jobs get; ask for a number of --shards")
-    from rsd.evaluation.backend import libero_cautions, settle
-    from rsd.evaluation.launchers import submit_shards
+    from rsd.evaluation.backend import settle
+    from rsd.evaluation.cautions import cautions
+    from rsd.evaluation.launchers import submit_shards, wait_for
 
     config, chosen = settle(config)
     check_names(config)
@@ -57,14 +59,11 @@ def run(arguments: Sequence[str], prog: str) -> int:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if chosen:
         console.print(chosen)
-    for caution in libero_cautions(config):
+    for caution in cautions(config):
         console.print(f"warning: {caution}", style="yellow", markup=False)
     console.print(f"jobs {', '.join(str(job.job_id) for job in jobs)}; logs in {config.output_dir / 'jobs'}")
     if not options.wait:
         console.print(f"when they are done: rsd merge {config.output_dir}")
         return 0
-    for job in jobs:
-        job.result()  # raises with the job's own traceback
-    from rsd.cli.merge import run as merge
-
+    wait_for(jobs)
     return merge([str(config.output_dir)], prog)

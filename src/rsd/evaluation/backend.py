@@ -11,12 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule
+from rsd.evaluation.cautions import cautions
+from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule, option
+from rsd.evaluation.doctor import preflight
 from rsd.types import BEST, CUDA_GRAPHS, ONNX, ChunkPolicy, Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
     from rsd.options import Choice, DecodeOptions
+    from rsd.targets.remote.client import RemotePolicy
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Backend:
     make_env: Callable[[str, int, int], Environment]
     """suite, task number, image size (pixels) -> simulator."""
     make_policy: Callable[[EvalConfig], Policy]
+    """On as many of torch's threads as the options say."""
     describe_policy: Callable[[EvalConfig], dict[str, Any]]
     """What names the weights beyond doubt: a run is never continued with others."""
     versions: Callable[[str], dict[str, str]]
@@ -37,7 +41,7 @@ class Backend:
     choose_decode: Callable[[EvalConfig], Choice]
     """What --decode best is for this policy and these options."""
     make_batch_policy: Callable[[EvalConfig], ChunkPolicy] | None = None
-    """A policy for `--batch`; None where there is none."""
+    """A policy for `--batch`, on as many threads; None where there is none."""
     prepare: Callable[[str, int], None] | None = None
     """suite, task number -> what a simulator's process can do of `make_env` while its policy still loads elsewhere."""
     preflight: Callable[[EvalConfig], None] | None = None
@@ -69,12 +73,18 @@ def prepare_libero(suite: str, task_id: int) -> None:
     libero_env(suite, task_id, 64).close()
 
 
+def worker_policy(config: EvalConfig) -> Policy:
+    """On as many threads as the run's options say."""
+    import torch
+
+    torch.set_num_threads(config.threads)
+    return rsd_policy(config)
+
+
 def rsd_policy(config: EvalConfig) -> Policy:
     """A checkpoint of this package, one in OpenVLA's format, or either of them behind a port."""
     if config.served:
-        from rsd.evaluation.served import policy_for
-
-        return policy_for(config)
+        return served_policy(config)
     from rsd.options import RuntimeOptions
     from rsd.policy import RsdPolicy, load_policy
     from rsd.targets.openvla.published import locate_openvla
@@ -90,6 +100,21 @@ def rsd_policy(config: EvalConfig) -> Policy:
             openvla, device=config.device, decode=config.decode, suite=config.task_suite, graphs=graphs
         )
     return RsdPolicy(load_policy(config.policy, decode_options(config), RuntimeOptions(config.device, config.engine)))
+
+
+def served_policy(config: EvalConfig) -> RemotePolicy:
+    """The policy served at `config.policy`; `RsdError` where the options ask for another one."""
+    from rsd.targets.remote.client import RemotePolicy  # of an extra
+
+    own = ("acceptance", "temperature", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset", "audit")
+    mine = (*own, "device", "batch", "engine")  # of the server
+    if given := [option(name) for name in mine if getattr(config, name) != getattr(EvalConfig, name)]:
+        raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here; give it to `rsd serve`")
+    remote = RemotePolicy(config.policy)
+    if remote.decode != config.decode:
+        remote.close()
+        raise RsdError(f"{config.policy}: decodes with {remote.decode}, asked for is --decode {config.decode}")
+    return remote
 
 
 def decode_options(config: EvalConfig) -> DecodeOptions:
@@ -132,10 +157,13 @@ def best_of_checkpoint(config: EvalConfig) -> Choice:
 
 
 def batched_rsd_policy(config: EvalConfig) -> ChunkPolicy:
+    import torch
+
     from rsd.options import RuntimeOptions
     from rsd.policy import load_policy
     from rsd.targets.openvla.published import locate_openvla
 
+    torch.set_num_threads(config.threads)
     policy = None
     if config.served or locate_openvla(config.policy) is None:
         runtime = RuntimeOptions(config.device, config.engine, max(2, config.batch))
@@ -144,18 +172,6 @@ def batched_rsd_policy(config: EvalConfig) -> ChunkPolicy:
         found = f"{config.policy} in OpenVLA's format or on OpenVLA takes one observation at a time"
         raise RsdError(f"--batch {config.batch}: {found}; leave --batch out")
     return policy
-
-
-def check_machine(config: EvalConfig) -> None:
-    from rsd.evaluation.doctor import preflight
-
-    preflight(config)
-
-
-def libero_cautions(config: EvalConfig) -> list[str]:
-    from rsd.evaluation.cautions import cautions
-
-    return cautions(config)
 
 
 def libero_versions(device: str) -> dict[str, str]:
@@ -187,11 +203,11 @@ def available_cores() -> int:
 
 
 def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
-    """The checkpoint's hash and its own provenance."""
+    """What names the weights beyond doubt, with their provenance; of a served policy also what it runs on."""
     if config.served:
-        from rsd.evaluation.served import describe
-
-        return describe(config)
+        remote = served_policy(config)
+        remote.close()
+        return {**remote.welcome.policy, "policy": config.policy, "server": remote.welcome.versions}
     from rsd.checkpoint import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
     from rsd.targets.openvla.published import fingerprint, locate_openvla
 
@@ -232,14 +248,14 @@ LIBERO = Backend(
     list_tasks=libero_tasks,
     count_init_states=libero_init_states,
     make_env=libero_env,
-    make_policy=rsd_policy,
+    make_policy=worker_policy,
     describe_policy=describe_checkpoint,
     versions=libero_versions,
     choose_decode=best_of_checkpoint,
     make_batch_policy=batched_rsd_policy,
     prepare=prepare_libero,
-    preflight=check_machine,
-    cautions=libero_cautions,
+    preflight=preflight,
+    cautions=cautions,
 )
 
 

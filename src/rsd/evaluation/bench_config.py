@@ -44,7 +44,9 @@ class LatencyConfig:
     threads: int = 0
     """Torch's threads; 0 = one per core."""
     output: Path = Path("runs/bench/latency.json")
-    """Raw milliseconds and the environment, as JSON."""
+    """Raw milliseconds and the environment, as JSON; the file of an earlier measurement is replaced."""
+    overwrite: bool = False
+    """Replace any other file, too."""
 
     def __post_init__(self) -> None:
         from rsd.decoding.decoders import DECODERS, names  # loads torch

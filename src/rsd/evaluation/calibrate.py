@@ -31,6 +31,10 @@ from rsd.types import RsdError
 SCORE = "expected_deviation_mm"
 FAR = 1e6  # mm
 MOST_ERRORS = 0.05  # of the rollouts; what is left out of more of them could be what deviates
+SHARED = (  # options of `rsd eval`
+    *("task_suite", "tasks", "num_trials", "policy", "acceptance", "max_skips", "memory_chunks", "seed", "device"),
+    *("num_workers", "batch"),
+)
 FIRST_PLACEMENT = 1_000_000  # placement seeds of the calibration: one a trial
 
 
@@ -75,20 +79,10 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     sha256 = weights_hash(directory)
     check_promise(config.alpha, config.delta, config.epsilon_mm, config.max_skips, "share", config.test)
     rollouts = EvalConfig(
-        task_suite=config.task_suite,
-        tasks=config.tasks,
-        num_trials=config.num_trials,
-        policy=config.policy,
+        **{name: getattr(config, name) for name in SHARED},
         decode="rsd-skip",
-        acceptance=config.acceptance,
         skip_threshold_mm=config.tried_mm,
-        max_skips=config.max_skips,
-        memory_chunks=config.memory_chunks,
         audit=True,
-        seed=config.seed,
-        device=config.device,
-        num_workers=config.num_workers,
-        batch=config.batch,
         output=str(config.output),
     )
     needed = episodes_needed(config.alpha, config.delta, config.test)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rsd.conventions import CONTROL_HZ
-from rsd.evaluation.backend import libero_tasks
 from rsd.evaluation.config import EvalConfig, planned_tasks
 
 
@@ -51,6 +50,8 @@ def section(record: Any, *names: str) -> dict[str, Any]:
 
 
 def unseen_tasks(config: EvalConfig, content: dict[str, Any]) -> Iterable[str]:
+    from rsd.sim.suites import suite_tasks  # loads the simulator
+
     suites, instructions, _ = trained_on(content)
     planned = planned_tasks(config.tasks)
     for suite in config.suites:
@@ -58,7 +59,7 @@ def unseen_tasks(config: EvalConfig, content: dict[str, Any]) -> Iterable[str]:
             yield f"trained on {', '.join(sorted(suites))}, not on {suite}; expect it to fail there"
             continue
         wanted = planned.get(suite, planned.get(""))
-        tasks = [(task, text) for task, _, text in libero_tasks(suite) if wanted is None or task in wanted]
+        tasks = [(t.task_id, t.language) for t in suite_tasks(suite) if wanted is None or t.task_id in wanted]
         unseen = [task for task, text in tasks if instructions and text not in instructions]
         if unseen:
             listed = ", ".join(map(str, unseen))

@@ -5,12 +5,13 @@ The cheap checks (well under a second) are the ones `rsd eval` runs before it st
 
 from __future__ import annotations
 
-import contextlib
+import os
 import platform
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rsd.devices import check_device
+from rsd.output import shown
 from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Observation, RsdError
 
 if TYPE_CHECKING:
@@ -115,11 +117,11 @@ def gl_library() -> Check:
 
 def disk(directory: Path) -> Check:
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        return Check("disk", "fail", f"expected a folder, found that {existing} is none", "choose another --output")
     free = shutil.disk_usage(existing).free / 2**20
     if free < DISK_MIB:
         return Check("disk", "fail", f"{free:.0f} MiB free at {existing}", "make room, or choose another --output")
-    import os
-
     if not os.access(existing, os.W_OK):
         return Check("disk", "fail", f"{existing} may not be written to", "choose another --output")
     return Check("disk", "ok", f"{free / 1024:.1f} GiB free at {existing}")
@@ -227,16 +229,22 @@ def blank(size: int, value: int) -> Observation:
     return Observation(images, np.zeros(STATE_DIM, dtype=np.float32), "pick up the black bowl")
 
 
+def checked(checks: dict[str, Callable[[], Check]]) -> list[Check]:
+    return [guarded(name, check) for name, check in shown(checks.items(), "checks", len(checks))]
+
+
 def cheap_checks(policy: str, device_name: str, output: Path) -> list[Check]:
-    return [
-        guarded("Python", python_version),
-        guarded("PyTorch", torch_version),
-        guarded("device", lambda: device(device_name)),
-        *(guarded(package, lambda package=package: pinned(package)) for package in PINNED),  # type: ignore[misc]
-        guarded("OpenGL", gl_library),
-        guarded("disk", lambda: disk(output)),
-        guarded("checkpoint files", lambda: checkpoint_files(policy)),
-    ]
+    return checked(
+        {
+            "Python": python_version,
+            "PyTorch": torch_version,
+            "device": lambda: device(device_name),
+            **{package: partial(pinned, package) for package in PINNED},
+            "OpenGL": gl_library,
+            "disk": lambda: disk(output),
+            "checkpoint files": lambda: checkpoint_files(policy),
+        }
+    )
 
 
 def preflight(config: EvalConfig) -> None:
@@ -251,15 +259,12 @@ def preflight(config: EvalConfig) -> None:
 def diagnose(config: DoctorConfig) -> tuple[list[Check], RsdPolicy | None]:
     """All checks, and the policy if it loads."""
     loaded: list[RsdPolicy] = []
-    checks = [
-        *cheap_checks(config.policy, config.device, config.output),
-        guarded("LIBERO", libero_assets),
-        guarded("rendering", render_frame),
-        guarded("policy", lambda: load_and_predict(config.policy, config.device, loaded)),
-    ]
-    if loaded:
-        checks.append(guarded("validation", lambda: accuracy(loaded[0])))
-        checks.append(guarded("skip calibration", lambda: calibrated(config.policy)))
+    policy = partial(load_and_predict, config.policy, config.device, loaded)
+    checks = cheap_checks(config.policy, config.device, config.output)
+    checks += checked({"LIBERO": libero_assets, "rendering": render_frame, "policy": policy})
+    for one in loaded:
+        skipping = partial(calibrated, config.policy)
+        checks += checked({"validation": partial(accuracy, one), "skip calibration": skipping})
     return checks, loaded[0] if loaded else None
 
 
@@ -326,8 +331,7 @@ def run_doctor(config: DoctorConfig) -> int:
     from rich.markup import escape
 
     console = Console(highlight=False, soft_wrap=True)
-    with console.status("checking") if console.is_terminal else contextlib.nullcontext():
-        checks, policy = diagnose(config)
+    checks, policy = diagnose(config)
     width = max(len(check.name) for check in checks)
     marks = {"ok": "[green]ok  [/green]", "warn": "[yellow]note[/yellow]", "fail": "[red]RED [/red]"}
     for check in checks:

@@ -13,7 +13,10 @@ from typing import Any
 
 from rsd.evaluation.backend import Backend
 from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.realtime import RealTime
 from rsd.evaluation.results import ERROR_PREFIX, EpisodeResult
+from rsd.evaluation.rollout import WARMUP_PREDICTIONS, decoded, run_episode
+from rsd.evaluation.video import replay_video, video_name
 from rsd.types import Policy
 
 INSTEAD = "instead"  # a video of a failure takes the place of a success's
@@ -98,18 +101,12 @@ class EpisodeRunner:
     """Simulator and policy of one worker: a job in, its outcome out."""
 
     def __init__(self, config: EvalConfig, backend: Backend, policy: Policy, videos: Path) -> None:
-        from rsd.evaluation.rollout import WARMUP_PREDICTIONS
-
         self._config, self._backend, self._policy, self._videos = config, backend, policy, videos
         self._env: Any = None
         self._task: tuple[str, int] | None = None
         self._warmup = WARMUP_PREDICTIONS
 
     def run(self, job: Job) -> Outcome:
-        from rsd.evaluation.realtime import RealTime
-        from rsd.evaluation.rollout import run_episode
-        from rsd.evaluation.video import replay_video, video_name
-
         if self._env is None or job.task != self._task:
             self.close()
             self._env, self._task = self._backend.make_env(*job.task, self._policy.image_size), job.task
@@ -188,19 +185,11 @@ def broken_off(config: EvalConfig, job: Job, reason: str) -> Outcome:
         init_state=job.init_state,
         seed=config.seed,
         decode=config.decode,
-        acceptance="",
         success=False,
         steps=0,
-        chunks=0,
         failure=f"{ERROR_PREFIX}{reason}",
-        latency_ms={},
-        num_drafts=0,
-        num_draft_tokens=[],
-        num_accepted_tokens=[],
-        accepted_levels=[],
-        prefills=0,
-        target_passes=0,
         wall_s=0.0,
         attempts=job.attempt,
+        **decoded([]),
     )
     return Outcome(job, result, reason)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from rich.console import Console
 from rsd.evaluation.backend import LIBERO, Backend, settle
 from rsd.evaluation.config import NEUTRAL, EvalConfig, OptionError
 from rsd.evaluation.episodes import Job, JobQueue, Outcome
-from rsd.evaluation.launchers import make_pool
 from rsd.evaluation.lerobot import EVAL_INFO_FILE, write_eval_info
+from rsd.evaluation.pools import Retry, make_pool, worker_count
 from rsd.evaluation.progress import EpisodeProgress, last_line
 from rsd.evaluation.results import (
     CONFIG_FILE,
@@ -35,10 +36,10 @@ from rsd.evaluation.results import (
 from rsd.evaluation.summary import RunSummary, summarize
 from rsd.evaluation.tables import plural
 from rsd.evaluation.video import VIDEOS_DIR
-from rsd.evaluation.workers import Ready, Retry, worker_count
+from rsd.evaluation.workers import Ready
 from rsd.locks import exclusive
 from rsd.output import Faults, writing
-from rsd.types import CUDA_GRAPHS, EAGER, RsdError
+from rsd.types import RsdError
 
 ERRORS_FILE = "errors.log"
 MAX_EQUAL_FAULTS = 5  # episodes in a row that end in the same error
@@ -174,7 +175,8 @@ def remove_run(directory: Path) -> None:
     Raises RsdError where config.json is something else's, such as a checkpoint's.
     """
     config = directory / CONFIG_FILE
-    if config.exists() and not (directory / EPISODES_FILE).exists() and b'"config_hash"' not in config.read_bytes():
+    runs_own = not config.exists() or (config.is_file() and b'"config_hash"' in config.read_bytes())
+    if not (runs_own or (directory / EPISODES_FILE).exists()):
         raise RsdError(f"{directory}: its {CONFIG_FILE} is no run's, so nothing is deleted; choose another --output")
     names = (EPISODES_FILE, SUMMARY_FILE, EVAL_INFO_FILE, ERRORS_FILE, CONFIG_FILE)
     with writing(directory):
@@ -205,6 +207,7 @@ def run_missing(
         (directory / VIDEOS_DIR).mkdir(parents=True, exist_ok=True)
     videos = len(list((directory / VIDEOS_DIR).glob("*.mp4")))
     with (
+        told(f"interrupted: {kept}", console),
         make_pool(config, backend, workers, directory / VIDEOS_DIR) as pool,
         EpisodeProgress(config, finished.values(), len(queue), console) as progress,
     ):
@@ -222,6 +225,16 @@ def run_missing(
                     faults.failed(message.result.key, last_line(message.log or message.result.failure))
                 else:
                     faults.worked()
+
+
+@contextlib.contextmanager
+def told(text: str, console: Console) -> Iterator[None]:
+    """Prints what Ctrl-C leaves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(text, soft_wrap=True, highlight=False)
+        raise
 
 
 def record_run(config: EvalConfig, directory: Path, ready: Ready, planned: int) -> None:
@@ -242,10 +255,7 @@ def run_differences(record: RunRecord, versions: dict[str, str], policy: dict[st
     """What sets versions and weights apart from a record's, the machine's own names left out; "" if nothing does."""
     compared = [name for name in {**record.versions, **versions} if name not in MACHINE_VERSIONS]
     found = [differences({**record.versions}, {**versions}, compared)]
-    begun = dict(record.policy)
-    if "engine" in policy and "engine" not in begun:  # a run of before there was a choice
-        begun["engine"] = EAGER if versions.get("device", "cpu") == "cpu" else CUDA_GRAPHS
-    found.append(differences(begun, policy, {**begun, **policy}))
+    found.append(differences(record.policy, policy, {**record.policy, **policy}))
     return ", ".join(filter(None, found))
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.roofline import Ceiling, Work, measure_ceiling, work_of
 from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.tables import print_table
-from rsd.output import shown
+from rsd.output import refuse_to_replace, shown
 from rsd.policy import VERIFY_PENDING, RsdPolicy
 from rsd.sim.libero import LiberoEnv
 from rsd.types import EAGER, Observation
@@ -77,6 +78,7 @@ def observations(suite: str, num_tasks: int, policy: RsdPolicy) -> list[Observat
 
 def measure_latency(config: LatencyConfig) -> LatencyRecord:
     """Run the measurement, print the table, write the JSON."""
+    refuse_to_replace(config.output, config.overwrite or is_record(config.output))
     torch.set_num_threads(config.threads or available_cores())
     options: dict[str, Any] = {"device": config.device, "engine": config.engine}
     options["acceptance"] = asked_rule(config.acceptance)
@@ -102,6 +104,11 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     print_latencies(Console(), record)
     print(f"results: {config.output}")
     return record
+
+
+def is_record(path: Path) -> bool:
+    """Whether an earlier measurement is there, which a new one replaces."""
+    return path.is_file() and b'"milliseconds": {' in path.read_bytes()
 
 
 def work_to_the_chunk(policy: RsdPolicy, observation: Observation) -> Work:

@@ -1,133 +1,18 @@
-"""Where an evaluation's workers are: processes here, actors of a Ray cluster, or whole shards as SLURM jobs."""
+"""An evaluation in shards: as jobs of a SLURM cluster, or on Modal."""
 
 from __future__ import annotations
 
-import time
+import contextlib
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rsd.evaluation.backend import LIBERO, Backend
+from rsd.evaluation.backend import LIBERO
 from rsd.evaluation.config import EvalConfig, OptionError
-from rsd.evaluation.episodes import EpisodeRunner, Job, JobQueue, Outcome, broken_off
-from rsd.evaluation.workers import MAX_FAILED_STARTS, Ready, Retry, WorkerPool
 from rsd.extras import extra
 from rsd.types import BEST, RsdError
-
-
-def make_pool(config: EvalConfig, backend: Backend, workers: int, videos: Path) -> WorkerPool | RayPool:
-    if config.launcher == "ray":
-        return RayPool(config, backend, workers, videos)
-    return WorkerPool(config, backend, workers, videos)
-
-
-class Simulator:
-    """A Ray actor: simulator and policy together, as in a worker process."""
-
-    def __init__(self, config: EvalConfig, backend: Backend, videos: Path) -> None:
-        import torch
-
-        torch.set_num_threads(config.threads)
-        policy = backend.make_policy(config)
-        self._ready = Ready(backend.versions(config.device), backend.describe_policy(config))
-        self._runner = EpisodeRunner(config, backend, policy, videos)
-
-    def ready(self) -> Ready:
-        return self._ready
-
-    def run(self, job: Job) -> Outcome:
-        return self._runner.run(job)
-
-
-class RayPool:
-    """`WorkerPool`'s twin on Ray; the results stay with this process, actors need no shared disk but the checkpoint.
-
-    num_workers actors with one CPU each, with a GPU's share if the policy wants one; Ray places them. An actor that
-    dies or hangs is replaced.
-    """
-
-    def __init__(self, config: EvalConfig, backend: Backend, count: int, videos: Path) -> None:
-        with extra("ray"):
-            import ray
-        self._ray: Any = ray
-        self._arguments, self._count = (config, backend, videos), count
-        self._config, self._started_ray = config, False
-        self._actors: list[Any] = []
-
-    def __enter__(self) -> RayPool:
-        if not self._ray.is_initialized():
-            self._ray.init(log_to_driver=False, configure_logging=False, include_dashboard=False)
-            self._started_ray = True
-        self._actors = [self._start() for _ in range(self._count)]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for actor in self._actors:
-            self._ray.kill(actor)
-        if self._started_ray:
-            self._ray.shutdown()
-
-    def _start(self) -> Any:
-        gpus = 1 / self._count if self._config.device.startswith("cuda") else 0
-        return self._ray.remote(Simulator).options(num_cpus=1, num_gpus=gpus).remote(*self._arguments)
-
-    def run(self, queue: JobQueue, videos_left: int) -> Iterator[Ready | Retry | Outcome]:
-        """As `WorkerPool.run`. videos_left is not used: actors make no videos."""
-        calls: dict[Any, tuple[Any, Job | None, float]] = {}
-        tasks: dict[Any, tuple[str, int]] = {}
-        failed_starts = 0
-
-        def call(actor: Any, job: Job | None) -> None:
-            # nobody knows how long a cluster takes to find room for an actor
-            patience = float("inf") if job is None else self._config.episode_timeout
-            reference = actor.ready.remote() if job is None else actor.run.remote(job)
-            calls[reference] = (actor, job, time.monotonic() + patience)
-
-        for actor in self._actors:
-            call(actor, None)
-        while calls:
-            done, _ = self._ray.wait(list(calls), timeout=1.0)
-            overdue = [ref for ref, (_, _, deadline) in calls.items() if time.monotonic() > deadline]
-            for reference in done or overdue:
-                actor, job, _ = calls.pop(reference)
-                try:
-                    message = self._ray.get(reference, timeout=0)
-                except self._ray.exceptions.RayTaskError as error:  # an exception of ours: set-up, not an episode
-                    cause = error.cause
-                    text = str(cause) if isinstance(cause, RsdError) else f"{type(cause).__name__}: {cause}"
-                    raise RsdError(text) from error
-                except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError) as error:
-                    hung = isinstance(error, self._ray.exceptions.GetTimeoutError)
-                    reason = f"hung: nothing for {self._config.episode_timeout:g} s" if hung else "died"
-                    replacement = self._replace(actor)
-                    call(replacement, None)
-                    if job is None:
-                        failed_starts += 1
-                        if failed_starts > MAX_FAILED_STARTS:
-                            raise RsdError(f"Ray's actors keep ending before they run an episode: {error}") from error
-                        continue
-                    yield self._finished(queue, broken_off(self._config, job, f"Ray actor {reason}"))
-                    continue
-                if isinstance(message, Ready):
-                    failed_starts = 0
-                    yield message
-                else:
-                    yield self._finished(queue, message)
-                following = queue.take(tasks.get(actor))
-                if following is not None:
-                    tasks[actor] = following.task
-                    call(actor, following)
-
-    def _finished(self, queue: JobQueue, outcome: Outcome) -> Outcome | Retry:
-        again = queue.again(outcome.job) if outcome.result.is_error else None
-        return outcome if again is None else Retry(outcome.job, outcome.log or outcome.result.failure)
-
-    def _replace(self, actor: Any) -> Any:
-        self._ray.kill(actor)
-        self._actors.remove(actor)
-        self._actors.append(self._start())
-        return self._actors[-1]
 
 
 def run_shard(config: EvalConfig) -> str:
@@ -155,9 +40,35 @@ def submit_shards(
     """
     with extra("slurm"):
         import submitit
-    executor = submitit.AutoExecutor(folder=config.output_dir / "jobs", cluster=cluster)
-    executor.update_parameters(name="rsd-eval", **(parameters or {}))
-    return executor.map_array(run_shard, shard_configs(config, shards))
+    if cluster == "slurm" and shutil.which("srun") is None:
+        found = "--cluster slurm: expected SLURM's srun and sbatch, found none here"
+        raise OptionError(f"{found}; run this on the cluster's login node, or try it with --cluster local")
+    with refusals("the jobs were refused"):
+        executor = submitit.AutoExecutor(folder=config.output_dir / "jobs", cluster=cluster)
+        executor.update_parameters(name="rsd-eval", **(parameters or {}))
+        return executor.map_array(run_shard, shard_configs(config, shards))
+
+
+def wait_for(jobs: Sequence[Any]) -> None:
+    """Raises RsdError where a job failed, once all have ended."""
+    for job in jobs:
+        job.wait()
+    for job in jobs:
+        with refusals(f"job {job.job_id} failed, see {job.paths.stderr}"):
+            job.result()
+
+
+@contextlib.contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """What submitit raises, with the output of SLURM or the traceback of a job in it, as one line."""
+    from submitit.core.utils import FailedSubmissionError, UncompletedJobError  # an extra
+
+    try:
+        yield
+    except (FailedSubmissionError, UncompletedJobError) as error:
+        told = str(error).partition("You can check full logs")[0]
+        lines = [line.strip() for line in told.splitlines() if line.strip(" -")]
+        raise RsdError(f"{what} ({lines[-1]:.300})") from error
 
 
 def cloud_config(

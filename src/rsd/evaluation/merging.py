@@ -77,7 +77,9 @@ def planned_episodes(record: RunRecord, backend: Backend) -> list[EpisodeKey]:
 
 def merge_locked(output: Path, shards: list[Path], backend: Backend) -> RunSummary:
     records = [read_run_record(shard) for shard in shards]
-    record = merged_record(output, shards, records)
+    for shard, other in zip(shards[1:], records[1:], strict=True):
+        require_same(records[0], other, shards[0], shard)
+    record = replace(records[0], config={**records[0].config, "shard": "", "output": str(output)}, planned=0)
     with contextlib.suppress(RsdError):  # `missing_parts` tells it
         record = replace(record, planned=len(planned_episodes(record, backend)))
     sources = [shard for shard in shards if shard.resolve() != output.resolve()]
@@ -107,12 +109,6 @@ def merge_locked(output: Path, shards: list[Path], backend: Backend) -> RunSumma
             with writing(output):
                 copy_rest(source, output)
     return sum_up(output, workers=0, wall_time_s=0.0)
-
-
-def merged_record(output: Path, shards: Sequence[Path], records: Sequence[RunRecord]) -> RunRecord:
-    for shard, record in zip(shards[1:], records[1:], strict=True):
-        require_same(records[0], record, shards[0], shard)
-    return replace(records[0], config={**records[0].config, "shard": "", "output": str(output)}, planned=0)
 
 
 def require_same(first: RunRecord, other: RunRecord, where: Path, there: Path) -> None:

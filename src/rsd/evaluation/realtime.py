@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rsd.types import ActionChunk, ChunkStats, Observation, Policy, VerifiesLater
 
@@ -44,42 +43,25 @@ class Motion:
     late_ms: float = 0.0
 
 
-class Pace(Protocol):
-    """One episode's turns; leaving the context, nothing is under way any more. stats: one a chunk, complete as soon as
-    what was left of it is done. motions: one a chunk, if known."""
+class Pace:
+    """One episode's turns, as fast as possible: the simulator rests while the policy computes, and the other way round.
 
-    stats: list[ChunkStats]
-    motions: list[Motion]
-
-    def __enter__(self) -> Pace: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def warm_up(self, policy: Policy, observation: Observation) -> None:
-        """A prediction that nobody executes, and what follows it."""
-        ...
-
-    def predict(self, policy: Policy, observation: Observation) -> ActionChunk: ...
-
-    def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped: ...
-
-
-class InTurn:
-    """As fast as possible: the simulator rests while the policy computes, and the other way round."""
+    A context: leaving it, nothing is under way any more. stats: one a chunk, complete as soon as what was left of it is
+    done. motions: one a chunk, if known.
+    """
 
     def __init__(self) -> None:
         self.stats: list[ChunkStats] = []
         self.motions: list[Motion] = []
 
-    def __enter__(self) -> InTurn:
+    def __enter__(self) -> Pace:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
     def warm_up(self, policy: Policy, observation: Observation) -> None:
+        """A prediction that nobody executes, and what follows it."""
         policy.predict(observation)
 
     def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
@@ -93,7 +75,7 @@ class InTurn:
         return env.step_chunk(chunk.actions)
 
 
-class RealTime:
+class RealTime(Pace):
     """An action every 1/hz seconds. The periods of a chunk are counted from its first action, so that nothing drifts;
     a step that takes longer than its period is recorded as late, and the next one begins at once."""
 
@@ -105,8 +87,7 @@ class RealTime:
         executor: Executor | None = None,
     ) -> None:
         """executor: runs one pending verification at a time, beside the caller; by default a thread."""
-        self.stats: list[ChunkStats] = []
-        self.motions: list[Motion] = []
+        super().__init__()
         self._period = 1.0 / hz
         self._clock, self._sleep = clock, sleep
         self._executor = executor or ThreadPoolExecutor(1, "verify-pending")
@@ -115,9 +96,6 @@ class RealTime:
         self._waited: bool | None = None
         self._still: float | None = None  # since when the robot stands still
         self._drawn = 0.0  # when its cameras' images were there
-
-    def __enter__(self) -> RealTime:
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Wait for the pending verification, whatever happened: its exception ends the episode, beside one that is

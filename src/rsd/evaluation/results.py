@@ -180,8 +180,10 @@ def read_episodes(path: Path) -> dict[EpisodeKey, EpisodeResult]:
     Warns (UserWarning) and leaves out a last line without its newline: that line was cut off.
     Raises RsdError for every other defect.
     """
-    if not path.is_file():
+    if not path.exists():
         return {}
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise RsdError(f"{path}: expected a file, found something else")
     *lines, rest = path.read_bytes().split(b"\n")
     if rest:
         warnings.warn(f"{path}: the last line is cut off; its episode will be run again", stacklevel=2)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.chunks import checked_chunk
-from rsd.evaluation.realtime import InTurn, Motion, Pace
+from rsd.evaluation.realtime import Motion, Pace
 from rsd.evaluation.results import ERROR_PREFIX, STEP_LIMIT, EpisodeResult
 from rsd.types import ChunkStats, Observation, Policy
 
@@ -84,7 +84,7 @@ def run_episode(
     start = time.perf_counter()
     executed: list[NDArray[np.float32]] = []
     success, failure, trace = False, "", ""
-    pace = pace or InTurn()
+    pace = pace or Pace()
     try:
         env.reset(options={"init_state": init_state})
         with pace:
@@ -101,7 +101,6 @@ def run_episode(
     except Exception as error:
         success, trace = False, traceback.format_exc()
         failure = f"{ERROR_PREFIX}{type(error).__name__}: {' '.join(str(error).split())}"
-    stats = pace.stats
     result = EpisodeResult(
         suite=suite,
         task_id=task_id,
@@ -110,21 +109,12 @@ def run_episode(
         init_state=init_state,
         seed=seed,
         decode=decode,
-        acceptance=stats[0].acceptance if stats else "",
         success=success,
         steps=sum(len(actions) for actions in executed),
-        chunks=len(stats),
         failure=failure,
-        latency_ms=latency_by_stage(stats),
-        num_drafts=sum(bool(chunk.num_draft_tokens) for chunk in stats),
-        num_draft_tokens=sum_per_level(chunk.num_draft_tokens for chunk in stats),
-        num_accepted_tokens=sum_per_level(chunk.num_accepted_tokens for chunk in stats),
-        accepted_levels=[chunk.accepted_levels for chunk in stats if chunk.num_draft_tokens],
-        prefills=sum(chunk.prefills for chunk in stats),
-        target_passes=sum(chunk.target_passes for chunk in stats),
-        wall_s=time.perf_counter() - start,
         failure_detail="" if success or trace else env.failure_detail(),
-        chunk_stats={**further_stats(stats), **further_stats(pace.motions)},
+        wall_s=time.perf_counter() - start,
+        **decoded(pace.stats, pace.motions),
     )
     return Rollout(result, tuple(executed), trace)
 
@@ -134,10 +124,22 @@ def episode_seed(seed: int, task_id: int, init_state: int) -> int:
     return int(np.random.SeedSequence([seed, task_id, init_state]).generate_state(1)[0])
 
 
-def latency_by_stage(stats: list[ChunkStats]) -> dict[str, list[float]]:
-    """Stage -> one number a chunk (ms); a stage that a chunk did without took it 0 ms."""
+def decoded(stats: Sequence[ChunkStats], motions: Sequence[Motion] = ()) -> dict[str, Any]:
+    """The fields of an episode's result that say how its chunks were decoded; a stage that a chunk did without took it
+    0 ms."""
     stages = dict.fromkeys(stage for chunk in stats for stage in chunk.latency_ms)
-    return {stage: [float(chunk.latency_ms.get(stage, 0.0)) for chunk in stats] for stage in stages}
+    return {
+        "acceptance": stats[0].acceptance if stats else "",
+        "chunks": len(stats),
+        "latency_ms": {stage: [float(chunk.latency_ms.get(stage, 0.0)) for chunk in stats] for stage in stages},
+        "num_drafts": sum(bool(chunk.num_draft_tokens) for chunk in stats),
+        "num_draft_tokens": sum_per_level(chunk.num_draft_tokens for chunk in stats),
+        "num_accepted_tokens": sum_per_level(chunk.num_accepted_tokens for chunk in stats),
+        "accepted_levels": [chunk.accepted_levels for chunk in stats if chunk.num_draft_tokens],
+        "prefills": sum(chunk.prefills for chunk in stats),
+        "target_passes": sum(chunk.target_passes for chunk in stats),
+        "chunk_stats": {**further_stats(stats), **further_stats(motions)},
+    }
 
 
 # Fields of ChunkStats that have a field of their own in an episode's result.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 from rsd.evaluation.results import EpisodeResult, RunRecord, scored
+from rsd.evaluation.rollout import sum_per_level
 from rsd.evaluation.statistics import percentiles, wilson
 
 
@@ -92,7 +92,6 @@ def summarize_tasks(episodes: Iterable[EpisodeResult]) -> list[TaskSummary]:
         by_task.setdefault((episode.suite, episode.task_id), []).append(episode)
     tasks = []
     for (suite, task_id), group in sorted(by_task.items()):
-        steps = [episode.steps for episode in group if episode.success]
         tasks.append(
             TaskSummary(
                 suite=suite,
@@ -100,28 +99,26 @@ def summarize_tasks(episodes: Iterable[EpisodeResult]) -> list[TaskSummary]:
                 instruction=group[0].instruction,
                 success=success_rate(scored(group)),
                 errors=sum(episode.is_error for episode in group),
-                mean_success_steps=sum(steps) / len(steps) if steps else None,
+                mean_success_steps=mean_success_steps(group),
             )
         )
     return tasks
 
 
+def mean_success_steps(episodes: Iterable[EpisodeResult]) -> float | None:
+    steps = [episode.steps for episode in episodes if episode.success]
+    return sum(steps) / len(steps) if steps else None
+
+
 def summarize_decoding(episodes: Sequence[EpisodeResult]) -> DecodingSummary:
     """episodes: those that count (`results.scored`)."""
-    latencies: dict[str, list[float]] = {}
-    histogram: Counter[int] = Counter()
-    for episode in episodes:
-        histogram.update(episode.accepted_levels)
-        for stage, values in episode.latency_ms.items():
-            latencies.setdefault(stage, []).extend(values)
-    further: dict[str, list[float]] = {}
-    for episode in episodes:
-        for name, numbers in episode.chunk_stats.items():
-            further.setdefault(name, []).extend(number for number in numbers if number is not None)
+    latencies = pooled(episode.latency_ms for episode in episodes)
+    further = pooled(episode.chunk_stats for episode in episodes)
+    histogram = Counter(levels for episode in episodes for levels in episode.accepted_levels)
     chunks = sum(episode.chunks for episode in episodes)
     num_drafts = sum(episode.num_drafts for episode in episodes)
-    drafted = [sum(level) for level in zip_longest(*(e.num_draft_tokens for e in episodes), fillvalue=0)]
-    accepted = [sum(level) for level in zip_longest(*(e.num_accepted_tokens for e in episodes), fillvalue=0)]
+    drafted = sum_per_level(episode.num_draft_tokens for episode in episodes)
+    accepted = sum_per_level(episode.num_accepted_tokens for episode in episodes)
     accepted_levels = sum(length * count for length, count in histogram.items())
     return DecodingSummary(
         chunks=chunks,
@@ -141,6 +138,15 @@ def summarize_decoding(episodes: Sequence[EpisodeResult]) -> DecodingSummary:
         target_passes_per_chunk=sum(e.target_passes for e in episodes) / chunks if chunks else 0.0,
         chunk_stats={name: describe(numbers) for name, numbers in further.items() if numbers},
     )
+
+
+def pooled(series: Iterable[Mapping[str, Sequence[float | None]]]) -> dict[str, list[float]]:
+    """What the chunks of each episode had of something, by its name -> what all chunks that have it had."""
+    found: dict[str, list[float]] = {}
+    for episode in series:
+        for name, values in episode.items():
+            found.setdefault(name, []).extend(value for value in values if value is not None)
+    return found
 
 
 def describe(numbers: Sequence[float]) -> dict[str, float]:

@@ -1,27 +1,17 @@
-"""A study's raw results in the repository: one archive `NAME.tar.xz`, and a summary in plain JSON beside it.
-
-    python -m rsd.reporting.archive results/NAME
-
-packs a folder and removes it. Whatever reads results finds what was in the folder by its former path, see `located`.
-"""
+"""Raw results that lie in the repository as one archive a study, `NAME.tar.xz`: found by their former paths."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import lzma
-import shutil
-import sys
 import tarfile
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from rsd import former
 from rsd.types import RsdError
 
-SUFFIX, SUMMARY = ".tar.xz", "summary.json"
+SUFFIX = ".tar.xz"
 
 
 def located(path: Path) -> Path:
@@ -36,11 +26,6 @@ def located(path: Path) -> Path:
     return path
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of raw results, archived or not."""
-    return json.loads(located(path).read_text())
-
-
 @cache
 def _unpacked(archive: Path) -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory(prefix=f"{archive.name.removesuffix(SUFFIX)}-")
@@ -50,38 +35,3 @@ def _unpacked(archive: Path) -> tempfile.TemporaryDirectory[str]:
     except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
         raise RsdError(f"{archive}: cannot be unpacked ({error}); fetch it again") from error
     return folder
-
-
-def pack(folder: Path) -> Path:
-    """folder -> its archive, the same bytes for the same content; the folder is removed. Returns the archive."""
-    archive = folder.with_name(folder.name + SUFFIX)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if not files:
-        raise RsdError(f"{folder}: expected a folder with raw results, found no file in it")
-    with tarfile.open(archive, "w:xz", preset=9) as content:
-        for path in files:
-            entry = content.gettarinfo(path, str(path.relative_to(folder)))
-            entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname, entry.mode = 0, 0, 0, "", "", 0o644
-            with path.open("rb") as file:
-                content.addfile(entry, file)
-    summary = {
-        "archive": archive.name,
-        "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
-        "runs": {str(path.parent.relative_to(folder)): _run(path) for path in files if path.name == SUMMARY},
-        "other_files": [str(path.relative_to(folder)) for path in files if not (path.parent / SUMMARY).is_file()],
-    }
-    folder.with_name(folder.name + ".json").write_text(json.dumps(summary, indent=1) + "\n")
-    shutil.rmtree(folder)
-    return archive
-
-
-def _run(path: Path) -> dict[str, Any]:
-    """A run's summary without what is long or the same in every run: the checkpoint's provenance."""
-    content = json.loads(path.read_text())
-    content["policy"] = {name: value for name, value in content["policy"].items() if name != "provenance"}
-    return {name: value for name, value in content.items() if name not in ("format", "tasks")}
-
-
-if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(pack(Path(argument)))

@@ -22,7 +22,9 @@ class InspectConfig:
     chunk: int = -1
     """Number of the chunk to draw; -1 draws the one that moves most within its steps."""
     output: Path = DEFAULT_TOKENIZER / "inspect.svg"
-    """The picture: .svg, .png or .pdf."""
+    """The picture: .svg, .png or .pdf; an earlier one is replaced."""
+    overwrite: bool = False
+    """Replace any other file, too."""
 
     def __post_init__(self) -> None:
         if self.output.suffix not in SUFFIXES:

@@ -20,7 +20,8 @@ from matplotlib.ticker import PercentFormatter
 
 from rsd.evaluation.results import EpisodeResult
 from rsd.evaluation.statistics import wilson
-from rsd.evaluation.summary import summarize_decoding
+from rsd.evaluation.summary import pooled, summarize_decoding
+from rsd.output import shown
 from rsd.reporting.tables import Run, task_labels
 
 WIDTH = 5.0  # inches
@@ -83,11 +84,9 @@ def success_figure(runs: Sequence[Run]) -> Figure | None:
             axes.plot(sum(outcomes) / len(outcomes), y, "o", color=colour, markersize=5.5)
     axes.set_ylim(len(tasks) - 0.5, -0.5)
     axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
     axes.set_xlim(-0.012, 1.012)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("success, Wilson 95 % interval")
-    axes.grid(axis="x")
+    rows_of(axes, "success, Wilson 95 % interval")
     run_legend(figure, axes, runs)
     return figure
 
@@ -111,12 +110,8 @@ def latency_figure(runs: Sequence[Run]) -> Figure | None:
         axes.barh(0, 0, color=stage_colour(stage), label=stage)
     axes.set_yticks(range(len(runs)), [run.name for run in runs], color=INK)
     axes.invert_yaxis()
-    axes.tick_params(left=False)
-    axes.spines["left"].set_visible(False)
     axes.set_xlim(0, axes.get_xlim()[1] * 1.12)
-    axes.set_xlabel("mean milliseconds per chunk")
-    axes.grid(axis="x")
-    axes.set_axisbelow(True)
+    rows_of(axes, "mean milliseconds per chunk")
     legend(figure, axes, columns=4)
     return figure
 
@@ -143,10 +138,7 @@ def spread_figure(runs: Sequence[Run]) -> Figure | None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_yticks(range(len(stages)), stages, color=INK)
     axes.set_ylim(len(stages) - 0.4, -0.6)
-    axes.tick_params(left=False)
-    axes.spines["left"].set_visible(False)
-    axes.set_xlabel("milliseconds per chunk, logarithmic")
-    axes.grid(axis="x")
+    rows_of(axes, "milliseconds per chunk, logarithmic")
     run_legend(figure, axes, runs)
     return figure
 
@@ -233,7 +225,8 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[Run]], Figure | None]]] = {
 def draw_all(runs: Sequence[Run]) -> dict[str, Figure]:
     """Every figure that these runs have something for."""
     with mpl.rc_context(STYLE):
-        drawn = {name: draw(runs) for name, (_, draw) in FIGURES.items()}
+        figures = shown(FIGURES.items(), "figures drawn", len(FIGURES))
+        drawn = {name: draw(runs) for name, (_, draw) in figures}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -269,11 +262,7 @@ def themed_svg(figure: Figure, name: str, title: str) -> str:
 
 def stage_samples(run: Run) -> dict[str, list[float]]:
     """Stage -> milliseconds of every chunk of the run; empty where they hold waiting for others."""
-    samples: dict[str, list[float]] = {}
-    for episode in run.episodes if not run.queued else ():
-        for stage, values in episode.latency_ms.items():
-            samples.setdefault(stage, []).extend(values)
-    return samples
+    return {} if run.queued else pooled(episode.latency_ms for episode in run.episodes)
 
 
 def ordered_stages(by_run: Sequence[dict[str, list[float]]]) -> list[str]:
@@ -285,6 +274,15 @@ def ordered_stages(by_run: Sequence[dict[str, list[float]]]) -> list[str]:
 def new_figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def rows_of(axes: Axes, label: str) -> None:
+    """Something in each row; its amount to the right."""
+    axes.tick_params(left=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(label)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
 
 
 def run_legend(figure: Figure, axes: Axes, runs: Sequence[Run], colours: Sequence[int] | None = None) -> None:

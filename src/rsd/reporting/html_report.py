@@ -10,7 +10,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from rsd.evaluation.config import EvalConfig, option
+from rsd.evaluation.merging import merge_shards, missing_parts
 from rsd.evaluation.results import EpisodeResult, write_atomically
 from rsd.evaluation.summary import success_rate, summarize_decoding, summarize_tasks
 from rsd.evaluation.tables import ABSENT, plural
@@ -29,6 +30,7 @@ from rsd.reporting.tables import (
     difference_cell,
     interval_cell,
     load_runs,
+    markdown_table,
     paired,
     run_directories,
     speedup,
@@ -64,18 +66,14 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Clip:
-    """An episode's video: src is a data URI or a path relative to the page."""
+class Shown:
+    """An episode on the page. task: its label; src: of its video, a data URI or a path relative to the page."""
 
     run: str
     colour: int
     task: str
-    instruction: str
-    init_state: int
-    outcome: str
-    detail: str
-    steps: int
-    src: str
+    episode: EpisodeResult
+    src: str = ""
 
 
 def write_report(directories: Sequence[Path], output: Path | None = None, videos: Videos = "embed") -> Path:
@@ -112,6 +110,8 @@ def render(runs: Sequence[Run], drawings: dict[str, Markup], base: Path, videos:
     environment.filters["plural"] = plural
     labels = task_labels(runs)
     tasks = task_rows(runs, labels)
+    failures = [shown for shown in episodes(runs, labels) if not shown.episode.success]
+    failures.sort(key=lambda shown: (*shown.episode.key, shown.colour))
     return environment.get_template("report.html.jinja").render(
         title=title(runs),
         names=[run.name for run in runs],
@@ -124,9 +124,9 @@ def render(runs: Sequence[Run], drawings: dict[str, Markup], base: Path, videos:
         tasks=tasks,
         gaps=any(e is None for task in tasks for cell in task["cells"] for _, e in cell["episodes"]),
         clips=clips(runs, labels, base, videos),
-        failures=failure_rows(runs, labels),
+        failures=failures,
         reasons=failure_reasons(runs),
-        broken=[(run.name, labels.get((e.suite, e.task_id), str(e.task_id)), e) for run in runs for e in run.broken],
+        broken=episodes([replace(run, episodes=run.broken) for run in runs], labels),
         provenance=provenance(runs),
         commands=[command(run) for run in runs],
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -179,47 +179,27 @@ def task_rows(runs: Sequence[Run], labels: dict[tuple[str, int], str]) -> list[d
     return rows
 
 
+def episodes(runs: Sequence[Run], labels: dict[tuple[str, int], str]) -> list[Shown]:
+    return [
+        Shown(run.name, colour, labels.get((e.suite, e.task_id), str(e.task_id)), e)
+        for colour, run in enumerate(runs)
+        for e in run.episodes
+    ]
+
+
 def clips(
     runs: Sequence[Run], labels: dict[tuple[str, int], str], base: Path, videos: Videos
-) -> dict[str, list[Clip]]:
+) -> dict[str, list[Shown]]:
     """The videos there are, failures apart from successes."""
-    found: dict[str, list[Clip]] = {"failures": [], "successes": []}
-    if videos == "none":
-        return found
-    for colour, run in enumerate(runs):
-        for episode in run.episodes:
-            path = run.directory / VIDEOS_DIR / video_name(episode)
-            if not path.is_file():
-                continue
+    found: dict[str, list[Shown]] = {"failures": [], "successes": []}
+    for shown in episodes(runs, labels) if videos != "none" else ():
+        path = runs[shown.colour].directory / VIDEOS_DIR / video_name(shown.episode)
+        if path.is_file():
             src = os.path.relpath(path.absolute(), base.absolute())
             if videos == "embed":
                 src = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
-            clip = Clip(
-                run=run.name,
-                colour=colour,
-                task=labels[episode.suite, episode.task_id],
-                instruction=episode.instruction,
-                init_state=episode.init_state,
-                outcome=episode.failure or "success",
-                detail=episode.failure_detail,
-                steps=episode.steps,
-                src=src,
-            )
-            found["successes" if episode.success else "failures"].append(clip)
+            found["successes" if shown.episode.success else "failures"].append(replace(shown, src=src))
     return found
-
-
-def failure_rows(
-    runs: Sequence[Run], labels: dict[tuple[str, int], str]
-) -> list[tuple[str, int, str, EpisodeResult]]:
-    """(run, its colour, task, episode) of every failure, task by task."""
-    rows = [
-        (run.name, colour, labels[e.suite, e.task_id], e)
-        for colour, run in enumerate(runs)
-        for e in run.episodes
-        if not e.success
-    ]
-    return sorted(rows, key=lambda row: (row[3].suite, row[3].task_id, row[3].init_state, row[1]))
 
 
 def failure_reasons(runs: Sequence[Run]) -> list[tuple[str, list[int]]]:
@@ -257,10 +237,6 @@ def command(run: Run) -> str:
 
 def merge_and_report(output: Path) -> str:
     """Merge the shards in `output`, write the HTML report there, and return what is missing and the table, Markdown."""
-    from rsd.evaluation.merging import merge_shards, missing_parts
-    from rsd.reporting.html_report import write_report
-    from rsd.reporting.tables import load_runs, markdown_table
-
     merge_shards(output)
     write_report([output])
     return "\n\n".join(filter(None, [missing_parts(output), markdown_table(load_runs([output]))]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: b
             ("chunk", f"{tokenizer.config.horizon} steps, {tokenizer.motion_dim} motion dimensions and a gripper"),
             ("transform over time", tokenizer.config.transform),
             ("levels x symbols", f"{code.levels} x {code.symbols}, steps shrink by rho = {code.rho:g}"),
-            ("correctable digit errors, by level", ", ".join(map(str, margins(code)))),
+            ("correctable digit errors, by level", ", ".join(str(code.margin(n + 1)) for n in range(code.levels))),
         ],
     )
     print_rows(console, "trained on", training_rows(content))
@@ -83,8 +82,12 @@ def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: b
         console.print("\n--provenance shows all that is known of its making, --keys every tensor", soft_wrap=True)
         return
     print_rows(console, "policy", list(flatten(content["policy"])))
-    print_rows(console, "reach of each dimension", [(str(i), f"{c:+.2f}+-{s:.2f}") for i, (c, s) in reach(tokenizer)])
-    print_rows(console, "validation during training", validation_rows(section(made, "validation")))
+    reach = zip(tokenizer.centre.tolist(), tokenizer.scale.tolist(), strict=True)
+    print_rows(console, "reach of each dimension", [(str(i), f"{c:+.2f}+-{s:.2f}") for i, (c, s) in enumerate(reach)])
+    validation = section(made, "validation").items()
+    measured = [(name, v.items() if isinstance(v, dict) else [("", v)]) for name, v in validation]
+    rows = [(name, ", ".join(f"{key} {value}".strip() for key, value in values)) for name, values in measured]
+    print_rows(console, "validation during training", rows)
     base = {"base": content["base"]} if "base" in content else {}
     rest = {**base, **{name: value for name, value in made.items() if name != "validation"}}
     print_rows(console, "provenance", list(flatten(rest)))
@@ -139,24 +142,6 @@ def openvla_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> t
     adapter = dict(tensors(directory / ADAPTER_DIR / ADAPTER_WEIGHTS, "cpu"))
     named = {f"{ADAPTER_DIR}.{name.removeprefix('base_model.model.')}": value for name, value in adapter.items()}
     return parse_config(directory, content, OpenVlaRsdConfig), {**added, **named}
-
-
-def margins(code: Any) -> list[int]:
-    return [code.margin(level) for level in range(1, code.levels + 1)]
-
-
-def reach(tokenizer: Any) -> Iterable[tuple[int, tuple[float, float]]]:
-    return enumerate(zip(tokenizer.centre.tolist(), tokenizer.scale.tolist(), strict=True))
-
-
-def validation_rows(validation: dict[str, Any]) -> Rows:
-    rows = []
-    for name, values in validation.items():
-        if isinstance(values, dict):
-            rows.append((name, ", ".join(f"{key} {value}" for key, value in values.items())))
-        else:
-            rows.append((name, str(values)))
-    return rows
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Rows:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from rsd.evaluation.config import planned_states, planned_tasks
+from rsd.evaluation.config import planned_states
 from rsd.evaluation.results import (
     CONFIG_FILE,
     EPISODES_FILE,
@@ -21,7 +22,13 @@ from rsd.evaluation.results import (
     scored,
 )
 from rsd.evaluation.statistics import PairedDifference, paired_difference
-from rsd.evaluation.summary import DecodingSummary, SuccessRate, success_rate, summarize_decoding
+from rsd.evaluation.summary import (
+    DecodingSummary,
+    SuccessRate,
+    mean_success_steps,
+    success_rate,
+    summarize_decoding,
+)
 from rsd.evaluation.tables import ABSENT, plural, print_table
 from rsd.reporting.archive import located
 from rsd.types import RsdError
@@ -78,17 +85,7 @@ class Run:
     @property
     def not_run(self) -> int:
         """Planned episodes that an interrupted run never finished; they may well be the long, failing ones."""
-        if self.record.planned:
-            return max(0, self.record.planned - len(self.episodes) - self.errors)
-        config = self.record.config
-        tasks, count = planned_tasks(config["tasks"]), 0
-        named = {suite.strip() for suite in config.get("task_suite", "").split(",")}
-        for suite in {episode.suite for episode in self.episodes} | named - {""}:
-            seen = {episode.task_id for episode in self.episodes if episode.suite == suite}
-            count += len(tasks.get(suite, tasks.get("", seen)))
-        part, _, parts = (config.get("shard") or "0/1").partition("/")
-        planned = len(range(int(part), count * len(self.planned_states), int(parts)))
-        return max(0, planned - len(self.episodes) - self.errors)
+        return max(0, self.record.planned - len(self.episodes) - self.errors)
 
 
 def load_run(directory: Path) -> Run:
@@ -157,7 +154,7 @@ def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         *real_time_rows(runs, decodings),
         *further_rows(decodings),
         *risk_rows(runs),
-        ("steps per success", [number(mean_steps(run.episodes)) for run in runs]),
+        ("steps per success", [number(mean_success_steps(run.episodes)) for run in runs]),
         ("chunks decoded", [str(decoding.chunks) for decoding in decodings]),
         ("episodes not run", [str(run.not_run) if run.not_run else ABSENT for run in runs]),
         ("episodes with an error", [str(run.errors) if run.errors else ABSENT for run in runs]),
@@ -360,11 +357,6 @@ def number(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.1f}"
 
 
-def mean_steps(episodes: Sequence[EpisodeResult]) -> float | None:
-    steps = [episode.steps for episode in episodes if episode.success]
-    return sum(steps) / len(steps) if steps else None
-
-
 def task_labels(runs: Sequence[Run]) -> dict[tuple[str, int], str]:
     """(suite, task) -> a short name: its number and what tells its instruction from the suite's others."""
     instructions = {(e.suite, e.task_id): e.instruction for run in runs for e in run.episodes}
@@ -382,11 +374,5 @@ def task_labels(runs: Sequence[Run]) -> dict[tuple[str, int], str]:
 
 def shared(texts: Sequence[list[str]]) -> int:
     """How many leading words several texts share; 0 for a single one, which has nothing to be told from."""
-    if len(texts) < 2:
-        return 0
-    count = 0
-    for words in zip(*texts, strict=False):
-        if len(set(words)) > 1:
-            break
-        count += 1
-    return count
+    alike = takewhile(lambda words: len(set(words)) == 1, zip(*texts, strict=False))
+    return len(list(alike)) if len(texts) > 1 else 0

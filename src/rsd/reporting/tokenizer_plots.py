@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from rsd.evaluation.tables import print_table
+from rsd.output import refuse_to_replace, writing
 from rsd.reporting.config import InspectConfig
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.tokenizer import demonstration_chunks
@@ -19,6 +20,7 @@ from rsd.types import RsdError
 
 NAMES = ("x", "y", "z", "roll", "pitch", "yaw")
 MOST_CHUNKS = 20_000
+TITLE = "rsd tokenizer inspect"  # in the picture's metadata, so that it is known as one
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def entropy(counts: NDArray[np.int64]) -> float:
 
 def inspect_tokenizer(config: InspectConfig) -> list[LevelStatistics]:
     """Print the table, write the picture."""
+    earlier = config.output.is_file() and TITLE.encode() in config.output.read_bytes()
+    refuse_to_replace(config.output, config.overwrite or earlier)
     tokenizer = ActionTokenizer.from_pretrained(config.tokenizer)
     chunks, _ = demonstration_chunks(config.data, tokenizer.config.horizon)
     if chunks.shape[2] != tokenizer.action_dim:
@@ -87,7 +91,6 @@ def inspect_tokenizer(config: InspectConfig) -> list[LevelStatistics]:
         f"{seen.chunks} chunks; {seen.clipped_chunks} of them reach beyond the code "
         f"({100 * seen.clipped_share:.4f} % of the coefficients) and are clipped"
     )
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     draw(tokenizer, torch.from_numpy(chunks[number : number + 1]), statistics, number, config.output)
     console.print(f"chunk {number}: {config.output}")
     return statistics
@@ -140,5 +143,7 @@ def draw(
         axes.set(ylim=(0, 1), ylabel=f"level {each.level}")
         text = f"{each.entropy:.2f} bits, {100 * each.utilisation:.0f} % used"
         axes.text(0.99, 0.8, text, transform=axes.transAxes, ha="right", fontsize=7)
-    figure.savefig(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Title": TITLE})
     plt.close(figure)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from http import HTTPStatus
@@ -122,29 +120,3 @@ def serve_until_signal(server: PolicyServer, listening: Callable[[str], None]) -
         await server.run(stop, listening)
 
     asyncio.run(main())
-
-
-@contextlib.contextmanager
-def serving(server: PolicyServer) -> Iterator[str]:
-    """Serve in a thread of this process while the context lasts; gives the address."""
-    news: queue.Queue[str | BaseException] = queue.Queue()
-    loop, stop = asyncio.new_event_loop(), asyncio.Event()
-
-    def run() -> None:
-        try:
-            loop.run_until_complete(server.run(stop, news.put))
-        except BaseException as error:
-            news.put(error)
-        finally:
-            loop.close()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    address = news.get()
-    if isinstance(address, BaseException):
-        raise address
-    try:
-        yield address
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from rsd.chunks import checked_chunk
 from rsd.extras import extra
+from rsd.json_files import from_json
 from rsd.targets.remote.request import IMAGES, MAX_SIDE, PROMPT, RESET, STATE
 from rsd.targets.remote.wire import Welcome, pack, unpack
 from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation
@@ -20,7 +21,6 @@ with extra("serve"):
     from websockets.sync.client import ClientConnection, connect
 
 MAX_STEPS = 1000  # of a chunk
-WELCOME = {"decode": str, "image_size": int, "images": list, "chunk": list, "policy": dict, "versions": dict}
 
 
 class RemotePolicy:
@@ -115,11 +115,10 @@ class RemotePolicy:
 
 def read_welcome(address: str, message: bytes | str) -> Welcome:
     content: Any = unpack(message) if isinstance(message, bytes) else message
-    fits = isinstance(content, dict) and content.keys() == WELCOME.keys()
-    if fits and all(isinstance(content[name], kind) for name, kind in WELCOME.items()):
-        welcome = Welcome(**{**content, "images": tuple(content["images"]), "chunk": tuple(content["chunk"])})
+    with suppress(RsdError, TypeError):  # keys of any kind may have been sent
+        welcome = from_json(Welcome, content if isinstance(content, dict) else {}, address)
         steps = welcome.chunk[0] if len(welcome.chunk) == 2 and welcome.chunk[1] == ACTION_DIM else 0
         known = welcome.images in (IMAGES, IMAGES[:1]) and 0 < welcome.image_size <= MAX_SIDE
-        if known and isinstance(steps, int) and 0 < steps <= MAX_STEPS:
+        if known and 0 < steps <= MAX_STEPS:
             return welcome
     raise RsdError(f"{address}: expected this version's `rsd serve`, found {content!r:.200}")

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from rsd.reporting.archive import located, pack, read_json
+from rsd.reporting.archive import located
 from rsd.types import RsdError
+from studies.archive import pack, read_json
 
 
 def study(folder: Path) -> Path:

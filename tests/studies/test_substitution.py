@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from goldens.golden_cases import episodes
-from rsd.evaluation.substitution import Substitution, substitution
 from rsd.policy import RsdPolicy
 from rsd.sim.suites import suite_tasks
 from rsd.types import EAGER, Observation, RsdError
+from studies.substitution import Substitution, substitution
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
 

@@ -1,0 +1,333 @@
+"""Pools of workers, processes here or actors on Ray: who dies or hangs is replaced, its episode begun anew."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import multiprocessing.connection
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import send_handle
+from pathlib import Path
+from typing import Any
+
+from rsd.evaluation.backend import Backend, available_cores
+from rsd.evaluation.batching import policy_main
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.episodes import Job, JobQueue, Outcome, VideoBudget, broken_off
+from rsd.evaluation.workers import Failed, Ready, failed, make_runner, worker_main
+from rsd.extras import extra
+from rsd.types import RsdError
+
+START_PATIENCE = 120.0  # seconds for a process to load its policy, at least
+POLICY_DIED = "the policy's process died"
+PARTING = 5.0  # seconds for a process to tidy up after itself
+MAX_FAILED_STARTS = 3  # processes in a row that die before they are ready
+
+
+@dataclass(frozen=True)
+class Retry:
+    """An attempt at an episode that ended in an error and will be followed by another. log: what went wrong."""
+
+    job: Job
+    log: str
+
+
+@dataclass
+class Worker:
+    """handle: its process or actor; channel: where it speaks next; deadline: when it is taken for hung
+    (time.monotonic)."""
+
+    handle: Any
+    channel: Any
+    deadline: float
+    ready: bool = False
+    job: Job | None = None
+    task: tuple[str, int] | None = None
+
+
+def worker_count(requested: str, episodes: int) -> int:
+    """`auto` is one worker per core; never more than there are episodes."""
+    return max(1, min(available_cores() if requested == "auto" else int(requested), episodes))
+
+
+def make_pool(config: EvalConfig, backend: Backend, workers: int, videos: Path) -> Pool:
+    return (RayPool if config.launcher == "ray" else ProcessPool)(config, backend, workers, videos)
+
+
+class Pool(ABC):
+    """Runs jobs in workers; use as a context manager, which ends them whatever happens."""
+
+    noun: str
+
+    def __init__(self, config: EvalConfig, backend: Backend, count: int, videos: Path) -> None:
+        self.config, self.backend, self.count, self.videos = config, backend, count, videos
+        self._workers: list[Worker] = []
+        self._failed_starts = 0
+
+    @abstractmethod
+    def __enter__(self) -> Pool: ...
+
+    @abstractmethod
+    def __exit__(self, error: type[BaseException] | None = None, *_: object) -> None: ...
+
+    @abstractmethod
+    def _start(self) -> Worker: ...
+
+    @abstractmethod
+    def _end(self, worker: Worker) -> None:
+        """At once: it may be dead or hang."""
+
+    @abstractmethod
+    def _send(self, worker: Worker, job: Job | None) -> None:
+        """None: there is nothing left for it. One that died just now is noticed when it is heard next."""
+
+    @abstractmethod
+    def _wait(self, channels: Sequence[Any], patience: float) -> Sequence[Any]:
+        """The channels on which something was said, after `patience` seconds maybe none."""
+
+    @abstractmethod
+    def _receive(self, worker: Worker) -> Ready | Failed | Outcome | str:
+        """What it said; a text says why it will say no more."""
+
+    def run(self, queue: JobQueue, videos_left: int) -> Iterator[Ready | Retry | Outcome]:
+        """Yields each worker's Ready, each broken-off attempt and each job's Outcome as they come.
+
+        Raises RsdError if set-up fails.
+        """
+        busy, videos = list(self._workers), VideoBudget(self.config.videos, videos_left, self.videos)
+        while busy:
+            for worker, message in self._messages(busy):
+                if isinstance(message, str):  # why the worker is no more
+                    busy.remove(worker)
+                    replacement = self._replace(worker, message)
+                    busy.append(replacement)
+                    if worker.job is None:
+                        continue
+                    message = broken_off(self.config, worker.job, message)
+                    worker = replacement
+                if isinstance(message, Failed):
+                    raise RsdError(message.message) from RuntimeError(message.traceback)
+                if isinstance(message, Ready):
+                    worker.ready, self._failed_starts = True, 0
+                    yield message
+                else:
+                    worker.job = None
+                    videos.settle(message)
+                    again = queue.again(message.job) if message.result.is_error else None
+                    yield message if again is None else Retry(message.job, message.log or message.result.failure)
+                if not worker.ready:
+                    continue  # the replacement of a dead worker says Ready first
+                job = queue.take(worker.task)
+                if job is not None:
+                    job = videos.allot(job)
+                    worker.job, worker.task = job, job.task
+                    worker.deadline = time.monotonic() + self.config.episode_timeout
+                else:
+                    busy.remove(worker)
+                self._send(worker, job)
+
+    def _messages(self, busy: list[Worker]) -> Iterator[tuple[Worker, Ready | Failed | Outcome | str]]:
+        """What the workers said since the last call, or why one of them will say no more; waits for something."""
+        by_channel = {worker.channel: worker for worker in busy}
+        spoke = self._wait(list(by_channel), max(0.0, min(worker.deadline for worker in busy) - time.monotonic()))
+        for channel in spoke:
+            yield by_channel[channel], self._receive(by_channel[channel])
+        for channel, worker in by_channel.items():
+            if channel not in spoke and time.monotonic() > worker.deadline:
+                patience = self.config.episode_timeout if worker.ready else self._start_patience
+                yield worker, f"{self.noun} hung: nothing for {patience:g} s"
+
+    @property
+    def _start_patience(self) -> float:
+        return max(START_PATIENCE, self.config.episode_timeout)
+
+    def _replace(self, worker: Worker, reason: str) -> Worker:
+        if not worker.ready and reason != POLICY_DIED:
+            self._count_failed_start("workers", reason)
+        self._end(worker)
+        self._workers.remove(worker)
+        self._workers.append(self._start())
+        return self._workers[-1]
+
+    def _count_failed_start(self, who: str, reason: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts > MAX_FAILED_STARTS:
+            raise RsdError(f"{who} keep ending before they run an episode ({reason}); their messages are above")
+
+
+class ProcessPool(Pool):
+    """Processes of this machine; with --batch one more, which owns the policy."""
+
+    noun = "worker process"
+    _server: tuple[BaseProcess, Connection] | None = None
+
+    def __enter__(self) -> ProcessPool:
+        try:
+            if self.config.batch:
+                self._server = self._spawn(policy_main)
+            self._workers = [self._start() for _ in range(self.count)]
+            if self.config.batch:
+                self._await_server()  # the workers make ready meanwhile
+                for worker in self._workers:
+                    worker.deadline = time.monotonic() + self._start_patience
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        return self
+
+    def __exit__(self, error: type[BaseException] | None = None, *_: object) -> None:
+        processes = [worker.handle for worker in self._workers]
+        for worker in self._workers:
+            worker.channel.close()  # which ends one that waits for a job
+        deadline = time.monotonic() + (PARTING if error is None else 0.0)
+        try:
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            if self._server is not None:
+                processes.append(self._server[0])
+            for process in processes:
+                process.kill()  # a hung one ignores a polite request
+            for process in processes:
+                process.join()
+
+    def _spawn(self, body: Any, *arguments: Any) -> tuple[BaseProcess, Connection]:
+        """A process that runs body(connection, config, backend, threads, *arguments), and the connection to it."""
+        # spawn: a forked process would share the parent's GL and torch state, which neither survives.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        threads = max(1, available_cores() // self.count)
+        arguments = (theirs, self.config, self.backend, threads, *arguments)
+        process = context.Process(target=body, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
+
+    def _start(self) -> Worker:
+        deadline = time.monotonic() + self._start_patience
+        if self._server is None:
+            return Worker(*self._spawn(worker_main, self.videos, None), deadline)
+        server, control = self._server
+        policys, simulators = multiprocessing.Pipe()
+        with policys, simulators:  # they live on in the two processes
+            with contextlib.suppress(OSError):  # the policy died just now: the next round notices
+                send_handle(control, policys.fileno(), server.pid)
+            return Worker(*self._spawn(worker_main, self.videos, simulators), deadline)
+
+    def _end(self, worker: Worker) -> None:
+        worker.handle.kill()
+        worker.handle.join()
+        worker.channel.close()
+
+    def _send(self, worker: Worker, job: Job | None) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            worker.channel.send(job)
+
+    def _wait(self, channels: Sequence[Any], patience: float) -> Sequence[Any]:
+        """Nothing where the policy's process ended, which matters more."""
+        ends = [] if self._server is None else [self._server[0].sentinel]
+        spoke = multiprocessing.connection.wait([*channels, *ends], patience)
+        return [] if any(end in spoke for end in ends) else spoke
+
+    def _receive(self, worker: Worker) -> Ready | Failed | Outcome | str:
+        try:
+            message: Ready | Failed | Outcome = worker.channel.recv()
+            return message
+        except (EOFError, OSError):
+            worker.handle.join()
+            return f"worker process died with exit code {worker.handle.exitcode}"
+
+    def _messages(self, busy: list[Worker]) -> Iterator[tuple[Worker, Ready | Failed | Outcome | str]]:
+        if self._server is None or self._server[0].is_alive():
+            yield from super()._messages(busy)
+            return
+        self._count_failed_start("the policy's process", "died")
+        self._server[1].close()
+        self._server = self._spawn(policy_main)
+        self._await_server()
+        for worker in list(busy):
+            yield worker, POLICY_DIED
+
+    def _await_server(self) -> None:
+        """Waits until it is ready. Raises RsdError where the policy cannot be loaded, or cannot be batched."""
+        assert self._server is not None
+        process, connection = self._server
+        try:
+            message = connection.recv() if connection.poll(self._start_patience) else None
+        except (EOFError, OSError):
+            message = None
+        if isinstance(message, Failed):
+            raise RsdError(message.message) from RuntimeError(message.traceback)
+        if message is None:
+            process.kill()
+            process.join()
+            raise RsdError(f"the policy's process ended with exit code {process.exitcode}; its messages are above")
+
+
+class Simulator:
+    """A Ray actor: simulator and policy together, as in a worker process."""
+
+    def ready(self, *arguments: Any) -> Ready:
+        """In a call of its own: what an actor's constructor raises is not told apart from its death."""
+        ready, self._runner = make_runner(*arguments)
+        return ready
+
+    def run(self, job: Job) -> Outcome:
+        return self._runner.run(job)
+
+
+class RayPool(Pool):
+    """Actors of a Ray cluster; the results stay with this process, actors need no shared disk but the checkpoint.
+
+    num_workers actors with one CPU each, with a GPU's share if the policy wants one; Ray places them.
+    """
+
+    noun = "Ray actor"
+
+    def __enter__(self) -> RayPool:
+        with extra("ray"):
+            import ray
+        self._ray: Any = ray
+        self._started_ray = not ray.is_initialized()
+        if self._started_ray:
+            ray.init(log_to_driver=False, configure_logging=False, include_dashboard=False)
+        self._workers = [self._start() for _ in range(self.count)]
+        return self
+
+    def __exit__(self, error: type[BaseException] | None = None, *_: object) -> None:
+        for worker in self._workers:
+            self._end(worker)
+        if self._started_ray:
+            self._ray.shutdown()
+
+    def _start(self) -> Worker:
+        gpus = 1 / self.count if self.config.device.startswith("cuda") else 0
+        actor = self._ray.remote(Simulator).options(num_cpus=1, num_gpus=gpus).remote()
+        # infinite: nobody knows how long a cluster takes to find room for an actor
+        return Worker(actor, actor.ready.remote(self.config, self.backend, self.videos), math.inf)
+
+    def _end(self, worker: Worker) -> None:
+        self._ray.kill(worker.handle)
+
+    def _send(self, worker: Worker, job: Job | None) -> None:
+        if job is not None:
+            worker.channel = worker.handle.run.remote(job)
+
+    def _wait(self, channels: Sequence[Any], patience: float) -> Sequence[Any]:
+        found: Sequence[Any] = self._ray.wait(list(channels), timeout=min(patience, 1.0))[0]
+        return found
+
+    def _receive(self, worker: Worker) -> Ready | Failed | Outcome | str:
+        try:
+            message: Ready | Outcome = self._ray.get(worker.channel)
+            return message
+        except self._ray.exceptions.RayActorError:
+            return "Ray actor died"
+        except self._ray.exceptions.RayTaskError as error:
+            return failed(error.cause)

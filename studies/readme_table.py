@@ -1,0 +1,104 @@
+"""README.md's table of results, from raw results.
+
+    python -m studies.readme_table
+
+prints it; with --write it takes the place of the one in README.md.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from rsd.evaluation.statistics import percentiles
+from rsd.evaluation.summary import success_rate
+from rsd.reporting.tables import Run, load_run, success_cell
+from rsd.types import RsdError
+from studies.page_tables import latency_record, table, totals_of
+
+HEADER = ["`--decode`", "permuted scenes", "stock libero_spatial", "target passes a chunk", "2 CPU cores, ms"]
+HEADER.append("H100, ms (compiled)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """permuted, stock: its runs; timed: the decoder whose p50 counts, "" for the mean of closed loop. notes: behind the
+    cells of success in both, and of the times."""
+
+    name: str
+    permuted: str
+    stock: str
+    timed: str
+    notes: tuple[str, str, str] = ("", "", "")
+
+
+ROWS = (
+    Row("`l1`: the target alone, one pass", "l1", "l1", "l1"),
+    Row("`drafter-only`", "alone", "drafter-only", "draft-first", ("", "", " (d)")),
+    Row("`rsd-fused`", "fused_blind", "rsd-fused", "rsd-fused", ("", " (a)", " (a)")),
+    Row("`rsd-skip`", "skip_reset_3", "rsd-skip", "", (" (b)", " (c)", " (c)")),
+    Row("`ar`: the target alone, level by level", "ar", "ar", "ar"),
+)
+
+
+@dataclass(frozen=True)
+class ReadmeTableConfig:
+    """Print the table, or write it."""
+
+    permuted: Path = Path("results/permuted_object")
+    """Folder of the runs in permuted scenes, or what its archive was made of."""
+    stock: Path = Path("results/libero_spatial_57M")
+    """The same of the shipped policy's runs."""
+    readme: Path = Path("README.md")
+    """Where the table is."""
+    write: bool = False
+    """Replace it there."""
+
+
+def passes(run: Run) -> str:
+    """Of the target, a chunk."""
+    chunks = sum(episode.chunks for episode in run.episodes)
+    return f"{sum(episode.prefills + episode.target_passes for episode in run.episodes) / chunks:.2g}"
+
+
+def readme_table(permuted: Path, stock: Path) -> str:
+    """The table, in Markdown. Raises RsdError where a raw result is not there."""
+    records = [latency_record(stock / name) for name in ("cpu/latency.json", "h100/latency-compiled.json")]
+    rows = []
+    for row in ROWS:
+        runs = load_run(permuted / row.permuted), load_run(stock / "h100" / row.stock)
+        successes = [success_cell(success_rate(run.episodes)) for run in runs]
+        if row.timed:
+            p50s = [percentiles(record.milliseconds[row.timed]["total"])[0] for record in records]
+            times = [f"{p50:.1f}{row.notes[2]}" for p50 in p50s]
+        else:
+            mean = float(np.mean(totals_of(load_run(stock / "cpu" / f"timed-{row.stock}"))))
+            times = [f"mean {mean:.1f}{row.notes[2]}", "not measured"]
+        found = "; ".join(dict.fromkeys(map(passes, runs)))
+        rows.append([row.name, successes[0] + row.notes[0], successes[1] + row.notes[1], found, *times])
+    return table(HEADER, rows)
+
+
+def replaced(readme: str, new: str) -> str:
+    """README's text with another table under the same header; RsdError where there is none."""
+    header = re.escape(new.splitlines()[0])
+    text, count = re.subn(rf"^{header}\n(\|.*\n)+", lambda _: new, readme, flags=re.MULTILINE)
+    if count != 1:
+        raise RsdError(f"README: expected one table that begins with {new.splitlines()[0]}, found {count}")
+    return text
+
+
+def main(config: ReadmeTableConfig) -> None:
+    made = readme_table(config.permuted, config.stock)
+    if config.write:
+        config.readme.write_text(replaced(config.readme.read_text(), made))
+    else:
+        print(made, end="")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ReadmeTableConfig))
