@@ -23,29 +23,35 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from rsd import manifest
+from rsd.checks import Checked, Millimetres, Rules, Sha256, Share, Some, above, between, checked, within
 from rsd.conventions import ACTION_METRES, ACTION_RADIANS
 from rsd.decoding.risk_tests import P_VALUES, clopper_pearson_upper, hoeffding_bentkus_upper
-from rsd.json_files import check_version, from_json, read_versioned, write_atomically
-from rsd.types import ACTION_DIM, RsdError, real_array
+from rsd.exact import check_shape, real_array
+from rsd.json_files import from_json, read_versioned, write_atomically
+from rsd.types import ACTION_DIM, RsdError
 
 FORMAT_VERSION = 3
 FILE_NAME = "skip_calibration.json"
 LEVER_METRES = 0.1  # a turn counts as what it moves this far from the grip site: a held object's far end
-TESTS = {"share": ("hoeffding-bentkus", "betting"), "any": ("binomial",)}  # by loss, the first is the default
-LOSSES = tuple(TESTS)
 BLOCK = 256  # thresholds tested at once
 
+Amount = Annotated[int, between(1, 1e6)]
+Proper = Annotated[float, within(0, 1)]
+Epsilon = Annotated[float, above(0, 1e6)]
+Loss = Literal["share", "any"]
+Test = Literal["hoeffding-bentkus", "betting", "binomial"]
+TESTS: dict[Loss, tuple[Test, ...]] = {"share": ("hoeffding-bentkus", "betting"), "any": ("binomial",)}  # first: default
+LOSSES = tuple(TESTS)
 Floats = NDArray[np.floating]
 Bools = NDArray[np.bool_]
 Chunks = TypeVar("Chunks", torch.Tensor, NDArray[np.floating])
@@ -57,7 +63,7 @@ def may_skip(score: float, threshold: float, skipped: int, max_skips: int, force
 
 
 @dataclass(frozen=True)
-class SkipCalibration:
+class SkipCalibration(Checked):
     """When the target may be skipped, and what was promised for it.
 
     threshold: execute the draft's chunk where its score (named `score`, >= 0) is below; 0 = never.
@@ -70,34 +76,27 @@ class SkipCalibration:
     weights_sha256: of the checkpoint's weights file that made scores and chunks.
     """
 
-    threshold: float
-    max_skips: int
-    memory_chunks: int
+    threshold: Millimetres
+    max_skips: Amount
+    memory_chunks: Amount
     score: str
-    epsilon_mm: float
-    alpha: float
-    delta: float
-    loss: str
-    test: str
-    p_value: float
-    empirical_risk: float
-    skip_share: float
-    episodes: int
-    chunks: int
+    epsilon_mm: Epsilon
+    alpha: Proper
+    delta: Proper
+    loss: Loss
+    test: Test
+    p_value: Share
+    empirical_risk: Share
+    skip_share: Share
+    episodes: Some
+    chunks: Some
     suites: str
     acceptance: str
-    weights_sha256: str
+    weights_sha256: Sha256
 
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not isinstance(value, str) and not 0 <= value < math.inf:
-                raise RsdError(f"skip calibration: expected a finite {name} >= 0, found {value}")
-        check_promise(self.alpha, self.delta, self.epsilon_mm, self.max_skips, self.loss, self.test)
-        for name in ("p_value", "empirical_risk", "skip_share"):
-            if getattr(self, name) > 1.0:
-                raise RsdError(f"skip calibration: expected {name} in [0, 1], found {getattr(self, name)}")
-        if not re.fullmatch("[0-9a-f]{64}", self.weights_sha256):
-            raise RsdError(f"skip calibration: expected a SHA-256 in hexadecimal, found {self.weights_sha256!r}")
+    def rules(self) -> Rules:
+        yield self.test in TESTS[self.loss], f"test {' or '.join(TESTS[self.loss])} for loss {self.loss}", self.test
+        yield self.chunks >= self.episodes, "a chunk an episode at least", f"{self.chunks} of {self.episodes} episodes"
 
     def allows(self, score: float, skipped: int, forced: bool = False) -> bool:
         """May this chunk go without the target, after `skipped` ones in a row that did? NaN never may."""
@@ -113,11 +112,6 @@ class SkipCalibration:
 
     def to_json(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> SkipCalibration:
-        check_version(content, "given", "skip calibration", FORMAT_VERSION, "calibrate again")
-        return from_json(cls, content, "given", ignore=("format_version",))
 
     def save(self, directory: Path) -> None:
         """Write it into a directory, and its hash into the manifest of a checkpoint that has one."""
@@ -158,16 +152,21 @@ def fit_threshold(
     acceptance: str,
     weights_sha256: str,
     forced: Sequence[Bools] | None = None,
-    loss: str = "share",
-    test: str | None = None,
+    loss: Loss = "share",
+    test: Test | None = None,
 ) -> SkipCalibration:
     """Per episode: scores [T] >= 0, deviations [T] in mm of every draft chunk (executed or not), forced bool [T].
 
     Threshold 0, never skip, is the answer where already the most certain chunks deviate too often. Too few
     episodes to promise anything, even had none deviated, are an error that says how many it takes.
     """
-    test = test or TESTS.get(loss, ("",))[0]
-    check_promise(alpha, delta, epsilon_mm, max_skips, loss, test)
+    for name, kind, value in (("alpha", Proper, alpha), ("delta", Proper, delta), ("epsilon_mm", Epsilon, epsilon_mm)):
+        checked(kind, value, f"skip calibration: {name}")
+    checked(Amount, max_skips, "skip calibration: max_skips")
+    loss = checked(Loss, loss, "skip calibration: loss")
+    test = test or TESTS[loss][0]
+    if test not in TESTS[loss]:
+        raise RsdError(f"skip calibration: expected test {' or '.join(TESTS[loss])} for loss {loss}, found {test!r}")
     _check_episodes(scores, deviations, forced)
     n, needed = len(scores), episodes_needed(alpha, delta, test)
     if n < needed:
@@ -288,9 +287,8 @@ def fingertip_deviation(draft: Chunks, target: Chunks) -> Chunks:
     if isinstance(draft, np.ndarray):
         pair = (torch.tensor(real_array("chunk", chunk, "float64")) for chunk in (draft, target))
         return fingertip_deviation(*pair).numpy()
-    if draft.shape != target.shape or draft.ndim < 2 or draft.shape[-1] != ACTION_DIM:
-        found = f"{list(draft.shape)} and {list(target.shape)}"
-        raise RsdError(f"fingertip deviation: expected two chunks [..., H, {ACTION_DIM}], found {found}")
+    check_shape("draft's chunk", draft.shape, (..., "H", ACTION_DIM))
+    check_shape("target's chunk", target.shape, draft.shape)
     apart = (draft.clamp(-1.0, 1.0) - target.clamp(-1.0, 1.0)).cumsum(-2)  # the controller clamps, too
     metres = ACTION_METRES * apart[..., :3].norm(dim=-1)
     metres = metres + LEVER_METRES * ACTION_RADIANS * apart[..., 3:6].norm(dim=-1)
@@ -309,19 +307,6 @@ def _pad(rows: Sequence[NDArray[Any]], fill: float | bool) -> NDArray[Any]:
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
-
-
-def check_promise(
-    alpha: float, delta: float, epsilon_mm: float, max_skips: int, loss: str, test: str
-) -> None:
-    if not (0.0 < alpha < 1.0 and 0.0 < delta < 1.0 and 0.0 < epsilon_mm < math.inf):
-        found = f"alpha {alpha}, delta {delta}, epsilon {epsilon_mm} mm"
-        raise RsdError(f"skip calibration: expected alpha and delta in (0, 1) and epsilon > 0, found {found}")
-    if max_skips != int(max_skips) or max_skips < 1 or loss not in LOSSES:
-        expected = f"max_skips a whole number >= 1 and loss one of {', '.join(LOSSES)}"
-        raise RsdError(f"skip calibration: expected {expected}, found {max_skips} and {loss!r}")
-    if test not in TESTS[loss]:
-        raise RsdError(f"skip calibration: expected test {' or '.join(TESTS[loss])} for loss {loss}, found {test!r}")
 
 
 def _check_episodes(

@@ -8,7 +8,7 @@ import torch
 from scipy.fft import dct
 
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
-from rsd.tokenizer.learned import LearnConfig
+from studies.tokenizers.learned import LearnConfig
 from rsd.types import RsdError
 from studies.tokenizers.codecs import Bins, Codec, LayerNormRfsq, ResidualCode, Scale, Splines, nominal_bits
 from studies.tokenizers.fast import Fast

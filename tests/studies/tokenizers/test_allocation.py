@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rsd.tokenizer.allocation import active_cells, allocate
+from studies.tokenizers.allocation import active_cells, allocate
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
 
