@@ -97,8 +97,8 @@ def weights_hash(path_or_hub_id: str | Path) -> str:
 
 def read_content(directory: Path) -> dict[str, Any]:
     """config.json, of this format and with the files that belong to it, all of them as the manifest names them."""
-    raw, content = _read_config(directory)
     sealed = manifest.verify(directory)
+    raw, content = _read_config(directory)
     if sealed is None:
         _warn_unsealed(directory)
     for name in _names(content):

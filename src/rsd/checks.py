@@ -1,7 +1,7 @@
 """The one check of options, arguments, records and JSON files: what a value has to be stands in its annotation.
 
-`Annotated[int, between(1, 64)]` is an integer of that range. A dataclass on `Checked` is checked as it is made, field by
-field and then by its own `rules`; `from_json` makes one of a file's content; `checked` is for single arguments.
+`Annotated[int, between(1, 64)]` is an integer of that range. A dataclass on `Checked` is checked as it is made, field
+by field and then by its own `rules`; `from_json` makes one of a file's content; `checked` is for single arguments.
 Whatever does not fit is an `RsdError` of one line: where, what was expected, what was found.
 """
 
@@ -240,7 +240,8 @@ def _words(kind: Any) -> str:
     """An annotation in a message's words."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return " ".join([_words(arguments[0]), *(extra.words for extra in arguments[1:] if isinstance(extra, Where))])
+        words = [_words(arguments[0]), *(extra.words for extra in arguments[1:] if isinstance(extra, Where))]
+        return " ".join(words).removeprefix("text that is ")
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple and ... not in arguments:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from rsd import hub
-from rsd.checks import Seed, checked
 from rsd.checkpoint import BACKBONE, OPENVLA, facts_of, load_model, locate_checkpoint, read_content, save_checkpoint
+from rsd.checks import Seed, checked
 from rsd.decoding.calibration import fingertip_deviation
 from rsd.decoding.decoders import DECODERS, look
 from rsd.decoding.gate import SkipRule

@@ -320,7 +320,6 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
     calibration = fit(episodes(60, 2))
     calibration.save(tmp_path)
     assert SkipCalibration.load(tmp_path) == calibration
-    assert SkipCalibration.from_json(calibration.to_json()) == calibration
     assert json.loads((tmp_path / FILE_NAME).read_text())["alpha"] == ALPHA
 
 
@@ -330,17 +329,17 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
         ({"format_version": 2}, "format 3, found 2; calibrate again"),
         ({"alpha": None}, r"missing \['alpha'\]"),
         ({"beta": 1}, r"unknown \['beta'\]"),
-        ({"threshold": "1.0"}, "field threshold: expected float, found '1.0'"),
-        ({"max_skips": True}, "field max_skips: expected int, found True"),
+        ({"threshold": "1.0"}, "field threshold: expected a number from 0 to 1000000, found '1.0'"),
+        ({"max_skips": True}, "field max_skips: expected an integer from 1 to 1000000, found True"),
         ({"format_version": True}, "format 3, found True"),
-        ({"threshold": float("nan")}, "holds NaN|field threshold: expected float, found nan"),
-        ({"threshold": float("inf")}, "holds Infinity|field threshold: expected float, found inf"),
-        ({"threshold": -1.0}, "expected a finite threshold"),
-        ({"max_skips": 0}, "max_skips a whole number >= 1"),
-        ({"max_skips": 2.5}, "field max_skips: expected int"),
-        ({"skip_share": 1.1}, r"expected skip_share in \[0, 1\]"),
-        ({"alpha": 1.5}, r"expected alpha and delta in \(0, 1\)"),
-        ({"weights_sha256": "abc"}, "expected a SHA-256"),
+        ({"threshold": float("nan")}, "holds NaN"),
+        ({"threshold": float("inf")}, "holds Infinity"),
+        ({"threshold": -1.0}, "field threshold: expected a number from 0"),
+        ({"max_skips": 0}, "field max_skips: expected an integer from 1"),
+        ({"max_skips": 2.5}, "field max_skips: expected an integer"),
+        ({"skip_share": 1.1}, "field skip_share: expected a number from 0 to 1, found 1.1"),
+        ({"alpha": 1.5}, "field alpha: expected a number between 0 and 1, found 1.5"),
+        ({"weights_sha256": "abc"}, "field weights_sha256: expected a SHA-256"),
     ],
 )
 def test_an_odd_file_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -349,8 +348,6 @@ def test_an_odd_file_is_refused(change: dict[str, Any], message: str, tmp_path: 
     (tmp_path / FILE_NAME).write_text(json.dumps(content))
     with pytest.raises(RsdError, match=message):
         SkipCalibration.load(tmp_path)
-    with pytest.raises(RsdError, match=message):
-        SkipCalibration.from_json(content)
 
 
 def test_a_calibration_belongs_to_its_weights() -> None:

@@ -95,7 +95,10 @@ def one_line(box: str) -> str:
     if not written:
         return "the command line is not understood"
     near = re.search(r"Perhaps you meant:\s+(--\S+)", " ".join(written))
-    return f"{written[0].removeprefix('Error parsing '):.500}" + (f"; did you mean {near[1]}?" if near else "")
+    said = written[0].removeprefix("Error parsing ")
+    said = said.replace("Could not find valid parse for arguments:", "expected other values, found")
+    said = re.sub(r"no type matching (\S+) could be instantiated from (.*?)\.?$", r"expected \1, found \2", said)
+    return f"{said:.500}" + (f"; did you mean {near[1]}?" if near else "")
 
 
 def check_outputs(options: Any) -> None:

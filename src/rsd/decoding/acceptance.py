@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.checks import shown
+from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
 
 

@@ -50,7 +50,8 @@ Proper = Annotated[float, within(0, 1)]
 Epsilon = Annotated[float, above(0, 1e6)]
 Loss = Literal["share", "any"]
 Test = Literal["hoeffding-bentkus", "betting", "binomial"]
-TESTS: dict[Loss, tuple[Test, ...]] = {"share": ("hoeffding-bentkus", "betting"), "any": ("binomial",)}  # first: default
+# by loss; the first is the default
+TESTS: dict[Loss, tuple[Test, ...]] = {"share": ("hoeffding-bentkus", "betting"), "any": ("binomial",)}
 LOSSES = tuple(TESTS)
 Floats = NDArray[np.floating]
 Bools = NDArray[np.bool_]

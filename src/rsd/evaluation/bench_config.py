@@ -51,9 +51,9 @@ class LatencyConfig(Checked):
     def rules(self) -> Rules:
         from rsd.decoding.decoders import DECODERS, names  # loads torch
 
-        known, asked = [name for name in DECODERS if name not in names(gated=True)], " ".join(self.decode)
-        of_them = f"--decode to be some of {', '.join(known)}, each once (when one skips depends on the episode)"
-        yield self.decode and not set(self.decode) - {*known} and len({*self.decode}) == len(self.decode), of_them, asked
+        known, asked = [name for name in DECODERS if name not in names(gated=True)], set(self.decode)
+        of_them = f"--decode to be some of {', '.join(known)}, each once (when rsd-skip skips depends on the episode)"
+        yield asked and asked <= {*known} and len(asked) == len(self.decode), of_them, " ".join(self.decode)
         fits = engine_fits(self.engine, self.device)
         yield fits, f"--device {ENGINE_DEVICES.get(self.engine)} with --engine {self.engine}", self.device
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, between, from_json, shown
-from rsd.types import AUTO, BEST, COMPILED, CUDA_GRAPHS, ONNX, Batch, Chunks, Engine, Temperature, Threads
+from rsd.types import AUTO, BEST, COMPILED, CUDA_GRAPHS, ONNX, Batch, Chunks, Engine, Temperature
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
 # (`batch` is not among them: a batch rounds otherwise than a single observation. Nor is `control_hz`: outcomes are
@@ -41,8 +41,9 @@ def engine_fits(engine: str, device: str) -> bool:
     return device.startswith(ENGINE_DEVICES.get(engine, device))
 
 
+Hertz = Annotated[float, Where(lambda hz: hz == 0 or 0.01 <= hz <= 1000, "that is 0 or from 0.01 to 1000")]
 Workers = Annotated[
-    str, Where(lambda text: text == "auto" or 1 <= (number(text) or 0) <= 4096, "that is auto or a number from 1 to 4096")
+    str, Where(lambda text: text == "auto" or 0 < (number(text) or 0) < 4097, "that is auto or a number from 1 to 4096")
 ]
 
 
@@ -97,12 +98,12 @@ class EvalConfig(Checked):
     engine: Engine = AUTO
     """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager (PyTorch operation by operation), cuda-graphs, compiled
     (cuda-graphs of fewer, larger kernels; takes a minute or two to begin), onnx."""
-    control_hz: Annotated[float, Where(lambda hz: hz == 0 or 0.01 <= hz <= 1000, "that is 0 or from 0.01 to 1000")] = 0.0
+    control_hz: Hertz = 0.0
     """Run in real time: an action every 1/hz seconds (LIBERO's own is 20), the target's pending verification meanwhile;
     how long the robot stands still between chunks is recorded. 0: as fast as possible, simulator and policy in turn."""
     num_workers: Workers = "auto"
     """Worker processes, each with a simulator of its own; auto takes one per CPU core, in real time one."""
-    threads: Annotated[Threads, between(1, 4096)] = 1
+    threads: Annotated[int, between(1, 4096)] = 1
     """Torch's threads for a policy on a CPU. Sums round otherwise with another number, whatever the number of workers;
     for times with nothing else running, give it the cores (and one worker)."""
     batch: Batch = 0
@@ -129,8 +130,8 @@ class EvalConfig(Checked):
 
     def rules(self) -> Rules:
         for name in OF_THE_RULE:
-            given = f"{option(name)}: with a --skip-threshold-mm, as the calibration has its own"
-            yield self.skip_threshold_mm is not None or getattr(self, name) is None, given, "none"
+            needed = f"a --skip-threshold-mm with {option(name)}, as the calibration has its own"
+            yield self.skip_threshold_mm is not None or getattr(self, name) is None, needed, "none"
         fits = engine_fits(self.engine, self.device)
         yield fits, f"--device {ENGINE_DEVICES.get(self.engine)} with --engine {self.engine}", self.device
         alone = "--control-hz without --batch, in which robots would wait for each other"
@@ -139,7 +140,8 @@ class EvalConfig(Checked):
         apart = "--launcher ray without --batch and --videos: a policy in every actor and no videos"
         yield not (ray and (self.batch or self.videos != "none")), apart, given
         named = [name.strip() for name in self.task_suite.split(",")]
-        yield all(named) and len(set(named)) == len(named), "--task-suite to name LIBERO suites, each once", self.task_suite
+        once = all(named) and len(set(named)) == len(named)
+        yield once, "--task-suite to name LIBERO suites, each once", self.task_suite
         self.shard_of()
         planned_states(self.init_states, self.num_trials)
         unknown = planned_tasks(self.tasks).keys() - {*self.suites, ""}
