@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -11,9 +11,9 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, ChunkTokens, TokenizerConfig
-from rsd.tokenizer.config import LINEAR, NORMALISATIONS
 from rsd.types import RsdError
 
+NORMALISATIONS, LINEAR = (get_args(get_type_hints(TokenizerConfig)[name]) for name in ("normalisation", "transform"))
 chunk_arrays = hnp.arrays(np.float32, (8, 7), elements=st.floats(-1.0, 1.0, width=32))
 
 

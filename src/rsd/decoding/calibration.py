@@ -5,13 +5,11 @@ gripper switches, say) and fewer than `max_skips` chunks in a row went without t
 if it is more than `epsilon_mm` from the target's (`fingertip_deviation`). `fit_threshold` picks the largest threshold
 whose risk is at most alpha with confidence 1 - delta over the draw of the calibration episodes.
 
-Episodes are exchangeable, the chunks of one are not, so an episode gives ONE loss in [0, 1]:
-    share   share of its executed draft chunks that deviate, 0 if none is executed;
-    any     1 if any executed draft chunk deviates.
-The risk is the expected loss of an episode. Method: Learn then Test (Angelopoulos et al., arXiv 2110.01052), p-values
-for "risk > alpha" at every threshold, fixed-sequence testing from strict to loose until one is not rejected. The
-losses change at observed scores only, so testing between all of them tests EVERY threshold, in an order that no
-data decided. (A grid of a few quantiles of the same data would not: it steps over thresholds that might have failed.)
+Episodes are exchangeable, the chunks of one are not, so an episode gives ONE loss in [0, 1]: the share of its executed
+draft chunks that deviate, 0 if none is executed. The risk is the expected loss of an episode. Method: Learn then Test
+(Angelopoulos et al., arXiv 2110.01052), p-values for "risk > alpha" at every threshold, fixed-sequence testing from
+strict to loose until one is not rejected. The losses change at observed scores only, so testing between all of them
+tests EVERY threshold, in an order that no data decided. (A grid of a few quantiles of the same data would not: it steps over thresholds that might have failed.)
 Nothing asks the risk to grow with the threshold; as a share it need not.
 
 What is promised, and what not: the promise holds for episodes drawn as the calibration's were. Executing drafts
@@ -48,11 +46,7 @@ BLOCK = 256  # thresholds tested at once
 Amount = Annotated[int, between(1, 1e6)]
 Proper = Annotated[float, within(0, 1)]
 Epsilon = Annotated[float, above(0, 1e6)]
-Loss = Literal["share", "any"]
-Test = Literal["hoeffding-bentkus", "betting", "binomial"]
-# by loss; the first is the default
-TESTS: dict[Loss, tuple[Test, ...]] = {"share": ("hoeffding-bentkus", "betting"), "any": ("binomial",)}
-LOSSES = tuple(TESTS)
+Test = Literal["hoeffding-bentkus", "betting"]
 Floats = NDArray[np.floating]
 Bools = NDArray[np.bool_]
 Chunks = TypeVar("Chunks", torch.Tensor, NDArray[np.floating])
@@ -70,7 +64,7 @@ class SkipCalibration(Checked):
     threshold: execute the draft's chunk where its score (named `score`, >= 0) is below; 0 = never.
     max_skips: chunks in a row without the target, at most. memory_chunks: see `gate.SkipRule`.
     epsilon_mm: a chunk deviates beyond it.
-    alpha, delta: risk <= alpha with confidence 1 - delta. loss: an episode's, `share` or `any`; test: see `TESTS`.
+    alpha, delta: risk <= alpha with confidence 1 - delta. loss: an episode's; test: see `risk_tests`.
     p_value, empirical_risk, skip_share: of the calibration set at this threshold (share of chunks without target).
     suites: what was calibrated for, with commas between; the numbers are of the one with the strictest threshold.
     acceptance: how the target judged drafts meanwhile.
@@ -84,7 +78,7 @@ class SkipCalibration(Checked):
     epsilon_mm: Epsilon
     alpha: Proper
     delta: Proper
-    loss: Loss
+    loss: Literal["share"]
     test: Test
     p_value: Share
     empirical_risk: Share
@@ -96,12 +90,7 @@ class SkipCalibration(Checked):
     weights_sha256: Sha256
 
     def rules(self) -> Rules:
-        yield self.test in TESTS[self.loss], f"test {' or '.join(TESTS[self.loss])} for loss {self.loss}", self.test
         yield self.chunks >= self.episodes, "a chunk an episode at least", f"{self.chunks} of {self.episodes} episodes"
-
-    def allows(self, score: float, skipped: int, forced: bool = False) -> bool:
-        """May this chunk go without the target, after `skipped` ones in a row that did? NaN never may."""
-        return may_skip(score, self.threshold, skipped, self.max_skips, forced)
 
     def check_belongs(self, weights_sha256: str) -> None:
         """Raise unless calibrated for these weights: other weights have other scores."""
@@ -153,8 +142,7 @@ def fit_threshold(
     acceptance: str,
     weights_sha256: str,
     forced: Sequence[Bools] | None = None,
-    loss: Loss = "share",
-    test: Test | None = None,
+    test: Test = "hoeffding-bentkus",
 ) -> SkipCalibration:
     """Per episode: scores [T] >= 0, deviations [T] in mm of every draft chunk (executed or not), forced bool [T].
 
@@ -164,10 +152,7 @@ def fit_threshold(
     for name, kind, value in (("alpha", Proper, alpha), ("delta", Proper, delta), ("epsilon_mm", Epsilon, epsilon_mm)):
         checked(kind, value, f"skip calibration: {name}")
     checked(Amount, max_skips, "skip calibration: max_skips")
-    loss = checked(Loss, loss, "skip calibration: loss")
-    test = test or TESTS[loss][0]
-    if test not in TESTS[loss]:
-        raise RsdError(f"skip calibration: expected test {' or '.join(TESTS[loss])} for loss {loss}, found {test!r}")
+    checked(Test, test, "skip calibration: test")
     _check_episodes(scores, deviations, forced)
     n, needed = len(scores), episodes_needed(alpha, delta, test)
     if n < needed:
@@ -183,7 +168,7 @@ def fit_threshold(
     for start in range(0, len(thresholds), BLOCK):
         block = thresholds[start : start + BLOCK]
         skips = executed(u[None], block[:, None, None], max_skips, held)  # [block, n, T]
-        losses = _losses(skips, deviates, loss)  # [block, n]
+        losses = _losses(skips, deviates)  # [block, n]
         p = P_VALUES[test](losses, alpha, delta)
         passed = len(block) if (p <= delta).all() else int((p > delta).argmax())
         if passed:
@@ -200,7 +185,7 @@ def fit_threshold(
         epsilon_mm=epsilon_mm,
         alpha=alpha,
         delta=delta,
-        loss=loss,
+        loss="share",
         test=test,
         p_value=p_best,
         empirical_risk=risk,
@@ -228,7 +213,7 @@ class RealisedRisk:
     executed, beyond, gripper_only: draft chunks over all episodes (no interval: chunks of an episode are not
     independent): those executed, of these the ones further than epsilon, and those nearer whose gripper differs
     (None where that was not recorded).
-    share, share_upper: mean loss `share` of an episode, bound of Hoeffding-Bentkus.
+    share, share_upper: mean loss of an episode, bound of Hoeffding-Bentkus.
     any, any_upper: rate of episodes where any executed chunk deviates, bound of Clopper-Pearson.
     """
 
@@ -261,8 +246,8 @@ def realised_risk(
         raise RsdError("realised risk: an executed draft chunk has no finite deviation; compute the target's beside it")
     beyond = apart > epsilon_mm
     deviates = beyond if gripper_differs is None else beyond | _pad(gripper_differs, False)
-    share, touched = (_losses(ran, deviates, loss) for loss in LOSSES)
-    n, hits = len(skipped), int(touched.sum())
+    share = _losses(ran, deviates)
+    n, hits = len(skipped), int((ran & deviates).any(-1).sum())
     return RealisedRisk(
         episodes=n,
         chunks=sum(map(len, skipped)),
@@ -296,10 +281,9 @@ def fingertip_deviation(draft: Chunks, target: Chunks) -> Chunks:
     return 1e3 * metres.amax(-1)
 
 
-def _losses(skips: Bools, deviates: Bools, loss: str) -> Floats:
+def _losses(skips: Bools, deviates: Bools) -> Floats:
     """Executed and deviating chunks bool [..., n, T] -> losses of the episodes [..., n]."""
-    bad = (skips & deviates).sum(-1)
-    return (bad > 0).astype(np.float64) if loss == "any" else bad / np.maximum(skips.sum(-1), 1)
+    return (skips & deviates).sum(-1) / np.maximum(skips.sum(-1), 1)
 
 
 def _pad(rows: Sequence[NDArray[Any]], fill: float | bool) -> NDArray[Any]:

@@ -12,15 +12,6 @@ from rsd.types import AUTO, MAX_SKIPS, MEMORY_CHUNKS, Batch, Chunks, Engine, Thr
 
 Tries = Annotated[int, between(1, 10_000)]
 
-TRUNKS = {  # dim, layers, heads; cameras and words are those of the checkpoint
-    "10M": (192, 6, 3),
-    "18M": (320, 8, 5),
-    "32M": (448, 10, 7),
-    "104M": (576, 24, 9),
-    "312M": (1024, 24, 16),
-}
-
-
 @dataclass(frozen=True)
 class LatencyConfig(Checked):
     """Time decoders of a policy, the first one being the baseline."""

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from rsd import hub
 from rsd.checks import between, checked
 from rsd.exact import integers, reals
+from rsd.manifest import file_sha256
 from rsd.tokenizer.config import OVER_TIME, EncodeStatistics, TokenizerConfig
+from rsd.tokenizer.files import (
+    FORMAT_VERSION,
+    LATER_FIELDS,
+    REMEDY,
+    WEIGHTS_FILE,
+    read_matrix,
+    read_tokenizer_json,
+)
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.tokenizer.transforms import ordered_product, transform_matrix
 from rsd.types import RsdError
@@ -201,36 +214,47 @@ class ActionTokenizer:
 
     # files, see `files`
 
-    def to_json(self) -> dict[str, object]:
-        from rsd.tokenizer.files import to_json
-
-        return to_json(self)
+    def to_json(self) -> dict[str, Any]:
+        config = {**asdict(self.config), "binary": list(self.config.binary)}
+        for name, default in LATER_FIELDS.items():
+            if config[name] == default:
+                del config[name]
+        ranges = {"low": self.low.tolist(), "high": self.high.tolist(), "first_step": self.first_step}
+        kept = {**ranges, "calibration": asdict(self.calibration), "sha256": None}
+        return {"format_version": FORMAT_VERSION, "config": config, **kept}
 
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json` (readable, bit-exact) and, with `pca`, `tokenizer.safetensors`."""
-        from rsd.tokenizer.files import save
-
-        save(self, directory)
+        content, weights = self.to_json(), directory / WEIGHTS_FILE
+        weights.unlink(missing_ok=True)  # of a tokenizer that lay here before
+        if self.config.transform == "pca":
+            save_file({"matrix": self.matrix.cpu().contiguous()}, weights)
+            content["sha256"] = file_sha256(weights)
+        (directory / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> ActionTokenizer:
         """Read what `save` wrote, or a file of format 1; `RsdError` on anything missing or odd."""
-        from rsd.tokenizer.files import load
-
-        return load(directory)
+        path = directory / FILE_NAME
+        stored = read_tokenizer_json(path)
+        matrix = None if stored.sha256 is None else read_matrix(directory / WEIGHTS_FILE, stored.sha256)
+        try:
+            ranges = torch.tensor(stored.low), torch.tensor(stored.high)
+            tokenizer = cls(stored.config, *ranges, stored.first_step, matrix)
+        except RsdError as error:
+            raise RsdError(f"{path}: {error}; {REMEDY}") from None
+        tokenizer.calibration = stored.calibration or tokenizer.calibration
+        return tokenizer
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> None:
         """Upload to the Hugging Face hub (needs a login)."""
-        from rsd.tokenizer.files import push_to_hub
-
-        push_to_hub(self, repo_id, private=private)
+        hub.upload(self.save, repo_id, private)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> ActionTokenizer:
         """A directory (a policy's checkpoint is one) or a hub repository."""
-        from rsd.tokenizer.files import from_pretrained
-
-        return from_pretrained(path_or_hub_id)
+        wanted = f"a directory with {FILE_NAME}"
+        return cls.load(hub.locate(path_or_hub_id, "tokenizer", wanted, [FILE_NAME, WEIGHTS_FILE]))
 
 
 def binary_dimensions(config: TokenizerConfig, action_dim: int) -> list[int]:

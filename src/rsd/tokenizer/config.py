@@ -9,8 +9,6 @@ from rsd.checks import Checked, Count, Rules, Where, above, between
 from rsd.conventions import CHUNK_SIZE
 
 OVER_TIME = ("dct", "identity")  # fixed, the same matrix for every dimension
-LINEAR = (*OVER_TIME, "pca")
-NORMALISATIONS = ("reach", "quantile", "minmax", "standard")
 MAX_HORIZON = 64
 Horizon = Annotated[int, between(1, MAX_HORIZON)]
 Levels = Annotated[int, between(1, 1024)]

@@ -74,17 +74,6 @@ class Rfsq:
         """What symbols int [..., P] of one level contribute: D_level * t."""
         return (integers("tokens", symbol) - self.config.half).float() * self.step(level)
 
-    def continue_from(self, x: Tensor, symbols: Tensor) -> Tensor:
-        """Symbols for the levels below a given prefix: x [..., P], symbols [..., k, P] -> [..., L-k, P]."""
-        symbols = integers("tokens", symbols)
-        residual, out = reals("scalars", x) - self.dequantise(symbols), []
-        for level in range(symbols.shape[-2] + 1, self.config.levels + 1):
-            digit = self.digit(residual, level)
-            residual = residual - digit * self.step(level)
-            out.append(digit.long() + self.config.half)
-        empty = symbols[..., :0, :]
-        return torch.stack(out, dim=-2) if out else empty
-
     def reach(self) -> float:
         """Largest |scalar| that ends within half of the last step."""
         return self.config.span() * self.first_step

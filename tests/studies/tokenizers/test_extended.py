@@ -85,7 +85,6 @@ def test_scalars_without_a_token_at_a_level_pass_it_by() -> None:
     inside = (x.abs() <= reach)[:, :2]
     assert ((z_hat - x).abs()[:, :2][inside] <= 1 / 18 + 1e-6).all()
     assert ((z_hat - x).abs()[:, :2][~inside] > 1 / 18).all()
-    assert torch.equal(rfsq.continue_from(x, symbols[:, :1]), symbols[:, 1:])
 
 
 def test_what_cannot_be_is_refused(chunks: np.ndarray) -> None:
