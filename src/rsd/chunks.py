@@ -28,7 +28,7 @@ def checked_chunk(chunk: ActionChunk) -> ActionChunk:
 
 def check_stats(stats: ChunkStats) -> None:
     """Raises RsdError for statistics that no decoder has: they come from other programs, too."""
-    check(stats, lambda at: f"policy: impossible statistics: {dotted(at)}")
+    check(stats, lambda at: f"policy: field {dotted(at)} of its statistics")
     drafted, accepted, levels = stats.num_draft_tokens, stats.num_accepted_tokens, len(stats.num_draft_tokens)
     impossible = {
         f"{len(accepted)} levels of accepted tokens for {levels} of drafted ones": len(accepted) != levels,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
-from rsd.checks import Count, RsdError, Share, Where, between, checked, one_of
+from rsd.checks import Count, RsdError, Share, Time, Where, between, checked, one_of
 from rsd.exact import check_shape
 from rsd.exact import real_array as real_array
 
@@ -94,7 +94,7 @@ class ChunkStats:
     expected_deviation_mm: float | None = None
     deviation_mm: float | None = None
     gripper_differs: bool | None = None
-    latency_ms: dict[str, Annotated[float, between(0, 1e9)]] = field(default_factory=dict)
+    latency_ms: dict[str, Time] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -325,7 +325,7 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
         ({"format_version": 2}, "format 3, found 2; calibrate again"),
         ({"alpha": None}, r"missing \['alpha'\]"),
         ({"beta": 1}, r"unknown \['beta'\]"),
-        ({"threshold": "1.0"}, "field threshold: expected a number from 0 to 1000000, found '1.0'"),
+        ({"threshold": "1.0"}, "field threshold: expected a number from 0 to .*, found '1.0'"),
         ({"max_skips": True}, "field max_skips: expected an integer from 1 to 1000000, found True"),
         ({"format_version": True}, "format 3, found True"),
         ({"threshold": float("nan")}, "holds NaN"),

@@ -9,7 +9,8 @@ Episodes are exchangeable, the chunks of one are not, so an episode gives ONE lo
 draft chunks that deviate, 0 if none is executed. The risk is the expected loss of an episode. Method: Learn then Test
 (Angelopoulos et al., arXiv 2110.01052), p-values for "risk > alpha" at every threshold, fixed-sequence testing from
 strict to loose until one is not rejected. The losses change at observed scores only, so testing between all of them
-tests EVERY threshold, in an order that no data decided. (A grid of a few quantiles of the same data would not: it steps over thresholds that might have failed.)
+tests EVERY threshold, in an order that no data decided. (A grid of a few quantiles of the same data would not: it
+steps over thresholds that might have failed.)
 Nothing asks the risk to grow with the threshold; as a share it need not.
 
 What is promised, and what not: the promise holds for episodes drawn as the calibration's were. Executing drafts
