@@ -1,7 +1,8 @@
 """The one check of options, arguments, records and JSON files: what a value has to be stands in its annotation.
 
 `Annotated[int, between(1, 64)]` is an integer of that range. A dataclass on `Checked` is checked as it is made, field
-by field and then by its own `rules`; `from_json` makes one of a file's content; `checked` is for single arguments.
+by field and then by its own `rules`; `from_json` makes one of a file's content; `checked` is for single arguments,
+`real_array` for numbers (tensors: `exact`).
 Whatever does not fit is an `RsdError` of one line: where, what was expected, what was found.
 """
 
@@ -11,17 +12,32 @@ import contextlib
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 T = TypeVar("T")
 At = tuple[str, ...]  # names of fields from the outermost one on, and "[3]" for a place in a list
 Name = Callable[[At], str]
 Rules = Iterator[tuple[object, str, object]]
+Shape = Sequence[int | str | Any]  # a number, a name for any size, and `...` in front for any number of sizes
 SHOWN = 60  # characters of an odd value in a message
 KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 LATER: ContextVar[bool] = ContextVar("later", default=False)
@@ -136,6 +152,33 @@ def shown(value: Any) -> str:
         text = type(value).__name__
     text = " ".join(text.split())
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def check_shape(what: str, found: Sequence[int], expected: Shape) -> None:
+    """`RsdError` unless the sizes are those: ("B", 8, 7), or (..., 7)."""
+    wanted = [size for size in expected if size is not ...]
+    rest = list(found)[max(0, len(found) - len(wanted)) :] if len(wanted) < len(expected) else list(found)
+    if len(rest) != len(wanted) or any(isinstance(w, int) and w != n for w, n in zip(wanted, rest, strict=True)):
+        words = ", ".join("..." if size is ... else str(size) for size in expected)
+        raise RsdError(f"{what}: expected [{words}], found {list(found)}")
+
+
+def real_array(what: str, values: Any, dtype: str = "float32", shape: Shape = (...,)) -> NDArray[Any]:
+    """Finite numbers of an array or a sequence, float or integer, as `dtype`; `RsdError` for bool, complex, text."""
+    import numpy as np  # half of the time that `rsd --help` would take
+
+    try:
+        found = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of several lengths; a tensor on another device
+        raise RsdError(f"{what}: expected numbers, found {type(values).__name__} ({error})") from None
+    if found.dtype.kind not in "iuf":
+        raise RsdError(f"{what}: expected real numbers, found {found.dtype}")
+    check_shape(what, found.shape, shape)
+    with np.errstate(over="ignore"):
+        cast = found.astype(dtype, copy=False)
+    if not np.isfinite(cast).all():
+        raise RsdError(f"{what}: expected finite numbers, found NaN, infinity, or one beyond {dtype}")
+    return cast
 
 
 @cache

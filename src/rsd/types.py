@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
-from rsd.checks import Count, RsdError, Share, Time, Where, between, checked, one_of
-from rsd.exact import check_shape
-from rsd.exact import real_array as real_array
+from rsd.checks import Count, RsdError, Share, Time, Where, between, check_shape, checked, one_of
+from rsd.checks import real_array as real_array
 
 if TYPE_CHECKING:  # half of the time that `rsd --help` would take
     import numpy as np

@@ -32,10 +32,22 @@ import torch
 from numpy.typing import NDArray
 
 from rsd import manifest
-from rsd.checks import Checked, Millimetres, Rules, Sha256, Share, Some, above, between, checked, within
+from rsd.checks import (
+    Checked,
+    Millimetres,
+    Rules,
+    Sha256,
+    Share,
+    Some,
+    above,
+    between,
+    check_shape,
+    checked,
+    real_array,
+    within,
+)
 from rsd.conventions import ACTION_METRES, ACTION_RADIANS
 from rsd.decoding.risk_tests import P_VALUES, clopper_pearson_upper, hoeffding_bentkus_upper
-from rsd.exact import check_shape, real_array
 from rsd.json_files import from_json, read_versioned, write_atomically
 from rsd.types import ACTION_DIM, RsdError
 

@@ -20,7 +20,6 @@ from rsd.checks import Checked, between
 from rsd.json_files import check_version, from_json, read_object
 from rsd.manifest import file_sha256
 from rsd.tokenizer.config import EncodeStatistics, TokenizerConfig
-from rsd.tokenizer.rfsq import FirstStep
 from rsd.types import RsdError
 
 FORMAT_VERSION = 2
@@ -42,7 +41,7 @@ class StoredTokenizer(Checked):
     config: TokenizerConfig
     low: Limits
     high: Limits
-    first_step: FirstStep
+    first_step: Annotated[float, between(1e-9, 1e9)]
     calibration: EncodeStatistics | None = None
     sha256: str | None = None
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsd.exact import real_array
+from rsd.checks import real_array
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, binary_dimensions
 from rsd.tokenizer.config import OVER_TIME, TokenizerConfig
 from rsd.tokenizer.transforms import principal_components, transform_matrix

@@ -76,7 +76,7 @@ class TrainTokenizerConfig(Checked):
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of demonstrations: HDF5 files, this package's or LIBERO's own, or LeRobot data sets."""
     output: Path = DEFAULT_TOKENIZER
-    """Where tokenizer.json goes (and tokenizer.safetensors, where something is learned)."""
+    """Where tokenizer.json goes (and tokenizer.safetensors, with pca)."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     overwrite: bool = False
     """Replace the tokenizer that is there; what was trained with it goes on having its own copy."""
