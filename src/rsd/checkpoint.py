@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rsd import former, hub, manifest
 from rsd.checks import Checked, Rules, Sha256, one_of
+from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.decoders import DECODERS
@@ -32,6 +33,7 @@ from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.options import Checkpoint, DecodeOptions, Fine, resolve
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.tokenizer.config import RfsqConfig
 from rsd.tokenizer.files import WEIGHTS_FILE as MATRIX_FILE
 from rsd.types import RsdError
 
@@ -76,6 +78,10 @@ class OwnDecoding(Checked):
 
     acceptance: str = PolicyConfig.acceptance
     fine: Fine = PolicyConfig.fine
+
+    def rules(self) -> Rules:
+        acceptance_rule(self.acceptance, RfsqConfig())  # raises for what is none
+        yield from ()
 
 
 def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
