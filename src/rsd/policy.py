@@ -297,7 +297,7 @@ class SpeculativePolicy:
     def _to_actions(self, value: Tensor, gripper: Tensor) -> np.ndarray:
         if not torch.isfinite(value).all():
             raise RsdError("decoding gave non-finite actions: damaged weights or an odd tokenizer range")
-        return self.tokenizer.to_actions(value * self.tokenizer.first_step, gripper).float().cpu().numpy()
+        return self.tokenizer.actions_of(value * self.tokenizer.first_step, gripper).float().cpu().numpy()
 
     def _stats(self, result: DecodeResult, row: int) -> ChunkStats:
         """What is known of one row's chunk, without times."""

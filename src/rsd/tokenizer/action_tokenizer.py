@@ -140,7 +140,10 @@ class ActionTokenizer:
     def to_actions(self, coefficients: Tensor, gripper: Tensor) -> Tensor:
         """coefficients [B, P], gripper int [B, H] or [B, H, G] -> actions float32 [B, H, A] within the limit."""
         coefficients = reals("coefficients", coefficients, ("B", self.scalars), finite=True)
-        gripper = self._checked_gripper(gripper, len(coefficients))
+        return self.actions_of(coefficients, self._checked_gripper(gripper, len(coefficients)))
+
+    def actions_of(self, coefficients: Tensor, gripper: Tensor) -> Tensor:
+        """`to_actions` of what is known to be right: on a GPU nothing waits for a look at it."""
         motion = self.to_normalised(coefficients) * self.scale + self.centre
         binary = torch.where(gripper > 0, self.binary_high, self.binary_low)
         actions = torch.cat([motion, binary.unsqueeze(-1) if gripper.ndim == 2 else binary], dim=-1)
