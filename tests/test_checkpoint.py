@@ -264,7 +264,7 @@ def test_a_checkpoint_of_before_there_were_manifests(checkpoint: Path, caplog: p
         ("[]", "expected a JSON object"),
         ('{"format_version": true, "sha256": {}}', "expected manifest format 1, found True"),
         ('{"format_version": 1}', r"missing \['sha256'\]"),
-        ('{"format_version": 1, "sha256": {"config.json": 3}}', "field sha256.config.json: expected text that is a SH"),
+        ('{"format_version": 1, "sha256": {"config.json": 3}}', "field sha256.config.json: expected a SHA-256 in hexa"),
         ('{"format_version": 1, "sha256": {}}', "config.json: came later"),
         ('{"format_version": 1, "sha256": {"../x.json": "' + "0" * 64 + '"}}', "x.json: not found"),
     ],

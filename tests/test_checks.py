@@ -53,11 +53,11 @@ ODD = [
     ({"kind": ["x"]}, r"kind: expected one of x, y, found \['x'\]"),
     ({"path": 3}, "path: expected a path, found 3"),
     ({"table": {"a": [1, -1]}}, r"table.a\[1\]: expected an integer from 0 to 1000000000, found -1"),
-    ({"table": {"a": 10**5000}}, "table.a: expected a list, each of it an integer from 0 to 1000000000, found int"),
+    ({"table": {"a": 7}}, "table.a: expected a list, each of it an integer from 0 to 1000000000, found 7"),
     ({"table": {"a": [10**25]}}, r"table.a\[0\]: expected an integer"),
     ({"pairs": ((1, 2, 3),)}, r"pairs\[0\]: expected 2 values, each a number, found \(1, 2, 3\)"),
     ({"pairs": ((1, "2"),)}, r"pairs\[0\]\[1\]: expected a number, found '2'"),
-    ({"pairs": ((1, 10**400),)}, r"pairs\[0\]\[1\]: expected a number, found 1000"),
+    ({"pairs": ((1, 10**5000),)}, r"pairs\[0\]\[1\]: expected a number, found int"),
     ({"inside": 1.0}, "inside: expected a number between 0 and 1, found 1.0"),
     ({"inner": {"count": 66}}, "inner.count: expected an integer from 1 to 64 that is a multiple of 2, found 66"),
     ({"inner": {"count": 5}}, "inner.count: expected an integer from 1 to 64 that is a multiple of 2, found 5"),
@@ -79,7 +79,7 @@ def test_what_fits_is_taken(given: dict[str, Any]) -> None:
         assert from_json(Outer, asdict(made), "file") == made
 
 
-@pytest.mark.parametrize(("given", "message"), ODD, ids=str)
+@pytest.mark.parametrize(("given", "message"), ODD, ids=[message[:20] for _, message in ODD])
 def test_what_does_not_fit_is_one_line(given: dict[str, Any], message: str) -> None:
     for make, where in ((lambda: Outer(**given), ""), (lambda: from_json(Outer, given, "f.json"), "f.json: (field )?")):
         with pytest.raises(RsdError, match=f"^{where}{message}") as caught:

@@ -110,8 +110,8 @@ def test_numbers_that_are_not_real_are_refused(make_observation: MakeObservation
     [
         ({"images": [[0]]}, "observation images: expected a NumPy array, found list"),
         ({"images": torch.zeros(2, 32, 32, 3, dtype=torch.uint8)}, "expected a NumPy array, found Tensor"),
-        ({"instruction": b"pick up the bowl"}, "observation instruction: expected text, found bytes"),
-        ({"instruction": None}, "observation instruction: expected text, found NoneType"),
+        ({"instruction": b"pick up the bowl"}, "observation instruction: expected text, found b'pick up the bowl'"),
+        ({"instruction": None}, "observation instruction: expected text, found None"),
     ],
 )
 def test_other_observations_cannot_be_made(make_observation: MakeObservation, change: dict, message: str) -> None:

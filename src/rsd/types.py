@@ -48,7 +48,8 @@ class Observation:
         if not isinstance(self.images, np.ndarray):
             raise RsdError(f"observation images: expected a NumPy array, found {type(self.images).__name__}")
         if self.images.dtype != np.uint8:
-            raise RsdError(f"observation images: expected uint8, found {self.images.dtype}")
+            expected = f"uint8 [{len(CAMERAS)}, S, S, 3] for cameras {CAMERAS}"
+            raise RsdError(f"observation images: expected {expected}, found {self.images.dtype}")
         check_shape("observation images", self.images.shape, (len(CAMERAS), "S", "S", 3))
         object.__setattr__(self, "state", real_array("observation state", self.state, shape=(STATE_DIM,)))
         if not checked(str, self.instruction, "observation instruction").strip():

@@ -71,7 +71,7 @@ HUGE_OF_EVAL = ("--batch", "--threads", "--num-workers", "--seed", "--num-trials
         (["calibrate", "--epsilon-mm", "nan"], "rsd calibrate: error: --epsilon-mm: expected a number above 0, at mos"),
         (
             ["demos", "collect", "--out", "x", "--noise.max-level", "nan"],
-            "rsd demos collect: error: --noise.max-level: expected a number, found nan",
+            "rsd demos collect: error: --noise.max-level: expected a number from 0",
         ),
         (["train", "policy", "--loop.learning-rate", "inf"], "rsd train policy: error: --loop.learning-rate: expected"),
         (["train", "drafter", "--loss.blind", "nan"], "rsd train drafter: error: --loss.blind: expected a number from"),
