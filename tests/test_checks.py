@@ -115,7 +115,7 @@ def test_numbers_of_numpy_become_pythons() -> None:
     made = Inner(count=np.int64(6), rate=np.float32(0.5))  # type: ignore[arg-type]
     assert (type(made.count), type(made.rate)) == (int, float)
     assert checked(list[int], [np.int32(1)], "list") == [1]
-    with pytest.raises(RsdError, match=r"list.1.: expected an integer, found 2.5"):
+    with pytest.raises(RsdError, match=r"list.1.: expected an integer, found .*2.5"):
         checked(list[int], [1, np.float64(2.5)], "list")
 
 

@@ -9,8 +9,8 @@ Whatever does not fit is an `RsdError` of one line: where, what was expected, wh
 from __future__ import annotations
 
 import contextlib
-import math
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -40,6 +40,7 @@ Rules = Iterator[tuple[object, str, object]]
 Shape = Sequence[int | str | Any]  # a number, a name for any size, and `...` in front for any number of sizes
 SHOWN = 60  # characters of an odd value in a message
 KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
 LATER: ContextVar[bool] = ContextVar("later", default=False)
 
 
@@ -269,7 +270,7 @@ def _of_type(kind: Any, value: Any, name: Name, at: At) -> Any:
         value = value.item()
     if kind in (int, float):
         number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        return value if number and abs(value) < (1 << 63 if kind is int else math.inf) else NotImplemented
+        return value if number and abs(value) <= LARGEST[kind] else NotImplemented
     if kind is Path and isinstance(value, str):
         return Path(value)
     expected = type(None) if kind is None else origin or kind
