@@ -27,7 +27,7 @@ OF_THE_RULE = ("max_skips", "memory_chunks")  # of `decoding.gate.SkipRule`, whi
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", *OF_THE_RULE))
 
 
-OptionError = RsdError
+OptionError = RsdError  # as other modules call what is wrong with an option
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
 
 
