@@ -89,7 +89,7 @@ HUGE_OF_EVAL = ("--batch", "--threads", "--num-workers", "--seed", "--num-trials
         (["eval", "--temperature", "1", "--acceptance", "margin"], "rsd eval: error: --temperature 1: expected accept"),
         (["eval", "--temperature", "1", "--compare"], "rsd eval: error: --temperature 1: expected decode ar, parallel"),
         (["eval", "--device", "abacus"], "rsd eval: error: --device 'abacus': expected cpu, cuda, or cuda with"),
-        (["eval", "--device", "cuda:\u0661"], "rsd eval: error: --device 'cuda:\u0661': expected cpu, cuda, or cuda with"),
+        (["eval", "--device", "cuda:\u0661"], "rsd eval: error: --device 'cuda:\u0661': expected cpu, cuda, or"),
         (["eval", "--device", "meta"], "rsd eval: error: --device 'meta': expected cpu, cuda, or cuda with a number"),
         *((["eval", option, HUGE], f"rsd eval: error: {option}: expected ") for option in HUGE_OF_EVAL),
         (["eval", "--acceptance", f"distance({HUGE})"], "rsd eval: error: --acceptance 'distance(999"),
