@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rsd.evaluation.bench_config import TRUNKS
 from rsd.evaluation.config import DEFAULT, EvalConfig
 from rsd.types import RsdError
+
+TRUNKS = {  # dim, layers, heads; cameras and words are those of the checkpoint
+    "10M": (192, 6, 3),
+    "18M": (320, 8, 5),
+    "32M": (448, 10, 7),
+    "104M": (576, 24, 9),
+    "312M": (1024, 24, 16),
+}
 
 
 @dataclass(frozen=True)

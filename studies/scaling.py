@@ -19,7 +19,6 @@ from rsd import former
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.state import Draft, EpisodeState
 from rsd.evaluation.backend import available_cores, cpu_model
-from rsd.evaluation.bench_config import TRUNKS
 from rsd.evaluation.config import asked_rule
 from rsd.evaluation.latency import observations, take_turns
 from rsd.evaluation.results import encode_record, write_atomically
@@ -30,7 +29,7 @@ from rsd.models.target import TargetModel
 from rsd.policy import RsdPolicy
 from rsd.types import AUTO, EAGER, RsdError
 from rsd.versions import versions
-from studies.config import ScalingConfig
+from studies.config import TRUNKS, ScalingConfig
 
 FORMAT = 1
 SKIPPED = "draft alone"  # `rsd-skip` at a chunk without the target

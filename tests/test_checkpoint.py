@@ -135,7 +135,7 @@ CHECKPOINT_DAMAGE: dict[str, tuple[Damage, str]] = {
     "a directory": (lambda c: [(c / CONFIG_FILE).unlink(), (c / CONFIG_FILE).mkdir()], "expected a file, found a dir"),
     "nested": (lambda c: (c / CONFIG_FILE).write_text("[" * 10**5), "nested too deeply"),
     "NaN": (edited_config(lambda c: c.update(provenance=float("nan"))), "holds NaN"),
-    "huge": (edited_config(lambda c: c["policy"]["target"].update(dim=2**40)), "target: expected .* a dim of 1 to"),
+    "huge": (edited_config(lambda c: c["policy"]["target"].update(dim=2**40)), "field target.dim: expected an integer"),
     "wide": (
         edited_config(lambda c: c["policy"]["target"].update(dim=2**14)),
         r"model.safetensors: .* expected .*16384",
@@ -143,18 +143,18 @@ CHECKPOINT_DAMAGE: dict[str, tuple[Damage, str]] = {
     "true": (edited_config(lambda c: c.update(format_version=True)), "expected checkpoint format 1, found True"),
     "text": (
         edited_config(lambda c: c["policy"]["target"].update(dim="64")),
-        "field target.dim: expected int, found '64'",
+        "field target.dim: expected an integer from 1 to 32768, found '64'",
     ),
     "null": (
         edited_config(lambda c: c["policy"]["target"].update(layers=None)),
-        "target.layers: expected int, found None",
+        "target.layers: expected an integer from 1 to 256, found None",
     ),
-    "number": (edited_config(lambda c: c["policy"].update(acceptance=3)), "field acceptance: expected str, found 3"),
-    "heads": (edited_config(lambda c: c["policy"]["target"].update(heads=3)), "heads that divide it, found .* heads 3"),
-    "no channels": (edited_config(lambda c: c["policy"]["visual_drafter"].update(channels=[0] * 4)), "multiples of 16"),
+    "number": (edited_config(lambda c: c["policy"].update(acceptance=3)), "field acceptance: expected text, found 3"),
+    "heads": (edited_config(lambda c: c["policy"]["target"].update(heads=3)), "field target: expected heads that divi"),
+    "no channels": (edited_config(lambda c: c["policy"]["visual_drafter"].update(channels=[0] * 4)), "channels.0.: ex"),
     "no shrink": (
         edited_config(lambda c: c["policy"]["visual_drafter"].update(shrink=0)),
-        "shrink and depth of at least 1",
+        "field visual_drafter.shrink: expected an integer from 1 to 64, found 0",
     ),
     "visual_drafter": (
         edited_config(lambda c: c["policy"].update(visual_drafter=True)),
@@ -215,18 +215,44 @@ def test_what_no_digest_named_before_is_sealed(checkpoint: Path, capsys: pytest.
     RsdPolicy.from_pretrained(checkpoint)
 
 
-def test_what_does_not_load_is_not_sealed(checkpoint: Path) -> None:
-    before = (checkpoint / manifest.MANIFEST_FILE).read_bytes()
-    edited_weights(lambda w: w.pop(HEAD))(checkpoint)
-    with pytest.raises(RsdError, match="does not fit config"):
+def step_of(size: float) -> Damage:
+    def change(checkpoint: Path) -> None:
+        content = json.loads((checkpoint / TOKENIZER_FILE).read_text())
+        (checkpoint / TOKENIZER_FILE).write_text(json.dumps({**content, "first_step": size}))
+
+    return change
+
+
+NOT_SEALED: tuple[tuple[Damage, str], ...] = (
+    (edited_weights(lambda w: w.pop(HEAD)), "does not fit config"),
+    (edited_config(lambda c: c["policy"].update(fine="regres")), "fine: expected one of regress, sequential, found"),
+    (edited_config(lambda c: c["policy"].update(acceptance="blind(2)")), "acceptance 'blind.2.': expected exact, marg"),
+    (edited_config(lambda c: c.update(backbone="openvlaX")), "expected no backbone or openvla .*, found"),
+    (edited_config(lambda c: c["policy"]["target"].update(dropout=7.0)), "target.dropout: expected a number from 0 to"),
+    (step_of(1e300), "first_step: expected a number from 1e-09 to 1000000000, found 1e.300"),
+    (lambda c: (c / CALIBRATION_FILE).write_text("{}"), "expected skip calibration format 3, found None"),
+    (lambda c: (c / PROVEN_FILE).write_text('{"format_version": 1}'), "unknown or missing field of Proven"),
+)
+
+
+@pytest.mark.parametrize(("change", "message"), NOT_SEALED, ids=[message[:12] for _, message in NOT_SEALED])
+def test_what_does_not_load_is_not_sealed(checkpoint: Path, change: Damage, message: str) -> None:
+    change(checkpoint)
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    with pytest.raises(RsdError, match=message):
         seal(checkpoint)
-    assert (checkpoint / manifest.MANIFEST_FILE).read_bytes() == before
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 
 
 def test_a_checkpoint_of_before_there_were_manifests(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     (checkpoint / manifest.MANIFEST_FILE).unlink()
     RsdPolicy.from_pretrained(checkpoint)
     assert f"{checkpoint}: unsealed" in caplog.text
+    caplog.clear()
+    (checkpoint.parent / "none").mkdir()
+    with pytest.raises(RsdError, match=r"config.json: not found; a checkpoint directory holds config.json"):
+        RsdPolicy.from_pretrained(checkpoint.parent / "none")
+    assert not caplog.text
     other_step(checkpoint)
     with pytest.raises(RsdError, match=r"tokenizer.json: does not belong to this config.json \(sha256 differs\)"):
         RsdPolicy.from_pretrained(checkpoint)
@@ -238,9 +264,9 @@ def test_a_checkpoint_of_before_there_were_manifests(checkpoint: Path, caplog: p
         ("[]", "expected a JSON object"),
         ('{"format_version": true, "sha256": {}}', "expected manifest format 1, found True"),
         ('{"format_version": 1}', r"missing \['sha256'\]"),
-        ('{"format_version": 1, "sha256": {"config.json": 3}}', "field sha256: expected str, found 3"),
+        ('{"format_version": 1, "sha256": {"config.json": 3}}', "field sha256.config.json: expected a SHA-256 in hexa"),
         ('{"format_version": 1, "sha256": {}}', "config.json: came later"),
-        ('{"format_version": 1, "sha256": {"../x.json": "0"}}', "x.json: not found"),
+        ('{"format_version": 1, "sha256": {"../x.json": "' + "0" * 64 + '"}}', "x.json: not found"),
     ],
 )
 def test_an_odd_manifest_is_refused(checkpoint: Path, content: str, message: str) -> None:

@@ -53,10 +53,10 @@ def test_the_default_is_the_best_that_the_checkpoint_supports(
     assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
     for change, message in (
         ({"format_version": 2}, "expected proven decoder format 1"),
-        ({"decode": "fast"}, "expected 'decode' as one of ar, .* found 'fast'"),
+        ({"decode": "fast"}, "field decode: expected one of ar, .* found 'fast'"),
         ({"format_version": True}, "expected proven decoder format 1, found True"),
-        ({"found": 9}, "field found: expected str, found 9"),
-        ({"decode": ["x"]}, "field decode: expected str"),
+        ({"found": 9}, "field found: expected text, found 9"),
+        ({"decode": ["x"]}, "field decode: expected one of ar"),
         ({"weights_sha256": "0" * 64}, "is about other weights"),
     ):
         write_proven(checkpoint, {**proven, **change})

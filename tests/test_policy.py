@@ -132,9 +132,9 @@ def test_images_of_another_size_are_refused(policy: RsdPolicy, make_observation:
     ("change", "message"),
     [
         ({"state": np.full(8, np.nan, np.float32)}, "finite numbers"),
-        ({"state": np.zeros(7, np.float32)}, "expected 8 numbers"),
-        ({"images": np.zeros((1, 32, 32, 3), np.uint8)}, r"uint8 \[2, S, S, 3\]"),
-        ({"images": np.zeros((2, 32, 32, 3), np.float32)}, r"uint8 \[2, S, S, 3\]"),
+        ({"state": np.zeros(7, np.float32)}, r"expected \[8\], found \[7\]"),
+        ({"images": np.zeros((1, 32, 32, 3), np.uint8)}, r"\[2, S, S, 3\]"),
+        ({"images": np.zeros((2, 32, 32, 3), np.float32)}, r"\[2, S, S, 3\]"),
         ({"instruction": " "}, "instruction: expected text"),
     ],
 )
@@ -260,8 +260,8 @@ def test_no_symbol_is_drawn_from_what_is_not_finite(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.5}, "temperature -0.5: expected a finite number >= 0"),
-        ({"temperature": float("inf")}, "temperature inf: expected a finite number >= 0"),
+        ({"temperature": -0.5}, "temperature: expected a number that is 0 or from 0.001 to 1000, found -0.5"),
+        ({"temperature": float("inf")}, "temperature: expected a number that is 0 or from 0.001 to 1000, found inf"),
         *(
             ({"decode": decode}, f"expected decode ar, parallel, rsd, rsd-fused, found '{decode}'.*temperature 0")
             for decode in DECODERS
@@ -284,7 +284,15 @@ def test_what_cannot_be_drawn_is_refused(checkpoint: Path, options: dict[str, An
     [
         ({"decode": "fast"}, "decode 'fast': expected one of ar, parallel, l1, rsd, rsd-fused, rsd-skip, draft-first,"),
         ({"acceptance": "always"}, "acceptance 'always'"),
-        ({"fine": "coarse"}, "fine 'coarse': expected regress or sequential"),
+        ({"fine": "coarse"}, "fine: expected one of regress, sequential or null, found 'coarse'"),
+        ({"acceptance": 3}, "acceptance: expected text or null, found 3"),
+        ({"acceptance": f"distance({10**25})"}, r"acceptance 'distance\(1000"),
+        ({"temperature": "hot"}, "temperature: expected a number that is 0 or from 0.001 to 1000, found 'hot'"),
+        ({"batch": 0}, "batch: expected an integer from 1 to 4096, found 0"),
+        ({"batch": 2.0}, "batch: expected an integer from 1 to 4096, found 2.0"),
+        ({"audit": "no"}, "audit: expected true or false, found 'no'"),
+        ({"skip": 3}, "skip: expected SkipRule or null, found 3"),
+        ({"engine": "compiled"}, "engine 'compiled': expected device cuda, found cpu"),
         (
             {"acceptance": "residual", "fine": "sequential"},
             "acceptance 'residual': expected fine 'regress', found 'sequential'; leave it out",

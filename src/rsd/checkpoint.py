@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,15 +22,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rsd import former, hub, manifest
+from rsd.checks import Checked, Rules, Sha256, one_of
+from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.decoders import DECODERS
 from rsd.json_files import from_json, read_versioned, write_atomically
 from rsd.manifest import file_sha256
 from rsd.models.bundle import PolicyConfig, RsdModel
-from rsd.options import Checkpoint
+from rsd.options import Checkpoint, DecodeOptions, Fine, resolve
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.tokenizer.config import RfsqConfig
+from rsd.tokenizer.files import WEIGHTS_FILE as MATRIX_FILE
 from rsd.types import RsdError
 
 FORMAT_VERSION = 1
@@ -45,39 +49,45 @@ Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
-class Content:
+class Content(Checked):
     """config.json. sha256: of the files that a policy cannot do without. base: path and fingerprint of the OpenVLA
     model beneath, where there is one."""
 
     policy: dict[str, Any]
-    sha256: dict[str, str]
+    sha256: dict[str, Sha256]
     provenance: dict[str, Any] = field(default_factory=dict)
     backbone: str = OPENVLA
     base: dict[str, str] = field(default_factory=dict)
 
+    def rules(self) -> Rules:
+        yield self.backbone == OPENVLA, f"no {BACKBONE} or {OPENVLA} (another takes a newer rsd-vla)", self.backbone
+
 
 @dataclass(frozen=True)
-class Proven:
+class Proven(Checked):
     """proven.json: the decoder that evaluations of these very weights proved best, and what they found."""
 
-    decode: str
+    decode: Annotated[str, one_of(DECODERS)]
     found: str
-    weights_sha256: str
+    weights_sha256: Sha256
 
 
 @dataclass(frozen=True)
-class OwnDecoding:
+class OwnDecoding(Checked):
     """How a checkpoint decodes by its own config.json."""
 
     acceptance: str = PolicyConfig.acceptance
-    fine: str = PolicyConfig.fine
+    fine: Fine = PolicyConfig.fine
+
+    def rules(self) -> Rules:
+        acceptance_rule(self.acceptance, RfsqConfig())  # raises for what is none
+        yield from ()
 
 
 def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
     """A local directory as it is; otherwise `owner/name` on the Hugging Face hub, downloaded to its cache."""
-    # linear codes only, see `check_code`; an adapter where the target is OpenVLA
-    files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CALIBRATION_FILE, PROVEN_FILE, manifest.MANIFEST_FILE]
-    files.append("lora_adapter/*")
+    files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, MATRIX_FILE, CALIBRATION_FILE, PROVEN_FILE]
+    files += [manifest.MANIFEST_FILE, "lora_adapter/*"]  # an adapter where the target is OpenVLA
     return hub.locate(path_or_hub_id, "policy", "a checkpoint directory", files)
 
 
@@ -93,24 +103,33 @@ def weights_hash(path_or_hub_id: str | Path) -> str:
 
 def read_content(directory: Path) -> dict[str, Any]:
     """config.json, of this format and with the files that belong to it, all of them as the manifest names them."""
-    path = directory / CONFIG_FILE
     sealed = manifest.verify(directory)
+    raw, content = _read_config(directory)
     if sealed is None:
         _warn_unsealed(directory)
-    raw = read_versioned(path, "checkpoint", FORMAT_VERSION, "use the rsd-vla that wrote it, or train again")
-    content = from_json(Content, raw, str(path), ignore=("format_version",))
-    for name in dict.fromkeys([WEIGHTS_FILE, TOKENIZER_FILE, *content.sha256]):
+    for name in _names(content):
         if not (directory / name).is_file():
             raise RsdError(f"{directory / name}: not found; the checkpoint is incomplete, copy it again")
         found = file_sha256(directory / name) if sealed is None else sealed.sha256.get(name)
         if found != content.sha256.get(name):
             expected = f"does not belong to this {CONFIG_FILE} (sha256 differs)"
             raise RsdError(f"{directory / name}: {expected}; {manifest.REMEDY} {directory}")
-    if content.backbone != OPENVLA:
-        raise RsdError(f"{path}: expected no {BACKBONE} or {OPENVLA}, found {raw[BACKBONE]!r}; use a newer rsd-vla")
+    return {**raw, "policy": former.parts(content.policy)}
+
+
+def _read_config(directory: Path) -> tuple[dict[str, Any], Content]:
+    """config.json as it is, and its parts."""
+    path = directory / CONFIG_FILE
+    raw = read_versioned(path, "checkpoint", FORMAT_VERSION, "use the rsd-vla that wrote it, or train again")
+    content = from_json(Content, raw, str(path), ignore=("format_version",))
     if BACKBONE in raw and not {"path", "fingerprint"} <= content.base.keys():
         raise RsdError(f"{path}: unknown or missing field of base: expected path and fingerprint, found {content.base}")
-    return {**raw, "policy": former.parts(content.policy)}
+    return raw, content
+
+
+def _names(content: Content) -> Iterable[str]:
+    """The files that config.json names."""
+    return dict.fromkeys([WEIGHTS_FILE, TOKENIZER_FILE, *content.sha256])
 
 
 @cache
@@ -122,20 +141,23 @@ def _warn_unsealed(directory: Path) -> None:
 def seal(directory: Path) -> list[str]:
     """Make config.json and the manifest name a checkpoint's files as they are -> those that had changed.
 
-    `RsdError`, and nothing written, if the files make no policy.
+    `RsdError`, and nothing written, if the files would not load.
     """
-    path = directory / CONFIG_FILE
-    raw = read_versioned(path, "checkpoint", FORMAT_VERSION, "use the rsd-vla that wrote it, or train again")
-    content = from_json(Content, raw, str(path), ignore=("format_version",))
+    raw, content = _read_config(directory)
     tokenizer = ActionTokenizer.load(directory)
-    if BACKBONE not in raw:
+    hashes = {name: file_sha256(directory / name) for name in _names(content)}
+    if BACKBONE in raw:
+        read_weights(directory / WEIGHTS_FILE)  # its loader needs the base, too
+    else:
         load_model(directory, raw, tokenizer)
+    if (directory / CALIBRATION_FILE).exists():
+        SkipCalibration.load(directory)  # may be of other weights: the next step then is to calibrate these
+    settled = {**raw, "policy": former.parts(content.policy), "sha256": hashes}
+    resolve(facts_of(directory, settled), DecodeOptions())
     before = manifest.read_manifest(directory)
     known = content.sha256 if before is None else before.sha256
-    names = dict.fromkeys([WEIGHTS_FILE, TOKENIZER_FILE, *content.sha256])
-    raw["sha256"] = {name: file_sha256(directory / name) for name in names}
-    if raw["sha256"] != content.sha256:
-        write_atomically(path, json.dumps(raw, indent=1) + "\n")
+    if hashes != content.sha256:
+        write_atomically(directory / CONFIG_FILE, json.dumps({**raw, "sha256": hashes}, indent=1) + "\n")
     sealed = manifest.seal(directory).sha256
     return sorted(name for name in sealed.keys() | known.keys() if sealed.get(name) != known.get(name))
 
@@ -229,9 +251,6 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
         return None
     raw = read_versioned(path, "proven decoder", 1, "write it anew")
     proven = from_json(Proven, former.record(raw), str(path), ignore=("format_version",))
-    if proven.decode not in DECODERS:
-        expected = f"'decode' as one of {', '.join(DECODERS)}"
-        raise RsdError(f"{path}: expected {expected}, found {proven.decode!r}; write it anew, or delete it")
     if proven.weights_sha256 != content["sha256"][WEIGHTS_FILE]:
         remedy = "evaluate these and write it anew, or delete it"
         raise RsdError(f"{path}: is about other weights (sha256 {proven.weights_sha256}); {remedy}")

@@ -11,7 +11,7 @@ def check_device(name: str) -> str:
     """The name itself; `RsdError` for a device that is not here or that no model computes on, such as torch's meta."""
     import torch
 
-    found = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", str(name))
+    found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", str(name))
     if found is None:
         raise RsdError(f"device {str(name)[:60]!r}: expected cpu, cuda, or cuda with a number such as cuda:1")
     if name != "cpu":

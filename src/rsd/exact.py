@@ -1,7 +1,7 @@
-"""Numbers from outside: types whose values are taken as they are, and one line for the rest.
+"""Tensors from outside: types whose values are taken as they are, shapes, and one line for the rest.
 
 Integers of a narrow type wrap in arithmetic, true and false pass for 1 and 0, and an imaginary part is dropped with no
-more than a warning: nothing of that may reach an action.
+more than a warning: nothing of that may reach an action. Arrays of NumPy: `checks.real_array`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsd.types import RsdError
+from rsd.checks import RsdError, Shape, check_shape
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REALS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def integers(what: str, values: Any) -> Tensor:
-    """Tokens as int64, from a tensor or an array of any integer type; `RsdError` for floats, bool and the rest."""
-    return _tensor(what, values, INTEGERS, "integers").long()
+def integers(what: str, values: Any, shape: Shape | None = None, within: tuple[int, int] | None = None) -> Tensor:
+    """Tokens as int64, from a tensor or an array of any integer type; `RsdError` for floats, bool and the rest.
+
+    within: the smallest and the largest one allowed; a GPU is waited for."""
+    found = _tensor(what, values, INTEGERS, "integers").long()
+    if shape is not None:
+        check_shape(what, found.shape, shape)
+    if within is not None and found.numel() and _readable(found):
+        low, high = int(found.min()), int(found.max())
+        if low < within[0] or high > within[1]:
+            raise RsdError(f"{what}: expected numbers from {within[0]} to {within[1]}, found {low}..{high}")
+    return found
 
 
-def reals(what: str, values: Any) -> Tensor:
-    """Floats or integers, from a tensor or an array, as a float32 tensor; `RsdError` for bool, complex and the rest."""
-    return _tensor(what, values, REALS + INTEGERS, "real numbers").float()
+def reals(what: str, values: Any, shape: Shape | None = None, finite: bool = False) -> Tensor:
+    """Floats or integers, from a tensor or an array, as a float32 tensor; `RsdError` for bool, complex and the rest.
+
+    finite: refuse NaN and infinity; a GPU is waited for."""
+    found = _tensor(what, values, REALS + INTEGERS, "real numbers").float()
+    if shape is not None:
+        check_shape(what, found.shape, shape)
+    if finite and _readable(found) and not found.isfinite().all():
+        raise RsdError(f"{what}: expected finite numbers, found NaN or infinity")
+    return found
+
+
+def _readable(found: Tensor) -> bool:
+    """False while a CUDA graph is recorded, when nothing can be looked at."""
+    return not (found.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _tensor(what: str, values: Any, allowed: tuple[torch.dtype, ...], expected: str) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import rsd
-from rsd.types import RsdError
+from rsd.checks import RsdError, checked
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 OWN_FOLDERS = ("checkpoints", "results", "runs", "data")  # what a path here begins with
@@ -19,7 +19,7 @@ def locate(path_or_hub_id: str | Path, kind: str, directory: str, files: Sequenc
 
     kind and directory word the error where it is neither.
     """
-    if (found := local(path_or_hub_id)) is not None:
+    if (found := local(checked(str | Path, path_or_hub_id, kind))) is not None:
         return found
     path, name = Path(path_or_hub_id), str(path_or_hub_id)
     if path.exists() or not HUB_ID.fullmatch(name):

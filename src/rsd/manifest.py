@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rsd.checks import Checked, Sha256
 from rsd.json_files import from_json, read_versioned, write_atomically
 from rsd.types import RsdError
 
@@ -24,14 +25,16 @@ REMEDY = "copy the checkpoint again, or after an edit on purpose seal it: rsd ch
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Checked):
     """sha256: path within the directory, with slashes -> SHA-256 of the file in hexadecimal."""
 
-    sha256: dict[str, str]
+    sha256: dict[str, Sha256]
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 in hexadecimal; `RsdError` if the file cannot be read."""
+    if path.exists() and not path.is_file():
+        raise RsdError(f"{path}: expected a file, found a folder, a device or a pipe")
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from rsd import former
+from rsd.checks import Checked, between, one_of
 from rsd.decoding.acceptance import AcceptanceRule, acceptance_rule
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.decoders import DECODERS, names
 from rsd.decoding.gate import SkipRule
 from rsd.tokenizer.rfsq import RfsqConfig
-from rsd.types import AUTO, BEST, RsdError
+from rsd.types import AUTO, BEST, Engine, RsdError, Temperature
 
 FINE = ("regress", "sequential")
+Fine = Annotated[str, one_of(FINE)]
 
 
 @dataclass(frozen=True)
-class DecodeOptions:
+class DecodeOptions(Checked):
     """What is asked for; None leaves it to the checkpoint.
 
     decode: a decoder of `decoding.decoders`, or `best`, the best proven one that the checkpoint supports.
@@ -34,21 +35,21 @@ class DecodeOptions:
 
     decode: str = BEST
     acceptance: str | None = None
-    fine: str | None = None
-    temperature: float = 0.0
+    fine: Fine | None = None
+    temperature: Temperature = 0.0
     skip: SkipRule | None = None
     target_at_reset: bool = True
     audit: bool = False
 
 
 @dataclass(frozen=True)
-class RuntimeOptions:
+class RuntimeOptions(Checked):
     """What it runs on. device: cpu, cuda or cuda:1; engine: see `runtime.engines`; batch: observations at once, a
     fixed number, up to which fewer are filled up."""
 
     device: str = "cpu"
-    engine: str = AUTO
-    batch: int = 1
+    engine: Engine = AUTO
+    batch: Annotated[int, between(1, 4096)] = 1
 
 
 def options_of(**asked: Any) -> tuple[DecodeOptions, RuntimeOptions]:
@@ -116,8 +117,6 @@ def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
     acceptance = acceptance or ("exact" if options.temperature else own)
     # `exact` promises the tokens of `ar`; regressed fine levels would break that promise
     fine = fine or ("sequential" if acceptance == "exact" else checkpoint.fine)
-    if fine not in FINE:
-        raise RsdError(f"fine {fine!r}: expected {' or '.join(FINE)}")
     rule = acceptance_rule(acceptance, checkpoint.code)
     if rule.as_a_whole and not checkpoint.compact:
         # a block right after the first has other rotary positions than any that the trunk was trained with
@@ -151,8 +150,6 @@ def best_decode(checkpoint: Checkpoint, options: DecodeOptions) -> Choice:
 
 def check_sampling(temperature: float, decode: str, acceptance: str | None, fine: str | None) -> None:
     """Raise unless tokens can be drawn that way; acceptance, fine: None where the default is taken."""
-    if not 0.0 <= temperature < math.inf:
-        raise RsdError(f"temperature {temperature}: expected a finite number >= 0, 0 takes the likeliest tokens")
     if temperature == 0.0:
         return
     if decode not in names(samples=True):

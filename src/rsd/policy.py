@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rsd import hub
 from rsd.checkpoint import BACKBONE, OPENVLA, facts_of, load_model, locate_checkpoint, read_content, save_checkpoint
+from rsd.checks import Seed, checked
 from rsd.decoding.calibration import fingertip_deviation
 from rsd.decoding.decoders import DECODERS, look
 from rsd.decoding.gate import SkipRule
@@ -203,7 +204,10 @@ class SpeculativePolicy:
 
         states: of an earlier prediction of the same episodes, None at an episode's start; what is given stays as it
         is. latency_ms is that of the whole batch. `RsdError` for a model output that is not finite."""
+        if not isinstance(observations, Sequence):
+            raise RsdError(f"predict: expected a list of observations, found {type(observations).__name__}")
         observations = [check_observation(observation) for observation in observations]
+        states = checked(tuple[EpisodeState | None, ...] | None, states, "predict: states")
         count, rows = len(observations), self.ops.rows
         if not 0 < count <= rows or (states is not None and len(states) != count):
             found = f"{count} with {count if states is None else len(states)} states"
@@ -231,6 +235,7 @@ class SpeculativePolicy:
     def verify_pending(self, pending: Pending) -> Verified:
         """The target's pass over what was seen for chunks that are being executed: what it finds of them, and states
         that remember it."""
+        pending = checked(Pending, pending, "verify_pending")
         with self._computing() as watch:
             with watch.stage(VERIFY_PENDING):
                 result = look(self.ops, pending.seen, pending.draft)
@@ -290,10 +295,9 @@ class SpeculativePolicy:
         return after
 
     def _to_actions(self, value: Tensor, gripper: Tensor) -> np.ndarray:
-        actions = self.tokenizer.to_actions(value * self.tokenizer.first_step, gripper)
-        if not torch.isfinite(actions).all():
+        if not torch.isfinite(value).all():
             raise RsdError("decoding gave non-finite actions: damaged weights or an odd tokenizer range")
-        return actions.float().cpu().numpy()
+        return self.tokenizer.actions_of(value * self.tokenizer.first_step, gripper).float().cpu().numpy()
 
     def _stats(self, result: DecodeResult, row: int) -> ChunkStats:
         """What is known of one row's chunk, without times."""
@@ -368,6 +372,10 @@ def load_policy(
     content = read_content(directory)
     facts = facts_of(directory, content)
     decoding = resolve(facts, options)  # before the weights
+    recordable = decoding.recordable(facts.compact, runtime.device)
+    choose_engine(runtime.engine, runtime.device, recordable, compact=facts.compact)
+    if runtime.batch > 1:
+        check_batch(runtime.batch, decoding)
     if decoding.why:
         level = logging.INFO if facts.visual_drafter else logging.WARNING  # another checkpoint could do better
         LOG.log(level, "%s: decodes by %s: %s", directory, decoding.decode, decoding.why)
@@ -420,6 +428,7 @@ class RsdPolicy:
 
         seed: of what is drawn from now on at a temperature; without one the random numbers go on where they were.
         """
+        seed = checked(Seed | None, seed, "reset: seed")
         with self._turn:
             self._state = self._pending = None
             if seed is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
+
+from rsd.checks import Count, RsdError, Share, Time, Where, between, check_shape, checked, one_of
+from rsd.checks import real_array as real_array
 
 if TYPE_CHECKING:  # half of the time that `rsd --help` would take
     import numpy as np
@@ -18,42 +20,12 @@ CAMERAS = ("agentview", "wrist")
 AUTO, EAGER, CUDA_GRAPHS, COMPILED, ONNX = ENGINES = "auto", "eager", "cuda-graphs", "compiled", "onnx"
 MAX_SKIPS, MEMORY_CHUNKS = 6, 2  # of `decoding.gate.SkipRule`; here, where nothing loads torch
 BEST = "best"  # in the place of a decoder's name: the best proven one that the checkpoint supports
+Temperature = Annotated[float, Where(lambda t: t == 0 or 1e-3 <= t <= 1e3, "that is 0 or from 0.001 to 1000")]
+Chunks = Annotated[int, between(1, 1e6)]
+Batch = Annotated[int, between(0, 4096)]
+Threads = Annotated[int, between(0, 4096)]
+Engine = Annotated[str, one_of(ENGINES)]
 VERIFYING = "rsd", "rsd-fused", "rsd-skip", "draft-first"  # decoders whose draft the target judges
-
-
-class RsdError(Exception):
-    """An error the user can act on: the message names what was expected, what was found and what to do."""
-
-
-def require_finite_numbers(options: Any, prefix: str = "") -> None:
-    """Raises RsdError, in the command line's words, where a dataclass of options holds NaN or infinity at any depth.
-
-    NaN passes every comparison with a limit that is written the usual way.
-    """
-    for entry in fields(options):
-        value, name = getattr(options, entry.name), f"{prefix}{entry.name.replace('_', '-')}"
-        for number in value if isinstance(value, tuple | list) else (value,):
-            if is_dataclass(number):
-                require_finite_numbers(number, f"{name}.")
-            elif isinstance(number, float) and not math.isfinite(number):
-                raise RsdError(f"--{name} {number}: expected a finite number")
-
-
-def real_array(what: str, values: Any, dtype: str = "float32") -> NDArray[Any]:
-    """Finite numbers of an array or a sequence, float or integer, as `dtype`; `RsdError` for bool, complex, text."""
-    import numpy as np
-
-    try:
-        found = np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:  # rows of several lengths; a tensor on another device
-        raise RsdError(f"{what}: expected numbers, found {type(values).__name__} ({error})") from None
-    if found.dtype.kind not in "iuf":
-        raise RsdError(f"{what}: expected real numbers, found {found.dtype}")
-    with np.errstate(over="ignore"):
-        cast = found.astype(dtype, copy=False)
-    if not np.isfinite(cast).all():
-        raise RsdError(f"{what}: expected finite numbers, found NaN, infinity, or one beyond {dtype}")
-    return cast
 
 
 @dataclass(frozen=True)
@@ -75,18 +47,12 @@ class Observation:
 
         if not isinstance(self.images, np.ndarray):
             raise RsdError(f"observation images: expected a NumPy array, found {type(self.images).__name__}")
-        shape = self.images.shape
-        if self.images.dtype != np.uint8 or len(shape) != 4 or shape[0] != len(CAMERAS) or shape[3] != 3:
-            raise RsdError(
-                f"observation images: expected uint8 [{len(CAMERAS)}, S, S, 3] for cameras {CAMERAS}, "
-                f"found {self.images.dtype} {list(shape)}"
-            )
-        object.__setattr__(self, "state", real_array("observation state", self.state))
-        if self.state.shape != (STATE_DIM,):
-            raise RsdError(f"observation state: expected {STATE_DIM} numbers, found {list(self.state.shape)}")
-        if not isinstance(self.instruction, str):
-            raise RsdError(f"observation instruction: expected text, found {type(self.instruction).__name__}")
-        if not self.instruction.strip():
+        if self.images.dtype != np.uint8:
+            expected = f"uint8 [{len(CAMERAS)}, S, S, 3] for cameras {CAMERAS}"
+            raise RsdError(f"observation images: expected {expected}, found {self.images.dtype}")
+        check_shape("observation images", self.images.shape, (len(CAMERAS), "S", "S", 3))
+        object.__setattr__(self, "state", real_array("observation state", self.state, shape=(STATE_DIM,)))
+        if not checked(str, self.instruction, "observation instruction").strip():
             raise RsdError("observation instruction: expected text, found an empty string")
 
 
@@ -117,18 +83,18 @@ class ChunkStats:
 
     decode: str
     acceptance: str = ""
-    prefills: int = 0
-    target_passes: int = 0
-    num_draft_tokens: list[int] = field(default_factory=list)
-    num_accepted_tokens: list[int] = field(default_factory=list)
-    accepted_levels: int = 0
-    gripper_acceptance: float | None = None
+    prefills: Count = 0
+    target_passes: Count = 0
+    num_draft_tokens: list[Count] = field(default_factory=list)
+    num_accepted_tokens: list[Count] = field(default_factory=list)
+    accepted_levels: Count = 0
+    gripper_acceptance: Share | None = None
     skipped: bool | None = None
     forced: bool | None = None
     expected_deviation_mm: float | None = None
     deviation_mm: float | None = None
     gripper_differs: bool | None = None
-    latency_ms: dict[str, float] = field(default_factory=dict)
+    latency_ms: dict[str, Time] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

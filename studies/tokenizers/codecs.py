@@ -69,7 +69,7 @@ class ResidualCode:
     def __init__(self, tokenizer: ActionTokenizer, scale: Scale) -> None:
         self.tokenizer, self.scale = tokenizer, scale
         self.levels, self.alphabet = tokenizer.config.levels, tokenizer.config.symbols
-        active = tokenizer.parts.active
+        active = getattr(tokenizer, "active", None)  # of one with a budget of bits
         shape = (self.levels, tokenizer.scalars)
         self.active = np.ones(shape, bool) if active is None else active.numpy() > 0
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.tokenizer.config import AUTOENCODERS, TokenizerConfig
-from rsd.tokenizer.learned import LearnConfig
+from rsd.tokenizer.config import TokenizerConfig
 from rsd.types import RsdError
 from studies.tokenizers.codecs import Bins, Codec, LayerNormRfsq, ResidualCode, Splines
+from studies.tokenizers.extended import AUTOENCODERS, Extension, fit
+from studies.tokenizers.learned import LearnConfig
 from studies.tokenizers.metrics import Chunks, rms
 
 
@@ -47,10 +49,12 @@ CODES = ((7, 3.0, 7), (7, 7.0, 4), (5, 2.0, 8))  # symbols, rho, levels
 SHIPPED = Path("checkpoints/libero_spatial")
 
 
-def our_entry(curve: str, setting: str, config: TokenizerConfig, chunks: Chunks) -> Entry:
+def our_entry(
+    curve: str, setting: str, config: TokenizerConfig, chunks: Chunks, extension: Extension | None = None
+) -> Entry:
     actions = chunks.scale.denormalise(chunks.train)
     gripper = np.ones((*actions.shape[:2], 1), np.float32)
-    tokenizer = ActionTokenizer.fit(np.concatenate([actions, gripper], axis=2), config)
+    tokenizer = fit(np.concatenate([actions, gripper], axis=2), config, extension)
     return Entry(curve, setting, ResidualCode(tokenizer, chunks.scale), every_level(config.levels), {})
 
 
@@ -58,20 +62,24 @@ def every_level(count: int) -> list[int]:
     return list(range(1, count + 1))
 
 
+def extension_of(transform: str, refine: bool, learn: LearnConfig) -> Extension:
+    channels = 6 if transform == "chunk-autoencoder" else 16  # as many latents as numbers; the original's 16
+    autoencoder: Any = transform if transform in AUTOENCODERS else ""
+    return Extension(autoencoder, channels, refine=refine, learn=learn)
+
+
 def ours(transform: str, refine: bool = False) -> Method:
     def method(chunks: Chunks, effort: Effort) -> Iterator[Entry]:
         horizon = chunks.train.shape[1]
         config = TokenizerConfig(
             horizon,
-            transform,  # type: ignore[arg-type]
+            "dct" if transform in AUTOENCODERS else transform,  # type: ignore[arg-type]
             levels=5 if transform in AUTOENCODERS else LEVELS,
-            channels=6 if transform == "chunk-autoencoder" else 16,  # as many latents as numbers; the original's 16
             normalisation="quantile",
-            refine=refine,
-            learn=effort.learn,
         )
+        extension = extension_of(transform, refine, effort.learn)
         name = f"{OURS}, {transform}" + (" + refiner" if refine else "")
-        yield our_entry(name, "K 7, rho 2", config, chunks)
+        yield our_entry(name, "K 7, rho 2", config, chunks, extension)
 
     return method
 
@@ -89,9 +97,10 @@ def our_budgets(chunks: Chunks, effort: Effort) -> Iterator[Entry]:
     """One code per budget of nominal bits, whole codes only."""
     for bits in BUDGETS:
         config = TokenizerConfig(
-            chunks.train.shape[1], "pca", levels=8, symbols=3, rho=2.4, normalisation="quantile", bits=bits
+            chunks.train.shape[1], "pca", levels=8, symbols=3, rho=2.4, normalisation="quantile"
         )
-        entry = our_entry(f"{OURS}, pca, budget", f"K 3, rho 2.4, {bits} bits", config, chunks)
+        setting = f"K 3, rho 2.4, {bits} bits"
+        entry = our_entry(f"{OURS}, pca, budget", setting, config, chunks, Extension(bits=bits))
         yield Entry(entry.curve, entry.setting, entry.codec, [config.levels], {})
 
 

@@ -16,7 +16,8 @@ import torch
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.config import TokenizerConfig
 from studies.tokenizers.codecs import Bins, Codec, ResidualCode, Splines
-from studies.tokenizers.methods import QUICK, our_entry
+from studies.tokenizers.extended import AUTOENCODERS
+from studies.tokenizers.methods import QUICK, extension_of, our_entry
 from studies.tokenizers.metrics import Chunks
 
 BATCHES = (1, 256)
@@ -69,8 +70,8 @@ def timed_codes(chunks: Chunks) -> dict[str, Codec]:
     learn = QUICK.learn
 
     def our(transform: str, refine: bool = False) -> Codec:
-        config = TokenizerConfig(horizon, transform, refine=refine, learn=learn)  # type: ignore[arg-type]
-        return our_entry("", "", config, chunks).codec
+        config = TokenizerConfig(horizon, "dct" if transform in AUTOENCODERS else transform)  # type: ignore[arg-type]
+        return our_entry("", "", config, chunks, extension_of(transform, refine, learn)).codec
 
     return {
         "ours, dct, 8 levels": our("dct"),

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vector_quantize_pytorch import GroupedResidualFSQ, ResidualVQ
 
-from rsd.tokenizer.learned import LearnConfig, Refiner, mlp, train, train_refiner
 from studies.tokenizers.codecs import Motion
 from studies.tokenizers.entropy import Ints
+from studies.tokenizers.learned import LearnConfig, Refiner, mlp, train, train_refiner
 
 VQ_BATCH = 4096
 REFINER_CHUNKS = 60_000  # what the learned decoder is trained on

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,19 +19,22 @@ from scipy.stats import binom
 from rsd.conventions import ACTION_METRES, ACTION_RADIANS
 from rsd.decoding.calibration import (
     FILE_NAME,
-    LOSSES,
-    TESTS,
     SkipCalibration,
     episodes_needed,
     executed,
     fingertip_deviation,
     fit_threshold,
+    may_skip,
     realised_risk,
+)
+from rsd.decoding.calibration import (
+    Test as TestName,
 )
 from rsd.decoding.risk_tests import clopper_pearson_upper, hoeffding_bentkus
 from rsd.types import RsdError
 
 Array = NDArray[Any]
+TESTS = get_args(TestName)
 ALPHA, DELTA, EPSILON, MAX_SKIPS, T = 0.15, 0.2, 10.0, 4, 12
 SHA = "0123456789abcdef" * 4
 SETTINGS: dict[str, Any] = {"alpha": ALPHA, "delta": DELTA, "epsilon_mm": EPSILON, "max_skips": MAX_SKIPS}
@@ -67,25 +70,24 @@ def fit(data: tuple[Array, Array, Array], **changes: Any) -> SkipCalibration:
     return fit_threshold(list(scores), list(deviations), **options)
 
 
-def naive(data: tuple[Array, Array, Array], loss: str) -> float:
+def naive(data: tuple[Array, Array, Array]) -> float:
     """The largest threshold whose empirical risk is at most alpha, without any correction."""
-    passing = [t for t in np.unique(data[0])[::5] if losses_of(t, *data, loss).mean() <= ALPHA]
+    passing = [t for t in np.unique(data[0])[::5] if losses_of(t, *data).mean() <= ALPHA]
     return float(max(passing))
 
 
-@pytest.mark.parametrize(("loss", "test"), [(loss, test) for loss, tests in TESTS.items() for test in tests])
-def test_the_true_risk_is_above_alpha_at_most_in_a_share_delta_of_calibrations(loss: str, test: str) -> None:
-    thresholds = [fit(episodes(60, seed), loss=loss, test=test).threshold for seed in range(200)]
-    risks = np.array([losses_of(threshold, *population(), loss).mean() for threshold in thresholds])
+@pytest.mark.parametrize("test", TESTS)
+def test_the_true_risk_is_above_alpha_at_most_in_a_share_delta_of_calibrations(test: str) -> None:
+    thresholds = [fit(episodes(60, seed), test=test).threshold for seed in range(200)]
+    risks = np.array([losses_of(threshold, *population()).mean() for threshold in thresholds])
     assert (risks > ALPHA).mean() <= DELTA
     assert (risks > 0.3 * ALPHA).mean() > 0.5  # not by never skipping
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_the_empirical_risk_alone_breaks_the_promise(loss: str) -> None:
+def test_the_empirical_risk_alone_breaks_the_promise() -> None:
     """So the test above can fail."""
-    thresholds = [naive(episodes(60, seed), loss) for seed in range(30)]
-    risks = np.array([losses_of(threshold, *population(), loss).mean() for threshold in thresholds])
+    thresholds = [naive(episodes(60, seed)) for seed in range(30)]
+    risks = np.array([losses_of(threshold, *population()).mean() for threshold in thresholds])
     assert (risks > ALPHA).mean() > 1.5 * DELTA
 
 
@@ -136,38 +138,36 @@ def test_no_threshold_beyond_the_first_that_fails_is_looked_at() -> None:
     deviations = np.where((scores < 2) & (np.arange(60)[:, None] % 3 == 0), 20.0, 5.0)
     forced = np.zeros_like(scores, dtype=bool)
     assert losses_of(np.inf, scores, deviations, forced).mean() < 0.05
-    for test in TESTS["share"]:
+    for test in TESTS:
         assert fit((scores, deviations, forced), test=test).threshold < 2.0
 
 
-@given(st.integers(0, 50), st.sampled_from(LOSSES))
-def test_a_stricter_promise_never_skips_more(seed: int, loss: str) -> None:
+@given(st.integers(0, 50))
+def test_a_stricter_promise_never_skips_more(seed: int) -> None:
     data = episodes(60, seed)
-    loose = fit(data, loss=loss)
+    loose = fit(data)
     for change in ({"alpha": ALPHA / 1.5}, {"delta": DELTA / 2}, {"epsilon_mm": 4.0}):
-        assert fit(data, loss=loss, **change).threshold <= loose.threshold
+        assert fit(data, **change).threshold <= loose.threshold
 
 
 @given(st.integers(0, 2**31), st.integers(1, 5), st.floats(0.0, 6.0))
-def test_executed_is_what_allows_says_chunk_by_chunk(seed: int, max_skips: int, threshold: float) -> None:
+def test_executed_is_what_may_skip_says_chunk_by_chunk(seed: int, max_skips: int, threshold: float) -> None:
     scores, _, forced = episodes(4, seed)
-    calibration = replace(fit(episodes(60, 0)), threshold=threshold, max_skips=max_skips)
     found = executed(scores, threshold, max_skips, forced)
     for episode in range(4):
         skipped = 0
         for chunk in range(T):
-            allowed = calibration.allows(scores[episode, chunk], skipped, forced[episode, chunk])
+            allowed = may_skip(scores[episode, chunk], threshold, skipped, max_skips, forced[episode, chunk])
             assert allowed == found[episode, chunk]
             skipped = skipped + 1 if allowed else 0
 
 
 def test_nothing_is_skipped_on_an_unknown_score() -> None:
-    calibration = fit(episodes(60, 0))
-    assert calibration.allows(0.0, 0)
-    assert not calibration.allows(float("nan"), 0)
-    assert not calibration.allows(0.0, 0, forced=True)
-    assert not calibration.allows(0.0, MAX_SKIPS)
-    assert not replace(calibration, threshold=0.0).allows(0.0, 0)
+    assert may_skip(0.0, 1.0, 0, MAX_SKIPS, False)
+    assert not may_skip(float("nan"), 1.0, 0, MAX_SKIPS, False)
+    assert not may_skip(0.0, 1.0, 0, MAX_SKIPS, True)
+    assert not may_skip(0.0, 1.0, MAX_SKIPS, MAX_SKIPS, False)
+    assert not may_skip(0.0, 0.0, 0, MAX_SKIPS, False)
 
 
 def test_episodes_of_different_lengths_count_once_each() -> None:
@@ -193,13 +193,11 @@ def test_a_draft_that_never_deviates_is_executed_wherever_it_was_seen_and_no_fur
 def test_a_draft_that_always_deviates_is_hardly_ever_executed() -> None:
     """Only in so few episodes that the risk, an expectation over all episodes, keeps within alpha."""
     scores, deviations, forced = episodes(60, 1)
-    for loss in LOSSES:
-        found = fit((scores, deviations + 99, forced), loss=loss)
-        assert losses_of(found.threshold, *population()[:1], population()[1] + 99, population()[2]).mean() <= ALPHA
-        assert found.skip_share < 0.01
+    found = fit((scores, deviations + 99, forced))
+    assert losses_of(found.threshold, *population()[:1], population()[1] + 99, population()[2]).mean() <= ALPHA
+    assert found.skip_share < 0.01
     everywhere = fit((np.ones_like(scores), deviations + 99, forced))  # all scores the same: all or nothing
     assert (everywhere.threshold, everywhere.skip_share, everywhere.empirical_risk) == (0.0, 0.0, 0.0)
-    assert not everywhere.allows(0.0, 0)
 
 
 def test_a_main_that_is_always_forced_promises_nothing() -> None:
@@ -207,19 +205,19 @@ def test_a_main_that_is_always_forced_promises_nothing() -> None:
     assert fit((scores, deviations, np.ones_like(forced))).threshold == 0.0
 
 
-@pytest.mark.parametrize(("loss", "test"), [(loss, test) for loss, tests in TESTS.items() for test in tests])
-def test_too_few_episodes_are_an_error_that_says_how_many_it_takes(loss: str, test: str) -> None:
+@pytest.mark.parametrize("test", TESTS)
+def test_too_few_episodes_are_an_error_that_says_how_many_it_takes(test: str) -> None:
     scores, _, forced = episodes(60, 0)
     needed = episodes_needed(ALPHA, DELTA, test)
     assert needed == {"betting": 11}.get(test, 10)  # 0.85 ** 10 = 0.197 <= 0.2
     enough, few = ([rows[:n] for rows in (scores, 0 * scores, forced)] for n in (needed, needed - 1))
-    assert fit(tuple(enough), loss=loss, test=test).threshold > 0  # type: ignore[arg-type]
+    assert fit(tuple(enough), test=test).threshold > 0  # type: ignore[arg-type]
     with pytest.raises(RsdError, match=f"at least {needed} calibration episodes, found {needed - 1}"):
-        fit(tuple(few), loss=loss, test=test)  # type: ignore[arg-type]
+        fit(tuple(few), test=test)  # type: ignore[arg-type]
 
 
 def test_betting_skips_more_for_the_same_promise() -> None:
-    by = {test: np.mean([fit(episodes(100, s), test=test).skip_share for s in range(10)]) for test in TESTS["share"]}
+    by = {test: np.mean([fit(episodes(100, s), test=test).skip_share for s in range(10)]) for test in TESTS}
     assert by["betting"] > 1.1 * by["hoeffding-bentkus"]
 
 
@@ -248,13 +246,11 @@ def test_bad_episodes_are_refused(spoil: Callable[..., tuple[Array, Array, Array
         {"delta": float("nan")},
         {"epsilon_mm": 0.0},
         {"max_skips": 0},
-        {"loss": "mean"},
         {"test": "binomial"},
-        {"loss": "any", "test": "betting"},
     ],
 )
 def test_impossible_settings_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(RsdError, match="skip calibration: expected"):
+    with pytest.raises(RsdError, match=r"skip calibration: .*: expected"):
         fit(episodes(60, 0), **change)
 
 
@@ -293,7 +289,7 @@ def test_realised_risk_of_the_calibration_set_is_its_empirical_risk() -> None:
 
 def test_realised_risk_bounds_hold_as_often_as_they_say() -> None:
     threshold = 2.0
-    true = [losses_of(threshold, *population(), loss).mean() for loss in LOSSES]
+    true = [losses_of(threshold, *population(), loss).mean() for loss in ("share", "any")]
     missed = np.zeros(2)
     for seed in range(200):
         scores, deviations, forced = episodes(40, seed)
@@ -320,7 +316,6 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
     calibration = fit(episodes(60, 2))
     calibration.save(tmp_path)
     assert SkipCalibration.load(tmp_path) == calibration
-    assert SkipCalibration.from_json(calibration.to_json()) == calibration
     assert json.loads((tmp_path / FILE_NAME).read_text())["alpha"] == ALPHA
 
 
@@ -330,17 +325,17 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
         ({"format_version": 2}, "format 3, found 2; calibrate again"),
         ({"alpha": None}, r"missing \['alpha'\]"),
         ({"beta": 1}, r"unknown \['beta'\]"),
-        ({"threshold": "1.0"}, "field threshold: expected float, found '1.0'"),
-        ({"max_skips": True}, "field max_skips: expected int, found True"),
+        ({"threshold": "1.0"}, "field threshold: expected a number from 0 to .*, found '1.0'"),
+        ({"max_skips": True}, "field max_skips: expected an integer from 1 to 1000000, found True"),
         ({"format_version": True}, "format 3, found True"),
-        ({"threshold": float("nan")}, "holds NaN|field threshold: expected float, found nan"),
-        ({"threshold": float("inf")}, "holds Infinity|field threshold: expected float, found inf"),
-        ({"threshold": -1.0}, "expected a finite threshold"),
-        ({"max_skips": 0}, "max_skips a whole number >= 1"),
-        ({"max_skips": 2.5}, "field max_skips: expected int"),
-        ({"skip_share": 1.1}, r"expected skip_share in \[0, 1\]"),
-        ({"alpha": 1.5}, r"expected alpha and delta in \(0, 1\)"),
-        ({"weights_sha256": "abc"}, "expected a SHA-256"),
+        ({"threshold": float("nan")}, "holds NaN"),
+        ({"threshold": float("inf")}, "holds Infinity"),
+        ({"threshold": -1.0}, "field threshold: expected a number from 0"),
+        ({"max_skips": 0}, "field max_skips: expected an integer from 1"),
+        ({"max_skips": 2.5}, "field max_skips: expected an integer"),
+        ({"skip_share": 1.1}, "field skip_share: expected a number from 0 to 1, found 1.1"),
+        ({"alpha": 1.5}, "field alpha: expected a number between 0 and 1, found 1.5"),
+        ({"weights_sha256": "abc"}, "field weights_sha256: expected a SHA-256"),
     ],
 )
 def test_an_odd_file_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -349,8 +344,6 @@ def test_an_odd_file_is_refused(change: dict[str, Any], message: str, tmp_path: 
     (tmp_path / FILE_NAME).write_text(json.dumps(content))
     with pytest.raises(RsdError, match=message):
         SkipCalibration.load(tmp_path)
-    with pytest.raises(RsdError, match=message):
-        SkipCalibration.from_json(content)
 
 
 def test_a_calibration_belongs_to_its_weights() -> None:
@@ -399,7 +392,7 @@ def test_deviation_of_tensors_is_that_of_arrays_and_stays_where_it_is() -> None:
 
 @pytest.mark.parametrize("shape", [(8, 6), (7,), (2, 8, 7)])
 def test_deviation_refuses_other_shapes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(RsdError, match=r"expected two chunks \[..., H, 7\]"):
+    with pytest.raises(RsdError, match=r"chunk: expected \[.*, 7\], found"):
         fingertip_deviation(np.zeros(shape), np.zeros((8, 7)))
 
 

@@ -13,6 +13,13 @@ def test_case_punctuation_and_spaces_do_not_matter() -> None:
     )
     assert torch.equal(plain, shouted)
     assert torch.equal(plain, spaced)
+    assert torch.equal(plain, word_ids(["\u201cpick\u201d up \u2014 the bl\u00e4ck bowl\u2026\u00a0"])[0])
+
+
+@pytest.mark.parametrize("sign", ["\U0001f963", "\ud83d", "\u2192", "\u200d", "\u20ac", "\u4e2d", "\x00"])
+def test_signs_that_may_mean_something_are_not_dropped(sign: str) -> None:
+    with pytest.raises(RsdError, match="instruction: expected words of the letters a to z and digits, found"):
+        word_ids([f"pick up {sign} the bowl"])
 
 
 def test_words_their_order_and_their_number_matter() -> None:

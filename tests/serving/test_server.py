@@ -249,8 +249,8 @@ def test_options_that_belong_to_the_server_are_refused(address: str, tmp_path: P
     ("arguments", "error"),
     [
         (["--policy", "ws://127.0.0.1:1"], "is served already; expected a checkpoint directory or hub id"),
-        (["--port", "70000"], "--port 70000: expected 0 to 65535"),
-        (["--threads", "-1"], "--threads -1: expected at least 0"),
+        (["--port", "70000"], "--port: expected an integer from 0 to 65535, found 70000"),
+        (["--threads", "-1"], "--threads: expected an integer from 0 to 4096, found -1"),
         (["--decode", "rsd-fast"], "--decode 'rsd-fast': expected one of"),
         (["--decode", "l1", "--acceptance", "exact"], "--decode l1 accepts nothing; expected --decode rsd, rsd-fused"),
         (["--device", "tpu"], "--device 'tpu': expected cpu, cuda, or cuda with a number"),

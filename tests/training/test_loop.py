@@ -176,7 +176,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
     assert ends[0] == pytest.approx(ends[1], abs=1e-5)
     totals = [logged(tmp_path / str(accumulate), "loss/total") for accumulate in (1, 2)]
     np.testing.assert_allclose(totals[0], totals[1], rtol=1e-4)
-    with pytest.raises(RsdError, match="accumulate 0: expected at least 1"):
+    with pytest.raises(RsdError, match="accumulate: expected an integer from 1 to"):
         replace(CONFIG, accumulate=0)
 
 

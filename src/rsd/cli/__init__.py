@@ -48,8 +48,8 @@ COMMANDS = {
     "report": Command("one HTML page about runs: success, latency, acceptance, failures", "rsd.cli.runs", "report"),
     "merge": Command("bring shards of one run together", "rsd.cli.runs", "merge"),
     "submit": Command("run an evaluation as SLURM jobs, a shard each", "rsd.cli.submit"),
-    "inspect": Command("what a checkpoint or a results directory holds", "rsd.cli.inspect"),
-    "checkpoint seal": Command("vouch for a checkpoint that was edited on purpose", "rsd.cli.seal"),
+    "inspect": Command("what a checkpoint or a results directory holds", "rsd.cli.checkpoints", "inspect"),
+    "checkpoint seal": Command("vouch for a checkpoint that was edited on purpose", "rsd.cli.checkpoints", "seal"),
     "doctor": Command("check this machine and a checkpoint before an evaluation", "rsd.cli.doctor"),
     "serve": Command("put a policy behind a network port, in openpi's protocol", "rsd.cli.serve"),
     "bench latency": Command(

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from rsd import former
-from rsd.types import RsdError, require_finite_numbers
+from rsd.checks import At, RsdError, check, checked_later, shown
 
 Result = TypeVar("Result")
+REGISTRY = ConstructorRegistry()
 OUTPUTS = {"output": "", "out": "folder"}  # names of options, and what is written where none has a default
 
 
@@ -25,20 +27,37 @@ class UsageError(Exception):
     """A command line that cannot be run; its message says what is allowed."""
 
 
+@REGISTRY.primitive_rule
+def plain_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Numbers as people write them; Python's own `int` takes 1_0 and digits of every alphabet, too."""
+    kind = info.type
+    if kind not in (int, float):
+        return None
+
+    def number(texts: list[str]) -> Any:
+        pattern, words = (r"[+-]?[0-9]{1,100}", "an integer") if kind is int else (r"[-+.a-zA-Z0-9]+", "a number")
+        with contextlib.suppress(ValueError):
+            if re.fullmatch(pattern, texts[0]):
+                return kind(texts[0])
+        raise ValueError(f"expected {words}, found {shown(texts[0])}")
+
+    return PrimitiveConstructorSpec(1, kind.__name__.upper(), number, lambda x: type(x) is kind, lambda x: [str(x)])
+
+
 def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str, writes: bool = True) -> Result:
-    """Call `target` (a dataclass or a function) with the options in `arguments`.
+    """The dataclass `target` of the options in `arguments`.
 
     Raises UsageError for what tyro or the dataclass itself refuses, and with `writes` for an output that cannot be
     written; `--help` prints and exits.
     """
     if (found := former.refusal(arguments)) is not None:
         raise UsageError(found)
-    messages = io.StringIO()
+    refuse_twice(arguments)
+    messages, config = io.StringIO(), (tyro.conf.FlagCreatePairsOff,)
     try:
-        with contextlib.redirect_stderr(messages):
-            parsed = tyro.cli(target, args=list(arguments), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
-        if is_dataclass(parsed):
-            require_finite_numbers(parsed)
+        with contextlib.redirect_stderr(messages), checked_later():
+            parsed = tyro.cli(target, args=list(arguments), prog=prog, config=config, registry=REGISTRY)
+        check(parsed, named)
         if writes:
             check_outputs(parsed)
         return parsed
@@ -48,6 +67,18 @@ def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str, wr
     except RsdError as error:
         raise UsageError(str(error)) from error
     raise UsageError(one_line(messages.getvalue()))
+
+
+def named(at: At) -> str:
+    """A field as its option."""
+    return "--" + ".".join(part for part in at if not part.startswith("[")).replace("_", "-") if at else ""
+
+
+def refuse_twice(arguments: Sequence[str]) -> None:
+    """Raises UsageError for an option that is given twice: the first one would go without a word."""
+    names = [text.partition("=")[0].replace("_", "-") for text in arguments if re.match("--[a-z]", text)]
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"{again}: expected once, found {names.count(again)} times")
 
 
 def one_line(box: str) -> str:
@@ -64,7 +95,10 @@ def one_line(box: str) -> str:
     if not written:
         return "the command line is not understood"
     near = re.search(r"Perhaps you meant:\s+(--\S+)", " ".join(written))
-    return written[0] + (f"; did you mean {near[1]}?" if near else "")
+    said = written[0].removeprefix("Error parsing ")
+    said = said.replace("Could not find valid parse for arguments:", "expected other values, found")
+    said = re.sub(r"no type matching (\S+) could be instantiated from (.*?)\.?$", r"expected \1, found \2", said)
+    return f"{said:.500}" + (f"; did you mean {near[1]}?" if near else "")
 
 
 def check_outputs(options: Any) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from rich.console import Console
 
+from rsd.checks import Millimetres, between
 from rsd.cli.eval import check_names
 from rsd.cli.parsing import UsageError, parse
 from rsd.evaluation.config import EvalConfig
+from rsd.types import Chunks, Engine, Threads
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SHARED = (  # with `rsd eval`
@@ -31,11 +34,11 @@ class ServeArguments:
     """Decoder, as of `rsd eval`."""
     acceptance: str = EvalConfig.acceptance
     """Rule for drafted levels, as of `rsd eval`; default: the checkpoint's."""
-    skip_threshold_mm: float | None = EvalConfig.skip_threshold_mm
+    skip_threshold_mm: Millimetres | None = EvalConfig.skip_threshold_mm
     """For rsd-skip: skip the target where the draft expects to deviate less; by default what was calibrated."""
-    max_skips: int | None = EvalConfig.max_skips
+    max_skips: Chunks | None = EvalConfig.max_skips
     """For rsd-skip with a threshold of its own: chunks in a row without the target, at most."""
-    memory_chunks: int | None = EvalConfig.memory_chunks
+    memory_chunks: Chunks | None = EvalConfig.memory_chunks
     """The same: how many chunks the draft attends to what the target left behind."""
     target_at_reset: bool = EvalConfig.target_at_reset
     """With --no-target-at-reset, an ablation of rsd-skip, the gate decides on an episode's first observation, too;
@@ -44,20 +47,14 @@ class ServeArguments:
     """Data set whose statistics scale a published OpenVLA checkpoint's actions, where its own files do not say."""
     device: str = EvalConfig.device
     """Where the policy runs: cpu, cuda, cuda:1."""
-    engine: str = EvalConfig.engine
+    engine: Engine = EvalConfig.engine
     """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager, cuda-graphs, compiled (before recording) or onnx."""
-    threads: int = 0
+    threads: Threads = 0
     """Torch's threads on a CPU; 0 takes its own default, about one per core."""
     host: str = "127.0.0.1"
     """Address to listen at: 127.0.0.1 is this machine only, 0.0.0.0 every machine that can reach it."""
-    port: int = 8000
+    port: Annotated[int, between(0, (1 << 16) - 1)] = 8000
     """Port to listen at; 0 takes a free one."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port < 1 << 16:
-            raise UsageError(f"--port {self.port}: expected 0 to {(1 << 16) - 1}")
-        if self.threads < 0:
-            raise UsageError(f"--threads {self.threads}: expected at least 0")
 
     @property
     def evaluated(self) -> EvalConfig:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from rsd.checks import between
 from rsd.cli.eval import check_names
 from rsd.cli.parsing import UsageError, parse
 from rsd.cli.runs import merge
@@ -20,17 +21,17 @@ class SubmitArguments:
     """Run an evaluation as jobs of a cluster, a shard of the episodes each; options as for `rsd eval`."""
 
     config: Annotated[EvalConfig, tyro.conf.arg(name="")] = field(default_factory=EvalConfig)
-    shards: int = 4
+    shards: Annotated[int, between(1, 100_000)] = 4
     """Jobs."""
     cluster: Literal["slurm", "local"] = "slurm"
     """slurm, or local: processes of this machine, to try it out."""
     partition: str = ""
     """SLURM partition."""
-    minutes: int = 240
+    minutes: Annotated[int, between(1, 1e6)] = 240
     """Time limit of a job."""
-    cpus: int = 8
+    cpus: Annotated[int, between(1, 4096)] = 8
     """Cores of a job: as many workers."""
-    gpus: int = 0
+    gpus: Annotated[int, between(0, 64)] = 0
     """GPUs of a job."""
     wait: bool = False
     """Wait for the jobs and merge their results."""

@@ -195,8 +195,8 @@ def _render_batch(
     def draw(name: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         demo, where = member(data, name, f"demonstrations {path}"), f"demonstration {name} of {path}"
         with reading(f"{where}, its states or fixtures"):
-            states, *fixtures = demo["states"][:: config.every], demo["body_pos"][()], demo["body_quat"][()]
-            return render_frames(env, states, *fixtures, [thing for _, thing in asked_things(demo, where)])
+            states, things = demo["states"][:: config.every], [thing for _, thing in asked_things(demo, where)]
+            return render_frames(env, states, demo["body_pos"][()], demo["body_quat"][()], things)
 
     def keep(name: str, drawn: tuple[NDArray[np.uint8], NDArray[np.float32]]) -> None:
         with atomic_file(folder / f"{name}.hdf5") as part:

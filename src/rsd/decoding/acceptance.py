@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rsd.checks import shown
 from rsd.decoding.sampling import Verified, verify_block
 from rsd.decoding.state import Draft, Verification
-from rsd.json_files import shown
 from rsd.models.fusing import fusible
 from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
 from rsd.types import RsdError
@@ -101,7 +101,7 @@ def within_reach(draft: Tensor, own: Tensor, reach: float, share: float, moving:
 ACCEPTANCE_RULES = (
     *("exact", "margin", "residual", "blind(SHARE)", "distance(D)", "typical(EPSILON)", "agreement(SHARE)"),
 )
-NUMBER = r"(\d+\.?\d*|\.\d+)"
+NUMBER = r"([0-9]{1,9}\.?[0-9]{0,9}|\.[0-9]{1,9})"
 
 
 def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
@@ -123,7 +123,7 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
         if 0.0 < share <= 1.0:
             name = f"blind({share:g}{',moving' if match[2] else ''})"
             return AcceptanceRule(name, None, share=share, moving=bool(match[2]))
-    if match := re.fullmatch(r"distance(?:\((\d{1,9})\))?", text):
+    if match := re.fullmatch(r"distance(?:\(([0-9]{1,4})\))?", text):
         bins = int(match[1] or 1)
         return AcceptanceRule(f"distance({bins})", lambda d, logits: distance(d, logits, bins), per_scalar=True)
     if match := re.fullmatch(rf"typical(?:\({NUMBER}(?:, ?{NUMBER})?\))?", text):
@@ -136,7 +136,7 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
         share = float(match[1] or 0.7)
         if 0.0 < share <= 1.0:
             return AcceptanceRule(f"agreement({share:g})", lambda d, logits: agreement(d, logits, share))
-    allowed = "D a whole number, 0 < EPSILON <= 1, 0 < SHARE <= 1"
+    allowed = "D a whole number of at most 4 digits, 0 < EPSILON <= 1, 0 < SHARE <= 1"
     raise RsdError(f"acceptance {shown(name)}: expected {', '.join(ACCEPTANCE_RULES)} with {allowed}")
 
 

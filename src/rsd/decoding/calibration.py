@@ -5,13 +5,12 @@ gripper switches, say) and fewer than `max_skips` chunks in a row went without t
 if it is more than `epsilon_mm` from the target's (`fingertip_deviation`). `fit_threshold` picks the largest threshold
 whose risk is at most alpha with confidence 1 - delta over the draw of the calibration episodes.
 
-Episodes are exchangeable, the chunks of one are not, so an episode gives ONE loss in [0, 1]:
-    share   share of its executed draft chunks that deviate, 0 if none is executed;
-    any     1 if any executed draft chunk deviates.
-The risk is the expected loss of an episode. Method: Learn then Test (Angelopoulos et al., arXiv 2110.01052), p-values
-for "risk > alpha" at every threshold, fixed-sequence testing from strict to loose until one is not rejected. The
-losses change at observed scores only, so testing between all of them tests EVERY threshold, in an order that no
-data decided. (A grid of a few quantiles of the same data would not: it steps over thresholds that might have failed.)
+Episodes are exchangeable, the chunks of one are not, so an episode gives ONE loss in [0, 1]: the share of its executed
+draft chunks that deviate, 0 if none is executed. The risk is the expected loss of an episode. Method: Learn then Test
+(Angelopoulos et al., arXiv 2110.01052), p-values for "risk > alpha" at every threshold, fixed-sequence testing from
+strict to loose until one is not rejected. The losses change at observed scores only, so testing between all of them
+tests EVERY threshold, in an order that no data decided. (A grid of a few quantiles of the same data would not: it
+steps over thresholds that might have failed.)
 Nothing asks the risk to grow with the threshold; as a share it need not.
 
 What is promised, and what not: the promise holds for episodes drawn as the calibration's were. Executing drafts
@@ -23,29 +22,44 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from rsd import manifest
+from rsd.checks import (
+    Checked,
+    Millimetres,
+    Rules,
+    Sha256,
+    Share,
+    Some,
+    above,
+    between,
+    check_shape,
+    checked,
+    real_array,
+    within,
+)
 from rsd.conventions import ACTION_METRES, ACTION_RADIANS
 from rsd.decoding.risk_tests import P_VALUES, clopper_pearson_upper, hoeffding_bentkus_upper
-from rsd.json_files import check_version, from_json, read_versioned, write_atomically
-from rsd.types import ACTION_DIM, RsdError, real_array
+from rsd.json_files import from_json, read_versioned, write_atomically
+from rsd.types import ACTION_DIM, RsdError
 
 FORMAT_VERSION = 3
 FILE_NAME = "skip_calibration.json"
 LEVER_METRES = 0.1  # a turn counts as what it moves this far from the grip site: a held object's far end
-TESTS = {"share": ("hoeffding-bentkus", "betting"), "any": ("binomial",)}  # by loss, the first is the default
-LOSSES = tuple(TESTS)
 BLOCK = 256  # thresholds tested at once
 
+Amount = Annotated[int, between(1, 1e6)]
+Proper = Annotated[float, within(0, 1)]
+Epsilon = Annotated[float, above(0, 1e6)]
+Test = Literal["hoeffding-bentkus", "betting"]
 Floats = NDArray[np.floating]
 Bools = NDArray[np.bool_]
 Chunks = TypeVar("Chunks", torch.Tensor, NDArray[np.floating])
@@ -57,51 +71,39 @@ def may_skip(score: float, threshold: float, skipped: int, max_skips: int, force
 
 
 @dataclass(frozen=True)
-class SkipCalibration:
+class SkipCalibration(Checked):
     """When the target may be skipped, and what was promised for it.
 
     threshold: execute the draft's chunk where its score (named `score`, >= 0) is below; 0 = never.
     max_skips: chunks in a row without the target, at most. memory_chunks: see `gate.SkipRule`.
     epsilon_mm: a chunk deviates beyond it.
-    alpha, delta: risk <= alpha with confidence 1 - delta. loss: an episode's, `share` or `any`; test: see `TESTS`.
+    alpha, delta: risk <= alpha with confidence 1 - delta. loss: an episode's; test: see `risk_tests`.
     p_value, empirical_risk, skip_share: of the calibration set at this threshold (share of chunks without target).
     suites: what was calibrated for, with commas between; the numbers are of the one with the strictest threshold.
     acceptance: how the target judged drafts meanwhile.
     weights_sha256: of the checkpoint's weights file that made scores and chunks.
     """
 
-    threshold: float
-    max_skips: int
-    memory_chunks: int
+    threshold: Millimetres
+    max_skips: Amount
+    memory_chunks: Amount
     score: str
-    epsilon_mm: float
-    alpha: float
-    delta: float
-    loss: str
-    test: str
-    p_value: float
-    empirical_risk: float
-    skip_share: float
-    episodes: int
-    chunks: int
+    epsilon_mm: Epsilon
+    alpha: Proper
+    delta: Proper
+    loss: Literal["share"]
+    test: Test
+    p_value: Share
+    empirical_risk: Share
+    skip_share: Share
+    episodes: Some
+    chunks: Some
     suites: str
     acceptance: str
-    weights_sha256: str
+    weights_sha256: Sha256
 
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not isinstance(value, str) and not 0 <= value < math.inf:
-                raise RsdError(f"skip calibration: expected a finite {name} >= 0, found {value}")
-        check_promise(self.alpha, self.delta, self.epsilon_mm, self.max_skips, self.loss, self.test)
-        for name in ("p_value", "empirical_risk", "skip_share"):
-            if getattr(self, name) > 1.0:
-                raise RsdError(f"skip calibration: expected {name} in [0, 1], found {getattr(self, name)}")
-        if not re.fullmatch("[0-9a-f]{64}", self.weights_sha256):
-            raise RsdError(f"skip calibration: expected a SHA-256 in hexadecimal, found {self.weights_sha256!r}")
-
-    def allows(self, score: float, skipped: int, forced: bool = False) -> bool:
-        """May this chunk go without the target, after `skipped` ones in a row that did? NaN never may."""
-        return may_skip(score, self.threshold, skipped, self.max_skips, forced)
+    def rules(self) -> Rules:
+        yield self.chunks >= self.episodes, "a chunk an episode at least", f"{self.chunks} of {self.episodes} episodes"
 
     def check_belongs(self, weights_sha256: str) -> None:
         """Raise unless calibrated for these weights: other weights have other scores."""
@@ -113,11 +115,6 @@ class SkipCalibration:
 
     def to_json(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> SkipCalibration:
-        check_version(content, "given", "skip calibration", FORMAT_VERSION, "calibrate again")
-        return from_json(cls, content, "given", ignore=("format_version",))
 
     def save(self, directory: Path) -> None:
         """Write it into a directory, and its hash into the manifest of a checkpoint that has one."""
@@ -158,16 +155,17 @@ def fit_threshold(
     acceptance: str,
     weights_sha256: str,
     forced: Sequence[Bools] | None = None,
-    loss: str = "share",
-    test: str | None = None,
+    test: Test = "hoeffding-bentkus",
 ) -> SkipCalibration:
     """Per episode: scores [T] >= 0, deviations [T] in mm of every draft chunk (executed or not), forced bool [T].
 
     Threshold 0, never skip, is the answer where already the most certain chunks deviate too often. Too few
     episodes to promise anything, even had none deviated, are an error that says how many it takes.
     """
-    test = test or TESTS.get(loss, ("",))[0]
-    check_promise(alpha, delta, epsilon_mm, max_skips, loss, test)
+    for name, kind, value in (("alpha", Proper, alpha), ("delta", Proper, delta), ("epsilon_mm", Epsilon, epsilon_mm)):
+        checked(kind, value, f"skip calibration: {name}")
+    checked(Amount, max_skips, "skip calibration: max_skips")
+    checked(Test, test, "skip calibration: test")
     _check_episodes(scores, deviations, forced)
     n, needed = len(scores), episodes_needed(alpha, delta, test)
     if n < needed:
@@ -183,7 +181,7 @@ def fit_threshold(
     for start in range(0, len(thresholds), BLOCK):
         block = thresholds[start : start + BLOCK]
         skips = executed(u[None], block[:, None, None], max_skips, held)  # [block, n, T]
-        losses = _losses(skips, deviates, loss)  # [block, n]
+        losses = _losses(skips, deviates)  # [block, n]
         p = P_VALUES[test](losses, alpha, delta)
         passed = len(block) if (p <= delta).all() else int((p > delta).argmax())
         if passed:
@@ -200,7 +198,7 @@ def fit_threshold(
         epsilon_mm=epsilon_mm,
         alpha=alpha,
         delta=delta,
-        loss=loss,
+        loss="share",
         test=test,
         p_value=p_best,
         empirical_risk=risk,
@@ -228,7 +226,7 @@ class RealisedRisk:
     executed, beyond, gripper_only: draft chunks over all episodes (no interval: chunks of an episode are not
     independent): those executed, of these the ones further than epsilon, and those nearer whose gripper differs
     (None where that was not recorded).
-    share, share_upper: mean loss `share` of an episode, bound of Hoeffding-Bentkus.
+    share, share_upper: mean loss of an episode, bound of Hoeffding-Bentkus.
     any, any_upper: rate of episodes where any executed chunk deviates, bound of Clopper-Pearson.
     """
 
@@ -261,8 +259,8 @@ def realised_risk(
         raise RsdError("realised risk: an executed draft chunk has no finite deviation; compute the target's beside it")
     beyond = apart > epsilon_mm
     deviates = beyond if gripper_differs is None else beyond | _pad(gripper_differs, False)
-    share, touched = (_losses(ran, deviates, loss) for loss in LOSSES)
-    n, hits = len(skipped), int(touched.sum())
+    share = _losses(ran, deviates)
+    n, hits = len(skipped), int((ran & deviates).any(-1).sum())
     return RealisedRisk(
         episodes=n,
         chunks=sum(map(len, skipped)),
@@ -288,19 +286,17 @@ def fingertip_deviation(draft: Chunks, target: Chunks) -> Chunks:
     if isinstance(draft, np.ndarray):
         pair = (torch.tensor(real_array("chunk", chunk, "float64")) for chunk in (draft, target))
         return fingertip_deviation(*pair).numpy()
-    if draft.shape != target.shape or draft.ndim < 2 or draft.shape[-1] != ACTION_DIM:
-        found = f"{list(draft.shape)} and {list(target.shape)}"
-        raise RsdError(f"fingertip deviation: expected two chunks [..., H, {ACTION_DIM}], found {found}")
+    check_shape("draft's chunk", draft.shape, (..., "H", ACTION_DIM))
+    check_shape("target's chunk", target.shape, draft.shape)
     apart = (draft.clamp(-1.0, 1.0) - target.clamp(-1.0, 1.0)).cumsum(-2)  # the controller clamps, too
     metres = ACTION_METRES * apart[..., :3].norm(dim=-1)
     metres = metres + LEVER_METRES * ACTION_RADIANS * apart[..., 3:6].norm(dim=-1)
     return 1e3 * metres.amax(-1)
 
 
-def _losses(skips: Bools, deviates: Bools, loss: str) -> Floats:
+def _losses(skips: Bools, deviates: Bools) -> Floats:
     """Executed and deviating chunks bool [..., n, T] -> losses of the episodes [..., n]."""
-    bad = (skips & deviates).sum(-1)
-    return (bad > 0).astype(np.float64) if loss == "any" else bad / np.maximum(skips.sum(-1), 1)
+    return (skips & deviates).sum(-1) / np.maximum(skips.sum(-1), 1)
 
 
 def _pad(rows: Sequence[NDArray[Any]], fill: float | bool) -> NDArray[Any]:
@@ -309,17 +305,6 @@ def _pad(rows: Sequence[NDArray[Any]], fill: float | bool) -> NDArray[Any]:
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
-
-
-def check_promise(alpha: float, delta: float, epsilon_mm: float, max_skips: int, loss: str, test: str) -> None:
-    if not (0.0 < alpha < 1.0 and 0.0 < delta < 1.0 and 0.0 < epsilon_mm < math.inf):
-        found = f"alpha {alpha}, delta {delta}, epsilon {epsilon_mm} mm"
-        raise RsdError(f"skip calibration: expected alpha and delta in (0, 1) and epsilon > 0, found {found}")
-    if max_skips != int(max_skips) or max_skips < 1 or loss not in LOSSES:
-        expected = f"max_skips a whole number >= 1 and loss one of {', '.join(LOSSES)}"
-        raise RsdError(f"skip calibration: expected {expected}, found {max_skips} and {loss!r}")
-    if test not in TESTS[loss]:
-        raise RsdError(f"skip calibration: expected test {' or '.join(TESTS[loss])} for loss {loss}, found {test!r}")
 
 
 def _check_episodes(scores: Sequence[Floats], deviations: Sequence[Floats], forced: Sequence[Bools] | None) -> None:

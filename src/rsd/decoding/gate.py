@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rsd.checks import Checked, Millimetres
 from rsd.decoding.calibration import may_skip
 from rsd.decoding.state import Draft, EpisodeState, Forecast
-from rsd.types import MAX_SKIPS, MEMORY_CHUNKS, RsdError
+from rsd.types import MAX_SKIPS, MEMORY_CHUNKS, Chunks
 
 
 @dataclass(frozen=True)
-class SkipRule:
+class SkipRule(Checked):
     """The target is skipped while the draft is expected to deviate less than threshold_mm (0 = never), at most
     max_skips chunks in a row, and never where the gripper switches. The drafter attends to what the target left behind
     for memory_chunks chunks; after that it acts on what it sees, as at an episode's start: what has moved meanwhile
     would mislead it. target_at_reset: the target always runs on an episode's first observation, where it is decided
     *which thing* to go for: without that a gate keeps nothing of what the target knows (docs/results.md)."""
 
-    threshold_mm: float = 0.0
-    max_skips: int = MAX_SKIPS
-    memory_chunks: int = MEMORY_CHUNKS
+    threshold_mm: Millimetres = 0.0
+    max_skips: Chunks = MAX_SKIPS
+    memory_chunks: Chunks = MEMORY_CHUNKS
     target_at_reset: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.threshold_mm >= 0 or self.max_skips < 1 or self.memory_chunks < 1:
-            expected = "threshold_mm >= 0, max_skips >= 1 and memory_chunks >= 1"
-            raise RsdError(f"skip rule: expected {expected}, found {self}")
 
     def forces(self, draft: Draft, state: EpisodeState) -> tuple[bool, ...]:
         """Rows for which the target has to run whatever is forecast."""

@@ -45,18 +45,10 @@ def betting(losses: Floats, risk: float, delta: float) -> Floats:
     return np.minimum(np.exp(-log_capital.max(-1)), 1.0)
 
 
-def binomial(losses: Floats, risk: float) -> Floats:
-    """p-values for "the expected loss is above `risk`" given losses [..., n], each 0 or 1."""
-    from scipy.stats import binom
-
-    return np.asarray(binom.cdf(losses.sum(-1), losses.shape[-1], risk))
-
-
-# (losses [..., n], risk, delta) -> p-values [...] for "the expected loss is above the risk"; binomial: losses 0 or 1
+# (losses [..., n], risk, delta) -> p-values [...] for "the expected loss is above the risk"
 P_VALUES: dict[str, Callable[[Floats, float, float], Floats]] = {
     "hoeffding-bentkus": lambda losses, risk, _: hoeffding_bentkus(losses.mean(-1), losses.shape[-1], risk),
     "betting": betting,
-    "binomial": lambda losses, risk, _: binomial(losses, risk),
 }
 
 

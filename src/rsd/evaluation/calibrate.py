@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from rsd.checkpoint import facts_of, read_content, weights_hash
-from rsd.decoding.calibration import FILE_NAME, SkipCalibration, check_promise, episodes_needed, executed, fit_threshold
+from rsd.decoding.calibration import FILE_NAME, SkipCalibration, episodes_needed, executed, fit_threshold
 from rsd.decoding.gate import SkipRule
 from rsd.evaluation.backend import LIBERO, Backend, describe_checkpoint
 from rsd.evaluation.bench_config import CalibrateConfig
@@ -77,7 +77,6 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
         found = f"acceptance {decoding.rule.name!r} decodes the fine levels one after another"
         raise RsdError(f"calibrate: {found}; take another rule")
     sha256 = weights_hash(directory)
-    check_promise(config.alpha, config.delta, config.epsilon_mm, config.max_skips, "share", config.test)
     rollouts = EvalConfig(
         **{name: getattr(config, name) for name in SHARED},
         decode="rsd-skip",

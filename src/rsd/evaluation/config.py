@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from rsd.json_files import from_json
-from rsd.types import AUTO, BEST, ENGINES, RsdError, require_finite_numbers
+from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, between, from_json, shown
+from rsd.types import AUTO, BEST, COMPILED, CUDA_GRAPHS, ONNX, Batch, Chunks, Engine, Temperature
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
 # (`batch` is not among them: a batch rounds otherwise than a single observation. Nor is `control_hz`: outcomes are
@@ -28,8 +27,24 @@ OF_THE_RULE = ("max_skips", "memory_chunks")  # of `decoding.gate.SkipRule`, whi
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", *OF_THE_RULE))
 
 
-class OptionError(RsdError):
-    """An option's value that cannot be run; the message says what can."""
+OptionError = RsdError  # as other modules call what is wrong with an option
+ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
+
+
+def number(text: str) -> int | None:
+    """Digits -> a number; None for anything else, such as more digits than anything here has."""
+    digits = text.strip()
+    return int(digits) if digits.isdecimal() and digits.isascii() and len(digits) < 12 else None
+
+
+def engine_fits(engine: str, device: str) -> bool:
+    return device.startswith(ENGINE_DEVICES.get(engine, device))
+
+
+Hertz = Annotated[float, Where(lambda hz: hz == 0 or 0.01 <= hz <= 1000, "that is 0 or from 0.01 to 1000")]
+Workers = Annotated[
+    str, Where(lambda text: text == "auto" or 0 < (number(text) or 0) < 4097, "that is auto or a number from 1 to 4096")
+]
 
 
 def asked_rule(acceptance: str) -> str | None:
@@ -38,13 +53,13 @@ def asked_rule(acceptance: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Checked):
     """One run: a policy, a way to decode, and the initial states it is tried on."""
 
     task_suite: str = "libero_spatial"
     """LIBERO suite, or several with commas between: libero_spatial, libero_object, libero_goal, libero_10, libero_90,
     and LIBERO-PRO's variants of them, such as libero_spatial_swap."""
-    num_trials: int = 50
+    num_trials: Annotated[int, between(1, MOST_STATES)] = 50
     """Episodes per task at most, one for each of the benchmark's fixed initial states; 3 gives a quick look."""
     tasks: str = "all"
     """Task numbers of each suite, such as 0,3,5; or suite by suite, libero_goal:1,2;libero_10:0 (of others all)."""
@@ -61,16 +76,16 @@ class EvalConfig:
     """Rule for drafted levels: exact, margin, residual, blind(0.95), distance(1), typical(0.09), agreement(0.7);
     default: the checkpoint's (for residual blind(0.95)), with rsd-skip its calibration's, with a --temperature
     exact."""
-    temperature: float = 0.0
+    temperature: Temperature = 0.0
     """Above 0, ar, parallel, rsd and rsd-fused draw motion tokens from softmax(logits / temperature); 0 takes the
     likeliest."""
-    seed: int = 7
+    seed: Seed = 7
     """Seed of what is drawn at a temperature; the simulator is always seeded by 0, as the published protocol does."""
-    skip_threshold_mm: float | None = None
+    skip_threshold_mm: Millimetres | None = None
     """For rsd-skip: skip the target where the draft expects to deviate less; by default what was calibrated."""
-    max_skips: int | None = None
+    max_skips: Chunks | None = None
     """For rsd-skip with a threshold of its own: chunks in a row without the target, at most (6)."""
-    memory_chunks: int | None = None
+    memory_chunks: Chunks | None = None
     """The same: how many chunks the draft attends to what the target left behind, after that what it sees alone (2)."""
     target_at_reset: bool = True
     """With --no-target-at-reset, an ablation of rsd-skip, the gate decides on an episode's first observation, too;
@@ -80,23 +95,23 @@ class EvalConfig:
     every skipped chunk (not timed), and the realised risk is known."""
     device: str = "cpu"
     """Where the policy runs: cpu, cuda, cuda:1."""
-    engine: str = AUTO
+    engine: Engine = AUTO
     """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager (PyTorch operation by operation), cuda-graphs, compiled
     (cuda-graphs of fewer, larger kernels; takes a minute or two to begin), onnx."""
-    control_hz: float = 0.0
+    control_hz: Hertz = 0.0
     """Run in real time: an action every 1/hz seconds (LIBERO's own is 20), the target's pending verification meanwhile;
     how long the robot stands still between chunks is recorded. 0: as fast as possible, simulator and policy in turn."""
-    num_workers: str = "auto"
+    num_workers: Workers = "auto"
     """Worker processes, each with a simulator of its own; auto takes one per CPU core, in real time one."""
-    threads: int = 1
+    threads: Annotated[int, between(1, 4096)] = 1
     """Torch's threads for a policy on a CPU. Sums round otherwise with another number, whatever the number of workers;
     for times with nothing else running, give it the cores (and one worker)."""
-    batch: int = 0
+    batch: Batch = 0
     """One process owns the policy and predicts for up to so many simulators at once (good on a GPU); 0 gives every
     worker a policy of its own."""
-    batch_wait_ms: float = 4.0
+    batch_wait_ms: Annotated[float, between(0, 60_000)] = 4.0
     """How long an incomplete batch waits for more observations."""
-    episode_timeout: float = 600.0
+    episode_timeout: Annotated[float, between(0.1, 1e6)] = 600.0
     """Seconds after which a worker that is still at its episode is taken for hung and replaced."""
     launcher: Literal["local", "ray"] = "local"
     """Where the workers are: processes on this machine, or actors of a Ray cluster (pip install 'rsd-vla[ray]')."""
@@ -104,51 +119,33 @@ class EvalConfig:
     """Run only part i of n of the episodes, written i/n from 0/n on; `rsd merge` puts the parts together."""
     videos: Literal["none", "failures", "all"] = "none"
     """Which episodes get a video, replayed from their actions after the episode is over."""
-    max_videos: int = 10
+    max_videos: Count = 10
     """At most so many videos a run; of all episodes, failures first."""
     output: str = ""
     """Results directory; default runs/eval/<suite>-<decode>-<hash of the options>."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "init_states", str(self.init_states))  # a number in results of before there were lists
-        require_finite_numbers(self)
-        if self.num_trials > MOST_STATES:
-            raise OptionError(f"--num-trials {self.num_trials}: expected at most {MOST_STATES}")
-        for name, minimum in (("num_trials", 1), ("max_videos", 0), ("seed", 0), ("threads", 1), ("batch", 0)):
-            value = getattr(self, name)
-            if value < minimum:
-                raise OptionError(f"{option(name)} {value}: expected at least {minimum}")
-        if self.videos not in ("none", "failures", "all"):
-            raise OptionError(f"--videos '{self.videos}': expected one of none, failures, all")
-        if self.skip_threshold_mm is not None and not self.skip_threshold_mm >= 0:
-            raise OptionError(f"--skip-threshold-mm {self.skip_threshold_mm:g}: expected at least 0; leave it out")
-        if self.engine not in ENGINES:
-            raise OptionError(f"--engine '{self.engine}': expected one of {', '.join(ENGINES)}")
+        super().__post_init__()
+
+    def rules(self) -> Rules:
         for name in OF_THE_RULE:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise OptionError(f"{option(name)} {value}: expected at least 1")
-            if value is not None and self.skip_threshold_mm is None:
-                raise OptionError(f"{option(name)}: the calibration has its own; give a --skip-threshold-mm with it")
-        if self.num_workers != "auto" and not (self.num_workers.isdecimal() and int(self.num_workers) > 0):
-            raise OptionError(f"--num-workers '{self.num_workers}': expected auto or a number of at least 1")
-        if not 0.0 <= self.control_hz < math.inf:
-            raise OptionError(f"--control-hz {self.control_hz:g}: expected actions per second such as 20, or 0")
-        if self.control_hz and self.batch:
-            why = f"--control-hz {self.control_hz:g}: in a batch robots would wait for each other"
-            raise OptionError(f"{why}; leave --batch out")
-        if self.launcher not in ("local", "ray"):
-            raise OptionError(f"--launcher '{self.launcher}': expected local or ray")
-        if self.launcher == "ray" and (self.batch or self.videos != "none"):
-            raise OptionError("--launcher ray: a policy in every actor and no videos; leave --batch and --videos out")
-        if not self.suites:
-            raise OptionError(f"--task-suite '{self.task_suite}': expected the name of a LIBERO suite")
-        if not self.episode_timeout > 0 or not self.batch_wait_ms >= 0:
-            raise OptionError("--episode-timeout and --batch-wait-ms: expected a positive time")
+            needed = f"a --skip-threshold-mm with {option(name)}, as the calibration has its own"
+            yield self.skip_threshold_mm is not None or getattr(self, name) is None, needed, "none"
+        fits = engine_fits(self.engine, self.device)
+        yield fits, f"--device {ENGINE_DEVICES.get(self.engine)} with --engine {self.engine}", self.device
+        alone = "--control-hz without --batch, in which robots would wait for each other"
+        yield not (self.control_hz and self.batch), alone, f"--batch {self.batch}"
+        ray, given = self.launcher == "ray", f"--batch {self.batch} and --videos {self.videos}"
+        apart = "--launcher ray without --batch and --videos: a policy in every actor and no videos"
+        yield not (ray and (self.batch or self.videos != "none")), apart, given
+        named = [name.strip() for name in self.task_suite.split(",")]
+        once = all(named) and len(set(named)) == len(named)
+        yield once, "--task-suite to name LIBERO suites, each once", self.task_suite
         self.shard_of()
         planned_states(self.init_states, self.num_trials)
         unknown = planned_tasks(self.tasks).keys() - {*self.suites, ""}
-        if unknown:
-            raise OptionError(f"--tasks '{self.tasks}': {', '.join(sorted(unknown))} is not in --task-suite")
+        yield not unknown, "--tasks of the suites in --task-suite", ", ".join(sorted(unknown))
 
     @property
     def suites(self) -> list[str]:
@@ -180,10 +177,10 @@ class EvalConfig:
         return planned_states(self.init_states, self.num_trials)
 
     def shard_of(self) -> tuple[int, int]:
-        """(part, number of parts); raises OptionError for anything but i/n with 0 <= i < n."""
+        """(part, number of parts); raises RsdError for anything but i/n with 0 <= i < n."""
         part, _, parts = (number(text) for text in (self.shard or "0/1").partition("/"))
         if part is None or parts is None or part >= parts:
-            raise OptionError(f"--shard '{self.shard}': expected i/n with 0 <= i < n, such as 0/4")
+            raise RsdError(f"--shard {shown(self.shard)}: expected i/n with 0 <= i < n, such as 0/4")
         return part, parts
 
     @property
@@ -191,12 +188,12 @@ class EvalConfig:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     def task_ids(self, suite: str, available: list[int]) -> list[int]:
-        """Resolve `tasks` against a suite's task numbers; raises OptionError for one that it does not have."""
+        """Resolve `tasks` against a suite's task numbers; raises RsdError for one that it does not have."""
         planned = planned_tasks(self.tasks)
         wanted = planned.get(suite, planned.get("", available))
         missing = [task for task in wanted if task not in available]
         if missing:
-            raise OptionError(
+            raise RsdError(
                 f"--tasks {','.join(map(str, missing))}: {suite} has tasks "
                 f"{min(available)} to {max(available)}"
             )
@@ -220,7 +217,7 @@ def stored_config(options: dict[str, Any], where: str, *, older: bool = False) -
 def planned_tasks(tasks: str) -> dict[str, list[int]]:
     """`--tasks` -> numbers by suite, "" for every suite, none for a suite of which all are planned.
 
-    Raises OptionError for anything else than all, numbers, or numbers suite by suite."""
+    Raises RsdError for anything else than all, numbers, or numbers suite by suite."""
     planned: dict[str, list[int]] = {}
     for part in [] if tasks == "all" else tasks.split(";"):
         suite, _, numbers = part.rpartition(":")
@@ -228,18 +225,15 @@ def planned_tasks(tasks: str) -> dict[str, list[int]]:
         found = [task for task in listed if task is not None]
         if len(found) < len(listed) or (";" in tasks and not suite) or suite.strip() in planned:
             by_suite = "suite by suite libero_goal:1,2;libero_10:0"
-            raise OptionError(f"--tasks '{tasks}': expected all or numbers such as 0,3,5, or {by_suite}")
-        planned[suite.strip()] = list(dict.fromkeys(found))
+            raise RsdError(f"--tasks {shown(tasks)}: expected all or numbers such as 0,3,5, or {by_suite}")
+        if len(set(found)) < len(found):
+            raise RsdError(f"--tasks {shown(tasks)}: expected each task once")
+        planned[suite.strip()] = found
     return planned
 
 
-def number(text: str) -> int | None:
-    """Digits -> a number; None for anything else, such as more digits than anything here has."""
-    return int(text) if text.strip().isdecimal() and len(text.strip()) < 12 else None
-
-
 def planned_states(init_states: str | int, num_trials: int) -> Sequence[int]:
-    """`--init-states` and `--num-trials` -> numbers; raises OptionError for what is neither number nor list."""
+    """`--init-states` and `--num-trials` -> numbers; raises RsdError for what is neither number nor list."""
     text = str(init_states).strip()
     start = number(text)
     if start is not None and start < MOST_STATES:
@@ -249,9 +243,9 @@ def planned_states(init_states: str | int, num_trials: int) -> Sequence[int]:
         first, dash, last = part.partition("-")
         low, high = number(first), number(last if dash else first)
         if low is None or high is None or low > high:
-            raise OptionError(f"--init-states '{text[:200]}': expected numbers and ranges such as 0,3,10-19")
+            raise RsdError(f"--init-states {shown(text)}: expected numbers and ranges such as 0,3,10-19")
         if high >= MOST_STATES:
-            raise OptionError(f"--init-states {text[:200]}: expected numbers below {MOST_STATES}")
+            raise RsdError(f"--init-states {shown(text)}: expected numbers below {MOST_STATES}")
         states.update(dict.fromkeys(range(low, high + 1)))
     return list(states)[:num_trials]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rsd import former
+from rsd.checks import Count, Time
 from rsd.evaluation.config import stored_config
 from rsd.json_files import from_json, parse_object, read_object, shown
 from rsd.json_files import write_atomically as write_atomically
@@ -51,27 +52,27 @@ class EpisodeResult:
     """
 
     suite: str
-    task_id: int
+    task_id: Count
     task_name: str
     instruction: str
-    init_state: int
+    init_state: Count
     seed: int
     decode: str
     acceptance: str
     success: bool
-    steps: int
-    chunks: int
+    steps: Count
+    chunks: Count
     failure: str
-    latency_ms: dict[str, list[float]]
-    num_drafts: int
-    num_draft_tokens: list[int]
-    num_accepted_tokens: list[int]
-    accepted_levels: list[int]
-    prefills: int
-    target_passes: int
-    wall_s: float
+    latency_ms: dict[str, list[Time]]
+    num_drafts: Count
+    num_draft_tokens: list[Count]
+    num_accepted_tokens: list[Count]
+    accepted_levels: list[Count]
+    prefills: Count
+    target_passes: Count
+    wall_s: Time
     failure_detail: str = ""
-    attempts: int = 1
+    attempts: Count = 1
     chunk_stats: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
@@ -105,12 +106,6 @@ class EpisodeResult:
             "more accepted levels than there are": any(
                 levels > len(self.num_draft_tokens) for levels in self.accepted_levels
             ),
-            "a negative count or time": min(
-                *(self.steps, self.chunks, self.num_drafts, self.prefills, self.target_passes, self.wall_s),
-                *(*self.num_draft_tokens, *self.num_accepted_tokens, *self.accepted_levels),
-                *(value for values in self.latency_ms.values() for value in values),
-            )
-            < 0,
         }
         found = [name for name, holds in contradictions.items() if holds]
         if found:
@@ -127,7 +122,7 @@ class RunRecord:
     config_hash: str
     versions: dict[str, str]
     policy: dict[str, Any]
-    planned: int = 0
+    planned: Count = 0
 
 
 def decode_record(kind: type[Record], text: str, where: str) -> Record:

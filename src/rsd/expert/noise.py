@@ -7,10 +7,14 @@ away; correlated noise and short constant pushes do.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rsd.checks import Checked, Share, between
+
+Steps = Annotated[int, between(1, 1000)]
 
 
 class Disturbance(Protocol):
@@ -22,20 +26,20 @@ class Disturbance(Protocol):
 
 
 @dataclass(frozen=True)
-class NoiseConfig:
+class NoiseConfig(Checked):
     """How strongly an episode may be disturbed; units are those of the action, whose range is [-1, 1]."""
 
-    max_level: float = 0.16
+    max_level: Share = 0.16
     """Standard deviation of the position noise; each episode draws its own level between 0 and this."""
-    rotation_scale: float = 0.25
+    rotation_scale: Share = 0.25
     """Rotation noise relative to position noise."""
-    correlation: float = 0.85
+    correlation: Share = 0.85
     """Of the noise from one step to the next."""
-    push_rate: float = 0.02
+    push_rate: Share = 0.02
     """Chance per step that a push starts, in an episode of the highest level."""
-    push_steps: tuple[int, int] = (3, 6)
+    push_steps: tuple[Steps, Steps] = (3, 6)
     """Shortest and longest push."""
-    push_size: tuple[float, float] = (0.4, 1.0)
+    push_size: tuple[Share, Share] = (0.4, 1.0)
     """Smallest and largest length of a push (position part)."""
 
 

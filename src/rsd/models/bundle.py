@@ -33,11 +33,8 @@ class RsdModel(nn.Module):
 
 
 def code_sizes(tokenizer: ActionTokenizer) -> tuple[RfsqConfig, int, int]:
-    """The code, steps of a chunk and motion scalars of a step; `RsdError` unless the models can learn the code: linear,
-    every digit of every level in use, one gripper."""
-    parts, config = tokenizer.parts, tokenizer.config
-    odd = [name for name in ("autoencoder", "refiner", "active") if getattr(parts, name) is not None]
-    if odd or len(config.binary) != 1:
-        found = ", ".join(odd) or f"{len(config.binary)} binary dimensions"
-        raise RsdError(f"policy: expected a linear tokenizer without a bit budget and with one gripper, found {found}")
+    """The code, steps of a chunk and motion scalars of a step; `RsdError` unless the models can learn the code."""
+    config = tokenizer.config
+    if (grippers := len(config.binary)) != 1:
+        raise RsdError(f"policy: expected a tokenizer with one gripper, found {grippers} binary dimensions")
     return config.rfsq, config.horizon, tokenizer.motion_dim

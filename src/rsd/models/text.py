@@ -6,6 +6,7 @@ Hashing needs no vocabulary file and no English word is ever refused; two words 
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 import zlib
 
@@ -13,25 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsd.json_files import shown
+from rsd.checks import shown
 from rsd.models.config import TEXT_HEADS
 from rsd.types import RsdError
 
 MAX_WORDS = 32
+KNOWN = {*string.ascii_letters, *string.digits, *string.punctuation}
 BUCKETS = 4096  # id 0 is the padding
 
 
 def word_ids(instructions: list[str]) -> Tensor:
     """Texts -> int64 [B, MAX_WORDS], zero-padded. Case, accents and punctuation do not matter.
 
-    `RsdError` for longer texts and for letters of other alphabets."""
+    `RsdError` for longer texts, letters of other alphabets, and signs that may mean something, such as emoji."""
     if isinstance(instructions, str) or not all(isinstance(text, str) for text in instructions):
         raise RsdError(f"instructions: expected a list of texts, found {shown(instructions)}")
     rows = []
     for text in instructions:
         # accents off, as in "bläck": the vocabulary is of English words
         plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
-        if odd := sorted({letter for letter in plain if letter.isalnum() and not letter.isascii()}):
+        if odd := sorted({c for c in plain if not (c in KNOWN or c.isspace() or unicodedata.category(c)[0] in "PZ")}):
             found = f"{''.join(odd[:20])!r} in {shown(text)}"
             raise RsdError(f"instruction: expected words of the letters a to z and digits, found {found}")
         words = re.findall(r"[a-z0-9]+", plain)

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from rsd.checks import Checked, Rules, between
 from rsd.training.config import DEFAULT_TOKENIZER
-from rsd.types import RsdError
 
 SUFFIXES = (".svg", ".png", ".pdf")
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(Checked):
     """Plot a chunk reconstructed from 1..L levels, and each level's symbols, entropy and utilisation."""
 
     tokenizer: str = "checkpoints/libero_spatial"
     """Directory with tokenizer.json (a checkpoint is one) or hub id."""
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of demonstrations: HDF5 files (states suffice) or LeRobot data sets."""
-    chunk: int = -1
+    chunk: Annotated[int, between(-1, 1e9)] = -1
     """Number of the chunk to draw; -1 draws the one that moves most within its steps."""
     output: Path = DEFAULT_TOKENIZER / "inspect.svg"
     """The picture: .svg, .png or .pdf; an earlier one is replaced."""
     overwrite: bool = False
     """Replace any other file, too."""
 
-    def __post_init__(self) -> None:
-        if self.output.suffix not in SUFFIXES:
-            raise RsdError(f"--output {self.output}: expected a name that ends in {', '.join(SUFFIXES)}")
+    def rules(self) -> Rules:
+        yield self.output.suffix in SUFFIXES, f"an --output that ends in {', '.join(SUFFIXES)}", str(self.output)

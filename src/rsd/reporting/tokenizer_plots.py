@@ -44,9 +44,6 @@ def level_statistics(tokenizer: ActionTokenizer, chunk: Tensor) -> list[LevelSta
     tokens, symbols, found = tokenizer.encode(chunk), tokenizer.config.symbols, []
     for level in range(1, tokenizer.config.levels + 1):
         motion = tokens.motion[:, level - 1]
-        active = tokenizer.parts.active
-        if active is not None:
-            motion = motion[:, active[level - 1] > 0]
         counts = np.stack([(motion == symbol).sum(0).numpy() for symbol in range(symbols)], axis=1)  # [P, K]
         error = (tokenizer.decode(tokens, level) - chunk).index_select(-1, tokenizer.motion_index).abs()
         found.append(
@@ -54,7 +51,7 @@ def level_statistics(tokenizer: ActionTokenizer, chunk: Tensor) -> list[LevelSta
                 level,
                 counts.sum(0).tolist(),
                 entropy(counts),
-                float((counts > 0).mean()) if counts.size else 0.0,
+                float((counts > 0).mean()),
                 float(error.mean()),
                 float(error.max()),
             )

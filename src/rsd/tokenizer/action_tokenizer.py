@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from rsd import hub
+from rsd.checks import between, checked
 from rsd.exact import integers, reals
-from rsd.tokenizer.config import AUTOENCODERS, OVER_TIME, EncodeStatistics, TokenizerConfig
-from rsd.tokenizer.learned import Autoencoder, Refiner
+from rsd.manifest import file_sha256
+from rsd.tokenizer.config import OVER_TIME, EncodeStatistics, TokenizerConfig
+from rsd.tokenizer.files import (
+    FORMAT_VERSION,
+    LATER_FIELDS,
+    REMEDY,
+    WEIGHTS_FILE,
+    read_matrix,
+    read_tokenizer_json,
+)
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.tokenizer.transforms import ordered_product, transform_matrix
 from rsd.types import RsdError
@@ -29,16 +41,6 @@ class ChunkTokens(NamedTuple):
     gripper: Tensor
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What calibration may add to a code. matrix: float32 [P, P] of `pca`. active: 0 or 1 [L, P], see `allocation`."""
-
-    matrix: Tensor | None = None
-    autoencoder: Autoencoder | None = None
-    refiner: Refiner | None = None
-    active: Tensor | None = None
-
-
 class ActionTokenizer:
     """Calibrated once from training chunks, then a constant code.
 
@@ -46,20 +48,18 @@ class ActionTokenizer:
     first step D_1 for all coefficients (in a code with equal steps the fine structure of a chunk costs symbols only
     in the levels that resolve it). A binary dimension (the gripper) is a symbol a step, exact.
 
-    With a linear transform everything is a fixed sequence of single-precision operations: tokens and decoded actions
-    are bit by bit the same on every device and in every batch. Where something is learned (`autoencoder`, `refiner`)
-    matrix products are involved, and the last bits may depend on device and batch size.
+    Everything is a fixed sequence of single-precision operations: tokens and decoded actions are bit by bit the same
+    on every device and in every batch.
     """
 
     def __init__(
-        self, config: TokenizerConfig, low: Tensor, high: Tensor, first_step: float, parts: Parts | None = None
+        self, config: TokenizerConfig, low: Tensor, high: Tensor, first_step: float, matrix: Tensor | None = None
     ) -> None:
-        self.config, self.parts = config, parts or Parts()
-        self.low, self.high = low.float(), high.float()
-        if self.low.shape != self.high.shape or self.low.ndim != 1 or len(self.low) == 0:
-            found = f"{list(low.shape)} and {list(high.shape)}"
-            raise RsdError(f"tokenizer range: expected two vectors of one length, found {found}")
-        if not (self.low <= self.high).all():  # NaN, too
+        """low, high: what becomes -1 and +1 of each motion dimension [M]; matrix: float32 [P, P] of `pca`."""
+        self.config = config
+        self.low = reals("tokenizer range, low", low, ("M",), finite=True)
+        self.high = reals("tokenizer range, high", high, (len(self.low),), finite=True)
+        if not len(self.low) or not (self.low <= self.high).all():
             raise RsdError(f"tokenizer range: expected low <= high, found {low.tolist()} and {high.tolist()}")
         # a constant dimension has no range: scale 1 keeps it finite and its token at zero
         width = self.high - self.low
@@ -77,45 +77,23 @@ class ActionTokenizer:
         # tensors, so that indexing a chunk on a GPU copies nothing there
         self.motion_index, self.binary_index = torch.tensor(motion), torch.tensor(binary, dtype=torch.long)
         self.order = torch.tensor([*motion, *binary]).argsort()
-        # scalars per step of the coefficients' grid [H, motion_dim], which is what a model of them predicts
-        learned = config.transform in AUTOENCODERS
-        self.motion_dim = config.channels if learned else len(self.low)
-        self.matrix = self._matrix()
+        self.motion_dim = len(self.low)
+        if config.transform in OVER_TIME:
+            self.matrix = transform_matrix(config.transform, config.horizon)
+        else:
+            what = f"tokenizer: the matrix of transform {config.transform}"
+            self.matrix = reals(what, matrix, (self.scalars, self.scalars), finite=True)
+        self.rfsq = Rfsq(config.rfsq, first_step)
         self.first_step = float(first_step)
-        self.rfsq = Rfsq(config.rfsq, self.first_step, self.parts.active)
-        self._reach = self.rfsq.reach()
         self.calibration = EncodeStatistics(0, 0, [0] * self.scalars)
         self.reset_statistics()
-
-    def _matrix(self) -> Tensor:
-        config, parts = self.config, self.parts
-        if config.transform in OVER_TIME:
-            return transform_matrix(config.transform, config.horizon)
-        if config.transform in AUTOENCODERS:
-            if parts.autoencoder is None:
-                raise RsdError(f"tokenizer: transform {config.transform} needs its learned network, found none")
-            return torch.empty(0)
-        size = [self.scalars, self.scalars]
-        if parts.matrix is None or list(parts.matrix.shape) != size:
-            found = None if parts.matrix is None else list(parts.matrix.shape)
-            raise RsdError(f"tokenizer: transform {config.transform} needs a matrix {size}, found {found}")
-        return parts.matrix.float()
 
     def to(self, device: torch.device | str) -> ActionTokenizer:
         """The same code with its constants on `device`; chunks and coefficients must be there too."""
         moved = copy.copy(self)
-        binary = ("binary_index", "binary_low", "binary_high", "binary_middle")
-        for name in ("low", "high", "scale", "centre", "matrix", "motion_index", *binary, "order"):
-            setattr(moved, name, getattr(self, name).to(device))
-        net, refiner, active = self.parts.autoencoder, self.parts.refiner, self.parts.active
-        moved.parts = Parts(
-            None if self.parts.matrix is None else moved.matrix,
-            None if net is None else copy.deepcopy(net).to(device),
-            None if refiner is None else copy.deepcopy(refiner).to(device),
-            None if active is None else active.to(device),
-        )
-        moved.rfsq = Rfsq(self.config.rfsq, self.first_step, moved.parts.active)
-        moved._reach = moved.rfsq.reach()
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device))
         moved.reset_statistics()
         return moved
 
@@ -134,33 +112,26 @@ class ActionTokenizer:
         return self.config.horizon * self.motion_dim
 
     @property
-    def token_count(self) -> int:
-        """Motion tokens of a chunk that carry information: L * P, or fewer with a budget of bits."""
-        active = self.parts.active
-        return self.config.levels * self.scalars if active is None else int(active.sum())
+    def shape(self) -> tuple[str, int, int]:
+        """Of a batch of chunks."""
+        return "B", self.config.horizon, self.action_dim
 
     def normalise(self, chunk: Tensor) -> Tensor:
         """chunk float [B, H, A] -> motion [B, H, M], about [-1, 1]."""
-        chunk = reals("action chunk", chunk)
+        chunk = reals("action chunk", chunk, self.shape)
         motion = chunk[..., : len(self.low)] if self.binary_last else chunk.index_select(-1, self.motion_index)
         return (motion - self.centre) / self.scale
 
     def to_coefficients(self, chunk: Tensor) -> Tensor:
         """chunk float [B, H, A] -> coefficients [B, P]; over time, row k of the transform is at k*M .. k*M+M-1."""
         normalised = self.normalise(chunk)
-        if self.parts.autoencoder is not None:
-            with torch.autocast(normalised.device.type, enabled=False):
-                return self.parts.autoencoder.encode(normalised)
         if self.config.transform not in OVER_TIME:
             normalised = normalised.flatten(1).unsqueeze(-1)
         return ordered_product(self.matrix, normalised).flatten(1)
 
     def to_normalised(self, coefficients: Tensor) -> Tensor:
         """coefficients [B, P] -> normalised motion [B, H, M] over time (about [-1, 1])."""
-        coefficients = reals("coefficients", coefficients)
-        if self.parts.autoencoder is not None:
-            with torch.autocast(coefficients.device.type, enabled=False):
-                return self.parts.autoencoder.decode(coefficients)
+        coefficients = reals("coefficients", coefficients, ("B", self.scalars))
         shape = (self.config.horizon, self.motion_dim)
         if self.config.transform not in OVER_TIME:
             return ordered_product(self.matrix.T, coefficients.unsqueeze(-1)).squeeze(-1).unflatten(-1, shape)
@@ -168,7 +139,11 @@ class ActionTokenizer:
 
     def to_actions(self, coefficients: Tensor, gripper: Tensor) -> Tensor:
         """coefficients [B, P], gripper int [B, H] or [B, H, G] -> actions float32 [B, H, A] within the limit."""
-        gripper = integers("gripper tokens", gripper)
+        coefficients = reals("coefficients", coefficients, ("B", self.scalars), finite=True)
+        return self.actions_of(coefficients, self._checked_gripper(gripper, len(coefficients)))
+
+    def actions_of(self, coefficients: Tensor, gripper: Tensor) -> Tensor:
+        """`to_actions` of what is known to be right: on a GPU nothing waits for a look at it."""
         motion = self.to_normalised(coefficients) * self.scale + self.centre
         binary = torch.where(gripper > 0, self.binary_high, self.binary_low)
         actions = torch.cat([motion, binary.unsqueeze(-1) if gripper.ndim == 2 else binary], dim=-1)
@@ -179,7 +154,7 @@ class ActionTokenizer:
 
     def gripper_symbols(self, chunk: Tensor) -> Tensor:
         """chunk [B, H, A] -> int64 [B, H] (or [B, H, G]), 1 where it is nearer to the upper of its two values."""
-        chunk = reals("action chunk", chunk)
+        chunk = reals("action chunk", chunk, self.shape)
         binary = chunk[..., len(self.low) :] if self.binary_last else chunk.index_select(-1, self.binary_index)
         symbols = (binary > self.binary_middle).long()
         return symbols.squeeze(-1) if symbols.shape[-1] == 1 else symbols
@@ -192,51 +167,39 @@ class ActionTokenizer:
 
     def decode(self, tokens: ChunkTokens, levels: int | None = None) -> Tensor:
         """tokens (optionally only their first `levels`) -> actions float32 [B, H, A] within the limit."""
-        tokens = self._checked_tokens(tokens, levels)
-        motion = tokens.motion if levels is None else tokens.motion[:, :levels]
-        value = self._refine(self.rfsq.dequantise(motion), motion.shape[1])
-        return self.to_actions(value, tokens.gripper)
+        motion, gripper = self._checked_tokens(tokens, levels)
+        return self.to_actions(self.rfsq.dequantise(motion), gripper)
 
     def forward(self, chunk: Tensor) -> tuple[ChunkTokens, Tensor]:
         """chunk [B, H, A] -> tokens, and the chunk they decode to: bit by bit `decode(encode(chunk))`."""
         tokens, z_hat = self._quantise(chunk)
-        return tokens, self.to_actions(self._refine(z_hat, self.config.levels), tokens.gripper)
+        return tokens, self.to_actions(z_hat, tokens.gripper)
 
     def _quantise(self, chunk: Tensor) -> tuple[ChunkTokens, Tensor]:
-        chunk, expected = reals("action chunk", chunk), [self.config.horizon, self.action_dim]
-        if chunk.ndim != 3 or list(chunk.shape[1:]) != expected:
-            raise RsdError(f"action chunk: expected [B, *{expected}], found {list(chunk.shape)}")
-        if not torch.isfinite(chunk).all():
-            raise RsdError("action chunk: found NaN or infinity")
+        chunk = reals("action chunk", chunk, self.shape, finite=True)
         coefficients = self.to_coefficients(chunk)
-        clipped = coefficients.abs() > self._reach
+        clipped = coefficients.abs() > self.rfsq.reach()
         self._chunks += len(chunk)
         self._clipped_chunks += clipped.any(1).sum()
         self._clipped += clipped.sum(0)
         motion, z_hat = self.rfsq.quantise(coefficients)
         return ChunkTokens(motion, self.gripper_symbols(chunk)), z_hat
 
-    def _refine(self, value: Tensor, levels: int) -> Tensor:
-        refiner = self.parts.refiner
-        return value if refiner is None or levels == 0 else refiner(value, levels)
-
     def _checked_tokens(self, tokens: ChunkTokens, levels: int | None) -> ChunkTokens:
-        """The tokens as int64, of the code's shapes and symbols; `RsdError` for any other."""
-        motion, gripper = integers("motion tokens", tokens.motion), integers("gripper tokens", tokens.gripper)
-        code = self.config
-        if motion.ndim != 3 or motion.shape[1] > code.levels or motion.shape[2] != self.scalars:
-            expected = f"[B, 0..{code.levels}, {self.scalars}]"
-            raise RsdError(f"motion tokens: expected {expected}, found {list(motion.shape)}")
-        if levels is not None and not (isinstance(levels, int | np.integer) and 0 <= levels <= motion.shape[1]):
-            raise RsdError(f"levels: expected 0 to {motion.shape[1]}, found {levels}")
-        grippers = len(code.binary)
-        shape = [len(motion), code.horizon] + ([] if grippers == 1 else [grippers])
-        if list(gripper.shape) != shape:
-            raise RsdError(f"gripper tokens: expected {shape}, found {list(gripper.shape)}")
-        self.rfsq.check(motion)
-        if gripper.numel() and (gripper.min() < 0 or gripper.max() > 1):
-            raise RsdError(f"gripper tokens: expected 0 or 1, found {int(gripper.min())}..{int(gripper.max())}")
-        return ChunkTokens(motion, gripper)
+        """The tokens as int64, of the code's shapes and symbols, without what is below `levels`."""
+        if not isinstance(tokens, ChunkTokens):
+            raise RsdError(f"tokens: expected ChunkTokens, as of encode, found {type(tokens).__name__}")
+        motion = integers("motion tokens", tokens.motion, ("B", "levels", self.scalars), (0, self.config.symbols - 1))
+        given = motion.shape[1]
+        if given > self.config.levels:
+            raise RsdError(f"motion tokens: expected at most {self.config.levels} levels, found {given}")
+        levels = given if levels is None else checked(Annotated[int, between(0, given)], levels, "levels")
+        return ChunkTokens(motion[:, :levels], self._checked_gripper(tokens.gripper, len(motion)))
+
+    def _checked_gripper(self, gripper: Tensor, count: int) -> Tensor:
+        grippers = len(self.config.binary)
+        shape = (count, self.config.horizon, *([] if grippers == 1 else [grippers]))
+        return integers("gripper tokens", gripper, shape, (0, 1))
 
     # statistics
 
@@ -254,36 +217,47 @@ class ActionTokenizer:
 
     # files, see `files`
 
-    def to_json(self) -> dict[str, object]:
-        from rsd.tokenizer.files import to_json
-
-        return to_json(self)
+    def to_json(self) -> dict[str, Any]:
+        config = {**asdict(self.config), "binary": list(self.config.binary)}
+        for name, default in LATER_FIELDS.items():
+            if config[name] == default:
+                del config[name]
+        ranges = {"low": self.low.tolist(), "high": self.high.tolist(), "first_step": self.first_step}
+        kept = {**ranges, "calibration": asdict(self.calibration), "sha256": None}
+        return {"format_version": FORMAT_VERSION, "config": config, **kept}
 
     def save(self, directory: Path) -> None:
-        """Write `tokenizer.json` (readable, bit-exact) and, where something is learned, `tokenizer.safetensors`."""
-        from rsd.tokenizer.files import save
-
-        save(self, directory)
+        """Write `tokenizer.json` (readable, bit-exact) and, with `pca`, `tokenizer.safetensors`."""
+        content, weights = self.to_json(), directory / WEIGHTS_FILE
+        weights.unlink(missing_ok=True)  # of a tokenizer that lay here before
+        if self.config.transform == "pca":
+            save_file({"matrix": self.matrix.cpu().contiguous()}, weights)
+            content["sha256"] = file_sha256(weights)
+        (directory / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> ActionTokenizer:
         """Read what `save` wrote, or a file of format 1; `RsdError` on anything missing or odd."""
-        from rsd.tokenizer.files import load
-
-        return load(directory)
+        path = directory / FILE_NAME
+        stored = read_tokenizer_json(path)
+        matrix = None if stored.sha256 is None else read_matrix(directory / WEIGHTS_FILE, stored.sha256)
+        try:
+            ranges = torch.tensor(stored.low), torch.tensor(stored.high)
+            tokenizer = cls(stored.config, *ranges, stored.first_step, matrix)
+        except RsdError as error:
+            raise RsdError(f"{path}: {error}; {REMEDY}") from None
+        tokenizer.calibration = stored.calibration or tokenizer.calibration
+        return tokenizer
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> None:
         """Upload to the Hugging Face hub (needs a login)."""
-        from rsd.tokenizer.files import push_to_hub
-
-        push_to_hub(self, repo_id, private=private)
+        hub.upload(self.save, repo_id, private)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> ActionTokenizer:
         """A directory (a policy's checkpoint is one) or a hub repository."""
-        from rsd.tokenizer.files import from_pretrained
-
-        return from_pretrained(path_or_hub_id)
+        wanted = f"a directory with {FILE_NAME}"
+        return cls.load(hub.locate(path_or_hub_id, "tokenizer", wanted, [FILE_NAME, WEIGHTS_FILE]))
 
 
 def binary_dimensions(config: TokenizerConfig, action_dim: int) -> list[int]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rsd.tokenizer.action_tokenizer import ActionTokenizer, Parts, binary_dimensions
-from rsd.tokenizer.allocation import active_cells, allocate
-from rsd.tokenizer.config import AUTOENCODERS, OVER_TIME, TokenizerConfig
-from rsd.tokenizer.learned import Autoencoder, Refiner, quantise_prefix, train_autoencoder, train_refiner
-from rsd.tokenizer.rfsq import Rfsq
+from rsd.checks import real_array
+from rsd.tokenizer.action_tokenizer import ActionTokenizer, binary_dimensions
+from rsd.tokenizer.config import OVER_TIME, TokenizerConfig
 from rsd.tokenizer.transforms import principal_components, transform_matrix
 from rsd.types import RsdError
 
@@ -21,14 +20,34 @@ CHUNKS_PER_SCALAR = 4  # of a learned transform: fewer would fit noise
 REACH_QUANTILE = 0.9999
 STILL = 1e-6  # a dimension that moves less than this is constant
 PART = 512  # chunks encoded at a time
-ALLOCATION_CHUNKS = 20_000  # the search looks at no more
+
+
+class Prepared(NamedTuple):
+    """What calibration begins with. chunks: float32 [N, H, A]; config: with the binary dimensions' values; low, high:
+    see `dimension_range`; normalised: the motion [N, H, M], about [-1, 1]."""
+
+    chunks: Tensor
+    config: TokenizerConfig
+    low: Tensor
+    high: Tensor
+    normalised: Tensor
 
 
 def calibrate(chunks: np.ndarray, config: TokenizerConfig) -> ActionTokenizer:
     """chunks float [N, H, A] -> a tokenizer; RsdError where they cannot calibrate one."""
-    needed = check_chunks(chunks, config)
+    given = prepare(chunks, config, config.transform not in OVER_TIME)
+    matrix, first_step = first_step_of(given.normalised, config)
+    tokenizer = ActionTokenizer(given.config, given.low, given.high, first_step, matrix)
+    count(tokenizer, given.chunks)
+    return tokenizer
+
+
+def prepare(chunks: np.ndarray, config: TokenizerConfig, learned: bool) -> Prepared:
+    """learned: whether something is, for which more chunks are needed."""
+    chunks = real_array("tokenizer fit: chunks", chunks, shape=("N", config.horizon, "A"))
     binary = binary_dimensions(config, chunks.shape[2])
-    motion = np.delete(chunks, binary, axis=2).astype(np.float32)
+    motion = np.delete(chunks, binary, axis=2)
+    needed = max(MIN_CHUNKS, CHUNKS_PER_SCALAR * motion.shape[1] * motion.shape[2] if learned else 0)
     if len(chunks) < needed:
         raise RsdError(f"tokenizer fit: expected at least {needed} chunks, found {len(chunks)}")
     largest = float(np.abs(motion).max())
@@ -38,33 +57,18 @@ def calibrate(chunks: np.ndarray, config: TokenizerConfig) -> ActionTokenizer:
             "the robot's own limit, or 0 for none"
         )
     low, high = dimension_range(motion, config)
-    config = with_binary_values(chunks, config)
     half_width = (high - low) / 2
     scale = torch.where(half_width > STILL / 2, half_width, torch.ones_like(half_width))
     normalised = (torch.from_numpy(motion) - (low + high) / 2) / scale
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.learn.seed)  # the networks' first weights
-        parts, first_step = code_parts(normalised, config)
-        tokenizer = ActionTokenizer(config, low, high, first_step, parts)
-        parts = budget_and_refiner(tokenizer, torch.from_numpy(chunks.astype(np.float32)))
-    tokenizer = ActionTokenizer(config, low, high, first_step, parts)
-    for part in torch.from_numpy(chunks.astype(np.float32)).split(PART):
+    return Prepared(torch.from_numpy(chunks), with_binary_values(chunks, config), low, high, normalised)
+
+
+def count(tokenizer: ActionTokenizer, chunks: Tensor) -> None:
+    """What of the training chunks is clipped becomes the tokenizer's `calibration`."""
+    for part in chunks.split(PART):
         tokenizer.encode(part)
     tokenizer.calibration = tokenizer.statistics
     tokenizer.reset_statistics()
-    return tokenizer
-
-
-def check_chunks(chunks: np.ndarray, config: TokenizerConfig) -> int:
-    """Raises RsdError for a wrong shape or numbers that are not finite; returns how many chunks are needed."""
-    if chunks.ndim != 3 or chunks.shape[1] != config.horizon or chunks.shape[2] <= len(config.binary):
-        expected = f"chunks [N, {config.horizon}, A]"
-        raise RsdError(f"tokenizer fit: expected {expected}, found {list(chunks.shape)}")
-    if not np.isfinite(chunks).all():
-        raise RsdError("tokenizer fit: found NaN or infinity in the chunks; check the demonstrations")
-    learned = config.transform not in OVER_TIME or config.refine
-    scalars = chunks.shape[1] * (chunks.shape[2] - len(config.binary))
-    return max(MIN_CHUNKS, CHUNKS_PER_SCALAR * scalars if learned else 0)
 
 
 def with_binary_values(chunks: np.ndarray, config: TokenizerConfig) -> TokenizerConfig:
@@ -128,44 +132,16 @@ def over_steps(matrix: Tensor, motion: Tensor) -> Tensor:
     return torch.einsum("rh,nhm->nrm", matrix, motion)
 
 
-def code_parts(normalised: Tensor, config: TokenizerConfig) -> tuple[Parts, float]:
-    """Normalised motion [N, H, M] -> the learned transform, if any, and the first step D_1."""
-    horizon, motion = normalised.shape[1:]
-    code = config.rfsq
-    if config.transform in AUTOENCODERS:  # its latents end at -1 and 1
-        whole = config.transform == "chunk-autoencoder"
-        net = Autoencoder(horizon, motion, config.channels, whole, config.learn.hidden)
-        first_step = 1.0 / (code.half + 0.5)
-        train_autoencoder(net, normalised, Rfsq(code, first_step), config.learn)
-        return Parts(autoencoder=net), first_step
-    matrix = principal_components(normalised) if config.transform == "pca" else None
-    if config.normalisation == "reach" and matrix is None:
-        return Parts(), horizon**0.5 / (code.half + 0.5)
-    if matrix is not None:
+def first_step_of(normalised: Tensor, config: TokenizerConfig) -> tuple[Tensor | None, float]:
+    """Normalised motion [N, H, M] -> the matrix of `pca`, if that is the transform, and the first step D_1."""
+    horizon, half = normalised.shape[1], config.rfsq.half
+    if config.transform == "pca":
+        matrix = principal_components(normalised)
         coefficients = normalised.flatten(1) @ matrix.T
+    elif config.normalisation == "reach":
+        return None, horizon**0.5 / (half + 0.5)
     else:
+        matrix = None
         coefficients = over_steps(transform_matrix(config.transform, horizon), normalised).flatten(1)
     largest = np.quantile(coefficients.abs().numpy(), REACH_QUANTILE, axis=0).max()
-    return Parts(matrix=matrix), float(largest) / (code.half + 0.5)
-
-
-def budget_and_refiner(tokenizer: ActionTokenizer, chunks: Tensor) -> Parts:
-    """The tokenizer's parts with the tokens that the budget of bits affords, and with its refiner."""
-    config, parts = tokenizer.config, tokenizer.parts
-    if not config.bits and not config.refine:
-        return parts
-    coefficients = torch.cat([tokenizer.to_coefficients(part) for part in chunks.split(PART)])
-    active, refiner = None, None
-    if config.bits:
-        some = coefficients[:: max(1, len(coefficients) // ALLOCATION_CHUNKS)].numpy()
-        runs = allocate(some, config.rfsq, tokenizer.first_step, config.bits)
-        active = torch.from_numpy(active_cells(runs, config.levels))
-    if config.refine:
-        rfsq = Rfsq(config.rfsq, tokenizer.first_step, active)
-        refiner = Refiner(tokenizer.scalars, rfsq.steps, config.learn.hidden)
-
-        def decode_prefix(rows: Tensor, levels: Tensor) -> Tensor:
-            return quantise_prefix(rfsq, coefficients[rows], levels)
-
-        train_refiner(refiner, coefficients, decode_prefix, config.learn)
-    return Parts(parts.matrix, parts.autoencoder, refiner, active)
+    return matrix, float(largest) / (half + 0.5)

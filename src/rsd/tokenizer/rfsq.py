@@ -26,16 +26,12 @@ class Rfsq:
     """Quantises scalars x [..., P] with the first step D_1 into symbols [..., L, P] in 0..K-1.
 
     Steps are plain numbers, not tensors: a tensor on another device would stop a GPU at every use.
-    `active` [L, P] of 0 and 1, on the scalars' device: where it is 0 the digit is 0, so that the token is
-    constant and costs nothing (see `allocation`); None is 1 everywhere.
     """
 
-    def __init__(self, config: RfsqConfig, first_step: float = 1.0, active: Tensor | None = None) -> None:
-        if not 0.0 < first_step < math.inf:
+    def __init__(self, config: RfsqConfig, first_step: float = 1.0) -> None:
+        if not 0.0 < first_step < math.inf:  # a plain comparison: made while models are compiled, too
             raise RsdError(f"RFSQ: expected a positive finite step size, found {first_step}")
-        self.config = config
-        self.first_step = first_step
-        self.active = active
+        self.config, self.first_step = config, first_step
 
     def step(self, level: int) -> float:
         """Step size D_level, level = 1..L."""
@@ -49,8 +45,7 @@ class Rfsq:
     def digit(self, residual: Tensor, level: int) -> Tensor:
         """The digit in -(K-1)/2..(K-1)/2 that `level` gives to `residual` [..., P], as a float tensor."""
         half = self.config.half
-        digit = torch.round(residual / self.step(level)).clamp(-half, half)
-        return digit if self.active is None else digit * self.active[level - 1]
+        return torch.round(residual / self.step(level)).clamp(-half, half)
 
     def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x float [..., P] -> symbols int64 [..., L, P] and what they `dequantise` to bit by bit [..., P]."""
@@ -78,31 +73,10 @@ class Rfsq:
         """What symbols int [..., P] of one level contribute: D_level * t."""
         return (integers("tokens", symbol) - self.config.half).float() * self.step(level)
 
-    def continue_from(self, x: Tensor, symbols: Tensor) -> Tensor:
-        """Symbols for the levels below a given prefix: x [..., P], symbols [..., k, P] -> [..., L-k, P]."""
-        symbols = integers("tokens", symbols)
-        residual, out = reals("scalars", x) - self.dequantise(symbols), []
-        for level in range(symbols.shape[-2] + 1, self.config.levels + 1):
-            digit = self.digit(residual, level)
-            residual = residual - digit * self.step(level)
-            out.append(digit.long() + self.config.half)
-        empty = symbols[..., :0, :]
-        return torch.stack(out, dim=-2) if out else empty
-
-    def reach(self) -> Tensor | float:
-        """Largest |scalar| that ends within half of its last active step; per scalar [P] where `active` is set."""
-        if self.active is None:
-            return self.config.span() * self.first_step
-        levels = range(1, self.config.levels + 1)
-        digits = sum(self.config.half * self.step(level) * self.active[level - 1] for level in levels)
-        finest = torch.full_like(self.active[0], math.inf)
-        for level in levels:
-            finest = torch.where(self.active[level - 1] > 0, torch.full_like(finest, self.step(level)), finest)
-        return digits + finest / 2
+    def reach(self) -> float:
+        """Largest |scalar| that ends within half of the last step."""
+        return self.config.span() * self.first_step
 
     def check(self, symbols: Tensor) -> None:
         """Raise if a symbol is no integer, or outside 0..K-1."""
-        symbols = integers("tokens", symbols)
-        if symbols.numel() and (symbols.min() < 0 or symbols.max() >= self.config.symbols):
-            low, high = int(symbols.min()), int(symbols.max())
-            raise RsdError(f"tokens: expected symbols in 0..{self.config.symbols - 1}, found {low}..{high}")
+        integers("tokens", symbols, within=(0, self.config.symbols - 1))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsd.tokenizer.config import TRANSFORMS
+from rsd.tokenizer.config import OVER_TIME
 from rsd.types import RsdError
 
 BLOCK = 64  # products summed as one tree: bounds the memory of long chunks
@@ -27,7 +27,7 @@ def transform_matrix(name: str, horizon: int) -> Tensor:
         matrix = torch.cos(math.pi / horizon * frequency * time) * math.sqrt(2.0 / horizon)
         matrix[0] /= math.sqrt(2.0)
         return matrix.float()
-    raise RsdError(f"transform {name!r}: expected one of {', '.join(TRANSFORMS)}")
+    raise RsdError(f"transform {name!r}: expected one of {', '.join(OVER_TIME)}")
 
 
 def principal_components(normalised: Tensor) -> Tensor:

@@ -8,95 +8,85 @@ from typing import Annotated, Literal
 
 import tyro
 
+from rsd.checks import Checked, Count, Rules, Seed, Share, Some, Weight, above, between
 from rsd.models.config import DrafterConfig, LoraConfig, PolicyConfig, VisualDrafterConfig
 from rsd.tokenizer.config import TokenizerConfig
-from rsd.types import RsdError
 
 DEFAULT_TOKENIZER = Path("runs/tokenizer")  # where `fit` writes and the trainings read
-POSITIVE, NOT_NEGATIVE = ("accumulate", "batch_size", "log_every"), ("steps", "minutes", "warmup", "save_every")
+Every = Annotated[int, between(2, 1e6)]  # every n-th episode
+Batch = Annotated[int, between(1, 2**20)]
+Remembered = Annotated[int, between(1, 64)]
 
 
 @dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(Checked):
     """steps: optimiser steps; minutes: end earlier, with the schedule brought to its end (0 = no limit);
     batch_size: per process; accumulate: batches whose gradients make one step; save_every: steps between resumable
     states (0 = only at the end); log_every: the same for TensorBoard; cuda_graph: record forward and backward once
     and replay them, which spares a GPU the launches of thousands of small kernels (the losses must not look at a
     tensor's content)."""
 
-    steps: int = 20_000
-    minutes: float = 0.0
-    batch_size: int = 512
-    accumulate: int = 1
-    learning_rate: float = 6e-4
-    weight_decay: float = 0.05
-    warmup: int = 300
-    ema: float = 0.999
-    save_every: int = 0
-    log_every: int = 50
+    steps: Count = 20_000
+    minutes: Annotated[float, between(0, 1e6)] = 0.0
+    batch_size: Batch = 512
+    accumulate: Batch = 1
+    learning_rate: Annotated[float, above(0, 10)] = 6e-4
+    weight_decay: Annotated[float, between(0, 10)] = 0.05
+    warmup: Count = 300
+    ema: Share = 0.999
+    save_every: Count = 0
+    log_every: Some = 50
     cuda_graph: Annotated[bool, tyro.conf.FlagConversionOff] = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in {**dict.fromkeys(POSITIVE, 1), **dict.fromkeys(NOT_NEGATIVE, 0)}.items():
-            if not getattr(self, name) >= least:
-                found = f"--loop.{name.replace('_', '-')} {getattr(self, name)}"
-                raise RsdError(f"{found}: expected at least {least}")
-        if not 0 <= self.ema <= 1 or not self.learning_rate > 0:
-            expected = "--loop.ema from 0 to 1 and --loop.learning-rate above 0"
-            raise RsdError(f"expected {expected}, found {self.ema} and {self.learning_rate}")
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Checked):
     """draft_share: part of the batch on a draft's prefixes; jitter: largest share of digits disturbed in the rest;
     level_decay: weight of a level's loss relative to the one above, past the coarse ones; blind: share of the visual
     drafter's samples without a memory of the target; counterfactual: share of the whole drafts judged in training that
-    are another sample's, so that the block that is told a draft learns to doubt it; the others are weights."""
+    are another sample's, so that the block that is told a draft learns to doubt it; the others are weights. grounding:
+    of saying, on half of the batch, where each thing is seen that could have been asked for (needs a target that is
+    `grounded` and rendered demonstrations of a permuted suite)."""
 
-    draft_share: float = 0.5
-    jitter: float = 0.4
-    level_decay: float = 0.7
-    regress: float = 5.0
-    parallel: float = 0.5
-    gripper: float = 1.0
-    blind: float = 0.1
-    counterfactual: float = 0.0
-    deviation: float = 0.2
-    grounding: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("draft_share", "jitter", "blind", "counterfactual"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise RsdError(f"--loss.{name.replace('_', '-')} {getattr(self, name)}: expected a share from 0 to 1")
+    draft_share: Share = 0.5
+    jitter: Share = 0.4
+    level_decay: Weight = 0.7
+    regress: Weight = 5.0
+    parallel: Weight = 0.5
+    gripper: Weight = 1.0
+    blind: Share = 0.1
+    counterfactual: Share = 0.0
+    deviation: Weight = 0.2
+    grounding: Weight = 0.0
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class Augmentation(Checked):
     """shift: pixels each way; brightness, contrast, colour: relative; state_noise: in standard deviations."""
 
-    shift: int = 4
-    brightness: float = 0.12
-    contrast: float = 0.15
-    colour: float = 0.05
-    state_noise: float = 0.02
+    shift: Annotated[int, between(0, 64)] = 4
+    brightness: Share = 0.12
+    contrast: Share = 0.15
+    colour: Share = 0.05
+    state_noise: Annotated[float, between(0, 100)] = 0.02
 
 
 @dataclass(frozen=True)
-class TrainTokenizerConfig:
+class TrainTokenizerConfig(Checked):
     """Calibrate the action tokenizer on demonstrations."""
 
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of demonstrations: HDF5 files, this package's or LIBERO's own, or LeRobot data sets."""
     output: Path = DEFAULT_TOKENIZER
-    """Where tokenizer.json goes (and tokenizer.safetensors, where something is learned)."""
+    """Where tokenizer.json goes (and tokenizer.safetensors, with pca)."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     overwrite: bool = False
     """Replace the tokenizer that is there; what was trained with it goes on having its own copy."""
 
 
 @dataclass(frozen=True)
-class TrainPolicyConfig:
+class TrainPolicyConfig(Checked):
     """Train target and drafters on demonstrations (--backbone openvla has other options: see its --help)."""
 
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
@@ -114,18 +104,22 @@ class TrainPolicyConfig:
     init_fresh: tuple[str, ...] = ()
     """With `init_matching`: parts that start afresh all the same, e.g. feature_drafter target.level_head (another
     tokenizer)."""
-    validation_every: int = 40
+    validation_every: Every = 40
     """Every n-th episode is kept out of training for the offline validation."""
-    remembered_chunks: int = 4
+    remembered_chunks: Remembered = 4
     """The visual drafter is trained to remember the target's run of 1 to this many chunks before."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     augment: Augmentation = field(default_factory=Augmentation)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
+    def rules(self) -> Rules:
+        yield self.init or not self.init_matching, "--init with --init-matching", "none"
+        yield self.init_matching or not self.init_fresh, "--init-matching with --init-fresh", "none"
+
 
 @dataclass(frozen=True)
-class TrainDrafterConfig:
+class TrainDrafterConfig(Checked):
     """Train another draft for a finished target."""
 
     policy: str = "checkpoints/libero_spatial"
@@ -136,7 +130,7 @@ class TrainDrafterConfig:
     """Run folder; the checkpoint with the new draft goes to `checkpoint/` in it."""
     device: str = "auto"
     """cuda, cpu or auto."""
-    validation_every: int = 40
+    validation_every: Every = 40
     """Every n-th episode is kept out of training for the offline validation."""
     kind: Literal["feature", "visual"] = "feature"
     """feature: the one that reads the target's prefill; visual: the one with its own perception."""
@@ -144,9 +138,9 @@ class TrainDrafterConfig:
     """Start from the checkpoint's own draft (and its sizes) instead of afresh."""
     feature_drafter: DrafterConfig = field(default_factory=DrafterConfig)
     visual_drafter: VisualDrafterConfig = field(default_factory=VisualDrafterConfig)
-    own_prefix: float = 0.5
+    own_prefix: Share = 0.5
     """Share of the batch on which a draft that reads the prefill continues its own digits."""
-    remembered_chunks: int = 4
+    remembered_chunks: Remembered = 4
     """The visual drafter is trained to remember the target's run of 1 to this many chunks before."""
     loss: LossConfig = field(default_factory=LossConfig)
     """For the visual drafter: `blind` (1: it never has a memory), `regress` and `deviation`."""
@@ -155,7 +149,7 @@ class TrainDrafterConfig:
 
 
 @dataclass(frozen=True)
-class TrainOpenVlaConfig:
+class TrainOpenVlaConfig(Checked):
     """Train residual tokens and drafts on an OpenVLA or OpenVLA-OFT checkpoint."""
 
     source: Annotated[str, tyro.conf.arg(name="from")]
@@ -168,16 +162,16 @@ class TrainOpenVlaConfig:
     """Run folder: resumable state, TensorBoard and, at the end, `checkpoint/`. The same command continues a run."""
     device: str = "auto"
     """cuda, cpu or auto."""
-    cameras: int = 0
+    cameras: Annotated[int, between(0, 2)] = 0
     """Cameras that the target reads, 1 or 2; 0: as many as the checkpoint was trained with, 2 if its files do not
     say."""
     unnorm_key: str = ""
     """Which data set's statistics the checkpoint's proprioception projector was trained with, if it has several."""
-    validation_every: int = 40
+    validation_every: Every = 40
     """Every n-th episode is kept out of training for the offline validation."""
-    validation_frames: int = 256
+    validation_frames: Some = 256
     """At most so many of their frames are decoded, once by every decoder."""
-    remembered_chunks: int = 4
+    remembered_chunks: Remembered = 4
     """The visual drafter is trained to remember the target's run of 1 to this many chunks before."""
     checkpointing: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Keep only every layer's input and compute its inside again in the backward pass: less memory, a third more
@@ -193,8 +187,5 @@ class TrainOpenVlaConfig:
         )
     )
 
-    def __post_init__(self) -> None:
-        if self.cameras not in (0, 1, 2):
-            raise RsdError(f"--cameras {self.cameras}: expected 1 or 2, or 0 for what the checkpoint says")
-        if self.loop.cuda_graph:
-            raise RsdError("--loop.cuda-graph True: batches have prompts of several lengths; leave it out")
+    def rules(self) -> Rules:
+        yield not self.loop.cuda_graph, "--loop.cuda-graph False, as batches have prompts of several lengths", "True"

@@ -107,9 +107,11 @@ class OpenVlaFrames(FrameDataset):
         lengths = self.length[frames]
         return [part for length in lengths.unique() for part in frames[lengths == length].split(size)]
 
-    def batch(self, frames: Tensor, paired: bool = False, augment: Augmentation | None = None) -> Batch:
-        """As `FrameDataset.batch`; the crop takes the place of a shift's border: with `center_crop` it moves by up to
-        augment.shift pixels (5 stay inside the image), without it the image itself is shifted."""
+    def batch(
+        self, frames: Tensor, paired: bool = False, augment: Augmentation | None = None, asking: bool = False
+    ) -> Batch:
+        """As `FrameDataset.batch`, never `asking`; the crop takes the place of a shift's border: with `center_crop` it
+        moves by up to augment.shift pixels (5 stay inside the image), without it the image itself is shifted."""
         images, state, task = self.images[frames].to(self.device), self.state[frames], self.task[frames]
         wording = torch.zeros_like(frames)
         if augment is not None:

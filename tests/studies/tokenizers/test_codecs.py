@@ -8,10 +8,10 @@ import torch
 from scipy.fft import dct
 
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
-from rsd.tokenizer.learned import LearnConfig
 from rsd.types import RsdError
 from studies.tokenizers.codecs import Bins, Codec, LayerNormRfsq, ResidualCode, Scale, Splines, nominal_bits
 from studies.tokenizers.fast import Fast
+from studies.tokenizers.learned import LearnConfig
 from studies.tokenizers.metrics import Chunks, rate_points, rms, utilisation
 from studies.tokenizers.vector import ResidualFsq, ResidualVq
 

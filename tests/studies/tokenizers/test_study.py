@@ -12,10 +12,11 @@ import torch
 from rsd.cli import dispatch
 from rsd.reporting.tokenizer_plots import InspectConfig, entropy, inspect_tokenizer, level_statistics
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
-from rsd.tokenizer.learned import LearnConfig
 from rsd.types import RsdError
 from studies.command import run_study
 from studies.tokenizers.config import TIMING
+from studies.tokenizers.extended import Extension, fit
+from studies.tokenizers.learned import LearnConfig
 from studies.tokenizers.methods import METHODS, Effort
 from studies.tokenizers.report import READING, write_report
 from studies.tokenizers.study import BenchConfig, bench
@@ -260,10 +261,10 @@ def test_inspect_draws_and_counts(data: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_level_statistics_are_those_of_the_tokens(chunks: np.ndarray) -> None:
-    tokenizer = ActionTokenizer.fit(chunks, TokenizerConfig(symbols=3, rho=3.0, levels=4, bits=60.0))
+    tokenizer = fit(chunks, TokenizerConfig(symbols=3, rho=3.0, levels=4), Extension(bits=60.0))
     batch = torch.from_numpy(chunks)
     statistics = level_statistics(tokenizer, batch)
-    tokens, active = tokenizer.encode(batch).motion, tokenizer.parts.active
+    tokens, active = tokenizer.encode(batch).motion, tokenizer.active
     assert active is not None
     for each in statistics:
         cells = tokens[:, each.level - 1][:, active[each.level - 1] > 0]

@@ -62,7 +62,7 @@ def test_every_matrix_of_the_trunk_is_named_as_published(base: Path) -> None:
 
 def test_rank_and_scale_are_checked() -> None:
     for wrong in ({"rank": 0}, {"alpha": 0.0}):
-        with pytest.raises(RsdError, match="expected rank >= 1 and alpha > 0"):
+        with pytest.raises(RsdError, match=r"(rank|alpha): expected"):
             LoraConfig(**wrong)  # type: ignore[arg-type]
 
 

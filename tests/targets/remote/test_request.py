@@ -89,7 +89,7 @@ def test_a_reset_comes_alone_or_with_an_observation() -> None:
         (content(reset=1), "reset: expected true or false, found 1"),
         (content(prompt=b"x"), "prompt: expected text, found bytes"),
         (content(prompt=" "), "instruction: expected text, found an empty string"),
-        (content(state=np.zeros(7)), "expected 8 numbers"),
+        (content(state=np.zeros(7)), r"state: expected \[8\], found \[7\]"),
         (content(state=np.full(8, np.nan)), "expected finite numbers"),
         (content(state=np.full(8, 1e300)), "expected finite numbers"),
         (content(state="home"), "observation/state: expected real numbers, found <U4"),

@@ -9,34 +9,34 @@ the published ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rsd.models.config import check_sizes
+from rsd.checks import Checked, Rules, Some, above, between
+from rsd.models.config import Layers, Width
 from rsd.models.trunk import KVCache
 from rsd.types import RsdError
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(Checked):
     """Sizes; the defaults are transformers' own for Llama, which OpenVLA's config.json leaves out."""
 
-    vocab_size: int = 32064
-    dim: int = 4096
-    layers: int = 32
-    heads: int = 32
-    mlp_dim: int = 11008
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    max_positions: int = 2048
+    vocab_size: Some = 32064
+    dim: Width = 4096
+    layers: Layers = 32
+    heads: Width = 32
+    mlp_dim: Annotated[int, between(1, 2**18)] = 11008
+    norm_eps: Annotated[float, above(0, 1)] = 1e-6
+    rope_theta: Annotated[float, above(0, 1e12)] = 10000.0
+    max_positions: Some = 2048
 
-    def __post_init__(self) -> None:
-        check_sizes("Llama", self.dim, self.layers, self.heads)
-        if min(self.vocab_size, self.mlp_dim, self.max_positions) < 1:
-            raise RsdError(f"Llama: expected sizes of at least 1, found {self}")
+    def rules(self) -> Rules:
+        yield self.dim % self.heads == 0, f"heads that divide dim {self.dim}", self.heads
 
     @property
     def head_dim(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rsd.json_files import typed_value
+from rsd.checks import checked
 from rsd.pt_files import read_pt
 from rsd.targets.openvla.model import OpenVlaConfig, OpenVlaModel
 from rsd.targets.openvla.published import (
@@ -135,7 +135,7 @@ def shards(directory: Path) -> list[Path]:
     """The files that the index lists, or the only one."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        named = typed_value(dict[str, str], read_json(index).get("weight_map", {}), str(index), "weight_map")
+        named = checked(dict[str, str], read_json(index).get("weight_map", {}), f"{index}: field weight_map")
         paths = [directory / name for name in sorted(set(named.values()))]
     else:
         paths = sorted(directory.glob("model*.safetensors"))
@@ -213,7 +213,7 @@ def merge_adapter(model: OpenVlaModel, directory: Path) -> None:
             raise RsdError(f"{source}: {key} is {settings[key]!r}: not supported; merge with PEFT")
     if settings.get("bias", "none") != "none" or settings.get("peft_type", "LORA") != "LORA":
         raise RsdError(f"{source}: expected a LoRA adapter without biases; merge it with PEFT")
-    rank, alpha = (typed_value(float, settings.get(key), str(source), key) for key in ("r", "lora_alpha"))
+    rank, alpha = (checked(float, settings.get(key), f"{source}: field {key}") for key in ("r", "lora_alpha"))
     if rank < 1:
         raise RsdError(f"{source}: expected a rank r of at least 1, found {rank}")
     scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)

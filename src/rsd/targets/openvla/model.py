@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsd.checks import checked, from_json, shown
 from rsd.conventions import CHUNK_SIZE
-from rsd.json_files import from_json, shown, typed_value
 from rsd.targets.openvla.llama import Attend, Llama, LlamaConfig, StaticCache
 from rsd.targets.openvla.vision import DINO, SIGLIP, TIMM_MODELS, FusedVision, Projector, VitConfig
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
@@ -79,7 +79,7 @@ class OpenVlaConfig:
 
         for key, wanted in SUPPORTED.items():
             expect(key, said(content, key, None if key in REQUIRED else wanted), wanted)
-        text = typed_value(dict[str, Any], said(content, "text_config", {}), source, "text_config")
+        text = checked(dict[str, Any], said(content, "text_config", {}), f"{source}: field text_config")
         # transformers 5 writes it so
         theta = said(content, "text_config.rope_parameters.rope_theta", LlamaConfig.rope_theta)
         sizes = {ours: text[theirs] for theirs, ours in LLAMA_NAMES.items() if text.get(theirs) is not None}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.json_files import shown
+from rsd.checks import shown
 from rsd.targets.openvla.published import CONFIG_FILE, SETTINGS_FILE, STATISTICS_FILE, read_json
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError, real_array
 

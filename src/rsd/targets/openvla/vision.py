@@ -9,35 +9,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rsd.models.config import check_sizes
+from rsd.checks import Checked, Rules, between
+from rsd.models.config import Layers, Width
 from rsd.models.streams import together
-from rsd.types import RsdError
 
 
 @dataclass(frozen=True)
-class VitConfig:
+class VitConfig(Checked):
     """Sizes of one vision transformer. depth counts the checkpoint's blocks, of which the last is not run."""
 
-    dim: int
-    depth: int
-    heads: int
-    mlp_dim: int
-    image_size: int = 224
-    patch: int = 14
-    registers: int = 0
+    dim: Width
+    depth: Layers
+    heads: Width
+    mlp_dim: Width
+    image_size: Annotated[int, between(1, 1024)] = 224
+    patch: Annotated[int, between(1, 1024)] = 14
+    registers: Annotated[int, between(0, 64)] = 0
     """Register tokens; a model with registers also has a class token."""
     layer_scale: bool = False
 
-    def __post_init__(self) -> None:
-        check_sizes("vision tower", self.dim, self.depth, self.heads)
-        if min(self.mlp_dim, self.patch) < 1 or self.registers < 0 or self.image_size < self.patch:
-            raise RsdError(f"vision tower: expected positive sizes and images no smaller than a patch, found {self}")
+    def rules(self) -> Rules:
+        yield self.dim % self.heads == 0, f"heads that divide dim {self.dim}", self.heads
+        yield self.patch <= self.image_size, f"a patch of at most image_size {self.image_size}", self.patch
 
     @property
     def patches(self) -> int:

@@ -1,4 +1,4 @@
-"""What a tokenizer may learn: an autoencoder in the place of the linear transform, and a refiner of decoded values.
+"""What a code could learn: an autoencoder in the place of the linear transform, and a refiner of decoded values.
 
 Both are trained with nested dropout over levels: every sample keeps a prefix of random length, so that every prefix
 of levels decodes well, not just the whole code.
@@ -8,14 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsd.tokenizer.config import LearnConfig
+from rsd.checks import Checked, Seed, Some, between, within
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.types import RsdError
+
+
+@dataclass(frozen=True)
+class LearnConfig(Checked):
+    """Sizes and training of the learned parts, on the CPU in a minute or two. hidden: width of the hidden layers (the
+    step autoencoder keeps the 64 of the original)."""
+
+    hidden: Annotated[int, between(1, 2**15)] = 256
+    steps: Some = 4000
+    batch_size: Some = 1024
+    learning_rate: Annotated[float, within(0, 1)] = 2e-3
+    seed: Seed = 0
 
 
 class Autoencoder(nn.Module):
@@ -139,5 +153,5 @@ def train(
         error.backward()
         optimiser.step()
     if not all(torch.isfinite(parameter).all() for parameter in net.parameters()):
-        raise RsdError("tokenizer fit: the learned part diverged; lower learn.learning-rate")
+        raise RsdError("tokenizer fit: the learned part diverged; lower the learning rate")
     net.requires_grad_(False)

@@ -3,9 +3,9 @@ import itertools
 import numpy as np
 import pytest
 
-from rsd.tokenizer.allocation import active_cells, allocate
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
+from studies.tokenizers.allocation import active_cells, allocate
 
 CODE = RfsqConfig(3, 3, 3.0)
 

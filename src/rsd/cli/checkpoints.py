@@ -1,0 +1,52 @@
+"""`rsd inspect` and `rsd checkpoint seal`: what a checkpoint holds, and that this is what it should hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from rsd.cli.parsing import parse
+
+
+@dataclass(frozen=True)
+class InspectArguments:
+    """Show what a checkpoint holds (sizes, tokenizer, training data), or one run or several (tasks, failures)."""
+
+    path: tyro.conf.Positional[str]
+    """Checkpoint directory, hub id, directory written by `rsd eval`, or a folder of such."""
+    keys: bool = False
+    """List every tensor of the checkpoint with its shape."""
+    provenance: bool = False
+    """Show all that the checkpoint knows of its making: data, settings, versions, validation."""
+
+
+def inspect(arguments: Sequence[str], prog: str) -> int:
+    options = parse(InspectArguments, arguments, prog)
+    from rsd.reporting import inspection
+
+    inspection.inspect(options.path, Console(highlight=False), options.keys, options.provenance)
+    return 0
+
+
+@dataclass(frozen=True)
+class SealArguments:
+    """Write a checkpoint's manifest.json anew, after its files were edited on purpose.
+
+    The files are read as for a prediction first; what would not load is not sealed.
+    """
+
+    directory: tyro.conf.Positional[Path]
+    """The checkpoint directory."""
+
+
+def seal(arguments: Sequence[str], prog: str) -> int:
+    options = parse(SealArguments, arguments, prog)
+    from rsd import checkpoint
+
+    changed = checkpoint.seal(options.directory)
+    print(f"{options.directory}: sealed; other than before or new: {', '.join(changed) or 'nothing'}")
+    return 0

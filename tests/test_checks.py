@@ -1,0 +1,155 @@
+"""What a value has to be stands in its annotation: what fits is taken, what does not is one line that says where."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+from rsd.checks import Checked, Count, Rules, Share, above, between, checked, checked_later, from_json, multiple, within
+from rsd.json_files import read_object
+from rsd.policy import RsdPolicy
+from rsd.tokenizer.action_tokenizer import ActionTokenizer, ChunkTokens
+from rsd.types import Observation, RsdError
+
+MakeObservation = Callable[..., Observation]
+
+
+@dataclass(frozen=True)
+class Inner(Checked):
+    count: Annotated[int, between(1, 64), multiple(2)] = 4
+    rate: Annotated[float, above(0, 1)] = 1.0
+
+    def rules(self) -> Rules:
+        yield self.count > self.rate, "a count above the rate", self.count
+
+
+@dataclass(frozen=True)
+class Outer(Checked):
+    inner: Inner = field(default_factory=Inner)
+    maybe: Inner | None = None
+    share: Share | None = None
+    kind: Literal["x", "y"] = "x"
+    path: Path = Path("a")
+    table: dict[str, list[Count]] = field(default_factory=dict)
+    pairs: tuple[tuple[float, float], ...] = ()
+    inside: Annotated[float, within(0, 1)] = 0.5
+    free: Any = None
+
+
+FINE = ({"path": "b"}, {"pairs": [[1, 2.5]]}, {"share": 1}, {"inner": {"count": 6}}, {"free": 1 + 2j}, {"maybe": None})
+ODD = [
+    ({"share": 2}, "share: expected a number from 0 to 1 or null, found 2"),
+    ({"share": float("nan")}, "share: expected a number from 0 to 1 or null, found nan"),
+    ({"share": True}, "share: expected a number from 0 to 1 or null, found True"),
+    ({"kind": "z"}, "kind: expected one of x, y, found 'z'"),
+    ({"kind": ["x"]}, r"kind: expected one of x, y, found \['x'\]"),
+    ({"path": 3}, "path: expected a path, found 3"),
+    ({"table": {"a": [1, -1]}}, r"table.a\[1\]: expected an integer from 0 to 1000000000, found -1"),
+    ({"table": {"a": 7}}, "table.a: expected a list, each of it an integer from 0 to 1000000000, found 7"),
+    ({"table": {"a": [10**25]}}, r"table.a\[0\]: expected an integer"),
+    ({"pairs": ((1, 2, 3),)}, r"pairs\[0\]: expected 2 values, each a number, found \(1, 2, 3\)"),
+    ({"pairs": ((1, "2"),)}, r"pairs\[0\]\[1\]: expected a number, found '2'"),
+    ({"pairs": ((1, 10**5000),)}, r"pairs\[0\]\[1\]: expected a number, found int"),
+    ({"inside": 1.0}, "inside: expected a number between 0 and 1, found 1.0"),
+    ({"inner": {"count": 66}}, "inner.count: expected an integer from 1 to 64 that is a multiple of 2, found 66"),
+    ({"inner": {"count": 5}}, "inner.count: expected an integer from 1 to 64 that is a multiple of 2, found 5"),
+    ({"inner": {"count": 2.0}}, "inner.count: expected an integer .*, found 2.0"),
+    ({"inner": {"rate": 0}}, "inner.rate: expected a number above 0, at most 1, found 0"),
+    ({"inner": {"colour": 1}}, r"unknown or missing field of inner: missing \[\], unknown \['colour'\]"),
+    ({"inner": None}, "inner: expected Inner, found None"),
+    ({"maybe": 3}, "maybe: expected Inner or null, found 3"),
+]
+
+
+@pytest.mark.parametrize("given", FINE, ids=str)
+def test_what_fits_is_taken(given: dict[str, Any]) -> None:
+    made = Outer(**given)
+    assert from_json(Outer, given, "file") == made
+    assert replace(made, share=0.5) == Outer(**{**given, "share": 0.5})
+    if "free" not in given:
+        assert pickle.loads(pickle.dumps(made)) == made
+        assert from_json(Outer, asdict(made), "file") == made
+
+
+@pytest.mark.parametrize(("given", "message"), ODD, ids=[message[:20] for _, message in ODD])
+def test_what_does_not_fit_is_one_line(given: dict[str, Any], message: str) -> None:
+    for make, where in ((lambda: Outer(**given), ""), (lambda: from_json(Outer, given, "f.json"), "f.json: (field )?")):
+        with pytest.raises(RsdError, match=f"^{where}{message}") as caught:
+            make()
+        assert "\n" not in str(caught.value)
+
+
+def test_values_are_checked_together_and_by_whoever_knows_where_they_stand() -> None:
+    with pytest.raises(RsdError, match=r"^expected a count above the rate, found 1$"):
+        replace(OneToo(), count=1)
+    with pytest.raises(RsdError, match=r"^f: field maybe: expected a count above the rate, found 1$"):
+        from_json(Holder, {"maybe": {"count": 1}}, "f")
+    with checked_later():
+        odd = Inner(count=65)
+    with pytest.raises(RsdError, match=r"^inner.count: expected"):
+        Outer(inner=odd)
+
+
+@dataclass(frozen=True)
+class OneToo(Checked):
+    count: Count = 4
+
+    def rules(self) -> Rules:
+        yield self.count > 1, "a count above the rate", self.count
+
+
+@dataclass(frozen=True)
+class Holder(Checked):
+    maybe: OneToo | None = None
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    made = Inner(count=np.int64(6), rate=np.float32(0.5))  # type: ignore[arg-type]
+    assert (type(made.count), type(made.rate)) == (int, float)
+    assert checked(list[int], [np.int32(1)], "list") == [1]
+    with pytest.raises(RsdError, match=r"list.1.: expected an integer, found .*2.5"):
+        checked(list[int], [1, np.float64(2.5)], "list")
+
+
+def odd_arguments(policy: RsdPolicy, tokenizer: ActionTokenizer, seen: Observation) -> Iterator[tuple[Any, str]]:
+    core, zeros, gripper = policy.core, torch.zeros(1, tokenizer.scalars), torch.zeros(1, 8, dtype=torch.long)
+    tokens = tokenizer.encode(torch.zeros(1, 8, 7))
+    yield lambda: core.predict([seen], [5]), r"predict: states\[0\]: expected EpisodeState or null, found 5"  # type: ignore[list-item]
+    yield lambda: core.predict([seen], 5), "predict: states: expected a list"  # type: ignore[arg-type]
+    yield lambda: core.predict(seen), "predict: expected a list of observations, found Observation"  # type: ignore[arg-type]
+    yield lambda: core.verify_pending(None), "verify_pending: expected Pending, found None"  # type: ignore[arg-type]
+    yield lambda: policy.reset("x"), "reset: seed: expected an integer from 0 to .* or null, found 'x'"  # type: ignore[arg-type]
+    yield lambda: policy.reset(-1), "reset: seed: expected an integer from 0"
+    yield lambda: RsdPolicy.from_pretrained(3), "policy: expected text or a path, found 3"  # type: ignore[arg-type]
+    yield lambda: tokenizer.decode(None), "tokens: expected ChunkTokens"  # type: ignore[arg-type]
+    yield lambda: tokenizer.decode(ChunkTokens(None, gripper)), "motion tokens: expected a tensor"  # type: ignore[arg-type]
+    yield lambda: tokenizer.decode(tokens, 99), "levels: expected an integer from 0 to"
+    yield lambda: tokenizer.to_actions(zeros * float("nan"), gripper), "coefficients: expected finite numbers"
+    yield lambda: tokenizer.to_actions(zeros[:, 1:], gripper), r"coefficients: expected \[B, 48\], found \[1, 47\]"
+    yield lambda: tokenizer.to_actions(zeros[0], gripper), r"coefficients: expected \[B, 48\], found \[48\]"
+    yield lambda: tokenizer.to_actions(zeros, gripper + 5), "gripper tokens: expected numbers from 0 to 1, found 5..5"
+    yield lambda: tokenizer.to_actions(zeros, gripper[:, 1:]), r"gripper tokens: expected \[1, 8\], found \[1, 7\]"
+    yield lambda: tokenizer.gripper_symbols(torch.zeros(1, 8, 6)), r"action chunk: expected \[B, 8, 7\]"
+
+
+def test_odd_arguments_are_one_line(
+    policy: RsdPolicy, tokenizer: ActionTokenizer, make_observation: MakeObservation
+) -> None:
+    for call, message in odd_arguments(policy, tokenizer, make_observation()):
+        with pytest.raises(RsdError, match=f"^{message}"):
+            call()
+
+
+def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    for path in (tmp_path / "config.json", Path("/dev/zero"), tmp_path):
+        with pytest.raises(RsdError, match=r"expected a file, found a (directory|device or a pipe)"):
+            read_object(path, "a folder")
