@@ -114,12 +114,12 @@ def test_weights_that_do_not_fit_are_named(
         ({"text_config": {"num_attention_heads": 32, "num_key_value_heads": 8}}, "num_key_value_heads: expected 32"),
         ({"timm_model_kwargs": [{"depht": 1}, {}]}, "timm_model_kwargs"),
         ({"timm_model_kwargs": {"depth": 1}}, "timm_model_kwargs: expected two objects, found {'depth': 1}"),
-        ({"timm_model_kwargs": [{"depth": 0}, {}]}, "timm_model_kwargs: vision tower: expected 1 to 256 layers"),
+        ({"timm_model_kwargs": [{"depth": 0}, {}]}, "timm_model_kwargs: field depth: expected an integer from 1 to 256, found 0"),
         ({"text_config": ["llama"]}, r"field text_config: expected an object, found \['llama'\]"),
-        ({"text_config": {"hidden_size": "32"}}, "text_config: field dim: expected int, found '32'"),
-        ({"text_config": {"num_attention_heads": 0}}, "text_config: Llama: expected 1 to 256 layers"),
-        ({"text_config": {"rope_parameters": {"rope_theta": [1]}}}, "field rope_theta: expected float"),
-        ({"n_action_bins": 256.0}, "field action_bins: expected int, found 256.0"),
+        ({"text_config": {"hidden_size": "32"}}, "text_config: field dim: expected an integer from 1 to 32768, found .32."),
+        ({"text_config": {"num_attention_heads": 0}}, "text_config: field heads: expected an integer from 1 to 32768, found 0"),
+        ({"text_config": {"rope_parameters": {"rope_theta": [1]}}}, "field rope_theta: expected a number"),
+        ({"n_action_bins": 256.0}, "field action_bins: expected an integer"),
     ],
 )
 def test_a_configuration_that_is_not_supported_is_named(copy: Path, change: dict[str, Any], message: str) -> None:
