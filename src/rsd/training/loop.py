@@ -32,6 +32,7 @@ from rsd.training.config import LoopConfig
 from rsd.types import RsdError
 from rsd.versions import versions
 
+STATE_FILE, CHECKPOINT = "training_state.pt", "checkpoint"
 CLOCK_STEPS = 20  # how often the processes ask the first one for its clock, and whether it was told to stop
 SHOW_SECONDS, LINE_SECONDS = 1.0, 60.0  # between updates of the bar, and between lines of the log
 
@@ -278,7 +279,6 @@ def describe(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config), default=str))
 
 
-STATE_FILE, CHECKPOINT = "training_state.pt", "checkpoint"
 Config = TypeVar("Config")
 Result = TypeVar("Result")
 

@@ -40,6 +40,7 @@ from rsd.training.policy import episode_numbers, join, load_folders
 from rsd.training.validation import validate
 from rsd.types import STATE_DIM, RsdError
 
+VALIDATION_BATCH = 8
 IMAGES_A_JOB = 16
 
 
@@ -154,9 +155,6 @@ def resized(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return prepare_images(images, center_crop=False).permute(0, 2, 3, 1).byte().numpy()
 
 
-VALIDATION_BATCH = 8
-
-
 @dataclass
 class Trainee:
     """model: what computes; trained: the part of it that changes, none of the base; adapter: of its updates."""
@@ -220,8 +218,8 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
     dataset = frames(mine)
     visual = config.visual_drafter is not None
     dataset.check(config.loop.batch_size, config.remembered_chunks if visual else None, config.augment)
-    # what is wrong with the others is found now, not after the training; the first process validates
-    validation = frames(held_out if rank == 0 else held_out[:1])
+    # only the first process validates; what is wrong with those held out is found now, not after the training
+    validation = frames(held_out) if rank == 0 else dataset
     if rank == 0:
         print(f"{len(seen.frames)} demonstrations, {len(held_out)} held out; {len(dataset)} frames in this process")
     openvla = load_openvla(base, base=locate_under(base), device=str(device))
