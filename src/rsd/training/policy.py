@@ -183,8 +183,9 @@ def train_drafter(config: TrainDrafterConfig) -> Path:
     if not source.core.body.compact:
         raise RsdError(f"train drafter: {config.policy} has OpenVLA as its target; its drafts are trained with it")
     tokenizer, visual = source.tokenizer.to(device), config.kind == "visual"
-    dataset, validation = load_frames(config, tokenizer, device, source.config.target.image_size, paired=visual)
+    torch.manual_seed(config.loop.seed)
     model, policy = with_draft(source, config)
+    dataset, validation = load_frames(config, tokenizer, device, source.config.target.image_size, paired=visual)
     model.to(device).requires_grad_(False)
     model.get_submodule(f"{config.kind}_drafter").requires_grad_(True)
 
