@@ -34,7 +34,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
 from rsd.training.config import TrainOpenVlaConfig
 from rsd.training.dataset import Augmentation, Batch, FrameDataset, random_colour, random_shift
-from rsd.training.loop import one_run_a_folder, train_and_save
+from rsd.training.loop import check_state, one_run_a_folder, train_and_save
 from rsd.training.losses import policy_losses
 from rsd.training.policy import episode_numbers, join, load_folders
 from rsd.training.validation import validate
@@ -198,6 +198,8 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
     base = locate_openvla(config.source)
     if base is None:
         raise RsdError(f"--from {config.source}: expected a checkpoint in OpenVLA's format (docs/openvla.md)")
+    belongs = fingerprint(base, BASE_FILES)  # a state of the training belongs to its base
+    check_state(config, base_fingerprint=belongs)
     tokenizer = ActionTokenizer.load(config.tokenizer).to(device)
     seen, rank = survey(config.data), parallel.rank()
     mine, held_out = episode_numbers(len(seen.frames), config.validation_every, rank, parallel.world_size())
@@ -246,7 +248,6 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
         "frames": sum(seen.frames) - sum(seen.frames[number] for number in held_out),
         "instructions": seen.instructions,
     }
-    belongs = fingerprint(base, BASE_FILES)  # a state of the training belongs to its base
     return train_and_save(config, trainee.trained, losses, device, save, check, data, base_fingerprint=belongs)
 
 
