@@ -74,7 +74,7 @@ def test_padding_is_not_read() -> None:
 
 
 def test_accents_are_taken_off_and_other_letters_refused() -> None:
-    """"bläck" was read as "bl ck", which moved the actions by 0.137."""
+    """ "bläck" was read as "bl ck", which moved the actions by 0.137."""
     plain = word_ids(["pick up the black bowl"])
     for text in ("pick up the bläck bowl", "PICK UP THE BLA\u0308CK BOWL", "pick up \u2013 the “black” bowl…"):
         assert torch.equal(word_ids([text]), plain)

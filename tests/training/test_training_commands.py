@@ -166,7 +166,9 @@ def test_an_interrupted_training_continues_to_the_same_step(
     assert torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] == 12
 
     with pytest.raises(RsdError, match="belongs to a run with other settings"):
-        train_policy(replace(config, loss=replace(config.loss, jitter=0.1)))
+        train_policy(replace(config, data=(), loss=replace(config.loss, jitter=0.1)))  # before anything is read
+    with pytest.raises(RsdError, match="belongs to a run with other settings"):
+        train_drafter(TrainDrafterConfig("nowhere", (), tmp_path, "cpu"))
 
 
 def test_training_from_a_checkpoint_starts_with_its_weights(
@@ -301,9 +303,9 @@ def test_a_tokenizer_is_replaced_only_if_asked_for(states_only: Path, tmp_path: 
     assert ActionTokenizer.load(tmp_path).config.levels == 5
 
 
-def test_states_without_images_are_refused(config: TrainPolicyConfig, states_only: Path) -> None:
+def test_states_without_images_are_refused(config: TrainPolicyConfig, states_only: Path, tmp_path: Path) -> None:
     with pytest.raises(RsdError, match="rsd demos render"):
-        train_policy(replace(config, data=(states_only,)))
+        train_policy(replace(config, data=(states_only,), output=tmp_path))
 
 
 # draft

@@ -81,9 +81,7 @@ def verify_block(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, gen
     tokens = torch.where(position == kept + 1, corrected, sample(p, generator))
     accepted = (position <= kept).view(batch, levels, width)
     tokens = torch.where(accepted, drafted, tokens.view(batch, levels, width))
-    whole = kept.squeeze(1) // width
-    stands = (torch.arange(levels, device=x.device) <= whole.unsqueeze(1)).unsqueeze(-1)  # [B, c, 1]
-    return Verified(tokens.where(stands, STALE), accepted & stands, whole)
+    return _verified(tokens, accepted, kept.squeeze(1) // width)
 
 
 def sample(probs: Tensor, generator: torch.Generator) -> Tensor:
@@ -105,3 +103,8 @@ def residual(target: Tensor, draft: Tensor, otherwise: Tensor | None = None) -> 
 def _of(probs: Tensor, symbols: Tensor) -> Tensor:
     """probs [..., K], symbols int [...] -> each one's probability [...]."""
     return probs.gather(-1, symbols.unsqueeze(-1)).squeeze(-1)
+
+
+def _verified(tokens: Tensor, accepted: Tensor, levels: Tensor) -> Verified:
+    stands = torch.arange(tokens.shape[1], device=tokens.device) <= levels.unsqueeze(1)  # [B, c]
+    return Verified(tokens.where(stands.unsqueeze(-1), STALE), accepted & stands.unsqueeze(-1), levels)

@@ -33,6 +33,8 @@ from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.training.dataset import chunk_targets
 from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation, real_array
 
+FORMAT_VERSION = 1
+SETTINGS_FILE, WEIGHTS_FILE = "legacy.json", "legacy.safetensors"
 HEADS = 8  # attention heads of every transformer in these files; not to be read off the weights
 SYMBOLS = 7
 EPSILON = 1e-5  # what the robust quantiser adds to a standard deviation
@@ -258,10 +260,6 @@ def filled(path: Path, weights: Weights, build: Callable[[Weights], Network]) ->
         raise RsdError(f"{path}: does not fit {type(model).__name__}: " + "; ".join(sorted(lines)[:10]))
     model.load_state_dict(weights)
     return model
-
-
-FORMAT_VERSION = 1
-SETTINGS_FILE, WEIGHTS_FILE = "legacy.json", "legacy.safetensors"
 
 
 class LegacyDecoder:

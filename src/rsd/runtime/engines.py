@@ -17,6 +17,10 @@ from rsd.runtime.cuda_graph import compiled_graph, cuda_graph
 from rsd.runtime.onnx_graph import OnnxGraphs, missing_packages
 from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ENGINES, ONNX, RsdError
 
+DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}  # of the engines that record
+CUDA = {CUDA_GRAPHS: cuda_graph, COMPILED: compiled_graph}
+VARIABLE = "RSD_ENGINE"  # what `auto` takes on a CPU, if it is set
+LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 Call = Callable[[Sequence[Tensor]], Any]
 KEPT = 128  # recordings of other shapes, as prompts of other lengths have them; the one used longest ago gives way
@@ -62,11 +66,6 @@ def sound(ops: Primitives) -> Tensor:
     return torch.stack(checks).sum() if checks else torch.zeros((), device=ops.watch.device)
 
 
-DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}  # of the engines that record
-VARIABLE = "RSD_ENGINE"  # what `auto` takes on a CPU, if it is set
-LOG = logging.getLogger(__name__)
-
-
 def choose_engine(asked: str, device: str, recordable: bool, compact: bool = True) -> str:
     """The engine for a device such as cpu or cuda:1; recordable: whether what is decoded can become a graph there;
     compact: whether the models are the compact ones, and not OpenVLA's.
@@ -88,12 +87,10 @@ def choose_engine(asked: str, device: str, recordable: bool, compact: bool = Tru
             raise RsdError(f"engine 'onnx': expected {', '.join(missing)}; pip install {' '.join(missing)}")
     if asked != AUTO:
         return asked
-    if not recordable:
+    if not recordable or kind not in ("cpu", "cuda"):
         return EAGER
     if kind == "cuda":
         return CUDA_GRAPHS
-    if kind != "cpu":
-        return EAGER
     wanted = os.environ.get(VARIABLE, AUTO)
     if wanted not in (AUTO, EAGER, ONNX):
         raise RsdError(f"{VARIABLE}={wanted}: expected {AUTO}, {EAGER} or {ONNX}; set it anew, or unset it")
@@ -111,6 +108,3 @@ def make_engine(engine: str) -> Recordings | None:
     if engine == EAGER:
         return None
     return Recordings(OnnxGraphs(), whole=False) if engine == ONNX else Recordings(CUDA[engine], whole=True)
-
-
-CUDA = {CUDA_GRAPHS: cuda_graph, COMPILED: compiled_graph}

@@ -32,6 +32,7 @@ from rsd.training.config import LoopConfig
 from rsd.types import RsdError
 from rsd.versions import versions
 
+STATE_FILE, CHECKPOINT = "training_state.pt", "checkpoint"
 CLOCK_STEPS = 20  # how often the processes ask the first one for its clock, and whether it was told to stop
 SHOW_SECONDS, LINE_SECONDS = 1.0, 60.0  # between updates of the bar, and between lines of the log
 
@@ -260,21 +261,40 @@ class State:
 
     def resume(self) -> tuple[int, float]:
         """Restore the parts, where there is a file -> steps done and seconds spent."""
-        if not self.path.exists():
+        if not (state := self.read()):
             return 0, 0.0
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            return int(state["step"]), float(state["spent"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what torch makes of it
+            raise self._odd(error) from error
+
+    def read(self) -> dict[str, Any]:
+        """What the file holds, nothing where there is none; `RsdError` for the state of another run."""
+        if not self.path.exists():
+            return {}
         state = read_pt(self.path)
         if missing := {"config", "step", "spent", *self.parts} - state.keys():
             found = f"found one without {', '.join(sorted(missing))}"
             raise RsdError(f"{self.path}: expected the state of a training, {found}; choose another --output")
         try:
-            if json.loads(state["config"]) != json.loads(json.dumps(self.resolved, sort_keys=True)):
-                raise RsdError(f"{self.path}: belongs to a run with other settings; choose another --output")
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            return int(state["step"]), float(state["spent"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what torch makes of it
-            found = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-            raise RsdError(f"{self.path}: not the state of this training ({found}); choose another --output") from error
+            same = json.loads(state["config"]) == json.loads(json.dumps(self.resolved))
+        except (TypeError, ValueError) as error:
+            raise self._odd(error) from error
+        if not same:
+            raise RsdError(f"{self.path}: belongs to a run with other settings; choose another --output")
+        return state
+
+    def _odd(self, error: Exception) -> RsdError:
+        found = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        return RsdError(f"{self.path}: not the state of this training ({found}); choose another --output")
+
+
+def check_state(config: Trains, **also: object) -> None:
+    """`RsdError` for a run folder with the state of another run, before anything is loaded; also: as to
+    `train_and_save`."""
+    State(config.output / STATE_FILE, {}, {**describe(config), **also}).read()
 
 
 def describe(config: Any) -> dict[str, Any]:
@@ -282,7 +302,6 @@ def describe(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config), default=str))
 
 
-STATE_FILE, CHECKPOINT = "training_state.pt", "checkpoint"
 Config = TypeVar("Config")
 Result = TypeVar("Result")
 

@@ -34,12 +34,13 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
 from rsd.training.config import TrainOpenVlaConfig
 from rsd.training.dataset import Augmentation, Batch, FrameDataset, random_colour, random_shift
-from rsd.training.loop import one_run_a_folder, train_and_save
+from rsd.training.loop import check_state, one_run_a_folder, train_and_save
 from rsd.training.losses import policy_losses
 from rsd.training.policy import episode_numbers, join, load_folders
 from rsd.training.validation import validate
 from rsd.types import STATE_DIM, RsdError
 
+VALIDATION_BATCH = 8
 IMAGES_A_JOB = 16
 
 
@@ -156,9 +157,6 @@ def resized(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return prepare_images(images, center_crop=False).permute(0, 2, 3, 1).byte().numpy()
 
 
-VALIDATION_BATCH = 8
-
-
 @dataclass
 class Trainee:
     """model: what computes; trained: the part of it that changes, none of the base; adapter: of its updates."""
@@ -202,6 +200,8 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
     base = locate_openvla(config.source)
     if base is None:
         raise RsdError(f"--from {config.source}: expected a checkpoint in OpenVLA's format (docs/openvla.md)")
+    belongs = fingerprint(base, BASE_FILES)  # a state of the training belongs to its base
+    check_state(config, base_fingerprint=belongs)
     tokenizer = ActionTokenizer.load(config.tokenizer).to(device)
     seen, rank = survey(config.data), parallel.rank()
     mine, held_out = episode_numbers(len(seen.frames), config.validation_every, rank, parallel.world_size())
@@ -222,8 +222,8 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
     dataset = frames(mine)
     visual = config.visual_drafter is not None
     dataset.check(config.loop.batch_size, config.remembered_chunks if visual else None, config.augment)
-    # what is wrong with the others is found now, not after the training; the first process validates
-    validation = frames(held_out if rank == 0 else held_out[:1])
+    # only the first process validates; what is wrong with those held out is found now, not after the training
+    validation = frames(held_out) if rank == 0 else dataset
     if rank == 0:
         print(f"{len(seen.frames)} demonstrations, {len(held_out)} held out; {len(dataset)} frames in this process")
     openvla = load_openvla(base, base=locate_under(base), device=str(device))
@@ -250,7 +250,6 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
         "frames": sum(seen.frames) - sum(seen.frames[number] for number in held_out),
         "instructions": seen.instructions,
     }
-    belongs = fingerprint(base, BASE_FILES)  # a state of the training belongs to its base
     return train_and_save(config, trainee.trained, losses, device, save, check, data, base_fingerprint=belongs)
 
 

@@ -24,7 +24,7 @@ from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
 from rsd.training import parallel
 from rsd.training.config import DEFAULT_TOKENIZER, TrainDrafterConfig, TrainPolicyConfig
 from rsd.training.dataset import Batch, FrameDataset
-from rsd.training.loop import one_run_a_folder, train_and_save
+from rsd.training.loop import check_state, one_run_a_folder, train_and_save
 from rsd.training.losses import TargetRun, draft_losses, policy_losses, visual_drafter_losses, visual_total
 from rsd.training.validation import validate
 from rsd.types import EAGER, RsdError
@@ -39,6 +39,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     if config.policy.fine not in FINE:
         raise RsdError(f"--policy.fine {config.policy.fine}: expected {' or '.join(FINE)}")
     device = join(config.device)
+    check_state(config)
     start = RsdPolicy.from_pretrained(config.init, decode="ar", engine=EAGER) if config.init else None
     if start and not start.core.body.compact:
         raise RsdError(f"--init {config.init}: expected a compact policy, found one on OpenVLA")
@@ -182,12 +183,14 @@ def train_drafter(config: TrainDrafterConfig) -> Path:
     if parallel.launched():
         raise RsdError("train drafter: runs in one process; drop torchrun")
     device = resolve_device(config.device)
+    check_state(config)
     source = RsdPolicy.from_pretrained(config.policy, decode="ar", engine=EAGER)
     if not source.core.body.compact:
         raise RsdError(f"train drafter: {config.policy} has OpenVLA as its target; its drafts are trained with it")
     tokenizer, visual = source.tokenizer.to(device), config.kind == "visual"
-    dataset, validation = load_frames(config, tokenizer, device, source.config.target.image_size, paired=visual)
+    torch.manual_seed(config.loop.seed)
     model, policy = with_draft(source, config)
+    dataset, validation = load_frames(config, tokenizer, device, source.config.target.image_size, paired=visual)
     model.to(device).requires_grad_(False)
     model.get_submodule(f"{config.kind}_drafter").requires_grad_(True)
 

@@ -32,6 +32,8 @@ from rsd.targets.openvla.statistics import Statistics
 from rsd.types import ACTION_DIM, CAMERAS, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 T = TypeVar("T")
+PREPROCESSOR_FILE = "preprocessor_config.json"
+RENDER_SIZE = 256  # pixels a side, what the published evaluation renders and then resizes to 224
 PROMPT_LENGTHS = 16  # captured lengths kept; a suite of ten tasks has fewer
 
 
@@ -117,10 +119,6 @@ class Engine:
             return self.model.language_model.logits(hidden).argmax(-1), hidden
 
         return [self._captured(every, inputs)]
-
-
-PREPROCESSOR_FILE = "preprocessor_config.json"
-RENDER_SIZE = 256  # pixels a side, what the published evaluation renders and then resizes to 224
 
 
 class OpenVlaPolicy:
