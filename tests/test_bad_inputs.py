@@ -282,6 +282,7 @@ LEROBOT: dict[str, tuple[Callable[[Path], None], str]] = {
     "nan": (second_episode([[float("nan")] * 7] * STEPS), "expected finite numbers in action"),
     "no-rows": (no_rows, "expected 0 frames as meta/info.json says, found 0"),
     "index-with-a-gap": (index_with_a_gap, "expected real numbers in frame_index, found 1 of 12 empty"),
+    "episode-missing": (info(total_episodes=4), "expected 4 episodes as meta/info.json says, found 3"),
     "total-null": (info(total_frames=None), "expected None frames as meta/info.json says, found 36"),
     "total-text": (info(total_frames="36"), "expected '36' frames as meta/info.json says, found 36"),
     "total-true": (info(total_frames=True), "expected True frames"),

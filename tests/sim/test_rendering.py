@@ -82,22 +82,22 @@ def test_a_backend_that_does_not_draw_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("command", "environment", "said"),
     [
-        ({"MUJOCO_GL": "vulkan"}, "MUJOCO_GL: expected one of egl, osmesa"),
-        ({"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "99"}, "MUJOCO_EGL_DEVICE_ID"),
-        ({"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "egl"}, "unset MUJOCO_GL"),
+        ("demos collect --out", {"MUJOCO_GL": "vulkan"}, "MUJOCO_GL: expected one of egl, osmesa"),
+        ("demos collect --out", {"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "egl"}, "unset MUJOCO_GL"),
+        ("eval --output", {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "99"}, "MUJOCO_EGL_DEVICE_ID"),
     ],
 )
 def test_an_environment_in_which_mujoco_cannot_be_imported_is_one_line(
-    environment: dict[str, str], said: str, tmp_path: Path
+    command: str, environment: dict[str, str], said: str, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "rsd", "demos", "collect", "--out", str(tmp_path / "demos")]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
+    program = [sys.executable, "-m", "rsd", *command.split(), str(tmp_path / "out")]
+    done = subprocess.run(program, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "demos").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_disarmed_camera_repeats_its_last_image() -> None:

@@ -99,23 +99,24 @@ def render(config: RenderConfig) -> dict[str, int]:
     """
     out = config.out or config.source
     demonstration_files(config.source)  # an error before a folder is made
-    check_place(out)
+    if out != config.source:
+        check_place(out)
     check_gl()
     faults = Faults(f"what is rendered is kept in {out}; the same command tries the others again")
     with exclusive(out):
         jobs: list[tuple[Path, str, int, list[str]]] = []
-        wanted: dict[Path, list[str]] = {}
-        done = 0
-        for path in demonstration_files(config.source):
+        files = demonstration_files(config.source)
+        done = total = 0
+        for path in files:
             suite, task_id = _task_of(path)
-            wanted[path] = stored_names(path)[: config.max_per_task]
+            wanted = stored_names(path)[: config.max_per_task]
             made = (config.image_size, config.every)
             parts = [part for part in part_files(_folder(out, path)) if _images_of(part) == made]
             have = _rendered(out / path.name, config) | {part.stem for part in parts}
-            missing = [name for name in wanted[path] if name not in have]
-            done += len(wanted[path]) - len(missing)
+            missing = [name for name in wanted if name not in have]
+            total += len(wanted)
+            done += len(wanted) - len(missing)
             jobs += [(path, suite, task_id, missing[i : i + BATCH]) for i in range(0, len(missing), BATCH)]
-        total = sum(map(len, wanted.values()))
         with worker_pool(config.num_workers) as pool, progress_bar() as bar:
             shown = bar.add_task("rendered demonstrations", total=total, completed=done)
             for job in as_completed([pool.submit(_render_batch, config, out, *arguments) for arguments in jobs]):
@@ -123,7 +124,7 @@ def render(config: RenderConfig) -> dict[str, int]:
                 for piece, fault in failed:
                     faults.failed(piece, fault)
                 bar.advance(shown, done)
-        counts = {path.name.removesuffix(FILE_SUFFIX): _merge(config, out, path) for path in wanted}
+        counts = {path.name.removesuffix(FILE_SUFFIX): _merge(config, out, path) for path in files}
     told = f"{sum(counts.values())} demonstrations with images in {out}"
     print(f"{told}; next: rsd train policy --data {out}", file=sys.stderr)
     faults.raise_any(f"of {total} demonstrations")

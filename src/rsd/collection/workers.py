@@ -23,13 +23,13 @@ FILES_OF_OTHERS = ("config.json", "manifest.json", "tokenizer.json", "training_s
 
 
 def check_place(out: Path) -> None:
-    """Raises RsdError where demonstrations would come among the files of something else: of a checkpoint, a tokenizer,
-    a run, or whatever the current folder holds (an empty name means that one)."""
-    others = [name for name in FILES_OF_OTHERS if (out / name).exists()]
-    if out.resolve() == Path.cwd():
-        others += sorted(name for name in os.listdir(out) if name[0] != "." and not name.endswith(FILE_SUFFIX))
-    if others:
-        found = f"{others[0]} in {'the current folder' if out == Path() else out}"
+    """Raises RsdError where the first demonstrations would come among the files of something else: of a checkpoint, a
+    tokenizer, a run, or whatever the current folder holds (an empty name means that one)."""
+    names = sorted(os.listdir(out)) if out.is_dir() else []
+    here = out.resolve() == Path.cwd()
+    others = [name for name in names if name in FILES_OF_OTHERS or (here and not name.startswith("."))]
+    if others and not any(name.endswith(FILE_SUFFIX) for name in names):
+        found = f"{others[0]} in {'the current folder' if here else out}"
         raise RsdError(f"--out: expected a folder for demonstrations alone, found {found}; choose another one")
 
 

@@ -57,6 +57,11 @@ def read_actions(folder: Path) -> list[NDArray[np.float32]]:
     order = np.lexsort((frame, episode))
     actions, episode, frame = actions[order], episode[order], frame[order]
     starts = np.flatnonzero(np.r_[True, np.diff(episode) != 0])
+    if (episodes := info.get("total_episodes", len(starts))) != len(starts):
+        raise RsdError(
+            f"LeRobot data set {folder}: expected {episodes!r:.40} episodes as {INFO} says, found {len(starts)}; the "
+            "download is incomplete, fetch the data folder again"
+        )
     for first, found in zip(starts, np.split(frame, starts[1:]), strict=True):
         if not np.array_equal(found, np.arange(len(found))):
             raise RsdError(

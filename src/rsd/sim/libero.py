@@ -65,21 +65,15 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self, suite: str, task_id: int, image_size: int = 256, cameras: bool = True, fast: bool = True
     ) -> None:
         self.task = suite_task(suite, task_id)
-        self.suite = suite
-        self.image_size = image_size
-        self.cameras = cameras
-        self.fast = fast
+        self.suite, self.image_size, self.cameras, self.fast = suite, image_size, cameras, fast
         self.instruction = self.task.language
         self.max_steps = step_limit(suite)
         self.steps = 0
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
-        spaces: dict[str, gymnasium.spaces.Space[Any]] = {
-            "state": gymnasium.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32)
-        }
-        if cameras:
-            frame = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-            spaces.update(dict.fromkeys(CAMERAS, frame))
-        self.observation_space: Any = gymnasium.spaces.Dict(spaces)
+        frame = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        state = gymnasium.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32)
+        images = dict.fromkeys(CAMERAS, frame) if cameras else {}
+        self.observation_space: Any = gymnasium.spaces.Dict({"state": state, **images})
         self._armed: dict[str, ArmedCamera] = {}
         self._latest: Mapping[str, Any] = {}
         self._control: Any = None
@@ -299,10 +293,6 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         """The 8-d state as of the last step."""
         latest = self._latest
         return state_vector(latest["robot0_eef_pos"], latest["robot0_eef_quat"], latest["robot0_gripper_qpos"])
-
-    def versions(self) -> dict[str, str]:
-        """What a result depends on: see `simulator_versions`."""
-        return simulator_versions()
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ def load_libero() -> types.SimpleNamespace:
             f"LIBERO: expected the distribution {DISTRIBUTION}, found none. Install it: pip install {DISTRIBUTION}"
         ) from None
     gl_backend()
+    importlib.import_module("rsd.sim.physics")  # robosuite imports MuJoCo, whose failure is a line there
     for variable, folder in (("NUMBA_CACHE_DIR", "numba"), ("MPLCONFIGDIR", "matplotlib")):
         if not os.environ.get(variable):
             os.environ[variable] = str(private_folder(folder))
