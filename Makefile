@@ -24,8 +24,9 @@ test-gpu: env  ## what needs a CUDA GPU: recordings, compiled kernels, batches, 
 	$(BIN)/pytest -m gpu tests/runtime tests/goldens tests/evaluation/test_batching.py tests/tokenizer/test_action_tokenizer.py \
 		tests/targets/openvla/test_engine.py tests/targets/openvla/test_openvla_rsd_policy.py
 
-# Neither a simulator nor a browser, no graphs to export, no processes to wait for.
-FAST := $(addprefix tests/,tokenizer decoding models data targets/remote training/test_losses.py) \
+# Neither a simulator nor a browser, no graphs to export, no processes to wait for, no thousands of draws.
+FAST := $(addprefix tests/,tokenizer models data targets/remote training/test_losses.py) \
+	$(filter-out %/test_sampled_strategies.py,$(wildcard tests/decoding/test_*.py)) \
 	$(patsubst %,tests/evaluation/test_%.py,statistics results rollout realtime tables lerobot) \
 	$(patsubst %,tests/test_%.py,options policy former exact nested conventions output checkpoint default_decoder)
 
