@@ -326,7 +326,10 @@ def test_requantise_begins_with_drafted_digits_that_are_off_within_the_margin(ke
     drafted = code.quantise(value)[0][:, :C]
     move = torch.randint(-2, 3, drafted[:, 0].shape, generator=generator)
     wrong = (drafted[:, :1] + move.unsqueeze(1)).clamp(0, 6)
-    drafted = torch.cat([wrong, code.continue_from(value, wrong)[:, : C - 1]], dim=1)
+    drafted = wrong
+    for level in range(2, C + 1):
+        digit = code.digit(value - code.dequantise(drafted), level).long() + code.config.half
+        drafted = torch.cat([drafted, digit.unsqueeze(1)], dim=1)
     motion, _ = requantise(code, value, drafted, torch.full((30, P), kept))
     assert torch.equal(motion[:, :kept], drafted[:, :kept])
     assert ((code.dequantise(motion) - value).abs() <= LAST_STEP / 2 + 1e-5).all()

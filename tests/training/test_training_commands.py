@@ -96,7 +96,10 @@ def test_train_tokenizer_fits_the_labels_and_saves(
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"acceptance": "blind(nan)"}, "acceptance 'blind"), ({"fine": "regres"}, "--policy.fine regres: expected")],
+    [
+        ({"acceptance": "blind(nan)"}, "acceptance 'blind"),
+        ({"fine": "regres"}, "fine: expected one of regress, sequential"),
+    ],
 )
 def test_what_could_not_be_loaded_is_not_trained(config: TrainPolicyConfig, wrong: dict[str, str], said: str) -> None:
     with pytest.raises(RsdError, match=re.escape(said)):

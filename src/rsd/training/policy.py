@@ -16,7 +16,6 @@ from rsd.data.demonstrations import Demonstration, folder_provenance, load_demon
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.devices import check_device
 from rsd.models.bundle import PolicyConfig, RsdModel
-from rsd.options import FINE
 from rsd.output import shown
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -36,8 +35,6 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     acceptance_rule(config.policy.acceptance, RfsqConfig())  # or a whole training could not be loaded
     if config.loss.grounding and not config.policy.target.grounded:
         raise RsdError("--loss.grounding: expected --policy.target.grounded beside it")
-    if config.policy.fine not in FINE:
-        raise RsdError(f"--policy.fine {config.policy.fine}: expected {' or '.join(FINE)}")
     device = join(config.device)
     check_state(config)
     start = RsdPolicy.from_pretrained(config.init, decode="ar", engine=EAGER) if config.init else None

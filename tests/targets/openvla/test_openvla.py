@@ -161,9 +161,9 @@ def test_an_adapter_needs_its_base_and_only_what_is_supported(tmp_path: Path, pu
     content = json.loads(settings.read_text())
     for change, said in (
         ({"use_dora": True}, "use_dora is True: not supported"),
-        ({"r": "8"}, "adapter_config.json: field r: expected float, found '8'"),
+        ({"r": "8"}, "adapter_config.json: field r: expected a number, found '8'"),
         ({"r": 0}, "expected a rank r of at least 1"),
-        ({"lora_alpha": None}, "field lora_alpha: expected float, found None"),
+        ({"lora_alpha": None}, "field lora_alpha: expected a number, found None"),
     ):
         write_json(settings, {**content, **change})
         with pytest.raises(RsdError, match=said):
