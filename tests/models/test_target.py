@@ -242,9 +242,12 @@ def test_impossible_sizes_are_refused(fields: dict[str, object], said: str) -> N
 def test_a_draft_leaves_the_main_at_least_one_level(
     tiny_config: PolicyConfig, tokenizer: ActionTokenizer, levels: int
 ) -> None:
-    with pytest.raises(RsdError, match=r"draft: expected 1 to 7 levels|levels: expected an integer from 1 to"):
+    def make() -> RsdModel:
         drafter = replace(tiny_config.feature_drafter, levels=levels)
-        RsdModel.of(replace(tiny_config, feature_drafter=drafter), tokenizer)
+        return RsdModel.of(replace(tiny_config, feature_drafter=drafter), tokenizer)
+
+    with pytest.raises(RsdError, match=r"draft: expected 1 to 7 levels|levels: expected an integer from 1 to"):
+        make()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -107,8 +107,9 @@ def pinned(package: str) -> Check:
 
 
 def gl_library() -> Check:
-    from rsd.sim.rendering import gl_backend
+    from rsd.sim.rendering import check_gl, gl_backend
 
+    check_gl()
     backend = gl_backend()
     if backend == "osmesa":
         return Check("OpenGL", "ok", "OSMesa: draws on the CPU, some 100 ms an image; EGL needs an NVIDIA driver")
