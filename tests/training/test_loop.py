@@ -201,8 +201,7 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     [("batch_size", 0), ("log_every", 0), ("steps", -1), ("minutes", -0.5), ("ema", 1.5), ("learning_rate", 0.0)],
 )
 def test_a_loop_that_cannot_run_is_refused(name: str, value: float) -> None:
-    option = f"--loop.{name.replace('_', '-')}"
-    with pytest.raises(RsdError, match=rf"{option}.*expected|expected .*{option}"):
+    with pytest.raises(RsdError, match=f"{name}: expected a"):
         replace(CONFIG, **{name: value})
 
 

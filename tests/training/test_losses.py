@@ -204,7 +204,7 @@ def test_counterfactual_drafts_are_another_samples_and_the_truth_is_still_asked_
 
 
 def test_shares_of_a_loss_are_shares() -> None:
-    with pytest.raises(RsdError, match="counterfactual: expected a number from 0 to 1, found 1.5"):
+    with pytest.raises(RsdError, match=r"counterfactual: expected a number from 0 to 1, found 1\.5"):
         LossConfig(counterfactual=1.5)
 
 
