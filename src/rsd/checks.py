@@ -89,7 +89,7 @@ Count = Annotated[int, between(0, 1e9)]
 Some = Annotated[int, between(1, 1e9)]  # a count that cannot be 0
 Seed = Annotated[int, between(0, 2**32 - 1)]
 Millimetres = Annotated[float, between(0, 1e12)]  # 1e9 is how somebody says: whatever it is
-Time = Annotated[float, between(0, 1e9)]  # in ms or s
+Time = Annotated[float, between(0, 1e12)]  # in ms or s
 Sha256 = Annotated[str, Where(re.compile("[0-9a-f]{64}").fullmatch, "that is a SHA-256 in hexadecimal")]
 
 
