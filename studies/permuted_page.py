@@ -1,8 +1,8 @@
 """The table of the permuted scenes in docs/results.md, from raw results: verification where the target is worth it.
 
-    python -m studies.permuted_page
+    python -m studies.permuted_page [--results results/permuted_object_2]
 
-prints it. Successes are compared on the states that a run shares with the target alone; *kept* is what a decoder keeps
+prints it, for the first or the second policy. Successes are compared on the states that a run shares with the target alone; *kept* is what a decoder keeps
 of the gap between the drafter alone and the target alone.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import tyro
 
 from rsd.evaluation.summary import success_rate
+from rsd.reporting.archive import located
 from rsd.reporting.tables import Run, load_run, paired
 from studies.page_tables import table
 
@@ -21,6 +22,7 @@ ROWS = {  # run -> how the table calls it
     "l1": "`l1`, the target alone",
     "alone": "`drafter-only`",
     "fused_blind": "`rsd-fused`, `blind(0.95)`",
+    "fused_blind98": "`rsd-fused`, `blind(0.98)`",
     "fused_residual": "`rsd-fused`, `residual`",
     "fused_margin": "`rsd-fused`, `margin`",
     "skip_reset_3": "`rsd-skip`: target at reset, at most 3 without in a row",
@@ -51,7 +53,8 @@ def row(name: str, run: Run, target: Run, drafter: Run) -> list[str]:
     interval = f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
     shown = f"{rate.successes}/{count} = {100 * rate.successes / count:.1f} % {interval}"
     halves = [[e.success for e in run.episodes if e.init_state % 2 == odd] for odd in (0, 1)]
-    seen = f"{sum(halves[0])} / {sum(halves[1])} of {len(halves[0])}"
+    sizes = " and ".join(dict.fromkeys(str(len(half)) for half in halves))
+    seen = f"{sum(halves[0])} / {sum(halves[1])} of {sizes}"
     passes = sum(e.prefills for e in run.episodes) / sum(e.chunks for e in run.episodes)
     of_target, of_drafter = shared(target, run), shared(drafter, run)
     kept = f"{(rate.successes - of_drafter) / (of_target - of_drafter):.2f}"
@@ -68,8 +71,8 @@ def row(name: str, run: Run, target: Run, drafter: Run) -> list[str]:
 
 
 def permuted_table(folder: Path) -> str:
-    """The table, in Markdown. Raises RsdError where a run is not there."""
-    runs = {name: load_run(folder / name) for name in ROWS}
+    """The table of the runs that are there, in Markdown. Raises RsdError where target or drafter alone is not."""
+    runs = {name: load_run(folder / name) for name in ROWS if name in ("l1", "alone") or located(folder / name).is_dir()}
     rows = [row(ROWS[name], run, runs["l1"], runs["alone"]) for name, run in runs.items()]
     return table(HEADER, rows)
 
