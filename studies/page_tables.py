@@ -33,6 +33,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
+def training_of(path: Path) -> str:
+    """What a checkpoint's own record, its config.json, says of its training."""
+    provenance = read_json(path)["provenance"]
+    data, loop = provenance["data"], provenance["training"]["loop"]
+    length = f"{loop['minutes']:g} minutes" if loop["minutes"] else f"{loop['steps']} steps"
+    processes = f" x {provenance['processes']}" if "processes" in provenance else ""
+    return (
+        f"`{path}`: {data['episodes']} demonstrations, {data['frames']} frames, {length} of batches "
+        f"of {loop['batch_size']}{processes}, learning rate {loop['learning_rate']:g}."
+    )
+
+
 def success_section(names: Sequence[str], runs: Sequence[Run]) -> str:
     versions = runs[0].record.versions
     made = ", ".join(f"{name} {versions[name]}" for name in ("mujoco", "robosuite", "libero", "gl_backend", "torch"))

@@ -36,8 +36,8 @@ from studies.page_tables import (
     task_section,
     timed_section,
     totals_of,
+    training_of,
 )
-from studies.studies_page import training_of
 
 PROSE = """\
 # Decoders compared in closed loop: the policy that ships

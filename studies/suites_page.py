@@ -29,8 +29,8 @@ from studies.page_tables import (
     success_table,
     table,
     task_table,
+    training_of,
 )
-from studies.studies_page import training_of
 
 TITLE = """\
 # Several suites: what a target is worth
