@@ -14,8 +14,8 @@ from pathlib import Path
 import tyro
 
 from rsd.evaluation.summary import success_rate
+from rsd.evaluation.tables import markdown
 from rsd.reporting.tables import Run, load_run, paired
-from studies.page_tables import table
 
 ROWS = {  # run -> how the table calls it
     "l1": "`l1`, the target alone",
@@ -71,7 +71,7 @@ def permuted_table(folder: Path) -> str:
     """The table, in Markdown. Raises RsdError where a run is not there."""
     runs = {name: load_run(folder / name) for name in ROWS}
     rows = [row(ROWS[name], run, runs["l1"], runs["alone"]) for name, run in runs.items()]
-    return table(HEADER, rows)
+    return markdown(HEADER, rows)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import tyro
 
 from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.summary import success_rate
+from rsd.evaluation.tables import markdown
 from rsd.reporting.tables import Run, load_run, success_cell
 from rsd.types import RsdError
-from studies.page_tables import latency_record, table, totals_of
+from studies.page_tables import latency_record, totals_of
 
 HEADER = ["`--decode`", "permuted scenes", "stock libero_spatial", "target passes a chunk", "2 CPU cores, ms"]
 HEADER.append("H100, ms (compiled)")
@@ -80,7 +81,7 @@ def readme_table(permuted: Path, stock: Path) -> str:
             times = [f"mean {mean:.1f}{row.notes[2]}", "not measured"]
         found = "; ".join(dict.fromkeys(map(passes, runs)))
         rows.append([row.name, successes[0] + row.notes[0], successes[1] + row.notes[1], found, *times])
-    return table(HEADER, rows)
+    return markdown(HEADER, rows)
 
 
 def replaced(readme: str, new: str) -> str:

@@ -14,10 +14,11 @@ import tyro
 
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.summary import summarize_decoding
+from rsd.evaluation.tables import markdown
 from rsd.reporting.tables import load_run
 from rsd.types import RsdError
 from studies.archive import read_json
-from studies.page_tables import rule_phrase, table, timed_table
+from studies.page_tables import rule_phrase, timed_table
 from studies.scaling import DECODERS, SKIPPED, ScalingRecord, SizeRecord
 
 PROSE = """\
@@ -132,7 +133,7 @@ def size_table(sizes: list[SizeRecord], share: float, names: list[str] | None = 
     header = ["target", *(f"`{decoder}` ms" for decoder in DECODERS), "`draft-first` ms", "`ar` / `rsd-fused`"]
     header += ["`rsd-fused` / `l1`", "`l1` / `draft-first`", "`rsd-skip` breaks even at"]
     header += [f"`l1` / `rsd-skip` at {share:.0%}"]
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def openvla_size(content: dict[str, object], section: str, cameras: int) -> SizeRecord | None:

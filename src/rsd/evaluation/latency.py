@@ -113,16 +113,12 @@ def is_record(path: Path) -> bool:
 
 def work_to_the_chunk(policy: RsdPolicy, observation: Observation) -> Work:
     """What `total` times: a prediction alone, without the pending verification of the one before or its own."""
-    plain = without_graphs(policy)
+    # every operation run: a replayed graph shows none to count
+    same: dict[str, Any] = {"decode": policy.decode, "acceptance": policy.acceptance or None}
+    plain = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, engine=EAGER, **same)
     plain.predict(observation)  # encodes the instruction, fills the memory
     plain.verify()
     return work_of(partial(plain.predict, observation), plain.model)
-
-
-def without_graphs(policy: RsdPolicy) -> RsdPolicy:
-    """The same models, every operation run: a replayed graph shows none to count."""
-    same: dict[str, Any] = {"decode": policy.decode, "acceptance": policy.acceptance or None}
-    return RsdPolicy.of(policy.model, policy.tokenizer, policy.config, engine=EAGER, **same)
 
 
 def take_turns(
