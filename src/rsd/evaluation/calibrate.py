@@ -7,7 +7,7 @@ target run beside every skipped chunk; `decoding.calibration` fits the threshold
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,6 @@ from rsd.types import RsdError
 SCORE = "expected_deviation_mm"
 FAR = 1e6  # mm
 MOST_ERRORS = 0.05  # of the rollouts; what is left out of more of them could be what deviates
-SHARED = (  # options of `rsd eval`
-    *("task_suite", "tasks", "num_trials", "policy", "acceptance", "max_skips", "memory_chunks", "seed", "device"),
-    *("num_workers", "batch"),
-)
 FIRST_PLACEMENT = 1_000_000  # placement seeds of the calibration: one a trial
 
 
@@ -73,8 +69,9 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
         found = f"acceptance {decoding.rule.name!r} decodes the fine levels one after another"
         raise RsdError(f"calibrate: {found}; take another rule")
     sha256 = weights_hash(directory)
+    shared = {field.name for field in fields(EvalConfig)} & vars(config).keys() - {"output"}
     rollouts = EvalConfig(
-        **{name: getattr(config, name) for name in SHARED},
+        **{name: getattr(config, name) for name in shared},
         decode="rsd-skip",
         skip_threshold_mm=config.tried_mm,
         audit=True,
