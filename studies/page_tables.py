@@ -17,6 +17,7 @@ from rsd.evaluation.config import DEFAULT, asked_rule
 from rsd.evaluation.latency import LatencyRecord
 from rsd.evaluation.statistics import PairedDifference, percentiles
 from rsd.evaluation.summary import success_rate, summarize_decoding
+from rsd.evaluation.tables import markdown
 from rsd.policy import VERIFY_PENDING
 from rsd.reporting.tables import Run, difference_cell, interval_cell, level_cell, paired, success_cell, task_labels
 from rsd.types import COMPILED, CUDA_GRAPHS, EAGER, ONNX, VERIFYING
@@ -28,9 +29,16 @@ EPSILON_MM, DELTA = 50.0, 0.1
 FORMER = {**former.DECODERS, "light": "draft-first"}  # names in older raw results
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+def training_of(path: Path) -> str:
+    """What a checkpoint's own record, its config.json, says of its training."""
+    provenance = read_json(path)["provenance"]
+    data, loop = provenance["data"], provenance["training"]["loop"]
+    length = f"{loop['minutes']:g} minutes" if loop["minutes"] else f"{loop['steps']} steps"
+    processes = f" x {provenance['processes']}" if "processes" in provenance else ""
+    return (
+        f"`{path}`: {data['episodes']} demonstrations, {data['frames']} frames, {length} of batches "
+        f"of {loop['batch_size']}{processes}, learning rate {loop['learning_rate']:g}."
+    )
 
 
 def success_section(names: Sequence[str], runs: Sequence[Run]) -> str:
@@ -67,7 +75,7 @@ def success_table(names: Sequence[str], runs: Sequence[Run]) -> str:
         "accepted per level",
         "draft's deviation from the target, mm",
     ]
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def against_cell(pair: PairedDifference) -> str:
@@ -87,10 +95,10 @@ def task_table(names: Sequence[str], runs: Sequence[Run]) -> str:
     for key, label in sorted(labels.items()):
         cells = []
         for run in runs:
-            mine = [episode.success for episode in run.episodes if (episode.suite, episode.task_id) == key]
+            mine = [episode.success for episode in run.episodes if episode.task == key]
             cells.append(f"{sum(mine)}/{len(mine)}")
         rows.append([label, *cells])
-    return table(["task", *(f"`{name}`" for name in names)], rows)
+    return markdown(["task", *(f"`{name}`" for name in names)], rows)
 
 
 def timed_section(names: Sequence[str], runs: Sequence[Run]) -> str:
@@ -116,7 +124,7 @@ def timed_table(names: Sequence[str], runs: Sequence[Run]) -> str:
         cells.append(f"{np.mean(behind):.1f}" if behind else ABSENT)
         rows.append([f"`{name}`", *cells, f"{skipped:.1%}", success_cell(success_rate(run.episodes)), str(len(totals))])
     header = ["decoder", "mean", "p50 / p95 / max", f"`{names[0]}` / mean", "behind, mean", "without the target"]
-    return table([*header, "success", "chunks"], rows)
+    return markdown([*header, "success", "chunks"], rows)
 
 
 def totals_of(run: Run) -> list[float]:
@@ -155,7 +163,7 @@ def risk_section(names: Sequence[str], runs: Sequence[Run], epsilon_mm: float, d
         "## Skipping: the promise and what became of it\n\nRisk: mean share of an episode's executed draft chunks that "
         "deviate by more than epsilon, or whose gripper differs (?: not "
         "recorded, and in no risk). The target ran beside every skipped chunk, untimed.\n\n"
-    ) + table(header, rows)
+    ) + markdown(header, rows)
 
 
 def risk_of(run: Run, epsilon_mm: float, delta: float) -> RealisedRisk:
@@ -184,7 +192,7 @@ def deviation_section(record: DeviationRecord, path: Path) -> str:
         f"## Deviation of a step's command, p50 / p99 / max\n\n`{path}`: {record.frames} frames of {record.episodes} "
         "held-out episodes. Normalised: largest of the six motion numbers. Decoders with a visual drafter remember the "
         "target's run one chunk earlier.\n\n"
-    ) + table(header, rows)
+    ) + markdown(header, rows)
 
 
 def latency_record(path: Path) -> LatencyRecord:
@@ -220,7 +228,7 @@ def latency_section(record: LatencyRecord, path: Path) -> str:
     return (
         f"## Latency per chunk, {where}{judged}\n\n`{path}`: {count} predictions each on two observations of each of "
         f"{tasks} tasks, decoders taking turns{graphs[engine]}; torch {record.versions.get('torch', '?')}.\n\n"
-    ) + table(header, rows)
+    ) + markdown(header, rows)
 
 
 def rule_phrase(config: dict[str, Any]) -> str:
@@ -230,7 +238,7 @@ def rule_phrase(config: dict[str, Any]) -> str:
 
 
 def columns(run: Run, name: str) -> list[NDArray[np.float64]]:
-    return [np.array(chunk_stat(episode, name)) for episode in run.episodes]
+    return [chunk_stat(episode, name) for episode in run.episodes]
 
 
 def deviation_of(run: Run) -> list[float] | None:

@@ -2,8 +2,8 @@
 
     python -m studies.permuted_page [--results results/permuted_object_2]
 
-prints it, for the first or the second policy. Successes are compared on the states that a run shares with the target alone; *kept* is what a decoder keeps
-of the gap between the drafter alone and the target alone.
+prints it, for the first or the second policy. Successes are compared on the states that a run shares with the target
+alone; *kept* is what a decoder keeps of the gap between the drafter alone and the target alone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 import tyro
 
 from rsd.evaluation.summary import success_rate
+from rsd.evaluation.tables import markdown
 from rsd.reporting.archive import located
 from rsd.reporting.tables import Run, load_run, paired
-from studies.page_tables import table
 
 ROWS = {  # run -> how the table calls it
     "l1": "`l1`, the target alone",
@@ -72,9 +72,10 @@ def row(name: str, run: Run, target: Run, drafter: Run) -> list[str]:
 
 def permuted_table(folder: Path) -> str:
     """The table of the runs that are there, in Markdown. Raises RsdError where target or drafter alone is not."""
-    runs = {name: load_run(folder / name) for name in ROWS if name in ("l1", "alone") or located(folder / name).is_dir()}
+    there = [name for name in ROWS if name in ("l1", "alone") or located(folder / name).is_dir()]
+    runs = {name: load_run(folder / name) for name in there}
     rows = [row(ROWS[name], run, runs["l1"], runs["alone"]) for name, run in runs.items()]
-    return table(HEADER, rows)
+    return markdown(HEADER, rows)
 
 
 if __name__ == "__main__":

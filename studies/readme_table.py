@@ -16,9 +16,10 @@ import tyro
 
 from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.summary import success_rate
+from rsd.evaluation.tables import markdown
 from rsd.reporting.tables import Run, load_run, success_cell
 from rsd.types import RsdError
-from studies.page_tables import latency_record, table, totals_of
+from studies.page_tables import latency_record, totals_of
 
 HEADER = ["`--decode`", "permuted scenes", "stock libero_spatial", "target passes a chunk", "2 CPU cores, ms"]
 HEADER.append("H100, ms (compiled)")
@@ -27,8 +28,8 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Row:
-    """permuted, stock: its runs, "" for none; timed: the decoder whose p50 counts, "" for the mean of closed loop. notes: behind the
-    cells of success in both, and of the times."""
+    """permuted, stock: its runs, "" for none; timed: the decoder whose p50 counts, "" for the mean of closed loop.
+    notes: behind the cells of success in both, and of the times."""
 
     name: str
     permuted: str
@@ -82,7 +83,7 @@ def readme_table(permuted: Path, stock: Path) -> str:
             times = [f"mean {mean:.1f}{row.notes[2]}", NOT_MEASURED]
         found = "; ".join(dict.fromkeys(passes(run) for run in runs if run))
         rows.append([row.name, successes[0] + row.notes[0], successes[1] + row.notes[1], found, *times])
-    return table(HEADER, rows)
+    return markdown(HEADER, rows)
 
 
 def replaced(readme: str, new: str) -> str:

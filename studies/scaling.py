@@ -6,7 +6,7 @@ takes another pass), observations are the simulator's. The decoders of a size ta
 
 from __future__ import annotations
 
-import math
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -78,7 +78,7 @@ class ScalingRecord:
 class AlwaysSkipping(SkipRule):
     """The target looks once, then never again: the time of a chunk without it."""
 
-    threshold_mm: float = math.inf
+    threshold_mm: float = sys.float_info.max
     max_skips: int = 2**62
     memory_chunks: int = 2**62
 

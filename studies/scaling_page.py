@@ -14,10 +14,11 @@ import tyro
 
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.summary import summarize_decoding
+from rsd.evaluation.tables import markdown
 from rsd.reporting.tables import load_run
 from rsd.types import RsdError
 from studies.archive import read_json
-from studies.page_tables import rule_phrase, table, timed_table
+from studies.page_tables import rule_phrase, timed_table
 from studies.scaling import DECODERS, SKIPPED, ScalingRecord, SizeRecord
 
 PROSE = """\
@@ -30,14 +31,13 @@ The visual drafter stays as it is while the target's trunk grows; weights are ra
 OpenVLA's table without preparing the images, as in that of the others).
 `rsd-fused / l1` is what one corrected pass costs over one plain pass. The last columns: which share of the chunks has
 to go without the target before the mean of `rsd-skip` is below `l1` at all, and how many times below it is at the share
-that a policy of 18 M reached in closed loop (a mean of medians; another target needs its own calibration). Where the
-target runs that is the time of `rsd-fused`, whose draft works beside the target on a GPU, while `rsd-skip` asks its
-draft first. A policy of 57 M that was trained with all of this in mind is the one of [decoding.md](decoding.md). The
-compact targets on a CPU ran by PyTorch operation by operation. How well targets of these sizes act is in
-[studies.md](studies.md).
+that the shipped policy of 57 M reached in closed loop (a mean of medians; another target needs its own calibration).
+Where the target runs that is the time of `rsd-fused`, whose draft works beside the target on a GPU, while `rsd-skip`
+asks its draft first. What that policy reaches is in [decoding.md](decoding.md). The compact targets on a CPU ran by
+PyTorch operation by operation.
 
 Small targets on a GPU are a chain of small kernels, and their times vary from run to run: at 18 M `rsd-fused / l1` came
-out anywhere between a quarter and six tenths above 1, here and with the policy of 18 M, by more than the
+out anywhere between a quarter and six tenths above 1, here and with a trained policy of that size, by more than the
 acceptance rule moves it. Ratios compare within one table.
 
 Speculation stops paying where a pass of the target costs little more than the draft: there `l1` is the better choice
@@ -47,7 +47,7 @@ unless success speaks for the tokens. It pays where the trunk is deep and its we
 CLOSED_LOOP = """\
 ## In closed loop, on a CPU
 
-A target of 105 M parameters trained for it ([studies.md](studies.md)) and one of 18 M, on 2 cores each of one
+A target of 105 M parameters trained for it and one of 18 M, on 2 cores each of one
 machine, side by side, as ONNX graphs: milliseconds from the observation to the chunk over an episode of each task of
 libero_spatial, drawn by EGL. `rsd-skip` is calibrated for the weights (120 and 200 random placements, `--acceptance
 residual`; with the small target no threshold failed, so there only gripper switches and the limit of six in a row call
@@ -75,7 +75,7 @@ class ScalingPageConfig:
     """The target, how its directories in it begin, and the decoders; the first of each is compared against."""
     openvla: Path = Path("results/openvla/h200.json")
     """Raw milliseconds of `python -m studies.openvla`, for the largest target."""
-    skipping: Path = Path("results/libero_spatial/cpu/rsd-skip-500")
+    skipping: Path = Path("results/libero_spatial_57M/h100/rsd-skip")
     """Run of `rsd-skip` whose share of chunks without the target is taken."""
     output: Path = Path("runs/pages/scaling.md")
     """The page."""
@@ -133,7 +133,7 @@ def size_table(sizes: list[SizeRecord], share: float, names: list[str] | None = 
     header = ["target", *(f"`{decoder}` ms" for decoder in DECODERS), "`draft-first` ms", "`ar` / `rsd-fused`"]
     header += ["`rsd-fused` / `l1`", "`l1` / `draft-first`", "`rsd-skip` breaks even at"]
     header += [f"`l1` / `rsd-skip` at {share:.0%}"]
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def openvla_size(content: dict[str, object], section: str, cameras: int) -> SizeRecord | None:

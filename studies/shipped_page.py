@@ -18,6 +18,7 @@ from rsd.evaluation.latency import LatencyRecord
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.summary import success_rate
+from rsd.evaluation.tables import markdown
 from rsd.reporting.tables import Run, load_run, paired
 from studies.archive import read_json
 from studies.deviation import DeviationRecord
@@ -32,12 +33,11 @@ from studies.page_tables import (
     risk_of,
     risk_section,
     success_section,
-    table,
     task_section,
     timed_section,
     totals_of,
+    training_of,
 )
-from studies.studies_page import training_of
 
 PROSE = """\
 # Decoders compared in closed loop: the policy that ships
@@ -165,7 +165,7 @@ def modes_section(path: Path) -> str:
         for decode, found in places.items()
     ]
     placements = len(next(iter(places.values())))
-    return MODES.format(placements=placements, left_out=left_out) + table(["decoder", "averaged", "committed"], rows)
+    return MODES.format(placements=placements, left_out=left_out) + markdown(["decoder", "averaged", "committed"], rows)
 
 
 def asked_table(runs: dict[str, Run], timed: dict[str, Run], records: dict[str, LatencyRecord]) -> str:
@@ -191,7 +191,7 @@ def asked_table(runs: dict[str, Run], timed: dict[str, Run], records: dict[str, 
     calibration = runs["rsd-skip"].record.policy["skip_calibration"]
     risk = risk_of(runs["rsd-skip"], calibration["epsilon_mm"], DELTA)
     rows.append(["realised risk of `rsd-skip`", f"<= {calibration['alpha']:g}", f"{risk.share:.3f}"])
-    return table(["", "asked", "measured"], rows)
+    return markdown(["", "asked", "measured"], rows)
 
 
 def share(run: Run) -> float:

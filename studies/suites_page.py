@@ -18,6 +18,7 @@ from rsd.evaluation.calibrate import CalibrateConfig, fit, share_at, skipped_sha
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.statistics import paired_difference
 from rsd.evaluation.summary import success_rate
+from rsd.evaluation.tables import markdown
 from rsd.reporting.archive import located
 from rsd.reporting.tables import Run, load_run, success_cell
 from studies.archive import read_json
@@ -27,10 +28,9 @@ from studies.page_tables import (
     against_cell,
     risk_section,
     success_table,
-    table,
     task_table,
+    training_of,
 )
-from studies.studies_page import training_of
 
 TITLE = """\
 # Several suites: what a target is worth
@@ -140,7 +140,7 @@ def four_suites(results: Path, name: str, order: Sequence[str]) -> list[str]:
         both = former.keys() & run.successes.keys()
         solved = (f"{sum(one[key] for key in both)}/{len(both)}" for one in (former, run.successes))
         changes.append([f"`{decode}`", *solved, against_cell(paired_difference(former, run.successes))])
-    parts += [BEFORE, table(["decoder", "before", "this one", "difference"], changes)]
+    parts += [BEFORE, markdown(["decoder", "before", "this one", "difference"], changes)]
     return [*parts, *thresholds(folder, suites)]
 
 
@@ -159,7 +159,7 @@ def thresholds(folder: Path, suites: Sequence[str]) -> list[str]:
     rule = f"epsilon {promise.epsilon_mm:g} mm, risk <= {promise.alpha:g} at {1 - promise.delta:g}"
     header = ["suite", "rollouts", "threshold of its own", "chunks without the target by that", "risk in the rollouts"]
     header += ["the rollouts had", f"by the written {written.threshold:.1f} mm"]
-    return [PROMISES.format(rule=rule), table(header, rows)]
+    return [PROMISES.format(rule=rule), markdown(header, rows)]
 
 
 def suites_of(runs: Sequence[Run]) -> list[str]:
@@ -176,7 +176,7 @@ def by_suite(names: Sequence[str], runs: Sequence[Run], suites: Sequence[str]) -
     rows = []
     for name, run in zip(names, runs, strict=True):
         rows.append([f"`{name}`", *(success_cell(success_rate(of_suite(run, suite).episodes)) for suite in suites)])
-    return table(["decoder", *suites], rows)
+    return markdown(["decoder", *suites], rows)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from rsd.evaluation.backend import LIBERO, Backend, settle
-from rsd.evaluation.config import EvalConfig, OptionError
+from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes, write_atomically
 from rsd.evaluation.rollout import Environment
@@ -62,7 +62,7 @@ class ThroughputConfig:
 
     def __post_init__(self) -> None:
         if self.plain_limit_s < 0:
-            raise OptionError(f"--plain-limit-s {self.plain_limit_s:g}: expected seconds, or 0 for no limit")
+            raise RsdError(f"--plain-limit-s {self.plain_limit_s:g}: expected seconds, or 0 for no limit")
 
 
 @dataclass(frozen=True)

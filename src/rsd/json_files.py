@@ -28,7 +28,7 @@ def read_object(path: Path, kind: str) -> dict[str, Any]:
     return parse_object(text, str(path))
 
 
-def parse_object(text: str, where: str) -> dict[str, Any]:
+def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     """A JSON object; `RsdError` naming `where` for anything else, NaN and infinity included."""
 
     def refuse_constant(name: str) -> None:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from scripted import SCRIPTED, episode
 
@@ -73,7 +72,7 @@ def test_a_calibration_is_written_used_and_checked(checkpoint: Path, config: Cal
     )
     evaluate(run, backend=BACKEND)
     for result in read_episodes(tmp_path / EPISODES_FILE).values():
-        skipped, scores = (np.array(chunk_stat(result, name)) for name in ("skipped", SCORE))
+        skipped, scores = (chunk_stat(result, name) for name in ("skipped", SCORE))
         assert result.prefills == result.chunks - skipped.sum()
         assert not (skipped[:-2] * skipped[1:-1] * skipped[2:]).any()  # the target looks after two at the latest
         assert (scores[skipped == 1] < calibration.threshold).all()
@@ -132,7 +131,7 @@ def test_a_rollout_that_errs_costs_itself_and_many_of_them_the_calibration(
 
 def test_a_wrong_promise_is_refused_before_any_rollout(config: CalibrateConfig, tmp_path: Path) -> None:
     for change in ({"alpha": 1.5}, {"max_skips": 0}, {"test": "t"}):
-        with pytest.raises(RsdError, match="skip calibration: expected"):
+        with pytest.raises(RsdError, match=r"^(alpha|max_skips|test): expected"):
             calibrate(replace(config, output=tmp_path / "none", **change), BACKEND)
     with pytest.raises(RsdError, match="expected a checkpoint directory to write into, found 'some/body'"):
         calibrate(replace(config, policy="some/body"), BACKEND)

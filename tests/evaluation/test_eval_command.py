@@ -20,18 +20,9 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(output: Path, *options: str) -> list[str]:
-    return [
-        "eval",
-        "--num-trials",
-        "2",
-        "--tasks",
-        "1",
-        "--num-workers",
-        "1",
-        "--output",
-        str(output),
-        *options,
-    ]
+    defaults = {"--num-trials": "2", "--tasks": "1", "--num-workers": "1", "--output": str(output)}
+    kept = [word for name, value in defaults.items() if name not in options for word in (name, value)]
+    return ["eval", *kept, *options]
 
 
 def test_compare_ends_with_the_paired_table(output: Path, capsys: pytest.CaptureFixture[str]) -> None:

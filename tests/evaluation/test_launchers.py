@@ -57,7 +57,7 @@ def test_ray_gives_the_episodes_that_processes_give(config: EvalConfig, tmp_path
 def test_ray_refuses_what_its_actors_cannot_do(config: EvalConfig) -> None:
     with pytest.raises(RsdError, match="--launcher ray"):
         replace(config, launcher="ray", batch=4)
-    with pytest.raises(RsdError, match="expected local or ray"):
+    with pytest.raises(RsdError, match="launcher: expected one of local, ray"):
         replace(config, launcher="rya")  # type: ignore[arg-type]
 
 

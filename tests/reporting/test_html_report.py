@@ -22,7 +22,8 @@ from rsd.types import RsdError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 REAL = [
-    Path("results/libero_spatial") / name for name in ("h200/ar", "cpu/l1-500", "cpu/rsd-fused-500", "cpu/rsd-skip-500")
+    Path("results/libero_spatial_57M") / name
+    for name in ("h100/ar", "h100/rsd-fused", "cpu/timed-rsd-fused", "cpu/timed-rsd-skip")
 ]
 
 

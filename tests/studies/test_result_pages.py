@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from rsd.types import RsdError
-from studies import readme_table, scaling_page, shipped_page, studies_page, suites_page
+from studies import readme_table, scaling_page, shipped_page, suites_page
 
 PAGES: dict[str, tuple[Any, Any, str]] = {
     "decoding": (shipped_page, shipped_page.ShippedPageConfig(), "| success [Wilson 95 %] "),
     "scaling": (scaling_page, scaling_page.ScalingPageConfig(), "| 314 M | "),
-    "studies": (studies_page, studies_page.StudiesPageConfig(), "two-sided"),
     "suites": (suites_page, suites_page.SuitesPageConfig(), "122/126"),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from rsd.checks import Checked, Count, Millimetres, Rules, Seed, above, between, within
-from rsd.evaluation.config import DEFAULT, ENGINE_DEVICES, Workers, engine_fits
+from rsd.evaluation.config import DEFAULT, Workers, engine_rule
 from rsd.types import AUTO, MAX_SKIPS, MEMORY_CHUNKS, Batch, Chunks, Engine, Threads
 
 Tries = Annotated[int, between(1, 10_000)]
@@ -47,8 +47,7 @@ class LatencyConfig(Checked):
         known, asked = [name for name in DECODERS if name not in names(gated=True)], set(self.decode)
         of_them = f"--decode to be some of {', '.join(known)}, each once (when rsd-skip skips depends on the episode)"
         yield asked and asked <= {*known} and len(asked) == len(self.decode), of_them, " ".join(self.decode)
-        fits = engine_fits(self.engine, self.device)
-        yield fits, f"--device {ENGINE_DEVICES.get(self.engine)} with --engine {self.engine}", self.device
+        yield engine_rule(self.engine, self.device)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ target run beside every skipped chunk; `decoding.calibration` fits the threshold
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import EvalConfig, asked_rule
 from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
+from rsd.evaluation.tables import say
 from rsd.options import DecodeOptions, resolve
 from rsd.sim.failures import WatchedLibero
 from rsd.types import RsdError
@@ -31,10 +32,6 @@ from rsd.types import RsdError
 SCORE = "expected_deviation_mm"
 FAR = 1e6  # mm
 MOST_ERRORS = 0.05  # of the rollouts; what is left out of more of them could be what deviates
-SHARED = (  # options of `rsd eval`
-    *("task_suite", "tasks", "num_trials", "policy", "acceptance", "max_skips", "memory_chunks", "seed", "device"),
-    *("num_workers", "batch"),
-)
 FIRST_PLACEMENT = 1_000_000  # placement seeds of the calibration: one a trial
 
 
@@ -46,10 +43,6 @@ class PlacementEnv(WatchedLibero):
         return super().reset(seed=seed, options={"placement_seed": FIRST_PLACEMENT + trial})
 
 
-def placement_env(suite: str, task_id: int, image_size: int) -> PlacementEnv:
-    return PlacementEnv(suite, task_id, image_size=image_size)
-
-
 def unlimited(suite: str, task_id: int) -> int:
     return 10**6
 
@@ -58,7 +51,7 @@ def describe(config: EvalConfig) -> dict[str, Any]:
     return {**describe_checkpoint(config), "initial_states": f"random placements from seed {FIRST_PLACEMENT}"}
 
 
-PLACEMENTS: Backend = replace(LIBERO, make_env=placement_env, count_init_states=unlimited, describe_policy=describe)
+PLACEMENTS: Backend = replace(LIBERO, make_env=PlacementEnv, count_init_states=unlimited, describe_policy=describe)
 
 
 def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCalibration:
@@ -68,17 +61,17 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
         raise RsdError(f"calibrate: expected a checkpoint directory to write into, found {config.policy!r}")
     content = read_content(directory)
     if not content["policy"].get("visual_drafter"):
-        raise RsdError(
-            f"calibrate: {directory} has no visual drafter, whose chunks rsd-skip executes; train one with it"
-        )
+        found = f"{directory} has no visual drafter, whose chunks rsd-skip executes"
+        raise RsdError(f"calibrate: {found}; train one with it")
     asked = DecodeOptions("rsd-skip", asked_rule(config.acceptance), skip=SkipRule())
     decoding = resolve(facts_of(directory, content), asked)
     if decoding.fine != "regress":
         found = f"acceptance {decoding.rule.name!r} decodes the fine levels one after another"
         raise RsdError(f"calibrate: {found}; take another rule")
     sha256 = weights_hash(directory)
+    shared = {field.name for field in fields(EvalConfig)} & vars(config).keys() - {"output"}
     rollouts = EvalConfig(
-        **{name: getattr(config, name) for name in SHARED},
+        **{name: getattr(config, name) for name in shared},
         decode="rsd-skip",
         skip_threshold_mm=config.tried_mm,
         audit=True,
@@ -104,13 +97,13 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     install = config.overwrite or not (directory / FILE_NAME).exists()
     if install:
         calibration.save(directory)
-    say = partial(Console().print, soft_wrap=True, highlight=False)
+    tell = partial(say, Console())
     if summary.errors:
-        say(f"{summary.errors} of {summary.episodes} rollouts ended in an error and are left out")
+        tell(f"{summary.errors} of {summary.episodes} rollouts ended in an error and are left out")
     for suite, one in fitted.items():
         own = by_suite[suite]
-        limit = "" if one.threshold <= max(max(chunk_stat(e, SCORE)) for e in own) else " (no threshold failed)"
-        say(
+        limit = "" if one.threshold <= max(chunk_stat(e, SCORE).max() for e in own) else " (no threshold failed)"
+        tell(
             f"{suite}: {one.episodes} rollouts, {one.chunks} chunks; threshold {one.threshold:.1f} mm{limit}: "
             f"{one.skip_share:.1%} of the chunks without the target (the rollouts had {skipped_share(own):.1%}), "
             f"risk {one.empirical_risk:.3f}, promised <= {config.alpha:g} at confidence {1 - config.delta:g}; "
@@ -118,11 +111,11 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
         )
     if len(fitted) > 1:
         shares = ", ".join(f"{suite} {share_at(own, calibration):.1%}" for suite, own in by_suite.items())
-        say(f"written: {calibration.threshold:.1f} mm, the strictest; chunks without the target by that: {shares}")
+        tell(f"written: {calibration.threshold:.1f} mm, the strictest; chunks without the target by that: {shares}")
     if install:
-        say(f"calibration: {directory / FILE_NAME}; next: rsd eval --policy {directory} --decode rsd-skip")
+        tell(f"calibration: {directory / FILE_NAME}; next: rsd eval --policy {directory} --decode rsd-skip")
     else:
-        say(f"calibration: {config.output / FILE_NAME}; {directory} keeps its own, which --overwrite replaces")
+        tell(f"calibration: {config.output / FILE_NAME}; {directory} keeps its own, which --overwrite replaces")
     return calibration
 
 
@@ -133,15 +126,10 @@ def skipped_share(episodes: Iterable[EpisodeResult]) -> float:
 
 def share_at(episodes: Iterable[EpisodeResult], calibration: SkipCalibration) -> float:
     """The share of the rollouts' chunks that would go without the target by a calibration."""
-    skips = [
-        executed(
-            np.array(chunk_stat(episode, SCORE)),
-            calibration.threshold,
-            calibration.max_skips,
-            np.array(chunk_stat(episode, "forced")).astype(bool),
-        )
-        for episode in episodes
-    ]
+    skips = []
+    for episode in episodes:
+        forced = chunk_stat(episode, "forced").astype(bool)
+        skips.append(executed(chunk_stat(episode, SCORE), calibration.threshold, calibration.max_skips, forced))
     return float(np.concatenate(skips).mean())
 
 
@@ -155,9 +143,9 @@ def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str)
     # the betting test needs exchangeable episodes: task after task, tasks that are easy would vouch for the others
     ordered = [ordered[i] for i in np.random.default_rng(config.seed).permutation(len(ordered))]
     return fit_threshold(
-        [np.array(chunk_stat(episode, SCORE)) for episode in ordered],
+        [chunk_stat(episode, SCORE) for episode in ordered],
         [deviations(episode) for episode in ordered],
-        forced=[np.array(chunk_stat(episode, "forced")).astype(bool) for episode in ordered],
+        forced=[chunk_stat(episode, "forced").astype(bool) for episode in ordered],
         alpha=config.alpha,
         delta=config.delta,
         epsilon_mm=config.epsilon_mm,
@@ -173,15 +161,15 @@ def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str)
 
 def deviations(episode: EpisodeResult) -> NDArray[np.float64]:
     """mm by chunk; another gripper symbol than the target's is further than any epsilon."""
-    apart = np.array(chunk_stat(episode, "deviation_mm"))
+    apart = chunk_stat(episode, "deviation_mm")
     if "gripper_differs" in episode.chunk_stats:  # not recorded by the first audits
-        apart = np.where(np.array(chunk_stat(episode, "gripper_differs")) > 0, FAR, apart)
+        apart = np.where(chunk_stat(episode, "gripper_differs") > 0, FAR, apart)
     return apart
 
 
-def chunk_stat(episode: EpisodeResult, name: str) -> list[float]:
+def chunk_stat(episode: EpisodeResult, name: str) -> NDArray[np.float64]:
     """One number a chunk; `RsdError` where the rollout did not record it."""
-    values = episode.chunk_stats.get(name, [None])
-    if any(value is None for value in values):
+    values = np.array(episode.chunk_stats.get(name, [None]), dtype=np.float64)  # None: NaN
+    if np.isnan(values).any():
         raise RsdError(f"episode {episode.key}: has no {name} of every chunk; roll out with rsd-skip and --audit")
-    return [float(value) for value in values if value is not None]
+    return values

@@ -26,8 +26,6 @@ NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "eng
 OF_THE_RULE = ("max_skips", "memory_chunks")  # of `decoding.gate.SkipRule`, which has their defaults
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", *OF_THE_RULE))
 
-
-OptionError = RsdError  # as other modules call what is wrong with an option
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
 
 
@@ -37,8 +35,10 @@ def number(text: str) -> int | None:
     return int(digits) if digits.isdecimal() and digits.isascii() and len(digits) < 12 else None
 
 
-def engine_fits(engine: str, device: str) -> bool:
-    return device.startswith(ENGINE_DEVICES.get(engine, device))
+def engine_rule(engine: str, device: str) -> tuple[bool, str, str]:
+    """What `--engine` asks of `--device`, as `Checked.rules` has it."""
+    needed = ENGINE_DEVICES.get(engine, device)
+    return device.startswith(needed), f"--device {needed} with --engine {engine}", device
 
 
 Hertz = Annotated[float, Where(lambda hz: hz == 0 or 0.01 <= hz <= 1000, "that is 0 or from 0.01 to 1000")]
@@ -132,15 +132,13 @@ class EvalConfig(Checked):
         for name in OF_THE_RULE:
             needed = f"a --skip-threshold-mm with {option(name)}, as the calibration has its own"
             yield self.skip_threshold_mm is not None or getattr(self, name) is None, needed, "none"
-        fits = engine_fits(self.engine, self.device)
-        yield fits, f"--device {ENGINE_DEVICES.get(self.engine)} with --engine {self.engine}", self.device
+        yield engine_rule(self.engine, self.device)
         alone = "--control-hz without --batch, in which robots would wait for each other"
         yield not (self.control_hz and self.batch), alone, f"--batch {self.batch}"
         ray, given = self.launcher == "ray", f"--batch {self.batch} and --videos {self.videos}"
         apart = "--launcher ray without --batch and --videos: a policy in every actor and no videos"
         yield not (ray and (self.batch or self.videos != "none")), apart, given
-        named = [name.strip() for name in self.task_suite.split(",")]
-        once = all(named) and len(set(named)) == len(named)
+        once = all(self.suites) and len(set(self.suites)) == len(self.suites)
         yield once, "--task-suite to name LIBERO suites, each once", self.task_suite
         self.shard_of()
         planned_states(self.init_states, self.num_trials)
@@ -149,7 +147,7 @@ class EvalConfig(Checked):
 
     @property
     def suites(self) -> list[str]:
-        return list(dict.fromkeys(name.strip() for name in self.task_suite.split(",") if name.strip()))
+        return [name.strip() for name in self.task_suite.split(",")]
 
     @property
     def served(self) -> bool:
@@ -193,10 +191,8 @@ class EvalConfig(Checked):
         wanted = planned.get(suite, planned.get("", available))
         missing = [task for task in wanted if task not in available]
         if missing:
-            raise RsdError(
-                f"--tasks {','.join(map(str, missing))}: {suite} has tasks "
-                f"{min(available)} to {max(available)}"
-            )
+            there = f"{min(available)} to {max(available)}"
+            raise RsdError(f"--tasks {','.join(map(str, missing))}: {suite} has tasks {there}")
         return wanted
 
 

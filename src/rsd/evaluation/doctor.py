@@ -92,18 +92,14 @@ def device(name: str) -> Check:
 
 
 def pinned(package: str) -> Check:
+    remedy = f"pip install {package}=={PINNED[package]}"
     try:
         found = metadata.version(package)
     except metadata.PackageNotFoundError:
-        return Check(package, "fail", "not installed", f"pip install {package}=={PINNED[package]}")
-    if found != PINNED[package]:
-        return Check(
-            package,
-            "fail",
-            f"{found}, expected {PINNED[package]}: success rates are not comparable",
-            f"pip install {package}=={PINNED[package]}",
-        )
-    return Check(package, "ok", found)
+        return Check(package, "fail", "not installed", remedy)
+    if found == PINNED[package]:
+        return Check(package, "ok", found)
+    return Check(package, "fail", f"{found}, expected {PINNED[package]}: success rates are not comparable", remedy)
 
 
 def gl_library() -> Check:
@@ -163,9 +159,8 @@ def libero_assets() -> Check:
         bddl_file(suite, task_id)
     states = sum(len(init_states(suite, 0)) for suite in MAIN_SUITES)
     others = len(suite_names()) - len(MAIN_SUITES)
-    return Check(
-        "LIBERO", "ok", f"{len(tasks)} tasks of {len(MAIN_SUITES)} suites, {others} variants; {states} states read"
-    )
+    found = f"{len(tasks)} tasks of {len(MAIN_SUITES)} suites, {others} variants; {states} states read"
+    return Check("LIBERO", "ok", found)
 
 
 def render_frame() -> Check:
@@ -215,14 +210,11 @@ def alone(policy: RsdPolicy, observation: Observation) -> ActionChunk:
 def accuracy(policy: RsdPolicy) -> Check:
     """What the training measured, if the checkpoint says so."""
     validation = policy.provenance.get("validation", {})
-    errors = {
-        name: f"{float(values['l1_error']):.3f}"
-        for name, values in validation.items()
-        if isinstance(values, dict) and "l1_error" in values
-    }
-    if not errors:
+    measured = {name: v["l1_error"] for name, v in validation.items() if isinstance(v, dict) and "l1_error" in v}
+    if not measured:
         return Check("validation", "warn", "the checkpoint says nothing about its accuracy")
-    return Check("validation", "ok", "action error " + ", ".join(f"{name} {value}" for name, value in errors.items()))
+    errors = ", ".join(f"{name} {float(error):.3f}" for name, error in measured.items())
+    return Check("validation", "ok", f"action error {errors}")
 
 
 def blank(size: int, value: int) -> Observation:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from rsd.evaluation.backend import LIBERO, Backend, settle
-from rsd.evaluation.config import NEUTRAL, EvalConfig, OptionError
+from rsd.evaluation.config import NEUTRAL, EvalConfig
 from rsd.evaluation.episodes import Job, JobQueue, Outcome
 from rsd.evaluation.lerobot import EVAL_INFO_FILE, write_eval_info
 from rsd.evaluation.pools import Retry, make_pool, worker_count
@@ -34,7 +34,7 @@ from rsd.evaluation.results import (
     write_atomically,
 )
 from rsd.evaluation.summary import RunSummary, summarize
-from rsd.evaluation.tables import plural
+from rsd.evaluation.tables import plural, say
 from rsd.evaluation.video import VIDEOS_DIR
 from rsd.evaluation.workers import Ready
 from rsd.locks import exclusive
@@ -42,6 +42,7 @@ from rsd.output import Faults, writing
 from rsd.types import RsdError
 
 ERRORS_FILE = "errors.log"
+REMEDY = "choose another --output, or --overwrite to delete it"
 MAX_EQUAL_FAULTS = 5  # episodes in a row that end in the same error
 # A run may go on where these differ: they name the machine, not what computes the result.
 MACHINE_VERSIONS = ("platform", "cpu", "cpu_cores")
@@ -69,11 +70,11 @@ def evaluate(
     config, chosen = settle(config, backend)
     plan = plan_episodes(config, backend)
     if note or chosen:
-        console.print(note or chosen, soft_wrap=True, highlight=False)
+        say(console, note or chosen)
     warned = set() if warned is None else warned
     for caution in backend.cautions(config) if backend.cautions else []:
         if caution not in warned:
-            console.print(f"warning: {caution}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+            say(console, f"warning: {caution}", "yellow")
             warned.add(caution)
     directory = config.output_dir
     refuse_mixture(directory, bool(config.shard))
@@ -87,10 +88,8 @@ def evaluate(
             if backend.preflight is not None:
                 backend.preflight(config)
             if done:
-                console.print(
-                    f"{directory}: {len(done)} of {plural(len(plan), 'episode')} done, {len(pending)} to go",
-                    soft_wrap=True,
-                )
+                whole = plural(len(plan), "episode")
+                say(console, f"{directory}: {len(done)} of {whole} done, {len(pending)} to go")
             run_missing(config, backend, JobQueue(pending, time.monotonic() + time_limit_s), finished, workers, console)
         return sum_up(directory, workers, time.perf_counter() - start)
 
@@ -105,22 +104,18 @@ def sum_up(directory: Path, workers: int, wall_time_s: float) -> RunSummary:
 
 
 def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
-    """All episodes of a run, trial by trial; raises OptionError for an unknown suite, task or state."""
+    """All episodes of a run, trial by trial; raises RsdError for an unknown suite, task or state."""
     jobs: list[Job] = []
     states = config.states
     order = {state: trial for trial, state in enumerate(states)}
     for suite in config.suites:
-        try:
-            listed = backend.list_tasks(suite)
-        except RsdError as error:
-            raise OptionError(str(error)) from error
-        tasks = {task_id: (name, instruction) for task_id, name, instruction in listed}
+        tasks = {task_id: (name, instruction) for task_id, name, instruction in backend.list_tasks(suite)}
         for task_id in config.task_ids(suite, list(tasks)):
             available = backend.count_init_states(suite, task_id)
             if max(states) >= available:
                 row = config.init_states.isdecimal()
                 some = row and states[0] < available
-                raise OptionError(
+                raise RsdError(
                     f"{f'--num-trials {config.num_trials} from ' if row else ''}--init-states {config.init_states}: "
                     f"task {task_id} of {suite} has {available} initial states, 0 to {available - 1}"
                     f"{f'; a list such as {config.init_states}-{available - 1} takes what there is' if some else ''}"
@@ -138,22 +133,17 @@ def open_run(config: EvalConfig, directory: Path, overwrite: bool, console: Cons
         remove_run(directory)
     if not (directory / CONFIG_FILE).exists():
         if episodes_file.exists():
-            raise RsdError(
-                f"{directory}: {EPISODES_FILE} without {CONFIG_FILE}; choose another --output or --overwrite"
-            )
+            raise RsdError(f"{directory}: {EPISODES_FILE} without {CONFIG_FILE}; {REMEDY}")
         return {}
     record = read_run_record(directory)
     if record.config_hash != config.hash:
-        compared = {**NEUTRAL, **config.identity}
-        raise RsdError(
-            f"{directory} holds another run ({differences({**NEUTRAL, **record.config}, asdict(config), compared)}); "
-            "choose another --output, or --overwrite to delete it"
-        )
+        changed = differences({**NEUTRAL, **record.config}, asdict(config), {**NEUTRAL, **config.identity})
+        raise RsdError(f"{directory} holds another run ({changed}); {REMEDY}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         episodes = read_episodes(episodes_file)
     for warning in caught:
-        console.print(f"warning: {warning.message}", style="yellow", highlight=False, soft_wrap=True)
+        say(console, f"warning: {warning.message}", "yellow")
     drop_cut_off_line(episodes_file)
     return episodes
 
@@ -233,7 +223,7 @@ def told(text: str, console: Console) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        console.print(text, soft_wrap=True, highlight=False)
+        say(console, text)
         raise
 
 
@@ -245,10 +235,7 @@ def record_run(config: EvalConfig, directory: Path, ready: Ready, planned: int) 
         return
     changed = run_differences(read_run_record(directory), ready.versions, ready.policy)
     if changed:
-        raise RsdError(
-            f"{directory} was begun with something else ({changed}); "
-            "choose another --output, or --overwrite to delete it"
-        )
+        raise RsdError(f"{directory} was begun with something else ({changed}); {REMEDY}")
 
 
 def run_differences(record: RunRecord, versions: dict[str, str], policy: dict[str, Any]) -> str:

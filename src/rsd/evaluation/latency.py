@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from rsd.types import EAGER, Observation
 from rsd.versions import versions
 
 FORMAT = 2  # in 1 the work of a decoder with a pending verification was that of both, its time that of the chunk alone
+MARK = b'"milliseconds": {'  # in every record of a measurement
 STAGES = ("preprocess", "vision", "prefill", "draft", "target", "verify", "decode", "total", VERIFY_PENDING)
 
 
@@ -78,7 +78,7 @@ def observations(suite: str, num_tasks: int, policy: RsdPolicy) -> list[Observat
 
 def measure_latency(config: LatencyConfig) -> LatencyRecord:
     """Run the measurement, print the table, write the JSON."""
-    refuse_to_replace(config.output, config.overwrite or is_record(config.output))
+    refuse_to_replace(config.output, config.overwrite, MARK)
     torch.set_num_threads(config.threads or available_cores())
     options: dict[str, Any] = {"device": config.device, "engine": config.engine}
     options["acceptance"] = asked_rule(config.acceptance)
@@ -106,23 +106,14 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     return record
 
 
-def is_record(path: Path) -> bool:
-    """Whether an earlier measurement is there, which a new one replaces."""
-    return path.is_file() and b'"milliseconds": {' in path.read_bytes()
-
-
 def work_to_the_chunk(policy: RsdPolicy, observation: Observation) -> Work:
     """What `total` times: a prediction alone, without the pending verification of the one before or its own."""
-    plain = without_graphs(policy)
+    # every operation run: a replayed graph shows none to count
+    same: dict[str, Any] = {"decode": policy.decode, "acceptance": policy.acceptance or None}
+    plain = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, engine=EAGER, **same)
     plain.predict(observation)  # encodes the instruction, fills the memory
     plain.verify()
     return work_of(partial(plain.predict, observation), plain.model)
-
-
-def without_graphs(policy: RsdPolicy) -> RsdPolicy:
-    """The same models, every operation run: a replayed graph shows none to count."""
-    same: dict[str, Any] = {"decode": policy.decode, "acceptance": policy.acceptance or None}
-    return RsdPolicy.of(policy.model, policy.tokenizer, policy.config, engine=EAGER, **same)
 
 
 def take_turns(

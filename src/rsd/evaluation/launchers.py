@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rsd.evaluation.backend import LIBERO
-from rsd.evaluation.config import EvalConfig, OptionError
+from rsd.evaluation.config import EvalConfig
 from rsd.extras import extra
 from rsd.types import BEST, RsdError
 
@@ -26,7 +26,7 @@ def run_shard(config: EvalConfig) -> str:
 def shard_configs(config: EvalConfig, shards: int) -> list[EvalConfig]:
     """The parts of a run; all write into directories of their own in `config.output_dir`."""
     if shards < 1:
-        raise OptionError(f"--shards {shards}: expected at least 1")
+        raise RsdError(f"--shards {shards}: expected at least 1")
     return [replace(config, shard=f"{part}/{shards}", output=str(config.output_dir)) for part in range(shards)]
 
 
@@ -42,7 +42,7 @@ def submit_shards(
         import submitit
     if cluster == "slurm" and shutil.which("srun") is None:
         found = "--cluster slurm: expected SLURM's srun and sbatch, found none here"
-        raise OptionError(f"{found}; run this on the cluster's login node, or try it with --cluster local")
+        raise RsdError(f"{found}; run this on the cluster's login node, or try it with --cluster local")
     with refusals("the jobs were refused"):
         executor = submitit.AutoExecutor(folder=config.output_dir / "jobs", cluster=cluster)
         executor.update_parameters(name="rsd-eval", **(parameters or {}))
@@ -74,11 +74,11 @@ def refusals(what: str) -> Iterator[None]:
 def cloud_config(
     task_suite: str, num_trials: int, use_speculative_decoding: str, policy: str, videos: str, root: Path
 ) -> EvalConfig:
-    """The run that `deploy/modal_app.py` is asked for. Raises OptionError for what cannot be run."""
+    """The run that `deploy/modal_app.py` is asked for. Raises RsdError for what cannot be run."""
     decodes = {"true": BEST, "false": "ar"}  # which one is best is seen where the checkpoint is
     decode = decodes.get(use_speculative_decoding.lower())
     if decode is None:
-        raise OptionError(f"--use-speculative-decoding '{use_speculative_decoding}': expected True or False")
+        raise RsdError(f"--use-speculative-decoding '{use_speculative_decoding}': expected True or False")
     options: dict[str, Any] = {"policy": policy, "decode": decode, "videos": videos, "device": "cuda"}
     config = EvalConfig(task_suite, num_trials, **options)
     return replace(config, output=str(root / f"{'+'.join(config.suites)}-{decode}"))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rsd.evaluation.results import EpisodeResult, scored, write_atomically
+from rsd.evaluation.results import EpisodeResult, by_task, scored, write_atomically
 from rsd.evaluation.video import VIDEOS_DIR, video_name
 
 EVAL_INFO_FILE = "eval_info.json"
@@ -22,12 +22,10 @@ def eval_info(directory: Path, episodes: Sequence[EpisodeResult]) -> dict[str, A
 
     eval_s: time of the episodes added up, whatever ran side by side.
     """
-    counted = sorted(scored(episodes), key=lambda episode: episode.key)
-    tasks: dict[tuple[str, int], list[EpisodeResult]] = {}
-    suites: dict[str, list[EpisodeResult]] = {}
-    for episode in counted:
-        tasks.setdefault((episode.suite, episode.task_id), []).append(episode)
-        suites.setdefault(episode.suite, []).append(episode)
+    tasks, suites = by_task(scored(episodes)), dict[str, list[EpisodeResult]]()
+    for (suite, _), group in tasks.items():
+        suites.setdefault(suite, []).extend(group)
+    counted = [episode for group in tasks.values() for episode in group]
     seconds = sum(episode.wall_s for episode in counted)
     return {
         "per_task": [

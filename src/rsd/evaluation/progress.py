@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.episodes import Job
 from rsd.evaluation.results import EpisodeResult
-from rsd.evaluation.tables import plural
+from rsd.evaluation.tables import plural, say
 
 
 def last_line(log: str) -> str:
@@ -43,8 +43,7 @@ class EpisodeProgress:
     def __enter__(self) -> EpisodeProgress:
         self._bar.start()
         if not self._console.is_terminal:
-            said = f"{self._label}: {plural(self._pending, 'episode')} to run, starting workers"
-            self._console.print(said, highlight=False, soft_wrap=True)
+            say(self._console, f"{self._label}: {plural(self._pending, 'episode')} to run, starting workers")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,27 +51,21 @@ class EpisodeProgress:
 
     def retry(self, job: Job, log: str) -> None:
         """An attempt that ended in an error and will be repeated."""
-        self._console.print(f"{self._label}: {job}: {last_line(log)}; begun anew", highlight=False, soft_wrap=True)
+        say(self._console, f"{self._label}: {job}: {last_line(log)}; begun anew")
 
     def advance(self, result: EpisodeResult) -> None:
         self._new += 1
         self._errors += result.is_error
         self._scored += not result.is_error
         self._successes += result.success
-        status = f"{self._successes}/{self._scored} succeeded, {self.episodes_per_minute:.1f} a minute"
+        per_minute = 60 * self._new / max(time.perf_counter() - self._start, 1e-9)
+        status = f"{self._successes}/{self._scored} succeeded, {per_minute:.1f} a minute"
         if self._errors:
             status += f", {plural(self._errors, 'error')}"
         self._bar.update(self._task, advance=1, status=status)
         if result.is_error or not self._console.is_terminal:
             where = "task" if result.suite == self._label.split()[0] else f"{result.suite} task"
             outcome = "success" if result.success else result.failure
-            self._console.print(
-                f"{self._label} {self._new}/{self._pending}: {where} {result.task_id}, initial state "
-                f"{result.init_state}: {outcome} after {plural(result.steps, 'step')}; {status}",
-                highlight=False,
-                soft_wrap=True,
-            )
-
-    @property
-    def episodes_per_minute(self) -> float:
-        return 60 * self._new / max(time.perf_counter() - self._start, 1e-9)
+            place = f"{self._label} {self._new}/{self._pending}: {where} {result.task_id}, initial state"
+            took = plural(result.steps, "step")
+            say(self._console, f"{place} {result.init_state}: {outcome} after {took}; {status}")

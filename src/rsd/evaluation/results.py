@@ -80,32 +80,28 @@ class EpisodeResult:
         return (self.suite, self.task_id, self.init_state)
 
     @property
+    def task(self) -> tuple[str, int]:
+        return self.suite, self.task_id
+
+    @property
     def is_error(self) -> bool:
         return self.failure.startswith(ERROR_PREFIX)
 
     def check(self, where: str) -> None:
         """Raises RsdError where the numbers of the episode contradict each other."""
+        levels = len(self.num_draft_tokens)
+        counts = {len(v) for v in self.latency_ms.values()} | {len(v) for v in self.chunk_stats.values()}
+        tokens = zip(self.num_draft_tokens, self.num_accepted_tokens, strict=False)
         contradictions = {
             "a success with a failure reason, or a failure without one": self.success == bool(self.failure),
             f"a failure that is neither '{STEP_LIMIT}' nor '{ERROR_PREFIX}...'": not (
                 self.failure in ("", STEP_LIMIT) or self.is_error
             ),
-            "latencies that are not one number a chunk": any(
-                len(values) != self.chunks for values in self.latency_ms.values()
-            ),
-            "statistics that are not one number a chunk": any(
-                len(values) != self.chunks for values in self.chunk_stats.values()
-            ),
-            "drafted and accepted tokens of different numbers of levels": len(self.num_draft_tokens)
-            != len(self.num_accepted_tokens),
-            "more accepted than drafted tokens": any(
-                accepted > drafted
-                for drafted, accepted in zip(self.num_draft_tokens, self.num_accepted_tokens, strict=False)
-            ),
+            "latencies or statistics that are not one number a chunk": counts - {self.chunks},
+            "drafted and accepted tokens of different numbers of levels": levels != len(self.num_accepted_tokens),
+            "more accepted than drafted tokens": any(accepted > drafted for drafted, accepted in tokens),
             "accepted levels that are not one number a drafted chunk": len(self.accepted_levels) != self.num_drafts,
-            "more accepted levels than there are": any(
-                levels > len(self.num_draft_tokens) for levels in self.accepted_levels
-            ),
+            "more accepted levels than there are": max(self.accepted_levels, default=0) > levels,
         }
         found = [name for name, holds in contradictions.items() if holds]
         if found:
@@ -125,9 +121,8 @@ class RunRecord:
     planned: Count = 0
 
 
-def decode_record(kind: type[Record], text: str, where: str) -> Record:
+def decode_record(kind: type[Record], text: str | bytes, where: str) -> Record:
     """Parse one JSON object written by `encode_record`; raises RsdError naming `where` for anything else."""
-
     return record_of(kind, parse_object(text, where), where)
 
 
@@ -151,13 +146,6 @@ def read_run_record(directory: Path) -> RunRecord:
     record = record_of(RunRecord, read_object(path, "a results directory"), str(path))
     stored_config(record.config, str(path), older=True)
     return record
-
-
-def text_of(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RsdError(f"{where}: not text in UTF-8 ({error}); the file was edited or damaged") from None
 
 
 def append_episode(path: Path, result: EpisodeResult) -> None:
@@ -185,7 +173,7 @@ def read_episodes(path: Path) -> dict[EpisodeKey, EpisodeResult]:
     episodes: dict[EpisodeKey, EpisodeResult] = {}
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
-        result = decode_record(EpisodeResult, text_of(line, where), where)
+        result = decode_record(EpisodeResult, line, where)
         result.check(where)
         earlier = episodes.get(result.key)
         if earlier is not None and not earlier.is_error:
@@ -205,3 +193,11 @@ def drop_cut_off_line(path: Path) -> None:
 def scored(episodes: Iterable[EpisodeResult]) -> list[EpisodeResult]:
     """The episodes that say something about the policy: all but the errors."""
     return [episode for episode in episodes if not episode.is_error]
+
+
+def by_task(episodes: Iterable[EpisodeResult]) -> dict[tuple[str, int], list[EpisodeResult]]:
+    """(suite, task number) -> its episodes, both in order."""
+    tasks: dict[tuple[str, int], list[EpisodeResult]] = {}
+    for episode in sorted(episodes, key=lambda episode: episode.key):
+        tasks.setdefault(episode.task, []).append(episode)
+    return tasks

@@ -142,18 +142,12 @@ def decoded(stats: Sequence[ChunkStats], motions: Sequence[Motion] = ()) -> dict
     }
 
 
-# Fields of ChunkStats that have a field of their own in an episode's result.
-RECORDED_STATS = {
-    *("decode", "acceptance", "prefills", "target_passes", "num_draft_tokens", "num_accepted_tokens"),
-    *("accepted_levels", "latency_ms"),
-}
-
-
 def further_stats(stats: Sequence[ChunkStats | Motion]) -> dict[str, list[float | None]]:
-    """Every other number or flag that is known of the chunks, of whatever any knows one: name -> one value a chunk."""
+    """Every number or flag of the chunks that has no field of its own in `EpisodeResult`, of whatever any chunk knows
+    one: name -> one value a chunk."""
     found: dict[str, list[float | None]] = {}
-    names = [field.name for field in fields(stats[0])] if stats else []
-    for name in (name for name in names if name not in RECORDED_STATS):
+    own = {field.name for field in fields(EpisodeResult)}
+    for name in [field.name for field in fields(stats[0]) if field.name not in own] if stats else []:
         values = [getattr(chunk, name) for chunk in stats]
         if all(value is None or isinstance(value, int | float) for value in values):
             found[name] = [None if value is None else float(value) for value in values]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rsd.evaluation.results import EpisodeResult, RunRecord, scored
+from rsd.evaluation.results import EpisodeResult, RunRecord, by_task, scored
 from rsd.evaluation.rollout import sum_per_level
 from rsd.evaluation.statistics import percentiles, wilson
 
@@ -32,6 +32,10 @@ class TaskSummary:
     success: SuccessRate
     errors: int
     mean_success_steps: float | None
+
+    @property
+    def task(self) -> tuple[str, int]:
+        return self.suite, self.task_id
 
 
 @dataclass(frozen=True)
@@ -87,22 +91,17 @@ def success_rate(episodes: Sequence[EpisodeResult]) -> SuccessRate:
 
 
 def summarize_tasks(episodes: Iterable[EpisodeResult]) -> list[TaskSummary]:
-    by_task: dict[tuple[str, int], list[EpisodeResult]] = {}
-    for episode in episodes:
-        by_task.setdefault((episode.suite, episode.task_id), []).append(episode)
-    tasks = []
-    for (suite, task_id), group in sorted(by_task.items()):
-        tasks.append(
-            TaskSummary(
-                suite=suite,
-                task_id=task_id,
-                instruction=group[0].instruction,
-                success=success_rate(scored(group)),
-                errors=sum(episode.is_error for episode in group),
-                mean_success_steps=mean_success_steps(group),
-            )
+    return [
+        TaskSummary(
+            suite=suite,
+            task_id=task_id,
+            instruction=group[0].instruction,
+            success=success_rate(scored(group)),
+            errors=sum(episode.is_error for episode in group),
+            mean_success_steps=mean_success_steps(group),
         )
-    return tasks
+        for (suite, task_id), group in by_task(episodes).items()
+    ]
 
 
 def mean_success_steps(episodes: Iterable[EpisodeResult]) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from rich.console import Console
@@ -15,6 +15,17 @@ ABSENT = "-"
 def plural(count: int, noun: str) -> str:
     """`1 episode`, `2 episodes`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """A text as it is: nothing in it is markup, and long lines are left to the terminal."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """header and every row: as many cells; all but the first column on the right."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(header) - 1), *lines[1:]]) + "\n"
 
 
 def print_table(
@@ -43,9 +54,9 @@ def print_table(
         grid = [list(column) for column in zip(*grid, strict=True)]
     names, *subjects = grid
     width = max(map(len, names[1:]), default=0)
-    console.print(f"[bold]{escape(title)}[/bold]", highlight=False, soft_wrap=True)
+    say(console, title, "bold")
     for heading, *cells in subjects:
-        console.print(f"\n[bold]{escape(heading)}[/bold]", highlight=False, soft_wrap=True)
+        say(console, f"\n{heading}", "bold")
         for name, cell in zip(names[1:], cells, strict=True):
             if cell not in ("", ABSENT):
-                console.print(f"  {name.ljust(width)}  {cell}", markup=False, highlight=False, soft_wrap=True)
+                say(console, f"  {name.ljust(width)}  {cell}")

@@ -67,14 +67,14 @@ def stage_colour(stage: str) -> str:
 
 def success_figure(runs: Sequence[Run]) -> Figure | None:
     """Success of every task with its Wilson interval, one mark a run."""
-    tasks = sorted({(e.suite, e.task_id) for run in runs for e in run.episodes})
+    tasks = sorted({e.task for run in runs for e in run.episodes})
     names = task_labels(runs)
     pitch = 0.20 * len(runs) + 0.30
     figure, axes = new_figure(pitch * len(tasks) + 0.75)
     for row, task in enumerate(tasks):
         axes.text(0, row - 0.5 + 0.16 / pitch, names[task], fontsize=8, va="center", color=INK)
         for index, run in enumerate(runs):
-            outcomes = [e.success for e in run.episodes if (e.suite, e.task_id) == task]
+            outcomes = [e.success for e in run.episodes if e.task == task]
             if not outcomes:
                 continue
             low, high = wilson(sum(outcomes), len(outcomes))

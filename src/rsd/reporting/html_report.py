@@ -43,26 +43,13 @@ from rsd.types import RsdError
 
 REPORT_FILE, FIGURES_DIR = "report.html", "figures"
 Videos = Literal["embed", "link", "none"]
+Labels = dict[tuple[str, int], str]  # of `task_labels`
 # Lighter than SERIES and STAGE_COLOURS: the same hues on a dark page.
 DARK_SERIES = ("#74ace8", "#f0a05e", "#54c9a2", "#d18fdd", "#dbb649", "#ec7a90")
 DARK_STAGES = (
     *("#77828e", "#8db8ee", "#4f80bd", "#eda968", "#66a8c6", "#4bbfa6", "#ad8ad6", "#d97b92", "#a3b866", "#dba3c3"),
     *("#d3bd5c", "#9ba0a9"),
 )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A run in four numbers. low, high: the interval of the success rate, in percent."""
-
-    name: str
-    success: str
-    low: float
-    high: float
-    interval: str
-    latency: str
-    acceptance: str
-    sentence: str
 
 
 @dataclass(frozen=True)
@@ -140,7 +127,8 @@ def palette(series: Sequence[str], stages: Sequence[str]) -> str:
     return " ".join(f"--{name}: {colour};" for name, colour in pairs)
 
 
-def tile(first: Run, run: Run, several: bool) -> Tile:
+def tile(first: Run, run: Run, several: bool) -> dict[str, Any]:
+    """A run in four numbers. low, high: the interval of the success rate, in percent."""
     rate, decoding = success_rate(run.episodes), summarize_decoding(run.episodes)
     total = decoding.latency_ms.get("total")
     sentence = "the others are held against this one" if several else ""
@@ -152,44 +140,43 @@ def tile(first: Run, run: Run, several: bool) -> Tile:
         sentence = f"{difference_cell(pair)} against {first.name}, bootstrap {interval}{unit}: {verdict(pair)}"
         faster = speedup((first, summarize_decoding(first.episodes)), (run, decoding))
         sentence += "" if faster == ABSENT else f"; {faster} the speed per chunk"
-    return Tile(
-        name=run.name,
-        success=f"{100 * rate.successes / rate.n:.1f}",
-        low=round(100 * rate.low, 2),
-        high=round(100 * rate.high, 2),
-        interval=f"{rate.successes} of {rate.n}, 95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f}",
-        latency=f"{total['p50']:.1f} ms" if total and not run.queued else "",
-        acceptance="" if decoding.acceptance_rate is None else f"{100 * decoding.acceptance_rate:.1f} %",
-        sentence=sentence,
-    )
+    low, high = 100 * rate.low, 100 * rate.high
+    return {
+        "name": run.name,
+        "success": f"{100 * rate.successes / rate.n:.1f}",
+        "low": round(low, 2),
+        "high": round(high, 2),
+        "interval": f"{rate.successes} of {rate.n}, 95 % interval {low:.1f} to {high:.1f}",
+        "latency": f"{total['p50']:.1f} ms" if total and not run.queued else "",
+        "acceptance": "" if decoding.acceptance_rate is None else f"{100 * decoding.acceptance_rate:.1f} %",
+        "sentence": sentence,
+    }
 
 
-def task_rows(runs: Sequence[Run], labels: dict[tuple[str, int], str]) -> list[dict[str, Any]]:
+def task_rows(runs: Sequence[Run], labels: Labels) -> list[dict[str, Any]]:
     """For every task its label and, run by run, the success and the outcome of each initial state, run or not."""
-    summaries = [{(s.suite, s.task_id): s for s in summarize_tasks(run.episodes)} for run in runs]
+    summaries = [{s.task: s for s in summarize_tasks(run.episodes)} for run in runs]
     rows = []
     for task, label in sorted(labels.items()):
         cells = []
         for index, (run, by_task) in enumerate(zip(runs, summaries, strict=True)):
             if task in by_task:
-                states = {e.init_state: e for e in run.episodes if (e.suite, e.task_id) == task}
+                states = {e.init_state: e for e in run.episodes if e.task == task}
                 episodes = [(state, states.get(state)) for state in sorted({*states, *run.planned_states})]
                 cells.append({"run": run.name, "colour": index, "summary": by_task[task], "episodes": episodes})
         rows.append({"label": label, "cells": cells})
     return rows
 
 
-def episodes(runs: Sequence[Run], labels: dict[tuple[str, int], str]) -> list[Shown]:
+def episodes(runs: Sequence[Run], labels: Labels) -> list[Shown]:
     return [
-        Shown(run.name, colour, labels.get((e.suite, e.task_id), str(e.task_id)), e)
+        Shown(run.name, colour, labels.get(e.task, str(e.task_id)), e)
         for colour, run in enumerate(runs)
         for e in run.episodes
     ]
 
 
-def clips(
-    runs: Sequence[Run], labels: dict[tuple[str, int], str], base: Path, videos: Videos
-) -> dict[str, list[Shown]]:
+def clips(runs: Sequence[Run], labels: Labels, base: Path, videos: Videos) -> dict[str, list[Shown]]:
     """The videos there are, failures apart from successes."""
     found: dict[str, list[Shown]] = {"failures": [], "successes": []}
     for shown in episodes(runs, labels) if videos != "none" else ():
@@ -228,11 +215,8 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
 def command(run: Run) -> str:
     """The command line that makes the run again; only what differs from the defaults."""
     defaults = {entry.name: entry.default for entry in fields(EvalConfig)}
-    parts = ["rsd eval"]
-    for name, value in run.record.config.items():
-        if name in defaults and value != defaults[name]:
-            parts.append(f"{option(name)} {shlex.quote(str(value))}")
-    return " ".join(parts)
+    given = {name: value for name, value in run.record.config.items() if value != defaults.get(name, value)}
+    return " ".join(["rsd eval", *(f"{option(name)} {shlex.quote(str(value))}" for name, value in given.items())])
 
 
 def merge_and_report(output: Path) -> str:

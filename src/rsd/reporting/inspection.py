@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from rsd.evaluation.cautions import section, trained_on
 from rsd.evaluation.results import CONFIG_FILE as RUN_CONFIG
-from rsd.evaluation.results import EPISODES_FILE
+from rsd.evaluation.results import EPISODES_FILE, by_task
 from rsd.evaluation.summary import summarize_tasks
-from rsd.evaluation.tables import ABSENT, print_table
+from rsd.evaluation.tables import ABSENT, print_table, say
 from rsd.reporting.tables import load_runs, print_runs, run_directories, task_labels
 from rsd.types import RsdError
 
@@ -31,20 +30,18 @@ def inspect(path: str, console: Console, keys: bool = False, provenance: bool = 
 
     directory = locate_checkpoint(path)
     if not (directory / WEIGHTS_FILE).is_file():
-        raise RsdError(
-            f"{path}: neither a checkpoint ({WEIGHTS_FILE} is missing) nor a results directory ({EPISODES_FILE} is) "
-            "nor a folder of such"
-        )
+        missing = f"({WEIGHTS_FILE} is missing) nor a results directory ({EPISODES_FILE} is) nor a folder of such"
+        raise RsdError(f"{path}: neither a checkpoint {missing}")
     show_checkpoint(directory, console, keys, provenance)
 
 
 def print_rows(console: Console, heading: str, rows: Rows) -> None:
     if not rows:
         return
-    console.print(f"\n[bold]{escape(heading)}[/bold]")
+    say(console, f"\n{heading}", "bold")
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        console.print(f"  {name.ljust(width)}  {escape(value)}", soft_wrap=True)
+        say(console, f"  {name.ljust(width)}  {value}")
 
 
 def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: bool) -> None:
@@ -56,32 +53,29 @@ def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: b
     tokenizer, made = ActionTokenizer.load(directory), section(content, "provenance")
     config, weights = (openvla_parts if BACKBONE in content else compact_parts)(directory, content, tokenizer)
     code = tokenizer.config.rfsq
-    console.print(f"[bold]{escape(str(directory))}[/bold]", soft_wrap=True)
-    console.print(f"sha256 of {CONFIG_FILE}: {checkpoint_hash(directory)}", soft_wrap=True)
+    say(console, str(directory), "bold")
+    say(console, f"sha256 of {CONFIG_FILE}: {checkpoint_hash(directory)}")
     sizes: Counter[str] = Counter()
     for name, value in weights.items():
         sizes[name.split(".")[0]] += value.numel()
     rows = [(name, f"{count:,}") for name, count in sizes.items()]
     print_rows(console, "parameters", [*rows, ("total", f"{sum(sizes.values()):,}")])
-    print_rows(console, "decoding", [*decoding_rows(directory, content, config)])
-    print_rows(
-        console,
-        "tokenizer",
-        [
-            ("chunk", f"{tokenizer.config.horizon} steps, {tokenizer.motion_dim} motion dimensions and a gripper"),
-            ("transform over time", tokenizer.config.transform),
-            ("levels x symbols", f"{code.levels} x {code.symbols}, steps shrink by rho = {code.rho:g}"),
-            ("correctable digit errors, by level", ", ".join(str(code.margin(n + 1)) for n in range(code.levels))),
-        ],
-    )
+    print_rows(console, "decoding", decoding_rows(directory, content, config))
+    rows = [
+        ("chunk", f"{tokenizer.config.horizon} steps, {tokenizer.motion_dim} motion dimensions and a gripper"),
+        ("transform over time", tokenizer.config.transform),
+        ("levels x symbols", f"{code.levels} x {code.symbols}, steps shrink by rho = {code.rho:g}"),
+        ("correctable digit errors, by level", ", ".join(str(code.margin(n + 1)) for n in range(code.levels))),
+    ]
+    print_rows(console, "tokenizer", rows)
     print_rows(console, "trained on", training_rows(content))
     if keys:
         shapes = [(name, str(list(value.shape))) for name, value in weights.items()]
         print_rows(console, f"{len(shapes)} keys", shapes)
     if not provenance:
-        console.print("\n--provenance shows all that is known of its making, --keys every tensor", soft_wrap=True)
+        say(console, "\n--provenance shows all that is known of its making, --keys every tensor")
         return
-    print_rows(console, "policy", list(flatten(content["policy"])))
+    print_rows(console, "policy", flatten(content["policy"]))
     reach = zip(tokenizer.centre.tolist(), tokenizer.scale.tolist(), strict=True)
     print_rows(console, "reach of each dimension", [(str(i), f"{c:+.2f}+-{s:.2f}") for i, (c, s) in enumerate(reach)])
     validation = section(made, "validation").items()
@@ -89,8 +83,7 @@ def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: b
     rows = [(name, ", ".join(f"{key} {value}".strip() for key, value in values)) for name, values in measured]
     print_rows(console, "validation during training", rows)
     base = {"base": content["base"]} if "base" in content else {}
-    rest = {**base, **{name: value for name, value in made.items() if name != "validation"}}
-    print_rows(console, "provenance", list(flatten(rest)))
+    print_rows(console, "provenance", flatten(base | {k: v for k, v in made.items() if k != "validation"}))
 
 
 def decoding_rows(directory: Path, content: dict[str, Any], config: Any) -> Rows:
@@ -170,23 +163,20 @@ def show_runs(directories: list[Path], console: Console) -> None:
     labels = task_labels(runs)
     console.print()
     if len(runs) > 1:
-        by_run = [{(s.suite, s.task_id): s.success for s in summarize_tasks(run.episodes)} for run in runs]
+        by_run = [{s.task: s.success for s in summarize_tasks(run.episodes)} for run in runs]
         cells = [
             [label, *(f"{found[task].successes}/{found[task].n}" if task in found else ABSENT for found in by_run)]
             for task, label in sorted(labels.items())
         ]
         print_table(console, "success by task", ["task", *(run.name for run in runs)], cells, "rows")
-        console.print(f"\nof one alone: rsd inspect {directories[0]}", soft_wrap=True)
+        say(console, f"\nof one alone: rsd inspect {directories[0]}")
         return
     (run,) = runs
     rows, failed = [], []
+    episodes = by_task(run.episodes)
     for task in summarize_tasks(run.episodes):
-        failures = Counter(
-            episode.failure_detail or episode.failure
-            for episode in run.episodes
-            if (episode.suite, episode.task_id) == (task.suite, task.task_id) and not episode.success
-        )
-        label, rate = labels[task.suite, task.task_id], task.success
+        failures = Counter(e.failure_detail or e.failure for e in episodes[task.task] if not e.success)
+        label, rate = labels[task.task], task.success
         steps = ABSENT if task.mean_success_steps is None else f"{task.mean_success_steps:.0f}"
         rows.append([label, f"{rate.successes}/{rate.n}", f"{100 * rate.low:.0f} to {100 * rate.high:.0f} %", steps])
         if failures:
@@ -195,9 +185,9 @@ def show_runs(directories: list[Path], console: Console) -> None:
     print_rows(console, "failures", failed)
     for episode in run.broken:
         where = f"{episode.suite} task {episode.task_id}, initial state {episode.init_state}"
-        console.print(f"error: {where}: {episode.failure}", style="red", soft_wrap=True)
+        say(console, f"error: {where}: {episode.failure}", "red")
     options = run.record.config
     print_rows(console, "options", [(name, str(value)) for name, value in options.items() if value != ""])
     print_rows(console, "versions", list(run.record.versions.items()))
     policy = {name: value for name, value in run.record.policy.items() if name != "provenance"}
-    print_rows(console, "policy", list(flatten(policy)))
+    print_rows(console, "policy", flatten(policy))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import planned_states
+from rsd.evaluation.realtime import Motion
 from rsd.evaluation.results import (
     CONFIG_FILE,
     EPISODES_FILE,
@@ -29,16 +31,17 @@ from rsd.evaluation.summary import (
     success_rate,
     summarize_decoding,
 )
-from rsd.evaluation.tables import ABSENT, plural, print_table
+from rsd.evaluation.tables import ABSENT, markdown, plural, print_table
 from rsd.reporting.archive import located
 from rsd.types import RsdError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from rsd.decoding.calibration import RealisedRisk
 
-EPSILON_MM, DELTA = 75.0, 0.1  # of audits without a calibration: what `rsd calibrate` takes by default
-# Statistics of the robot's motion, which have rows of their own (`realtime.Motion`).
-MOTION = ("pause_ms", "pause_without_drawing_ms", "waited", "late_steps", "late_ms")
+MOTION = {field.name for field in fields(Motion)}  # statistics of chunks that have rows of their own
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,11 @@ def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(quantity, one cell a run). Rows that are empty for every run are left out."""
     decodings = [summarize_decoding(run.episodes) for run in runs]
     pairs = [paired(runs[0], run) for run in runs[1:]]
-    common = [common_cell(runs[0], run, pair) for run, pair in zip(runs[1:], pairs, strict=True)]
+    # only where runs are not of the same states, so that their success rates compare different things
+    longer = [max(len(runs[0].episodes), len(run.episodes)) for run in runs[1:]]
+    common = [str(p.pairs) if p.pairs < most else ABSENT for p, most in zip(pairs, longer, strict=True)]
     timed = list(zip(runs, decodings, strict=True))
+    passes = [f"{d.prefills_per_chunk:.3g} prefill + {d.target_passes_per_chunk:.3g}" for d in decodings]
     rows = [
         ("success", [success_cell(success_rate(run.episodes)) for run in runs]),
         ("paired difference", [ABSENT, *map(difference_cell, pairs)]),
@@ -147,7 +153,7 @@ def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("latency per chunk, p95", [milliseconds(run, decoding, "p95") for run, decoding in timed]),
         ("speed-up of p50", [ABSENT, *(speedup(timed[0], other) for other in timed[1:])]),
         ("latency not shown, it holds waiting", [run.queued or ABSENT for run in runs]),
-        ("target passes per chunk", [passes_cell(decoding) for decoding in decodings]),
+        ("target passes per chunk", passes),
         ("draft tokens accepted", [percent(decoding.acceptance_rate) for decoding in decodings]),
         ("accepted per level", [level_cell(decoding.acceptance_per_level) for decoding in decodings]),
         ("mean acceptance length", [number(decoding.mean_acceptance_length) for decoding in decodings]),
@@ -168,40 +174,29 @@ def print_runs(console: Console, runs: Sequence[Run]) -> None:
 
 
 def markdown_table(runs: Sequence[Run]) -> str:
-    lines = [
-        "| " + " | ".join(["", *(run.name for run in runs)]) + " |",
-        "|---|" + "---:|" * len(runs),
-        *("| " + " | ".join([label, *cells]) + " |" for label, cells in table_rows(runs)),
-    ]
-    return f"{title(runs)}\n\n" + "\n".join(lines) + "\n"
+    rows = [[label, *cells] for label, cells in table_rows(runs)]
+    return f"{title(runs)}\n\n" + markdown(["", *(run.name for run in runs)], rows)
 
 
 def title(runs: Sequence[Run]) -> str:
     """Suites and sizes; where the runs differ in them it says so, because then only pairs can be compared."""
     suites = sorted({episode.suite for run in runs for episode in run.episodes})
     sizes = [len(run.episodes) for run in runs]
-    tasks = sorted({(episode.suite, episode.task_id) for run in runs for episode in run.episodes})
-    same = len(set(sizes)) == 1
-    episodes = plural(sizes[0], "episode") if same else f"{' / '.join(map(str, sizes))} episodes"
-    if same and len(runs) > 1:
-        episodes += " a run"
+    tasks = {episode.task for run in runs for episode in run.episodes}
+    if len(set(sizes)) == 1:
+        episodes = plural(sizes[0], "episode") + (" a run" if len(runs) > 1 else "")
+    else:
+        episodes = f"{' / '.join(map(str, sizes))} episodes"
     return f"{', '.join(suites)}: {plural(len(tasks), 'task')}, {episodes}"
 
 
 def success_cell(rate: SuccessRate) -> str:
-    return (
-        f"{rate.successes}/{rate.n} = {100 * rate.successes / rate.n:.1f} % "
-        f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
-    )
+    found, low, high = (100 * share for share in (rate.successes / rate.n, rate.low, rate.high))
+    return f"{rate.successes}/{rate.n} = {found:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def difference_cell(pair: PairedDifference) -> str:
     return f"{100 * pair.difference:+.1f} points (+{pair.only_second} -{pair.only_first})"
-
-
-def common_cell(first: Run, run: Run, pair: PairedDifference) -> str:
-    """Only where the runs are not of the same states, so that success rates of all of them compare different things."""
-    return str(pair.pairs) if pair.pairs < max(len(first.episodes), len(run.episodes)) else ABSENT
 
 
 def paired(first: Run, run: Run) -> PairedDifference:
@@ -261,25 +256,24 @@ def audit(run: Run) -> tuple[RealisedRisk, float, bool] | None:
         return None
     from rsd.decoding.calibration import realised_risk  # loads torch, which a table without audits need not
 
-    skipped, apart, differs = [], [], []
-    for episode in run.episodes:
-        stats = {name: episode.chunk_stats.get(name, [None] * episode.chunks) for name in AUDITED}
-        skipped.append(np.array([bool(value) for value in stats["skipped"]]))
-        apart.append(np.array([np.nan if value is None else value for value in stats["deviation_mm"]]))
-        if "gripper_differs" in episode.chunk_stats:  # not recorded by the first audits
-            differs.append(np.array([bool(value) for value in stats["gripper_differs"]]))
+    def columns(name: str) -> list[NDArray[np.float64]]:
+        """One number a chunk, NaN where it has none."""
+        return [np.array(e.chunk_stats.get(name, [None] * e.chunks), dtype=np.float64) for e in run.episodes]
+
+    skipped, apart = [column > 0 for column in columns("skipped")], columns("deviation_mm")
+    recorded = all("gripper_differs" in episode.chunk_stats for episode in run.episodes)  # not by the first audits
+    differs = [column > 0 for column in columns("gripper_differs")] if recorded else None
     known = [np.isfinite(values) for values in apart]
     executed = any(flags.any() for flags in skipped)
     compared = [a & b for a, b in zip(skipped, known, strict=True)] if executed else known
     epsilon, delta = epsilon_and_delta(run)
-    recorded = differs if len(differs) == len(apart) else None
-    return realised_risk(compared, apart, recorded, epsilon_mm=epsilon, delta=delta), epsilon, executed
+    return realised_risk(compared, apart, differs, epsilon_mm=epsilon, delta=delta), epsilon, executed
 
 
 def epsilon_and_delta(run: Run) -> tuple[float, float]:
-    """Of the calibration that the run was made with, else the default ones."""
-    calibration = run.record.policy.get("skip_calibration") or {"epsilon_mm": EPSILON_MM, "delta": DELTA}
-    return calibration["epsilon_mm"], calibration["delta"]
+    """Of the calibration that the run was made with, else the default ones of `rsd calibrate`."""
+    used = run.record.policy.get("skip_calibration") or {}
+    return used.get("epsilon_mm", CalibrateConfig.epsilon_mm), used.get("delta", CalibrateConfig.delta)
 
 
 def real_time_rows(runs: Sequence[Run], decodings: Sequence[DecodingSummary]) -> list[tuple[str, list[str]]]:
@@ -288,15 +282,13 @@ def real_time_rows(runs: Sequence[Run], decodings: Sequence[DecodingSummary]) ->
     stats = [decoding.chunk_stats for decoding in decodings]
     # only decoders that have a pending verification can wait for it
     verifications = [d.latency_ms.get("verify-pending") if on else None for d, on in zip(decodings, paced, strict=True)]
-    waited = [found.get("waited") if ran else None for found, ran in zip(stats, verifications, strict=True)]
+    shares = [found.get("waited") if ran else None for found, ran in zip(stats, verifications, strict=True)]
+    waited = [percent(found["mean"] if found else None) for found in shares]
     return [
         ("standstill between chunks, p50 / p95", [range_cell(found.get("pause_ms")) for found in stats]),
         ("the same without drawing", [range_cell(found.get("pause_without_drawing_ms")) for found in stats]),
         ("pending verification while the robot moves, p50 / p95", [range_cell(found) for found in verifications]),
-        (
-            "chunks that waited for the pending verification",
-            [percent(found["mean"] if found else None) for found in waited],
-        ),
+        ("chunks that waited for the pending verification", waited),
         ("late steps", [late_cell(run.episodes) if on else ABSENT for run, on in zip(runs, paced, strict=True)]),
     ]
 
@@ -325,10 +317,6 @@ def speedup(first: tuple[Run, DecodingSummary], other: tuple[Run, DecodingSummar
     return f"{totals[0]['p50'] / totals[1]['p50']:.2f}x"
 
 
-def passes_cell(decoding: DecodingSummary) -> str:
-    return f"{decoding.prefills_per_chunk:.3g} prefill + {decoding.target_passes_per_chunk:.3g}"
-
-
 def level_cell(rates: Sequence[float]) -> str:
     return " / ".join(f"{100 * rate:.0f} %" for rate in rates) or ABSENT
 
@@ -350,7 +338,6 @@ CHUNK_STATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "expected_deviation_mm": ("deviation the draft expects, mean", millimetres),
     "deviation_mm": ("deviation of the draft, mean", millimetres),
 }
-AUDITED = ("skipped", "deviation_mm", "gripper_differs")
 
 
 def number(value: float | None) -> str:
@@ -359,7 +346,7 @@ def number(value: float | None) -> str:
 
 def task_labels(runs: Sequence[Run]) -> dict[tuple[str, int], str]:
     """(suite, task) -> a short name: its number and what tells its instruction from the suite's others."""
-    instructions = {(e.suite, e.task_id): e.instruction for run in runs for e in run.episodes}
+    instructions = {e.task: e.instruction for run in runs for e in run.episodes}
     suites = {suite for suite, _ in instructions}
     labels = {}
     for suite in suites:

@@ -70,8 +70,7 @@ def entropy(counts: NDArray[np.int64]) -> float:
 
 def inspect_tokenizer(config: InspectConfig) -> list[LevelStatistics]:
     """Print the table, write the picture."""
-    earlier = config.output.is_file() and TITLE.encode() in config.output.read_bytes()
-    refuse_to_replace(config.output, config.overwrite or earlier)
+    refuse_to_replace(config.output, config.overwrite, TITLE.encode())
     tokenizer = ActionTokenizer.from_pretrained(config.tokenizer)
     chunks, _ = demonstration_chunks(config.data, tokenizer.config.horizon)
     if chunks.shape[2] != tokenizer.action_dim:
@@ -79,7 +78,8 @@ def inspect_tokenizer(config: InspectConfig) -> list[LevelStatistics]:
         raise RsdError(f"{where}: expected actions of {tokenizer.action_dim} numbers, found {chunks.shape[2]}")
     if not -1 <= config.chunk < len(chunks):
         raise RsdError(f"--chunk {config.chunk}: expected -1 or a number below {len(chunks)}")
-    number = config.chunk if config.chunk >= 0 else liveliest(chunks[..., tokenizer.motion_index.numpy()])
+    spread = chunks[..., tokenizer.motion_index.numpy()].std(axis=1).sum(-1)  # within the steps of each chunk
+    number = config.chunk if config.chunk >= 0 else int(spread.argmax())
     statistics = level_statistics(tokenizer, torch.from_numpy(chunks[:: max(1, len(chunks) // MOST_CHUNKS)]))
     seen = tokenizer.statistics
     console = Console()
@@ -91,11 +91,6 @@ def inspect_tokenizer(config: InspectConfig) -> list[LevelStatistics]:
     draw(tokenizer, torch.from_numpy(chunks[number : number + 1]), statistics, number, config.output)
     console.print(f"chunk {number}: {config.output}")
     return statistics
-
-
-def liveliest(motion: NDArray[np.float32]) -> int:
-    """The chunk [of N, H, M] whose motion varies most within its steps."""
-    return int(motion.std(axis=1).sum(-1).argmax())
 
 
 def print_statistics(console: Console, statistics: list[LevelStatistics]) -> None:
