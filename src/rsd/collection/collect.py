@@ -16,13 +16,14 @@ import sys
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.checks import Checked, ImageSize, Rules, Seed, Share, between
 from rsd.collection.policy_driver import PolicyDriver
-from rsd.collection.workers import check_place, part_files, progress_bar, worker_environment, worker_pool
+from rsd.collection.workers import Workers, check_place, part_files, progress_bar, worker_environment, worker_pool
 from rsd.data.schema import (
     FILE_SUFFIX,
     Episode,
@@ -56,7 +57,7 @@ HANDOVER = (24, 121)  # steps, the latest per goal; 100 of each are left to the 
 
 
 @dataclass(frozen=True)
-class CollectConfig:
+class CollectConfig(Checked):
     """What to collect. Everything but num_demos, num_workers and tasks must stay the same when a run is resumed."""
 
     out: Path
@@ -65,23 +66,23 @@ class CollectConfig:
     """libero_spatial, libero_object, libero_goal or libero_10; or one of the first three with _permuted behind."""
     tasks: tuple[int, ...] = ()
     """Task ids; empty = all that the expert can do (of libero_goal 8 of 10, of libero_10 7 of 10)."""
-    num_demos: int = 50
+    num_demos: Annotated[int, between(1, 1e6)] = 50
     """Successful demonstrations per task. Raise it later and run again to add more."""
-    swapped_fraction: float = 0.2
+    swapped_fraction: Share = 0.2
     """Share of demonstrations whose instruction asks for the other bowl of the scene, which the expert then moves; no
     effect where there is one only."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything."""
-    num_workers: int = 2
+    num_workers: Workers = 2
     """Processes."""
     states_only: bool = False
     """Record no images (fast; only a driving policy needs a renderer then); `rsd demos render` adds them later."""
-    image_size: int = 256
+    image_size: ImageSize = 256
     """Side of the recorded images in pixels."""
     grasp_mode: GraspMode = "canonical"
     """"canonical": one predictable grasp; "two-sided": a coin decides between two equally good ones; "two-sided-late":
     it falls over the object's middle, so that nothing before tells the side."""
-    clean_fraction: float = 0.15
+    clean_fraction: Share = 0.15
     """Share of demonstrations without any noise; the others draw their level between 0 and noise.max_level."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     """Disturbance of the executed actions; labels stay clean."""
@@ -90,22 +91,15 @@ class CollectConfig:
     (DAgger). Recorded images must have the policy's size."""
     policy_decode: str = "rsd-fused"
     """With `policy`: how it decodes; the states that `rsd-skip` leads into are its own."""
-    policy_share: float = 0.8
+    policy_share: Share = 0.8
     """With `policy`: mean share of the chunks it drives before the expert takes over for good; each episode draws its
     own share around it and the step of the handover."""
 
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("num_demos", 1, 10**6),
-            ("num_workers", 1, 4096),
-            ("image_size", 1, 4096),
-            ("swapped_fraction", 0, 1),
-            ("clean_fraction", 0, 1),
-            ("policy_share", 0, 1),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise RsdError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+    def rules(self) -> Rules:
+        yield len({*self.tasks}) == len(self.tasks), "--tasks to name each once", " ".join(map(str, self.tasks))
+        default = CollectConfig.policy_decode, CollectConfig.policy_share
+        alone = self.policy or (self.policy_decode, self.policy_share) == default
+        yield alone, "--policy with --policy-decode and --policy-share", "none"
 
 
 class EpisodeRecorder:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.collection.workers import check_place, part_files, progress_bar, worker_environment, worker_pool
+from rsd.checks import Checked, ImageSize, Some
+from rsd.collection.workers import Workers, check_place, part_files, progress_bar, worker_environment, worker_pool
 from rsd.data import h5py
 from rsd.data.demonstrations import demonstration_files
 from rsd.data.schema import (
@@ -48,27 +49,21 @@ BATCH = 4  # demonstrations per job
 
 
 @dataclass(frozen=True)
-class RenderConfig:
+class RenderConfig(Checked):
     """Which demonstrations get images. A run that was interrupted continues; demonstrations with images are skipped."""
 
     source: Path
     """Folder of demonstrations recorded with `--states-only`."""
     out: Path | None = None
     """Folder for the files with images; default: in place."""
-    image_size: int = 256
+    image_size: ImageSize = 256
     """Side of the square images in pixels."""
-    num_workers: int = 2
+    num_workers: Workers = 2
     """Processes; one per CPU core is right with a GPU as well."""
-    max_per_task: int | None = None
+    max_per_task: Some | None = None
     """Render only the first so many demonstrations of each task."""
-    every: int = 1
+    every: Some = 1
     """Render the steps 0, n, 2n, ...: neighbouring frames teach a policy little, and drawing is most of the work."""
-
-    def __post_init__(self) -> None:
-        for name in ("every", "image_size", "num_workers", "max_per_task"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RsdError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
 
 
 def render_frames(
