@@ -188,7 +188,7 @@ def _spots(group: h5py.Group, frames: int, things: int, where: str) -> NDArray[n
     with reading(f"{where}, {SPOTS}"):
         spots = np.asarray(group[SPOTS][()])
     if spots.shape != (frames, things, 2) or spots.dtype != "f4" or not (abs(spots) <= MOST_SPOT).all():
-        found = f"{spots.dtype} {list(spots.shape)}, or numbers beyond {MOST_SPOT}"
+        found = f"{spots.dtype} {list(spots.shape)}, or numbers beyond {MOST_SPOT:g}"
         raise RsdError(f"{where}: expected {SPOTS} float32 [{frames}, {things}, 2], found {found}")
     return spots
 
