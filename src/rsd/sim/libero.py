@@ -119,13 +119,14 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         Without either, a placement seed is drawn from `seed`.
         """
         super().reset(seed=checked(Seed | None, seed, "reset: seed"))
-        choice = checked(dict[str, Seed], options or {}, "reset options")
+        choice = checked(dict[str, int], options or {}, "reset options")
         if len(choice) > 1 or not choice.keys() <= {"init_state", "placement_seed"}:
             raise RsdError(f"reset options: expected init_state or placement_seed, found {sorted(choice)}")
         if "init_state" in choice:
             info = self._start_fixed(choice["init_state"])
         else:
-            info = self._start_placement(int(choice.get("placement_seed", self.np_random.integers(2**31 - 1))))
+            drawn = choice.get("placement_seed", int(self.np_random.integers(2**31 - 1)))
+            info = self._start_placement(checked(Seed, drawn, "reset options: placement_seed"))
         self.steps = 0
         return self._observation_dict(), {**info, "success": self.success()}
 
