@@ -76,7 +76,7 @@ HUGE_OF_EVAL = ("--batch", "--threads", "--num-workers", "--seed", "--num-trials
         (["train", "policy", "--loop.learning-rate", "inf"], "rsd train policy: error: --loop.learning-rate: expected"),
         (["train", "drafter", "--loss.blind", "nan"], "rsd train drafter: error: --loss.blind: expected a number from"),
         (["demos", "render", "--source", "x", "--num-workers", "0"], "rsd demos render: error: --num-workers: expec"),
-        (["demos", "collect", "--out", "x", "--seed", "-1"], "rsd demos collect: error: --seed: expected an integer fr"),
+        (["demos", "collect", "--out", "x", "--seed", "-1"], "rsd demos collect: error: --seed: expected an int"),
         (["demos", "collect", "--out", "x", "--tasks", "0", "0"], "rsd demos collect: error: expected --tasks to"),
         (["eval", "--output", "checkpoints/libero_spatial/x"], "rsd eval: error: --output checkpoints/libero"),
         (["serve", "--policy", "x", "--host", "x" * 300], "rsd serve: error: cannot listen at xxx"),
