@@ -22,6 +22,7 @@ from rsd.runtime.engines import VARIABLE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.types import EAGER, Observation
 
+pytest.register_assert_rewrite("refusals")
 settings.register_profile("rsd", deadline=None)  # a busy machine is no failure
 settings.load_profile("rsd")
 
@@ -40,6 +41,11 @@ def _one_thread() -> None:
 def _eager() -> None:
     """Tiny models need no ONNX graphs, of which each takes seconds to export; also in processes that tests start."""
     os.environ[VARIABLE] = EAGER
+
+
+@pytest.fixture(autouse=True)
+def _no_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RSD_DEBUG", raising=False)
 
 
 @pytest.fixture

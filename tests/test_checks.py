@@ -14,10 +14,14 @@ import pytest
 import torch
 
 from rsd.checks import Checked, Count, Rules, Share, above, between, checked, checked_later, from_json, multiple, within
+from rsd.chunks import checked_chunk
+from rsd.decoding.acceptance import acceptance_rule
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.evaluate import evaluate
 from rsd.json_files import read_object
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, ChunkTokens
-from rsd.types import Observation, RsdError
+from rsd.types import ActionChunk, Observation, RsdError
 
 MakeObservation = Callable[..., Observation]
 
@@ -138,6 +142,23 @@ def odd_arguments(policy: RsdPolicy, tokenizer: ActionTokenizer, seen: Observati
     yield lambda: tokenizer.to_actions(zeros, gripper + 5), "gripper tokens: expected numbers from 0 to 1, found 5..5"
     yield lambda: tokenizer.to_actions(zeros, gripper[:, 1:]), r"gripper tokens: expected \[1, 8\], found \[1, 7\]"
     yield lambda: tokenizer.gripper_symbols(torch.zeros(1, 8, 6)), r"action chunk: expected \[B, 8, 7\]"
+    yield lambda: tokenizer.gripper_symbols(torch.zeros(1, 8, 7) * np.nan), "action chunk: expected finite numbers"
+    yield lambda: tokenizer.encode(torch.zeros(1, 8, 7, device="meta")), "action chunk: expected .* found .* on meta"
+    yield lambda: tokenizer.encode(torch.zeros(1, 8, 7).to_sparse()), "action chunk: expected .* found torch.sparse_coo"
+    yield lambda: tokenizer.to("abacus"), "device 'abacus': expected cpu"
+    yield lambda: tokenizer.save(None), "tokenizer directory: expected a path, found None"  # type: ignore[arg-type]
+    yield lambda: tokenizer.save(Path("/dev/null/x")), "/dev/null/x: cannot be written"
+    yield lambda: ActionTokenizer.load(3), "tokenizer directory: expected a path, found 3"  # type: ignore[arg-type]
+    yield lambda: ActionTokenizer.fit(np.zeros((9, 8, 7)), {"horizn": 8}), "tokenizer config"  # type: ignore[arg-type]
+    yield lambda: policy.save_pretrained("/dev/null/x"), "/dev/null/x: cannot be written"
+    yield lambda: RsdPolicy.from_pretrained("x" * 5000), "policy 'xxx.*expected a checkpoint directory or a hub id"
+    yield lambda: replace(seen, images=np.zeros((2, 32, 16, 3), np.uint8)), "observation images: expected"
+    yield lambda: replace(seen, state=np.ma.masked_all(8)), "observation state: expected real numbers, found masked"
+    yield lambda: checked_chunk(ActionChunk(np.zeros((8, 7)), None)), "policy: expected its statistics to be"  # type: ignore[arg-type]
+    yield lambda: evaluate(None), "evaluate: config: expected EvalConfig, found None"  # type: ignore[arg-type]
+    yield lambda: evaluate(EvalConfig(), overwrite="no"), "evaluate: overwrite: expected true"  # type: ignore[arg-type]
+    yield lambda: evaluate(EvalConfig(), time_limit_s=float("nan")), "evaluate: time_limit_s: expected a number"
+    yield lambda: acceptance_rule("exact", None), "acceptance: code: expected RfsqConfig"  # type: ignore[arg-type]
 
 
 def test_odd_arguments_are_one_line(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rsd import former, hub, manifest
-from rsd.checks import Checked, Rules, Sha256, one_of
+from rsd.checks import Checked, Rules, Sha256, Where, one_of
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration
@@ -46,6 +47,7 @@ PRECISIONS = (torch.float16, torch.float32)  # of what is not int8
 LOG = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
+FileName = Annotated[str, Where(re.compile(r"\w[\w.-]*(/\w[\w.-]*)?").fullmatch, "that is the name of a file there")]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Content(Checked):
     model beneath, where there is one."""
 
     policy: dict[str, Any]
-    sha256: dict[str, Sha256]
+    sha256: dict[FileName, Sha256]
     provenance: dict[str, Any] = field(default_factory=dict)
     backbone: str = OPENVLA
     base: dict[str, str] = field(default_factory=dict)

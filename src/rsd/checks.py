@@ -87,9 +87,11 @@ Share = Annotated[float, between(0, 1)]
 Weight = Annotated[float, between(0, 1e6)]  # of a part of a loss
 Count = Annotated[int, between(0, 1e9)]
 Some = Annotated[int, between(1, 1e9)]  # a count that cannot be 0
+ImageSize = Annotated[int, between(1, 4096)]
 Seed = Annotated[int, between(0, 2**32 - 1)]
 Millimetres = Annotated[float, between(0, 1e12)]  # 1e9 is how somebody says: whatever it is
 Time = Annotated[float, between(0, 1e12)]  # in ms or s
+Word = Annotated[str, Where(lambda t: t.isprintable() and len(t) <= 200, "of at most 200 printable characters")]
 Sha256 = Annotated[str, Where(re.compile("[0-9a-f]{64}").fullmatch, "that is a SHA-256 in hexadecimal")]
 
 
@@ -156,10 +158,11 @@ def shown(value: Any) -> str:
 
 
 def check_shape(what: str, found: Sequence[int], expected: Shape) -> None:
-    """`RsdError` unless the sizes are those: ("B", 8, 7), or (..., 7)."""
+    """`RsdError` unless the sizes are those: ("B", 8, 7), or (..., 7); of one name are equal ones, ("S", "S", 3)."""
     wanted = [size for size in expected if size is not ...]
     rest = list(found)[max(0, len(found) - len(wanted)) :] if len(wanted) < len(expected) else list(found)
-    if len(rest) != len(wanted) or any(isinstance(w, int) and w != n for w, n in zip(wanted, rest, strict=True)):
+    named = dict(zip(wanted, rest, strict=False))
+    if rest != [size if isinstance(size, int) else named.get(size) for size in wanted]:
         words = ", ".join("..." if size is ... else str(size) for size in expected)
         raise RsdError(f"{what}: expected [{words}], found {list(found)}")
 
@@ -172,8 +175,9 @@ def real_array(what: str, values: Any, dtype: str = "float32", shape: Shape = (.
         found = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:  # rows of several lengths; a tensor on another device
         raise RsdError(f"{what}: expected numbers, found {type(values).__name__} ({error})") from None
-    if found.dtype.kind not in "iuf":
-        raise RsdError(f"{what}: expected real numbers, found {found.dtype}")
+    if found.dtype.kind not in "iuf" or np.ma.is_masked(values):
+        kind = "masked ones" if np.ma.is_masked(values) else found.dtype
+        raise RsdError(f"{what}: expected real numbers, found {kind}")
     check_shape(what, found.shape, shape)
     with np.errstate(over="ignore"):
         cast = found.astype(dtype, copy=False)

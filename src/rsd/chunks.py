@@ -9,6 +9,8 @@ import numpy as np
 from rsd.checks import check, dotted
 from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, RsdError, real_array
 
+MOST_STAGES = 100  # of a chunk's latency
+
 
 def checked_chunk(chunk: ActionChunk) -> ActionChunk:
     """The chunk itself; raises RsdError unless its actions are real, finite, [H >= 1, 7] and in [-1, 1], and its
@@ -28,11 +30,14 @@ def checked_chunk(chunk: ActionChunk) -> ActionChunk:
 
 def check_stats(stats: ChunkStats) -> None:
     """Raises RsdError for statistics that no decoder has: they come from other programs, too."""
+    if not isinstance(stats, ChunkStats):
+        raise RsdError(f"policy: expected its statistics to be rsd.types.ChunkStats, found {type(stats).__name__}")
     check(stats, lambda at: f"policy: field {dotted(at)} of its statistics")
     drafted, accepted, levels = stats.num_draft_tokens, stats.num_accepted_tokens, len(stats.num_draft_tokens)
     impossible = {
         f"{len(accepted)} levels of accepted tokens for {levels} of drafted ones": len(accepted) != levels,
         f"more accepted than drafted tokens, {accepted} of {drafted}": any(map(operator.gt, accepted, drafted)),
+        f"{len(stats.latency_ms)} stages": len(stats.latency_ms) > MOST_STAGES,
         f"{stats.accepted_levels} accepted levels of {levels}": stats.accepted_levels > levels,
     }
     if found := [name for name, holds in impossible.items() if holds]:

@@ -56,7 +56,9 @@ def _tensor(what: str, values: Any, allowed: tuple[torch.dtype, ...], expected: 
         found = torch.from_numpy(np.ascontiguousarray(values, dtype=wide))
         if values.dtype == np.uint64 and (found < 0).any():
             raise RsdError(f"{what}: expected {expected}, found uint64 beyond int64")
-    if not isinstance(found, Tensor) or found.dtype not in allowed:
-        kind = getattr(values, "dtype", type(values).__name__)
+    dense = isinstance(found, Tensor) and found.layout == torch.strided and not found.is_meta
+    if not dense or found.dtype not in allowed:
+        odd = f"{found.layout} on {found.device}" if isinstance(found, Tensor) and not dense else ""
+        kind = odd or getattr(values, "dtype", type(values).__name__)
         raise RsdError(f"{what}: expected a tensor or an array of {expected}, found {kind}")
     return found

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import rsd
-from rsd.checks import RsdError, checked
+from rsd.checks import RsdError, checked, shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 OWN_FOLDERS = ("checkpoints", "results", "runs", "data")  # what a path here begins with
@@ -19,14 +19,19 @@ def locate(path_or_hub_id: str | Path, kind: str, directory: str, files: Sequenc
 
     kind and directory word the error where it is neither.
     """
-    if (found := local(checked(str | Path, path_or_hub_id, kind))) is not None:
-        return found
-    path, name = Path(path_or_hub_id), str(path_or_hub_id)
-    if path.exists() or not HUB_ID.fullmatch(name):
-        raise RsdError(f"{kind} {name!r}: expected {directory} or a hub id like owner/name")
+    name = shown(checked(str | Path, path_or_hub_id, kind))
+    try:
+        if (found := local(path_or_hub_id)) is not None:
+            return found
+        path = Path(path_or_hub_id)
+        elsewhere = not path.exists() and HUB_ID.fullmatch(str(path_or_hub_id))
+    except (OSError, ValueError, RuntimeError):  # a name that no file system takes; nobody's home
+        elsewhere = None
+    if not elsewhere:
+        raise RsdError(f"{kind} {name}: expected {directory} or a hub id like owner/name")
     if path.parts[0] in OWN_FOLDERS or path.parent.is_dir():  # a slip in a path: nobody else has to know of it
-        raise RsdError(f"{kind} {name!r}: expected {directory}, found none in {Path.cwd()}; name it by its whole path")
-    return download(name, kind, files)
+        raise RsdError(f"{kind} {name}: expected {directory}, found none in {Path.cwd()}; name it by its whole path")
+    return download(str(path_or_hub_id), kind, files)
 
 
 def local(path_or_hub_id: str | Path) -> Path | None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rsd import hub
@@ -35,6 +36,7 @@ from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.models.target import state_features
 from rsd.models.text import word_ids
 from rsd.options import Checkpoint, DecodeOptions, Decoding, RuntimeOptions, options_of, resolve
+from rsd.output import writing
 from rsd.runtime.engines import choose_engine, make_engine
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError, check_observation
@@ -343,7 +345,9 @@ class SpeculativePolicy:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the checkpoint directory; a skip calibration is of one weights file, so make it anew there."""
-        self.body.save(Path(directory))
+        target: Path = checked(Path, directory, "checkpoint directory")
+        with writing(target, SafetensorError):
+            self.body.save(target)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> None:
         """Upload the checkpoint to the Hugging Face hub (needs a login)."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
-from rsd.checks import Count, RsdError, Share, Time, Where, between, check_shape, checked, one_of
+from rsd.checks import Count, RsdError, Share, Time, Where, Word, between, check_shape, checked, one_of
 from rsd.checks import real_array as real_array
 
 if TYPE_CHECKING:  # half of the time that `rsd --help` would take
@@ -20,6 +20,7 @@ CAMERAS = ("agentview", "wrist")
 AUTO, EAGER, CUDA_GRAPHS, COMPILED, ONNX = ENGINES = "auto", "eager", "cuda-graphs", "compiled", "onnx"
 MAX_SKIPS, MEMORY_CHUNKS = 6, 2  # of `decoding.gate.SkipRule`; here, where nothing loads torch
 BEST = "best"  # in the place of a decoder's name: the best proven one that the checkpoint supports
+Deviation = Annotated[float, between(0, 1e300)]
 Temperature = Annotated[float, Where(lambda t: t == 0 or 1e-3 <= t <= 1e3, "that is 0 or from 0.001 to 1000")]
 Chunks = Annotated[int, between(1, 1e6)]
 Batch = Annotated[int, between(0, 4096)]
@@ -45,7 +46,7 @@ class Observation:
     def __post_init__(self) -> None:
         import numpy as np
 
-        if not isinstance(self.images, np.ndarray):
+        if not isinstance(self.images, np.ndarray) or isinstance(self.images, np.ma.MaskedArray):
             raise RsdError(f"observation images: expected a NumPy array, found {type(self.images).__name__}")
         if self.images.dtype != np.uint8:
             expected = f"uint8 [{len(CAMERAS)}, S, S, 3] for cameras {CAMERAS}"
@@ -81,8 +82,8 @@ class ChunkStats:
     latency_ms: wall time by stage (preprocess, vision, prefill, draft, verify, decode) and `total`.
     """
 
-    decode: str
-    acceptance: str = ""
+    decode: Word
+    acceptance: Word = ""
     prefills: Count = 0
     target_passes: Count = 0
     num_draft_tokens: list[Count] = field(default_factory=list)
@@ -91,10 +92,10 @@ class ChunkStats:
     gripper_acceptance: Share | None = None
     skipped: bool | None = None
     forced: bool | None = None
-    expected_deviation_mm: float | None = None
-    deviation_mm: float | None = None
+    expected_deviation_mm: Deviation | None = None
+    deviation_mm: Deviation | None = None
     gripper_differs: bool | None = None
-    latency_ms: dict[str, Time] = field(default_factory=dict)
+    latency_ms: dict[Word, Time] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

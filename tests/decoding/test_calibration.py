@@ -38,7 +38,7 @@ TESTS = get_args(TestName)
 ALPHA, DELTA, EPSILON, MAX_SKIPS, T = 0.15, 0.2, 10.0, 4, 12
 SHA = "0123456789abcdef" * 4
 SETTINGS: dict[str, Any] = {"alpha": ALPHA, "delta": DELTA, "epsilon_mm": EPSILON, "max_skips": MAX_SKIPS}
-NAMES: dict[str, Any] = {"memory_chunks": 2, "score": "entropy", "suites": "s", "acceptance": "a"}
+NAMES: dict[str, Any] = {"memory_chunks": 2, "score": "entropy", "suites": "s", "acceptance": "margin"}
 NAMES["weights_sha256"] = SHA
 
 
@@ -336,6 +336,8 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
         ({"skip_share": 1.1}, "field skip_share: expected a number from 0 to 1, found 1.1"),
         ({"alpha": 1.5}, "field alpha: expected a number between 0 and 1, found 1.5"),
         ({"weights_sha256": "abc"}, "field weights_sha256: expected a SHA-256"),
+        ({"threshold": 1.0, "p_value": 0.9}, "expected p_value at most delta"),
+        ({"acceptance": "most"}, "acceptance .most.: expected exact"),
     ],
 )
 def test_an_odd_file_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

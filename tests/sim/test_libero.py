@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,9 +106,18 @@ def test_placements_repeat_and_differ_by_seed_in_objects_and_arm(env: LiberoEnv)
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"init_state": 50}, "0 to 49"), ({"init": 1}, "init_state or placement_seed"), ({"init_state": -1}, "0 to 49")],
+    [
+        ({"init_state": 50}, "0 to 49"),
+        ({"init": 1}, "init_state or placement_seed"),
+        ({"init_state": -1}, "0 to 49"),
+        ({"init_state": "0"}, "init_state: expected an integer, found '0'"),
+        ({"init_state": True}, "expected an integer, found True"),
+        ({"placement_seed": -1}, "placement_seed: expected an integer from 0"),
+        ({"placement_seed": 1.5}, "expected an integer, found 1.5"),
+        ("x", "reset options: expected an object, found 'x'"),
+    ],
 )
-def test_reset_options_are_checked(env: LiberoEnv, options: dict[str, int], message: str) -> None:
+def test_reset_options_are_checked(env: LiberoEnv, options: Any, message: str) -> None:
     with pytest.raises(RsdError, match=message):
         env.reset(options=options)
 

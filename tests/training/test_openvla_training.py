@@ -163,17 +163,17 @@ def test_what_cannot_be_trained_is_refused(
     config: TrainOpenVlaConfig, demonstrations: Path, states_only: Path, trained: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RsdError, match="images of 32 x 32 px, OpenVLA's pipeline starts from 256; render again"):
-        train_openvla(replace(config, data=(demonstrations,)))
+        train_openvla(replace(config, data=(demonstrations,), output=tmp_path / "other"))
     with pytest.raises(RsdError, match="rsd demos render"):
-        train_openvla(replace(config, data=(states_only,)))
+        train_openvla(replace(config, data=(states_only,), output=tmp_path / "other"))
     with pytest.raises(RsdError, match="expected a checkpoint in OpenVLA's format"):
-        train_openvla(replace(config, source=str(trained)))
+        train_openvla(replace(config, source=str(trained), output=tmp_path / "other"))
     with pytest.raises(RsdError, match="cuda-graph"):
         replace(config, loop=replace(LOOP, cuda_graph=True))
     several = Path(shutil.copytree(config.source, tmp_path / "several"))
     write_json(several / "dataset_statistics.json", statistics(SUITE, "libero_goal_no_noops"))
     with pytest.raises(RsdError, match=r"statistics of several data sets; choose one of .* by writing .*unnorm_key"):
-        train_openvla(replace(config, source=str(several)))
+        train_openvla(replace(config, source=str(several), output=tmp_path / "other"))
     with pytest.raises(RsdError, match="expected a compact policy, found one on OpenVLA"):
         train_policy(TrainPolicyConfig(init=str(trained)))
     with pytest.raises(RsdError, match="its drafts are trained with it"):

@@ -124,6 +124,9 @@ def check_output(option: str, path: Path, wanted: str) -> None:
         raise UsageError(f"{option}: expected a path in a folder, found that {standing} is a {found}; choose another")
     if standing == path and found != (wanted or found):
         raise UsageError(f"{option}: expected a {wanted}, or nothing yet, found a {found}; choose another path")
+    files = "manifest.json", "model.safetensors"
+    if inside := next((p for p in (path, *path.parents) if all((p / name).is_file() for name in files)), None):
+        raise UsageError(f"{option}: expected a place outside of checkpoints, found {inside} to be one; choose another")
     if not os.access(standing, os.W_OK):
         raise UsageError(f"{option}: not permitted to write to {standing}; choose another path")
 

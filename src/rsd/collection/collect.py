@@ -21,9 +21,9 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.checks import Checked, Seed, Share, between
+from rsd.checks import Checked, ImageSize, Rules, Seed, Share, between
 from rsd.collection.policy_driver import PolicyDriver
-from rsd.collection.workers import check_place, part_files, progress_bar, worker_environment, worker_pool
+from rsd.collection.workers import Workers, check_place, part_files, progress_bar, worker_environment, worker_pool
 from rsd.data.schema import (
     FILE_SUFFIX,
     Episode,
@@ -66,18 +66,18 @@ class CollectConfig(Checked):
     """libero_spatial, libero_object, libero_goal or libero_10; or one of the first three with _permuted behind."""
     tasks: tuple[int, ...] = ()
     """Task ids; empty = all that the expert can do (of libero_goal 8 of 10, of libero_10 7 of 10)."""
-    num_demos: Annotated[int, between(1, 10**6)] = 50
+    num_demos: Annotated[int, between(1, 1e6)] = 50
     """Successful demonstrations per task. Raise it later and run again to add more."""
     swapped_fraction: Share = 0.2
     """Share of demonstrations whose instruction asks for the other bowl of the scene, which the expert then moves; no
     effect where there is one only."""
     seed: Seed = 0
     """Seed of everything."""
-    num_workers: Annotated[int, between(1, 4096)] = 2
+    num_workers: Workers = 2
     """Processes."""
     states_only: bool = False
     """Record no images (fast; only a driving policy needs a renderer then); `rsd demos render` adds them later."""
-    image_size: Annotated[int, between(1, 4096)] = 256
+    image_size: ImageSize = 256
     """Side of the recorded images in pixels."""
     grasp_mode: GraspMode = "canonical"
     """"canonical": one predictable grasp; "two-sided": a coin decides between two equally good ones; "two-sided-late":
@@ -94,6 +94,12 @@ class CollectConfig(Checked):
     policy_share: Share = 0.8
     """With `policy`: mean share of the chunks it drives before the expert takes over for good; each episode draws its
     own share around it and the step of the handover."""
+
+    def rules(self) -> Rules:
+        yield len({*self.tasks}) == len(self.tasks), "--tasks to name each once", " ".join(map(str, self.tasks))
+        default = CollectConfig.policy_decode, CollectConfig.policy_share
+        alone = self.policy or (self.policy_decode, self.policy_share) == default
+        yield alone, "--policy with --policy-decode and --policy-share", "none"
 
 
 class EpisodeRecorder:

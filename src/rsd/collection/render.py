@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.checks import Checked, Some, between
-from rsd.collection.workers import check_place, part_files, progress_bar, worker_environment, worker_pool
+from rsd.checks import Checked, ImageSize, Some
+from rsd.collection.workers import Workers, check_place, part_files, progress_bar, worker_environment, worker_pool
 from rsd.data import h5py
 from rsd.data.demonstrations import demonstration_files
 from rsd.data.schema import (
@@ -56,13 +56,13 @@ class RenderConfig(Checked):
     """Folder of demonstrations recorded with `--states-only`."""
     out: Path | None = None
     """Folder for the files with images; default: in place."""
-    image_size: Annotated[int, between(1, 4096)] = 256
+    image_size: ImageSize = 256
     """Side of the square images in pixels."""
-    num_workers: Annotated[int, between(1, 4096)] = 2
+    num_workers: Workers = 2
     """Processes; one per CPU core is right with a GPU as well."""
     max_per_task: Some | None = None
     """Render only the first so many demonstrations of each task."""
-    every: Annotated[int, between(1, 10**4)] = 1
+    every: Some = 1
     """Render the steps 0, n, 2n, ...: neighbouring frames teach a policy little, and drawing is most of the work."""
 
 

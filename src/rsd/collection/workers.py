@@ -11,14 +11,17 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from rsd.checks import between
 from rsd.data.schema import FILE_SUFFIX, DamagedFile, open_file
 from rsd.sim.libero import LiberoEnv
 from rsd.types import RsdError
 
+Workers = Annotated[int, between(1, 4096)]
 FILES_OF_OTHERS = ("config.json", "manifest.json", "tokenizer.json", "training_state.pt", "episodes.jsonl")
 
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.checks import between, checked
 from rsd.conventions import rotate_180
 from rsd.data import lerobot
 from rsd.data.schema import (
@@ -30,6 +31,7 @@ from rsd.data.schema import (
 )
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 
+MOST_SPOT = 1e6  # pictures away from the picture: what is behind the camera's side
 FINGERS = 2  # joint positions of the gripper, at the end of a state
 
 
@@ -97,6 +99,9 @@ def load_demonstrations(
     Raises RsdError for a truncated file, another format version, missing datasets, lengths that differ, NaN or
     infinity, and images that are not square or of another size than those before.
     """
+    path = checked(str | Path, path, "demonstrations")
+    images = checked(bool, images, "demonstrations: images")
+    max_per_task = checked(Annotated[int, between(1, 1e9)] | None, max_per_task, "demonstrations: max_per_task")
     size: tuple[int, Path] | None = None
     for file_path in demonstration_files(path):
         with open_data(file_path) as data:
@@ -169,7 +174,7 @@ def _read(data: h5py.Group, name: str, path: Path, images: bool) -> Demonstratio
         state=np.hstack([arm, gripper]),
         actions=actions,
         labels=labels,
-        success_step=whole_attribute(group, "success_step", where, steps - 1, least=0),
+        success_step=whole_attribute(group, "success_step", where, steps - 1, least=0, most=steps - 1),
         target_object=text_attribute(group, "target_object", where),
         placement_seed=whole_attribute(group, "placement_seed", where, -1, least=-1),
         source=path,
@@ -182,8 +187,9 @@ def _read(data: h5py.Group, name: str, path: Path, images: bool) -> Demonstratio
 def _spots(group: h5py.Group, frames: int, things: int, where: str) -> NDArray[np.float32]:
     with reading(f"{where}, {SPOTS}"):
         spots = np.asarray(group[SPOTS][()])
-    if spots.shape != (frames, things, 2) or spots.dtype != "f4" or not np.isfinite(spots).all():
-        raise RsdError(f"{where}: expected {SPOTS} float32 [{frames}, {things}, 2], found {spots.dtype} {spots.shape}")
+    if spots.shape != (frames, things, 2) or spots.dtype != "f4" or not (abs(spots) <= MOST_SPOT).all():
+        found = f"{spots.dtype} {list(spots.shape)}, or numbers beyond {MOST_SPOT:g}"
+        raise RsdError(f"{where}: expected {SPOTS} float32 [{frames}, {things}, 2], found {found}")
     return spots
 
 
@@ -206,7 +212,7 @@ def _pixels(obs: h5py.Group, frames: int, where: str) -> NDArray[np.uint8] | Non
 
 
 def _instruction(group: h5py.Group, task: str, where: str) -> str:
-    if own := text_attribute(group, "language_instruction", where):
+    if (own := text_attribute(group, "language_instruction", where)).strip():
         return own
     # LIBERO's evaluation takes the sentence from the file name; its problem_info words it differently
     words = task.split("SCENE")[-1].lstrip("0123456789_") if task[:1].isupper() else task

@@ -18,18 +18,20 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.checks import Where, checked
 from rsd.json_files import parse_object
 from rsd.output import writing
 from rsd.types import RsdError
 
 FORMAT_VERSION = 1
 FILE_SUFFIX = "_demo.hdf5"
+Said = Annotated[str, Where(str.strip, "that is not blank")]
 SPOTS = "obs/spots"  # float32 [frames, n, 2]: where the third-person camera sees the things of the attribute `asks`
 IMAGE_KEYS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of rsd.types.CAMERAS
 
@@ -196,12 +198,13 @@ def text_attribute(node: h5py.Group, name: str, where: str, default: str = "") -
     return value
 
 
-def whole_attribute(node: h5py.Group, name: str, where: str, default: int, least: int) -> int:
-    """An attribute that is an integer of at least `least`."""
+def whole_attribute(node: h5py.Group, name: str, where: str, default: int, least: int, most: float = 2**63 - 1) -> int:
+    """An attribute that is an integer from `least` to `most`."""
     with reading(f"{where}, attribute {name}"):
         value = node.attrs.get(name, default)
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise RsdError(f"{where}: expected the attribute {name} to be an integer >= {least}, found {value!r:.80}")
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= most:
+        range_ = f">= {least}" if most >= 2**63 - 1 else f"from {least} to {most}"
+        raise RsdError(f"{where}: expected the attribute {name} to be an integer {range_}, found {value!r:.80}")
     return int(value)
 
 
@@ -209,8 +212,8 @@ def asked_things(node: h5py.Group, where: str) -> list[tuple[str, str]]:
     """Sentences that would ask for a thing of the scene, with that thing: the attribute `asks`, none where it lacks."""
     text = text_attribute(node, "asks", where, "[]")
     try:
-        return [(str(sentence), str(thing)) for sentence, thing in json.loads(text)]
-    except (ValueError, TypeError):
+        return checked(list[tuple[Said, Said]], json.loads(text), "asks")
+    except (ValueError, RecursionError, RsdError):
         expected = "the attribute asks to be pairs of a sentence and a thing"
         raise RsdError(f"{where}: expected {expected}, found {text:.80}") from None
 

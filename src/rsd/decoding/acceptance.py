@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rsd.checks import shown
+from rsd.checks import checked, shown
 from rsd.decoding.sampling import Verified, verify_block
 from rsd.decoding.state import Draft, Verification
 from rsd.models.fusing import fusible
@@ -112,6 +112,7 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
     `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both in (0, 1] (Medusa's 0.09, and the root of EPSILON as its
     authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7)."""
     text = name if isinstance(name, str) else ""
+    code = checked(RfsqConfig, code, "acceptance: code")
     if text == "exact":
         return AcceptanceRule(name, exact)
     if text == "margin":

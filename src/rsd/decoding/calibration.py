@@ -47,8 +47,10 @@ from rsd.checks import (
     within,
 )
 from rsd.conventions import ACTION_METRES, ACTION_RADIANS
+from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.risk_tests import P_VALUES, clopper_pearson_upper, hoeffding_bentkus_upper
 from rsd.json_files import from_json, read_versioned, write_atomically
+from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import ACTION_DIM, RsdError
 
 FORMAT_VERSION = 3
@@ -103,6 +105,9 @@ class SkipCalibration(Checked):
     weights_sha256: Sha256
 
     def rules(self) -> Rules:
+        acceptance_rule(self.acceptance, RfsqConfig())  # raises for what is none
+        kept = self.threshold == 0 or self.p_value <= self.delta
+        yield kept, f"p_value at most delta, {self.delta:g}, where anything is skipped", f"{self.p_value:g}"
         yield self.chunks >= self.episodes, "a chunk an episode at least", f"{self.chunks} of {self.episodes} episodes"
 
     def check_belongs(self, weights_sha256: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rsd.checks import Time, checked
 from rsd.evaluation.backend import LIBERO, Backend, settle
 from rsd.evaluation.config import NEUTRAL, EvalConfig
 from rsd.evaluation.episodes import Job, JobQueue, Outcome
@@ -65,6 +66,9 @@ def evaluate(
     note: printed first. warned: cautions that were printed already; those of this run are added.
     Raises RsdError where the directory holds another run or damaged results, or the policy cannot be loaded.
     """
+    config, overwrite = checked(EvalConfig, config, "evaluate: config"), checked(bool, overwrite, "evaluate: overwrite")
+    if time_limit_s != math.inf:
+        time_limit_s = checked(Time, time_limit_s, "evaluate: time_limit_s")
     console = console or Console(stderr=True)
     start = time.perf_counter()
     config, chosen = settle(config, backend)

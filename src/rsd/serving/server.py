@@ -100,9 +100,9 @@ def reserve(host: str, port: int) -> socket.socket:
             door.bind(address)
             undo.pop_all()
         return door
-    except OSError as error:
-        remedy = "choose another --host or --port"
-        raise RsdError(f"cannot listen at {host}, port {port}: {error.strerror}; {remedy}") from error
+    except (OSError, ValueError) as error:  # a name that cannot be one is a UnicodeError
+        remedy, found = "choose another --host or --port", getattr(error, "strerror", "no name of a machine")
+        raise RsdError(f"cannot listen at {host}, port {port}: {found}; {remedy}") from error
 
 
 def check_health(connection: ServerConnection, request: Request) -> Response | None:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 import rsd
+from rsd.checks import ImageSize, Seed, checked, shown
 from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
 from rsd.sim.fast_path import ArmControl, Contacts, Sampling, compile_maths
 from rsd.sim.permuted import Layout, Predicate, is_permuted
@@ -65,6 +66,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self, suite: str, task_id: int, image_size: int = 256, cameras: bool = True, fast: bool = True
     ) -> None:
         self.task = suite_task(suite, task_id)
+        image_size = checked(ImageSize, image_size, "image_size")
         self.suite, self.image_size, self.cameras, self.fast = suite, image_size, cameras, fast
         self.instruction = self.task.language
         self.max_steps = step_limit(suite)
@@ -116,20 +118,21 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         steps) is drawn again from the next sub-seed; info["placement_rejections"] counts them.
         Without either, a placement seed is drawn from `seed`.
         """
-        super().reset(seed=seed)
-        choice = dict(options or {})
+        super().reset(seed=checked(Seed | None, seed, "reset: seed"))
+        choice = checked(dict[str, int], options or {}, "reset options")
         if len(choice) > 1 or not choice.keys() <= {"init_state", "placement_seed"}:
             raise RsdError(f"reset options: expected init_state or placement_seed, found {sorted(choice)}")
         if "init_state" in choice:
-            info = self._start_fixed(int(choice["init_state"]))
+            info = self._start_fixed(choice["init_state"])
         else:
-            info = self._start_placement(int(choice.get("placement_seed", self.np_random.integers(2**31 - 1))))
+            drawn = choice.get("placement_seed", int(self.np_random.integers(2**31 - 1)))
+            info = self._start_placement(checked(Seed, drawn, "reset options: placement_seed"))
         self.steps = 0
         return self._observation_dict(), {**info, "success": self.success()}
 
     def step(self, action: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
         """One control step (0.05 s). terminated on success, truncated at max_steps; reward 1.0 on success."""
-        return self.step_chunk(np.asarray(action)[None])
+        return self.step_chunk(real_array("action", action, "float64", (ACTION_DIM,))[None])
 
     def step_chunk(
         self, actions: ArrayLike, before_step: Callable[[], None] | None = None
@@ -248,8 +251,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     ) -> None:
         """Sets a recorded state (and fixture poses) and derives from it everything that is drawn."""
         expected = 1 + self.model.nq + self.model.nv
-        if state.shape != (expected,):
-            raise RsdError(f"state of {self.task.name}: expected [{expected}], found {list(state.shape)}")
+        state = real_array(f"state of {self.task.name}", state, "float64", (expected,))
         if body_pos is not None:
             self.model.body_pos[:] = body_pos
         if body_quat is not None:
@@ -274,7 +276,10 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         upright picture (which is mirrored: LIBERO's is stored upside down and turned by 180 degrees), whether or not
         something hides them."""
         camera = self.data.camera(SIM_CAMERAS[CAMERAS[0]])
-        bodies = [self.simulation.obj_body_id[name] for name in things]
+        known = self.simulation.obj_body_id
+        if unknown := [name for name in things if name not in known]:
+            raise RsdError(f"spots: expected some of {', '.join(known)}, found {shown(unknown)}")
+        bodies = [known[name] for name in things]
         local = (self.data.xpos[bodies] - camera.xpos) @ camera.xmat.reshape(3, 3)  # x right, y up, looks along -z
         reach = np.tan(np.radians(self.model.camera(SIM_CAMERAS[CAMERAS[0]]).fovy[0]) / 2)
         right, up = (local[:, :2] / (-local[:, 2:] * reach)).T

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.cache import private_folder
+from rsd.checks import checked
 from rsd.conventions import MAX_STEPS
 from rsd.sim import permuted
 from rsd.sim.permuted import SceneFile, base_suite, is_permuted
@@ -175,8 +176,8 @@ def _instruction(suite: str, task: Any) -> str:
 
 def suite_task(suite: str, task_id: int) -> SuiteTask:
     """One task. Raises RsdError if the suite has no such id."""
-    tasks = suite_tasks(suite)
-    if not 0 <= task_id < len(tasks):
+    tasks = suite_tasks(checked(str, suite, "suite"))
+    if not 0 <= checked(int, task_id, "task id") < len(tasks):
         raise RsdError(f"task id of {suite}: expected 0 to {len(tasks) - 1}, found {task_id}")
     return tasks[task_id]
 

@@ -10,13 +10,16 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rsd import hub
 from rsd.checks import between, checked
+from rsd.devices import check_device
 from rsd.exact import integers, reals
 from rsd.manifest import file_sha256
+from rsd.output import writing
 from rsd.tokenizer.config import OVER_TIME, EncodeStatistics, TokenizerConfig
 from rsd.tokenizer.files import (
     FORMAT_VERSION,
@@ -90,7 +93,7 @@ class ActionTokenizer:
 
     def to(self, device: torch.device | str) -> ActionTokenizer:
         """The same code with its constants on `device`; chunks and coefficients must be there too."""
-        moved = copy.copy(self)
+        moved, device = copy.copy(self), check_device(str(device))
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(moved, name, value.to(device))
@@ -102,7 +105,7 @@ class ActionTokenizer:
         """chunks float [N, H, A], binary dimensions of two values (LIBERO: -1 open, +1 close) -> a tokenizer."""
         from rsd.tokenizer.fit import calibrate
 
-        return calibrate(chunks, config or TokenizerConfig())
+        return calibrate(chunks, checked(TokenizerConfig | None, config, "tokenizer config") or TokenizerConfig())
 
     # chunks <-> coefficients
 
@@ -154,7 +157,7 @@ class ActionTokenizer:
 
     def gripper_symbols(self, chunk: Tensor) -> Tensor:
         """chunk [B, H, A] -> int64 [B, H] (or [B, H, G]), 1 where it is nearer to the upper of its two values."""
-        chunk = reals("action chunk", chunk, self.shape)
+        chunk = reals("action chunk", chunk, self.shape, finite=True)
         binary = chunk[..., len(self.low) :] if self.binary_last else chunk.index_select(-1, self.binary_index)
         symbols = (binary > self.binary_middle).long()
         return symbols.squeeze(-1) if symbols.shape[-1] == 1 else symbols
@@ -228,16 +231,19 @@ class ActionTokenizer:
 
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json` (readable, bit-exact) and, with `pca`, `tokenizer.safetensors`."""
+        directory = checked(Path, directory, "tokenizer directory")
         content, weights = self.to_json(), directory / WEIGHTS_FILE
-        weights.unlink(missing_ok=True)  # of a tokenizer that lay here before
-        if self.config.transform == "pca":
-            save_file({"matrix": self.matrix.cpu().contiguous()}, weights)
-            content["sha256"] = file_sha256(weights)
-        (directory / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
+        with writing(directory, SafetensorError):
+            weights.unlink(missing_ok=True)  # of a tokenizer that lay here before
+            if self.config.transform == "pca":
+                save_file({"matrix": self.matrix.cpu().contiguous()}, weights)
+                content["sha256"] = file_sha256(weights)
+            (directory / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> ActionTokenizer:
         """Read what `save` wrote, or a file of format 1; `RsdError` on anything missing or odd."""
+        directory = checked(Path, directory, "tokenizer directory")
         path = directory / FILE_NAME
         stored = read_tokenizer_json(path)
         matrix = None if stored.sha256 is None else read_matrix(directory / WEIGHTS_FILE, stored.sha256)

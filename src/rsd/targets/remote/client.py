@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rsd.checks import Time, checked
 from rsd.chunks import checked_chunk
 from rsd.extras import extra
 from rsd.json_files import from_json
@@ -64,8 +65,8 @@ class RemotePolicy:
         total = 1e3 * (time.perf_counter() - start)
         try:
             timing, stats, actions = answer["server_timing"], ChunkStats(**answer["stats"]), answer["actions"]
-            queued, inferred = timing["queue_ms"], timing["infer_ms"]
-            if not 0 <= queued + inferred <= total:  # what is no number is a TypeError, or NaN
+            queued, inferred = (checked(Time, timing[name], name) for name in ("queue_ms", "infer_ms"))
+            if queued + inferred > total:
                 raise ValueError(f"{queued} and {inferred} ms of {total:.1f} ms")
             if actions.dtype != np.float32 or actions.shape != self.welcome.chunk:
                 raise ValueError(f"actions {actions.dtype} {list(actions.shape)} in the place of {self.welcome.chunk}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rsd.checks import Word
 from rsd.extras import extra
 from rsd.types import RsdError
 
@@ -105,7 +106,7 @@ class Welcome:
     policy: what names the weights beyond doubt; versions: of what computes, and the device.
     """
 
-    decode: str
+    decode: Word
     image_size: int
     images: tuple[str, ...]
     chunk: tuple[int, ...]
