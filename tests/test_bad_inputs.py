@@ -24,7 +24,7 @@ DEEP = "[" * 100_000
 
 CONFIG = {"format": 1, "config": {}, "config_hash": "x", "versions": {}, "policy": {}}
 RUNS: dict[str, tuple[bytes, bytes, str]] = {
-    "episodes-no-utf8": (b"", b'{"format": 1, "suite": "\xff"}\n', "episodes.jsonl:1: not text in UTF-8"),
+    "episodes-no-utf8": (b"", b'{"format": 1, "suite": "\xff"}\n', "episodes.jsonl:1: not valid JSON"),
     "episodes-deep": (b"", DEEP.encode() + b"\n", "episodes.jsonl:1: not valid JSON"),
     "episodes-list": (b"", b"[1]\n", "episodes.jsonl:1: expected a JSON object"),
     "episodes-long-number": (b"", b'{"format": ' + b"9" * 5000 + b"}\n", "episodes.jsonl:1: not valid JSON"),
