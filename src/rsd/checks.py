@@ -147,14 +147,14 @@ def from_json(kind: type[T], content: dict[str, Any], where: str, ignore: Iterab
     return made
 
 
-def shown(value: Any) -> str:
-    """A value for a message, on one line and not longer than that takes."""
+def shown(value: Any, most: int = SHOWN) -> str:
+    """A value for a message, on one line and of at most so many characters."""
     try:
         text = repr(str(value) if isinstance(value, Path) else value)
     except (RecursionError, ValueError):  # nested deeply, or an integer of thousands of digits
         text = type(value).__name__
     text = " ".join(text.split())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def check_shape(what: str, found: Sequence[int], expected: Shape) -> None:

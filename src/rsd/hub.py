@@ -11,6 +11,7 @@ import rsd
 from rsd.checks import RsdError, checked, shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+LONGEST_PATH = 1000  # characters of one in a message
 OWN_FOLDERS = ("checkpoints", "results", "runs", "data")  # what a path here begins with
 
 
@@ -19,7 +20,7 @@ def locate(path_or_hub_id: str | Path, kind: str, directory: str, files: Sequenc
 
     kind and directory word the error where it is neither.
     """
-    name = shown(checked(str | Path, path_or_hub_id, kind))
+    name = shown(checked(str | Path, path_or_hub_id, kind), LONGEST_PATH)
     try:
         if (found := local(path_or_hub_id)) is not None:
             return found
