@@ -78,5 +78,20 @@ def permuted_table(folder: Path) -> str:
     return markdown(HEADER, rows)
 
 
+def agreement_at_looks(folder: Path) -> str:
+    """How many drafts stood when `rsd-skip` let the target look, all looks and an episode's first two, in the episodes
+    that the target alone solves: those that skipping lost and those that it kept."""
+    target, skipping = load_run(folder / "l1"), load_run(folder / "skip_reset_3")
+    lines = []
+    for name, solved in (("lost", False), ("kept", True)):
+        looks = [e.accepted_levels for e in skipping.episodes if target.successes[e.key] and e.success == solved]
+        every, first = [level for e in looks for level in e], [level for e in looks for level in e[:2]]
+        shares = [f"{sum(level > 0 for level in some) / len(some):.2f}" for some in (every, first)]
+        lines.append(f"{len(looks)} episodes {name}: drafts stood {shares[0]}, at the first two looks {shares[1]}")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(permuted_table(tyro.cli(PermutedPageConfig).results))
+    results = tyro.cli(PermutedPageConfig).results
+    print(permuted_table(results))
+    print(agreement_at_looks(results))
