@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import operator
+from typing import Annotated
 
 import numpy as np
 
-from rsd.checks import check, dotted
+from rsd.checks import between, check, checked, dotted
 from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, RsdError, real_array
 
 MOST_STAGES = 100  # of a chunk's latency
 
 
 def checked_chunk(chunk: ActionChunk) -> ActionChunk:
-    """The chunk itself; raises RsdError unless its actions are real, finite, [H >= 1, 7] and in [-1, 1], and its
-    statistics possible."""
+    """The chunk itself; raises RsdError unless its actions are real, finite, [H >= 1, 7] and in [-1, 1], some of them
+    to be executed, and its statistics possible."""
     if not isinstance(chunk, ActionChunk) or not isinstance(chunk.actions, np.ndarray):
         found = type(getattr(chunk, "actions", chunk)).__name__
         remedy = "return rsd.types.ActionChunk(actions, rsd.types.ChunkStats(decode='its name'))"
@@ -23,6 +24,8 @@ def checked_chunk(chunk: ActionChunk) -> ActionChunk:
     actions = real_array("policy: actions", chunk.actions, "float64", ("H", ACTION_DIM))
     if not len(actions):
         raise RsdError(f"policy: expected an action chunk [H, {ACTION_DIM}], found {list(actions.shape)}")
+    if chunk.execute is not None:
+        checked(Annotated[int, between(1, len(actions))], chunk.execute, "policy: execute")
     if np.abs(actions).max() > 1.0:
         raise RsdError(f"policy: actions are to lie in [-1, 1], found one of {np.abs(actions).max():.4g}")
     return chunk

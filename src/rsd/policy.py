@@ -160,10 +160,11 @@ class SpeculativePolicy:
         """body: None takes the compact models'; facts: what of the checkpoint decides, None where none was read."""
         runtime = runtime or RuntimeOptions()
         facts = facts or Checkpoint(
-            model.visual_drafter is not None, config.acceptance, config.fine, code=tokenizer.config.rfsq
+            model.visual_drafter is not None, config.acceptance, config.fine, execute=config.execute
         )
+        facts = replace(facts, code=tokenizer.config.rfsq, horizon=tokenizer.config.horizon)
         self.decoding = decoding = resolve(facts, options or DecodeOptions())
-        self.decode, self.temperature = decoding.decode, decoding.temperature
+        self.decode, self.temperature, self.execute = decoding.decode, decoding.temperature, decoding.execute
         self.acceptance = decoding.rule.name if DECODERS[self.decode].drafts else ""  # of one that accepts nothing
         self.model, self.config, self.provenance = model.eval(), config, provenance or {}
         self.device = model.target.state_mean.device
@@ -189,6 +190,7 @@ class SpeculativePolicy:
             sampler=sampler,
             engine=make_engine(self.engine),
             rows=runtime.batch,
+            execute=self.execute,
         )
         self._decode = DECODERS[self.decode].decode
         self._rehearsed = self.ops.engine is None
@@ -228,7 +230,7 @@ class SpeculativePolicy:
             stats = [replace(self._stats(result, row), latency_ms=dict(watch.ms)) for row in range(count)]
             if self.decoding.audit and result.draft is not None and not result.pending:
                 stats = self._audited(seen, result, stats)
-            chunks, pending = [ActionChunk(actions[row], stats[row]) for row in range(count)], None
+            chunks, pending = [ActionChunk(actions[row], stats[row], self.execute) for row in range(count)], None
             if result.pending:
                 assert result.draft is not None
                 pending = Pending(seen, kept(result.draft), kept(result.forecast), tuple(begun), tuple(chunks))
@@ -287,7 +289,7 @@ class SpeculativePolicy:
         """The episodes' states after a decoding."""
         if not DECODERS[self.decode].remembers:
             return [replace(state, seen=(True,)) for state in states]
-        grippers: list[int] = result.gripper[:, -1].tolist()
+        grippers: list[int] = result.gripper[:, self.execute - 1].tolist()
         after = []
         for row, (state, gripper) in enumerate(zip(states, grippers, strict=True)):
             if result.skipped is not None and result.skipped[row]:
@@ -321,21 +323,23 @@ class SpeculativePolicy:
         )
 
     def _audited(self, seen: PolicyInput, result: DecodeResult, stats: list[ChunkStats]) -> list[ChunkStats]:
-        """With how far each draft leads the fingertip away from the target's chunk, mm, and whether grippers differ.
+        """With how far each draft leads the fingertip away from the target's chunk, mm, and whether grippers differ,
+        both in the steps that are executed.
 
         The target's chunk is the one it gives after reading the draft, as when it is asked; where it was not, it looks
         for it."""
         draft = result.draft
         assert draft is not None
         forecast = result.forecast or self.ops.forecast(draft)
-        audited, drafted = [], self._to_actions(forecast.value, draft.gripper)
+        audited, steps = [], slice(self.execute)
+        drafted = self._to_actions(forecast.value, draft.gripper)[:, steps]
         for row, known in enumerate(stats):
             asked = rows_of(replace(result, draft=None, forecast=None, memory=None), [row])
             if known.prefills == 0:
                 asked = look(self.ops, rows_of(seen, [row]), rows_of(draft, [row]))
                 self.ops.check()
-            targets = self._to_actions(asked.value, asked.gripper)
-            differs = not torch.equal(draft.gripper[row], asked.gripper[0])
+            targets = self._to_actions(asked.value, asked.gripper)[:, steps]
+            differs = not torch.equal(draft.gripper[row, steps], asked.gripper[0, steps])
             found = replace(known, deviation_mm=float(fingertip_deviation(drafted[row], targets[0])))
             expected = float(forecast.deviation_mm[row])
             audited.append(replace(found, gripper_differs=differs, expected_deviation_mm=expected))
@@ -391,7 +395,6 @@ def load_policy(
     tokenizer = ActionTokenizer.load(directory)
     model, config = load_model(directory, content, tokenizer)
     provenance = content.get("provenance", {})
-    facts = replace(facts, code=tokenizer.config.rfsq)
     return SpeculativePolicy(
         model.to(runtime.device), tokenizer, config, options, runtime, facts=facts, provenance=provenance
     )
@@ -403,6 +406,7 @@ class RsdPolicy:
     def __init__(self, core: SpeculativePolicy) -> None:
         self.core, self.model, self.tokenizer, self.config = core, core.model, core.tokenizer, core.config
         self.decode, self.acceptance, self.engine = core.decode, core.acceptance, core.engine
+        self.execute = core.execute
         self.image_size, self.cameras, self.device = core.image_size, core.cameras, core.device
         self.provenance, self.save_pretrained = core.provenance, core.save_pretrained
         self.push_to_hub = core.push_to_hub

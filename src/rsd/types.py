@@ -24,6 +24,7 @@ Deviation = Annotated[float, between(0, 1e300)]
 Temperature = Annotated[float, Where(lambda t: t == 0 or 1e-3 <= t <= 1e3, "that is 0 or from 0.001 to 1000")]
 Chunks = Annotated[int, between(1, 1e6)]
 Batch = Annotated[int, between(0, 4096)]
+Steps = Annotated[int, between(1, 1000)]
 Threads = Annotated[int, between(0, 4096)]
 Engine = Annotated[str, one_of(ENGINES)]
 VERIFYING = "rsd", "rsd-fused", "rsd-skip", "draft-first"  # decoders whose draft the target judges
@@ -100,10 +101,18 @@ class ChunkStats:
 
 @dataclass(frozen=True)
 class ActionChunk:
-    """actions: float32 [H, 7], environment-ready: every number in [-1, 1], gripper -1 = open, +1 = close."""
+    """actions: float32 [H, 7], environment-ready: every number in [-1, 1], gripper -1 = open, +1 = close.
+
+    execute: how many of them before the next observation, 1 to H; None: all. The rest is a tail for who must go on."""
 
     actions: NDArray[np.float32]
     stats: ChunkStats
+    execute: int | None = None
+
+    @property
+    def executed(self) -> NDArray[np.float32]:
+        """The actions to execute, [execute, 7]."""
+        return self.actions[: self.execute]
 
 
 class Policy(Protocol):

@@ -12,12 +12,12 @@ from rsd.checks import Millimetres, between
 from rsd.cli.eval import check_names
 from rsd.cli.parsing import UsageError, parse
 from rsd.evaluation.config import EvalConfig
-from rsd.types import Chunks, Engine, Threads
+from rsd.types import Chunks, Engine, Steps, Threads
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SHARED = (  # with `rsd eval`
     *("policy", "decode", "acceptance", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset"),
-    *("device", "engine"),
+    *("execute", "device", "engine"),
 )
 
 
@@ -34,6 +34,8 @@ class ServeArguments:
     """Decoder, as of `rsd eval`."""
     acceptance: str = EvalConfig.acceptance
     """Rule for drafted levels, as of `rsd eval`; default: the checkpoint's."""
+    execute: Steps | None = EvalConfig.execute
+    """Steps of a chunk that its client executes, as of `rsd eval`; an answer holds the whole chunk."""
     skip_threshold_mm: Millimetres | None = EvalConfig.skip_threshold_mm
     """For rsd-skip: skip the target where the draft expects to deviate less; by default what was calibrated."""
     max_skips: Chunks | None = EvalConfig.max_skips

@@ -51,7 +51,7 @@ from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.risk_tests import P_VALUES, clopper_pearson_upper, hoeffding_bentkus_upper
 from rsd.json_files import from_json, read_versioned, write_atomically
 from rsd.tokenizer.rfsq import RfsqConfig
-from rsd.types import ACTION_DIM, RsdError
+from rsd.types import ACTION_DIM, RsdError, Steps
 
 FORMAT_VERSION = 3
 FILE_NAME = "skip_calibration.json"
@@ -82,7 +82,8 @@ class SkipCalibration(Checked):
     alpha, delta: risk <= alpha with confidence 1 - delta. loss: an episode's; test: see `risk_tests`.
     p_value, empirical_risk, skip_share: of the calibration set at this threshold (share of chunks without target).
     suites: what was calibrated for, with commas between; the numbers are of the one with the strictest threshold.
-    acceptance: how the target judged drafts meanwhile.
+    acceptance: how the target judged drafts meanwhile. execute: steps executed of a chunk, None: all (before it was
+    recorded).
     weights_sha256: of the checkpoint's weights file that made scores and chunks.
     """
 
@@ -103,6 +104,7 @@ class SkipCalibration(Checked):
     suites: str
     acceptance: str
     weights_sha256: Sha256
+    execute: Steps | None = None
 
     def rules(self) -> Rules:
         acceptance_rule(self.acceptance, RfsqConfig())  # raises for what is none

@@ -126,7 +126,7 @@ class EpisodeState:
     instruction: str = ""
 
     def looked(self, memory: Memory | None, gripper: int) -> EpisodeState:
-        """After the target ran for one episode: its view, and the gripper symbol that its chunk ends with."""
+        """After the target ran for one episode: its view, and the gripper symbol that was executed last."""
         return replace(self, memory=kept(memory), skipped=(0,), gripper=(gripper,), seen=(True,))
 
     def went_without(self, memory_chunks: int) -> EpisodeState:

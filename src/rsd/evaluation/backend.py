@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Callable
@@ -96,9 +95,8 @@ def rsd_policy(config: EvalConfig) -> Policy:
         from rsd.targets.openvla.policy import OpenVlaPolicy
 
         graphs = engine_of(config, None) == CUDA_GRAPHS
-        return OpenVlaPolicy.from_pretrained(
-            openvla, device=config.device, decode=config.decode, suite=config.task_suite, graphs=graphs
-        )
+        options: dict[str, Any] = {"suite": config.task_suite, "graphs": graphs, "execute": config.execute}
+        return OpenVlaPolicy.from_pretrained(openvla, device=config.device, decode=config.decode, **options)
     return RsdPolicy(load_policy(config.policy, decode_options(config), RuntimeOptions(config.device, config.engine)))
 
 
@@ -107,7 +105,7 @@ def served_policy(config: EvalConfig) -> RemotePolicy:
     from rsd.targets.remote.client import RemotePolicy  # of an extra
 
     own = ("acceptance", "temperature", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset", "audit")
-    mine = (*own, "device", "batch", "engine")  # of the server
+    mine = (*own, "execute", "device", "batch", "engine")  # of the server
     if given := [option(name) for name in mine if getattr(config, name) != getattr(EvalConfig, name)]:
         raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here; give it to `rsd serve`")
     remote = RemotePolicy(config.policy)
@@ -133,6 +131,7 @@ def decode_options(config: EvalConfig) -> DecodeOptions:
         skip=skip,
         target_at_reset=config.target_at_reset,
         audit=config.audit,
+        execute=config.execute,
     )
 
 
@@ -208,17 +207,21 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         remote = served_policy(config)
         remote.close()
         return {**remote.welcome.policy, "policy": config.policy, "server": remote.welcome.versions}
-    from rsd.checkpoint import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
-    from rsd.targets.openvla.published import fingerprint, locate_openvla
+    from rsd.checkpoint import checkpoint_hash, facts_of, load_calibration, locate_checkpoint, read_content
+    from rsd.options import executed_steps, resolve
+    from rsd.targets.openvla.published import chunk_steps, fingerprint, locate_openvla
 
     if (openvla := locate_openvla(config.policy)) is not None:
         engine = engine_of(config, None)
-        return {"policy": config.policy, "engine": engine, "checkpoint_fingerprint": fingerprint(openvla)}
+        steps = executed_steps(config.execute, chunk_steps(config.decode), "--execute")
+        named = {"policy": config.policy, "engine": engine, "execute": steps}
+        return {**named, "checkpoint_fingerprint": fingerprint(openvla)}
     directory = locate_checkpoint(config.policy)
-    content = json.loads((directory / CONFIG_FILE).read_text())
+    content = read_content(directory)
     found = {
         "policy": config.policy,
         "engine": engine_of(config, directory),
+        "execute": resolve(facts_of(directory, content), decode_options(config)).execute,
         "checkpoint_sha256": checkpoint_hash(config.policy),
         "provenance": content.get("provenance", {}),
     }

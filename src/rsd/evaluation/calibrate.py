@@ -63,7 +63,7 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     if not content["policy"].get("visual_drafter"):
         found = f"{directory} has no visual drafter, whose chunks rsd-skip executes"
         raise RsdError(f"calibrate: {found}; train one with it")
-    asked = DecodeOptions("rsd-skip", asked_rule(config.acceptance), skip=SkipRule())
+    asked = DecodeOptions("rsd-skip", asked_rule(config.acceptance), skip=SkipRule(), execute=config.execute)
     decoding = resolve(facts_of(directory, content), asked)
     if decoding.fine != "regress":
         found = f"acceptance {decoding.rule.name!r} decodes the fine levels one after another"
@@ -92,7 +92,7 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     fitted = {suite: fit(own, config, sha256) for suite, own in by_suite.items()}
     # every threshold up to a fitted one has been tested and passed: so has the strictest, in each suite
     strictest = min(fitted.values(), key=lambda one: one.threshold)
-    calibration = replace(strictest, suites=",".join(fitted))
+    calibration = replace(strictest, suites=",".join(fitted), execute=decoding.execute)
     calibration.save(config.output)
     install = config.overwrite or not (directory / FILE_NAME).exists()
     if install:

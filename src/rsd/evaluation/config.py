@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, between, from_json, shown
-from rsd.types import AUTO, BEST, COMPILED, CUDA_GRAPHS, ONNX, Batch, Chunks, Engine, Temperature
+from rsd.types import AUTO, BEST, COMPILED, CUDA_GRAPHS, ONNX, Batch, Chunks, Engine, Steps, Temperature
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
 # (`batch` is not among them: a batch rounds otherwise than a single observation. Nor is `control_hz`: outcomes are
@@ -24,7 +24,7 @@ MOST_STATES = 1_000_000  # a number above is a slip, and would take minutes and 
 DEFAULT = "default"  # of --acceptance: nothing is asked for
 NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "engine": AUTO, "target_at_reset": False}
 OF_THE_RULE = ("max_skips", "memory_chunks")  # of `decoding.gate.SkipRule`, which has their defaults
-NEUTRAL |= dict.fromkeys(("skip_threshold_mm", *OF_THE_RULE))
+NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", *OF_THE_RULE))
 
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
 
@@ -81,6 +81,8 @@ class EvalConfig(Checked):
     likeliest."""
     seed: Seed = 7
     """Seed of what is drawn at a temperature; the simulator is always seeded by 0, as the published protocol does."""
+    execute: Steps | None = None
+    """Steps of a chunk that are executed before the next one is predicted; by default what the checkpoint says."""
     skip_threshold_mm: Millimetres | None = None
     """For rsd-skip: skip the target where the draft expects to deviate less; by default what was calibrated."""
     max_skips: Chunks | None = None

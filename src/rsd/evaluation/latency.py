@@ -69,7 +69,7 @@ def observations(suite: str, num_tasks: int, policy: RsdPolicy) -> list[Observat
             env.reset(options={"init_state": 0})
             found.append(env.observation())
             for _ in range(2):
-                env.step_chunk(policy.predict(env.observation()).actions)
+                env.step_chunk(policy.predict(env.observation()).executed)
             found.append(env.observation())
         finally:
             env.close()

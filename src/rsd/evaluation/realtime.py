@@ -72,7 +72,7 @@ class Pace:
     def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped:
         if isinstance(policy, VerifiesLater) and (found := policy.verify()) is not None:
             self.stats[-1] = found
-        return env.step_chunk(chunk.actions)
+        return env.step_chunk(chunk.executed)
 
 
 class RealTime(Pace):
@@ -137,7 +137,7 @@ class RealTime(Pace):
             times.append(now)
 
         drawing_s = env.drawing_s
-        stepped = env.step_chunk(chunk.actions, before_step)
+        stepped = env.step_chunk(chunk.executed, before_step)
         self._drawn = self._clock()
         times.append(self._drawn - (env.drawing_s - drawing_s))  # drawing is the last that happens
         due = [times[0] + k * self._period for k in range(len(times))]

@@ -11,6 +11,7 @@ import tyro
 from rsd.checks import Checked, Count, Rules, Seed, Share, Some, Weight, above, between
 from rsd.models.config import DrafterConfig, LoraConfig, PolicyConfig, VisualDrafterConfig
 from rsd.tokenizer.config import TokenizerConfig
+from rsd.types import Steps
 
 DEFAULT_TOKENIZER = Path("runs/tokenizer")  # where `fit` writes and the trainings read
 Every = Annotated[int, between(2, 1e6)]  # every n-th episode
@@ -176,6 +177,8 @@ class TrainOpenVlaConfig(Checked):
     checkpointing: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Keep only every layer's input and compute its inside again in the backward pass: less memory, a third more
     time."""
+    execute: Steps | None = None
+    """Steps of a chunk that are executed before the next, as the checkpoint will say; by default all."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     feature_drafter: DrafterConfig = field(default_factory=lambda: DrafterConfig(dim=256))
     visual_drafter: VisualDrafterConfig | None = field(default_factory=VisualDrafterConfig)

@@ -29,6 +29,7 @@ class Batch:
     paired: row i + B/2 is an earlier moment of row i's episode, for i < B/2.
     asked: words int [B/2, 32] of another sentence for the frames of the even rows, with where what it asks for is seen,
     spot [B/2, 2], NaN where that is not known.
+    execute: how many of the H steps are executed.
     """
 
     images: Tensor
@@ -37,6 +38,7 @@ class Batch:
     chunk: Tensor
     paired: bool = False
     asked: tuple[Tensor, Tensor] | None = None
+    execute: int | None = None
 
 
 class FrameDataset:
@@ -45,9 +47,15 @@ class FrameDataset:
     Where only every n-th step was rendered, these are the frames; a chunk has every step's action all the same."""
 
     def __init__(
-        self, demonstrations: Iterable[Demonstration], horizon: int, device: torch.device, image_size: int = 0
+        self,
+        demonstrations: Iterable[Demonstration],
+        horizon: int,
+        device: torch.device,
+        image_size: int = 0,
+        execute: int | None = None,
     ) -> None:
-        """image_size: side in pixels that every image must have; 0: that of the first ones.
+        """image_size: side in pixels that every image must have; 0: that of the first ones. execute: steps from one
+        chunk of a rollout to the next; None: the horizon.
 
         Raises RsdError for a demonstration without images, or with others than that, or of other steps."""
         images, states, chunks, tasks, firsts, instructions = [], [], [], [], [], dict[str, int]()
@@ -96,7 +104,7 @@ class FrameDataset:
         self.first = torch.from_numpy(np.concatenate(firsts)).to(device)  # of the frame's own episode
         self.asks = torch.from_numpy(np.concatenate(asks)).to(device)  # instructions [N, MOST_ASKED], some repeated
         self.spots = torch.from_numpy(np.concatenate(spots)).to(device)  # of the things that they ask for
-        self.horizon, self.spacing = horizon, spacing
+        self.execute, self.spacing = execute or horizon, spacing
         self.instructions = list(instructions)
         wordings = [paraphrases(text, WORDINGS) for text in self.instructions]
         rows = [(texts * WORDINGS)[:WORDINGS] for texts in wordings]
@@ -145,12 +153,12 @@ class FrameDataset:
 
     def earlier(self, frames: Tensor, chunks: Tensor | int) -> Tensor:
         """The frames so many chunks before, or the first of their episodes."""
-        if self.horizon % self.spacing:
+        if self.execute % self.spacing:
             raise RsdError(
-                f"frames a chunk apart: expected images of every n-th step with n a divisor of {self.horizon}, "
+                f"frames a chunk apart: expected images of every n-th step with n a divisor of {self.execute}, "
                 f"found every {self.spacing}; render again with another --every"
             )
-        return torch.maximum(frames - chunks * (self.horizon // self.spacing), self.first[frames])
+        return torch.maximum(frames - chunks * (self.execute // self.spacing), self.first[frames])
 
     def batch(
         self, frames: Tensor, paired: bool = False, augment: Augmentation | None = None, asking: bool = False
@@ -173,7 +181,8 @@ class FrameDataset:
             even = frames[::2]
             which = torch.randint(0, MOST_ASKED, even.shape, device=frames.device)
             asked = self.words[self.asks[even, which], wording[::2]], self.spots[even, which]
-        return Batch(pixels, state, self.words[self.task[frames], wording], self.chunk[frames], paired, asked)
+        words = self.words[self.task[frames], wording]
+        return Batch(pixels, state, words, self.chunk[frames], paired, asked, self.execute)
 
 
 def memory_bytes(device: torch.device) -> int:

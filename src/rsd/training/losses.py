@@ -176,7 +176,7 @@ def visual_drafter_losses(
     wanted, found = tokenizer.to_normalised(goal * unit), tokenizer.to_normalised(value * unit)
     reference_values = target.residual(run.features[later], 1).float()
     own, reference = (tokenizer.to_actions(chunk.detach() * unit, grip) for chunk in (value, reference_values))
-    apart = fingertip_deviation(own, reference)
+    apart = fingertip_deviation(own[:, : batch.execute], reference[:, : batch.execute])
     forecast = visual_drafter.log_deviation(features.detach()).float()
     return digits, {
         "visual": losses["draft"],

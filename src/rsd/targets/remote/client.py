@@ -70,7 +70,7 @@ class RemotePolicy:
                 raise ValueError(f"{queued} and {inferred} ms of {total:.1f} ms")
             if actions.dtype != np.float32 or actions.shape != self.welcome.chunk:
                 raise ValueError(f"actions {actions.dtype} {list(actions.shape)} in the place of {self.welcome.chunk}")
-            chunk = checked_chunk(ActionChunk(actions.copy(), stats))  # what arrived is read-only
+            chunk = checked_chunk(ActionChunk(actions.copy(), stats, self.welcome.execute))  # what arrived is read-only
         except (KeyError, TypeError, AttributeError, ValueError, RsdError) as error:
             found = f"{type(error).__name__}: {error!s:.200}"
             raise RsdError(f"{self.address}: not the answer of this version's `rsd serve` ({found})") from error
