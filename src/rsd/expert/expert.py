@@ -12,6 +12,7 @@ from rsd.expert.goals import Goals, goals_of, task_goals
 from rsd.expert.grasps import TIP_BELOW_SITE, GraspMode
 from rsd.expert.noise import Disturbance
 from rsd.expert.pick_and_place import PickAndPlace
+from rsd.expert.pushing import PushPart
 from rsd.expert.scene import Scene, Vector
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.permuted import is_permuted
@@ -83,17 +84,20 @@ class Chain:
         return self._law.action()
 
     def _next(self) -> int | None:
-        """The first goal that does not hold."""
-        env = self.scene.env
-        return next((i for i, goal in enumerate(self.goals) if not env.holds(*goal.words)), None)
+        """The first goal that does not hold and is asked for, or serves one that does not hold either."""
+        holds = self.scene.env.holds
+        left = [i for i, goal in enumerate(self.goals) if not holds(*goal.words)]
+        return next((i for i in left if not self.goals[i].means_to or not holds(*self.goals[i].means_to)), None)
 
     def _take_up(self, goal: int) -> None:
         self.on = goal
-        self._law = (
-            PickAndPlace(self.scene, self.goals[goal], self._mode, self._rng)
-            if self.goals[goal].destination
-            else MovePart(self.scene, self.goals[goal])
-        )
+        self._law: PickAndPlace | PushPart | MovePart
+        if self.goals[goal].destination:
+            self._law = PickAndPlace(self.scene, self.goals[goal], self._mode, self._rng)
+        elif self.goals[goal].predicate == "close":
+            self._law = PushPart(self.scene, self.goals[goal])
+        else:
+            self._law = MovePart(self.scene, self.goals[goal])
 
     def _clear(self) -> bool:
         """The hand is above everything that stands around it."""
@@ -145,7 +149,7 @@ def run(
             recorder.record(env, executed, clean)
         env.advance(executed, draw)
         step += 1
-        if success_at is None and all(env.holds(*goal.words) for goal in goals):
+        if success_at is None and all(goal.means_to or env.holds(*goal.words) for goal in goals):
             success_at = step
     if success_at is None:
         return ExpertResult(False, step, law.attempts)

@@ -23,28 +23,34 @@ GRASPS: dict[str, Rim | Span] = {
     "akita_black_bowl": BOWL,
     "porcelain_mug": Rim(0.041, 0.106, 0.012),
     "white_yellow_mug": Rim(0.046, 0.103, -0.015),
+    "red_coffee_mug": Rim(0.039, 0.131, -0.016),
+    "white_bowl": Rim(0.035, 0.034),
+    "chefmate_8_frypan": Span(tail=0.14),  # by the handle
     "moka_pot": Span(0.006, 0.010),  # by the knob on its lid
     **dict.fromkeys(("alphabet_soup", "bbq_sauce", "butter", "chocolate_pudding", "cream_cheese", "ketchup"), WHOLE),
     **dict.fromkeys(("milk", "orange_juice", "salad_dressing", "tomato_sauce", "wine_bottle"), WHOLE),
+    **dict.fromkeys(("black_book", "new_salad_dressing", "yellow_book"), WHOLE),
 }
-HOLLOW = ("akita_black_bowl", "basket")  # things are let go inside their rim
+HOLLOW = ("akita_black_bowl", "basket", "wooden_tray")  # things are let go inside their rim
 UNDER_RIM = 0.015  # m; deeper, the fingers would touch the wall
 PLATE_SURFACE = 0.004  # m over the plate's origin
 ON_STOVE = (0.05, -0.045)  # m before the middle of its region, which is 0.15 long; a moka pot is 0.08 wide
+OVER_WALLS, SQUARE = 0.01, 0.8  # m of the palm over a compartment's walls; sides in that ratio are alike
 FOOT = 0.02  # m; what is put down touches the highest point within so much of the middle
-TABLE_REGIONS = ("living_room_table_plate_right_region",)
-# what something can be put on or into from above; other regions are drawers, shelves, spots on the table
-OPEN_PLACES = (
+OPEN_PLACES = (  # what something can be put on or into from above
     "akita_black_bowl",
     "basket_contain_region",
     "flat_stove_cook_region",
-    *TABLE_REGIONS,
     "plate",
     "wine_rack_top_region",
+    "white_cabinet_top_side",
     "wooden_cabinet_top_side",
+    "wooden_tray_contain_region",
+    "wooden_two_layer_shelf_top_side",
 )
-# what it can move on its joint
-MOVABLE_PARTS = (("open", "wooden_cabinet_middle_region"), ("turnon", "flat_stove"))
+TABLE_REGION = re.compile(r"(kitchen|living_room|study)_table_\w+_region")
+DRAWER = re.compile(r"(white|wooden)_cabinet_(top|middle|bottom)_region")
+SLOT = re.compile(r"desk_caddy_\w+_contain_region")  # an object has to be turned to fit in
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Goal:
     destination: str = ""
     _: KW_ONLY
     ahead: float = 0.0  # m, of the place along x before the destination's middle, which another object shares
+    means_to: tuple[str, ...] = ()  # not asked for: it only has to hold until this does
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -79,8 +86,36 @@ def kind(name: str) -> str:
 def goals_of(wanted: Sequence[tuple[str, ...]]) -> Goals | None:
     """Goals in the order of doing, of predicates such as ("on", "akita_black_bowl_1", "plate_1"), if the expert can
     reach them all; else None."""
-    goals = tuple(sorted((Goal(*words) for words in wanted), key=_turn))
-    return _spread(goals) if goals and all(_solvable(goal) for goal in goals) else None
+    goals = _ordered([Goal(*words) for words in wanted])
+    return _with_means(_spread(goals)) if goals and all(_solvable(goal) for goal in goals) else None
+
+
+def _ordered(goals: list[Goal]) -> Goals:
+    """Goals keep the order of the scene file, but what goes onto the table comes first (a mug on the plate beside would
+    be in the palm's way), what something goes into is opened or put in its place before, and closed after."""
+    left, done = sorted(goals, key=lambda goal: not TABLE_REGION.fullmatch(kind(goal.destination))), list[Goal]()
+    while left:
+        done.append(next((g for g in left if not any(_comes_before(other, g) for other in left)), left[0]))
+        left.remove(done[-1])
+    return tuple(done)
+
+
+def _comes_before(first: Goal, then: Goal) -> bool:
+    if then.predicate == "close":
+        return first.destination.startswith(then.target)  # a microwave's region has its name
+    return first.target == then.destination
+
+
+def _with_means(goals: Goals) -> Goals:
+    """A drawer is opened for what goes into it, whether or not the task says so."""
+    opened = [goal.target for goal in goals if goal.predicate == "open"]
+    found = list[Goal]()
+    for goal in goals:
+        if DRAWER.fullmatch(kind(goal.destination)) and goal.destination not in opened:
+            opened.append(goal.destination)
+            found.append(Goal("open", goal.destination, means_to=goal.words))
+        found.append(goal)
+    return tuple(found)
 
 
 def _spread(goals: Goals) -> Goals:
@@ -91,16 +126,14 @@ def _spread(goals: Goals) -> Goals:
     return tuple(replace(g, ahead=ON_STOVE[shared.index(g)]) if g in shared else g for g in goals)
 
 
-def _turn(goal: Goal) -> bool:
-    """Goals keep the order of the scene file, but what goes onto the table comes first: a mug on the plate beside would
-    be in the palm's way."""
-    return kind(goal.destination) not in TABLE_REGIONS
-
-
 def _solvable(goal: Goal) -> bool:
-    if not goal.destination:
-        return (goal.predicate, kind(goal.target)) in MOVABLE_PARTS
-    return goal.predicate in ("on", "in") and kind(goal.target) in GRASPS and kind(goal.destination) in OPEN_PLACES
+    place, thing = kind(goal.destination), kind(goal.target)
+    if not place:
+        if goal.predicate in ("open", "close"):
+            return bool(DRAWER.fullmatch(thing)) or (goal.predicate, thing) == ("close", "microwave")
+        return goal.predicate in ("turnon", "turnoff") and thing == "flat_stove"
+    roomy = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, DRAWER, SLOT))
+    return goal.predicate in ("on", "in") and thing in GRASPS and roomy
 
 
 def solvable_tasks(suite: str) -> tuple[int, ...]:
@@ -137,6 +170,8 @@ def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
     """Where the target's origin shall come [3], of which z is the destination's own height, and the height at which
     its lowest point is let go."""
     name = goal.destination
+    if SLOT.fullmatch(kind(name)):
+        return slot(scene, goal)
     if kind(name) == "plate":
         centre = scene.position(name)
         return centre, float(centre[2] + PLATE_SURFACE)
@@ -149,3 +184,24 @@ def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
         around = FOOT * np.array([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
         surface = float(scene.heights(centre[:2] + around, ignore=(goal.target,)).max())
     return np.array([centre[0], centre[1], surface]), surface
+
+
+def slot(scene: Scene, goal: Goal) -> tuple[Vector, float]:
+    """`destination` in a compartment that is too narrow for the hand: its palm stays over the walls around."""
+    middle, holder = scene.site(goal.destination), scene.owner(goal.destination)
+    assert holder is not None
+    tall = float(np.ptp(scene.vertices(goal.target)[:, 2]))
+    surface = float(scene.vertices(holder)[:, 2].max()) + OVER_WALLS - tall
+    outline = scene.vertices(goal.target)[:, :2]
+    off = scene.position(goal.target)[:2] - (outline.min(axis=0) + outline.max(axis=0)) / 2
+    return np.array([*(middle[:2] + off), surface]), surface
+
+
+def slot_turn(scene: Scene, goal: Goal, closing: float) -> float:
+    """Yaw (rad) that an object, held across its narrow side at the angle `closing`, shall have over a compartment:
+    its narrow side along the compartment's, or along the nearer wall of a square one."""
+    half = scene.region_size(goal.destination)
+    narrow = 0.0 if half[0] < half[1] else np.pi / 2
+    if min(half[:2]) > SQUARE * max(half[:2]):
+        narrow = float(np.round(closing / (np.pi / 2)) * np.pi / 2)
+    return (narrow - closing + np.pi / 2) % np.pi - np.pi / 2
