@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 
-from rsd.expert.grasps import BOWL, WHOLE, Rim, Span
+from rsd.expert.grasps import BELOW_RIM, BOWL, PALM_ABOVE_SITE, SPAN_ABOVE_FLOOR, WHOLE, Rim, Span
 from rsd.expert.scene import Scene, Vector
 from rsd.sim.permuted import is_permuted
 from rsd.sim.suites import scene_file, start_regions, suite_task, suite_tasks
@@ -25,7 +25,7 @@ GRASPS: dict[str, Rim | Span] = {
     "white_yellow_mug": Rim(0.046, 0.103, -0.015),
     "red_coffee_mug": Rim(0.039, 0.131, -0.016),
     "white_bowl": Rim(0.035, 0.034),
-    "chefmate_8_frypan": Span(tail=0.14),  # by the handle
+    "chefmate_frypan": Span(tail=0.14),  # by the handle
     "moka_pot": Span(0.006, 0.010),  # by the knob on its lid
     **dict.fromkeys(("alphabet_soup", "bbq_sauce", "butter", "chocolate_pudding", "cream_cheese", "ketchup"), WHOLE),
     **dict.fromkeys(("milk", "orange_juice", "salad_dressing", "tomato_sauce", "wine_bottle"), WHOLE),
@@ -183,7 +183,18 @@ def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
     else:
         around = FOOT * np.array([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
         surface = float(scene.heights(centre[:2] + around, ignore=(goal.target,)).max())
+        if DRAWER.fullmatch(kind(name)):
+            surface = max(surface, _over_drawer(scene, goal))
     return np.array([centre[0], centre[1], surface]), surface
+
+
+def _over_drawer(scene: Scene, goal: Goal) -> float:
+    """Height of the target's lowest point at which the palm is just over the drawer's walls."""
+    walls = float(np.concatenate(scene.part_shapes(scene.moving_part(goal.destination)))[:, 2].max())
+    tall = float(np.ptp(scene.vertices(goal.target)[:, 2]))
+    hold = goal.hold
+    above = max(tall - hold.below, SPAN_ABOVE_FLOOR) if isinstance(hold, Span) else tall - BELOW_RIM
+    return walls + OVER_WALLS - PALM_ABOVE_SITE - above
 
 
 def slot(scene: Scene, goal: Goal) -> tuple[Vector, float]:

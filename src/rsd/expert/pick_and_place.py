@@ -42,6 +42,7 @@ CLOSED_WIDTH = 0.0015  # m, nothing between the fingers
 FUNNEL_SLOPE, FUNNEL_RADIUS = 2.0, 0.010  # height per horizontal distance outside the radius (m)
 TIGHT_SLOPE, TIGHT_RADIUS = 3.0, 0.005  # walls stand close, or the fingers go past both sides of the object
 PLACE_SLOPE, PLACE_RADIUS = 2.0, 0.010
+SLOT_SLOPE = 15.0  # its walls are higher than where the object is let go
 TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on the way
 OVER = 0.012  # m off the object's middle, close enough to choose a side
 RELEASE_GAP = 0.006  # m of free fall
@@ -166,9 +167,11 @@ class PickAndPlace:
             return self.leave()
         way = scene.corridor_top(held, there, ignore=(self.target,), half_width=0.06)
         over = max(way + CARRY_CLEARANCE, surface + 0.01)
+        slope = PLACE_SLOPE
         if self._into_slot:
+            slope = SLOT_SLOPE
             off += 0.1 * turn_left(scene, self._orientation(self._place_point()))
-        height = funnel(off, surface + RELEASE_GAP, over, PLACE_RADIUS, PLACE_SLOPE)
+        height = funnel(off, surface + RELEASE_GAP, over, PLACE_RADIUS, slope)
         goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom])
         return self._move(goal, self._orientation(self._place_point()), GRIPPER_CLOSE, CARRY_TURN)
 
