@@ -22,8 +22,7 @@ CLOSING_STEPS = 8  # the fingers hold by then
 CLOSED_WIDTH = 0.0015  # m, nothing between the fingers
 LOST = 0.04  # m between hand and part
 MAX_ATTEMPTS = 4
-LEAN, LEAN_LOW = np.radians(70), np.radians(45)  # of the palm, from straight down, before a drawer, and a low one
-LOW = 0.06  # m over the robot's base; a hand that leans further does not reach down there
+LEAN = np.radians(70)  # of the palm, from straight down, before a drawer
 STAND_OFF, INTO_HANDLE, PULL = 0.09, 0.004, 0.04  # m
 LINE_RADIUS, LINE_SLOPE = 0.008, 3.0
 KNOB_DEPTH = 0.008  # m, grip site under the ridge's top
@@ -114,7 +113,7 @@ class MovePart:
         handle = scene.outermost(part, outward)
         sideways = np.cross([0.0, 0.0, -1.0], -outward)
         angle = float(np.arctan2(outward[1], outward[0]))
-        rotation = about(sideways, drawer_lean(scene, handle)) @ about(np.array([0.0, 0.0, 1.0]), yaw_of(angle)) @ POINTING_DOWN
+        rotation = about(sideways, LEAN) @ about(np.array([0.0, 0.0, 1.0]), yaw_of(angle)) @ POINTING_DOWN
         way_in = rotation[:, 2]
         point = handle + INTO_HANDLE * way_in
         return Grip(point, rotation, point + PULL * outward, rotation, way_in)
@@ -134,11 +133,6 @@ class MovePart:
         up, lead = np.array([0.0, 0.0, 1.0]), sense * TURN_LEAD * float(np.sign(part.axis[2]))
         rotation = lean @ about(up, yaw) @ POINTING_DOWN
         return Grip(point, rotation, point, lean @ about(up, yaw + lead) @ POINTING_DOWN, rotation[:, 2])
-
-
-def drawer_lean(scene: Scene, handle: Vector) -> float:
-    """How far from straight down the hand leans before a handle [3] (rad)."""
-    return float(LEAN if handle[2] > scene.base[2] + LOW else LEAN_LOW)
 
 
 def inward_lean(base: Vector, point: Vector) -> Vector:

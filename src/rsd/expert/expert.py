@@ -84,10 +84,9 @@ class Chain:
         return self._law.action()
 
     def _next(self) -> int | None:
-        """The first goal that does not hold and is asked for, or serves one that does not hold either."""
-        holds = self.scene.env.holds
-        left = [i for i, goal in enumerate(self.goals) if not holds(*goal.words)]
-        return next((i for i in left if not self.goals[i].means_to or not holds(*self.goals[i].means_to)), None)
+        """The first goal that does not hold."""
+        env = self.scene.env
+        return next((i for i, goal in enumerate(self.goals) if not env.holds(*goal.words)), None)
 
     def _take_up(self, goal: int) -> None:
         self.on = goal
@@ -149,7 +148,7 @@ def run(
             recorder.record(env, executed, clean)
         env.advance(executed, draw)
         step += 1
-        if success_at is None and all(goal.means_to or env.holds(*goal.words) for goal in goals):
+        if success_at is None and all(env.holds(*goal.words) for goal in goals):
             success_at = step
     if success_at is None:
         return ExpertResult(False, step, law.attempts)

@@ -1,8 +1,8 @@
 """What a task asks for, from the goal predicates of its scene file, and where they want the objects.
 
-The expert can pick up the kinds of objects in `GRASPS` and put them on or into something that stands open, pull a
-drawer open and turn a knob (`MOVABLE_PARTS`), and several of these one after the other. What goes into a drawer or
-a narrow slot and what is pushed are beyond it, and `task_goals` says so by name.
+The expert can pick up the kinds of objects in `GRASPS` and put them on the table, on or into something that stands open
+(a compartment of a caddy too), open and close drawers but the lowest, close a microwave and turn a knob, and several of
+these one after the other. The rest is beyond it, and `task_goals` says so by name.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ class Goal:
     destination: str = ""
     _: KW_ONLY
     ahead: float = 0.0  # m, of the place along x before the destination's middle, which another object shares
-    means_to: tuple[str, ...] = ()  # not asked for: it only has to hold until this does
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -83,11 +82,12 @@ def kind(name: str) -> str:
     return re.sub(r"_\d+(?=_|$)", "", name)
 
 
-def goals_of(wanted: Sequence[tuple[str, ...]]) -> Goals | None:
+def goals_of(wanted: Sequence[tuple[str, ...]], start: Sequence[tuple[str, ...]] = ()) -> Goals | None:
     """Goals in the order of doing, of predicates such as ("on", "akita_black_bowl_1", "plate_1"), if the expert can
-    reach them all; else None."""
+    reach them all; else None. start: the predicates that hold at the start, for drawers that stand open."""
     goals = _ordered([Goal(*words) for words in wanted])
-    return _with_means(_spread(goals)) if goals and all(_solvable(goal) for goal in goals) else None
+    stand_open = [words[1] for words in start if words[0] == "open"]
+    return _spread(goals) if goals and all(_solvable(goal, stand_open) for goal in goals) else None
 
 
 def _ordered(goals: list[Goal]) -> Goals:
@@ -106,18 +106,6 @@ def _comes_before(first: Goal, then: Goal) -> bool:
     return first.target == then.destination
 
 
-def _with_means(goals: Goals) -> Goals:
-    """A drawer is opened for what goes into it, whether or not the task says so."""
-    opened = [goal.target for goal in goals if goal.predicate == "open"]
-    found = list[Goal]()
-    for goal in goals:
-        if DRAWER.fullmatch(kind(goal.destination)) and goal.destination not in opened:
-            opened.append(goal.destination)
-            found.append(Goal("open", goal.destination, means_to=goal.words))
-        found.append(goal)
-    return tuple(found)
-
-
 def _spread(goals: Goals) -> Goals:
     """Two objects for the stove stand one behind the other, the far one first."""
     shared = [goal for goal in goals if kind(goal.destination) == "flat_stove_cook_region"]
@@ -126,31 +114,35 @@ def _spread(goals: Goals) -> Goals:
     return tuple(replace(g, ahead=ON_STOVE[shared.index(g)]) if g in shared else g for g in goals)
 
 
-def _solvable(goal: Goal) -> bool:
+def _solvable(goal: Goal, stand_open: Sequence[str]) -> bool:
     place, thing = kind(goal.destination), kind(goal.target)
     if not place:
-        if goal.predicate in ("open", "close"):
-            return bool(DRAWER.fullmatch(thing)) or (goal.predicate, thing) == ("close", "microwave")
-        return goal.predicate in ("turnon", "turnoff") and thing == "flat_stove"
-    roomy = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, DRAWER, SLOT))
-    return goal.predicate in ("on", "in") and thing in GRASPS and roomy
+        drawer = bool(DRAWER.fullmatch(thing)) and "_bottom_" not in thing  # too low for the leaning hand
+        movable = {"turnon": thing == "flat_stove", "turnoff": thing == "flat_stove", "open": drawer}
+        return {**movable, "close": drawer or thing == "microwave"}.get(goal.predicate, False)
+    if DRAWER.fullmatch(place):  # a closed one that it has opened, the hand knocks shut again
+        fits = goal.destination in stand_open and thing != "ketchup"  # that stands too high in it
+    else:
+        fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT))
+    return goal.predicate in ("on", "in") and thing in GRASPS and fits
 
 
 def solvable_tasks(suite: str) -> tuple[int, ...]:
     """Ids of the tasks that the expert can do."""
-    return tuple(task.task_id for task in suite_tasks(suite) if goals_of(scene_file(suite, task.task_id).goal))
+    scenes = {task.task_id: scene_file(suite, task.task_id) for task in suite_tasks(suite)}
+    return tuple(task_id for task_id, scene in scenes.items() if goals_of(scene.goal, scene.start))
 
 
 def task_goals(suite: str, task_id: int) -> Goals:
     """The goals of a task. Raises RsdError, naming the tasks that it can do, for one that the expert cannot."""
     asked = scene_file(suite, task_id).goal
-    goals = goals_of(asked)
+    goals = goals_of(asked, scene_file(suite, task_id).start)
     if goals is None:
         wanted = " and ".join(map(" ".join, asked))
         can = [f"{i} ({suite_task(suite, i).language})" for i in solvable_tasks(suite)]
         raise RsdError(
             f"scripted expert: found {suite} task {task_id} with the goal {wanted!r}; it puts objects on or into "
-            f"something open, pulls a drawer or turns a knob. Of this suite it does {', '.join(can) or 'none'}"
+            f"something open, pulls or shuts a drawer, shuts a door or turns a knob. Of this suite it does {', '.join(can) or 'none'}"
         )
     return goals
 

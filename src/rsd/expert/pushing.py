@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE
-from rsd.expert.articulated import drawer_lean
+from rsd.expert.articulated import LEAN
 from rsd.expert.goals import Goal
 from rsd.expert.grasps import POINTING_DOWN, about, yaw_of
 from rsd.expert.motion import funnel, step_towards, turn_left
@@ -71,7 +71,7 @@ class PushPart:
         handle = scene.outermost(part, -part.axis)
         sideways = np.cross([0.0, 0.0, -1.0], part.axis)
         angle = float(np.arctan2(part.axis[1], part.axis[0]))
-        rotation = about(sideways, drawer_lean(scene, handle)) @ about(np.array([0.0, 0.0, 1.0]), yaw_of(angle)) @ POINTING_DOWN
+        rotation = about(sideways, LEAN) @ about(np.array([0.0, 0.0, 1.0]), yaw_of(angle)) @ POINTING_DOWN
         return handle - 0.01 * part.axis, part.axis, rotation
 
     def _door(self) -> tuple[Vector, Vector, Vector]:
