@@ -138,6 +138,8 @@ def test_a_right_answer_is_none(make_observation: Callable[..., Observation]) ->
         {"chunk": [10**9, 7]},
         {"chunk": ["8", 7]},
         {"chunk": 8},
+        {"execute": 0},
+        {"execute": 9},
         {"policy": None},
         {"versions": ["0"]},
         {"more": 1},

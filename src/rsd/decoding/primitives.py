@@ -81,8 +81,8 @@ class Primitives:
 
     rule: judges drafted levels. fine: how the fine levels come, `regress` or `sequential` (see `decoders.rsd`).
     sampler: draws the motion tokens, drafted ones too, which it then judges in the place of `rule`. rows: every call is
-    filled up to so many rows, so that there is one way to multiply the matrices whatever a batch happens to hold. execute:
-    steps of a chunk that are executed, None: all."""
+    filled up to so many rows, so that there is one way to multiply the matrices whatever a batch happens to hold.
+    execute: steps of a chunk that are executed, None: all."""
 
     def __init__(
         self,

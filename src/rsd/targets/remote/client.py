@@ -120,6 +120,6 @@ def read_welcome(address: str, message: bytes | str) -> Welcome:
         welcome = from_json(Welcome, content if isinstance(content, dict) else {}, address)
         steps = welcome.chunk[0] if len(welcome.chunk) == 2 and welcome.chunk[1] == ACTION_DIM else 0
         known = welcome.images in (IMAGES, IMAGES[:1]) and 0 < welcome.image_size <= MAX_SIDE
-        if known and 0 < steps <= MAX_STEPS:
+        if known and 0 < steps <= MAX_STEPS and 0 < (steps if welcome.execute is None else welcome.execute) <= steps:
             return welcome
     raise RsdError(f"{address}: expected this version's `rsd serve`, found {content!r:.200}")
