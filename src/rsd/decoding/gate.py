@@ -37,4 +37,4 @@ class SkipRule(Checked):
         scores: list[float] = forecast.deviation_mm.tolist()
         most = [most_skips(self.max_skips, self.skips_per_agreement, stood) for stood in state.stood]
         rows = zip(scores, state.skipped, most, forced, strict=True)
-        return tuple(may_skip(score, self.threshold_mm, *row) for score, *row in rows)
+        return tuple(may_skip(score, self.threshold_mm, skipped, n, held) for score, skipped, n, held in rows)
