@@ -196,5 +196,8 @@ def calibrated(calibration: SkipCalibration | str, options: DecodeOptions) -> tu
         found = ", ".join(f"{name} {value}" for name in ("acceptance", "fine") if (value := getattr(options, name)))
         expected = f"acceptance {calibration.acceptance} and fine regress"
         raise RsdError(f"rsd-skip: calibrated with {expected}, found {found}; leave it out")
-    rule = SkipRule(calibration.threshold, calibration.max_skips, calibration.memory_chunks)
+    per_agreement = calibration.skips_per_agreement
+    rule = SkipRule(
+        calibration.threshold, calibration.max_skips, calibration.memory_chunks, skips_per_agreement=per_agreement
+    )
     return rule, calibration.acceptance

@@ -290,12 +290,14 @@ class SpeculativePolicy:
         if not DECODERS[self.decode].remembers:
             return [replace(state, seen=(True,)) for state in states]
         grippers: list[int] = result.gripper[:, self.execute - 1].tolist()
+        stands = result.stood() if DECODERS[self.decode].gated else None
+        stood: list[bool] = [False] * len(states) if stands is None else stands.tolist()
         after = []
         for row, (state, gripper) in enumerate(zip(states, grippers, strict=True)):
             if result.skipped is not None and result.skipped[row]:
                 after.append(state.went_without(self.ops.skip.memory_chunks))
             else:
-                after.append(state.looked(rows_of(result.memory, [row]), gripper))
+                after.append(state.looked(rows_of(result.memory, [row]), gripper, stood[row]))
         return after
 
     def _to_actions(self, value: Tensor, gripper: Tensor) -> np.ndarray:
@@ -314,17 +316,19 @@ class SpeculativePolicy:
         if result.accepted is None or result.accepted_levels is None or skipped:
             return stats
         assert result.accepted_gripper is not None
+        levels, grippers = int(result.accepted_levels[row]), float(result.accepted_gripper[row].float().mean())
         return replace(
             stats,
             num_draft_tokens=result.num_draft_tokens,
             num_accepted_tokens=result.accepted[row].sum(-1).tolist(),
-            accepted_levels=int(result.accepted_levels[row]),
-            gripper_acceptance=float(result.accepted_gripper[row].float().mean()),
+            accepted_levels=levels,
+            gripper_acceptance=grippers,
+            stood=levels == len(result.num_draft_tokens) and grippers == 1.0,
         )
 
     def _audited(self, seen: PolicyInput, result: DecodeResult, stats: list[ChunkStats]) -> list[ChunkStats]:
         """With how far each draft leads the fingertip away from the target's chunk, mm, and whether grippers differ,
-        both in the steps that are executed.
+        both in the steps that are executed, and whether the draft stands.
 
         The target's chunk is the one it gives after reading the draft, as when it is asked; where it was not, it looks
         for it."""
@@ -342,7 +346,9 @@ class SpeculativePolicy:
             differs = not torch.equal(draft.gripper[row, steps], asked.gripper[0, steps])
             found = replace(known, deviation_mm=float(fingertip_deviation(drafted[row], targets[0])))
             expected = float(forecast.deviation_mm[row])
-            audited.append(replace(found, gripper_differs=differs, expected_deviation_mm=expected))
+            stands = asked.stood()
+            stood = None if stands is None else bool(stands[0])
+            audited.append(replace(found, gripper_differs=differs, expected_deviation_mm=expected, stood=stood))
         return audited
 
     # checkpoint

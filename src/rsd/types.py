@@ -77,7 +77,8 @@ class ChunkStats:
     accepted_levels: length of the accepted prefix of levels (0 .. draft levels).
     gripper_acceptance: share of the drafted gripper symbols that are the target's own; None where it verified no draft.
     The rest is None without a visual drafter. skipped: its chunk was executed and the target was skipped. forced: the
-    target had to run whatever the draft expected. expected_deviation_mm: how far its chunk would lead the fingertip
+    target had to run whatever the draft expected. stood: the target let the whole draft stand, every level and the
+    gripper (known where it verified). expected_deviation_mm: how far its chunk would lead the fingertip
     away from the target's, by its own estimate. Known of audited chunks: deviation_mm, how far it does;
     gripper_differs, whether any gripper symbol is another than the target's.
     latency_ms: wall time by stage (preprocess, vision, prefill, draft, verify, decode) and `total`.
@@ -93,6 +94,7 @@ class ChunkStats:
     gripper_acceptance: Share | None = None
     skipped: bool | None = None
     forced: bool | None = None
+    stood: bool | None = None
     expected_deviation_mm: Deviation | None = None
     deviation_mm: Deviation | None = None
     gripper_differs: bool | None = None

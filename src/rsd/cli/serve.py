@@ -16,8 +16,8 @@ from rsd.types import Chunks, Engine, Steps, Threads
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SHARED = (  # with `rsd eval`
-    *("policy", "decode", "acceptance", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset"),
-    *("execute", "device", "engine"),
+    *("policy", "decode", "acceptance", "skip_threshold_mm", "max_skips", "memory_chunks"),
+    *("skips_per_agreement", "target_at_reset", "execute", "device", "engine"),
 )
 
 
@@ -42,6 +42,9 @@ class ServeArguments:
     """For rsd-skip with a threshold of its own: chunks in a row without the target, at most."""
     memory_chunks: Chunks | None = EvalConfig.memory_chunks
     """The same: how many chunks the draft attends to what the target left behind."""
+    skips_per_agreement: Chunks | None = EvalConfig.skips_per_agreement
+    """The same: after k runs of the target in a row at which the draft stood, at most k times so many chunks go without
+    it; by default there is no such limit."""
     target_at_reset: bool = EvalConfig.target_at_reset
     """With --no-target-at-reset, an ablation of rsd-skip, the gate decides on an episode's first observation, too;
     otherwise the target always runs there."""

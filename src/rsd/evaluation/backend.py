@@ -104,8 +104,8 @@ def served_policy(config: EvalConfig) -> RemotePolicy:
     """The policy served at `config.policy`; `RsdError` where the options ask for another one."""
     from rsd.targets.remote.client import RemotePolicy  # of an extra
 
-    own = ("acceptance", "temperature", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset", "audit")
-    mine = (*own, "execute", "device", "batch", "engine")  # of the server
+    own = ("acceptance", "temperature", "skip_threshold_mm", "target_at_reset", "audit")
+    mine = (*own, *OF_THE_RULE, "execute", "device", "batch", "engine")  # of the server
     if given := [option(name) for name in mine if getattr(config, name) != getattr(EvalConfig, name)]:
         raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here; give it to `rsd serve`")
     remote = RemotePolicy(config.policy)

@@ -75,6 +75,9 @@ class CalibrateConfig(Checked):
     limit the draft of the shipped policy goes round in circles at times."""
     memory_chunks: Chunks = MEMORY_CHUNKS
     """For so many chunks the draft attends to what the target left behind; after that it acts on what it sees alone."""
+    skips_per_agreement: Chunks | None = None
+    """Trust is earned: chunks that may go without the target for each of its last runs in a row at which the draft
+    stood; left out: no such limit."""
     acceptance: str = DEFAULT
     """How the target judges drafts, as in `rsd eval`; `rsd-skip` will take the same."""
     execute: Steps | None = None

@@ -129,7 +129,10 @@ def share_at(episodes: Iterable[EpisodeResult], calibration: SkipCalibration) ->
     skips = []
     for episode in episodes:
         forced = chunk_stat(episode, "forced").astype(bool)
-        skips.append(executed(chunk_stat(episode, SCORE), calibration.threshold, calibration.max_skips, forced))
+        per = calibration.skips_per_agreement
+        stands = chunk_stat(episode, "stood").astype(bool) if per else None
+        limits = calibration.threshold, calibration.max_skips
+        skips.append(executed(chunk_stat(episode, SCORE), *limits, forced, stands, per))
     return float(np.concatenate(skips).mean())
 
 
@@ -140,12 +143,15 @@ def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str)
     if len(suites) != 1 or len(rules) != 1:
         found = f"{len(ordered)} of {sorted(suites)} by {sorted(rules)}"
         raise RsdError(f"calibrate: expected rollouts of one suite by one acceptance rule, found {found}")
+    per_agreement = config.skips_per_agreement
     # the betting test needs exchangeable episodes: task after task, tasks that are easy would vouch for the others
     ordered = [ordered[i] for i in np.random.default_rng(config.seed).permutation(len(ordered))]
     return fit_threshold(
         [chunk_stat(episode, SCORE) for episode in ordered],
         [deviations(episode) for episode in ordered],
         forced=[chunk_stat(episode, "forced").astype(bool) for episode in ordered],
+        stands=[chunk_stat(episode, "stood").astype(bool) for episode in ordered] if per_agreement else None,
+        skips_per_agreement=per_agreement,
         alpha=config.alpha,
         delta=config.delta,
         epsilon_mm=config.epsilon_mm,

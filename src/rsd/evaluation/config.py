@@ -23,7 +23,8 @@ UNHASHED_FIELDS = (
 MOST_STATES = 1_000_000  # a number above is a slip, and would take minutes and gigabytes to plan
 DEFAULT = "default"  # of --acceptance: nothing is asked for
 NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "engine": AUTO, "target_at_reset": False}
-OF_THE_RULE = ("max_skips", "memory_chunks")  # of `decoding.gate.SkipRule`, which has their defaults
+# of `decoding.gate.SkipRule`, which has their defaults
+OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", *OF_THE_RULE))
 
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
@@ -89,6 +90,9 @@ class EvalConfig(Checked):
     """For rsd-skip with a threshold of its own: chunks in a row without the target, at most (6)."""
     memory_chunks: Chunks | None = None
     """The same: how many chunks the draft attends to what the target left behind, after that what it sees alone (2)."""
+    skips_per_agreement: Chunks | None = None
+    """The same: after k runs of the target in a row at which the draft stood, at most k times so many chunks go without
+    it, and none after a rejected draft; by default there is no such limit."""
     target_at_reset: bool = True
     """With --no-target-at-reset, an ablation of rsd-skip, the gate decides on an episode's first observation, too;
     otherwise the target always runs there."""

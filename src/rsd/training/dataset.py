@@ -30,6 +30,7 @@ class Batch:
     asked: words int [B/2, 32] of another sentence for the frames of the even rows, with where what it asks for is seen,
     spot [B/2, 2], NaN where that is not known.
     execute: how many of the H steps are executed.
+    episode: int [B], which episode each row is of; None where nobody asks.
     """
 
     images: Tensor
@@ -39,6 +40,7 @@ class Batch:
     paired: bool = False
     asked: tuple[Tensor, Tensor] | None = None
     execute: int | None = None
+    episode: Tensor | None = None
 
 
 class FrameDataset:
@@ -59,6 +61,7 @@ class FrameDataset:
 
         Raises RsdError for a demonstration without images, or with others than that, or of other steps."""
         images, states, chunks, tasks, firsts, instructions = [], [], [], [], [], dict[str, int]()
+        episodes: list[np.ndarray] = []
         asks, spots = [], []
         frames, spacing, self.device = 0, 0, device
         for demonstration in demonstrations:
@@ -92,6 +95,7 @@ class FrameDataset:
             order = np.resize(np.arange(seen.shape[1]), MOST_ASKED) if seen.shape[1] else None
             spots.append(np.full((count, MOST_ASKED, 2), np.nan, np.float32) if order is None else seen[:, order])
             firsts.append(np.full(count, frames))
+            episodes.append(np.full(count, len(episodes)))
             frames += count
         if not images:
             raise RsdError("training data: found no demonstrations; collect some with `rsd demos collect`")
@@ -102,6 +106,7 @@ class FrameDataset:
         self.chunk = torch.from_numpy(np.concatenate(chunks)).to(device)
         self.task = torch.from_numpy(np.concatenate(tasks)).to(device)
         self.first = torch.from_numpy(np.concatenate(firsts)).to(device)  # of the frame's own episode
+        self.episode = torch.from_numpy(np.concatenate(episodes)).to(device)  # its number
         self.asks = torch.from_numpy(np.concatenate(asks)).to(device)  # instructions [N, MOST_ASKED], some repeated
         self.spots = torch.from_numpy(np.concatenate(spots)).to(device)  # of the things that they ask for
         self.execute, self.spacing = execute or horizon, spacing
@@ -181,8 +186,8 @@ class FrameDataset:
             even = frames[::2]
             which = torch.randint(0, MOST_ASKED, even.shape, device=frames.device)
             asked = self.words[self.asks[even, which], wording[::2]], self.spots[even, which]
-        words = self.words[self.task[frames], wording]
-        return Batch(pixels, state, words, self.chunk[frames], paired, asked, self.execute)
+        words, chunk = self.words[self.task[frames], wording], self.chunk[frames]
+        return Batch(pixels, state, words, chunk, paired, asked, self.execute, self.episode[frames])
 
 
 def memory_bytes(device: torch.device) -> int:
