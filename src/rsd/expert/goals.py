@@ -142,7 +142,8 @@ def task_goals(suite: str, task_id: int) -> Goals:
         can = [f"{i} ({suite_task(suite, i).language})" for i in solvable_tasks(suite)]
         raise RsdError(
             f"scripted expert: found {suite} task {task_id} with the goal {wanted!r}; it puts objects on or into "
-            f"something open, pulls or shuts a drawer, shuts a door or turns a knob. Of this suite it does {', '.join(can) or 'none'}"
+            f"something open, pulls or shuts a drawer, shuts a door or turns a knob. Of this suite it does "
+            f"{', '.join(can) or 'none'}"
         )
     return goals
 
