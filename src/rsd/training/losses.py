@@ -181,7 +181,7 @@ def visual_drafter_losses(
     forecast = visual_drafter.log_deviation(features.detach()).float()
     return digits, {
         "visual": losses["draft"],
-        "visual_regress": weighted((found - wanted).abs().mean(1), trains),
+        "visual_regress": weighted((found - wanted).abs().flatten(1).mean(1), trains),
         "deviation": weighted(F.smooth_l1_loss(forecast, torch.log1p(apart), reduction="none"), forecasts),
     }
 
