@@ -39,14 +39,13 @@ from rsd.options import Checkpoint, DecodeOptions, Decoding, RuntimeOptions, opt
 from rsd.output import writing
 from rsd.runtime.engines import choose_engine, make_engine
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import ActionChunk, ChunkStats, Observation, RsdError, check_observation
+from rsd.types import VERIFY_PENDING, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 TEXT_CACHE = 64  # instructions whose encoding is kept
 CACHED_CHARACTERS = 1000  # longer instructions are encoded every time: a client could send 64 of any length
 LOG = logging.getLogger(__name__)
 # what loads a checkpoint with a backbone, by name: it builds on this module, and its code is read only if needed
 LOADERS = {OPENVLA: "rsd.targets.openvla.rsd_policy:load_openvla_policy"}
-VERIFY_PENDING = "verify-pending"  # the stage of what is done while the chunk is executed
 
 
 class Body(Protocol):
@@ -308,7 +307,8 @@ class SpeculativePolicy:
     def _stats(self, result: DecodeResult, row: int) -> ChunkStats:
         """What is known of one row's chunk, without times."""
         skipped = result.skipped is not None and result.skipped[row]
-        stats = ChunkStats(self.decode, self.acceptance, 0 if skipped else result.prefills, result.target_passes)
+        passes = (0, 0) if skipped else (result.prefills, result.target_passes)
+        stats = ChunkStats(self.decode, self.acceptance, *passes)
         if result.draft is not None:
             forced = None if result.forced is None else result.forced[row]
             deviation = None if result.forecast is None else float(result.forecast.deviation_mm[row])

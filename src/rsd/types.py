@@ -27,6 +27,7 @@ Batch = Annotated[int, between(0, 4096)]
 Steps = Annotated[int, between(1, 1000)]
 Threads = Annotated[int, between(0, 4096)]
 Engine = Annotated[str, one_of(ENGINES)]
+VERIFY_PENDING = "verify-pending"  # the stage of what is done while the chunk is executed, beside `total`
 VERIFYING = "rsd", "rsd-fused", "rsd-skip", "draft-first"  # decoders whose draft the target judges
 
 
@@ -81,7 +82,7 @@ class ChunkStats:
     gripper (known where it verified). expected_deviation_mm: how far its chunk would lead the fingertip
     away from the target's, by its own estimate. Known of audited chunks: deviation_mm, how far it does;
     gripper_differs, whether any gripper symbol is another than the target's.
-    latency_ms: wall time by stage (preprocess, vision, prefill, draft, verify, decode) and `total`.
+    latency_ms: wall time by stage (preprocess, vision, prefill, draft, verify, decode) and `total`, which none exceeds.
     """
 
     decode: Word

@@ -9,6 +9,7 @@ from scripted import STEP_LIMIT, CountingEnv, ScriptedPolicy
 
 from rsd.chunks import checked_chunk
 from rsd.evaluation.realtime import Pace, RealTime
+from rsd.evaluation.results import EpisodeResult, decode_record, encode_record
 from rsd.evaluation.rollout import Rollout, episode_seed, run_episode
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
@@ -119,3 +120,25 @@ def test_an_episode_does_not_depend_on_what_ran_before_it() -> None:
 def test_episode_seeds_differ() -> None:
     seeds = {episode_seed(seed, task, state) for seed in (0, 7) for task in range(10) for state in range(50)}
     assert len(seeds) == 2 * 10 * 50
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"skipped": True},
+        {"num_accepted_tokens": [11, 8, 5]},
+        {"accepted_levels": 9},
+        {"latency_ms": {"total": 1.0, "draft": 2.0}},
+        {"prefills": -1},
+    ],
+)
+def test_impossible_statistics_cost_the_episode_and_not_the_run(changes: dict[str, Any]) -> None:
+    class Odd(ScriptedPolicy):
+        def predict(self, observation: Observation) -> ActionChunk:
+            chunk = super().predict(observation)
+            return replace(chunk, stats=replace(chunk.stats, **changes))
+
+    result = roll(CountingEnv("any", 0, 8), Odd()).result
+    assert result.is_error
+    assert decode_record(EpisodeResult, encode_record(result), "here") == result
+    result.check("here")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from rsd.checks import each_once
 from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import planned_states
 from rsd.evaluation.realtime import Motion
@@ -117,7 +118,8 @@ def run_directories(paths: Sequence[Path]) -> list[Path]:
             parts = plural(len(inside), "part")
             raise RsdError(f"{path}: holds {parts} of one run; bring them together: rsd merge {path}")
         else:
-            found += inside
+            found += [run for run in inside if run not in found]  # the baseline may be named before its folder
+    each_once("runs", found)
     return found
 
 

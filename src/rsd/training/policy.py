@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rsd.checkpoint import save_checkpoint
+from rsd.checks import each_once
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.devices import check_device
@@ -120,6 +121,7 @@ def data_provenance(folders: Iterable[Path], dataset: FrameDataset) -> dict[str,
 
 def load_folders(folders: Iterable[Path], images: bool = True) -> Iterator[Demonstration]:
     """The demonstrations of all of them, in order."""
+    each_once("--data", folders := list(folders))
     everything = (load_demonstrations(folder, images=images) for folder in folders)
     return shown(chain.from_iterable(everything), "demonstrations read")
 
