@@ -55,8 +55,8 @@ def test_a_table_of_successes_is_that_of_the_raw_results(name: str) -> None:
 def test_the_tables_of_the_permuted_scenes_are_rows_of_those_made_from_the_raw_results() -> None:
     text = (ROOT / "docs" / "results.md").read_text().split("## Permuted scenes")[1].split("\n## ")[0]
     sections = re.split(r"^### .*$", text, flags=re.MULTILINE)
-    for section, number in zip(sections, ("_3", "", "_2"), strict=True):
-        study = f"permuted_object{number}"
+    assert len(sections) == 3
+    for section, study in zip(sections, ("permuted_object_3", "permuted_object"), strict=False):  # the last has no table
         made = permuted_table(ROOT / "results" / study).splitlines()
         shown = [line for line in section.splitlines() if line.startswith("|")]
         assert shown[:2] == made[:2]

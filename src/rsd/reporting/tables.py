@@ -335,6 +335,7 @@ def percent(rate: float | None) -> str:
 CHUNK_STATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "skipped": ("chunks without the target", percent),
     "forced": ("chunks that had to ask the target", percent),
+    "stood": ("drafts that stood whole, with the gripper", percent),
     "gripper_acceptance": ("drafted gripper accepted", percent),
     "gripper_differs": ("drafts with another gripper", percent),
     "expected_deviation_mm": ("deviation the draft expects, mean", millimetres),
