@@ -291,9 +291,8 @@ def test_drafts_and_the_forecast_of_their_deviation_learn_on_different_episodes(
         assert forecast[name] == 0
     assert drafts["deviation"] == 0
     assert float(forecast["deviation"]) == pytest.approx(float(everything["deviation"]), rel=1e-4)
+    parts = model.target, model.feature_drafter, model.visual_drafter, tokenizer
     with pytest.raises(RsdError, match="episodes"):
-        config = LossConfig(forecast_every=5)
-        model_parts = model.target, model.feature_drafter, model.visual_drafter
-        policy_losses(*model_parts, tokenizer, replace(rows, episode=None), config)
+        policy_losses(*parts, replace(rows, episode=None), LossConfig(forecast_every=5))
     with pytest.raises(RsdError, match="forecast_every: expected"):
         LossConfig(forecast_every=1)
