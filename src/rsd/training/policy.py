@@ -137,7 +137,8 @@ def load_frames(
     """What is trained on and what is held out, all of it checked; paired: batches will be of pairs of frames,
     a number of chunks apart of which `execute` steps are executed."""
     parts, horizon = split(load_folders(config.data), config.validation_every), tokenizer.config.horizon
-    training, validation = (FrameDataset(part, horizon, device, image_size, execute) for part in parts)
+    asking = config.loss.grounding > 0
+    training, validation = (FrameDataset(part, horizon, device, image_size, execute, asking) for part in parts)
     training.check(config.loop.batch_size, config.remembered_chunks if paired else None, config.augment)
     print(f"{training.episodes} demonstrations, {len(training)} frames; held out {validation.episodes}")
     return training, validation
