@@ -49,6 +49,10 @@ class Region:
     def centre(self) -> Point:
         return (self.low[0] + self.high[0]) / 2, (self.low[1] + self.high[1]) / 2
 
+    def apart(self, other: Region) -> float:
+        """m between the two centres."""
+        return float(np.hypot(*np.subtract(self.centre, other.centre)))
+
     def moved(self, centre: Point) -> Region:
         """The same rectangle about another centre."""
         half = [(high - low) / 2 for low, high in zip(self.low, self.high, strict=True)]
@@ -164,7 +168,7 @@ def _same_place(
     place: str, regions: dict[str, Region], other: str, others: dict[str, Region], distance: float
 ) -> bool:
     if place in regions and other in others:
-        return bool(np.hypot(*np.subtract(regions[place].centre, others[other].centre)) < distance)
+        return regions[place].apart(others[other]) < distance
     return place == other
 
 
@@ -190,7 +194,8 @@ def object_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> 
     at = dict(zip(things, order, strict=True))
     alike = [thing for thing in things if thing != asked and _alike(thing, asked)]
     if alike and rng.random() < BESIDE:
-        beside, nearest = alike[rng.integers(len(alike))], _nearest(at[asked], places, scene.regions)
+        beside, here = alike[rng.integers(len(alike))], scene.regions[at[asked]]
+        nearest = min((p for p in places if p != at[asked]), key=lambda p: scene.regions[p].apart(here))
         other = next(thing for thing in things if at[thing] == nearest)
         at[beside], at[other] = at[other], at[beside]
     return _object_layout(scene, asked, at, {}, sorted(places))
@@ -227,10 +232,8 @@ def _object_layout(
     known = {**scene.regions, **regions}
 
     def combination(thing: str) -> Combination:
-        def apart(place: str) -> float:
-            return float(np.hypot(*np.subtract(known[place].centre, known[at[thing]].centre)))
-
-        return Combination(_kind(thing), places.index(min(places, key=apart)), len(places))
+        nearest = min(places, key=lambda place: known[place].apart(known[at[thing]]))
+        return Combination(_kind(thing), places.index(nearest), len(places))
 
     def words(thing: str) -> str:
         return f"pick up the {_kind(thing).replace('_', ' ')} and place it in the basket"
@@ -244,12 +247,6 @@ def _object_layout(
 def _alike(one: str, other: str) -> bool:
     return any(_kind(one) in family and _kind(other) in family for family in LOOK_ALIKES)
 
-
-def _nearest(place: str, places: tuple[str, ...], regions: dict[str, Region]) -> str:
-    def apart(other: str) -> float:
-        return float(np.hypot(*np.subtract(regions[place].centre, regions[other].centre)))
-
-    return min((other for other in places if other != place), key=apart)
 
 
 # -- libero_spatial ---------------------------------------------------------------------------------------------------
