@@ -171,7 +171,7 @@ def test_an_interrupted_training_continues_to_the_same_step(
     with pytest.raises(RsdError, match="belongs to a run with other settings"):
         train_policy(replace(config, data=(), loss=replace(config.loss, jitter=0.1)))  # before anything is read
     with pytest.raises(RsdError, match="belongs to a run with other settings"):
-        train_drafter(TrainDrafterConfig("nowhere", (), tmp_path, "cpu"))
+        train_drafter(TrainDrafterConfig(policy="nowhere", data=(), output=tmp_path, device="cpu"))
 
 
 def test_training_from_a_checkpoint_starts_with_its_weights(
@@ -281,9 +281,10 @@ def test_a_training_has_its_folder_for_itself(config: TrainPolicyConfig, states_
         ):
             with pytest.raises(RsdError, match="another run is writing here"):
                 begin()
+    nowhere = TrainDrafterConfig(policy="nowhere", data=config.data, output=tmp_path / "runs" / "draft", device="cpu")
     for fail in (
         lambda: train_policy(replace(config, output=tmp_path / "runs" / "policy", device="abacus")),
-        lambda: train_drafter(TrainDrafterConfig("nowhere", config.data, tmp_path / "runs" / "draft", "cpu")),
+        lambda: train_drafter(nowhere),
         lambda: train_tokenizer(TrainTokenizerConfig((tmp_path / "nowhere",), tmp_path / "runs" / "tokenizer")),
     ):
         with pytest.raises(RsdError, match=r"abacus|nowhere"):
