@@ -160,16 +160,13 @@ def near(layout: Layout, scene: SceneFile, other: SceneFile, distance: float = 0
     theirs = {words[1]: words for words in other.start if len(words) == 3}
     if set(layout.goal) != set(other.goal) or mine.keys() != theirs.keys():
         return False
-    pairs = [(words[2], theirs[thing][2]) for thing, words in mine.items()]
-    return all(_same_place(place, regions, there, other.regions, distance) for place, there in pairs)
 
+    def same(here: str, there: str) -> bool:
+        if here in regions and there in other.regions:
+            return regions[here].apart(other.regions[there]) < distance
+        return here == there
 
-def _same_place(
-    place: str, regions: dict[str, Region], other: str, others: dict[str, Region], distance: float
-) -> bool:
-    if place in regions and other in others:
-        return regions[place].apart(others[other]) < distance
-    return place == other
+    return all(same(words[2], theirs[thing][2]) for thing, words in mine.items())
 
 
 # -- libero_object ----------------------------------------------------------------------------------------------------
