@@ -79,7 +79,7 @@ class _Frames:
     """A recorder that keeps the third-person camera's pictures."""
 
     def __init__(self) -> None:
-        self.images = list[NDArray[Any]]()
+        self.images: list[NDArray[Any]] = []
         self._steps = 0
 
     def record(self, env: LiberoEnv, executed: NDArray[Any], clean: NDArray[Any]) -> None:
