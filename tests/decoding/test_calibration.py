@@ -20,6 +20,7 @@ from rsd.conventions import ACTION_METRES, ACTION_RADIANS
 from rsd.decoding.calibration import (
     FILE_NAME,
     SkipCalibration,
+    SkipPromise,
     episodes_needed,
     executed,
     fingertip_deviation,
@@ -40,7 +41,7 @@ ALPHA, DELTA, EPSILON, MAX_SKIPS, T = 0.15, 0.2, 10.0, 4, 12
 SHA = "0123456789abcdef" * 4
 SETTINGS: dict[str, Any] = {"alpha": ALPHA, "delta": DELTA, "epsilon_mm": EPSILON, "max_skips": MAX_SKIPS}
 NAMES: dict[str, Any] = {"memory_chunks": 2, "score": "entropy", "suites": "s", "acceptance": "margin"}
-NAMES["weights_sha256"] = SHA
+NAMES |= {"weights_sha256": SHA, "test": "hoeffding-bentkus"}
 
 
 def episodes(n: int, seed: int) -> tuple[Array, Array, Array]:
@@ -67,8 +68,8 @@ def losses_of(threshold: float, scores: Array, deviations: Array, forced: Array,
 
 def fit(data: tuple[Array, Array, Array], **changes: Any) -> SkipCalibration:
     scores, deviations, forced = data
-    options = {**SETTINGS, **NAMES, "forced": list(forced), **changes}
-    return fit_threshold(list(scores), list(deviations), **options)
+    promise = SkipPromise(**{**SETTINGS, **NAMES, **changes})
+    return fit_threshold(list(scores), list(deviations), promise, list(forced))
 
 
 def naive(data: tuple[Array, Array, Array]) -> float:
@@ -257,7 +258,7 @@ def test_bad_episodes_are_refused(spoil: Callable[..., tuple[Array, Array, Array
     ],
 )
 def test_impossible_settings_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(RsdError, match=r"skip calibration: .*: expected"):
+    with pytest.raises(RsdError, match=f"{next(iter(change))}: expected"):
         fit(episodes(60, 0), **change)
 
 

@@ -224,3 +224,14 @@ def test_frames_of_several_spacings_are_refused(demonstrations: Path) -> None:
     mixed = [*every_nth(demonstrations, 1), *every_nth(demonstrations, 2)]
     with pytest.raises(RsdError, match=r"every 2. step, others have every 1"):
         FrameDataset(mixed, 8, CPU)
+
+
+@pytest.mark.parametrize("asking", [True, False])
+def test_sentences_that_could_be_asked_are_kept_only_where_batches_ask(demonstrations: Path, asking: bool) -> None:
+    asks = (("pick up the milk", "milk_1"),)
+    found = [replace(each, asks=asks) for each in load_demonstrations(demonstrations)]
+    dataset = FrameDataset(found, 8, CPU, asking=asking)
+    assert ("pick up the milk" in dataset.instructions) is asking
+    assert hasattr(dataset, "asks") is asking
+    batch = dataset.draw_batch(4, 0, Augmentation(), asking)
+    assert (batch.asked is not None) is asking

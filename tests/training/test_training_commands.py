@@ -171,7 +171,7 @@ def test_an_interrupted_training_continues_to_the_same_step(
     with pytest.raises(RsdError, match="belongs to a run with other settings"):
         train_policy(replace(config, data=(), loss=replace(config.loss, jitter=0.1)))  # before anything is read
     with pytest.raises(RsdError, match="belongs to a run with other settings"):
-        train_drafter(TrainDrafterConfig("nowhere", (), tmp_path, "cpu"))
+        train_drafter(TrainDrafterConfig(policy="nowhere", data=(), output=tmp_path, device="cpu"))
 
 
 def test_training_from_a_checkpoint_starts_with_its_weights(
@@ -238,7 +238,11 @@ def test_images_of_another_size_are_refused_before_the_training_wherever_they_ar
             obs.create_dataset(key, data=np.zeros((steps, height, width, 3), np.uint8))
     begin = {
         "policy": lambda: train_policy(replace(config, data=(data,), output=tmp_path / "run")),
-        "draft": lambda: train_drafter(TrainDrafterConfig(str(trained), (data,), tmp_path / "run", "cpu", 4)),
+        "draft": lambda: train_drafter(
+            TrainDrafterConfig(
+                policy=str(trained), data=(data,), output=tmp_path / "run", device="cpu", validation_every=4
+            )
+        ),
     }
     with pytest.raises(RsdError, match=rf"demo_5 of .*task1_demo\.hdf5: {said}"):
         begin[kind]()
@@ -260,7 +264,9 @@ def test_a_validation_that_fails_costs_no_training(
 
     monkeypatch.setattr(training_policy, "validate", failing)
     loop = replace(LOOP, steps=2)
-    draft = TrainDrafterConfig(str(trained), config.data, tmp_path, "cpu", resume_weights=True, loop=loop)
+    draft = TrainDrafterConfig(
+        policy=str(trained), data=config.data, output=tmp_path, device="cpu", resume_weights=True, loop=loop
+    )
     begin = {
         "policy": lambda: train_policy(replace(config, output=tmp_path, loop=loop)),
         "draft": lambda: train_drafter(draft),
@@ -281,9 +287,10 @@ def test_a_training_has_its_folder_for_itself(config: TrainPolicyConfig, states_
         ):
             with pytest.raises(RsdError, match="another run is writing here"):
                 begin()
+    nowhere = TrainDrafterConfig(policy="nowhere", data=config.data, output=tmp_path / "runs" / "draft", device="cpu")
     for fail in (
         lambda: train_policy(replace(config, output=tmp_path / "runs" / "policy", device="abacus")),
-        lambda: train_drafter(TrainDrafterConfig("nowhere", config.data, tmp_path / "runs" / "draft", "cpu")),
+        lambda: train_drafter(nowhere),
         lambda: train_tokenizer(TrainTokenizerConfig((tmp_path / "nowhere",), tmp_path / "runs" / "tokenizer")),
     ):
         with pytest.raises(RsdError, match=r"abacus|nowhere"):
@@ -399,7 +406,12 @@ def test_weights_that_are_not_there_are_not_resumed(
     with pytest.raises(RsdError, match="has no visual drafter"):
         train_drafter(
             TrainDrafterConfig(
-                str(directory), (demonstrations,), tmp_path / "d", "cpu", 4, "visual", resume_weights=True
+                policy=str(directory),
+                data=(demonstrations,),
+                output=tmp_path / "d",
+                device="cpu",
+                kind="visual",
+                resume_weights=True,
             )
         )
 

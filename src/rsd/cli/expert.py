@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # help and mistakes in the command line start no simulator
 
     from rsd.sim.libero import LiberoEnv
 
-FRAME_STEPS, FPS = 2, 10.0  # the control rate is 20 Hz
+FRAME_STEPS = 2  # control steps a frame
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 def _episode(env: LiberoEnv, seed: int, video: Path | None) -> bool:
     """One episode, a line about it; whether it succeeded."""
+    from rsd.evaluation.video import mp4
     from rsd.expert.expert import run as run_expert
     from rsd.expert.failures import failure_class
 
@@ -66,7 +67,10 @@ def _episode(env: LiberoEnv, seed: int, video: Path | None) -> bool:
     why = "" if result.success else f": {failure_class(env, result.steps)}"
     print(f"seed {seed}: {'success' if result.success else 'failure'} after {result.steps} steps{why}")
     if video is not None and recorder is not None:
-        recorder.write(video)
+        images = recorder.images
+        with mp4(video, images[0].shape[1::-1], FRAME_STEPS) as write:
+            for image in images:
+                write(image)
         print(f"video: {video}")
     return result.success
 
@@ -75,28 +79,10 @@ class _Frames:
     """A recorder that keeps the third-person camera's pictures."""
 
     def __init__(self) -> None:
-        self.images = list[NDArray[Any]]()
+        self.images: list[NDArray[Any]] = []
         self._steps = 0
 
     def record(self, env: LiberoEnv, executed: NDArray[Any], clean: NDArray[Any]) -> None:
         if self._steps % FRAME_STEPS == 0:
             self.images.append(env.render())
         self._steps += 1
-
-    def write(self, path: Path) -> None:
-        import imageio_ffmpeg  # type: ignore[import-untyped]  # a run without a video does not need it
-        import numpy as np
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        size = self.images[0].shape[1::-1]
-        writer = imageio_ffmpeg.write_frames(
-            str(unfinished), size, fps=FPS, macro_block_size=1, ffmpeg_log_level="error", output_params=["-f", "mp4"]
-        )
-        writer.send(None)  # starts the encoder
-        try:
-            for image in self.images:
-                writer.send(np.ascontiguousarray(image))
-        finally:
-            writer.close()
-        unfinished.replace(path)

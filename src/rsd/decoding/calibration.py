@@ -42,7 +42,6 @@ from rsd.checks import (
     above,
     between,
     check_shape,
-    checked,
     real_array,
     within,
 )
@@ -77,43 +76,54 @@ def most_skips(max_skips: int, per_agreement: int | None, stood: int) -> int:
     return max_skips if per_agreement is None else min(max_skips, per_agreement * stood)
 
 
-@dataclass(frozen=True)
-class SkipCalibration(Checked):
+@dataclass(frozen=True, kw_only=True)
+class SkipPromise(Checked):
+    """What is to be promised of skipping, and of what.
+
+    alpha, delta: risk <= alpha with confidence 1 - delta; test: see `risk_tests`. epsilon_mm: a chunk deviates beyond
+    it. max_skips: chunks in a row without the target, at most. memory_chunks, skips_per_agreement: see `gate.SkipRule`.
+    score: its name. suites: what is calibrated for, with commas between. acceptance: how the target judges drafts
+    meanwhile. weights_sha256: of the checkpoint's weights file that makes scores and chunks.
+    """
+
+    alpha: Proper
+    delta: Proper
+    test: Test
+    epsilon_mm: Epsilon
+    max_skips: Amount
+    memory_chunks: Amount
+    skips_per_agreement: Amount | None = None
+    score: str
+    suites: str
+    acceptance: str
+    weights_sha256: Sha256
+
+    def rules(self) -> Rules:
+        acceptance_rule(self.acceptance, RfsqConfig())  # raises for what is none
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipCalibration(SkipPromise):
     """When the target may be skipped, and what was promised for it.
 
-    threshold: execute the draft's chunk where its score (named `score`, >= 0) is below; 0 = never.
-    max_skips: chunks in a row without the target, at most. memory_chunks, skips_per_agreement: see `gate.SkipRule`.
-    epsilon_mm: a chunk deviates beyond it.
-    alpha, delta: risk <= alpha with confidence 1 - delta. loss: an episode's; test: see `risk_tests`.
-    p_value, empirical_risk, skip_share: of the calibration set at this threshold (share of chunks without target).
-    suites: what was calibrated for, with commas between; the numbers are of the one with the strictest threshold.
-    acceptance: how the target judged drafts meanwhile. execute: steps executed of a chunk, None: all (before it was
+    threshold: execute the draft's chunk where its score (>= 0) is below; 0 = never. loss: an episode's.
+    p_value, empirical_risk, skip_share: of the calibration set at this threshold (share of chunks without target), of
+    several suites the one with the strictest threshold. execute: steps executed of a chunk, None: all (before it was
     recorded).
-    weights_sha256: of the checkpoint's weights file that made scores and chunks.
     """
 
     threshold: Millimetres
-    max_skips: Amount
-    memory_chunks: Amount
-    score: str
-    epsilon_mm: Epsilon
-    alpha: Proper
-    delta: Proper
     loss: Literal["share"]
-    test: Test
     p_value: Share
     empirical_risk: Share
     skip_share: Share
     episodes: Some
     chunks: Some
-    suites: str
-    acceptance: str
-    weights_sha256: Sha256
     execute: Steps | None = None
-    skips_per_agreement: Amount | None = None
 
     def rules(self) -> Rules:
-        acceptance_rule(self.acceptance, RfsqConfig())  # raises for what is none
+        yield from super().rules()
         kept = self.threshold == 0 or self.p_value <= self.delta
         yield kept, f"p_value at most delta, {self.delta:g}, where anything is skipped", f"{self.p_value:g}"
         yield self.chunks >= self.episodes, "a chunk an episode at least", f"{self.chunks} of {self.episodes} episodes"
@@ -171,20 +181,9 @@ def executed(
 def fit_threshold(
     scores: Sequence[Floats],
     deviations: Sequence[Floats],
-    *,
-    alpha: float,
-    delta: float,
-    epsilon_mm: float,
-    max_skips: int,
-    memory_chunks: int,
-    score: str,
-    suites: str,
-    acceptance: str,
-    weights_sha256: str,
+    promise: SkipPromise,
     forced: Sequence[Bools] | None = None,
     stands: Sequence[Bools] | None = None,
-    skips_per_agreement: int | None = None,
-    test: Test = "hoeffding-bentkus",
 ) -> SkipCalibration:
     """Per episode: scores [T] >= 0, deviations [T] in mm of every draft chunk (executed or not), forced and stands bool
     [T], see `executed`.
@@ -192,11 +191,8 @@ def fit_threshold(
     Threshold 0, never skip, is the answer where already the most certain chunks deviate too often. Too few
     episodes to promise anything, even had none deviated, are an error that says how many it takes.
     """
-    for name, kind, value in (("alpha", Proper, alpha), ("delta", Proper, delta), ("epsilon_mm", Epsilon, epsilon_mm)):
-        checked(kind, value, f"skip calibration: {name}")
-    checked(Amount, max_skips, "skip calibration: max_skips")
-    checked(Test, test, "skip calibration: test")
     _check_episodes(scores, deviations, forced)
+    alpha, delta, test = promise.alpha, promise.delta, promise.test
     n, needed = len(scores), episodes_needed(alpha, delta, test)
     if n < needed:
         found = f"risk <= {alpha:g} at confidence {1 - delta:g} takes at least {needed} calibration episodes, found {n}"
@@ -204,14 +200,15 @@ def fit_threshold(
     u = _pad(scores, np.inf)  # [n, T]; padding is never executed
     held = None if forced is None else _pad(forced, False)
     stood = None if stands is None else _pad(stands, False)
-    deviates = _pad(deviations, 0.0) > epsilon_mm
+    deviates = _pad(deviations, 0.0) > promise.epsilon_mm
     observed = np.unique(np.concatenate(scores))
     thresholds = np.append(observed, np.nextafter(observed[-1], np.inf))  # the first executes nothing
 
     best, p_best, risk, share = 0.0, 1.0, 0.0, 0.0
     for start in range(0, len(thresholds), BLOCK):
         block = thresholds[start : start + BLOCK]
-        skips = executed(u[None], block[:, None, None], max_skips, held, stood, skips_per_agreement)  # [block, n, T]
+        limits = promise.max_skips, held, stood, promise.skips_per_agreement
+        skips = executed(u[None], block[:, None, None], *limits)  # [block, n, T]
         losses = _losses(skips, deviates)  # [block, n]
         p = P_VALUES[test](losses, alpha, delta)
         passed = len(block) if (p <= delta).all() else int((p > delta).argmax())
@@ -222,24 +219,14 @@ def fit_threshold(
         if passed < len(block):
             break
     return SkipCalibration(
+        **vars(promise),
         threshold=best if share > 0.0 else 0.0,  # what executed nothing was tested on nothing
-        max_skips=max_skips,
-        memory_chunks=memory_chunks,
-        score=score,
-        epsilon_mm=epsilon_mm,
-        alpha=alpha,
-        delta=delta,
         loss="share",
-        test=test,
         p_value=p_best,
         empirical_risk=risk,
         skip_share=share,
         episodes=n,
         chunks=sum(map(len, scores)),
-        suites=suites,
-        acceptance=acceptance,
-        weights_sha256=weights_sha256,
-        skips_per_agreement=skips_per_agreement,
     )
 
 

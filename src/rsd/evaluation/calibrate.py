@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from rsd.checkpoint import facts_of, read_content, weights_hash
-from rsd.decoding.calibration import FILE_NAME, SkipCalibration, episodes_needed, executed, fit_threshold
+from rsd.decoding.calibration import FILE_NAME, SkipCalibration, SkipPromise, episodes_needed, executed, fit_threshold
 from rsd.decoding.gate import SkipRule
 from rsd.evaluation.backend import LIBERO, Backend, describe_checkpoint
 from rsd.evaluation.bench_config import CalibrateConfig
@@ -143,25 +143,17 @@ def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str)
     if len(suites) != 1 or len(rules) != 1:
         found = f"{len(ordered)} of {sorted(suites)} by {sorted(rules)}"
         raise RsdError(f"calibrate: expected rollouts of one suite by one acceptance rule, found {found}")
-    per_agreement = config.skips_per_agreement
+    shared = {field.name for field in fields(SkipPromise)} & vars(config).keys() - {"acceptance"}
+    asked: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    promise = SkipPromise(**asked, score=SCORE, suites=suites.pop(), acceptance=rules.pop(), weights_sha256=sha256)
     # the betting test needs exchangeable episodes: task after task, tasks that are easy would vouch for the others
     ordered = [ordered[i] for i in np.random.default_rng(config.seed).permutation(len(ordered))]
     return fit_threshold(
         [chunk_stat(episode, SCORE) for episode in ordered],
         [deviations(episode) for episode in ordered],
-        forced=[chunk_stat(episode, "forced").astype(bool) for episode in ordered],
-        stands=[chunk_stat(episode, "stood").astype(bool) for episode in ordered] if per_agreement else None,
-        skips_per_agreement=per_agreement,
-        alpha=config.alpha,
-        delta=config.delta,
-        epsilon_mm=config.epsilon_mm,
-        max_skips=config.max_skips,
-        memory_chunks=config.memory_chunks,
-        score=SCORE,
-        suites=suites.pop(),
-        acceptance=rules.pop(),
-        weights_sha256=sha256,
-        test=config.test,
+        promise,
+        [chunk_stat(episode, "forced").astype(bool) for episode in ordered],
+        [chunk_stat(episode, "stood").astype(bool) for episode in ordered] if config.skips_per_agreement else None,
     )
 
 

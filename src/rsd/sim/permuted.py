@@ -49,6 +49,10 @@ class Region:
     def centre(self) -> Point:
         return (self.low[0] + self.high[0]) / 2, (self.low[1] + self.high[1]) / 2
 
+    def apart(self, other: Region) -> float:
+        """m between the two centres."""
+        return float(np.hypot(*np.subtract(self.centre, other.centre)))
+
     def moved(self, centre: Point) -> Region:
         """The same rectangle about another centre."""
         half = [(high - low) / 2 for low, high in zip(self.low, self.high, strict=True)]
@@ -156,16 +160,13 @@ def near(layout: Layout, scene: SceneFile, other: SceneFile, distance: float = 0
     theirs = {words[1]: words for words in other.start if len(words) == 3}
     if set(layout.goal) != set(other.goal) or mine.keys() != theirs.keys():
         return False
-    pairs = [(words[2], theirs[thing][2]) for thing, words in mine.items()]
-    return all(_same_place(place, regions, there, other.regions, distance) for place, there in pairs)
 
+    def same(here: str, there: str) -> bool:
+        if here in regions and there in other.regions:
+            return regions[here].apart(other.regions[there]) < distance
+        return here == there
 
-def _same_place(
-    place: str, regions: dict[str, Region], other: str, others: dict[str, Region], distance: float
-) -> bool:
-    if place in regions and other in others:
-        return bool(np.hypot(*np.subtract(regions[place].centre, others[other].centre)) < distance)
-    return place == other
+    return all(same(words[2], theirs[thing][2]) for thing, words in mine.items())
 
 
 # -- libero_object ----------------------------------------------------------------------------------------------------
@@ -190,7 +191,8 @@ def object_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> 
     at = dict(zip(things, order, strict=True))
     alike = [thing for thing in things if thing != asked and _alike(thing, asked)]
     if alike and rng.random() < BESIDE:
-        beside, nearest = alike[rng.integers(len(alike))], _nearest(at[asked], places, scene.regions)
+        beside, here = alike[rng.integers(len(alike))], scene.regions[at[asked]]
+        nearest = min((p for p in places if p != at[asked]), key=lambda p: scene.regions[p].apart(here))
         other = next(thing for thing in things if at[thing] == nearest)
         at[beside], at[other] = at[other], at[beside]
     return _object_layout(scene, asked, at, {}, sorted(places))
@@ -227,10 +229,8 @@ def _object_layout(
     known = {**scene.regions, **regions}
 
     def combination(thing: str) -> Combination:
-        def apart(place: str) -> float:
-            return float(np.hypot(*np.subtract(known[place].centre, known[at[thing]].centre)))
-
-        return Combination(_kind(thing), places.index(min(places, key=apart)), len(places))
+        nearest = min(places, key=lambda place: known[place].apart(known[at[thing]]))
+        return Combination(_kind(thing), places.index(nearest), len(places))
 
     def words(thing: str) -> str:
         return f"pick up the {_kind(thing).replace('_', ' ')} and place it in the basket"
@@ -244,12 +244,6 @@ def _object_layout(
 def _alike(one: str, other: str) -> bool:
     return any(_kind(one) in family and _kind(other) in family for family in LOOK_ALIKES)
 
-
-def _nearest(place: str, places: tuple[str, ...], regions: dict[str, Region]) -> str:
-    def apart(other: str) -> float:
-        return float(np.hypot(*np.subtract(regions[place].centre, regions[other].centre)))
-
-    return min((other for other in places if other != place), key=apart)
 
 
 # -- libero_spatial ---------------------------------------------------------------------------------------------------

@@ -73,14 +73,6 @@ class Rfsq:
         """What symbols int [..., P] of one level contribute: D_level * t."""
         return (integers("tokens", symbol) - self.config.half).float() * self.step(level)
 
-    def continue_from(self, x: Tensor, symbols: Tensor) -> Tensor:
-        """Symbols for the levels below a given prefix: x [..., P], symbols [..., k, P] -> [..., L-k, P]."""
-        residual, found = reals("scalars", x) - self.dequantise(symbols), [integers("tokens", symbols)[..., :0, :]]
-        for level in range(symbols.shape[-2] + 1, self.config.levels + 1):
-            digit = self.digit(residual, level)
-            residual = residual - digit * self.step(level)
-            found.append(digit.long().unsqueeze(-2) + self.config.half)
-        return torch.cat(found, dim=-2)
 
     def reach(self) -> float:
         """Largest |scalar| that ends within half of the last step."""

@@ -89,18 +89,30 @@ class TrainTokenizerConfig(Checked):
     """Replace the tokenizer that is there; what was trained with it goes on having its own copy."""
 
 
-@dataclass(frozen=True)
-class TrainPolicyConfig(Checked):
-    """Train target and drafters on demonstrations (--backbone openvla has other options: see its --help)."""
+@dataclass(frozen=True, kw_only=True)
+class Training(Checked):
+    """What every training of a policy is told."""
 
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
-    """Folders of rendered demonstrations (HDF5)."""
+    """Folders of rendered demonstrations (HDF5), for OpenVLA with images of 256 px."""
+    device: str = "auto"
+    """cuda, cpu or auto."""
+    validation_every: Every = 40
+    """Every n-th episode is kept out of training for the offline validation."""
+    remembered_chunks: Remembered = 4
+    """The visual drafter is trained to remember the target's run of 1 to this many chunks before."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    augment: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPolicyConfig(Training):
+    """Train target and drafters on demonstrations (--backbone openvla has other options: see its --help)."""
+
     tokenizer: Path | None = None
     """Folder with tokenizer.json, from `rsd tokenizer fit`; left out: runs/tokenizer, or with `init` the one there."""
     output: Path = Path("runs/policy")
     """Run folder: resumable state, TensorBoard and, at the end, `checkpoint/`."""
-    device: str = "auto"
-    """cuda, cpu or auto."""
     init: str = ""
     """Checkpoint directory or hub id whose weights to start from, with its tokenizer; empty = from scratch."""
     init_matching: bool = False
@@ -108,13 +120,7 @@ class TrainPolicyConfig(Checked):
     init_fresh: tuple[str, ...] = ()
     """With `init_matching`: parts that start afresh all the same, e.g. feature_drafter target.level_head (another
     tokenizer)."""
-    validation_every: Every = 40
-    """Every n-th episode is kept out of training for the offline validation."""
-    remembered_chunks: Remembered = 4
-    """The visual drafter is trained to remember the target's run of 1 to this many chunks before."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    augment: Augmentation = field(default_factory=Augmentation)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def rules(self) -> Rules:
@@ -122,20 +128,14 @@ class TrainPolicyConfig(Checked):
         yield self.init_matching or not self.init_fresh, "--init-matching with --init-fresh", "none"
 
 
-@dataclass(frozen=True)
-class TrainDrafterConfig(Checked):
+@dataclass(frozen=True, kw_only=True)
+class TrainDrafterConfig(Training):
     """Train another draft for a finished target."""
 
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory or hub id whose target is kept."""
-    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
-    """Folders of rendered demonstrations (HDF5)."""
     output: Path = Path("runs/draft")
     """Run folder; the checkpoint with the new draft goes to `checkpoint/` in it."""
-    device: str = "auto"
-    """cuda, cpu or auto."""
-    validation_every: Every = 40
-    """Every n-th episode is kept out of training for the offline validation."""
     kind: Literal["feature", "visual"] = "feature"
     """feature: the one that reads the target's prefill; visual: the one with its own perception."""
     resume_weights: bool = False
@@ -144,39 +144,28 @@ class TrainDrafterConfig(Checked):
     visual_drafter: VisualDrafterConfig = field(default_factory=VisualDrafterConfig)
     own_prefix: Share = 0.5
     """Share of the batch on which a draft that reads the prefill continues its own digits."""
-    remembered_chunks: Remembered = 4
-    """The visual drafter is trained to remember the target's run of 1 to this many chunks before."""
     loss: LossConfig = field(default_factory=LossConfig)
     """For the visual drafter: `blind` (1: it never has a memory), `regress` and `deviation`."""
-    augment: Augmentation = field(default_factory=Augmentation)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5_000))
 
 
-@dataclass(frozen=True)
-class TrainOpenVlaConfig(Checked):
+@dataclass(frozen=True, kw_only=True)
+class TrainOpenVlaConfig(Training):
     """Train residual tokens and drafts on an OpenVLA or OpenVLA-OFT checkpoint."""
 
     source: Annotated[str, tyro.conf.arg(name="from")]
     """Directory or hub id in OpenVLA's published format."""
-    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
-    """Folders of demonstrations (HDF5) with images of 256 px."""
     tokenizer: Path = DEFAULT_TOKENIZER
-    """Folder with tokenizer.json, from `rsd train tokenizer`."""
+    """Folder with tokenizer.json, from `rsd tokenizer fit`."""
     output: Path = Path("runs/openvla")
     """Run folder: resumable state, TensorBoard and, at the end, `checkpoint/`. The same command continues a run."""
-    device: str = "auto"
-    """cuda, cpu or auto."""
     cameras: Annotated[int, between(0, 2)] = 0
     """Cameras that the target reads, 1 or 2; 0: as many as the checkpoint was trained with, 2 if its files do not
     say."""
     unnorm_key: str = ""
     """Which data set's statistics the checkpoint's proprioception projector was trained with, if it has several."""
-    validation_every: Every = 40
-    """Every n-th episode is kept out of training for the offline validation."""
     validation_frames: Some = 256
-    """At most so many of their frames are decoded, once by every decoder."""
-    remembered_chunks: Remembered = 4
-    """The visual drafter is trained to remember the target's run of 1 to this many chunks before."""
+    """At most so many of the frames held out are decoded, once by every decoder."""
     checkpointing: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Keep only every layer's input and compute its inside again in the backward pass: less memory, a third more
     time."""
@@ -185,8 +174,6 @@ class TrainOpenVlaConfig(Checked):
     lora: LoraConfig = field(default_factory=LoraConfig)
     feature_drafter: DrafterConfig = field(default_factory=lambda: DrafterConfig(dim=256))
     visual_drafter: VisualDrafterConfig | None = field(default_factory=VisualDrafterConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    augment: Augmentation = field(default_factory=Augmentation)
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(
             batch_size=16, learning_rate=3e-4, weight_decay=0.0, save_every=500, cuda_graph=False

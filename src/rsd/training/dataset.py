@@ -55,9 +55,10 @@ class FrameDataset:
         device: torch.device,
         image_size: int = 0,
         execute: int | None = None,
+        asking: bool = True,
     ) -> None:
         """image_size: side in pixels that every image must have; 0: that of the first ones. execute: steps from one
-        chunk of a rollout to the next; None: the horizon.
+        chunk of a rollout to the next; None: the horizon. asking: whether batches will be `asking`.
 
         Raises RsdError for a demonstration without images, or with others than that, or of other steps."""
         images, states, chunks, tasks, firsts, instructions = [], [], [], [], [], dict[str, int]()
@@ -89,11 +90,13 @@ class FrameDataset:
             chunks.append(chunk_targets(demonstration.labels, horizon)[::every])
             index = instructions.setdefault(demonstration.instruction, len(instructions))
             tasks.append(np.full(count, index))
-            seen = demonstration.spots if demonstration.spots is not None else np.zeros((count, 0, 2), np.float32)
-            numbers = [instructions.setdefault(sentence, len(instructions)) for sentence, _ in demonstration.asks]
-            asks.append(np.tile(np.resize(numbers or [index], MOST_ASKED), (count, 1)))
-            order = np.resize(np.arange(seen.shape[1]), MOST_ASKED) if seen.shape[1] else None
-            spots.append(np.full((count, MOST_ASKED, 2), np.nan, np.float32) if order is None else seen[:, order])
+            if asking:
+                numbers = [instructions.setdefault(sentence, len(instructions)) for sentence, _ in demonstration.asks]
+                asks.append(np.tile(np.resize(numbers or [index], MOST_ASKED), (count, 1)))
+                seen, spot = demonstration.spots, np.full((count, MOST_ASKED, 2), np.nan, np.float32)
+                if seen is not None and seen.shape[1]:
+                    spot = seen[:, np.resize(np.arange(seen.shape[1]), MOST_ASKED)]
+                spots.append(spot)
             firsts.append(np.full(count, frames))
             episodes.append(np.full(count, len(episodes)))
             frames += count
@@ -107,8 +110,9 @@ class FrameDataset:
         self.task = torch.from_numpy(np.concatenate(tasks)).to(device)
         self.first = torch.from_numpy(np.concatenate(firsts)).to(device)  # of the frame's own episode
         self.episode = torch.from_numpy(np.concatenate(episodes)).to(device)  # its number
-        self.asks = torch.from_numpy(np.concatenate(asks)).to(device)  # instructions [N, MOST_ASKED], some repeated
-        self.spots = torch.from_numpy(np.concatenate(spots)).to(device)  # of the things that they ask for
+        if asking:
+            self.asks = torch.from_numpy(np.concatenate(asks)).to(device)  # instructions [N, MOST_ASKED], some repeated
+            self.spots = torch.from_numpy(np.concatenate(spots)).to(device)  # of the things that they ask for
         self.execute, self.spacing = execute or horizon, spacing
         self.instructions = list(instructions)
         wordings = [paraphrases(text, WORDINGS) for text in self.instructions]

@@ -91,7 +91,7 @@ class OpenVlaFrames(FrameDataset):
         raw: list[NDArray[np.float32]] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             made = prepared(demonstrations, views, pool, raw)
-            super().__init__(made, horizon, torch.device("cpu"), execute=execute)
+            super().__init__(made, horizon, torch.device("cpu"), execute=execute, asking=False)
         self.device, self.center_crop = device, center_crop
         self.mean, self.std = (value.to(device) for value in normalisation)
         given = torch.from_numpy(bounds.normalise(np.concatenate(raw))).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -137,7 +138,8 @@ def load_frames(
     """What is trained on and what is held out, all of it checked; paired: batches will be of pairs of frames,
     a number of chunks apart of which `execute` steps are executed."""
     parts, horizon = split(load_folders(config.data), config.validation_every), tokenizer.config.horizon
-    training, validation = (FrameDataset(part, horizon, device, image_size, execute) for part in parts)
+    asking = config.loss.grounding > 0
+    training, validation = (FrameDataset(part, horizon, device, image_size, execute, asking) for part in parts)
     training.check(config.loop.batch_size, config.remembered_chunks if paired else None, config.augment)
     print(f"{training.episodes} demonstrations, {len(training)} frames; held out {validation.episodes}")
     return training, validation
@@ -177,7 +179,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(name)
-    return torch.device(f"cuda:{parallel.local_rank()}" if name == "cuda" else name)
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
 
 
 @one_run_a_folder
