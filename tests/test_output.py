@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from rsd import output
 from rsd.data.schema import atomic_file
 from rsd.evaluation.results import write_atomically
-from rsd.output import Faults, attempt, refuse_to_replace, shown, writing
+from rsd.output import Faults, Unfinished, attempt, refuse_to_replace, shown, writing
 from rsd.types import RsdError
 
 
@@ -117,9 +117,12 @@ def test_a_piece_that_fails_costs_itself() -> None:
     faults = Faults("the others are kept")
     for piece, fault in failed:
         faults.failed(piece, fault)
-    with pytest.raises(RsdError, match=r"2 of 5 halves failed, the first of them 1 \(1 is odd\); the others are kept"):
-        faults.raise_any("of 5 halves")
-    Faults("").raise_any("of none")
+    with pytest.raises(Unfinished, match=r"^2 of 5 halves failed, the first of them 1 \(1 is odd\); the others"):
+        faults.raise_any("of 5 halves", done)
+    with pytest.raises(RsdError) as nothing:
+        faults.raise_any("of 2 halves", 0)
+    assert not isinstance(nothing.value, Unfinished)
+    Faults("").raise_any("of none", 0)
 
     def full(*_: int) -> None:
         raise RsdError("the disk is full")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from rsd.types import RsdError
+from rsd.checks import RsdError, told
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -28,6 +28,30 @@ REMEDIES = {
     errno.EISDIR: "a folder is in its place: choose another one",
     errno.ENOENT: f"its folder is not there, or not any more: put it back, {AGAIN}",
 }
+
+# What helps where the operating system refuses; it names the file or address itself.
+OF_THE_SYSTEM = {
+    errno.ENOSPC: "make room and run the same command again",
+    errno.EACCES: "choose another path, or ask for the permission",
+    errno.EROFS: "choose another folder",
+    errno.EEXIST: "expected a folder there, or nothing; choose another path",
+    errno.ENOTDIR: "expected a folder there; choose another path",
+    errno.EISDIR: "expected a file there, not a folder",
+    errno.ENOENT: "check the path",
+}
+
+
+def reason(error: BaseException) -> str:
+    """What an error says; of one that is not the package's own, which names nothing to do, what helps."""
+    if isinstance(error, RsdError):
+        return str(error)
+    if isinstance(error, BrokenPipeError):
+        return "whoever read the output has closed it (broken pipe)"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        remedy = OF_THE_SYSTEM.get(error.errno or 0)
+        return f"{where}{error.strerror}{f'; {remedy}' if remedy else ''}"
+    return f"{type(error).__name__}: {told(error)}; RSD_DEBUG=1 shows where"
 
 
 @contextlib.contextmanager
@@ -56,6 +80,10 @@ def refuse_to_replace(path: Path, overwrite: bool, mark: bytes = b"") -> None:
         raise RsdError(f"{path}: exists already; choose another --output, or --overwrite to replace it")
 
 
+class Unfinished(RsdError):
+    """Some of the work could not be done; the rest is there."""
+
+
 class Faults:
     """Pieces of a long job that could not be done: each costs itself only, but a fault that lasts (a server that is
     gone) ends the job."""
@@ -81,11 +109,13 @@ class Faults:
         if len(self._row) >= self._most_equal:
             raise RsdError(f"{fault} ({len(self._row)} times in a row, so the run stops here); {self._kept}")
 
-    def raise_any(self, what: str) -> None:
-        """Once everything is tried: raises RsdError if something could not be done. what: such as "of 50 episodes"."""
+    def raise_any(self, what: str, done: int) -> None:
+        """Once everything is tried: raises Unfinished if something could not be done, RsdError where nothing was. what:
+        such as "of 50 episodes"; done: how many are there."""
         if self._seen:
             piece, fault = next(iter(self._seen.items()))
-            raise RsdError(f"{len(self._seen)} {what} failed, the first of them {piece} ({fault}); {self._kept}")
+            kind = Unfinished if done else RsdError
+            raise kind(f"{len(self._seen)} {what} failed, the first of them {piece} ({fault}); {self._kept}")
 
 
 def attempt(

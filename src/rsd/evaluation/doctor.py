@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from rsd.checks import told
 from rsd.devices import check_device
 from rsd.output import shown
 from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Observation, RsdError
@@ -62,7 +63,7 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
     except RsdError as error:
         return Check(name, "fail", str(error))
     except Exception as error:  # whatever the machine comes up with
-        return Check(name, "fail", f"{type(error).__name__}: {error}", "RSD_DEBUG=1 shows more")
+        return Check(name, "fail", f"{type(error).__name__}: {told(error)}", "RSD_DEBUG=1 shows more")
 
 
 def python_version() -> Check:

@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from rsd.checks import Shape
 from rsd.exact import integers, reals
 from rsd.tokenizer.config import RfsqConfig
 from rsd.types import RsdError
@@ -49,7 +50,7 @@ class Rfsq:
 
     def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x float [..., P] -> symbols int64 [..., L, P] and what they `dequantise` to bit by bit [..., P]."""
-        residual = reals("scalars", x)
+        residual = reals("scalars", x, (..., "P"), finite=True, wait=False)
         z_hat, symbols = torch.zeros_like(residual), []
         for level in range(1, self.config.levels + 1):
             digit = self.digit(residual, level)
@@ -60,7 +61,7 @@ class Rfsq:
 
     def dequantise(self, symbols: Tensor) -> Tensor:
         """symbols int [..., k, P], any prefix k = 0..L of levels -> float32 [..., P]."""
-        symbols = integers("tokens", symbols)
+        symbols = self._symbols(symbols, (..., "levels", "P"))
         levels = symbols.shape[-2]
         if levels > self.config.levels:
             raise RsdError(f"RFSQ: expected at most {self.config.levels} levels, found {levels}")
@@ -71,11 +72,13 @@ class Rfsq:
 
     def value(self, symbol: Tensor, level: int) -> Tensor:
         """What symbols int [..., P] of one level contribute: D_level * t."""
-        return (integers("tokens", symbol) - self.config.half).float() * self.step(level)
+        return (self._symbols(symbol) - self.config.half).float() * self.step(level)
 
     def continue_from(self, x: Tensor, symbols: Tensor) -> Tensor:
         """Symbols for the levels below a given prefix: x [..., P], symbols [..., k, P] -> [..., L-k, P]."""
-        residual, found = reals("scalars", x) - self.dequantise(symbols), [integers("tokens", symbols)[..., :0, :]]
+        symbols = self._symbols(symbols, (..., "levels", "P"))
+        scalars = reals("scalars", x, tuple(symbols.shape[:-2] + symbols.shape[-1:]), finite=True, wait=False)
+        residual, found = scalars - self.dequantise(symbols), [symbols[..., :0, :]]
         for level in range(symbols.shape[-2] + 1, self.config.levels + 1):
             digit = self.digit(residual, level)
             residual = residual - digit * self.step(level)
@@ -88,4 +91,7 @@ class Rfsq:
 
     def check(self, symbols: Tensor) -> None:
         """Raise if a symbol is no integer, or outside 0..K-1."""
-        integers("tokens", symbols, within=(0, self.config.symbols - 1))
+        self._symbols(symbols, wait=True)
+
+    def _symbols(self, symbols: Tensor, shape: Shape = (...,), wait: bool = False) -> Tensor:
+        return integers("tokens", symbols, shape, (0, self.config.symbols - 1), wait)

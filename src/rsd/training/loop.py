@@ -7,7 +7,6 @@ import copy
 import functools
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from rsd.environment import variable
 from rsd.extras import extra
 from rsd.locks import exclusive
 from rsd.output import writing
@@ -335,7 +335,7 @@ def one_run_a_folder(train: Callable[[Config], Result]) -> Callable[[Config], Re
     @functools.wraps(train)
     def alone(config: Config) -> Result:
         output: Path = config.output  # type: ignore[attr-defined]
-        with exclusive(output) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        with exclusive(output) if int(variable("RANK", "0")) == 0 else contextlib.nullcontext():
             if (output / CHECKPOINT).exists() and not (output / STATE_FILE).exists():
                 raise RsdError(f"{output / CHECKPOINT}: a checkpoint of another run; choose another --output")
             return train(config)

@@ -5,12 +5,13 @@ Not `DistributedDataParallel`: the losses call parts of the model one by one, wh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from rsd.environment import variable
 
 
 def join() -> None:
@@ -21,7 +22,7 @@ def join() -> None:
 
 def launched() -> bool:
     """Whether `torchrun` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return int(variable("WORLD_SIZE", "1")) > 1
 
 
 def rank() -> int:
@@ -33,7 +34,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(variable("LOCAL_RANK", "0"))
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:
