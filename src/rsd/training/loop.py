@@ -335,7 +335,8 @@ def one_run_a_folder(train: Callable[[Config], Result]) -> Callable[[Config], Re
     @functools.wraps(train)
     def alone(config: Config) -> Result:
         output: Path = config.output  # type: ignore[attr-defined]
-        with exclusive(output) if int(variable("RANK", "0")) == 0 else contextlib.nullcontext():
+        first = not parallel.launched() or int(variable("RANK", "0")) == 0
+        with exclusive(output) if first else contextlib.nullcontext():
             if (output / CHECKPOINT).exists() and not (output / STATE_FILE).exists():
                 raise RsdError(f"{output / CHECKPOINT}: a checkpoint of another run; choose another --output")
             return train(config)

@@ -5,6 +5,7 @@ Not `DistributedDataParallel`: the losses call parts of the model one by one, wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -12,11 +13,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rsd.environment import variable
+from rsd.types import RsdError
+
+TORCHRUNS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def join() -> None:
     """Join the process group that `torchrun` describes in the environment; without one, do nothing."""
     if launched() and not dist.is_initialized():
+        size, given = int(variable("WORLD_SIZE", "1")), [name for name in TORCHRUNS if os.environ.get(name)]
+        if len(given) < len(TORCHRUNS) or not int(variable("RANK", "0")) < size:
+            found = ", ".join(f"{name}={os.environ[name]}" for name in given) or "none"
+            expected = f"{' and '.join(TORCHRUNS)} as torchrun sets them, RANK below {size}"
+            raise RsdError(f"WORLD_SIZE={size}: expected {expected}, found {found}; use torchrun, or unset WORLD_SIZE")
         dist.init_process_group()
 
 
