@@ -136,14 +136,14 @@ def test_a_server_that_dies_or_hangs_costs_an_episode(
     def answer() -> Any:
         if (found := next(left, None)) is not None:
             return found
-        time.sleep(1.0)
-        return ANSWER if mode == "hang" else None
+        time.sleep(1.0 if mode == "hang" else 0.0)
+        return None
 
     with server(WELCOME, answer) as address, closing(RemotePolicy(address, 3.0 if mode == "die" else 0.3)) as remote:
         remote.predict(make_observation())
         with pytest.raises(RsdError, match=f"^{address}: .*{expected}"):
             remote.predict(make_observation())
-        with pytest.raises(RsdError, match="a new episode .`reset`. connects anew"):
+        with pytest.raises(RsdError, match="a new episode"):
             remote.predict(make_observation())
 
 

@@ -114,7 +114,7 @@ class RemotePolicy:
             return self._connection.recv(self.timeout_s)
         except (TimeoutError, WebSocketException) as error:
             self.close()  # a late answer must not be taken for the next one
-            reason = told(error) if str(error) else f"no answer for {self.timeout_s:g} s"
+            reason = f"no answer for {self.timeout_s:g} s" if isinstance(error, TimeoutError) else told(error)
             raise RsdError(f"{self.address}: the connection was lost ({reason})") from error
 
 
