@@ -157,6 +157,7 @@ WRITERS = {
     "merge": ["merge"],
     "report": ["report", ".", "--output"],
     "latency": ["bench", "latency", "--output"],
+    "expert": ["expert", "run", "--video"],
     "fit": ["tokenizer", "fit", "--output"],
     "collect": ["demos", "collect", "--out"],
     "render": ["demos", "render", "--source", ".", "--out"],
@@ -171,7 +172,7 @@ def test_outputs_that_cannot_be_written(writer: str, tmp_path: Path, capsys: pyt
     (tmp_path / "file").write_text("somebody's")
     for place in (tmp_path / "file/x", tmp_path / "file/x/y", Path("/dev/null/x")):
         check([*WRITERS[writer], place], "expected a path in a folder, found that", tmp_path, capsys)
-    if writer not in ("report", "latency"):
+    if writer not in ("report", "latency", "expert"):
         check([*WRITERS[writer], tmp_path / "file"], "expected a folder, or nothing yet", tmp_path, capsys)
     if writer == "latency":
         check([*WRITERS[writer], tmp_path], "expected a file, or nothing yet, found a folder", tmp_path, capsys)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rsd.checks import Checked, Rules, Seed, between
-from rsd.cli.parsing import parse
+from rsd.cli.parsing import check_output, parse
+from rsd.output import writing
 from rsd.types import RsdError
 
 if TYPE_CHECKING:  # help and mistakes in the command line start no simulator
@@ -41,8 +42,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from rsd.expert.goals import task_goals
     from rsd.sim.libero import LiberoEnv
 
-    if config.video is not None and config.video.exists():
-        raise RsdError(f"--video {config.video}: expected a new file; name another or remove it")
+    if config.video is not None:
+        check_output(f"--video {config.video}", config.video, "file")
+        if config.video.exists():
+            raise RsdError(f"--video {config.video}: expected a new file; name another or remove it")
     task_goals(config.suite, config.task)  # refuses before the simulator starts
     env = LiberoEnv(config.suite, config.task, cameras=config.video is not None)
     failed = 0
@@ -75,7 +78,7 @@ class _Frames:
     """A recorder that keeps the third-person camera's pictures."""
 
     def __init__(self) -> None:
-        self.images = list[NDArray[Any]]()
+        self.images: list[NDArray[Any]] = []
         self._steps = 0
 
     def record(self, env: LiberoEnv, executed: NDArray[Any], clean: NDArray[Any]) -> None:
@@ -87,16 +90,15 @@ class _Frames:
         import imageio_ffmpeg  # type: ignore[import-untyped]  # a run without a video does not need it
         import numpy as np
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        size = self.images[0].shape[1::-1]
-        writer = imageio_ffmpeg.write_frames(
-            str(unfinished), size, fps=FPS, macro_block_size=1, ffmpeg_log_level="error", output_params=["-f", "mp4"]
-        )
-        writer.send(None)  # starts the encoder
-        try:
-            for image in self.images:
-                writer.send(np.ascontiguousarray(image))
-        finally:
-            writer.close()
-        unfinished.replace(path)
+        unfinished, size = path.with_name(path.name + ".part"), self.images[0].shape[1::-1]
+        options: dict[str, Any] = {"macro_block_size": 1, "ffmpeg_log_level": "error", "output_params": ["-f", "mp4"]}
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writer = imageio_ffmpeg.write_frames(str(unfinished), size, fps=FPS, **options)
+            writer.send(None)  # starts the encoder
+            try:
+                for image in self.images:
+                    writer.send(np.ascontiguousarray(image))
+            finally:
+                writer.close()
+            unfinished.replace(path)
