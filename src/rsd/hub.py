@@ -61,5 +61,9 @@ def upload(save: Callable[[Path], None], repo_id: str, private: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
         api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        except Exception as error:  # as in `download`
+            expected = "expected a hub id like owner/name that you may write to (hf auth login)"
+            raise RsdError(f"{shown(repo_id)}: not uploaded, {expected}, found: {told(error)}") from error

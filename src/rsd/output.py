@@ -7,6 +7,7 @@ import errno
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from rsd.checks import RsdError, told
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 SHOW_EVERY = 2.0  # seconds
+LITTLE = 1 << 20  # bytes left on a disk that is full
 AGAIN = "then run the command again (without --overwrite, if it had that)"
 KEPT = "what was written before is kept"
 REMEDIES = {
@@ -66,9 +68,17 @@ def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
     except caught as error:
         inside = re.search(r"errno = (\d+)|os error (\d+)", str(error))  # HDF5's and safetensors' way to tell it
         number = int(inside[1] or inside[2]) if inside else getattr(error, "errno", None)
+        if number is None and _full(path):  # of which torch says "unexpected pos"
+            number = errno.ENOSPC
         reason = os.strerror(number) if number else str(error).split("\n")[0][:200]
         remedy = REMEDIES.get(number or 0, f"{KEPT}; choose another folder, or let this one be written to")
         raise RsdError(f"{path}: cannot be written ({reason}); {remedy}") from error
+
+
+def _full(path: Path) -> bool:
+    with contextlib.suppress(OSError, StopIteration):
+        return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free < LITTLE
+    return False
 
 
 def refuse_to_replace(path: Path, overwrite: bool, mark: bytes = b"") -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # help and mistakes in the command line start no simulator
 
     from rsd.sim.libero import LiberoEnv
 
-FRAME_STEPS, FPS = 2, 10.0  # the control rate is 20 Hz
+FRAME_STEPS = 2  # of the video, as of an evaluation's
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,7 @@ class _Frames:
         self._steps += 1
 
     def write(self, path: Path) -> None:
-        import imageio_ffmpeg  # type: ignore[import-untyped]  # a run without a video does not need it
-        import numpy as np
+        from rsd.evaluation.video import write_video  # a run without a video does not need it
 
-        unfinished, size = path.with_name(path.name + ".part"), self.images[0].shape[1::-1]
-        options: dict[str, Any] = {"macro_block_size": 1, "ffmpeg_log_level": "error", "output_params": ["-f", "mp4"]}
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writer = imageio_ffmpeg.write_frames(str(unfinished), size, fps=FPS, **options)
-            writer.send(None)  # starts the encoder
-            try:
-                for image in self.images:
-                    writer.send(np.ascontiguousarray(image))
-            finally:
-                writer.close()
-            unfinished.replace(path)
+            write_video(path, self.images[0].shape[1::-1], self.images)

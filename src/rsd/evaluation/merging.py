@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rsd.checks import each_once
+from rsd.checks import checked, each_once
 from rsd.evaluation.backend import LIBERO, Backend
 from rsd.evaluation.config import stored_config
 from rsd.evaluation.evaluate import ERRORS_FILE, differences, plan_episodes, run_differences, sum_up
@@ -40,7 +40,8 @@ def merge_shards(output: Path, shards: Sequence[Path] = (), backend: Backend = L
     Raises RsdError where a directory is no run or of another one, two of them hold different results of one episode,
     or none holds any. What the run still lacks is for `missing_parts` to say.
     """
-    shards = list(shards) or [shard for shard in sorted(output.glob(SHARD_PATTERN)) if (shard / CONFIG_FILE).exists()]
+    output, given = checked(Path, output, "merge: output"), checked(list[Path], list(shards), "merge: shards")
+    shards = given or [shard for shard in sorted(output.glob(SHARD_PATTERN)) if (shard / CONFIG_FILE).exists()]
     if not shards:
         raise RsdError(f"{output}: holds no {SHARD_PATTERN} with results; name the shards' directories")
     each_once("output and shards", (output, *shards))

@@ -6,7 +6,9 @@ shows the same episode, and whether a video is made cannot change a result.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,41 +38,42 @@ def replay_video(env: Environment, rollout: Rollout, path: Path) -> None:
     The strip at the bottom has one field a chunk, from red (no drafted level accepted) to green (all),
     grey where nothing was drafted. Raises RsdError if the replay ends otherwise than the episode did.
     """
-    import imageio_ffmpeg  # type: ignore[import-untyped]  # an evaluation without videos does not need it
+    write_video(path, (2 * PANEL, CAPTION + PANEL + STRIP), _replayed(env, rollout))
 
-    result = rollout.result
-    colours = strip_colours(result)
+
+def write_video(path: Path, size: tuple[int, int], frames: Iterable[NDArray[np.uint8]]) -> None:
+    """Frames [height, width, 3], one every FRAME_STEPS steps, as an mp4 in real time. size: width, height."""
+    import imageio_ffmpeg  # type: ignore[import-untyped]  # what makes no videos does not need it
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    env.reset(options={"init_state": result.init_state})
-    terminated = False
-    size = (2 * PANEL, CAPTION + PANEL + STRIP)
     unfinished = path.with_name(path.name + ".part")  # a kill leaves no half video under the video's name
-    writer = imageio_ffmpeg.write_frames(
-        str(unfinished),
-        size,
-        fps=CONTROL_HZ / FRAME_STEPS,
-        macro_block_size=1,
-        ffmpeg_log_level="error",
-        output_params=["-f", "mp4"],
-    )
+    options: dict[str, Any] = {"macro_block_size": 1, "ffmpeg_log_level": "error", "output_params": ["-f", "mp4"]}
+    writer = imageio_ffmpeg.write_frames(str(unfinished), size, fps=CONTROL_HZ / FRAME_STEPS, **options)
     writer.send(None)  # starts the encoder
     try:
-        writer.send(frame(env.observation().images, colours, 0, result.instruction, 0))
-        steps = 0
-        for chunk, actions in enumerate(rollout.actions, start=1):
-            for first in range(0, len(actions), FRAME_STEPS):
-                executed = actions[first : first + FRAME_STEPS]
-                _, _, terminated, _, _ = env.step_chunk(executed)
-                steps += len(executed)
-                writer.send(frame(env.observation().images, colours, chunk, result.instruction, steps))
+        for each in frames:
+            writer.send(np.ascontiguousarray(each))
     finally:
         writer.close()
+    unfinished.replace(path)
+
+
+def _replayed(env: Environment, rollout: Rollout) -> Iterator[NDArray[np.uint8]]:
+    result, steps, terminated = rollout.result, 0, False
+    colours = strip_colours(result)
+    env.reset(options={"init_state": result.init_state})
+    yield frame(env.observation().images, colours, 0, result.instruction, 0)
+    for chunk, actions in enumerate(rollout.actions, start=1):
+        for first in range(0, len(actions), FRAME_STEPS):
+            executed = actions[first : first + FRAME_STEPS]
+            _, _, terminated, _, _ = env.step_chunk(executed)
+            steps += len(executed)
+            yield frame(env.observation().images, colours, chunk, result.instruction, steps)
     if terminated != result.success:
         raise RsdError(
             f"replay of task {result.task_id}, initial state {result.init_state}: the episode ended in "
             f"{'success' if result.success else 'failure'}, its replay did not: the simulator does not repeat"
         )
-    unfinished.replace(path)
 
 
 def strip_colours(result: EpisodeResult) -> list[tuple[int, ...]]:

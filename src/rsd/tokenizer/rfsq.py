@@ -30,12 +30,17 @@ class Rfsq:
     """
 
     def __init__(self, config: RfsqConfig, first_step: float = 1.0) -> None:
-        if not 0.0 < first_step < math.inf:  # a plain comparison: made while models are compiled, too
-            raise RsdError(f"RFSQ: expected a positive finite step size, found {first_step}")
+        if not isinstance(config, RfsqConfig):
+            raise RsdError(f"RFSQ: expected RfsqConfig, found {type(config).__name__}")
+        # plain comparisons: made while models are compiled, too
+        if not isinstance(first_step, int | float) or not 0.0 < first_step < math.inf:
+            raise RsdError(f"RFSQ: expected a positive finite step size, found {first_step!r}")
         self.config, self.first_step = config, first_step
 
     def step(self, level: int) -> float:
         """Step size D_level, level = 1..L."""
+        if level not in range(1, self.config.levels + 1):
+            raise RsdError(f"RFSQ: expected a level from 1 to {self.config.levels}, found {level!r}")
         return self.first_step * self.config.weight(level)
 
     @property

@@ -131,7 +131,7 @@ def train(
     compute = record(forward_backward, trained) if graphed else forward_backward
     start, begun, done = time.monotonic() - spent, step, 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not first) as progress, stop_asked() as stop:
+    with Progress(*columns, disable=not first) as progress, stop_asked() as stop, told_once():
         bar = progress.add_task("training", total=config.steps, completed=step)
         moved = printed = -math.inf
         values = dict[str, Tensor]()
@@ -182,9 +182,20 @@ def train(
         raise KeyboardInterrupt
     for buffer, value in zip(ema.buffers(), model.buffers(), strict=True):
         buffer.copy_(value)
-    with writing(run / "tensorboard"):
+    with writing(run / "tensorboard"), told_once():
         writer.close()
     return ema
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """TensorBoard's thread prints a traceback where the disk fails it, which the next line logged raises again."""
+    before = threading.excepthook
+    threading.excepthook = lambda found: None if isinstance(found.exc_value, OSError) else before(found)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def optimiser_of(trained: Sequence[Tensor], config: LoopConfig, device: torch.device) -> torch.optim.AdamW:
