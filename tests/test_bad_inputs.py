@@ -85,6 +85,25 @@ def test_what_would_count_twice(case: str, tmp_path: Path, capsys: pytest.Captur
     check(words, expected, tmp_path, capsys)
 
 
+CIRCLE = {  # a link to itself
+    "merge": ["merge", "OUT", "LOOP"],
+    "merge-into": ["merge", "LOOP"],
+    "compare": ["compare", "LOOP"],
+    "fit": ["tokenizer", "fit", "--data", "LOOP", "--output", "OUT"],
+    "render": ["demos", "render", "--source", "LOOP"],
+    "collect": ["demos", "collect", "--out", "LOOP", "--states-only"],
+    "eval": ["eval", "--policy", "LOOP", "--output", "OUT"],
+    "seal": ["checkpoint", "seal", "LOOP"],
+}
+
+
+@pytest.mark.parametrize("case", CIRCLE)
+def test_links_that_lead_in_a_circle(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    places = {"LOOP": str(tmp_path / "loop"), "OUT": str(tmp_path / "out")}
+    check([places.get(word, word) for word in CIRCLE[case]], "loop", tmp_path, capsys)
+
+
 # environment variables
 
 VARIABLES = [

@@ -5,6 +5,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -69,6 +70,12 @@ def test_a_full_disk_is_a_line_whoever_writes(write: Callable[[Path], None], tmp
 def test_the_remedy_follows_the_fault(number: int, remedy: str) -> None:
     with pytest.raises(RsdError, match=remedy), writing(Path("x")):
         raise OSError(number, os.strerror(number))
+
+
+def test_torchs_words_for_a_full_disk_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    with pytest.raises(RsdError, match=r"No space left on device.*make room"), writing(tmp_path / "x" / "y.pt"):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2887488 vs 2887376")
 
 
 def test_what_is_no_fault_of_the_disk_passes() -> None:
