@@ -52,7 +52,7 @@ def test_a_path_that_is_not_there_is_not_sent_to_the_hub(
 
 
 def test_what_cannot_be_uploaded_is_a_line() -> None:
-    with pytest.raises(RsdError, match=r"'not a hub id': not uploaded, expected a hub id like owner/name.*, found: "):
+    with pytest.raises(RsdError, match=r"'not a hub id': not uploaded, expected a hub id like owner/name.*; found: "):
         hub.upload(lambda folder: None, "not a hub id", private=True)
 
 

@@ -1,7 +1,5 @@
-"""Environment variables that are read here or by what runs below: what each has to be, found before a command begins.
-
-torch, MuJoCo and numba read theirs as they are imported, in every worker anew, and fail or keep silent there.
-"""
+"""Environment variables of ours, and of torch, OSMesa and numba, which would fail on theirs in every worker or say
+nothing: what each has to be."""
 
 from __future__ import annotations
 
@@ -19,11 +17,9 @@ PORT = Where(lambda text: text.isdecimal() and 0 < int(text[:9]) < 65536, "a por
 VARIABLES: dict[str, Where] = {
     ENGINE: one_of(("auto", "eager", "onnx")),  # what `auto` takes on a CPU
     DEBUG: one_of(("0", "1")),  # 1 shows tracebacks
-    "RANK": WHOLE,  # these four are of torchrun
-    "LOCAL_RANK": WHOLE,
     "WORLD_SIZE": THREADS._replace(words="a number of processes such as 1"),
     "MASTER_PORT": PORT,
-    "LP_NUM_THREADS": WHOLE,  # of OSMesa
+    **dict.fromkeys(("RANK", "LOCAL_RANK", "LP_NUM_THREADS"), WHOLE),
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), THREADS),
 }
 

@@ -65,5 +65,5 @@ def upload(save: Callable[[Path], None], repo_id: str, private: bool) -> None:
             api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         except Exception as error:  # as in `download`
-            expected = "expected a hub id like owner/name that you may write to (hf auth login)"
-            raise RsdError(f"{shown(repo_id)}: not uploaded, {expected}, found: {told(error)}") from error
+            expected = "not uploaded, expected a hub id like owner/name, and a login that may write there"
+            raise RsdError(f"{shown(repo_id)}: {expected}; found: {told(error)}") from error

@@ -33,7 +33,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             with writing(folder):
                 lock.truncate(0)
-                # past the file's buffer, which would fail once more as it is closed
+                # past the buffer, which would fail again as it is closed
                 os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
         finally:

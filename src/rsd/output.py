@@ -25,9 +25,6 @@ KEPT = "what was written before is kept"
 REMEDIES = {
     errno.ENOSPC: f"{KEPT}; make room, {AGAIN}",
     errno.EDQUOT: f"{KEPT}; make room, {AGAIN}",
-    errno.EEXIST: "something else is in its place: choose another one",
-    errno.ENOTDIR: "a file is in the place of its folder: choose another one",
-    errno.EISDIR: "a folder is in its place: choose another one",
     errno.ENOENT: f"its folder is not there, or not any more: put it back, {AGAIN}",
 }
 
@@ -50,9 +47,8 @@ def reason(error: BaseException) -> str:
     if isinstance(error, BrokenPipeError):
         return "whoever read the output has closed it (broken pipe)"
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        remedy = OF_THE_SYSTEM.get(error.errno or 0)
-        return f"{where}{error.strerror}{f'; {remedy}' if remedy else ''}"
+        parts = [error.strerror, OF_THE_SYSTEM.get(error.errno or 0)]
+        return (f"{error.filename}: " if error.filename is not None else "") + "; ".join(filter(None, parts))
     return f"{type(error).__name__}: {told(error)}; RSD_DEBUG=1 shows where"
 
 
@@ -68,17 +64,12 @@ def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
     except caught as error:
         inside = re.search(r"errno = (\d+)|os error (\d+)", str(error))  # HDF5's and safetensors' way to tell it
         number = int(inside[1] or inside[2]) if inside else getattr(error, "errno", None)
-        if number is None and _full(path):  # of which torch says "unexpected pos"
+        standing = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if number is None and shutil.disk_usage(standing).free < LITTLE:  # torch says "unexpected pos"
             number = errno.ENOSPC
         reason = os.strerror(number) if number else str(error).split("\n")[0][:200]
         remedy = REMEDIES.get(number or 0, f"{KEPT}; choose another folder, or let this one be written to")
         raise RsdError(f"{path}: cannot be written ({reason}); {remedy}") from error
-
-
-def _full(path: Path) -> bool:
-    with contextlib.suppress(OSError, StopIteration):
-        return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free < LITTLE
-    return False
 
 
 def refuse_to_replace(path: Path, overwrite: bool, mark: bytes = b"") -> None:

@@ -49,7 +49,7 @@ BATCH = 4  # demonstrations per job
 
 
 class OtherImages(RsdError):
-    """A file holds images of another size or of other steps, and a folder is to hold those of one kind."""
+    """Of another size or of other steps: a folder holds those of one kind."""
 
 
 @dataclass(frozen=True)
@@ -201,10 +201,14 @@ def _render_batch(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
+    def read(_: str, item: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(item, h5py.Dataset):
+            item[()]
+
     def draw(name: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         demo, where = member(data, name, f"demonstrations {path}"), f"demonstration {name} of {path}"
         with reading(f"{where}, its states or fixtures"):
-            demo.visititems(_read)  # else what is damaged would be found as it is copied, and taken for a full disk
+            demo.visititems(read)  # else what is damaged would be found as it is copied, and taken for a full disk
             states, things = demo["states"][:: config.every], [thing for _, thing in asked_things(demo, where)]
             return render_frames(env, states, demo["body_pos"][()], demo["body_quat"][()], things)
 
@@ -220,11 +224,6 @@ def _render_batch(
     with open_data(path) as data:
         done, failed = attempt(names, draw, keep)
     return done, [(f"{path.name} {name}", fault) for name, fault in failed]
-
-
-def _read(_: str, item: h5py.Group | h5py.Dataset) -> None:
-    if isinstance(item, h5py.Dataset):
-        item[()]
 
 
 def _merge(config: RenderConfig, out: Path, path: Path) -> int:

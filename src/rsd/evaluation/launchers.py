@@ -54,14 +54,14 @@ def submit_shards(
 @contextlib.contextmanager
 def nothing_left(folder: Path) -> Iterator[None]:
     """What fails inside leaves the folder, and those above it, as they were: without the jobs that nobody will run."""
-    before = set(folder.iterdir()) if folder.is_dir() else set[Path]()
+    before = set(folder.glob("*"))
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with writing(folder):
             yield
     except BaseException:
         with contextlib.suppress(OSError):
-            for path in set(folder.iterdir()) - before:
+            for path in set(folder.glob("*")) - before:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             for path in new:
                 path.rmdir()

@@ -82,7 +82,7 @@ def merge_locked(output: Path, shards: list[Path], backend: Backend) -> RunSumma
     record = replace(records[0], config={**records[0].config, "shard": "", "output": str(output)}, planned=0)
     with contextlib.suppress(RsdError):  # `missing_parts` tells it
         record = replace(record, planned=len(planned_episodes(record, backend)))
-    sources = list(shards)
+    sources = [*shards]
     if (output / CONFIG_FILE).exists():
         existing = read_run_record(output)
         require_same(existing, record, output, shards[0])

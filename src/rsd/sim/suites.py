@@ -203,8 +203,7 @@ def init_states(suite: str, task_id: int) -> NDArray[np.float64]:
     try:
         states = np.asarray(_benchmark(suite).get_task_init_states(task_id), dtype=np.float64)
     except FileNotFoundError as error:
-        found = f"{told(error)}; install {DISTRIBUTION} again"
-        raise RsdError(f"initial states of {suite} task {task_id}: {found}") from error
+        raise RsdError(f"states of {suite} task {task_id}: {told(error)}; install {DISTRIBUTION} again") from error
     states.setflags(write=False)
     return states
 

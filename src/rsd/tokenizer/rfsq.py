@@ -66,7 +66,7 @@ class Rfsq:
 
     def dequantise(self, symbols: Tensor) -> Tensor:
         """symbols int [..., k, P], any prefix k = 0..L of levels -> float32 [..., P]."""
-        symbols = self._symbols(symbols, (..., "levels", "P"))
+        symbols = self.check(symbols, (..., "levels", "P"), wait=False)
         levels = symbols.shape[-2]
         if levels > self.config.levels:
             raise RsdError(f"RFSQ: expected at most {self.config.levels} levels, found {levels}")
@@ -77,26 +77,12 @@ class Rfsq:
 
     def value(self, symbol: Tensor, level: int) -> Tensor:
         """What symbols int [..., P] of one level contribute: D_level * t."""
-        return (self._symbols(symbol) - self.config.half).float() * self.step(level)
-
-    def continue_from(self, x: Tensor, symbols: Tensor) -> Tensor:
-        """Symbols for the levels below a given prefix: x [..., P], symbols [..., k, P] -> [..., L-k, P]."""
-        symbols = self._symbols(symbols, (..., "levels", "P"))
-        scalars = reals("scalars", x, tuple(symbols.shape[:-2] + symbols.shape[-1:]), finite=True, wait=False)
-        residual, found = scalars - self.dequantise(symbols), [symbols[..., :0, :]]
-        for level in range(symbols.shape[-2] + 1, self.config.levels + 1):
-            digit = self.digit(residual, level)
-            residual = residual - digit * self.step(level)
-            found.append(digit.long().unsqueeze(-2) + self.config.half)
-        return torch.cat(found, dim=-2)
+        return (self.check(symbol, wait=False) - self.config.half).float() * self.step(level)
 
     def reach(self) -> float:
         """Largest |scalar| that ends within half of the last step."""
         return self.config.span() * self.first_step
 
-    def check(self, symbols: Tensor) -> None:
-        """Raise if a symbol is no integer, or outside 0..K-1."""
-        self._symbols(symbols, wait=True)
-
-    def _symbols(self, symbols: Tensor, shape: Shape = (...,), wait: bool = False) -> Tensor:
+    def check(self, symbols: Tensor, shape: Shape = (...,), wait: bool = True) -> Tensor:
+        """Symbols as int64; raises if one is no integer, or outside 0..K-1. wait: as of `exact.integers`."""
         return integers("tokens", symbols, shape, (0, self.config.symbols - 1), wait)

@@ -24,8 +24,8 @@ def join() -> None:
         size, given = int(variable("WORLD_SIZE", "1")), [name for name in TORCHRUNS if os.environ.get(name)]
         if len(given) < len(TORCHRUNS) or not int(variable("RANK", "0")) < size:
             found = ", ".join(f"{name}={os.environ[name]}" for name in given) or "none"
-            expected = f"{' and '.join(TORCHRUNS)} as torchrun sets them, RANK below {size}"
-            raise RsdError(f"WORLD_SIZE={size}: expected {expected}, found {found}; use torchrun, or unset WORLD_SIZE")
+            expected = f"expected {' and '.join(TORCHRUNS)}, RANK below {size}, found {found}"
+            raise RsdError(f"WORLD_SIZE={size}: {expected}; begin it by torchrun, or unset WORLD_SIZE")
         dist.init_process_group()
 
 

@@ -90,10 +90,8 @@ class RemotePolicy:
             return read_welcome(self.address, self._receive())
         # ValueError and OverflowError for a port that is none
         except (OSError, ValueError, OverflowError, WebSocketException) as error:
-            expected = "expected an `rsd serve` at ws://HOST:PORT"
-            raise RsdError(
-                f"{self.address}: {expected}, found none that answers ({told(error)}); start it, or mend the address"
-            ) from error
+            expected = "expected an `rsd serve` at ws://HOST:PORT, found none that answers"
+            raise RsdError(f"{self.address}: {expected} ({told(error)}); start it, or mend the address") from error
 
     def _ask(self, content: dict[str, Any]) -> Any:
         if self._connection is None:
