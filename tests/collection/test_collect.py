@@ -210,34 +210,31 @@ def test_a_demonstration_that_is_damaged_costs_its_own_rendering_only(
     assert [demo.episode for demo in load_demonstrations(tmp_path / "out")] == ["demo_1"]
 
 
-@pytest.mark.parametrize("damage", ["cut-off", "provenance", "env_args", "data"])
 def test_a_file_that_is_damaged_costs_its_own_rendering_only(
-    damage: str,
-    config: CollectConfig,
-    collected: list[Demonstration],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    config: CollectConfig, collected: list[Demonstration], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, other = tmp_path / "source", tmp_path / "source" / f"a{FILE_SUFFIX}"
+    source = tmp_path / "source"
     source.mkdir()
-    for name in (other.name, f"{NAME}{FILE_SUFFIX}"):
-        shutil.copy(config.out / f"{NAME}{FILE_SUFFIX}", source / name)
-    if damage == "cut-off":
-        other.write_bytes(other.read_bytes()[:999])
-    else:
-        with h5py.File(other, "r+") as file:
-            if damage == "data":
+    damaged = {name: source / f"{name}{FILE_SUFFIX}" for name in ("cut", "data", "env_args", "rsd_provenance")}
+    for path in (*damaged.values(), source / f"{NAME}{FILE_SUFFIX}"):
+        shutil.copy(config.out / f"{NAME}{FILE_SUFFIX}", path)
+    for name, path in damaged.items():
+        if name == "cut":
+            path.write_bytes(path.read_bytes()[:999])
+            continue
+        with h5py.File(path, "r+") as file:
+            if name == "data":
                 del file["data"]
             else:
-                file["data"].attrs["rsd_provenance" if damage == "provenance" else damage] = "{"
-    before = other.read_bytes()
+                file["data"].attrs[name] = "{"
+    before = {path: path.read_bytes() for path in damaged.values()}
     small = ["--image-size", "32", "--num-workers", "1", "--every", "16", "--max-per-task", "1"]
     command = ["demos", "render", "--source", str(source), "--out", str(tmp_path / "out"), *small]
     assert dispatch(command) == 1  # the work was done and some of it failed
     said = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(rf"error: 1 of the .* files in .* failed, the first of them a{FILE_SUFFIX} .*same command", said)
+    assert re.search(rf"error: 4 of the .* files in .* failed, the first of them cut{FILE_SUFFIX} .*same command", said)
     assert [demo.episode for demo in load_demonstrations(tmp_path / "out")] == ["demo_0"]
-    assert other.read_bytes() == before
+    assert {path: path.read_bytes() for path in damaged.values()} == before
 
 
 @pytest.mark.parametrize("begin", ["collect", "render"])
