@@ -12,13 +12,13 @@ import torch
 from hypothesis import settings
 
 from rsd.decoding.gate import SkipRule
+from rsd.environment import ENGINE
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.models.feature_drafter import DrafterConfig
 from rsd.models.target import TargetConfig
 from rsd.models.visual_drafter import VisualDrafterConfig
 from rsd.policy import RsdPolicy
 from rsd.runtime import onnx_graph
-from rsd.runtime.engines import VARIABLE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.types import EAGER, Observation
 
@@ -40,7 +40,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _eager() -> None:
     """Tiny models need no ONNX graphs, of which each takes seconds to export; also in processes that tests start."""
-    os.environ[VARIABLE] = EAGER
+    os.environ[ENGINE] = EAGER
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from refusals import check
 from rsd.cli import COMMANDS, Command, dispatch
+from rsd.environment import check_environment
 from rsd.types import RsdError
 
 DEEP = "[" * 100_000
@@ -83,6 +85,60 @@ def test_what_would_count_twice(case: str, tmp_path: Path, capsys: pytest.Captur
     check(words, expected, tmp_path, capsys)
 
 
+CIRCLE = {  # a link to itself
+    "merge": ["merge", "OUT", "LOOP"],
+    "merge-into": ["merge", "LOOP"],
+    "compare": ["compare", "LOOP"],
+    "fit": ["tokenizer", "fit", "--data", "LOOP", "--output", "OUT"],
+    "render": ["demos", "render", "--source", "LOOP"],
+    "collect": ["demos", "collect", "--out", "LOOP", "--states-only"],
+    "eval": ["eval", "--policy", "LOOP", "--output", "OUT"],
+    "seal": ["checkpoint", "seal", "LOOP"],
+}
+
+
+@pytest.mark.parametrize("case", CIRCLE)
+def test_links_that_lead_in_a_circle(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    places = {"LOOP": str(tmp_path / "loop"), "OUT": str(tmp_path / "out")}
+    check([places.get(word, word) for word in CIRCLE[case]], "loop", tmp_path, capsys)
+
+
+# environment variables
+
+VARIABLES = [
+    ("RSD_ENGINE", "zzz", "RSD_ENGINE='zzz': expected one of auto, eager, onnx; set it anew, or unset it"),
+    ("RSD_ENGINE", "cuda-graphs", "RSD_ENGINE='cuda-graphs': expected one of"),
+    ("RSD_DEBUG", "yes", "RSD_DEBUG='yes': expected one of 0, 1"),
+    ("RSD_ENGIN", "onnx", "RSD_ENGIN: no variable of this name is read; expected RSD_ENGINE"),
+    ("WORLD_SIZE", "abc", "WORLD_SIZE='abc': expected a number of processes"),
+    ("WORLD_SIZE", "0", "WORLD_SIZE='0': expected a number of processes"),
+    ("RANK", "-1", "RANK='-1': expected a number such as"),
+    ("LOCAL_RANK", "abc", "LOCAL_RANK='abc': expected a number such as"),
+    ("LOCAL_RANK", "\u0663", "expected a number such as"),
+    ("MASTER_PORT", "99999", "MASTER_PORT='99999': expected a port"),
+    ("OMP_NUM_THREADS", "x", "OMP_NUM_THREADS='x': expected a number of threads"),
+    ("OMP_NUM_THREADS", "4,0", "OMP_NUM_THREADS='4,0': expected a number of threads"),
+    ("NUMBA_NUM_THREADS", "1.5", "NUMBA_NUM_THREADS='1.5': expected a number of threads"),
+    ("LP_NUM_THREADS", "many", "LP_NUM_THREADS='many': expected a number such as"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), VARIABLES)
+def test_odd_variables_are_found_before_anything_begins(
+    name: str, value: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv(name, value)
+    for command in (["eval", "--output", tmp_path / "out"], ["compare", tmp_path], ["study", "serving"]):
+        check(command, expected, tmp_path, capsys)
+    assert dispatch(["--help"]) == 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("RSD_ENGINE", ""), ("OMP_NUM_THREADS", "4,2"), ("WORLD_SIZE", "2")])
+def test_variables_that_can_be_meant(name: str, value: str) -> None:
+    check_environment({name: value, "RSD_BROWSER": "required", "PATH": "x"})
+
+
 # files of torch and numpy
 
 PT: dict[str, tuple[bytes | None, str]] = {
@@ -120,6 +176,7 @@ WRITERS = {
     "merge": ["merge"],
     "report": ["report", ".", "--output"],
     "latency": ["bench", "latency", "--output"],
+    "expert": ["expert", "run", "--video"],
     "fit": ["tokenizer", "fit", "--output"],
     "collect": ["demos", "collect", "--out"],
     "render": ["demos", "render", "--source", ".", "--out"],
@@ -134,7 +191,7 @@ def test_outputs_that_cannot_be_written(writer: str, tmp_path: Path, capsys: pyt
     (tmp_path / "file").write_text("somebody's")
     for place in (tmp_path / "file/x", tmp_path / "file/x/y", Path("/dev/null/x")):
         check([*WRITERS[writer], place], "expected a path in a folder, found that", tmp_path, capsys)
-    if writer not in ("report", "latency"):
+    if writer not in ("report", "latency", "expert"):
         check([*WRITERS[writer], tmp_path / "file"], "expected a folder, or nothing yet", tmp_path, capsys)
     if writer == "latency":
         check([*WRITERS[writer], tmp_path], "expected a file, or nothing yet, found a folder", tmp_path, capsys)

@@ -51,6 +51,11 @@ def test_a_path_that_is_not_there_is_not_sent_to_the_hub(
     assert asked == []
 
 
+def test_what_cannot_be_uploaded_is_a_line() -> None:
+    with pytest.raises(RsdError, match=r"'not a hub id': not uploaded, expected a hub id like owner/name.*; found: "):
+        hub.upload(lambda folder: None, "not a hub id", private=True)
+
+
 def test_a_hub_id_is_asked_for(asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert locate_checkpoint("some-body/a.policy_2") == Path("downloaded")

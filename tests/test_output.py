@@ -5,6 +5,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from rsd import output
 from rsd.data.schema import atomic_file
 from rsd.evaluation.results import write_atomically
-from rsd.output import Faults, attempt, refuse_to_replace, shown, writing
+from rsd.output import Faults, Unfinished, attempt, refuse_to_replace, shown, writing
 from rsd.types import RsdError
 
 
@@ -71,6 +72,12 @@ def test_the_remedy_follows_the_fault(number: int, remedy: str) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def test_torchs_words_for_a_full_disk_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    with pytest.raises(RsdError, match=r"No space left on device.*make room"), writing(tmp_path / "x" / "y.pt"):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2887488 vs 2887376")
+
+
 def test_what_is_no_fault_of_the_disk_passes() -> None:
     with pytest.raises(KeyError), writing(Path("x")):
         raise KeyError("a bug")
@@ -117,9 +124,12 @@ def test_a_piece_that_fails_costs_itself() -> None:
     faults = Faults("the others are kept")
     for piece, fault in failed:
         faults.failed(piece, fault)
-    with pytest.raises(RsdError, match=r"2 of 5 halves failed, the first of them 1 \(1 is odd\); the others are kept"):
-        faults.raise_any("of 5 halves")
-    Faults("").raise_any("of none")
+    with pytest.raises(Unfinished, match=r"^2 of 5 halves failed, the first of them 1 \(1 is odd\); the others"):
+        faults.raise_any("of 5 halves", done)
+    with pytest.raises(RsdError) as nothing:
+        faults.raise_any("of 2 halves", 0)
+    assert not isinstance(nothing.value, Unfinished)
+    Faults("").raise_any("of none", 0)
 
     def full(*_: int) -> None:
         raise RsdError("the disk is full")

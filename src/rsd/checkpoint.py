@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rsd import former, hub, manifest
-from rsd.checks import Checked, Rules, Sha256, Where, one_of
+from rsd.checks import Checked, Rules, Sha256, Where, one_of, told
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration
@@ -198,7 +198,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise RsdError(f"{path}: not found") from None
     except (SafetensorError, OSError) as error:
-        raise RsdError(f"{path}: not readable as safetensors ({error}); it is cut off or damaged") from None
+        raise RsdError(f"{path}: not readable as safetensors ({told(error)}); it is cut off or damaged") from None
     weights = {}
     for name, value in stored.items():
         scale = stored.get(name + SCALE)

@@ -159,6 +159,12 @@ def shown(value: Any, most: int = SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def told(error: BaseException, most: int = 300) -> str:
+    """What an error of a library says, on one line and without the numbers that the operating system gives them."""
+    text = re.sub(r"\[Errno -?\d+\] | ?\(os error \d+\)", "", " ".join(str(error).split()))
+    return text[:most] or type(error).__name__
+
+
 def each_once(what: str, paths: Iterable[str | Path]) -> None:
     """`RsdError` where two paths lead to one place, or one to a file in another: its content would count twice."""
     places = [Path(os.path.realpath(path)) for path in paths]

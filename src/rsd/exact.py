@@ -18,34 +18,38 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REALS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def integers(what: str, values: Any, shape: Shape | None = None, within: tuple[int, int] | None = None) -> Tensor:
+def integers(
+    what: str, values: Any, shape: Shape | None = None, within: tuple[int, int] | None = None, wait: bool = True
+) -> Tensor:
     """Tokens as int64, from a tensor or an array of any integer type; `RsdError` for floats, bool and the rest.
 
-    within: the smallest and the largest one allowed; a GPU is waited for."""
+    within: the smallest and the largest one allowed; wait: for a GPU, which otherwise is not looked at."""
     found = _tensor(what, values, INTEGERS, "integers").long()
     if shape is not None:
         check_shape(what, found.shape, shape)
-    if within is not None and found.numel() and _readable(found):
+    if within is not None and found.numel() and _readable(found, wait):
         low, high = int(found.min()), int(found.max())
         if low < within[0] or high > within[1]:
             raise RsdError(f"{what}: expected numbers from {within[0]} to {within[1]}, found {low}..{high}")
     return found
 
 
-def reals(what: str, values: Any, shape: Shape | None = None, finite: bool = False) -> Tensor:
+def reals(what: str, values: Any, shape: Shape | None = None, finite: bool = False, wait: bool = True) -> Tensor:
     """Floats or integers, from a tensor or an array, as a float32 tensor; `RsdError` for bool, complex and the rest.
 
-    finite: refuse NaN and infinity; a GPU is waited for."""
+    finite: refuse NaN and infinity; wait: for a GPU, which otherwise is not looked at."""
     found = _tensor(what, values, REALS + INTEGERS, "real numbers").float()
     if shape is not None:
         check_shape(what, found.shape, shape)
-    if finite and _readable(found) and not found.isfinite().all():
+    if finite and _readable(found, wait) and not found.isfinite().all():
         raise RsdError(f"{what}: expected finite numbers, found NaN or infinity")
     return found
 
 
-def _readable(found: Tensor) -> bool:
-    """False while a CUDA graph is recorded, when nothing can be looked at."""
+def _readable(found: Tensor, wait: bool) -> bool:
+    """False while a CUDA graph is recorded or a program compiled, when nothing can be looked at."""
+    if torch.compiler.is_compiling() or not (wait or found.is_cpu):
+        return False
     return not (found.is_cuda and torch.cuda.is_current_stream_capturing())
 
 

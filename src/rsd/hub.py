@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import rsd
-from rsd.checks import RsdError, checked, shown
+from rsd.checks import RsdError, checked, shown, told
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LONGEST_PATH = 1000  # characters of one in a message
@@ -51,7 +51,7 @@ def download(name: str, kind: str, files: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises many kinds: no such repo, no network, no access
-        raise RsdError(f"{kind} {name!r}: no such directory, and the hub answered: {error}") from error
+        raise RsdError(f"{kind} {name!r}: no such directory, and the hub answered: {told(error)}") from error
 
 
 def upload(save: Callable[[Path], None], repo_id: str, private: bool) -> None:
@@ -61,5 +61,9 @@ def upload(save: Callable[[Path], None], repo_id: str, private: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
         api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        except Exception as error:  # as in `download`
+            expected = "not uploaded, expected a hub id like owner/name, and a login that may write there"
+            raise RsdError(f"{shown(repo_id)}: {expected}; found: {told(error)}") from error

@@ -30,11 +30,11 @@ def exclusive(folder: Path) -> Iterator[None]:
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(_locked(folder))
-        with writing(folder):
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
         try:
+            with writing(folder):
+                lock.truncate(0)
+                # past the buffer, which would fail again as it is closed
+                os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
         finally:
             with contextlib.suppress(OSError):  # the folder may be gone

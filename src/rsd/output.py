@@ -7,27 +7,49 @@ import errno
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from rsd.types import RsdError
+from rsd.checks import RsdError, told
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 SHOW_EVERY = 2.0  # seconds
+LITTLE = 1 << 20  # bytes left on a disk that is full
 AGAIN = "then run the command again (without --overwrite, if it had that)"
 KEPT = "what was written before is kept"
 REMEDIES = {
     errno.ENOSPC: f"{KEPT}; make room, {AGAIN}",
     errno.EDQUOT: f"{KEPT}; make room, {AGAIN}",
-    errno.EEXIST: "something else is in its place: choose another one",
-    errno.ENOTDIR: "a file is in the place of its folder: choose another one",
-    errno.EISDIR: "a folder is in its place: choose another one",
     errno.ENOENT: f"its folder is not there, or not any more: put it back, {AGAIN}",
 }
+
+# What helps where the operating system refuses; it names the file or address itself.
+OF_THE_SYSTEM = {
+    errno.ENOSPC: "make room and run the same command again",
+    errno.EACCES: "choose another path, or ask for the permission",
+    errno.EROFS: "choose another folder",
+    errno.EEXIST: "expected a folder there, or nothing; choose another path",
+    errno.ENOTDIR: "expected a folder there; choose another path",
+    errno.EISDIR: "expected a file there, not a folder",
+    errno.ENOENT: "check the path",
+}
+
+
+def reason(error: BaseException) -> str:
+    """What an error says; of one that is not the package's own, which names nothing to do, what helps."""
+    if isinstance(error, RsdError):
+        return str(error)
+    if isinstance(error, BrokenPipeError):
+        return "whoever read the output has closed it (broken pipe)"
+    if isinstance(error, OSError) and error.strerror:
+        parts = [error.strerror, OF_THE_SYSTEM.get(error.errno or 0)]
+        return (f"{error.filename}: " if error.filename is not None else "") + "; ".join(filter(None, parts))
+    return f"{type(error).__name__}: {told(error)}; RSD_DEBUG=1 shows where"
 
 
 @contextlib.contextmanager
@@ -42,6 +64,9 @@ def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
     except caught as error:
         inside = re.search(r"errno = (\d+)|os error (\d+)", str(error))  # HDF5's and safetensors' way to tell it
         number = int(inside[1] or inside[2]) if inside else getattr(error, "errno", None)
+        standing = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if number is None and shutil.disk_usage(standing).free < LITTLE:  # torch says "unexpected pos"
+            number = errno.ENOSPC
         reason = os.strerror(number) if number else str(error).split("\n")[0][:200]
         remedy = REMEDIES.get(number or 0, f"{KEPT}; choose another folder, or let this one be written to")
         raise RsdError(f"{path}: cannot be written ({reason}); {remedy}") from error
@@ -54,6 +79,10 @@ def refuse_to_replace(path: Path, overwrite: bool, mark: bytes = b"") -> None:
     same_kind = mark and path.is_file() and mark in path.read_bytes()
     if path.exists() and not overwrite and not same_kind:
         raise RsdError(f"{path}: exists already; choose another --output, or --overwrite to replace it")
+
+
+class Unfinished(RsdError):
+    """Some of the work could not be done; the rest is there."""
 
 
 class Faults:
@@ -81,11 +110,13 @@ class Faults:
         if len(self._row) >= self._most_equal:
             raise RsdError(f"{fault} ({len(self._row)} times in a row, so the run stops here); {self._kept}")
 
-    def raise_any(self, what: str) -> None:
-        """Once everything is tried: raises RsdError if something could not be done. what: such as "of 50 episodes"."""
+    def raise_any(self, what: str, done: int) -> None:
+        """Once everything is tried: raises Unfinished if something could not be done, RsdError where nothing was. what:
+        such as "of 50 episodes"; done: how many are there."""
         if self._seen:
             piece, fault = next(iter(self._seen.items()))
-            raise RsdError(f"{len(self._seen)} {what} failed, the first of them {piece} ({fault}); {self._kept}")
+            kind = Unfinished if done else RsdError
+            raise kind(f"{len(self._seen)} {what} failed, the first of them {piece} ({fault}); {self._kept}")
 
 
 def attempt(

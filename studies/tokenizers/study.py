@@ -60,7 +60,7 @@ class MethodRecord:
 def bench(config: BenchConfig) -> None:
     """Measure, write a JSON file per method, then the document."""
     console = Console()
-    faults = Faults(f"the results of the others are in {config.output}")
+    faults, done = Faults(f"the results of the others are in {config.output}"), 0
     if config.document.exists() and MADE_BY not in config.document.read_text():
         refuse_to_replace(config.document, config.overwrite)
     if not config.report_only:
@@ -80,10 +80,11 @@ def bench(config: BenchConfig) -> None:
             except RsdError as error:
                 faults.failed(method, str(error))
                 continue
+            done += 1
             write_atomically(output / f"{method}.json", encode_record(record) + "\n")
     write_report(config.output, config.document)
     console.print(f"{config.document} written, from the files in {config.output}")
-    faults.raise_any(f"of {len(config.methods)} methods")
+    faults.raise_any(f"of {len(config.methods)} methods", done)
 
 
 def require_same_data(output: Path, methods: Sequence[str], described: dict[str, Any]) -> None:

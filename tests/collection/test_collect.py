@@ -205,9 +205,36 @@ def test_a_demonstration_that_is_damaged_costs_its_own_rendering_only(
     with h5py.File(source / f"{NAME}{FILE_SUFFIX}", "r+") as file:
         del file["data/demo_0/states"]
     job = RenderConfig(source, tmp_path / "out", image_size=32, num_workers=1, every=16, max_per_task=2)
-    with pytest.raises(RsdError, match=r"1 of 2 demonstrations failed, .* demo_0 .*states or fixtures: not readable"):
+    with pytest.raises(RsdError, match=r"1 of the demonstrations or files .* demo_0 .*or fixtures: not readable"):
         render(job)
     assert [demo.episode for demo in load_demonstrations(tmp_path / "out")] == ["demo_1"]
+
+
+def test_a_file_that_is_damaged_costs_its_own_rendering_only(
+    config: CollectConfig, collected: list[Demonstration], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    damaged = {name: source / f"{name}{FILE_SUFFIX}" for name in ("cut", "data", "env_args", "rsd_provenance")}
+    for path in (*damaged.values(), source / f"{NAME}{FILE_SUFFIX}"):
+        shutil.copy(config.out / f"{NAME}{FILE_SUFFIX}", path)
+    for name, path in damaged.items():
+        if name == "cut":
+            path.write_bytes(path.read_bytes()[:999])
+            continue
+        with h5py.File(path, "r+") as file:
+            if name == "data":
+                del file["data"]
+            else:
+                file["data"].attrs[name] = "{"
+    before = {path: path.read_bytes() for path in damaged.values()}
+    small = ["--image-size", "32", "--num-workers", "1", "--every", "16", "--max-per-task", "1"]
+    command = ["demos", "render", "--source", str(source), "--out", str(tmp_path / "out"), *small]
+    assert dispatch(command) == 1  # the work was done and some of it failed
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"error: 4 of the .* files in .* failed, the first of them cut{FILE_SUFFIX} .*same command", said)
+    assert [demo.episode for demo in load_demonstrations(tmp_path / "out")] == ["demo_0"]
+    assert {path: path.read_bytes() for path in damaged.values()} == before
 
 
 @pytest.mark.parametrize("begin", ["collect", "render"])

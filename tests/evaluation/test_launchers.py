@@ -101,6 +101,12 @@ def test_a_cluster_that_is_not_there_or_refuses_is_a_line(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(RsdError, match=r"the jobs were refused \(.*invalid partition specified\)"):
         submit_shards(config, 2)
+    assert not config.output_dir.exists()
+    (config.output_dir / "jobs").mkdir(parents=True)
+    (config.output_dir / "jobs" / "earlier").touch()
+    with pytest.raises(RsdError, match="the jobs were refused"):
+        submit_shards(config, 2)
+    assert [path.name for path in config.output_dir.rglob("*")] == ["jobs", "earlier"]
 
 
 def test_the_cloud_run_is_the_one_that_was_asked_for() -> None:

@@ -94,7 +94,7 @@ def test_a_shard_that_is_not_done_is_merged_as_far_as_it_is_and_again_later(whol
 def test_a_run_is_no_shard_of_itself_and_no_shard_counts_twice(whole: Path, sharded: Path) -> None:
     before = (whole / "episodes.jsonl").read_bytes()
     for shards in ([whole], [sharded, sharded]):
-        with pytest.raises(RsdError, match="expected shards that are other directories, each named once"):
+        with pytest.raises(RsdError, match="output and shards: expected each once"):
             merge_shards(whole, shards)
     assert (whole / "episodes.jsonl").read_bytes() == before
 

@@ -117,6 +117,16 @@ def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path) -> None:
         read_episodes(path)
 
 
+def test_episodes_of_two_decoders_are_of_two_runs(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.jsonl"
+    append_episode(path, episode())
+    append_episode(path, replace(episode(), init_state=1, decode="other", success=False, failure="error: worker died"))
+    assert len(read_episodes(path)) == 2  # an error may have had no decoder yet
+    append_episode(path, replace(episode(), init_state=2, decode="other"))
+    with pytest.raises(RsdError, match=r"expected the episodes of one run, found some of .* and "):
+        read_episodes(path)
+
+
 def test_only_an_error_episode_may_be_run_again(tmp_path: Path) -> None:
     path = tmp_path / "episodes.jsonl"
     append_episode(path, replace(episode(), success=False, failure="error: worker died"))

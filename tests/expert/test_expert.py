@@ -1,8 +1,10 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rsd.cli.expert import _Frames
 from rsd.expert import expert
 from rsd.expert.articulated import inward_lean
 from rsd.expert.goals import Goal, destination, task_goals
@@ -333,3 +335,11 @@ def test_expert_solves_a_placement_of_each_newer_skill(task: int) -> None:
     assert expert.run(other).success
     assert other.success()
     other.close()
+
+
+def test_a_video_of_the_expert_is_a_whole_file(tmp_path: Path) -> None:
+    frames = _Frames()
+    frames.images += [np.full((64, 64, 3), grey, np.uint8) for grey in range(0, 200, 50)]
+    frames.write(tmp_path / "new" / "video.mp4")
+    (video,) = (tmp_path / "new").iterdir()
+    assert b"ftyp" in video.read_bytes()[:64]

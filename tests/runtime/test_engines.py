@@ -11,18 +11,19 @@ from torch import Tensor
 from rsd.decoding.decoders import DECODERS
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.primitives import Primitives, Step
+from rsd.environment import ENGINE
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.nested import tensors_of, with_tensors
 from rsd.policy import RsdPolicy
 from rsd.runtime import engines
-from rsd.runtime.engines import VARIABLE, Call, Recordings, choose_engine, make_engine
+from rsd.runtime.engines import Call, Recordings, choose_engine, make_engine
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ONNX, Observation, RsdError
 
 
 @pytest.fixture(autouse=True)
 def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv(ENGINE)
 
 
 def test_auto_takes_graphs_where_they_can_be_had() -> None:
@@ -33,12 +34,12 @@ def test_auto_takes_graphs_where_they_can_be_had() -> None:
 
 
 def test_the_variable_says_what_auto_is_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, EAGER)
+    monkeypatch.setenv(ENGINE, EAGER)
     assert choose_engine(AUTO, "cpu", recordable=True) == EAGER
     assert choose_engine(AUTO, "cuda", recordable=True) == CUDA_GRAPHS
     assert choose_engine(ONNX, "cpu", recordable=True) == ONNX
-    monkeypatch.setenv(VARIABLE, "fast")
-    with pytest.raises(RsdError, match="RSD_ENGINE=fast: expected auto, eager or onnx; set it anew"):
+    monkeypatch.setenv(ENGINE, "fast")
+    with pytest.raises(RsdError, match="RSD_ENGINE='fast': expected one of auto, eager, onnx; set"):
         choose_engine(AUTO, "cpu", recordable=True)
 
 

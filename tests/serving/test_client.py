@@ -1,6 +1,7 @@
 """What a policy server sends is checked when it arrives: a wrong one costs an episode, never a run or its numbers."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -45,7 +46,9 @@ def server(welcome: Any, answer: Any = None) -> Iterator[str]:
     def converse(connection: ServerConnection) -> None:
         connection.send(packed(welcome))
         for _ in connection:
-            connection.send(packed(answer))
+            if (found := answer() if callable(answer) else answer) is None:
+                return
+            connection.send(packed(found))
 
     with serve(converse, "127.0.0.1", 0, compression=None) as listening:
         thread = threading.Thread(target=listening.serve_forever)
@@ -82,6 +85,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "share-of-three": (stats(gripper_acceptance=3.0), "field gripper_acceptance of its statistics"),
     "no-list": (stats(num_draft_tokens=48), "field num_draft_tokens of its statistics"),
     "decode-a-list": (stats(decode=["ar"]), "field decode of its statistics"),
+    "an-older-versions": (stats(main_passes=0), "not the answer of this version.* argument 'main_passes'"),
     "unknown-statistic": (stats(mood="good"), "unexpected keyword argument 'mood'"),
     "nan-action": (actions(np.full((8, 7), np.nan, np.float32)), "policy: actions: expected finite numbers"),
     "action-out-of-range": (actions(ACTIONS + 1.5), "found one of 1.5"),
@@ -109,6 +113,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no-stats": ({"actions": ACTIONS}, "not the answer of this version"),
     "a-list": ([1], "not the answer of this version"),
     "no-msgpack": (b"\xc1", "expected msgpack"),
+    "text": ("rsd serve: something odd\n\x1b[31mred\x1b[0m", "something odd"),
     "long-text": ("x" * 100_000, "x" * 100),
 }
 
@@ -120,6 +125,26 @@ def test_a_wrong_answer_is_an_error_of_a_few_words(case: str, make_observation: 
         with pytest.raises(RsdError, match=expected) as error:
             remote.predict(make_observation())
         assert len(str(error.value)) < 1200
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("die", "the connection was lost"), ("hang", "no answer for 0.3 s")])
+def test_a_server_that_dies_or_hangs_costs_an_episode(
+    mode: str, expected: str, make_observation: Callable[..., Observation]
+) -> None:
+    left = iter([ANSWER])  # the first is answered
+
+    def answer() -> Any:
+        if (found := next(left, None)) is not None:
+            return found
+        time.sleep(1.0 if mode == "hang" else 0.0)
+        return None
+
+    with server(WELCOME, answer) as address, closing(RemotePolicy(address, 3.0 if mode == "die" else 0.3)) as remote:
+        remote.predict(make_observation())
+        with pytest.raises(RsdError, match=f"^{address}: .*{expected}"):
+            remote.predict(make_observation())
+        with pytest.raises(RsdError, match="a new episode"):
+            remote.predict(make_observation())
 
 
 def test_a_right_answer_is_none(make_observation: Callable[..., Observation]) -> None:

@@ -151,6 +151,16 @@ def test_a_lost_connection_is_an_error_and_the_next_episode_connects_anew_to_the
             remote.reset()
 
 
+def test_of_two_that_load_for_one_port_the_slower_is_told(make_policy: Callable[..., RsdPolicy]) -> None:
+    with socket.socket() as quicker:
+        quicker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as `reserve`: bound, not listening yet
+        quicker.bind(("127.0.0.1", 0))
+        slower = server_of(make_policy(), port=quicker.getsockname()[1])
+        quicker.listen()
+        with pytest.raises(RsdError, match="Address already in use; choose another --host or"), serving(slower):
+            pass
+
+
 def test_what_cannot_be_reached_or_listened_at_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from rsd.training import parallel
 from rsd.training.loop import LoopConfig, train
+from rsd.types import RsdError
 
 STEPS = 80
 
@@ -34,6 +36,25 @@ def work(rank: int, folder: Path) -> None:
     average = train(model, losses, loop, folder / "run", torch.device("cpu"), {})
     torch.save([model.state_dict(), average.state_dict(), batches[0]], folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "none"),
+        ({"RANK": "0"}, "RANK=0"),
+        ({"RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}, "RANK=2, MASTER_ADDR=127.0.0.1, MASTER"),
+    ],
+)
+def test_a_group_that_nobody_launched_is_not_waited_for(
+    given: dict[str, str], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in parallel.TORCHRUNS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "2", **given}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RsdError, match=f"WORLD_SIZE=2: expected RANK and .*, RANK below 2, found {found}"):
+        parallel.join()
 
 
 def test_two_processes_keep_one_model(tmp_path: Path) -> None:

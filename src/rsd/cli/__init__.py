@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import importlib
 import os
 import sys
@@ -16,6 +15,8 @@ from rich.markup import escape
 
 from rsd import former
 from rsd.cli.parsing import UsageError, parse
+from rsd.environment import DEBUG, check_environment
+from rsd.output import Unfinished, reason
 from rsd.types import RsdError
 
 
@@ -107,21 +108,9 @@ EXAMPLES = """\
   rsd report results/spatial/l1 results/spatial/rsd-fused"""
 
 
-# What helps where the operating system refuses; it names the file or address itself.
-REMEDIES = {
-    errno.ENOSPC: "make room and run the same command again",
-    errno.EACCES: "choose another path, or ask for the permission",
-    errno.EROFS: "choose another folder",
-    errno.EEXIST: "expected a folder there, or nothing; choose another path",
-    errno.ENOTDIR: "expected a folder there; choose another path",
-    errno.EISDIR: "expected a file there, not a folder",
-    errno.ENOENT: "check the path",
-}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `rsd`. Exit status: 1 where the work was done and some of it failed (an episode, a check of
-    `rsd doctor`), 2 for a command that could not be done, 130 for Ctrl-C."""
+    """Entry point of `rsd`. Exit status: 1 where the work was done and some of it failed (an episode, a file, a
+    check of `rsd doctor`), 2 for a command that could not be done, 130 for Ctrl-C."""
     sys.exit(dispatch(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -131,6 +120,7 @@ def dispatch(arguments: list[str], study: Command | None = None, prog: str = "rs
     try:
         with all_printed():
             if study is not None:
+                check_environment()
                 return study.run(arguments, prog)
             if not arguments or arguments[0] in ("-h", "--help"):
                 print_help()
@@ -145,12 +135,13 @@ def dispatch(arguments: list[str], study: Command | None = None, prog: str = "rs
                 print_help(group=arguments[0])
                 return 0
             prog = f"rsd {name}"
+            check_environment()
             return COMMANDS[name].run(rest, prog)
     except (RsdError, UsageError, OSError, ValueError) as error:
-        if os.environ.get("RSD_DEBUG") == "1":
+        if os.environ.get(DEBUG) == "1":
             raise
-        say(f"{prog}: error: {reason(error)}")
-        return 2
+        say(f"{prog}: error: {error if isinstance(error, UsageError) else reason(error)}")
+        return 1 if isinstance(error, Unfinished) else 2
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # rich ends the program, silently
             say(f"{prog}: error: {reason(stop.__context__)}")
@@ -175,19 +166,6 @@ def all_printed() -> Iterator[None]:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise
-
-
-def reason(error: Exception) -> str:
-    """What an error says; of one that is not the package's own, which names nothing to do, what helps."""
-    if isinstance(error, BrokenPipeError):
-        return "whoever read the output has closed it (broken pipe)"
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        remedy = REMEDIES.get(error.errno or 0)
-        return f"{where}{error.strerror}{f'; {remedy}' if remedy else ''}"
-    if isinstance(error, RsdError | UsageError):
-        return str(error)
-    return f"{type(error).__name__}: {error}; RSD_DEBUG=1 shows where"
 
 
 def say(text: str) -> None:

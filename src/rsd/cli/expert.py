@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rsd.checks import Checked, Rules, Seed, between
-from rsd.cli.parsing import parse
+from rsd.cli.parsing import check_output, parse
+from rsd.output import writing
 from rsd.types import RsdError
 
 if TYPE_CHECKING:  # help and mistakes in the command line start no simulator
@@ -16,7 +17,7 @@ if TYPE_CHECKING:  # help and mistakes in the command line start no simulator
 
     from rsd.sim.libero import LiberoEnv
 
-FRAME_STEPS = 2  # control steps a frame
+FRAME_STEPS = 2  # of the video, as of an evaluation's
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from rsd.expert.goals import task_goals
     from rsd.sim.libero import LiberoEnv
 
-    if config.video is not None and config.video.exists():
-        raise RsdError(f"--video {config.video}: expected a new file; name another or remove it")
+    if config.video is not None:
+        check_output(f"--video {config.video}", config.video, "file")
+        if config.video.exists():
+            raise RsdError(f"--video {config.video}: expected a new file; name another or remove it")
     task_goals(config.suite, config.task)  # refuses before the simulator starts
     env = LiberoEnv(config.suite, config.task, cameras=config.video is not None)
     failed = 0
@@ -57,7 +60,6 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 def _episode(env: LiberoEnv, seed: int, video: Path | None) -> bool:
     """One episode, a line about it; whether it succeeded."""
-    from rsd.evaluation.video import mp4
     from rsd.expert.expert import run as run_expert
     from rsd.expert.failures import failure_class
 
@@ -67,10 +69,7 @@ def _episode(env: LiberoEnv, seed: int, video: Path | None) -> bool:
     why = "" if result.success else f": {failure_class(env, result.steps)}"
     print(f"seed {seed}: {'success' if result.success else 'failure'} after {result.steps} steps{why}")
     if video is not None and recorder is not None:
-        images = recorder.images
-        with mp4(video, images[0].shape[1::-1], FRAME_STEPS) as write:
-            for image in images:
-                write(image)
+        recorder.write(video)
         print(f"video: {video}")
     return result.success
 
@@ -86,3 +85,9 @@ class _Frames:
         if self._steps % FRAME_STEPS == 0:
             self.images.append(env.render())
         self._steps += 1
+
+    def write(self, path: Path) -> None:
+        from rsd.evaluation.video import write_video  # a run without a video does not need it
+
+        with writing(path):
+            write_video(path, self.images[0].shape[1::-1], self.images)

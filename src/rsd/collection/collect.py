@@ -272,7 +272,7 @@ def collect(config: CollectConfig) -> dict[str, int]:
         counts = {names[task]: _merge(config, task) for task in tasks}
     following = f"demos render --source {config.out}" if config.states_only else f"tokenizer fit --data {config.out}"
     print(f"{sum(counts.values())} demonstrations in {config.out}; next: rsd {following}", file=sys.stderr)
-    faults.raise_any(f"of {total} demonstrations")
+    faults.raise_any(f"of {total} demonstrations", sum(counts.values()))
     return counts
 
 

@@ -48,6 +48,10 @@ PARTS = ".rendered"
 BATCH = 4  # demonstrations per job
 
 
+class OtherImages(RsdError):
+    """Of another size or of other steps: a folder holds those of one kind."""
+
+
 @dataclass(frozen=True)
 class RenderConfig(Checked):
     """Which demonstrations get images. A run that was interrupted continues; demonstrations with images are skipped."""
@@ -89,8 +93,8 @@ def render_frames(
 def render(config: RenderConfig) -> dict[str, int]:
     """Draws what has no images yet; returns the number of demonstrations with images per task.
 
-    Raises RsdError if a file was not written by this package (LIBERO's own files lack the fixtures' poses), or if it
-    holds images of another size; and, once the others are done, if some demonstrations could not be rendered.
+    Raises RsdError if a file holds images of another size; and Unfinished, once the others are done, if demonstrations
+    or files could not be rendered: damaged ones, those of others (LIBERO's own files lack the fixtures' poses).
     """
     out = config.out or config.source
     demonstration_files(config.source)  # an error before a folder is made
@@ -100,19 +104,26 @@ def render(config: RenderConfig) -> dict[str, int]:
     faults = Faults(f"what is rendered is kept in {out}; the same command tries the others again")
     with exclusive(out):
         jobs: list[tuple[Path, str, int, list[str]]] = []
-        files = demonstration_files(config.source)
+        files: list[Path] = []
         done = total = 0
-        for path in files:
-            suite, task_id = _task_of(path)
-            wanted = stored_names(path)[: config.max_per_task]
-            made = (config.image_size, config.every)
-            parts = [part for part in part_files(_folder(out, path)) if _images_of(part) == made]
-            have = _rendered(out / path.name, config) | {part.stem for part in parts}
+        for path in demonstration_files(config.source):
+            try:
+                suite, task_id = _task_of(path, config)
+                wanted = stored_names(path)[: config.max_per_task]
+                made = (config.image_size, config.every)
+                parts = [part for part in part_files(_folder(out, path)) if _images_of(part) == made]
+                have = _rendered(out / path.name, config) | {part.stem for part in parts}
+            except OtherImages:
+                raise
+            except RsdError as error:
+                faults.failed(path.name, str(error))
+                continue
+            files.append(path)
             missing = [name for name in wanted if name not in have]
             total += len(wanted)
             done += len(wanted) - len(missing)
             jobs += [(path, suite, task_id, missing[i : i + BATCH]) for i in range(0, len(missing), BATCH)]
-        with worker_pool(config.num_workers) as pool, progress_bar() as bar:
+        with worker_pool(config.num_workers) as pool, progress_bar(bool(files)) as bar:
             shown = bar.add_task("rendered demonstrations", total=total, completed=done)
             for job in as_completed([pool.submit(_render_batch, config, out, *arguments) for arguments in jobs]):
                 done, failed = job.result()
@@ -120,9 +131,9 @@ def render(config: RenderConfig) -> dict[str, int]:
                     faults.failed(piece, fault)
                 bar.advance(shown, done)
         counts = {path.name.removesuffix(FILE_SUFFIX): _merge(config, out, path) for path in files}
+    faults.raise_any(f"of the demonstrations or files in {config.source}", sum(counts.values()))
     told = f"{sum(counts.values())} demonstrations with images in {out}"
     print(f"{told}; next: rsd train policy --data {out}", file=sys.stderr)
-    faults.raise_any(f"of {total} demonstrations")
     return counts
 
 
@@ -130,9 +141,11 @@ def _folder(out: Path, path: Path) -> Path:
     return out / PARTS / path.name.removesuffix(FILE_SUFFIX)
 
 
-def _task_of(path: Path) -> tuple[str, int]:
+def _task_of(path: Path, config: RenderConfig) -> tuple[str, int]:
     with open_data(path) as data:
         provenance = read_provenance(data)
+        if provenance is not None:
+            _attributes(data, path, config)  # now, not when its images are drawn
     if provenance is None:
         raise RsdError(
             f"render: expected demonstrations written by `rsd demos collect`, found {path} without rsd_provenance; "
@@ -160,7 +173,7 @@ def _rendered(path: Path, config: RenderConfig) -> set[str]:
                 continue
             size, every = _size_and_spacing(group, where)
             if (size, every) != (config.image_size, config.every):
-                raise RsdError(
+                raise OtherImages(
                     f"render: {path} holds images of {size} px of every {every}. step, asked for were "
                     f"{config.image_size} px of every {config.every}. step; choose another --out"
                 )
@@ -188,9 +201,14 @@ def _render_batch(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
+    def read(_: str, item: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(item, h5py.Dataset):
+            item[()]
+
     def draw(name: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         demo, where = member(data, name, f"demonstrations {path}"), f"demonstration {name} of {path}"
         with reading(f"{where}, its states or fixtures"):
+            demo.visititems(read)  # else what is damaged would be found as it is copied, and taken for a full disk
             states, things = demo["states"][:: config.every], [thing for _, thing in asked_things(demo, where)]
             return render_frames(env, states, demo["body_pos"][()], demo["body_quat"][()], things)
 

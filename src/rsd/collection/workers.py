@@ -29,7 +29,7 @@ def check_place(out: Path) -> None:
     """Raises RsdError where the first demonstrations would come among the files of something else: of a checkpoint, a
     tokenizer, a run, or whatever the current folder holds (an empty name means that one)."""
     names = sorted(os.listdir(out)) if out.is_dir() else []
-    here = out.resolve() == Path.cwd()
+    here = os.path.realpath(out) == os.getcwd()  # `resolve` raises where links lead in a circle
     others = [name for name in names if name in FILES_OF_OTHERS or (here and not name.startswith("."))]
     if others and not any(name.endswith(FILE_SUFFIX) for name in names):
         found = f"{others[0]} in {'the current folder' if here else out}"
@@ -51,10 +51,10 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def progress_bar() -> Progress:
+def progress_bar(visible: bool = True) -> Progress:
     """The bar of collection and rendering."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(stderr=True), disable=not visible)
 
 
 _kept: dict[tuple[str, int, int, bool], LiberoEnv] = {}  # one at most

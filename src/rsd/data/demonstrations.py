@@ -3,6 +3,7 @@ LeRobot data sets the actions."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,9 +140,9 @@ def recorded_by(folder: str | Path) -> str:
 
 def action_episodes(folder: str | Path) -> Iterator[ActionEpisode]:
     """The episodes of a folder, one at a time, in a fixed order. Raises RsdError for anything missing or damaged."""
-    folder = Path(folder)
+    folder = Path(checked(str | Path, folder, "demonstrations"))
     if lerobot.is_dataset(folder):
-        name = folder.resolve().name
+        name = os.path.basename(os.path.realpath(folder))
         yield from (ActionEpisode(name, actions) for actions in lerobot.read_actions(folder))
     else:
         for demonstration in load_demonstrations(folder, images=False):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.checks import told
 from rsd.extras import extra
 from rsd.json_files import read_object
 from rsd.types import RsdError
@@ -112,10 +113,9 @@ def read_columns(path: Path, columns: list[str]) -> pyarrow.Table:
     try:
         return parquet.read_table(path, columns=columns, partitioning=None)
     except (OSError, pyarrow.ArrowException) as error:
-        found = " ".join(str(error).split())
         raise RsdError(
-            f"{path}: expected a parquet file with {', '.join(columns)}, found {found}. Download it again (with git, "
-            "`git lfs pull`)"
+            f"{path}: expected a parquet file with {', '.join(columns)}, found {told(error)}. "
+            "Download it again (with git, `git lfs pull`)"
         ) from None
 
 

@@ -230,6 +230,16 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     return found
 
 
+def ready(config: EvalConfig) -> None:
+    """The cheap checks, and what every worker would find out: options that this checkpoint cannot do."""
+    from rsd.checkpoint import locate_checkpoint
+    from rsd.targets.openvla.published import locate_openvla
+
+    preflight(config)
+    if not config.served and locate_openvla(config.policy) is None:
+        engine_of(config, locate_checkpoint(config.policy))
+
+
 def engine_of(config: EvalConfig, directory: Path | None) -> str:
     """What `--engine auto` is for this run, as the policy will choose it; with a version that torch's does not tell.
 
@@ -257,7 +267,7 @@ LIBERO = Backend(
     choose_decode=best_of_checkpoint,
     make_batch_policy=batched_rsd_policy,
     prepare=prepare_libero,
-    preflight=preflight,
+    preflight=ready,
     cautions=cautions,
 )
 

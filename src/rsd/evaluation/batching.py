@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle
 from typing import Any
 
+from rsd.checks import told
 from rsd.evaluation.backend import Backend
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.workers import Ready, failed, prepare_process
@@ -80,7 +81,7 @@ class BatchServer:
             self._states.update(zip(asked, states, strict=True))
         except Exception as error:
             traceback.print_exc()
-            return [f"{type(error).__name__}: {error}"] * len(asked)
+            return [f"{type(error).__name__}: {told(error)}"] * len(asked)
         return chunks
 
 

@@ -248,6 +248,8 @@ def planned_states(init_states: str | int, num_trials: int) -> Sequence[int]:
             raise RsdError(f"--init-states {shown(text)}: expected numbers and ranges such as 0,3,10-19")
         if high >= MOST_STATES:
             raise RsdError(f"--init-states {shown(text)}: expected numbers below {MOST_STATES}")
+        if again := states.keys() & {*range(low, high + 1)}:
+            raise RsdError(f"--init-states {shown(text)}: expected each initial state once, found {min(again)} twice")
         states.update(dict.fromkeys(range(low, high + 1)))
     return list(states)[:num_trials]
 

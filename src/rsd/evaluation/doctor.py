@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rsd.devices import check_device
-from rsd.output import shown
+from rsd.output import reason, shown
 from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Observation, RsdError
 
 if TYPE_CHECKING:
@@ -59,10 +59,8 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
     """A check whose own failure is its finding."""
     try:
         return check()
-    except RsdError as error:
-        return Check(name, "fail", str(error))
     except Exception as error:  # whatever the machine comes up with
-        return Check(name, "fail", f"{type(error).__name__}: {error}", "RSD_DEBUG=1 shows more")
+        return Check(name, "fail", reason(error))
 
 
 def python_version() -> Check:

@@ -197,8 +197,6 @@ def run_missing(
     kept = f"finished episodes are kept in {directory}; the same command without --overwrite goes on"
     faults = Faults(kept, MAX_EQUAL_FAULTS + workers - 1)
     planned = len(queue) + sum(not result.is_error for result in finished.values())
-    with writing(directory):
-        (directory / VIDEOS_DIR).mkdir(parents=True, exist_ok=True)
     videos = len(list((directory / VIDEOS_DIR).glob("*.mp4")))
     with (
         told(f"interrupted: {kept}", console),

@@ -12,6 +12,7 @@ from typing import Any
 from rsd.evaluation.backend import LIBERO
 from rsd.evaluation.config import EvalConfig
 from rsd.extras import extra
+from rsd.output import writing
 from rsd.types import BEST, RsdError
 
 
@@ -43,10 +44,28 @@ def submit_shards(
     if cluster == "slurm" and shutil.which("srun") is None:
         found = "--cluster slurm: expected SLURM's srun and sbatch, found none here"
         raise RsdError(f"{found}; run this on the cluster's login node, or try it with --cluster local")
-    with refusals("the jobs were refused"):
-        executor = submitit.AutoExecutor(folder=config.output_dir / "jobs", cluster=cluster)
+    folder = config.output_dir / "jobs"
+    with nothing_left(folder), refusals("the jobs were refused"):
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(name="rsd-eval", **(parameters or {}))
         return executor.map_array(run_shard, shard_configs(config, shards))
+
+
+@contextlib.contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """What fails inside leaves the folder, and those above it, as they were: without the jobs that nobody will run."""
+    before = set(folder.glob("*"))
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with writing(folder):
+            yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for path in set(folder.glob("*")) - before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in new:
+                path.rmdir()
+        raise
 
 
 def wait_for(jobs: Sequence[Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rsd.checks import checked, each_once
 from rsd.evaluation.backend import LIBERO, Backend
 from rsd.evaluation.config import stored_config
 from rsd.evaluation.evaluate import ERRORS_FILE, differences, plan_episodes, run_differences, sum_up
@@ -39,12 +40,11 @@ def merge_shards(output: Path, shards: Sequence[Path] = (), backend: Backend = L
     Raises RsdError where a directory is no run or of another one, two of them hold different results of one episode,
     or none holds any. What the run still lacks is for `missing_parts` to say.
     """
-    shards = list(shards) or [shard for shard in sorted(output.glob(SHARD_PATTERN)) if (shard / CONFIG_FILE).exists()]
+    output, given = checked(Path, output, "merge: output"), checked(list[Path], list(shards), "merge: shards")
+    shards = given or [shard for shard in sorted(output.glob(SHARD_PATTERN)) if (shard / CONFIG_FILE).exists()]
     if not shards:
         raise RsdError(f"{output}: holds no {SHARD_PATTERN} with results; name the shards' directories")
-    folders = [shard.resolve() for shard in shards]
-    if output.resolve() in folders or len(set(folders)) < len(folders):
-        raise RsdError(f"{output}: expected shards that are other directories, each named once; found one twice")
+    each_once("output and shards", (output, *shards))
     with exclusive(output):
         return merge_locked(output, shards, backend)
 
@@ -82,7 +82,7 @@ def merge_locked(output: Path, shards: list[Path], backend: Backend) -> RunSumma
     record = replace(records[0], config={**records[0].config, "shard": "", "output": str(output)}, planned=0)
     with contextlib.suppress(RsdError):  # `missing_parts` tells it
         record = replace(record, planned=len(planned_episodes(record, backend)))
-    sources = [shard for shard in shards if shard.resolve() != output.resolve()]
+    sources = [*shards]
     if (output / CONFIG_FILE).exists():
         existing = read_run_record(output)
         require_same(existing, record, output, shards[0])

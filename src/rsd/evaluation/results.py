@@ -187,6 +187,8 @@ def read_episodes(path: Path) -> dict[EpisodeKey, EpisodeResult]:
         if earlier is not None and not earlier.is_error:
             raise RsdError(f"{where}: task {result.task_id}, initial state {result.init_state} is recorded twice")
         episodes[result.key] = result
+    if len(decoders := {episode.decode for episode in scored(episodes.values())}) > 1:
+        raise RsdError(f"{path}: expected the episodes of one run, found some of {' and '.join(sorted(decoders))}")
     return episodes
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.checks import told
 from rsd.evaluation.realtime import Motion, Pace
 from rsd.evaluation.results import ERROR_PREFIX, STEP_LIMIT, EpisodeResult
 from rsd.types import ChunkStats, Observation, Policy
@@ -99,7 +100,7 @@ def run_episode(
         failure = "" if success else STEP_LIMIT
     except Exception as error:
         success, trace = False, traceback.format_exc()
-        failure = f"{ERROR_PREFIX}{type(error).__name__}: {' '.join(str(error).split())}"
+        failure = f"{ERROR_PREFIX}{type(error).__name__}: {told(error, 1000)}"
     result = EpisodeResult(
         suite=suite,
         task_id=task_id,

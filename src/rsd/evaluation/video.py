@@ -6,9 +6,9 @@ shows the same episode, and whether a video is made cannot change a result.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,49 +32,48 @@ def video_name(result: EpisodeResult) -> str:
     return f"{result.suite}_task{result.task_id:02d}_init{result.init_state:02d}_{outcome}.mp4"
 
 
-@contextlib.contextmanager
-def mp4(path: Path, size: tuple[int, int], frame_steps: int) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
-    """Takes frames uint8 [height, width, 3] of size (width, height), one every so many control steps, and writes them
-    in real time; the file is there once all went well."""
-    import imageio_ffmpeg  # type: ignore[import-untyped]  # an evaluation without videos does not need it
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")  # a kill leaves no half video under the video's name
-    rate, mp4_file = CONTROL_HZ / frame_steps, ["-f", "mp4"]
-    writer = imageio_ffmpeg.write_frames(
-        str(unfinished), size, fps=rate, macro_block_size=1, ffmpeg_log_level="error", output_params=mp4_file
-    )
-    writer.send(None)  # starts the encoder
-    try:
-        yield lambda frame: writer.send(np.ascontiguousarray(frame))
-    finally:
-        writer.close()
-    unfinished.replace(path)
-
-
 def replay_video(env: Environment, rollout: Rollout, path: Path) -> None:
     """Execute the rollout's actions again and write an mp4 in real time, both cameras side by side.
 
     The strip at the bottom has one field a chunk, from red (no drafted level accepted) to green (all),
     grey where nothing was drafted. Raises RsdError if the replay ends otherwise than the episode did.
     """
+    write_video(path, (2 * PANEL, CAPTION + PANEL + STRIP), _replayed(env, rollout))
+
+
+def write_video(path: Path, size: tuple[int, int], frames: Iterable[NDArray[np.uint8]]) -> None:
+    """Frames [height, width, 3], one every FRAME_STEPS steps, as an mp4 in real time. size: width, height."""
+    import imageio_ffmpeg  # type: ignore[import-untyped]  # what makes no videos does not need it
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")  # a kill leaves no half video under the video's name
+    options: dict[str, Any] = {"macro_block_size": 1, "ffmpeg_log_level": "error", "output_params": ["-f", "mp4"]}
+    writer = imageio_ffmpeg.write_frames(str(unfinished), size, fps=CONTROL_HZ / FRAME_STEPS, **options)
+    writer.send(None)  # starts the encoder
+    try:
+        for each in frames:
+            writer.send(np.ascontiguousarray(each))
+    finally:
+        writer.close()
+    unfinished.replace(path)
+
+
+def _replayed(env: Environment, rollout: Rollout) -> Iterator[NDArray[np.uint8]]:
     result, steps, terminated = rollout.result, 0, False
     colours = strip_colours(result)
     env.reset(options={"init_state": result.init_state})
-    with mp4(path, (2 * PANEL, CAPTION + PANEL + STRIP), FRAME_STEPS) as write:
-        write(frame(env.observation().images, colours, 0, result.instruction, 0))
-        for chunk, actions in enumerate(rollout.actions, start=1):
-            for first in range(0, len(actions), FRAME_STEPS):
-                executed = actions[first : first + FRAME_STEPS]
-                _, _, terminated, _, _ = env.step_chunk(executed)
-                steps += len(executed)
-                write(frame(env.observation().images, colours, chunk, result.instruction, steps))
-        if terminated != result.success:
-            ended = "success" if result.success else "failure"
-            raise RsdError(
-                f"replay of task {result.task_id}, initial state {result.init_state}: the episode ended in {ended}, "
-                "its replay did not: the simulator does not repeat"
-            )
+    yield frame(env.observation().images, colours, 0, result.instruction, 0)
+    for chunk, actions in enumerate(rollout.actions, start=1):
+        for first in range(0, len(actions), FRAME_STEPS):
+            executed = actions[first : first + FRAME_STEPS]
+            _, _, terminated, _, _ = env.step_chunk(executed)
+            steps += len(executed)
+            yield frame(env.observation().images, colours, chunk, result.instruction, steps)
+    if terminated != result.success:
+        raise RsdError(
+            f"replay of task {result.task_id}, initial state {result.init_state}: the episode ended in "
+            f"{'success' if result.success else 'failure'}, its replay did not: the simulator does not repeat"
+        )
 
 
 def strip_colours(result: EpisodeResult) -> list[tuple[int, ...]]:

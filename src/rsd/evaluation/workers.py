@@ -17,6 +17,7 @@ from typing import Any
 from rsd.evaluation.backend import Backend
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.episodes import EpisodeRunner
+from rsd.output import reason
 from rsd.types import ActionChunk, Observation, RsdError
 
 
@@ -38,8 +39,7 @@ class Failed:
 
 
 def failed(error: BaseException) -> Failed:
-    message = str(error) if isinstance(error, RsdError) else f"{type(error).__name__}: {error}"
-    return Failed(message, "".join(traceback.format_exception(error)))
+    return Failed(reason(error), "".join(traceback.format_exception(error)))
 
 
 def die_with_parent() -> None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rsd.checks import told
 from rsd.conventions import CHUNK_SIZE
 from rsd.data.demonstrations import load_demonstrations
 from rsd.decoding.acceptance import acceptance_rule, accepted_prefix
@@ -403,7 +404,7 @@ def read_chunks(path: Path) -> NDArray[np.float32]:
         try:
             chunks = real_array(str(path), np.load(path, allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
-            raise RsdError(f"{path}: expected action chunks of np.save, found {error!s:.200}") from None
+            raise RsdError(f"{path}: expected action chunks of np.save, found {told(error, 200)}") from None
     else:
         labels = [demonstration.labels for demonstration in load_demonstrations(path, images=False)]
         if not labels:

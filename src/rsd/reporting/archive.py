@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from rsd import former
+from rsd.checks import told
 from rsd.types import RsdError
 
 SUFFIX = ".tar.xz"
@@ -33,5 +34,5 @@ def _unpacked(archive: Path) -> tempfile.TemporaryDirectory[str]:
         with tarfile.open(archive) as content:
             content.extractall(folder.name, filter="data")
     except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
-        raise RsdError(f"{archive}: cannot be unpacked ({error}); fetch it again") from error
+        raise RsdError(f"{archive}: cannot be unpacked ({told(error)}); fetch it again") from error
     return folder

@@ -24,6 +24,7 @@ from rsd.evaluation.results import EpisodeResult, write_atomically
 from rsd.evaluation.summary import success_rate, summarize_decoding, summarize_tasks
 from rsd.evaluation.tables import ABSENT, plural
 from rsd.evaluation.video import VIDEOS_DIR, video_name
+from rsd.output import writing
 from rsd.reporting.figures import FIGURES, SERIES, STAGE_COLOURS, draw_all, save, themed_svg
 from rsd.reporting.tables import (
     Run,
@@ -81,9 +82,10 @@ def write_report(directories: Sequence[Path], output: Path | None = None, videos
         raise RsdError(f"--output {output}: expected a name that ends in .html; another file would be written over")
     figures = draw_all(runs)
     folder = output.parent / FIGURES_DIR
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        save(figure, folder / name)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            save(figure, folder / name)
     drawings = {name: Markup(themed_svg(figure, name, FIGURES[name][0])) for name, figure in figures.items()}
     write_atomically(output, render(runs, drawings, output.parent, videos))
     return output

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from rsd.checks import each_once
+from rsd.checks import checked, each_once, shown
 from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import planned_states
 from rsd.evaluation.realtime import Motion
@@ -100,6 +100,9 @@ def load_run(directory: Path) -> Run:
     episodes = scored(results)
     if not episodes:
         raise RsdError(f"{directory}: no finished episode; run the `rsd eval` command that made it again")
+    suites = [name.strip() for name in str(record.config.get("task_suite", episodes[0].suite)).split(",")]
+    if odd := next((episode.suite for episode in episodes if episode.suite not in suites), None):
+        raise RsdError(f"{directory}: expected episodes of {', '.join(suites)}, found one of {shown(odd)}")
     temperature = record.config.get("temperature", 0.0)
     how = ", ".join(filter(None, [episodes[0].acceptance, f"temperature {temperature:g}" if temperature else ""]))
     decode = episodes[0].decode
@@ -110,7 +113,7 @@ def load_run(directory: Path) -> Run:
 def run_directories(paths: Sequence[Path]) -> list[Path]:
     """Results directories as they are; a folder of them is all that lie in it, by name."""
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in checked(list[Path], list(paths) if isinstance(paths, tuple) else paths, "runs"):
         inside = sorted(part.parent for part in path.glob(f"*/{EPISODES_FILE}"))
         if not inside or (path / CONFIG_FILE).exists():
             found.append(path)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from rsd.checks import told
 from rsd.models.fusing import fusing
 from rsd.types import RsdError
 
@@ -80,5 +81,5 @@ def compiled_graph(step: Step, ops: Primitives, call: Call, inputs: Sequence[Ten
         with fusing():
             return cuda_graph(step, ops, call, inputs)
     except RuntimeError as error:  # the compiler's own are of this kind
-        found = f"{step.name} not compiled ({error})"
+        found = f"{step.name} not compiled ({told(error)})"
         raise RsdError(f"engine 'compiled': {found}; take the engine 'cuda-graphs'") from error

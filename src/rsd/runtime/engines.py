@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rsd.decoding.primitives import Primitives, Step
+from rsd.environment import ENGINE, variable
 from rsd.nested import signature, tensors_of, with_tensors
 from rsd.runtime.cuda_graph import compiled_graph, cuda_graph
 from rsd.runtime.onnx_graph import OnnxGraphs, missing_packages
@@ -19,7 +19,6 @@ from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ENGINES, ONNX, RsdErro
 
 DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}  # of the engines that record
 CUDA = {CUDA_GRAPHS: cuda_graph, COMPILED: compiled_graph}
-VARIABLE = "RSD_ENGINE"  # what `auto` takes on a CPU, if it is set
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 Call = Callable[[Sequence[Tensor]], Any]
@@ -91,10 +90,7 @@ def choose_engine(asked: str, device: str, recordable: bool, compact: bool = Tru
         return EAGER
     if kind == "cuda":
         return CUDA_GRAPHS
-    wanted = os.environ.get(VARIABLE, AUTO)
-    if wanted not in (AUTO, EAGER, ONNX):
-        raise RsdError(f"{VARIABLE}={wanted}: expected {AUTO}, {EAGER} or {ONNX}; set it anew, or unset it")
-    if wanted != AUTO:
+    if (wanted := variable(ENGINE, AUTO)) != AUTO:
         return choose_engine(wanted, device, recordable)
     if missing := missing_packages():
         LOG.warning("%s not installed: engine eager, about half as fast on a CPU", ", ".join(missing))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.onnx import register_custom_op_symbolic
 
 import rsd
+from rsd.checks import told
 from rsd.decoding.primitives import Primitives, Step
 from rsd.locks import first_or_after
 from rsd.nested import tensors_of, with_tensors
@@ -208,10 +209,10 @@ def export(path: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence
             graph.replace(path)  # whole or not at all, whoever else exports the same
         make_room(path.parent)
     except RuntimeError as error:  # the exporter's own are of this kind
-        raise RsdError(f"ONNX graph {path.stem}: not exported ({error}); take the engine 'eager'") from error
+        raise RsdError(f"ONNX graph {path.stem}: not exported ({told(error)}); take the engine 'eager'") from error
     except OSError as error:
         remedy = "set XDG_CACHE_HOME to a folder with room that may be written to, or take the engine 'eager'"
-        raise RsdError(f"ONNX graph {path}: not written ({error}); {remedy}") from error
+        raise RsdError(f"ONNX graph {path}: not written ({told(error)}); {remedy}") from error
     finally:
         ops.checks = earlier
     say(f"exporting {step.name} for ONNX Runtime, once for this policy: {time.monotonic() - begun:.0f} s")
@@ -281,4 +282,4 @@ def _session(path: Path, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime has a class of its own for every kind of damage
-        raise RsdError(f"ONNX graph {path}: cannot be loaded ({error}); decode with the engine 'eager'") from error
+        raise RsdError(f"ONNX graph {path}: cannot be loaded ({told(error)}); take the engine 'eager'") from error

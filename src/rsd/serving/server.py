@@ -11,7 +11,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from http import HTTPStatus
@@ -67,6 +67,8 @@ class PolicyServer:
                     await self._converse(connection)
 
             host, port = self._door.getsockname()[:2]
+            with listening_at(host, port):
+                self._door.listen()  # another one that was loading its policy as well may have been quicker
             # No compression: pixels do not shrink. No origins: a web page must not reach a robot through a browser.
             async with serve(
                 handle,
@@ -75,6 +77,8 @@ class PolicyServer:
                 max_size=MAX_MESSAGE,
                 origins=[None],
                 process_request=check_health,
+                open_timeout=5.0,  # and close_timeout: how long Ctrl-C may wait for clients that do not answer
+                close_timeout=5.0,
             ):
                 listening(f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}")
                 await stop.wait()
@@ -97,7 +101,7 @@ def reserve(host: str, port: int) -> socket.socket:
 
     Before 15 GB are loaded, not after.
     """
-    try:
+    with listening_at(host, port):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         door = socket.socket(family, kind, protocol)
         with contextlib.ExitStack() as undo:
@@ -106,6 +110,12 @@ def reserve(host: str, port: int) -> socket.socket:
             door.bind(address)
             undo.pop_all()
         return door
+
+
+@contextlib.contextmanager
+def listening_at(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:  # a name that cannot be one is a UnicodeError
         remedy, found = "choose another --host or --port", getattr(error, "strerror", "no name of a machine")
         raise RsdError(f"cannot listen at {host}, port {port}: {found}; {remedy}") from error

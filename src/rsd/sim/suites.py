@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.cache import private_folder
-from rsd.checks import checked
+from rsd.checks import checked, told
 from rsd.conventions import MAX_STEPS
 from rsd.sim import permuted
 from rsd.sim.permuted import SceneFile, base_suite, is_permuted
@@ -203,7 +203,7 @@ def init_states(suite: str, task_id: int) -> NDArray[np.float64]:
     try:
         states = np.asarray(_benchmark(suite).get_task_init_states(task_id), dtype=np.float64)
     except FileNotFoundError as error:
-        raise RsdError(f"initial states of {suite} task {task_id}: {error}") from error
+        raise RsdError(f"states of {suite} task {task_id}: {told(error)}; install {DISTRIBUTION} again") from error
     states.setflags(write=False)
     return states
 

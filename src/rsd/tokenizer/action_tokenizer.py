@@ -121,7 +121,7 @@ class ActionTokenizer:
 
     def normalise(self, chunk: Tensor) -> Tensor:
         """chunk float [B, H, A] -> motion [B, H, M], about [-1, 1]."""
-        chunk = reals("action chunk", chunk, self.shape)
+        chunk = reals("action chunk", chunk, self.shape, finite=True, wait=False)
         motion = chunk[..., : len(self.low)] if self.binary_last else chunk.index_select(-1, self.motion_index)
         return (motion - self.centre) / self.scale
 
@@ -134,7 +134,7 @@ class ActionTokenizer:
 
     def to_normalised(self, coefficients: Tensor) -> Tensor:
         """coefficients [B, P] -> normalised motion [B, H, M] over time (about [-1, 1])."""
-        coefficients = reals("coefficients", coefficients, ("B", self.scalars))
+        coefficients = reals("coefficients", coefficients, ("B", self.scalars), finite=True, wait=False)
         shape = (self.config.horizon, self.motion_dim)
         if self.config.transform not in OVER_TIME:
             return ordered_product(self.matrix.T, coefficients.unsqueeze(-1)).squeeze(-1).unflatten(-1, shape)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rsd.checks import Checked, between
+from rsd.checks import Checked, between, told
 from rsd.json_files import check_version, from_json, read_object
 from rsd.manifest import file_sha256
 from rsd.tokenizer.config import EncodeStatistics, TokenizerConfig
@@ -73,7 +73,7 @@ def read_matrix(path: Path, digest: str) -> Tensor:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise RsdError(f"{path}: not readable as safetensors ({error}); it is damaged") from None
+        raise RsdError(f"{path}: not readable as safetensors ({told(error)}); it is damaged") from None
     if tensors.keys() != {"matrix"}:
         raise RsdError(f"{path}: expected the tensor matrix, found {', '.join(sorted(tensors))}; {REMEDY}")
     if (matrix := tensors["matrix"]).dtype != torch.float32:

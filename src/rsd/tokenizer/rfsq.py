@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from rsd.checks import Shape
 from rsd.exact import integers, reals
 from rsd.tokenizer.config import RfsqConfig
 from rsd.types import RsdError
@@ -29,12 +30,17 @@ class Rfsq:
     """
 
     def __init__(self, config: RfsqConfig, first_step: float = 1.0) -> None:
-        if not 0.0 < first_step < math.inf:  # a plain comparison: made while models are compiled, too
-            raise RsdError(f"RFSQ: expected a positive finite step size, found {first_step}")
+        if not isinstance(config, RfsqConfig):
+            raise RsdError(f"RFSQ: expected RfsqConfig, found {type(config).__name__}")
+        # plain comparisons: made while models are compiled, too
+        if not isinstance(first_step, int | float) or not 0.0 < first_step < math.inf:
+            raise RsdError(f"RFSQ: expected a positive finite step size, found {first_step!r}")
         self.config, self.first_step = config, first_step
 
     def step(self, level: int) -> float:
         """Step size D_level, level = 1..L."""
+        if level not in range(1, self.config.levels + 1):
+            raise RsdError(f"RFSQ: expected a level from 1 to {self.config.levels}, found {level!r}")
         return self.first_step * self.config.weight(level)
 
     @property
@@ -49,7 +55,7 @@ class Rfsq:
 
     def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x float [..., P] -> symbols int64 [..., L, P] and what they `dequantise` to bit by bit [..., P]."""
-        residual = reals("scalars", x)
+        residual = reals("scalars", x, (..., "P"), finite=True, wait=False)
         z_hat, symbols = torch.zeros_like(residual), []
         for level in range(1, self.config.levels + 1):
             digit = self.digit(residual, level)
@@ -60,7 +66,7 @@ class Rfsq:
 
     def dequantise(self, symbols: Tensor) -> Tensor:
         """symbols int [..., k, P], any prefix k = 0..L of levels -> float32 [..., P]."""
-        symbols = integers("tokens", symbols)
+        symbols = self.check(symbols, (..., "levels", "P"), wait=False)
         levels = symbols.shape[-2]
         if levels > self.config.levels:
             raise RsdError(f"RFSQ: expected at most {self.config.levels} levels, found {levels}")
@@ -71,13 +77,12 @@ class Rfsq:
 
     def value(self, symbol: Tensor, level: int) -> Tensor:
         """What symbols int [..., P] of one level contribute: D_level * t."""
-        return (integers("tokens", symbol) - self.config.half).float() * self.step(level)
-
+        return (self.check(symbol, wait=False) - self.config.half).float() * self.step(level)
 
     def reach(self) -> float:
         """Largest |scalar| that ends within half of the last step."""
         return self.config.span() * self.first_step
 
-    def check(self, symbols: Tensor) -> None:
-        """Raise if a symbol is no integer, or outside 0..K-1."""
-        integers("tokens", symbols, within=(0, self.config.symbols - 1))
+    def check(self, symbols: Tensor, shape: Shape = (...,), wait: bool = True) -> Tensor:
+        """Symbols as int64; raises if one is no integer, or outside 0..K-1. wait: as of `exact.integers`."""
+        return integers("tokens", symbols, shape, (0, self.config.symbols - 1), wait)

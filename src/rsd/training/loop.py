@@ -7,7 +7,6 @@ import copy
 import functools
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from rsd.environment import variable
 from rsd.extras import extra
 from rsd.locks import exclusive
 from rsd.output import writing
@@ -131,7 +131,7 @@ def train(
     compute = record(forward_backward, trained) if graphed else forward_backward
     start, begun, done = time.monotonic() - spent, step, 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not first) as progress, stop_asked() as stop:
+    with Progress(*columns, disable=not first) as progress, stop_asked() as stop, told_once():
         bar = progress.add_task("training", total=config.steps, completed=step)
         moved = printed = -math.inf
         values = dict[str, Tensor]()
@@ -182,9 +182,20 @@ def train(
         raise KeyboardInterrupt
     for buffer, value in zip(ema.buffers(), model.buffers(), strict=True):
         buffer.copy_(value)
-    with writing(run / "tensorboard"):
+    with writing(run / "tensorboard"), told_once():
         writer.close()
     return ema
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """TensorBoard's thread prints a traceback where the disk fails it, which the next line logged raises again."""
+    before = threading.excepthook
+    threading.excepthook = lambda found: None if isinstance(found.exc_value, OSError) else before(found)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def optimiser_of(trained: Sequence[Tensor], config: LoopConfig, device: torch.device) -> torch.optim.AdamW:
@@ -335,7 +346,8 @@ def one_run_a_folder(train: Callable[[Config], Result]) -> Callable[[Config], Re
     @functools.wraps(train)
     def alone(config: Config) -> Result:
         output: Path = config.output  # type: ignore[attr-defined]
-        with exclusive(output) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        first = not parallel.launched() or int(variable("RANK", "0")) == 0
+        with exclusive(output) if first else contextlib.nullcontext():
             if (output / CHECKPOINT).exists() and not (output / STATE_FILE).exists():
                 raise RsdError(f"{output / CHECKPOINT}: a checkpoint of another run; choose another --output")
             return train(config)

@@ -12,16 +12,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rsd.environment import variable
+from rsd.types import RsdError
+
+TORCHRUNS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 def join() -> None:
     """Join the process group that `torchrun` describes in the environment; without one, do nothing."""
     if launched() and not dist.is_initialized():
+        size, given = int(variable("WORLD_SIZE", "1")), [name for name in TORCHRUNS if os.environ.get(name)]
+        if len(given) < len(TORCHRUNS) or not int(variable("RANK", "0")) < size:
+            found = ", ".join(f"{name}={os.environ[name]}" for name in given) or "none"
+            expected = f"expected {' and '.join(TORCHRUNS)}, RANK below {size}, found {found}"
+            raise RsdError(f"WORLD_SIZE={size}: {expected}; begin it by torchrun, or unset WORLD_SIZE")
         dist.init_process_group()
 
 
 def launched() -> bool:
     """Whether `torchrun` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return int(variable("WORLD_SIZE", "1")) > 1
 
 
 def rank() -> int:
@@ -31,6 +41,9 @@ def rank() -> int:
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
+
+def local_rank() -> int:
+    return int(variable("LOCAL_RANK", "0"))
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rsd.checks import checked
+from rsd.checks import checked, told
 from rsd.pt_files import read_pt
 from rsd.targets.openvla.model import OpenVlaConfig, OpenVlaModel
 from rsd.targets.openvla.published import (
@@ -151,7 +151,7 @@ def tensors(path: Path, device: str) -> Iterator[tuple[str, Tensor]]:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
-        raise RsdError(f"{path}: not readable as safetensors ({error}); it is cut off or damaged") from None
+        raise RsdError(f"{path}: not readable as safetensors ({told(error)}); it is cut off or damaged") from None
 
 
 @torch.no_grad()

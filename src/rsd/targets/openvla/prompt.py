@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rsd.checks import told
 from rsd.extras import extra
 from rsd.types import RsdError
 
@@ -31,7 +32,7 @@ class Prompt:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise RsdError(f"{path}: not readable as a tokenizer ({error}); copy it again") from None
+            raise RsdError(f"{path}: not readable as a tokenizer ({told(error)}); copy it again") from None
         found = self._tokenizer.token_to_id(EMPTY_PIECE)
         if found != EMPTY_TOKEN:
             raise RsdError(f"{path}: expected Llama-2's vocabulary, {EMPTY_PIECE!r} as {EMPTY_TOKEN}, found {found}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rsd.checks import Time, checked
+from rsd.checks import Time, checked, told
 from rsd.chunks import MOST_STEPS, ROUNDING, checked_chunk
 from rsd.extras import extra
 from rsd.json_files import from_json
@@ -90,8 +90,8 @@ class RemotePolicy:
             return read_welcome(self.address, self._receive())
         # ValueError and OverflowError for a port that is none
         except (OSError, ValueError, OverflowError, WebSocketException) as error:
-            expected = "expected an `rsd serve` at ws://HOST:PORT"
-            raise RsdError(f"{self.address}: {expected}, found none that answers ({error})") from error
+            expected = "expected an `rsd serve` at ws://HOST:PORT, found none that answers"
+            raise RsdError(f"{self.address}: {expected} ({told(error)}); start it, or mend the address") from error
 
     def _ask(self, content: dict[str, Any]) -> Any:
         if self._connection is None:
@@ -100,7 +100,7 @@ class RemotePolicy:
             self._connection.send(pack(content))
         except WebSocketException as error:
             self.close()
-            raise RsdError(f"{self.address}: the connection was lost ({error})") from error
+            raise RsdError(f"{self.address}: the connection was lost ({told(error)})") from error
         answer = self._receive()
         if isinstance(answer, str):
             raise RsdError(f"{self.address}: {answer:.1000}")
@@ -112,7 +112,7 @@ class RemotePolicy:
             return self._connection.recv(self.timeout_s)
         except (TimeoutError, WebSocketException) as error:
             self.close()  # a late answer must not be taken for the next one
-            reason = str(error) or f"no answer for {self.timeout_s:g} s"
+            reason = f"no answer for {self.timeout_s:g} s" if isinstance(error, TimeoutError) else told(error)
             raise RsdError(f"{self.address}: the connection was lost ({reason})") from error
 
 
