@@ -111,8 +111,7 @@ def within_reach(draft: Tensor, own: Tensor, reach: float, share: float, moving:
 
 def made_up(draft: Draft, of: Synthetic, turn: int) -> Tensor:
     """Whether the gripper and each level of a draft stand, bool [B, 1 + c]: drawn from the seed, the turn and the
-    drafted tokens, so that the same chunk has the same answer in the same turn. It waits for the device, as all
-    do that decode level by level."""
+    drafted tokens, so that the same chunk has the same answer in the same turn. It waits for the device."""
     rows = []
     for tokens in draft.motion.to("cpu", torch.uint8).numpy():
         drawn = np.random.default_rng([of.seed, turn, zlib.crc32(tokens.tobytes())])
