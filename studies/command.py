@@ -20,6 +20,12 @@ STUDIES = {
         "measure_deviation",
         "studies.config:DeviationConfig",
     ),
+    "substitution": Command(
+        "draft pull, and how often acceptance rules let right and wrong drafts stand",
+        "studies.substitution",
+        "measure_substitution",
+        "studies.config:SubstitutionConfig",
+    ),
     "serving": Command(
         "milliseconds that a network port adds to a chunk",
         "studies.serving",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from rsd.checks import Checked, Count, Millimetres, Rules, Some, between
+from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import DEFAULT, EvalConfig
 from rsd.types import RsdError
 
@@ -65,6 +68,38 @@ class DeviationConfig:
     """cpu or cuda."""
     output: Path = Path("runs/bench/deviation.json")
     """p50, p99 and max by decoder, as JSON."""
+
+
+@dataclass(frozen=True)
+class SubstitutionConfig(Checked):
+    """Measure what acceptance rules make of right and wrong drafts, on demonstration frames."""
+
+    data: tuple[Path, ...]
+    """Folders of rendered demonstrations (HDF5), that the policy was not trained on; of the permuted suites for the
+    draft of a look-alike."""
+    policy: str = EvalConfig.policy
+    """Checkpoint directory or hub id."""
+    acceptance: tuple[str, ...] = ()
+    """Rules, judged with fine levels regressed; by default one of each kind that the policy can use."""
+    frames: Some = 640
+    """Frames, evenly spread."""
+    max_per_task: Some = 8
+    """Demonstrations that are read of each task."""
+    memory_chunks: Count = 1
+    """So many chunks before, the target looked, and the drafter remembers that; 0: it remembers nothing."""
+    epsilon_mm: Millimetres = CalibrateConfig.epsilon_mm
+    """A draft is right if its commands lead the fingertip no further than this away from the target's own."""
+    batch: Annotated[int, between(1, 4096)] = 64
+    """Frames at once."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    output: Path = Path("runs/bench/substitution.json")
+    """Every number, as JSON; the file of an earlier measurement is replaced."""
+    overwrite: bool = False
+    """Replace any other file, too."""
+
+    def rules(self) -> Rules:
+        yield self.data, "--data to name a folder", "none"
 
 
 @dataclass(frozen=True)

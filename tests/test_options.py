@@ -42,6 +42,18 @@ def test_a_calibration_brings_its_rule_and_a_given_threshold_goes_without_it() -
         resolve(CHECKPOINT, DecodeOptions("rsd-skip", acceptance="exact"))
 
 
+def test_made_up_acceptance_is_for_measuring_time_alone() -> None:
+    asked = DecodeOptions("rsd-fused", "synthetic(0.5)")
+    with pytest.raises(RsdError, match="makes up what the target says, expected in rsd bench latency alone"):
+        resolve(CHECKPOINT, asked)
+    found = resolve(CHECKPOINT, replace(asked, timed_only=True))
+    assert (found.rule.name, found.fine) == ("synthetic(0.5,0)", "sequential")
+    with pytest.raises(RsdError, match="expected fine 'sequential', found 'regress'"):
+        resolve(CHECKPOINT, replace(asked, timed_only=True, fine="regress"))
+    with pytest.raises(RsdError, match="RATE from 0 to 1"):
+        resolve(CHECKPOINT, DecodeOptions("rsd", "synthetic(1.5)", timed_only=True))
+
+
 def test_the_target_at_reset_goes_with_any_skip_rule() -> None:
     for skip in (None, SkipRule(5.0)):
         assert resolve(CHECKPOINT, DecodeOptions("rsd-skip", skip=skip)).skip.target_at_reset

@@ -31,6 +31,7 @@ class DecodeOptions(Checked):
     skip: when `rsd-skip` skips the target; None takes the checkpoint's calibration. target_at_reset: the target
     always runs on an episode's first observation, whatever the skip rule says.
     execute: steps of a chunk that are executed, 1 to all of them.
+    timed_only: nobody will execute the chunks; allows the acceptance `synthetic(RATE)`, which makes up what stands.
     audit: know of every chunk how far the visual drafter's led away from the target's; beside a skipped one the target
     is run for that, outside the latencies.
     """
@@ -43,6 +44,7 @@ class DecodeOptions(Checked):
     target_at_reset: bool = True
     audit: bool = False
     execute: Steps | None = None
+    timed_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,11 @@ def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
     # drawn tokens have no greedy choice to be near to: only the rule that keeps a distribution can judge them
     acceptance = acceptance or ("exact" if options.temperature else own)
     # `exact` promises the tokens of `ar`; regressed fine levels would break that promise
-    fine = fine or ("sequential" if acceptance == "exact" else checkpoint.fine)
-    rule = acceptance_rule(acceptance, checkpoint.code)
+    rule = acceptance_rule(acceptance, checkpoint.code, options.timed_only)
+    # nor has what is made up any effect on the time where all fine levels come in one pass
+    fine = fine or ("sequential" if acceptance == "exact" or rule.synthetic else checkpoint.fine)
+    if rule.synthetic and fine != "sequential":
+        raise RsdError(f"acceptance {rule.name!r}: expected fine 'sequential', found {fine!r}; leave it out")
     if rule.as_a_whole and not checkpoint.compact:
         # a block right after the first has other rotary positions than any that the trunk was trained with
         raise RsdError(f"acceptance {rule.name!r}: not for OpenVLA, where nothing is known of it")

@@ -24,6 +24,7 @@ from torch import Tensor
 from rsd import hub
 from rsd.checkpoint import BACKBONE, OPENVLA, facts_of, load_model, locate_checkpoint, read_content, save_checkpoint
 from rsd.checks import Seed, checked
+from rsd.decoding.acceptance import leading
 from rsd.decoding.calibration import fingertip_deviation
 from rsd.decoding.decoders import DECODERS, look
 from rsd.decoding.gate import SkipRule
@@ -196,7 +197,8 @@ class SpeculativePolicy:
         self._turn = threading.RLock()
 
     def seed(self, seed: int) -> None:
-        """Of what is drawn from now on at a temperature; in a new policy it is 0."""
+        """Of what is drawn from now on, at a temperature or by a synthetic acceptance; in a new policy it is 0."""
+        self.ops.turn = seed
         if self.ops.sampler is not None:
             self.ops.sampler.generator.manual_seed(seed)
 
@@ -316,11 +318,12 @@ class SpeculativePolicy:
         if result.accepted is None or result.accepted_levels is None or skipped:
             return stats
         assert result.accepted_gripper is not None
+        kept = leading(result.accepted[row : row + 1])  # [1, P]: what lies below a level that fell is not executed
         levels, grippers = int(result.accepted_levels[row]), float(result.accepted_gripper[row].float().mean())
         return replace(
             stats,
             num_draft_tokens=result.num_draft_tokens,
-            num_accepted_tokens=result.accepted[row].sum(-1).tolist(),
+            num_accepted_tokens=[int((kept > level).sum()) for level in range(len(result.num_draft_tokens))],
             accepted_levels=levels,
             gripper_acceptance=grippers,
             stood=levels == len(result.num_draft_tokens) and grippers == 1.0,

@@ -73,8 +73,9 @@ class ChunkStats:
     """How one action chunk was decoded. Counts per level use vLLM's words (levels = positions).
 
     target_passes: passes of the target AFTER its prefill (the prefill is counted in `prefills`).
-    num_draft_tokens / num_accepted_tokens: per level, drafted and accepted scalars; empty without a draft. Of tokens
-        drawn at a temperature, those before the first that was corrected are accepted.
+    num_draft_tokens / num_accepted_tokens: per level, drafted scalars and those accepted together with all the coarser
+        levels of the same scalar; empty without a draft. Of tokens drawn at a temperature, those before the first that
+        was corrected are accepted.
     accepted_levels: length of the accepted prefix of levels (0 .. draft levels).
     gripper_acceptance: share of the drafted gripper symbols that are the target's own; None where it verified no draft.
     The rest is None without a visual drafter. skipped: its chunk was executed and the target was skipped. forced: the

@@ -63,6 +63,7 @@ HUGE_OF_EVAL = ("--batch", "--threads", "--num-workers", "--seed", "--num-trials
             "rsd eval: error: --compare runs l1, the checkpoint's best and drafter-only: leave --decode",
         ),
         (["eval", "--decode", "rds"], "rsd eval: error: --decode 'rds': expected one of ar, "),
+        (["eval", "--acceptance", "synthetic(0.8)"], "rsd eval: error: --acceptance 'synthetic(0.8)': makes up what"),
         (["eval", "--acceptance", "most"], "rsd eval: error: --acceptance 'most': expected exact, margin, "),
         (["eval", "--temperature", "-1"], "rsd eval: error: --temperature: expected a number that is 0 or from 0.001"),
         (["eval", "--temperature", "nan"], "rsd eval: error: --temperature: expected a number that is 0 or"),

@@ -8,15 +8,18 @@ from torch import Tensor
 
 from rsd.decoding.acceptance import (
     ACCEPTANCE_RULES,
+    Synthetic,
     acceptance_rule,
     accepted_prefix,
     agreement,
     distance,
     exact,
+    made_up,
     margin,
     typical,
     within_reach,
 )
+from rsd.decoding.state import Draft
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import RsdError
 
@@ -308,3 +311,19 @@ def test_scalars_without_motion_vote_for_no_draft_where_only_motion_counts() -> 
     assert within_reach(draft, own, 0.4, 0.95)
     assert not within_reach(draft, own, 0.4, 0.95, moving=True)
     assert within_reach(torch.zeros(1, 48), torch.zeros(1, 48), 0.4, 0.95, moving=True)  # to stand still is meant
+
+
+def test_made_up_answers_are_of_the_chunk_the_turn_and_the_seed_at_the_given_rate() -> None:
+    tokens = torch.randint(0, 7, (200, 3, 5), generator=torch.Generator().manual_seed(0))
+    draft, of = Draft(tokens, torch.zeros(200, 8), []), Synthetic(0.7, 3)
+    found = made_up(draft, of, turn=0)
+    assert found.shape == (200, 4)
+    assert abs(float(found.float().mean()) - 0.7) < 0.06
+    alone = Draft(tokens[7:8], torch.zeros(1, 8), [])
+    assert torch.equal(made_up(alone, of, turn=0), found[7:8])  # whatever else is in the batch
+    for other in (made_up(draft, of, turn=1), made_up(draft, Synthetic(0.7, 4), turn=0)):
+        assert not torch.equal(other, found)
+    stricter = made_up(draft, Synthetic(0.4, 3), turn=0)
+    assert not (stricter & ~found).any()  # the same numbers are drawn for every rate
+    assert [bool(made_up(draft, Synthetic(rate, 0), 0).any()) for rate in (0.0, 1.0)] == [False, True]
+    assert made_up(draft, Synthetic(1.0, 0), 0).all()

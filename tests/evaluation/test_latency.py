@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from rich.console import Console
 
 from rsd.evaluation import latency
 from rsd.evaluation.latency import LatencyConfig, LatencyRecord, measure_latency, print_latencies
+from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.output import refuse_to_replace
 from rsd.policy import RsdPolicy
-from rsd.types import VERIFY_PENDING, Observation, RsdError
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import VERIFY_PENDING, ChunkStats, Observation, RsdError
 from studies import scaling
 from studies.scaling import SKIPPED, ScalingConfig, ScalingRecord, measure_scaling
 
@@ -76,6 +79,29 @@ def test_every_decoder_is_timed_equally_often(tmp_path: Path, monkeypatch: pytes
     assert record.work["l1"]["flops"] < record.work["rsd-fused"]["flops"] < record.work["ar"]["flops"]
     assert record.work["l1"]["weight_bytes"] < record.work["rsd"]["weight_bytes"] < record.work["ar"]["weight_bytes"]
     assert all(ideal > 0 for ideal in record.ideal_ms().values())
+
+
+@pytest.mark.parametrize(("rate", "length", "passes"), [(0.0, 1.0, 1 + 7), (1.0, 4.0, 4)])
+def test_made_up_acceptance_sets_how_many_passes_are_timed(
+    rate: float, length: float, passes: int, make_model: Callable[[int], RsdModel], tokenizer: ActionTokenizer,
+    tiny_config: PolicyConfig,
+) -> None:  # fmt: skip
+    options = {"acceptance": f"synthetic({rate:g})", "timed_only": True}
+    policies = {
+        name: RsdPolicy.of(make_model(0), tokenizer, tiny_config, decode=name, **options)
+        for name in ("l1", "rsd", "rsd-fused")
+    }
+    seen = one_observation("", 1, policies["l1"])
+    drafted: dict[str, list[ChunkStats]] = {}
+    times = latency.take_turns(policies, seen, 1, 2, drafted)
+    assert set(drafted) == {"rsd", "rsd-fused"}
+    # rejected: all of the eight levels, but the one that was corrected, and once more for the gripper
+    assert {chunk.target_passes for chunk in drafted["rsd-fused"]} == {passes}
+    found = {name: asdict(latency.acceptance_of("synthetic(0,0)", chunks)) for name, chunks in drafted.items()}
+    assert {one["mean_acceptance_length"] for one in found.values()} == {length}
+    record = LatencyRecord(2, {"acceptance": options["acceptance"]}, {}, {"device": "cpu"}, times, acceptance=found)
+    assert f"SYNTHETIC acceptance, {options['acceptance']}: what stands is made up" in printed(record)
+    assert "mean acceptance length" in printed(record)
 
 
 def test_the_roofline_is_of_the_work_that_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,12 @@ would win an argmax as an ordinary token. Nothing here waits for the device, so 
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,16 +33,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Synthetic:
+    """Each drafted level, and the gripper, stands at this rate, in [0, 1], drawn from the seed."""
+
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class AcceptanceRule:
     """accept(drafted, logits) -> bool [B, c, P]; see the module's docstring. None: the draft is judged as a whole, by
     what the target finds that it misses (`accept_as_a_whole`), or, with a `share`, by what the target
-    means without having been told of it (`within_reach`)."""
+    means without having been told of it (`within_reach`). synthetic: what the target says is made up (`made_up`)."""
 
     name: str
     accept: Callable[[Tensor, Tensor], Tensor] | None
     per_scalar: bool = False
     share: float | None = None
     moving: bool = False
+    synthetic: Synthetic | None = None
 
     @property
     def as_a_whole(self) -> bool:
@@ -98,19 +109,30 @@ def within_reach(draft: Tensor, own: Tensor, reach: float, share: float, moving:
     return agrees.sum(-1) >= share * counts.sum(-1)
 
 
+def made_up(draft: Draft, of: Synthetic, turn: int) -> Tensor:
+    """Whether the gripper and each level of a draft stand, bool [B, 1 + c]: drawn from the seed, the turn and the
+    drafted tokens, so that the same chunk has the same answer in the same turn. It waits for the device."""
+    rows = []
+    for tokens in draft.motion.to("cpu", torch.uint8).numpy():
+        drawn = np.random.default_rng([of.seed, turn, zlib.crc32(tokens.tobytes())])
+        rows.append(drawn.random(1 + len(tokens)) < of.rate)
+    return torch.from_numpy(np.stack(rows)).to(draft.motion.device)
+
+
 ACCEPTANCE_RULES = (
     *("exact", "margin", "residual", "blind(SHARE)", "distance(D)", "typical(EPSILON)", "agreement(SHARE)"),
 )
 NUMBER = r"([0-9]{1,9}\.?[0-9]{0,9}|\.[0-9]{1,9})"
 
 
-def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
+def acceptance_rule(name: str, code: RfsqConfig, timed_only: bool = False) -> AcceptanceRule:
     """The rule of that name for a code; a setting left out takes the default named here.
 
     `exact`; `margin`; `residual`; `blind(SHARE)`, 0 < SHARE <= 1 (0.95) of the chunk's scalars within the code's reach
     of block 1's own estimate, or `blind(SHARE,moving)` of those that carry motion; `distance(D)`, D >= 0 bins (1);
     `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both in (0, 1] (Medusa's 0.09, and the root of EPSILON as its
-    authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7)."""
+    authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7). timed_only: nobody will execute the chunks, so that also
+    `synthetic(RATE)` or `synthetic(RATE,SEED)` may be asked for, 0 <= RATE <= 1, SEED a whole number (0)."""
     text = name if isinstance(name, str) else ""
     code = checked(RfsqConfig, code, "acceptance: code")
     if text == "exact":
@@ -137,6 +159,13 @@ def acceptance_rule(name: str, code: RfsqConfig) -> AcceptanceRule:
         share = float(match[1] or 0.7)
         if 0.0 < share <= 1.0:
             return AcceptanceRule(f"agreement({share:g})", lambda d, logits: agreement(d, logits, share))
+    if match := re.fullmatch(rf"synthetic\({NUMBER}(?:, ?([0-9]{{1,9}}))?\)", text):
+        of = Synthetic(float(match[1]), int(match[2] or 0))
+        if not timed_only:
+            raise RsdError(f"acceptance {name!r}: makes up what the target says, expected in rsd bench latency alone")
+        if of.rate <= 1.0:
+            return AcceptanceRule(f"synthetic({of.rate:g},{of.seed})", exact, synthetic=of)
+        raise RsdError(f"acceptance {name!r}: expected synthetic(RATE) or synthetic(RATE,SEED), RATE from 0 to 1")
     allowed = "D a whole number of at most 4 digits, 0 < EPSILON <= 1, 0 < SHARE <= 1"
     raise RsdError(f"acceptance {shown(name)}: expected {', '.join(ACCEPTANCE_RULES)} with {allowed}")
 
@@ -204,6 +233,8 @@ def judge(ops: Primitives, draft: Draft, features: Tensor) -> Verified:
         return verify_block(draft.motion, draft.probs, ops.sampler.probs(logits), ops.sampler.generator)
     assert ops.rule.accept is not None  # else it is judged as a whole
     accepted = ops.rule.accept(draft.motion, logits)
+    if ops.rule.synthetic is not None:
+        accepted = made_up(draft, ops.rule.synthetic, ops.turn)[:, 1:, None].expand_as(accepted)
     return Verified(torch.where(accepted, draft.motion, logits.argmax(-1)), accepted, accepted_prefix(accepted))
 
 

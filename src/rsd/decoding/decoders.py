@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rsd.decoding.acceptance import judge, single
+from rsd.decoding.acceptance import judge, made_up, single
 from rsd.decoding.primitives import Primitives, primitive
 from rsd.decoding.state import Blocks, DecodeResult, Draft, EpisodeState, Forecast, PolicyInput, rows_of, scattered
 from rsd.models.visual_drafter import Memory
@@ -169,12 +169,19 @@ def unverified(draft: Draft, forecast: Forecast) -> DecodeResult:
 def verified_in_prefill(ops: Primitives, prefix: Tensor, draft: Draft) -> DecodeResult:
     """`look` from the target's prefix tokens [B, N, D] on; refreshes what the drafter remembers."""
     looked, passes = ops.prefill_with(prefix, draft), 0
-    if ops.fine == "sequential" and not torch.equal(looked.gripper, draft.gripper):
+    if ops.fine == "sequential" and not gripper_stands(ops, looked, draft):
         # every token is to be the target's own: the blocks have to know its gripper
         assert looked.cache is not None
         looked.cache.truncate(prefix.shape[1] + ops.target.horizon)
         looked, passes = ops.verify(draft, looked), 1
     return replace(judged(ops, draft, looked, passes), draft=draft, memory=looked.memory)
+
+
+def gripper_stands(ops: Primitives, looked: Blocks, draft: Draft) -> bool:
+    """Whether the target would switch the gripper as drafted."""
+    if ops.rule.synthetic is not None:
+        return bool(made_up(draft, ops.rule.synthetic, ops.turn)[:, 0].all())
+    return torch.equal(looked.gripper, draft.gripper)
 
 
 def judged(ops: Primitives, draft: Draft, blocks: Blocks, passes: int) -> DecodeResult:

@@ -101,6 +101,7 @@ class Primitives:
         self.target, self.feature_drafter, self.visual_drafter = target, draft, visual_drafter
         self.rule, self.fine, self.skip, self.sampler = rule, fine, skip or SkipRule(), sampler
         self.engine, self.rows, self.execute = engine, rows, execute
+        self.turn = 0  # of `acceptance.made_up`
         self.checks: list[Tensor] = []
         self.watch = Stopwatch(target.state_mean.device)
         self._inside = False

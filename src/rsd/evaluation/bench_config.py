@@ -25,7 +25,9 @@ class LatencyConfig(Checked):
     num_tasks: Tries = 10
     """Take the observations from the first so many tasks."""
     acceptance: str = DEFAULT
-    """Rule for drafted levels, as in `rsd eval`."""
+    """Rule for drafted levels, as in `rsd eval`; or synthetic(RATE) or synthetic(RATE,SEED): each drafted level stands
+    at that rate whatever the target says, the rest comes level by level as under exact. So the time of a pass is told
+    from the quality of the draft; the other rules take one pass whatever they accept."""
     engine: Engine = AUTO
     """As in `rsd eval`; eager shows more stages."""
     rounds: Annotated[int, between(1, 1e6)] = 20

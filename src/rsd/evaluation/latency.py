@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from rsd.evaluation.acceptance import Acceptance, acceptance, acceptance_rows
 from rsd.evaluation.backend import available_cores, cpu_model
 from rsd.evaluation.bench_config import LatencyConfig
 from rsd.evaluation.config import asked_rule
 from rsd.evaluation.results import encode_record, write_atomically
+from rsd.evaluation.rollout import sum_per_level
 from rsd.evaluation.roofline import Ceiling, Work, measure_ceiling, work_of
 from rsd.evaluation.statistics import percentiles
-from rsd.evaluation.tables import print_table
+from rsd.evaluation.tables import ABSENT, print_table
 from rsd.output import refuse_to_replace, shown
 from rsd.policy import RsdPolicy
 from rsd.sim.libero import LiberoEnv
-from rsd.types import EAGER, VERIFY_PENDING, Observation, RsdError
+from rsd.types import EAGER, VERIFY_PENDING, ChunkStats, Observation, RsdError
 from rsd.versions import versions
 
 FORMAT = 2  # in 1 the work of a decoder with a pending verification was that of both, its time that of the chunk alone
@@ -38,7 +40,8 @@ class LatencyRecord:
     """milliseconds: decoder -> stage it has -> one number per prediction, in the order of time.
 
     ceiling: FLOP/s and bytes/s of this device; work: decoder -> FLOPs and bytes of weights read (see `roofline`), of
-    what `total` times: from the observation to the chunk, without what follows up."""
+    what `total` times: from the observation to the chunk, without what follows up.
+    acceptance: decoder that drafts -> `Acceptance`; in records before it was kept none."""
 
     format: int
     config: dict[str, Any]
@@ -47,6 +50,7 @@ class LatencyRecord:
     milliseconds: dict[str, dict[str, list[float]]]
     ceiling: dict[str, float] = field(default_factory=dict)
     work: dict[str, dict[str, float]] = field(default_factory=dict)
+    acceptance: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def ideal_ms(self) -> dict[str, float]:
         """The roofline's milliseconds of `total` by decoder; without those of which it was not measured."""
@@ -82,14 +86,15 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     refuse_to_replace(config.output, config.overwrite, MARK)
     torch.set_num_threads(config.threads or available_cores())
     options: dict[str, Any] = {"device": config.device, "engine": config.engine}
-    options["acceptance"] = asked_rule(config.acceptance)
+    options |= {"acceptance": asked_rule(config.acceptance), "timed_only": True}
     policies = {name: RsdPolicy.from_pretrained(config.policy, decode=name, **options) for name in config.decode}
     first = next(iter(policies.values()))
     seen = observations(config.suite, config.num_tasks, first)
     ceiling = measure_ceiling(first.device)
     work = {name: work_to_the_chunk(policy, seen[0]) for name, policy in policies.items()}
     start = time.perf_counter()
-    times = take_turns(policies, seen, config.warmup, config.rounds)
+    drafted: dict[str, list[ChunkStats]] = {}
+    times = take_turns(policies, seen, config.warmup, config.rounds, drafted)
     machine = {
         "cpu": cpu_model(),
         "cores": str(available_cores()),
@@ -100,7 +105,8 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     }
     settings = {**asdict(config), "output": str(config.output)}
     counted = {name: asdict(one) for name, one in work.items()}
-    record = LatencyRecord(FORMAT, settings, versions(), machine, times, asdict(ceiling), counted)
+    found = {name: asdict(acceptance_of(policies[name].acceptance, chunks)) for name, chunks in drafted.items()}
+    record = LatencyRecord(FORMAT, settings, versions(), machine, times, asdict(ceiling), counted, found)
     write_atomically(config.output, encode_record(record) + "\n")
     print_latencies(Console(), record)
     print(f"results: {config.output}")
@@ -110,7 +116,7 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
 def work_to_the_chunk(policy: RsdPolicy, observation: Observation) -> Work:
     """What `total` times: a prediction alone, without the pending verification of the one before or its own."""
     # every operation run: a replayed graph shows none to count
-    same: dict[str, Any] = {"decode": policy.decode, "acceptance": policy.acceptance or None}
+    same: dict[str, Any] = {"decode": policy.decode, "acceptance": policy.acceptance or None, "timed_only": True}
     plain = RsdPolicy.of(policy.model, policy.tokenizer, policy.config, engine=EAGER, **same)
     plain.predict(observation)  # encodes the instruction, fills the memory
     plain.verify()
@@ -118,20 +124,35 @@ def work_to_the_chunk(policy: RsdPolicy, observation: Observation) -> Work:
 
 
 def take_turns(
-    policies: Mapping[str, RsdPolicy], seen: Sequence[Observation], warmup: int, rounds: int
+    policies: Mapping[str, RsdPolicy],
+    seen: Sequence[Observation],
+    warmup: int,
+    rounds: int,
+    drafted: dict[str, list[ChunkStats]] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds by policy and stage, one number per prediction; every policy comes first in turn."""
+    """Milliseconds by policy and stage, one number per prediction; every policy comes first in turn.
+
+    drafted: takes what is known of the chunks of those that draft."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in policies}
     order = list(policies)
     for turn in shown(range(warmup + rounds), "rounds", warmup + rounds):
         for observation in seen:
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
+                policies[name].core.seed(turn)
                 chunk = policies[name].predict(observation)
-                spent = (policies[name].verify() or chunk.stats).latency_ms
+                stats = policies[name].verify() or chunk.stats
                 if turn >= warmup:
-                    for stage, milliseconds in spent.items():
+                    for stage, milliseconds in stats.latency_ms.items():
                         times[name].setdefault(stage, []).append(round(milliseconds, 4))
+                    if drafted is not None and stats.num_draft_tokens:
+                        drafted.setdefault(name, []).append(stats)
     return times
+
+
+def acceptance_of(rule: str, chunks: Sequence[ChunkStats]) -> Acceptance:
+    """What became of the drafts of one decoder's chunks."""
+    counts = (sum_per_level(c.num_draft_tokens for c in chunks), sum_per_level(c.num_accepted_tokens for c in chunks))
+    return acceptance(rule, *counts, [c.accepted_levels for c in chunks])
 
 
 def print_latencies(console: Console, record: LatencyRecord) -> None:
@@ -149,5 +170,11 @@ def print_latencies(console: Console, record: LatencyRecord) -> None:
         rows.append(["share of it reached", *shares])
     first, *others = totals.values()
     rows.append(["speed-up of p50", "", *(f"{first / total:.2f}x" for total in others)])
+    nothing = asdict(acceptance("", [], [], []))
+    for label, cells in acceptance_rows([Acceptance(**record.acceptance.get(name, nothing)) for name in totals]):
+        if any(cell != ABSENT for cell in cells):
+            rows.append([label, *("" if cell == ABSENT else cell for cell in cells)])
     title = f"milliseconds per chunk, p50 / p95, {record.machine['device']}"
+    if (rule := str(record.config.get("acceptance"))).startswith("synthetic"):
+        title = f"SYNTHETIC acceptance, {rule}: what stands is made up, only the times mean anything\n{title}"
     print_table(console, title, ["stage", *record.milliseconds], rows)

@@ -43,7 +43,7 @@ class EpisodeResult:
     failure: "" on success, "step limit", or "error: ..." for an exception of policy or simulator: such an
         episode says nothing about the policy and is counted apart.
     latency_ms: per stage and `total`, one number a chunk in the order of the chunks (ms).
-    num_draft_tokens / num_accepted_tokens: per level, summed over chunks; empty without a draft.
+    num_draft_tokens / num_accepted_tokens: per level, summed over chunks; empty without a draft (see `acceptance`).
     num_drafts: chunks that drafted. accepted_levels: accepted prefix, one number a drafted chunk.
     prefills / target_passes: passes of the target, prefills and those after them, summed over chunks.
     wall_s: reset, predictions and simulation together.

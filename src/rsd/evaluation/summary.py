@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rsd.evaluation.acceptance import Acceptance, acceptance
 from rsd.evaluation.results import EpisodeResult, RunRecord, by_task, scored
 from rsd.evaluation.rollout import sum_per_level
 from rsd.evaluation.statistics import percentiles, wilson
@@ -39,28 +39,17 @@ class TaskSummary:
 
 
 @dataclass(frozen=True)
-class DecodingSummary:
-    """How the chunks of a run were decoded; counts are named as in vLLM, levels are its positions.
+class DecodingSummary(Acceptance):
+    """How the chunks of a run were decoded, and what became of drafts.
 
-    latency_ms: stage -> {"p50", "p95"} over all chunks (ms). acceptance_rate: accepted / drafted tokens.
-    acceptance_per_level: the same for each drafted level.
-    mean_acceptance_length: 1 + mean accepted levels a draft.
-    accepted_levels: how many drafts had their first 0, 1, 2, ... levels accepted.
-    The acceptance fields are None or empty for a strategy without a draft.
+    latency_ms: stage -> {"p50", "p95"} over all chunks (ms).
     chunk_stats: further statistic -> {"mean", "p50", "p95", "n"} over the chunks that have it.
     """
 
-    chunks: int
-    latency_ms: dict[str, dict[str, float]]
-    num_drafts: int
-    num_draft_tokens: int
-    num_accepted_tokens: int
-    acceptance_rate: float | None
-    acceptance_per_level: list[float]
-    mean_acceptance_length: float | None
-    accepted_levels: list[int]
-    prefills_per_chunk: float
-    target_passes_per_chunk: float
+    chunks: int = 0
+    latency_ms: dict[str, dict[str, float]] = field(default_factory=dict)
+    prefills_per_chunk: float = 0.0
+    target_passes_per_chunk: float = 0.0
     chunk_stats: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -113,26 +102,21 @@ def summarize_decoding(episodes: Sequence[EpisodeResult]) -> DecodingSummary:
     """episodes: those that count (`results.scored`)."""
     latencies = pooled(episode.latency_ms for episode in episodes)
     further = pooled(episode.chunk_stats for episode in episodes)
-    histogram = Counter(levels for episode in episodes for levels in episode.accepted_levels)
     chunks = sum(episode.chunks for episode in episodes)
-    num_drafts = sum(episode.num_drafts for episode in episodes)
-    drafted = sum_per_level(episode.num_draft_tokens for episode in episodes)
-    accepted = sum_per_level(episode.num_accepted_tokens for episode in episodes)
-    accepted_levels = sum(length * count for length, count in histogram.items())
+    found = acceptance(
+        episodes[0].acceptance if episodes else "",
+        sum_per_level(episode.num_draft_tokens for episode in episodes),
+        sum_per_level(episode.num_accepted_tokens for episode in episodes),
+        [levels for episode in episodes for levels in episode.accepted_levels],
+    )
     return DecodingSummary(
+        **vars(found),
         chunks=chunks,
         latency_ms={
             stage: dict(zip(("p50", "p95"), percentiles(values), strict=True))
             for stage, values in latencies.items()
             if values
         },
-        num_drafts=num_drafts,
-        num_draft_tokens=sum(drafted),
-        num_accepted_tokens=sum(accepted),
-        acceptance_rate=sum(accepted) / sum(drafted) if sum(drafted) else None,
-        acceptance_per_level=[a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)],
-        mean_acceptance_length=1 + accepted_levels / num_drafts if num_drafts else None,
-        accepted_levels=[histogram[length] for length in range(max(histogram, default=-1) + 1)],
         prefills_per_chunk=sum(e.prefills for e in episodes) / chunks if chunks else 0.0,
         target_passes_per_chunk=sum(e.target_passes for e in episodes) / chunks if chunks else 0.0,
         chunk_stats={name: describe(numbers) for name, numbers in further.items() if numbers},

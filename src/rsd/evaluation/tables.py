@@ -17,6 +17,14 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def percent(rate: float | None) -> str:
+    return ABSENT if rate is None else f"{100 * rate:.1f} %"
+
+
+def level_cell(rates: Sequence[float]) -> str:
+    return " / ".join(f"{100 * rate:.0f} %" for rate in rates) or ABSENT
+
+
 def say(console: Console, text: str, style: str | None = None) -> None:
     """A text as it is: nothing in it is markup, and long lines are left to the terminal."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -144,12 +144,9 @@ def spread_figure(runs: Sequence[Run]) -> Figure | None:
 
 
 def level_figure(runs: Sequence[Run]) -> Figure | None:
-    """Share of the drafted tokens that were accepted, level by level."""
-    rates = {
-        index: summarize_decoding(run.episodes).acceptance_per_level
-        for index, run in enumerate(runs)
-        if any(e.num_draft_tokens for e in run.episodes)
-    }
+    """Share of the drafts that stand down to each level; not of rules that know only whole chunks."""
+    found = {index: summarize_decoding(run.episodes).acceptance_per_level for index, run in enumerate(runs)}
+    rates = {index: values for index, values in found.items() if values}
     if not rates:
         return None
     figure, axes = new_figure(2.5)
@@ -164,7 +161,7 @@ def level_figure(runs: Sequence[Run]) -> Figure | None:
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("drafted level, coarse to fine")
-    axes.set_ylabel("tokens accepted")
+    axes.set_ylabel("drafts accepted")
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     if len(runs) > 1:

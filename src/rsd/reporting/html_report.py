@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jinja2
 from markupsafe import Markup
 
+from rsd.evaluation.acceptance import accepted_cell
 from rsd.evaluation.config import EvalConfig, option
 from rsd.evaluation.merging import merge_shards, missing_parts
 from rsd.evaluation.results import EpisodeResult, write_atomically
@@ -150,7 +151,7 @@ def tile(first: Run, run: Run, several: bool) -> dict[str, Any]:
         "high": round(high, 2),
         "interval": f"{rate.successes} of {rate.n}, 95 % interval {low:.1f} to {high:.1f}",
         "latency": f"{total['p50']:.1f} ms" if total and not run.queued else "",
-        "acceptance": "" if decoding.acceptance_rate is None else f"{100 * decoding.acceptance_rate:.1f} %",
+        "acceptance": accepted_cell(decoding),
         "sentence": sentence,
     }
 

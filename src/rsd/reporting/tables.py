@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from rsd.checks import checked, each_once, shown
+from rsd.evaluation.acceptance import acceptance_rows
 from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import planned_states
 from rsd.evaluation.realtime import Motion
@@ -32,7 +33,7 @@ from rsd.evaluation.summary import (
     success_rate,
     summarize_decoding,
 )
-from rsd.evaluation.tables import ABSENT, markdown, plural, print_table
+from rsd.evaluation.tables import ABSENT, markdown, percent, plural, print_table
 from rsd.reporting.archive import located
 from rsd.types import RsdError
 
@@ -159,9 +160,7 @@ def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("speed-up of p50", [ABSENT, *(speedup(timed[0], other) for other in timed[1:])]),
         ("latency not shown, it holds waiting", [run.queued or ABSENT for run in runs]),
         ("target passes per chunk", passes),
-        ("draft tokens accepted", [percent(decoding.acceptance_rate) for decoding in decodings]),
-        ("accepted per level", [level_cell(decoding.acceptance_per_level) for decoding in decodings]),
-        ("mean acceptance length", [number(decoding.mean_acceptance_length) for decoding in decodings]),
+        *acceptance_rows(decodings),
         *real_time_rows(runs, decodings),
         *further_rows(decodings),
         *risk_rows(runs),
@@ -322,16 +321,8 @@ def speedup(first: tuple[Run, DecodingSummary], other: tuple[Run, DecodingSummar
     return f"{totals[0]['p50'] / totals[1]['p50']:.2f}x"
 
 
-def level_cell(rates: Sequence[float]) -> str:
-    return " / ".join(f"{100 * rate:.0f} %" for rate in rates) or ABSENT
-
-
 def millimetres(value: float) -> str:
     return f"{value:.1f} mm"
-
-
-def percent(rate: float | None) -> str:
-    return ABSENT if rate is None else f"{100 * rate:.1f} %"
 
 
 # Further statistics of chunks -> what people call the mean, and how it is written.
