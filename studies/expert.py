@@ -191,7 +191,6 @@ def count_expert(config: CountExpertConfig) -> None:
     episodes = read_episodes(lines_file)
     done = {(each.suite, each.task, each.seed) for each in episodes}
     batches = list[tuple[str, int, tuple[int, ...]]]()
-    refused = list[Episode]()
     for suite in config.suites:
         known = [task.task_id for task in suite_tasks(suite)]
         for task in config.tasks or known:
@@ -199,15 +198,14 @@ def count_expert(config: CountExpertConfig) -> None:
             seeds = range(FIRST_SEED, FIRST_SEED + config.num_placements)
             missing = tuple(seed for seed in seeds if (suite, task, seed) not in done)
             if why := refusal(suite, task):
-                refused += [Episode(suite, task, seed, False, 0, 0, 0.0, why) for seed in missing]
-                continue
+                episodes += [Episode(suite, task, seed, False, 0, 0, 0.0, why) for seed in missing]
+                continue  # not noted: a later expert may do it
             batches += [(suite, task, missing[i : i + BATCH]) for i in range(0, len(missing), BATCH)]
     batches.sort(key=lambda batch: -step_limit(batch[0]))  # long episodes first, so that no worker ends with them
     with writing(config.out):
         config.out.parent.mkdir(parents=True, exist_ok=True)
         cut_off_line(lines_file)
         with lines_file.open("a", encoding="utf-8") as lines:
-            episodes += noted(refused, lines)
             with worker_pool(config.num_workers) as pool:
                 limits = config.episode_seconds, until
                 jobs: set[Future[list[Episode]]] = {pool.submit(run_batch, *batch, *limits) for batch in batches}
