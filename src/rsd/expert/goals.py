@@ -103,7 +103,7 @@ def _ordered(goals: list[Goal]) -> Goals:
 def _comes_before(first: Goal, then: Goal) -> bool:
     if then.predicate == "close":
         return first.destination.startswith(then.target)  # a microwave's region has its name
-    return first.target == then.destination
+    return first.target == then.destination and first.predicate != "close"
 
 
 def _spread(goals: Goals) -> Goals:

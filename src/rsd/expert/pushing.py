@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE
-from rsd.expert.articulated import LEAN
+
 from rsd.expert.goals import Goal
 from rsd.expert.grasps import POINTING_DOWN, about, yaw_of
 from rsd.expert.motion import funnel, step_towards, turn_left
@@ -16,6 +16,7 @@ from rsd.expert.scene import Scene, Vector
 
 STAND_OFF, PAST = 0.09, 0.04  # m before what is pushed, and how far into it the hand is sent
 IN_LINE, BEHIND, TURNED = 0.02, 0.03, 0.3  # m off the line of the push, m past its contact, rad
+LEAN = np.radians(35)
 TRAVEL_CLEARANCE = 0.08  # m under the hand, which is thicker when it leans
 EDGE_BELOW, EDGE_IN = 0.02, 0.02  # m of a door's contact under its top and inside its far edge
 MAX_STEPS = 300
@@ -71,7 +72,7 @@ class PushPart:
         handle = scene.outermost(part, -part.axis)
         sideways = np.cross([0.0, 0.0, -1.0], part.axis)
         angle = float(np.arctan2(part.axis[1], part.axis[0]))
-        rotation = about(sideways, LEAN) @ about(np.array([0.0, 0.0, 1.0]), yaw_of(angle)) @ POINTING_DOWN
+        rotation = about(sideways, LEAN) @ about(np.array([0.0, 0.0, 1.0]), yaw_of(angle + np.pi / 2)) @ POINTING_DOWN
         return handle - 0.01 * part.axis, part.axis, rotation
 
     def _door(self) -> tuple[Vector, Vector, Vector]:
