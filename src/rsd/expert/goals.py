@@ -36,6 +36,7 @@ UNDER_RIM = 0.015  # m; deeper, the fingers would touch the wall
 PLATE_SURFACE = 0.004  # m over the plate's origin
 ON_STOVE = (0.05, -0.045)  # m before the middle of its region, which is 0.15 long; a moka pot is 0.08 wide
 OVER_WALLS, SQUARE = 0.01, 0.8  # m of the palm over a compartment's walls; sides in that ratio are alike
+FROM_ABOVE = 0.018  # m before the middle of a low drawer: the handles above are in the palm's way
 FOOT = 0.02  # m; what is put down touches the highest point within so much of the middle
 OPEN_PLACES = (  # what something can be put on or into from above
     "akita_black_bowl",
@@ -85,9 +86,10 @@ def kind(name: str) -> str:
 def goals_of(wanted: Sequence[tuple[str, ...]], start: Sequence[tuple[str, ...]] = ()) -> Goals | None:
     """Goals in the order of doing, of predicates such as ("on", "akita_black_bowl_1", "plate_1"), if the expert can
     reach them all; else None. start: the predicates that hold at the start, for drawers that stand open."""
-    goals = _ordered([Goal(*words) for words in wanted])
-    stand_open = [words[1] for words in start if words[0] == "open"]
-    return _spread(goals) if goals and all(_solvable(goal, stand_open) for goal in goals) else None
+    holds = {*start, *wanted}
+    shut = {words[2] for words in wanted if len(words) > 2 and DRAWER.fullmatch(kind(words[2])) and ("open", words[2]) not in holds}
+    goals = _ordered([Goal(*words) for words in wanted] + [Goal("open", drawer) for drawer in sorted(shut)])
+    return _spread(goals) if goals and all(map(_solvable, goals)) else None
 
 
 def _ordered(goals: list[Goal]) -> Goals:
@@ -114,16 +116,14 @@ def _spread(goals: Goals) -> Goals:
     return tuple(replace(g, ahead=ON_STOVE[shared.index(g)]) if g in shared else g for g in goals)
 
 
-def _solvable(goal: Goal, stand_open: Sequence[str]) -> bool:
+def _solvable(goal: Goal) -> bool:
     place, thing = kind(goal.destination), kind(goal.target)
     if not place:
-        drawer = bool(DRAWER.fullmatch(thing)) and "_bottom_" not in thing  # too low for the leaning hand
-        movable = {"turnon": thing == "flat_stove", "turnoff": thing == "flat_stove", "open": drawer}
-        return {**movable, "close": drawer or thing == "microwave"}.get(goal.predicate, False)
-    if DRAWER.fullmatch(place):  # a closed one that it has opened, the hand knocks shut again
-        fits = goal.destination in stand_open and thing != "ketchup"  # that stands too high in it
-    else:
-        fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT))
+        drawer, stove = bool(DRAWER.fullmatch(thing)), thing == "flat_stove"
+        reached = drawer and "_bottom_" not in thing  # no room for the leaning hand under its handle
+        able = {"turnon": stove, "turnoff": stove, "open": reached, "close": drawer or thing == "microwave"}
+        return able.get(goal.predicate, False)
+    fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT, DRAWER))
     return goal.predicate in ("on", "in") and thing in GRASPS and fits
 
 
@@ -170,6 +170,8 @@ def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
         return centre, float(centre[2] + PLATE_SURFACE)
     centre = scene.position(name) if name in scene.bodies else scene.site(name)
     centre[0] += goal.ahead
+    if DRAWER.fullmatch(kind(name)) and "_top_" not in name:
+        centre -= FROM_ABOVE * scene.moving_part(name).axis
     holder = name if name in scene.bodies else scene.owner(name)
     if holder is not None and kind(holder) in HOLLOW:
         surface = float(scene.vertices(holder)[:, 2].max()) - UNDER_RIM
