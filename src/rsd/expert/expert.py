@@ -8,8 +8,9 @@ from typing import Protocol
 import numpy as np
 
 from rsd.expert.articulated import MovePart
-from rsd.expert.goals import Goals, goals_of, task_goals
+from rsd.expert.goals import LAYER, Goals, goals_of, kind, task_goals
 from rsd.expert.grasps import TIP_BELOW_SITE, GraspMode
+from rsd.expert.inserting import Insert
 from rsd.expert.noise import Disturbance
 from rsd.expert.pick_and_place import PickAndPlace
 from rsd.expert.pushing import PushPart
@@ -91,7 +92,9 @@ class Chain:
     def _take_up(self, goal: int) -> None:
         self.on = goal
         self._law: PickAndPlace | PushPart | MovePart
-        if self.goals[goal].destination:
+        if LAYER.fullmatch(kind(self.goals[goal].destination)):
+            self._law = Insert(self.scene, self.goals[goal], self._mode, self._rng)
+        elif self.goals[goal].destination:
             self._law = PickAndPlace(self.scene, self.goals[goal], self._mode, self._rng)
         elif self.goals[goal].predicate == "close":
             self._law = PushPart(self.scene, self.goals[goal])

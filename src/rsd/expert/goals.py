@@ -51,6 +51,7 @@ OPEN_PLACES = (  # what something can be put on or into from above
 )
 TABLE_REGION = re.compile(r"(kitchen|living_room|study)_table_\w+_region")
 DRAWER = re.compile(r"(white|wooden)_cabinet_(top|middle|bottom)_region")
+LAYER = re.compile(r"wooden_two_layer_shelf_(top|bottom)_region|microwave_heating_region")  # open at the front
 SLOT = re.compile(r"desk_caddy_\w+_contain_region")  # an object has to be turned to fit in
 
 
@@ -123,7 +124,7 @@ def _solvable(goal: Goal) -> bool:
         reached = drawer and "_bottom_" not in thing  # no room for the leaning hand under its handle
         able = {"turnon": stove, "turnoff": stove, "open": reached, "close": drawer or thing == "microwave"}
         return able.get(goal.predicate, False)
-    fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT, DRAWER))
+    fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT, DRAWER, LAYER))
     return goal.predicate in ("on", "in") and thing in GRASPS and fits
 
 
