@@ -25,7 +25,7 @@ GRASPS: dict[str, Rim | Span] = {
     "white_yellow_mug": Rim(0.046, 0.103, -0.015),
     "red_coffee_mug": Rim(0.039, 0.131, -0.016),
     "white_bowl": Rim(0.035, 0.034),
-    "chefmate_frypan": Span(tail=0.14),  # by the handle
+    "chefmate_frypan": Span(0.016, tail=0.14),  # by the handle
     "moka_pot": Span(0.006, 0.010),  # by the knob on its lid
     **dict.fromkeys(("alphabet_soup", "bbq_sauce", "butter", "chocolate_pudding", "cream_cheese", "ketchup"), WHOLE),
     **dict.fromkeys(("milk", "orange_juice", "salad_dressing", "tomato_sauce", "wine_bottle"), WHOLE),

@@ -28,6 +28,11 @@ class Insert(PickAndPlace):
     """The law for one goal of an episode whose destination is a `LAYER`."""
 
     @property
+    def gave_up(self) -> bool:
+        """As everywhere, but what it holds may lean."""
+        return super().gave_up and not self.closed
+
+    @property
     def inward(self) -> Vector:
         """Unit vector [3] through the opening."""
         owner = self.scene.owner(self.goal.destination)
@@ -70,9 +75,6 @@ class Insert(PickAndPlace):
         freed = float(np.clip((self.scene.grip_width - 0.05) / 0.02, 0.0, 1.0))
         rotation = self.scene.eef_rotation
         return step_towards(self.scene, freed * (0.02 * UP - 0.04 * self.inward), rotation, -1.0)
-
-    def _plan(self) -> None:
-        super()._plan()
 
     def _orientation(self, point: Vector) -> Vector:
         if self._grasp is None or self._grasped_steps < GRASPED_STEPS:
