@@ -6,17 +6,19 @@ by its handle, stays level), and goes in along the opening's axis. The hand itse
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE
 from rsd.expert.goals import LAYER, kind
-from rsd.expert.grasps import POINTING_DOWN, Rim, Span, about, rim_grasps, yaw_of
+from rsd.expert.grasps import POINTING_DOWN, Grasp, Rim, Span, about, yaw_of
 from rsd.expert.motion import funnel, step_towards, turn_left
 from rsd.expert.pick_and_place import CARRY_CLEARANCE, CARRY_TURN, GRASPED_STEPS, PickAndPlace
 from rsd.expert.scene import Vector
 
-LEAN = np.radians(50)  # of the hand, from straight down
-DEPTH = {"shelf": 0.03, "microwave": 0.08}  # m of the object's origin behind the front of the region
+LEAN, RIM_LEAN = np.radians(50), np.radians(76)  # of the hand, from straight down; with what it holds by a rim
+DEPTH = {"shelf": 0.03, "microwave": 0.06}  # m of the object's origin behind the front of the region
 STAND_OFF = 0.14  # m before that, where the object is still outside
 ENTRY_GAP = 0.012  # m under the object
 ENTRY_RADIUS, ENTRY_SLOPE = 0.012, 4.0
@@ -87,7 +89,16 @@ class Insert(PickAndPlace):
             left = (angle + np.pi - yaw + np.pi) % (2 * np.pi) - np.pi
             return about(UP, left) @ self._level()
         sideways = np.cross([0.0, 0.0, -1.0], inward)
-        return about(sideways, LEAN) @ about(UP, yaw_of(angle)) @ POINTING_DOWN
+        across = np.pi / 2 if isinstance(hold, Rim) else 0.0  # a rim is held at its side, so that the hand is low
+        return about(sideways, RIM_LEAN if across else LEAN) @ about(UP, yaw_of(angle + across)) @ POINTING_DOWN
+
+    def _candidates(self) -> Iterable[Grasp]:
+        candidates = super()._candidates()
+        if not isinstance(self.goal.hold, Rim):
+            return candidates
+        scene, inward = self.scene, self.inward[:2]
+        door = (scene.hinge(self.goal.destination.split("_heating")[0]) - scene.site(self.goal.destination))[:2]
+        return sorted(candidates, key=lambda each: (abs(each.direction @ inward) > 0.3, each.direction @ door > 0.0))
 
     def _level(self) -> Vector:
         """The hand's orientation now without its lean [3, 3]."""

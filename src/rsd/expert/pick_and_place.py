@@ -10,6 +10,8 @@ lower it may go. The same law brings the object to its destination.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
@@ -204,17 +206,19 @@ class PickAndPlace:
         scene = self.scene
         self.attempts += 1
         there, surface = destination(scene, self.goal)
+        spot = np.array([*there[:2], surface])
+        self._grasp = choose_grasp(scene, self.target, self._candidates(), spot, self._mode, self._rng)
+        if self._into_slot:
+            self._turn = slot_turn(scene, self.goal, self._grasp.angle)
+
+    def _candidates(self) -> Iterable[Grasp]:
+        """Grasps of the target, best first."""
         # angles missed twice: the first miss may be a push's fault
         hopeless = tuple(angle for angle in set(self._failed) if self._failed.count(angle) > 1)
         if isinstance(self.goal.hold, Span):
-            candidates = span_grasps(scene, self.target, self.goal.hold, hopeless)
-        else:
-            self._walled = self._in_drawer()
-            candidates = rim_grasps(self.goal.hold, self._walled, hopeless)
-        spot = np.array([*there[:2], surface])
-        self._grasp = choose_grasp(scene, self.target, candidates, spot, self._mode, self._rng)
-        if self._into_slot:
-            self._turn = slot_turn(scene, self.goal, self._grasp.angle)
+            return span_grasps(self.scene, self.target, self.goal.hold, hopeless)
+        self._walled = self._in_drawer()
+        return rim_grasps(self.goal.hold, self._walled, hopeless)
 
     def _in_drawer(self) -> bool:
         """The bowl stands inside a cabinet's bounds, well below its top."""
