@@ -49,7 +49,7 @@ OPEN_PLACES = (  # what something can be put on or into from above
     "wooden_tray_contain_region",
     "wooden_two_layer_shelf_top_side",
 )
-TABLE_REGION = re.compile(r"(kitchen|living_room|study)_table_\w+_region")
+TABLE_REGION = re.compile(r"(kitchen|living_room|main|study)_table_\w+_region")
 DRAWER = re.compile(r"(white|wooden)_cabinet_(top|middle|bottom)_region")
 LAYER = re.compile(r"wooden_two_layer_shelf_(top|bottom)_region|microwave_heating_region")  # open at the front
 SLOT = re.compile(r"desk_caddy_\w+_contain_region")  # an object has to be turned to fit in
@@ -69,6 +69,11 @@ class Goal:
     def words(self) -> tuple[str, ...]:
         """As LIBERO has it."""
         return (self.predicate, self.target, *([self.destination] if self.destination else []))
+
+    @property
+    def dragged(self) -> bool:
+        """A plate, which is not taken up but moved along the table."""
+        return kind(self.target) == "plate" and bool(TABLE_REGION.fullmatch(kind(self.destination)))
 
     @property
     def hold(self) -> Rim | Span:
@@ -125,7 +130,7 @@ def _solvable(goal: Goal) -> bool:
         able = {"turnon": stove, "turnoff": stove, "open": reached, "close": drawer or thing == "microwave"}
         return able.get(goal.predicate, False)
     fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT, DRAWER, LAYER))
-    return goal.predicate in ("on", "in") and thing in GRASPS and fits
+    return goal.predicate in ("on", "in") and (goal.dragged or (thing in GRASPS and fits))
 
 
 def solvable_tasks(suite: str) -> tuple[int, ...]:
