@@ -22,7 +22,7 @@ TRAVEL_CLEARANCE = 0.08  # m under the hand, which is thicker when it leans
 EDGE_BELOW, EDGE_IN = 0.02, 0.02  # m of a door's contact under its top and inside its far edge
 MAX_STEPS = 300
 PLATE_FLOOR, PRESSED = 0.008, 0.05  # m over the plate's origin, m off its middle
-PRESS, DRAG = 0.006, 0.04  # m that the hand is sent down and along
+PRESS, DRAG = 0.005, 0.03  # m that the hand is sent down and along
 
 
 class PushPart:
