@@ -14,6 +14,12 @@ STUDIES = {
         "measure_scaling",
         "studies.config:ScalingConfig",
     ),
+    "expert": Command(
+        "how many tasks of whole suites the scripted expert solves, and why it fails",
+        "studies.expert",
+        "count_expert",
+        "studies.expert:CountExpertConfig",
+    ),
     "deviation": Command(
         "how far every decoder's chunks are from the baseline's, on held-out frames",
         "studies.deviation",

@@ -8,11 +8,12 @@ from typing import Protocol
 import numpy as np
 
 from rsd.expert.articulated import MovePart
-from rsd.expert.goals import Goals, goals_of, task_goals
+from rsd.expert.goals import LAYER, Goals, goals_of, kind, task_goals
 from rsd.expert.grasps import TIP_BELOW_SITE, GraspMode
+from rsd.expert.inserting import Insert
 from rsd.expert.noise import Disturbance
 from rsd.expert.pick_and_place import PickAndPlace
-from rsd.expert.pushing import PushPart
+from rsd.expert.pushing import PushPart, DragPlate
 from rsd.expert.scene import Scene, Vector
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.permuted import is_permuted
@@ -90,8 +91,12 @@ class Chain:
 
     def _take_up(self, goal: int) -> None:
         self.on = goal
-        self._law: PickAndPlace | PushPart | MovePart
-        if self.goals[goal].destination:
+        self._law: PickAndPlace | PushPart | MovePart | DragPlate
+        if LAYER.fullmatch(kind(self.goals[goal].destination)):
+            self._law = Insert(self.scene, self.goals[goal], self._mode, self._rng)
+        elif self.goals[goal].dragged:
+            self._law = DragPlate(self.scene, self.goals[goal])
+        elif self.goals[goal].destination:
             self._law = PickAndPlace(self.scene, self.goals[goal], self._mode, self._rng)
         elif self.goals[goal].predicate == "close":
             self._law = PushPart(self.scene, self.goals[goal])

@@ -25,7 +25,7 @@ GRASPS: dict[str, Rim | Span] = {
     "white_yellow_mug": Rim(0.046, 0.103, -0.015),
     "red_coffee_mug": Rim(0.039, 0.131, -0.016),
     "white_bowl": Rim(0.035, 0.034),
-    "chefmate_frypan": Span(tail=0.14),  # by the handle
+    "chefmate_frypan": Span(0.016, tail=0.14),  # by the handle
     "moka_pot": Span(0.006, 0.010),  # by the knob on its lid
     **dict.fromkeys(("alphabet_soup", "bbq_sauce", "butter", "chocolate_pudding", "cream_cheese", "ketchup"), WHOLE),
     **dict.fromkeys(("milk", "orange_juice", "salad_dressing", "tomato_sauce", "wine_bottle"), WHOLE),
@@ -36,6 +36,7 @@ UNDER_RIM = 0.015  # m; deeper, the fingers would touch the wall
 PLATE_SURFACE = 0.004  # m over the plate's origin
 ON_STOVE = (0.05, -0.045)  # m before the middle of its region, which is 0.15 long; a moka pot is 0.08 wide
 OVER_WALLS, SQUARE = 0.01, 0.8  # m of the palm over a compartment's walls; sides in that ratio are alike
+FROM_ABOVE = 0.018  # m before the middle of a low drawer: the handles above are in the palm's way
 FOOT = 0.02  # m; what is put down touches the highest point within so much of the middle
 OPEN_PLACES = (  # what something can be put on or into from above
     "akita_black_bowl",
@@ -48,8 +49,9 @@ OPEN_PLACES = (  # what something can be put on or into from above
     "wooden_tray_contain_region",
     "wooden_two_layer_shelf_top_side",
 )
-TABLE_REGION = re.compile(r"(kitchen|living_room|study)_table_\w+_region")
+TABLE_REGION = re.compile(r"(kitchen|living_room|main|study)_table_\w+_region")
 DRAWER = re.compile(r"(white|wooden)_cabinet_(top|middle|bottom)_region")
+LAYER = re.compile(r"wooden_two_layer_shelf_(top|bottom)_region|microwave_heating_region")  # open at the front
 SLOT = re.compile(r"desk_caddy_\w+_contain_region")  # an object has to be turned to fit in
 
 
@@ -69,6 +71,11 @@ class Goal:
         return (self.predicate, self.target, *([self.destination] if self.destination else []))
 
     @property
+    def dragged(self) -> bool:
+        """A plate, which is not taken up but moved along the table."""
+        return kind(self.target) == "plate" and bool(TABLE_REGION.fullmatch(kind(self.destination)))
+
+    @property
     def hold(self) -> Rim | Span:
         """By which the target is taken."""
         return GRASPS[kind(self.target)]
@@ -85,9 +92,10 @@ def kind(name: str) -> str:
 def goals_of(wanted: Sequence[tuple[str, ...]], start: Sequence[tuple[str, ...]] = ()) -> Goals | None:
     """Goals in the order of doing, of predicates such as ("on", "akita_black_bowl_1", "plate_1"), if the expert can
     reach them all; else None. start: the predicates that hold at the start, for drawers that stand open."""
-    goals = _ordered([Goal(*words) for words in wanted])
-    stand_open = [words[1] for words in start if words[0] == "open"]
-    return _spread(goals) if goals and all(_solvable(goal, stand_open) for goal in goals) else None
+    holds = {*start, *wanted}
+    shut = {words[2] for words in wanted if len(words) > 2 and DRAWER.fullmatch(kind(words[2])) and ("open", words[2]) not in holds}
+    goals = _ordered([Goal(*words) for words in wanted] + [Goal("open", drawer) for drawer in sorted(shut)])
+    return _spread(goals) if goals and all(map(_solvable, goals)) else None
 
 
 def _ordered(goals: list[Goal]) -> Goals:
@@ -103,7 +111,7 @@ def _ordered(goals: list[Goal]) -> Goals:
 def _comes_before(first: Goal, then: Goal) -> bool:
     if then.predicate == "close":
         return first.destination.startswith(then.target)  # a microwave's region has its name
-    return first.target == then.destination
+    return first.target == then.destination and first.predicate != "close"
 
 
 def _spread(goals: Goals) -> Goals:
@@ -114,17 +122,15 @@ def _spread(goals: Goals) -> Goals:
     return tuple(replace(g, ahead=ON_STOVE[shared.index(g)]) if g in shared else g for g in goals)
 
 
-def _solvable(goal: Goal, stand_open: Sequence[str]) -> bool:
+def _solvable(goal: Goal) -> bool:
     place, thing = kind(goal.destination), kind(goal.target)
     if not place:
-        drawer = bool(DRAWER.fullmatch(thing)) and "_bottom_" not in thing  # too low for the leaning hand
-        movable = {"turnon": thing == "flat_stove", "turnoff": thing == "flat_stove", "open": drawer}
-        return {**movable, "close": drawer or thing == "microwave"}.get(goal.predicate, False)
-    if DRAWER.fullmatch(place):  # a closed one that it has opened, the hand knocks shut again
-        fits = goal.destination in stand_open and thing != "ketchup"  # that stands too high in it
-    else:
-        fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT))
-    return goal.predicate in ("on", "in") and thing in GRASPS and fits
+        drawer, stove = bool(DRAWER.fullmatch(thing)), thing == "flat_stove"
+        reached = drawer and "_bottom_" not in thing  # no room for the leaning hand under its handle
+        able = {"turnon": stove, "turnoff": stove, "open": reached, "close": drawer or thing == "microwave"}
+        return able.get(goal.predicate, False)
+    fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT, DRAWER, LAYER))
+    return goal.predicate in ("on", "in") and (goal.dragged or (thing in GRASPS and fits))
 
 
 def solvable_tasks(suite: str) -> tuple[int, ...]:
@@ -170,6 +176,8 @@ def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
         return centre, float(centre[2] + PLATE_SURFACE)
     centre = scene.position(name) if name in scene.bodies else scene.site(name)
     centre[0] += goal.ahead
+    if DRAWER.fullmatch(kind(name)) and "_top_" not in name:
+        centre -= FROM_ABOVE * scene.moving_part(name).axis
     holder = name if name in scene.bodies else scene.owner(name)
     if holder is not None and kind(holder) in HOLLOW:
         surface = float(scene.vertices(holder)[:, 2].max()) - UNDER_RIM

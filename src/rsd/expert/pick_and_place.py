@@ -10,6 +10,8 @@ lower it may go. The same law brings the object to its destination.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
@@ -42,7 +44,8 @@ CLOSED_WIDTH = 0.0015  # m, nothing between the fingers
 FUNNEL_SLOPE, FUNNEL_RADIUS = 2.0, 0.010  # height per horizontal distance outside the radius (m)
 TIGHT_SLOPE, TIGHT_RADIUS = 3.0, 0.005  # walls stand close, or the fingers go past both sides of the object
 PLACE_SLOPE, PLACE_RADIUS = 2.0, 0.010
-SLOT_SLOPE = 15.0  # its walls are higher than where the object is let go
+SLOT_SLOPE = 15.0  # a caddy's walls are higher than where the object is let go
+SLOT_RADIUS, SLOT_TURN = 0.004, 0.03  # m, rad: a book has 5 mm to either side
 TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on the way
 OVER = 0.012  # m off the object's middle, close enough to choose a side
 RELEASE_GAP = 0.006  # m of free fall
@@ -167,11 +170,11 @@ class PickAndPlace:
             return self.leave()
         way = scene.corridor_top(held, there, ignore=(self.target,), half_width=0.06)
         over = max(way + CARRY_CLEARANCE, surface + 0.01)
-        slope = PLACE_SLOPE
+        radius, slope = PLACE_RADIUS, SLOT_SLOPE if "caddy" in self.goal.destination else PLACE_SLOPE
         if self._into_slot:
-            slope = SLOT_SLOPE
-            off += 0.1 * turn_left(scene, self._orientation(self._place_point()))
-        height = funnel(off, surface + RELEASE_GAP, over, PLACE_RADIUS, slope)
+            radius = SLOT_RADIUS
+            off += 0.1 * max(0.0, turn_left(scene, self._orientation(self._place_point())) - SLOT_TURN)
+        height = funnel(off, surface + RELEASE_GAP, over, radius, slope)
         goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom])
         return self._move(goal, self._orientation(self._place_point()), GRIPPER_CLOSE, CARRY_TURN)
 
@@ -204,17 +207,19 @@ class PickAndPlace:
         scene = self.scene
         self.attempts += 1
         there, surface = destination(scene, self.goal)
+        spot = np.array([*there[:2], surface])
+        self._grasp = choose_grasp(scene, self.target, self._candidates(), spot, self._mode, self._rng)
+        if self._into_slot:
+            self._turn = slot_turn(scene, self.goal, self._grasp.angle)
+
+    def _candidates(self) -> Iterable[Grasp]:
+        """Grasps of the target, best first."""
         # angles missed twice: the first miss may be a push's fault
         hopeless = tuple(angle for angle in set(self._failed) if self._failed.count(angle) > 1)
         if isinstance(self.goal.hold, Span):
-            candidates = span_grasps(scene, self.target, self.goal.hold, hopeless)
-        else:
-            self._walled = self._in_drawer()
-            candidates = rim_grasps(self.goal.hold, self._walled, hopeless)
-        spot = np.array([*there[:2], surface])
-        self._grasp = choose_grasp(scene, self.target, candidates, spot, self._mode, self._rng)
-        if self._into_slot:
-            self._turn = slot_turn(scene, self.goal, self._grasp.angle)
+            return span_grasps(self.scene, self.target, self.goal.hold, hopeless)
+        self._walled = self._in_drawer()
+        return rim_grasps(self.goal.hold, self._walled, hopeless)
 
     def _in_drawer(self) -> bool:
         """The bowl stands inside a cabinet's bounds, well below its top."""

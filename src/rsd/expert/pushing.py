@@ -1,4 +1,5 @@
-"""The feedback law that closes a drawer or a door: closed fingers in front of it, then along the way it moves.
+"""The feedback laws that push: closed fingers in front of a drawer or a door, then along the way it moves; fingers
+that drag a plate along the table.
 
 Nothing is remembered: each action follows from where the hand and the moving part are now.
 """
@@ -8,17 +9,20 @@ from __future__ import annotations
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE
-from rsd.expert.articulated import LEAN
+
 from rsd.expert.goals import Goal
-from rsd.expert.grasps import POINTING_DOWN, about, yaw_of
+from rsd.expert.grasps import MAX_LEAN, POINTING_DOWN, TIP_BELOW_SITE, about, hand_rotation, yaw_of
 from rsd.expert.motion import funnel, step_towards, turn_left
 from rsd.expert.scene import Scene, Vector
 
 STAND_OFF, PAST = 0.09, 0.04  # m before what is pushed, and how far into it the hand is sent
 IN_LINE, BEHIND, TURNED = 0.02, 0.03, 0.3  # m off the line of the push, m past its contact, rad
+LEAN = np.radians(35)
 TRAVEL_CLEARANCE = 0.08  # m under the hand, which is thicker when it leans
 EDGE_BELOW, EDGE_IN = 0.02, 0.02  # m of a door's contact under its top and inside its far edge
 MAX_STEPS = 300
+PLATE_FLOOR, PRESSED = 0.008, 0.05  # m over the plate's origin, m off its middle
+PRESS, DRAG = 0.005, 0.03  # m that the hand is sent down and along
 
 
 class PushPart:
@@ -71,7 +75,7 @@ class PushPart:
         handle = scene.outermost(part, -part.axis)
         sideways = np.cross([0.0, 0.0, -1.0], part.axis)
         angle = float(np.arctan2(part.axis[1], part.axis[0]))
-        rotation = about(sideways, LEAN) @ about(np.array([0.0, 0.0, 1.0]), yaw_of(angle)) @ POINTING_DOWN
+        rotation = about(sideways, LEAN) @ about(np.array([0.0, 0.0, 1.0]), yaw_of(angle + np.pi / 2)) @ POINTING_DOWN
         return handle - 0.01 * part.axis, part.axis, rotation
 
     def _door(self) -> tuple[Vector, Vector, Vector]:
@@ -89,3 +93,44 @@ class PushPart:
         point = np.array([*(hinge[:2] + length * out + face * way[:2]), vertices[:, 2].max() - EDGE_BELOW])
         yaw = yaw_of(float(np.arctan2(way[1], way[0])) + np.pi / 2)
         return point - 0.01 * way, way, about(np.array([0.0, 0.0, 1.0]), yaw) @ POINTING_DOWN
+
+
+class DragPlate:
+    """The law for one goal `on` of a plate and a region of the table: closed fingers press on it and take it along."""
+
+    cramped = False
+    attempts = 1
+    closed = False
+
+    def __init__(self, scene: Scene, goal: Goal) -> None:
+        self.scene, self.goal = scene, goal
+        self._steps = 0
+
+    @property
+    def gave_up(self) -> bool:
+        """It drags without effect."""
+        return self._steps > MAX_STEPS
+
+    def action(self) -> Vector:
+        """The clean action [7] at the present state."""
+        scene, plate = self.scene, self.goal.target
+        if scene.env.holds(*self.goal.words):
+            return self.leave()
+        self._steps += 1
+        middle, eef = scene.position(plate), scene.eef
+        left = (scene.site(self.goal.destination) - middle)[:2]
+        floor = float(middle[2]) + PLATE_FLOOR + TIP_BELOW_SITE
+        rotation = hand_rotation(scene.base, middle, 0.0, MAX_LEAN)
+        error = middle - eef
+        off = float(np.linalg.norm(error[:2]))
+        if off < PRESSED and eef[2] < floor + 0.006:
+            ahead = left * DRAG / float(np.linalg.norm(left))
+            return step_towards(scene, np.array([*ahead, -PRESS]), rotation, GRIPPER_CLOSE)
+        free = scene.corridor_top(eef, middle, ignore=(plate,)) + TIP_BELOW_SITE + 0.02
+        height = funnel(off + 0.1 * turn_left(scene, rotation), floor - 0.005, max(free, floor), IN_LINE, 3.0)
+        error[2] = height - eef[2]
+        return step_towards(scene, error, rotation, GRIPPER_CLOSE)
+
+    def leave(self) -> Vector:
+        """The clean action [7] that lifts the hand off."""
+        return step_towards(self.scene, np.array([0.0, 0.0, 0.02]), self.scene.eef_rotation, GRIPPER_CLOSE)
