@@ -215,8 +215,8 @@ def test_pending_verifications_of_two_episodes_do_not_meet(
         pending.append(core.predict([make_observation(seed)]).pending)
         alone.append(core.verify_pending(acting_ahead(policy).core.predict([make_observation(seed)]).pending))
     for found, expected in zip(reversed(pending), reversed(alone), strict=True):
-        (stats,), (state,) = core.verify_pending(found)
-        assert stats.num_accepted_tokens == expected.stats[0].num_accepted_tokens
+        (chunk,), (state,) = core.verify_pending(found)
+        assert chunk.stats.num_accepted_tokens == expected.chunks[0].stats.num_accepted_tokens
         assert all(torch.equal(a, b) for a, b in zip(state.memory.keys, expected.states[0].memory.keys, strict=True))
 
 

@@ -60,8 +60,7 @@ def predict_and_verify(
     chunks, after, pending = batched.predict(observations, states)
     if pending is None:
         return chunks, after
-    found, after = batched.verify_pending(pending)
-    return [replace(chunk, stats=stats) for chunk, stats in zip(chunks, found, strict=True)], after
+    return tuple(batched.verify_pending(pending))
 
 
 EPISODES = ([0, 2, 3, 4], [1, 2], [0, 1, 2, 4, 5])  # in which rounds each of three episodes asks

@@ -13,11 +13,12 @@ from typing import Any
 
 from rsd.evaluation.backend import Backend
 from rsd.evaluation.config import EvalConfig
-from rsd.evaluation.realtime import RealTime
+from rsd.evaluation.delay import VirtualDelay
+from rsd.evaluation.realtime import Pace, RealTime
 from rsd.evaluation.results import ERROR_PREFIX, EpisodeResult
 from rsd.evaluation.rollout import WARMUP_PREDICTIONS, decoded, run_episode
 from rsd.evaluation.video import replay_video, video_name
-from rsd.types import Policy
+from rsd.types import RSD_ASYNC, Policy
 
 INSTEAD = "instead"  # a video of a failure takes the place of a success's
 MAX_ATTEMPTS = 3  # an episode that ends in an error is begun anew at most twice
@@ -120,7 +121,7 @@ class EpisodeRunner:
             seed=self._config.seed,
             decode=self._config.decode,
             warmup=self._warmup,
-            pace=RealTime(self._config.control_hz) if self._config.control_hz else None,
+            pace=pace_of(self._config),
         )
         self._warmup, log, video = 0, rollout.traceback, None
         result = replace(rollout.result, attempts=job.attempt)
@@ -138,6 +139,15 @@ class EpisodeRunner:
         if self._env is not None:
             self._env.close()
             self._env = None
+
+
+def pace_of(config: EvalConfig) -> Pace:
+    """How policy and robot take turns in one episode of a run."""
+    if config.control_hz:
+        return RealTime(config.control_hz)
+    if config.delay or config.drafter_delay or config.decode == RSD_ASYNC:
+        return VirtualDelay(config.delay, config.drafter_delay, tail=config.meanwhile == "tail")
+    return Pace()
 
 
 def wants_video(condition: str, result: EpisodeResult) -> bool:

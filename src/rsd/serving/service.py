@@ -21,7 +21,7 @@ from rsd.policy import RsdPolicy
 from rsd.targets.openvla.policy import OpenVlaPolicy
 from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, STATE, read_request
 from rsd.targets.remote.wire import pack, unpack
-from rsd.types import STATE_DIM, ActionChunk, ChunkPolicy, ChunkStats, Observation, RsdError
+from rsd.types import STATE_DIM, ActionChunk, ChunkPolicy, Observation, RsdError
 from rsd.versions import versions
 
 LONGEST_TEXT = 1000  # characters of an answer that says what was wrong
@@ -57,7 +57,7 @@ class Memoryless:
     ) -> tuple[list[ActionChunk], list[None], None]:
         return [self.policy.predict(observation) for observation in observations], [None] * len(states), None
 
-    def verify_pending(self, pending: None) -> tuple[list[ChunkStats], list[None]]:
+    def verify_pending(self, pending: None) -> tuple[list[ActionChunk], list[None]]:
         raise RsdError("a published OpenVLA policy leaves nothing pending")
 
 

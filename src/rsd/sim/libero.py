@@ -135,9 +135,10 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         return self.step_chunk(real_array("action", action, "float64", (ACTION_DIM,))[None])
 
     def step_chunk(
-        self, actions: ArrayLike, before_step: Callable[[], None] | None = None
+        self, actions: ArrayLike, before_step: Callable[[], None] | None = None, draw: bool = True
     ) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
         """Executes [H, 7] actions open loop, drawing the cameras only after the last; stops at success or limit.
+        Without `draw` the images stay those of the last drawing.
 
         Values are clipped to [-1, 1]; a wrong shape or a number that is not finite raises RsdError.
         before_step is called before each action. info["steps"] is the number of steps executed. If success ends the
@@ -153,10 +154,10 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             last = executed == len(chunk)
             if before_step is not None:
                 before_step()
-            self._control_step(action, draw=last)
+            self._control_step(action, draw=last and draw)
             terminated = self.success()
             if terminated:
-                if not last:
+                if not last and draw:
                     self._make_current()
                     for camera in self._armed.values():
                         camera.draw()
