@@ -106,7 +106,7 @@ class ScriptedPolicy:
             expected_deviation_mm=self.rng.random() if self.behaviour == "draws" else None,
             latency_ms=latency,
         )
-        return ActionChunk(actions, stats)
+        return ActionChunk(actions, stats, answer=-actions if self.decode == "rsd-async" else None)
 
     def misbehave(self, task_id: int, init_state: int) -> None:
         behaviour, marker, once = self.behaviour, None, self.behaviour.startswith("once:")
