@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from scripted import SCRIPTED, CountingEnv, ScriptedPolicy
+from scripted import SCRIPTED, CountingEnv
 
+from rsd.collection.collect import CollectConfig
 from rsd.evaluation.backend import ready
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.delay import VirtualDelay
@@ -17,6 +18,7 @@ from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, read_episodes
 from rsd.evaluation.rollout import Rollout, run_episode
 from rsd.reporting.tables import load_runs, table_rows
+from rsd.serving.service import load_served
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 STEPS = 20  # until success, in which nothing is lost to a limit
@@ -29,9 +31,7 @@ class Seen(CountingEnv):
         super().__init__("any", 5, 8)
         self.drawn = [0]
 
-    def step_chunk(
-        self, actions: np.ndarray, before_step: Callable[[], None] | None = None, draw: bool = True
-    ) -> Any:
+    def step_chunk(self, actions: np.ndarray, before_step: Callable[[], None] | None = None, draw: bool = True) -> Any:
         stepped = super().step_chunk(actions, before_step, draw)
         self.drawn += [self.steps] * draw
         return stepped
@@ -129,7 +129,8 @@ T0 = STILL * 2 + of("t", 0, 0, 3)  # an episode's beginning at a delay of 2
         (Spelling("draft-first"), {"delay": 6, "tail": True}, of("d", 0, 0, 5) + of("d", 6, 0, 5) + of("d", 12, 0, 5)),
         # drafts that stand: nothing changes, whatever the delay
         *(
-            (Spelling("rsd-async"), {"delay": d}, STILL * d + of("t", 0, 0, 3) + of("d", d + 4, 0, 3)) for d in (0, 1, 4)
+            (Spelling("rsd-async"), {"delay": d}, STILL * d + of("t", 0, 0, 3) + of("d", d + 4, 0, 3))
+            for d in (0, 1, 4)
         ),
         (
             Spelling("rsd-async", falls={6, 14}),
@@ -148,19 +149,19 @@ T0 = STILL * 2 + of("t", 0, 0, 3)  # an episode's beginning at a delay of 2
         (
             Spelling("rsd-async", switches=[(6, 1, "d"), (6, 3, "t")]),
             {"delay": 2},
-            T0 + ["d6.0", "t0.5", "t6.2", "t6.3!", "d10.0!"],
+            [*T0, "d6.0", "t0.5", "t6.2", "t6.3!", "d10.0!"],
         ),
         # what the target said before switches
         (
             Spelling("rsd-async", switches=[(2, 3, "t"), (6, 3, "d")]),
             {"delay": 2},
-            T0 + ["d6.0", "t0.5!", "t6.2!", "t6.3!", "d10.0!"],
+            [*T0, "d6.0", "t0.5!", "t6.2!", "t6.3!", "d10.0!"],
         ),
         # the answer should have switched before it was there: it goes on from its switch
         (
             Spelling("rsd-async", falls={6}, switches=[(6, 1, "t"), (6, 3, "d")]),
             {"delay": 2},
-            T0 + ["d6.0", "d6.1", "t6.1!", "t6.2!", "d10.0!"],
+            [*T0, "d6.0", "d6.1", "t6.1!", "t6.2!", "d10.0!"],
         ),
     ],
 )
@@ -195,7 +196,11 @@ def test_outcomes_are_the_same_batched_and_resumed(decode: str, tmp_path: Path) 
     meanwhile = None if decode == "rsd-async" else "tail"
     options = {"num_trials": 2, "tasks": "2,3", "policy": "good", "num_workers": "2"}
     whole = EvalConfig(
-        **options, decode=decode, delay=2, meanwhile=meanwhile, output=str(tmp_path / "whole")  # type: ignore[arg-type]
+        **options,
+        decode=decode,
+        delay=2,
+        meanwhile=meanwhile,
+        output=str(tmp_path / "whole"),  # type: ignore[arg-type]
     )
     parts = replace(whole, batch=2, output=str(tmp_path / "parts"))
     quiet = Console(quiet=True)
@@ -239,6 +244,13 @@ def test_delays_that_cannot_be_are_refused(options: dict[str, Any], message: str
         EvalConfig(**{"decode": "l1", **options})
 
 
+def test_where_nobody_corrects_a_draft_it_is_refused() -> None:
+    with pytest.raises(RsdError, match="corrects no answers"):
+        load_served(EvalConfig(decode="rsd-async"))
+    with pytest.raises(RsdError, match="expected --policy-decode other than rsd-async"):
+        CollectConfig(Path("any"), policy="any", policy_decode="rsd-async")
+
+
 def test_a_delay_beyond_the_chunk_is_refused_before_anything_is_started(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +258,6 @@ def test_a_delay_beyond_the_chunk_is_refused_before_anything_is_started(
     config = EvalConfig(policy=str(checkpoint), decode="l1", delay=7, meanwhile="tail")
     ready(config)
     for beyond in (replace(config, delay=8), replace(config, decode="rsd-async", delay=8, meanwhile=None)):
-        with pytest.raises(RsdError, match="expected at most 7, found 8: the chunks of .* have 8 steps"):
+        with pytest.raises(RsdError, match=r"expected at most 7, found 8: the chunks of .* have 8 steps"):
             ready(beyond)
     ready(replace(config, delay=8, meanwhile="hold"))

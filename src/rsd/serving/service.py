@@ -81,7 +81,7 @@ class Session:
 def load_served(config: EvalConfig) -> Servable:
     """The policy that `rsd eval` would run with these options."""
     if config.decode == RSD_ASYNC:
-        raise RsdError(f"--decode {RSD_ASYNC}: an answer of openpi's protocol cannot be corrected; expected rsd-fused, say")
+        raise RsdError(f"--decode {RSD_ASYNC}: openpi's protocol corrects no answers; expected another, rsd-fused say")
     policy = rsd_policy(config)
     assert isinstance(policy, RsdPolicy | OpenVlaPolicy)  # what `rsd_policy` makes of a checkpoint
     return policy.core if isinstance(policy, RsdPolicy) else Memoryless(policy)
