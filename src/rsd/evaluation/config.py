@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, between, from_json, shown
+from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, above, between, from_json, shown
 from rsd.types import (
     AUTO,
     BEST,
@@ -39,7 +39,7 @@ NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "eng
 # of `decoding.gate.SkipRule`, which has their defaults
 OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", *OF_THE_RULE))
-NEUTRAL |= {"delay": 0, "drafter_delay": 0}
+NEUTRAL |= {"delay": 0, "drafter_delay": 0, "motion": "none", "motion_speed": 0.02}
 
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
 
@@ -130,6 +130,11 @@ class EvalConfig(Checked):
     meanwhile: Literal["hold", "tail"] | None = None
     """What the robot does while it waits for a delayed answer: hold (stand still, the default), or tail (go on with the
     chunk before, whose steps beyond --execute are there for that); rsd-async has its own way."""
+    motion: Literal["none", "thing", "destination"] = "none"
+    """The scene moves: the asked-for thing slides along a line until the gripper has touched it, or the destination
+    does all the time; 8 cm to one side of where it stood, then to the other."""
+    motion_speed: Annotated[float, above(0, 0.2)] = 0.02
+    """Metres a second of --motion; its direction is drawn from --seed, task and initial state."""
     num_workers: Workers = "auto"
     """Worker processes, each with a simulator of its own; auto takes one per CPU core, in real time one."""
     threads: Annotated[int, between(1, 4096)] = 1
@@ -165,6 +170,8 @@ class EvalConfig(Checked):
         alone = "--control-hz without --batch, in which robots would wait for each other"
         yield not (self.control_hz and self.batch), alone, f"--batch {self.batch}"
         yield from self._delays()
+        moves = self.motion != "none" or self.motion_speed == EvalConfig.motion_speed
+        yield moves, "a --motion with --motion-speed", f"--motion-speed {self.motion_speed:g} alone"
         ray, given = self.launcher == "ray", f"--batch {self.batch} and --videos {self.videos}"
         apart = "--launcher ray without --batch and --videos: a policy in every actor and no videos"
         yield not (ray and (self.batch or self.videos != "none")), apart, given

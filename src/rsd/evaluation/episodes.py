@@ -18,6 +18,7 @@ from rsd.evaluation.realtime import Pace, RealTime
 from rsd.evaluation.results import ERROR_PREFIX, EpisodeResult
 from rsd.evaluation.rollout import WARMUP_PREDICTIONS, decoded, run_episode
 from rsd.evaluation.video import replay_video, video_name
+from rsd.sim.motion import Motion
 from rsd.types import RSD_ASYNC, Policy
 
 INSTEAD = "instead"  # a video of a failure takes the place of a success's
@@ -111,6 +112,8 @@ class EpisodeRunner:
         if self._env is None or job.task != self._task:
             self.close()
             self._env, self._task = self._backend.make_env(*job.task, self._policy.image_size), job.task
+            if self._config.motion != "none":
+                self._env.motion = Motion(self._config.motion, self._config.motion_speed, self._config.seed)
         rollout = run_episode(
             self._env,
             self._policy,

@@ -24,6 +24,7 @@ import rsd
 from rsd.checks import ImageSize, Seed, checked, shown
 from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
 from rsd.sim.fast_path import ArmControl, Contacts, Sampling, compile_maths
+from rsd.sim.motion import Motion, Slide
 from rsd.sim.permuted import Layout, Predicate, is_permuted
 from rsd.sim.physics import mujoco
 from rsd.sim.rendering import ArmedCamera, gl_backend
@@ -105,6 +106,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self._scene_regions = dict(self.simulation.parsed_problem["regions"])
         self.goal: tuple[Predicate, ...] = scene_file(suite, task_id).goal
         self.asks: tuple[tuple[str, str], ...] = ()
+        self.motion: Motion | None = None  # of the next episodes
+        self._slide: Slide | None = None
 
     # -- gymnasium ------------------------------------------------------------------------------------------------
 
@@ -128,6 +131,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             drawn = choice.get("placement_seed", int(self.np_random.integers(2**31 - 1)))
             info = self._start_placement(checked(Seed, drawn, "reset options: placement_seed"))
         self.steps = 0
+        state = info.get("init_state", info.get("placement_seed"))
+        self._slide = None if self.motion is None else Slide(self, self.motion, state)
         return self._observation_dict(), {**info, "success": self.success()}
 
     def step(self, action: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
@@ -154,6 +159,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             last = executed == len(chunk)
             if before_step is not None:
                 before_step()
+            if self._slide is not None:
+                self._slide.step()
             self._control_step(action, draw=last and draw)
             terminated = self.success()
             if terminated:
