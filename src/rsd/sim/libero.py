@@ -131,7 +131,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             drawn = choice.get("placement_seed", int(self.np_random.integers(2**31 - 1)))
             info = self._start_placement(checked(Seed, drawn, "reset options: placement_seed"))
         self.steps = 0
-        state = info.get("init_state", info.get("placement_seed"))
+        state = info["init_state"] if "init_state" in info else info["placement_seed"]
         self._slide = None if self.motion is None else Slide(self, self.motion, state)
         return self._observation_dict(), {**info, "success": self.success()}
 

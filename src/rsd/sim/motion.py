@@ -1,4 +1,4 @@
-"""Scenes that move: the asked-for thing, or where it is to go, slides along a line at a constant speed, as on a belt."""
+"""Scenes that move: the asked-for thing, or where it is to go, slides along a line at constant speed, as on a belt."""
 
 from __future__ import annotations
 
