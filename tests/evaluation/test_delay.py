@@ -135,12 +135,19 @@ T0 = STILL * 2 + of("t", 0, 0, 3)  # an episode's beginning at a delay of 2
         (
             Spelling("rsd-async", falls={6, 14}),
             {"delay": 2},
-            T0 + of("d", 6, 0, 1) + of("t", 6, 2, 3) + of("d", 10, 0, 3) + of("d", 14, 0, 1) + of("t", 14, 2, 3),
+            # after one that fell the next draft does not begin
+            T0 + of("d", 6, 0, 1) + of("t", 6, 2, 5) + of("t", 10, 2, 3) + of("d", 14, 0, 1) + of("t", 14, 2, 3),
         ),
         (
             Spelling("rsd-async", falls={6}),
             {"delay": 2, "early": 1},
-            T0 + of("t", 0, 4, 4) + of("d", 6, 1, 1) + of("t", 6, 2, 3) + of("t", 6, 4, 4) + of("d", 10, 1, 3),
+            T0 + of("t", 0, 4, 4) + of("d", 6, 1, 1) + of("t", 6, 2, 5) + of("t", 10, 2, 4) + of("d", 14, 1, 3),
+        ),
+        # as late as the next observation
+        (
+            Spelling("rsd-async", falls={8}),
+            {"delay": 4},
+            STILL * 4 + of("t", 0, 0, 3) + of("d", 8, 0, 3) + of("t", 8, 4, 7) + of("d", 16, 0, 3),
         ),
         (Spelling("rsd-async", falls={4}), {"delay": 0}, of("t", 0, 0, 3) + of("t", 4, 0, 3) + of("d", 8, 0, 3)),
         # beyond the executed steps the draft goes on until the answer is there
@@ -161,7 +168,7 @@ T0 = STILL * 2 + of("t", 0, 0, 3)  # an episode's beginning at a delay of 2
         (
             Spelling("rsd-async", falls={6}, switches=[(6, 1, "t"), (6, 3, "d")]),
             {"delay": 2},
-            [*T0, "d6.0", "d6.1", "t6.1!", "t6.2!", "d10.0!"],
+            [*T0, "d6.0", "d6.1", "t6.1!", "t6.2!", "t6.3!", "t6.4!", "t10.2!"],
         ),
     ],
 )
@@ -178,10 +185,10 @@ def test_each_step_executes_what_its_mode_says(policy: Any, options: dict[str, A
 def test_what_was_held_drafted_and_replaced_is_counted() -> None:
     stats = roll(Spelling("rsd-async", falls={6, 14}), 2)[1].result.chunk_stats
     assert stats["held_steps"] == [2.0, 0.0, 0.0, 0.0, 0.0]
-    assert stats["drafted_steps"] == [None, 2.0, 2.0, 2.0, 2.0]
-    assert stats["replaced"] == [None, 0.5, 0.0, 0.5, None]  # the last answer comes too late
+    assert stats["drafted_steps"] == [None, 2.0, 0.0, 2.0, 0.0]
+    assert stats["replaced"] == [None, 0.5, 0.5, 0.5, None]  # the last answer comes too late
     apart = pytest.approx(2 * 50.0 * 0.2655, rel=1e-3)  # mm: in the two steps the two differ by 1 in height
-    assert stats["replaced_mm"] == [None, apart, None, apart, None]
+    assert stats["replaced_mm"] == [None, apart, apart, apart, None]
     assert roll(Spelling("l1"), 2, tail=True)[1].result.chunk_stats["tail_steps"] == [0.0, 2.0, 2.0, 2.0, 2.0]
 
 

@@ -7,7 +7,8 @@ the last is there. What the robot does meanwhile is the mode's matter:
 - `hold`: it stands still (no motion, the gripper as it was told last), then executes the chunk from its first action.
 - `tail`: it goes on with the chunk before, and the answer begins with its action d, those before it being late. Where
   nothing is left it stands still.
-- a decoder with answers (`rsd-async`): the draft begins at once, the target's answer overrules what is left of it.
+- a decoder with answers (`rsd-async`): the draft begins at once if the target let the one before stand; its answer
+  overrules what is left of a draft that does not.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class VirtualDelay(Pace):
         self.delay, self.drafter_delay, self.tail = delay, drafter_delay, tail
         self._done: list[Actions] = []  # every action so far, [7]
         self._poses: list[NDArray[np.float32]] = []  # the states [8] before them, of decoders with answers
+        self._trusted = False  # the target let the last draft stand
         self._left = NOTHING  # of what the target said last, from now on
 
     def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
@@ -81,6 +83,7 @@ class VirtualDelay(Pace):
         if chunk.answer is not None and self._done:
             return self._corrected(env, chunk, chunk.answer)
         if chunk.answer is not None:  # the target decides what an episode begins with
+            self._trusted = bool(chunk.stats.stood)
             chunk = replace(chunk, actions=chunk.answer)
         return iter([(self._waited_for(chunk), True)])
 
@@ -102,14 +105,15 @@ class VirtualDelay(Pace):
         return self._filled(ahead, steps)
 
     def _corrected(self, env: Environment, chunk: ActionChunk, answer: Actions) -> Iterator[tuple[Actions, bool]]:
-        """The draft from `drafter_delay` on, the target's answer from `delay` on; before, and instead of a draft that
-        would switch the gripper, what the target said before."""
+        """The draft from `drafter_delay` on, the target's answer from `delay` on. Before that, instead of a draft that
+        would switch the gripper, and where the draft before did not stand, what the target said before."""
         start, early, late, motion = len(self._done), self.drafter_delay, self.delay, self._motion
         steps, told = max(len(chunk.executed), late), self._filled(self._left, late)
         yield told[:early], early == steps
         draft = self._rest(env, chunk.actions, start)
         agrees = np.sign(draft[: late - early, 6]) == np.sign(told[early : early + len(draft), 6])
-        motion.drafted_steps = drafted = len(agrees) if agrees.all() else int(agrees.argmin())
+        drafted = 0 if not self._trusted else len(agrees) if agrees.all() else int(agrees.argmin())
+        motion.drafted_steps, self._trusted = drafted, bool(chunk.stats.stood)
         motion.tail_steps = min(early, len(self._left)) + max(0, min(late, len(self._left)) - early - drafted)
         yield np.concatenate([draft[:drafted], told[early + drafted :]]), late == steps
         stands = bool(chunk.stats.stood) and drafted == late - early
