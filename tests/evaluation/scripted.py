@@ -60,6 +60,9 @@ class CountingEnv:
         state = np.array([self.task_id, self.needed, self.steps, 0, 0, 0, 0, 0], dtype=np.float32)
         return Observation(images, state, self.instruction)
 
+    def redraw(self) -> None:
+        pass
+
     def proprio(self) -> np.ndarray:
         return self.observation().state
 

@@ -238,10 +238,9 @@ def test_a_delay_is_part_of_what_a_run_is() -> None:
     ("options", "message"),
     [
         ({"delay": -1}, "delay: expected an integer from 0 to 1000, found -1"),
-        ({"delay": 4, "control_hz": 20.0}, "--control-hz, which measures delays, without virtual ones"),
-        ({"decode": "rsd-async", "control_hz": 20.0}, "--control-hz, which measures delays, without virtual ones"),
+        ({"delay": 4, "control_hz": 20.0}, "--control-hz, by whose clock answers come, without virtual delays"),
         ({"decode": "rsd-skip", "delay": 2, "drafter_delay": 3}, "expected --drafter-delay of at most --delay"),
-        ({"meanwhile": "tail"}, "expected a --delay or --drafter-delay with --meanwhile"),
+        ({"meanwhile": "tail"}, "expected a --delay, --drafter-delay or --control-hz with"),
         ({"decode": "rsd-async", "delay": 2, "meanwhile": "hold"}, "expected no --meanwhile with --decode rsd-async"),
         ({"decode": "rsd-async", "policy": "ws://here:1"}, "a served policy sends no corrections"),
     ],

@@ -121,7 +121,8 @@ class EvalConfig(Checked):
     (cuda-graphs of fewer, larger kernels; takes a minute or two to begin), onnx."""
     control_hz: Hertz = 0.0
     """Run in real time: an action every 1/hz seconds (LIBERO's own is 20), the target's pending verification meanwhile;
-    how long the robot stands still between chunks is recorded. 0: as fast as possible, simulator and policy in turn."""
+    how long the robot stands still between chunks is recorded. 0: as fast as possible, simulator and policy in turn.
+    With --meanwhile, or rsd-async, the physics goes on while the policy thinks, and outcomes depend on the machine."""
     delay: Delay = 0
     """Virtual delay: the target's answer to an observation taken at step k can be used from step k + so many on, the
     world moves on meanwhile. Exact: outcomes hang on no clock and no load."""
@@ -184,13 +185,13 @@ class EvalConfig(Checked):
 
     def _delays(self) -> Rules:
         delays = f"--delay {self.delay} and --drafter-delay {self.drafter_delay}"
-        delayed = bool(self.delay or self.drafter_delay or self.decode == RSD_ASYNC)
-        apart = "--control-hz, which measures delays, without virtual ones (--delay, --drafter-delay, rsd-async)"
-        yield not (self.control_hz and delayed), apart, f"{delays} with --decode {self.decode}"
+        delayed = bool(self.delay or self.drafter_delay)
+        apart = "--control-hz, by whose clock answers come, without virtual delays"
+        yield not (self.control_hz and delayed), apart, delays
         both = self.decode in (DRAFT_FIRST, RSD_ASYNC, "rsd-skip")
         yield not both or self.drafter_delay <= self.delay, "--drafter-delay of at most --delay", delays
-        asks = "a --delay or --drafter-delay with --meanwhile"
-        yield self.meanwhile is None or delayed, asks, f"--meanwhile {self.meanwhile} alone"
+        asks = "a --delay, --drafter-delay or --control-hz with --meanwhile"
+        yield self.meanwhile is None or delayed or self.control_hz > 0, asks, f"--meanwhile {self.meanwhile} alone"
         own = f"no --meanwhile with --decode {RSD_ASYNC}, which goes on with its draft"
         yield self.decode != RSD_ASYNC or self.meanwhile is None, own, f"--meanwhile {self.meanwhile}"
         never = f"--decode {RSD_ASYNC} of a checkpoint, as a served policy sends no corrections"

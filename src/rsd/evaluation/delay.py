@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.chunks import check_stats, checked_chunk
+from rsd.chunks import checked_chunk
 from rsd.conventions import GRIPPER_OPEN
 from rsd.decoding.correction import led, rest_of_chunk
 from rsd.evaluation.realtime import Meanwhile, Pace, Stepped
-from rsd.types import DRAFT_FIRST, ActionChunk, Completes, Observation, Policy, RsdError, VerifiesLater
+from rsd.types import DRAFT_FIRST, ActionChunk, Completes, Observation, Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
@@ -48,13 +48,10 @@ class VirtualDelay(Pace):
 
     def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
         """The chunk with all that the target finds of it: when it may be used is a matter of steps, not of time."""
-        chunk = super().predict(policy, observation)
+        chunk = checked_chunk(policy.predict(observation))
         if isinstance(policy, Completes):
             chunk = checked_chunk(policy.complete() or chunk)
-            self.stats[-1] = chunk.stats
-        elif isinstance(policy, VerifiesLater) and (found := policy.verify()) is not None:
-            check_stats(found)
-            self.stats[-1] = found
+        self.stats.append(chunk.stats)
         return chunk
 
     def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped:
@@ -111,8 +108,7 @@ class VirtualDelay(Pace):
         steps, told = max(len(chunk.executed), late), self._filled(self._left, late)
         yield told[:early], early == steps
         draft = self._rest(env, chunk.actions, start)
-        agrees = np.sign(draft[: late - early, 6]) == np.sign(told[early : early + len(draft), 6])
-        drafted = 0 if not self._trusted else len(agrees) if agrees.all() else int(agrees.argmin())
+        drafted = agreed(draft[: late - early], told[early:]) if self._trusted else 0
         motion.drafted_steps, self._trusted = drafted, bool(chunk.stats.stood)
         motion.tail_steps = min(early, len(self._left)) + max(0, min(late, len(self._left)) - early - drafted)
         yield np.concatenate([draft[:drafted], told[early + drafted :]]), late == steps
@@ -137,6 +133,13 @@ class VirtualDelay(Pace):
         still = np.zeros((lacking, 7), np.float32)
         still[:, 6] = last[-1][6] if last else GRIPPER_OPEN
         return np.concatenate([actions, still])
+
+
+def agreed(draft: Actions, told: Actions) -> int:
+    """How many of a draft's actions [n, 7] come before one with another gripper than the target has told of its step;
+    told: at least as many."""
+    differs = np.sign(draft[:, 6]) != np.sign(told[: len(draft), 6])
+    return int(differs.argmax()) if differs.any() else len(draft)
 
 
 def apart_mm(one: Actions, other: Actions) -> float:

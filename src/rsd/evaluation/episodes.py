@@ -18,6 +18,7 @@ from rsd.evaluation.realtime import Pace, RealTime
 from rsd.evaluation.results import ERROR_PREFIX, EpisodeResult
 from rsd.evaluation.rollout import WARMUP_PREDICTIONS, decoded, run_episode
 from rsd.evaluation.video import replay_video, video_name
+from rsd.evaluation.wall_clock import WallClock
 from rsd.sim.motion import Motion
 from rsd.types import RSD_ASYNC, Policy
 
@@ -146,6 +147,8 @@ class EpisodeRunner:
 
 def pace_of(config: EvalConfig) -> Pace:
     """How policy and robot take turns in one episode of a run."""
+    if config.control_hz and (config.meanwhile is not None or config.decode == RSD_ASYNC):
+        return WallClock(config.control_hz, tail=config.meanwhile == "tail")
     if config.control_hz:
         return RealTime(config.control_hz)
     if config.delay or config.drafter_delay or config.decode == RSD_ASYNC:

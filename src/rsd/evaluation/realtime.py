@@ -54,7 +54,9 @@ class Meanwhile:
 
     held_steps: it stood still. tail_steps: it went on with the answer before. drafted_steps: of a draft before the
     target's answer to the same observation was there; replaced: the share of the chunk's steps in which that answer
-    took the draft's place; replaced_mm: how far apart the two lead in these steps.
+    took the draft's place; replaced_mm: how far apart the two lead in these steps. By the wall clock: draft_delay,
+    answer_delay: steps until they were there; late_steps: actions whose physics was not computed when their period
+    ended, late_ms: the latest of them by so much.
     """
 
     held_steps: int = 0
@@ -62,6 +64,10 @@ class Meanwhile:
     drafted_steps: int | None = None
     replaced: float | None = None
     replaced_mm: float | None = None
+    draft_delay: int | None = None
+    answer_delay: int | None = None
+    late_steps: int | None = None
+    late_ms: float | None = None
 
 
 class Pace:
@@ -85,6 +91,10 @@ class Pace:
     def warm_up(self, policy: Policy, observation: Observation) -> None:
         """A prediction that nobody executes, and what follows it."""
         policy.predict(observation)
+
+    def turn(self, policy: Policy, env: Environment) -> Stepped:
+        """One chunk: observe, predict, execute."""
+        return self.execute(policy, env, self.predict(policy, env.observation()))
 
     def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
         chunk = checked_chunk(policy.predict(observation))  # what is recorded has to be readable

@@ -45,6 +45,10 @@ class Environment(Protocol):
 
     def observation(self) -> Observation: ...
 
+    def redraw(self) -> None:
+        """Images of the present state for `observation`, after steps without drawing."""
+        ...
+
     def proprio(self) -> NDArray[np.float32]:
         """The present state [8], without images."""
         ...
@@ -96,8 +100,7 @@ def run_episode(
             policy.reset(episode_seed(seed, task_id, init_state))
             done = False
             while not done:
-                chunk = pace.predict(policy, env.observation())
-                _, _, terminated, truncated, _ = pace.execute(policy, env, chunk)
+                _, _, terminated, truncated, _ = pace.turn(policy, env)
                 success, done = bool(terminated), bool(terminated or truncated)
         failure = "" if success else STEP_LIMIT
     except Exception as error:

@@ -345,6 +345,8 @@ CHUNK_STATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "drafted_steps": ("drafted steps before the target's answer, mean", lambda steps: f"{steps:.2f}"),
     "replaced": ("actions that the target's answer replaced", percent),
     "replaced_mm": ("the two lead apart where it did, mean", millimetres),
+    "draft_delay": ("steps until the drafter's chunk was there, mean", lambda steps: f"{steps:.2f}"),
+    "answer_delay": ("steps until the target's answer was there, mean", lambda steps: f"{steps:.2f}"),
 }
 
 

@@ -165,15 +165,19 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             terminated = self.success()
             if terminated:
                 if not last and draw:
-                    self._make_current()
-                    for camera in self._armed.values():
-                        camera.draw()
+                    self.redraw()
                 break
         self.steps += executed
         self._check_physics()
         truncated = not terminated and self.steps >= self.max_steps
         info = {"success": terminated, "steps": executed}
         return self._observation_dict(), float(terminated), terminated, truncated, info
+
+    def redraw(self) -> None:
+        """Images of the present state for `observation`, after steps without drawing."""
+        self._make_current()
+        for camera in self._armed.values():
+            camera.draw()
 
     def _check_physics(self) -> None:
         """MuJoCo answers a state that diverged with a warning and a silent reset of the whole scene: an error here."""
