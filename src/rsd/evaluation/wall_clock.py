@@ -61,6 +61,7 @@ class WallClock(VirtualDelay):
     def _until_answered(self, env: Environment, thought: Thought) -> Stepped:
         start, motion = len(self._done), self._motion
         draft, drafted, until, ahead = NOTHING, 0, -1, self._left
+        stepped: Stepped = None, 0.0, False, False, {}
         while True:
             self._wait()
             self._gone = gone = len(self._done) - start
