@@ -111,6 +111,14 @@ T0 = STILL * 2 + of("t", 0, 0, 3)  # an episode's beginning at a delay of 2
             {"delay": 2, "tail": True},
             T0 + of("t", 0, 4, 5) + of("t", 6, 2, 5) + of("t", 10, 2, 5) + of("t", 14, 2, 5),
         ),
+        # a gripper switch that was missed: as it is, and made up for
+        *(
+            (Spelling("l1", switches=[(6, 1, "t")]), {"delay": 2, mode: True}, [*T0, "t0.4", "t0.5", *then])
+            for mode, then in {
+                "tail": ["t6.2!", "t6.3!", "t6.4!", "t6.5!", "t10.2!"],
+                "corrected": ["t6.1!", "t6.2!", "t6.3!", "t6.4!", "t10.2!"],
+            }.items()
+        ),
         # one observation at a time: the next one when the answer is there, at which the chunk before is over
         (
             Spelling("l1"),
@@ -142,6 +150,11 @@ T0 = STILL * 2 + of("t", 0, 0, 3)  # an episode's beginning at a delay of 2
             Spelling("rsd-async", falls={6}),
             {"delay": 2, "early": 1},
             T0 + of("t", 0, 4, 4) + of("d", 6, 1, 1) + of("t", 6, 2, 5) + of("t", 10, 2, 4) + of("d", 14, 1, 3),
+        ),
+        (
+            Spelling("rsd-async", falls={6, 14}),
+            {"delay": 2, "always": True},
+            T0 + of("d", 6, 0, 1) + of("t", 6, 2, 3) + of("d", 10, 0, 3) + of("d", 14, 0, 1) + of("t", 14, 2, 3),
         ),
         # as late as the next observation
         (
@@ -242,6 +255,7 @@ def test_a_delay_is_part_of_what_a_run_is() -> None:
         ({"decode": "rsd-skip", "delay": 2, "drafter_delay": 3}, "expected --drafter-delay of at most --delay"),
         ({"meanwhile": "tail"}, "expected a --delay, --drafter-delay or --control-hz with"),
         ({"decode": "rsd-async", "delay": 2, "meanwhile": "hold"}, "expected no --meanwhile with --decode rsd-async"),
+        ({"draft_after": "always"}, "expected --decode rsd-async with --draft-after"),
         ({"decode": "rsd-async", "policy": "ws://here:1"}, "a served policy sends no corrections"),
     ],
 )

@@ -116,8 +116,9 @@ def test_what_the_policy_raises_ends_the_episode(first: float, breaks: int) -> N
 def test_who_asks_for_it_gets_it() -> None:
     real = EvalConfig(decode="l1", control_hz=20.0)
     assert isinstance(pace_of(real), RealTime)
-    for other in ({"meanwhile": "tail"}, {"meanwhile": "hold"}, {"decode": "rsd-async"}):
+    for other in ({"meanwhile": "tail"}, {"meanwhile": "corrected"}, {"meanwhile": "hold"}, {"decode": "rsd-async"}):
         pace = pace_of(EvalConfig(**{"decode": "l1", "control_hz": 20.0, **other}))  # type: ignore[arg-type]
         with pace:
             assert isinstance(pace, WallClock)
-            assert pace.tail == (other.get("meanwhile") == "tail")
+            assert pace.tail == (other.get("meanwhile") in ("tail", "corrected"))
+            assert pace.corrected == (other.get("meanwhile") == "corrected")

@@ -250,7 +250,8 @@ def engine_of(config: EvalConfig, directory: Path | None) -> str:
 def ready(config: EvalConfig) -> None:
     """`preflight`, and that a policy with delayed answers has a tail to go on with."""
     preflight(config)
-    late, tail = max(config.delay, config.drafter_delay), config.meanwhile == "tail" or config.decode == RSD_ASYNC
+    late = max(config.delay, config.drafter_delay)
+    tail = config.meanwhile in ("tail", "corrected") or config.decode == RSD_ASYNC
     if not late or not tail or config.served:  # of a served policy the first chunk shows it
         return
     from rsd.checkpoint import facts_of, locate_checkpoint, read_content

@@ -39,7 +39,7 @@ NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "eng
 # of `decoding.gate.SkipRule`, which has their defaults
 OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", *OF_THE_RULE))
-NEUTRAL |= {"delay": 0, "drafter_delay": 0, "motion": "none", "motion_speed": 0.02}
+NEUTRAL |= {"delay": 0, "drafter_delay": 0, "draft_after": "agreement", "motion": "none", "motion_speed": 0.02}
 
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
 
@@ -128,9 +128,12 @@ class EvalConfig(Checked):
     world moves on meanwhile. Exact: outcomes hang on no clock and no load."""
     drafter_delay: Delay = 0
     """The same of the drafter's chunk, where it is executed before or without the target's answer."""
-    meanwhile: Literal["hold", "tail"] | None = None
-    """What the robot does while it waits for a delayed answer: hold (stand still, the default), or tail (go on with the
-    chunk before, whose steps beyond --execute are there for that); rsd-async has its own way."""
+    meanwhile: Literal["hold", "tail", "corrected"] | None = None
+    """What the robot does while it waits for a delayed answer: hold (stand still, the default), tail (go on with the
+    chunk before, whose steps beyond --execute are there for that), or corrected (a tail, and what was missed of the
+    answer is made up for); rsd-async has its own way."""
+    draft_after: Literal["agreement", "always"] = "agreement"
+    """For rsd-async: a draft begins only if the target let the one before stand, or always (an ablation)."""
     motion: Literal["none", "thing", "destination"] = "none"
     """The scene moves: the asked-for thing slides along a line until the gripper has touched it, or the destination
     does all the time; 8 cm to one side of where it stood, then to the other."""
@@ -194,6 +197,8 @@ class EvalConfig(Checked):
         yield self.meanwhile is None or delayed or self.control_hz > 0, asks, f"--meanwhile {self.meanwhile} alone"
         own = f"no --meanwhile with --decode {RSD_ASYNC}, which goes on with its draft"
         yield self.decode != RSD_ASYNC or self.meanwhile is None, own, f"--meanwhile {self.meanwhile}"
+        drafts = self.draft_after == "agreement" or self.decode == RSD_ASYNC
+        yield drafts, f"--decode {RSD_ASYNC} with --draft-after", f"--decode {self.decode}"
         never = f"--decode {RSD_ASYNC} of a checkpoint, as a served policy sends no corrections"
         yield self.decode != RSD_ASYNC or not self.served, never, self.policy
 

@@ -7,6 +7,7 @@ the last is there. What the robot does meanwhile is the mode's matter:
 - `hold`: it stands still (no motion, the gripper as it was told last), then executes the chunk from its first action.
 - `tail`: it goes on with the chunk before, and the answer begins with its action d, those before it being late. Where
   nothing is left it stands still.
+- `corrected`: a tail, but what was missed of an answer is made up for (`decoding.correction`).
 - a decoder with answers (`rsd-async`): the draft begins at once if the target let the one before stand; its answer
   overrules what is left of a draft that does not.
 """
@@ -38,9 +39,19 @@ class VirtualDelay(Pace):
 
     An episode's first chunk is waited for at a standstill in every mode, and so it misses nothing."""
 
-    def __init__(self, delay: int, drafter_delay: int = 0, *, tail: bool = False) -> None:
+    def __init__(
+        self,
+        delay: int,
+        drafter_delay: int = 0,
+        *,
+        tail: bool = False,
+        corrected: bool = False,
+        always: bool = False,
+    ) -> None:
+        """always: a draft begins whatever the target made of the one before."""
         super().__init__()
-        self.delay, self.drafter_delay, self.tail = delay, drafter_delay, tail
+        self.always = always
+        self.delay, self.drafter_delay, self.tail, self.corrected = delay, drafter_delay, tail or corrected, corrected
         self._done: list[Actions] = []  # every action so far, [7]
         self._poses: list[NDArray[np.float32]] = []  # the states [8] before them, of decoders with answers
         self._trusted = False  # the target let the last draft stand
@@ -82,10 +93,10 @@ class VirtualDelay(Pace):
         if chunk.answer is not None:  # the target decides what an episode begins with
             self._trusted = bool(chunk.stats.stood)
             chunk = replace(chunk, actions=chunk.answer)
-        return iter([(self._waited_for(chunk), True)])
+        return self._waited_for(env, chunk)
 
-    def _waited_for(self, chunk: ActionChunk) -> Actions:
-        """The actions until the next observation where a chunk is the last word on what it was predicted from."""
+    def _waited_for(self, env: Environment, chunk: ActionChunk) -> Iterator[tuple[Actions, bool]]:
+        """Where a chunk is the last word on what it was predicted from."""
         skipped, due, tail = bool(chunk.stats.skipped), len(chunk.executed), self.tail or chunk.answer is not None
         busy = self.drafter_delay if skipped else self.delay  # until then no other observation is looked at
         wait = self.drafter_delay if chunk.stats.decode == DRAFT_FIRST else busy
@@ -93,13 +104,15 @@ class VirtualDelay(Pace):
             found = f"{wait}, after which nothing of an answer of {len(chunk.actions)} steps could be used"
             raise RsdError(f"--delay: expected fewer steps than the policy's chunk has, found {found}")
         if tail and self._done:
-            self._motion.tail_steps, steps = min(wait, len(self._left)), max(due, busy)
-            ahead = np.concatenate([self._filled(self._left, wait), chunk.actions[wait:]])
+            start, steps, self._motion.tail_steps = len(self._done), max(due, busy), min(wait, len(self._left))
+            yield self._filled(self._left, wait), steps == wait
+            rest = self._rest(env, chunk.actions, start) if self.corrected else chunk.actions[wait:]
         else:
             steps = max(wait + due, busy)
-            ahead = np.concatenate([self._filled(NOTHING, wait), chunk.actions if tail else chunk.executed])
-        self._left = ahead[steps:]
-        return self._filled(ahead, steps)
+            yield self._filled(NOTHING, wait), False
+            rest = chunk.actions if tail else chunk.executed
+        self._left = rest[steps - wait :]
+        yield self._filled(rest, steps - wait), True
 
     def _corrected(self, env: Environment, chunk: ActionChunk, answer: Actions) -> Iterator[tuple[Actions, bool]]:
         """The draft from `drafter_delay` on, the target's answer from `delay` on. Before that, instead of a draft that
@@ -108,7 +121,7 @@ class VirtualDelay(Pace):
         steps, told = max(len(chunk.executed), late), self._filled(self._left, late)
         yield told[:early], early == steps
         draft = self._rest(env, chunk.actions, start)
-        drafted = agreed(draft[: late - early], told[early:]) if self._trusted else 0
+        drafted = agreed(draft[: late - early], told[early:]) if self._trusted or self.always else 0
         motion.drafted_steps, self._trusted = drafted, bool(chunk.stats.stood)
         motion.tail_steps = min(early, len(self._left)) + max(0, min(late, len(self._left)) - early - drafted)
         yield np.concatenate([draft[:drafted], told[early + drafted :]]), late == steps

@@ -147,12 +147,13 @@ class EpisodeRunner:
 
 def pace_of(config: EvalConfig) -> Pace:
     """How policy and robot take turns in one episode of a run."""
+    tail, corrected, always = config.meanwhile == "tail", config.meanwhile == "corrected", config.draft_after == "always"
     if config.control_hz and (config.meanwhile is not None or config.decode == RSD_ASYNC):
-        return WallClock(config.control_hz, tail=config.meanwhile == "tail")
+        return WallClock(config.control_hz, tail=tail, corrected=corrected, always=always)
     if config.control_hz:
         return RealTime(config.control_hz)
     if config.delay or config.drafter_delay or config.decode == RSD_ASYNC:
-        return VirtualDelay(config.delay, config.drafter_delay, tail=config.meanwhile == "tail")
+        return VirtualDelay(config.delay, config.drafter_delay, tail=tail, corrected=corrected, always=always)
     return Pace()
 
 

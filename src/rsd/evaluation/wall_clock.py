@@ -31,12 +31,14 @@ class WallClock(VirtualDelay):
         hz: float,
         *,
         tail: bool = False,
+        corrected: bool = False,
+        always: bool = False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         executor: Executor | None = None,
     ) -> None:
         """executor: runs one call of the policy after another, beside the caller; by default a thread."""
-        super().__init__(0, tail=tail)
+        super().__init__(0, tail=tail, corrected=corrected, always=always)
         self._period, self._clock, self._sleep = 1.0 / hz, clock, sleep
         self._executor = executor or ThreadPoolExecutor(1, "policy")
         self._due: float | None = None  # when the next action begins
@@ -68,8 +70,8 @@ class WallClock(VirtualDelay):
             if motion.draft_delay is None and thought.first.done():
                 chunk, motion.draft_delay = thought.first.result(), gone
                 if chunk.stats.decode == DRAFT_FIRST:
-                    ahead = self._whole(chunk, start)
-                elif chunk.stats.decode == RSD_ASYNC and start and self._trusted:
+                    ahead = self._whole(env, chunk, start)
+                elif chunk.stats.decode == RSD_ASYNC and start and (self._trusted or self.always):
                     draft = self._rest(env, chunk.actions, start)
                     drafted = agreed(draft, self._filled(ahead, len(draft)))
                     ahead = np.concatenate([draft[:drafted], ahead[drafted:]])
@@ -88,8 +90,10 @@ class WallClock(VirtualDelay):
                 self._gone = gone + 1
                 return stepped
 
-    def _whole(self, chunk: ActionChunk, start: int) -> Actions:
+    def _whole(self, env: Environment, chunk: ActionChunk, start: int) -> Actions:
         """What to do from now on of a chunk that is the last word."""
+        if self.corrected and start:
+            return self._rest(env, chunk.actions, start)
         if not self.tail:
             return chunk.executed
         return chunk.actions[len(self._done) - start :] if start else chunk.actions
@@ -100,8 +104,8 @@ class WallClock(VirtualDelay):
         """What to do from now on, the answer being there."""
         motion, gone = self._motion, len(self._done) - start
         if chunk.answer is None:
-            return ahead if chunk.stats.decode == DRAFT_FIRST else self._whole(chunk, start)
-        before, self._trusted = self._trusted, bool(chunk.stats.stood)
+            return ahead if chunk.stats.decode == DRAFT_FIRST else self._whole(env, chunk, start)
+        before, self._trusted = self._trusted or self.always, bool(chunk.stats.stood)
         if not start:
             return chunk.answer
         executed = gone - (motion.draft_delay or 0)
