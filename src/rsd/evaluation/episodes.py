@@ -147,7 +147,8 @@ class EpisodeRunner:
 
 def pace_of(config: EvalConfig) -> Pace:
     """How policy and robot take turns in one episode of a run."""
-    tail, corrected, always = config.meanwhile == "tail", config.meanwhile == "corrected", config.draft_after == "always"
+    tail, corrected = (config.meanwhile == mode for mode in ("tail", "corrected"))
+    always = config.draft_after == "always"
     if config.control_hz and (config.meanwhile is not None or config.decode == RSD_ASYNC):
         return WallClock(config.control_hz, tail=tail, corrected=corrected, always=always)
     if config.control_hz:
