@@ -170,6 +170,28 @@ def test_the_verification_judges_the_chunk(policy: RsdPolicy, make_observation: 
     assert np.array_equal(unaware.predict(make_observation(1)).actions, acting_after(policy, make_observation).actions)
 
 
+def test_an_answer_is_what_the_target_makes_of_the_same_draft(
+    policy: RsdPolicy, make_observation: MakeObservation
+) -> None:
+    parts = policy.model, policy.tokenizer, policy.config
+    drafting, told = (RsdPolicy.of(*parts, decode=decode) for decode in ("rsd-async", "rsd-fused"))
+    for seed in range(3):
+        chunk, expected = drafting.predict(make_observation(seed)), told.predict(make_observation(seed))
+        complete = drafting.complete()
+        assert chunk.answer is None
+        assert complete is not None
+        assert complete.answer == pytest.approx(expected.actions, abs=1e-5)
+        assert np.array_equal(complete.actions, chunk.actions)
+        assert complete.stats.stood == expected.stats.stood
+        assert drafting.complete() is None
+    assert acting_ahead(policy).complete() is None
+    ahead = acting_ahead(policy)
+    ahead.predict(make_observation(0))
+    found = ahead.complete()
+    assert found is not None
+    assert found.answer is None  # its drafts are not corrected
+
+
 def acting_after(policy: RsdPolicy, make_observation: MakeObservation) -> ActionChunk:
     """The second chunk of an episode of which the first was verified at once."""
     ahead = acting_ahead(policy)
@@ -215,8 +237,8 @@ def test_pending_verifications_of_two_episodes_do_not_meet(
         pending.append(core.predict([make_observation(seed)]).pending)
         alone.append(core.verify_pending(acting_ahead(policy).core.predict([make_observation(seed)]).pending))
     for found, expected in zip(reversed(pending), reversed(alone), strict=True):
-        (stats,), (state,) = core.verify_pending(found)
-        assert stats.num_accepted_tokens == expected.stats[0].num_accepted_tokens
+        (chunk,), (state,) = core.verify_pending(found)
+        assert chunk.stats.num_accepted_tokens == expected.chunks[0].stats.num_accepted_tokens
         assert all(torch.equal(a, b) for a, b in zip(state.memory.keys, expected.states[0].memory.keys, strict=True))
 
 

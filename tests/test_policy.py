@@ -185,7 +185,10 @@ USED_HEADS = {
     ("rsd-skip", "regress"): (*LIGHT_HEADS, "target.level_head", "target.gripper_head", "target.residual_head"),
     ("rsd-fused", "regress"): (*LIGHT_HEADS[:2], "target.level_head", "target.gripper_head", "target.residual_head"),
     ("drafter-only", "regress"): LIGHT_HEADS,
-    ("draft-first", "regress"): (*LIGHT_HEADS, "target.level_head", "target.gripper_head", "target.residual_head"),
+    **dict.fromkeys(
+        [("draft-first", "regress"), ("rsd-async", "regress")],
+        (*LIGHT_HEADS, "target.level_head", "target.gripper_head", "target.residual_head"),
+    ),
 }
 
 

@@ -136,9 +136,9 @@ class Prediction(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What the target found of each chunk, and the episodes' states after it."""
+    """The chunks with what the target found of each, and the episodes' states after it."""
 
-    stats: list[ChunkStats]
+    chunks: list[ActionChunk]
     states: list[EpisodeState]
 
 
@@ -238,8 +238,8 @@ class SpeculativePolicy:
         return Prediction(chunks, after, pending)
 
     def verify_pending(self, pending: Pending) -> Verified:
-        """The target's pass over what was seen for chunks that are being executed: what it finds of them, and states
-        that remember it."""
+        """The target's pass over what was seen for chunks that are being executed: these with what it finds of them,
+        its own `answer` if the decoder corrects, and states that remember it."""
         pending = checked(Pending, pending, "verify_pending")
         with self._computing() as watch:
             with watch.stage(VERIFY_PENDING):
@@ -252,7 +252,11 @@ class SpeculativePolicy:
                 stats.append(replace(self._stats(result, row), latency_ms=times))
             if self.decoding.audit:
                 stats = self._audited(pending.seen, result, stats)
-            return Verified(stats, after)
+            answers: Sequence[np.ndarray | None] = [None] * len(stats)
+            if DECODERS[self.decode].corrects:
+                answers = list(self._to_actions(result.value, result.gripper))
+            rows = zip(pending.chunks, stats, answers, strict=True)
+            return Verified([replace(chunk, stats=s, answer=answer) for chunk, s, answer in rows], after)
 
     # the parts of it
 
@@ -462,7 +466,13 @@ class RsdPolicy:
         return chunk
 
     def verify(self) -> ChunkStats | None:
-        """With `draft-first`: the target's pass for the last chunk -> that chunk's statistics, complete now; else None.
+        """`complete`, of which only the statistics are asked."""
+        chunk = self.complete()
+        return None if chunk is None else chunk.stats
+
+    def complete(self) -> ActionChunk | None:
+        """With `draft-first` and `rsd-async`: the target's pass for the last chunk -> that chunk, its statistics
+        complete now and with `rsd-async` with its `answer`; else None.
 
         Call it while that chunk is executed, from any thread; otherwise the next prediction begins with it."""
         with self._turn:
@@ -470,8 +480,8 @@ class RsdPolicy:
             if pending is None:
                 return None
             with self._ending_the_episode():
-                (stats,), (self._state,) = self.core.verify_pending(pending)
-        return stats
+                (chunk,), (self._state,) = self.core.verify_pending(pending)
+        return chunk
 
     @contextmanager
     def _ending_the_episode(self) -> Iterator[None]:

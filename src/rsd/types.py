@@ -28,7 +28,8 @@ Steps = Annotated[int, between(1, 1000)]
 Threads = Annotated[int, between(0, 4096)]
 Engine = Annotated[str, one_of(ENGINES)]
 VERIFY_PENDING = "verify-pending"  # the stage of what is done while the chunk is executed, beside `total`
-VERIFYING = "rsd", "rsd-fused", "rsd-skip", "draft-first"  # decoders whose draft the target judges
+DRAFT_FIRST, RSD_ASYNC = "draft-first", "rsd-async"
+VERIFYING = "rsd", "rsd-fused", "rsd-skip", DRAFT_FIRST, RSD_ASYNC  # decoders whose draft the target judges
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,14 @@ class ChunkStats:
 class ActionChunk:
     """actions: float32 [H, 7], environment-ready: every number in [-1, 1], gripper -1 = open, +1 = close.
 
-    execute: how many of them before the next observation, 1 to H; None: all. The rest is a tail for who must go on."""
+    execute: how many of them before the next observation, 1 to H; None: all. The rest is a tail for who must go on.
+    answer: of `rsd-async`, once it is there: the target's chunk for the same observation, which overrules what of a
+    draft is not executed yet, if it did not let it stand."""
 
     actions: NDArray[np.float32]
     stats: ChunkStats
     execute: int | None = None
+    answer: NDArray[np.float32] | None = None
 
     @property
     def executed(self) -> NDArray[np.float32]:
@@ -146,8 +150,8 @@ class ChunkPolicy(Protocol):
         """One observation and one state of each episode, None at its start -> chunks, states, and what is pending."""
         ...
 
-    def verify_pending(self, pending: Any) -> tuple[list[ChunkStats], list[Any]]:
-        """What was pending of a prediction -> its chunks' complete statistics, and states."""
+    def verify_pending(self, pending: Any) -> tuple[list[ActionChunk], list[Any]]:
+        """What was pending of a prediction -> its chunks, complete, and states."""
         ...
 
 
@@ -157,4 +161,13 @@ class VerifiesLater(Protocol):
 
     def verify(self) -> ChunkStats | None:
         """The last chunk's statistics, complete now; None if nothing was left."""
+        ...
+
+
+@runtime_checkable
+class Completes(Protocol):
+    """A `VerifiesLater` that also says what it has found."""
+
+    def complete(self) -> ActionChunk | None:
+        """The last chunk, complete now, with the target's answer if the decoder has one; None if nothing was left."""
         ...

@@ -40,7 +40,7 @@ class CountingEnv:
         return None, {}
 
     def step_chunk(
-        self, actions: np.ndarray, before_step: Callable[[], None] | None = None
+        self, actions: np.ndarray, before_step: Callable[[], None] | None = None, draw: bool = True
     ) -> tuple[Any, float, bool, bool, dict]:
         steps = min(len(actions), self.needed - self.steps, STEP_LIMIT - self.steps)
         for _ in range(steps):
@@ -59,6 +59,12 @@ class CountingEnv:
         images = np.full((2, self.image_size, self.image_size, 3), self.steps, dtype=np.uint8)
         state = np.array([self.task_id, self.needed, self.steps, 0, 0, 0, 0, 0], dtype=np.float32)
         return Observation(images, state, self.instruction)
+
+    def redraw(self) -> None:
+        pass
+
+    def proprio(self) -> np.ndarray:
+        return self.observation().state
 
     def failure_detail(self) -> str:
         return f"{self.needed - self.steps} steps short"
@@ -103,7 +109,7 @@ class ScriptedPolicy:
             expected_deviation_mm=self.rng.random() if self.behaviour == "draws" else None,
             latency_ms=latency,
         )
-        return ActionChunk(actions, stats)
+        return ActionChunk(actions, stats, answer=-actions if self.decode == "rsd-async" else None)
 
     def misbehave(self, task_id: int, init_state: int) -> None:
         behaviour, marker, once = self.behaviour, None, self.behaviour.startswith("once:")
@@ -175,7 +181,7 @@ class ScriptedBatchPolicy:
             chunks.append(replace(chunk, stats=replace(chunk.stats, expected_deviation_mm=float(count))))
         return chunks, after, None
 
-    def verify_pending(self, pending: None) -> tuple[list[ChunkStats], list[int]]:
+    def verify_pending(self, pending: None) -> tuple[list[ActionChunk], list[int]]:
         raise AssertionError("nothing was left pending")
 
 

@@ -1,7 +1,6 @@
 """What batching changes in a prediction, and what it refuses."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,8 +59,7 @@ def predict_and_verify(
     chunks, after, pending = batched.predict(observations, states)
     if pending is None:
         return chunks, after
-    found, after = batched.verify_pending(pending)
-    return [replace(chunk, stats=stats) for chunk, stats in zip(chunks, found, strict=True)], after
+    return tuple(batched.verify_pending(pending))
 
 
 EPISODES = ([0, 2, 3, 4], [1, 2], [0, 1, 2, 4, 5])  # in which rounds each of three episodes asks
@@ -72,12 +70,12 @@ def single_episode(policy: RsdPolicy, observations: list[Observation]) -> list[A
     chunks = []
     for observation in observations:
         chunk = policy.predict(observation)
-        chunks.append(replace(chunk, stats=policy.verify() or chunk.stats))
+        chunks.append(policy.complete() or chunk)
     return chunks
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("decode", ["rsd-fused", "rsd-skip", "draft-first", "drafter-only"])
+@pytest.mark.parametrize("decode", ["rsd-fused", "rsd-skip", "draft-first", "rsd-async", "drafter-only"])
 def test_episodes_that_remember_are_those_of_a_policy_of_their_own(
     decode: str,
     device: str,
@@ -107,6 +105,9 @@ def test_episodes_that_remember_are_those_of_a_policy_of_their_own(
     flat = [pair for alone, together in zip(expected, found, strict=True) for pair in zip(alone, together, strict=True)]
     for one, other in flat:
         assert np.abs(one.actions - other.actions).mean() < 1e-3
+        assert (one.answer is not None) == (other.answer is not None) == (decode == "rsd-async")
+        if one.answer is not None and other.answer is not None:
+            assert np.abs(one.answer - other.answer).mean() < 1e-3
         counts = [(s.prefills, s.skipped, s.forced, s.accepted_levels) for s in (one.stats, other.stats)]
         assert counts[0] == counts[1]
         assert other.stats.expected_deviation_mm == pytest.approx(one.stats.expected_deviation_mm, rel=1e-3)

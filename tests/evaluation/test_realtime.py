@@ -87,8 +87,10 @@ class TimedEnv(CountingEnv):
         self.begun.append(self.clock.now)
         self.clock.now += self.slow.get(len(self.begun), self.physics) / 1e3
 
-    def step_chunk(self, actions: np.ndarray, before_step: Callable[[], None] | None = None) -> Any:
-        answer = super().step_chunk(actions, before_step)
+    def step_chunk(
+        self, actions: np.ndarray, before_step: Callable[[], None] | None = None, draw: bool = True
+    ) -> Any:
+        answer = super().step_chunk(actions, before_step, draw)
         self.clock.now += self.drawing / 1e3
         self.drawing_s += self.drawing / 1e3
         return answer

@@ -47,7 +47,7 @@ from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
 from rsd.sim.physics import mujoco
 from rsd.sim.rendering import check_gl
 from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
-from rsd.types import CAMERAS, Policy, RsdError, Steps
+from rsd.types import CAMERAS, RSD_ASYNC, Policy, RsdError, Steps
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", *permuted.SUITES)  # the expert is measured
 PARTS = ".parts"
@@ -102,6 +102,8 @@ class CollectConfig(Checked):
         default = CollectConfig.policy_decode, CollectConfig.policy_share, None
         alone = self.policy or (self.policy_decode, self.policy_share, self.execute) == default
         yield alone, "--policy with --policy-decode, --policy-share and --execute", "none"
+        corrected = f"--policy-decode other than {RSD_ASYNC}, whose drafts are not corrected here"
+        yield self.policy_decode != RSD_ASYNC, corrected, self.policy_decode
 
 
 class EpisodeRecorder:

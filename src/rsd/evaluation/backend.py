@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rsd.evaluation.cautions import cautions
 from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule, option
 from rsd.evaluation.doctor import preflight
-from rsd.types import BEST, CUDA_GRAPHS, ONNX, ChunkPolicy, Policy, RsdError
+from rsd.types import BEST, CUDA_GRAPHS, ONNX, RSD_ASYNC, ChunkPolicy, Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
@@ -255,6 +255,26 @@ def engine_of(config: EvalConfig, directory: Path | None) -> str:
         recordable = resolve(facts, decode_options(config)).recordable(compact, config.device)
     engine = choose_engine(config.engine, config.device, recordable, compact=compact)
     return f"{engine} {metadata.version('onnxruntime')}" if engine == ONNX else engine
+
+
+def ready(config: EvalConfig) -> None:
+    """`preflight`, and that a policy with delayed answers has a tail to go on with."""
+    preflight(config)
+    late = max(config.delay, config.drafter_delay)
+    tail = config.meanwhile in ("tail", "corrected") or config.decode == RSD_ASYNC
+    if not late or not tail or config.served:  # of a served policy the first chunk shows it
+        return
+    from rsd.checkpoint import facts_of, locate_checkpoint, read_content
+    from rsd.targets.openvla.published import chunk_steps, locate_openvla
+
+    if locate_openvla(config.policy) is not None:
+        horizon = chunk_steps(config.decode)
+    else:
+        directory = locate_checkpoint(config.policy)
+        horizon = facts_of(directory, read_content(directory)).horizon
+    if late >= horizon:
+        found = f"{late}: the chunks of {config.policy} have {horizon} steps, so nothing of an answer could be used"
+        raise RsdError(f"--delay, --drafter-delay: expected at most {horizon - 1}, found {found}")
 
 
 LIBERO = Backend(

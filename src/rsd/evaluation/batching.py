@@ -10,7 +10,6 @@ import contextlib
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle
 from typing import Any
@@ -76,8 +75,7 @@ class BatchServer:
         try:
             chunks, states, pending = self._policy.predict(list(asked.values()), [self._states[c] for c in asked])
             if pending is not None:
-                found, states = self._policy.verify_pending(pending)
-                chunks = [replace(chunk, stats=stats) for chunk, stats in zip(chunks, found, strict=True)]
+                chunks, states = self._policy.verify_pending(pending)
             self._states.update(zip(asked, states, strict=True))
         except Exception as error:
             traceback.print_exc()

@@ -9,8 +9,21 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, between, from_json, shown
-from rsd.types import AUTO, BEST, COMPILED, CUDA_GRAPHS, ONNX, Batch, Chunks, Engine, Steps, Temperature
+from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, above, between, from_json, shown
+from rsd.types import (
+    AUTO,
+    BEST,
+    COMPILED,
+    CUDA_GRAPHS,
+    DRAFT_FIRST,
+    ONNX,
+    RSD_ASYNC,
+    Batch,
+    Chunks,
+    Engine,
+    Steps,
+    Temperature,
+)
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
 # (`batch` is not among them: a batch rounds otherwise than a single observation. Nor is `control_hz`: outcomes are
@@ -25,7 +38,8 @@ DEFAULT = "default"  # of --acceptance: nothing is asked for
 NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "engine": AUTO, "target_at_reset": False}
 # of `decoding.gate.SkipRule`, which has their defaults
 OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
-NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", *OF_THE_RULE))
+NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", *OF_THE_RULE))
+NEUTRAL |= {"delay": 0, "drafter_delay": 0, "draft_after": "agreement", "motion": "none", "motion_speed": 0.02}
 
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
 
@@ -43,6 +57,7 @@ def engine_rule(engine: str, device: str) -> tuple[bool, str, str]:
 
 
 Hertz = Annotated[float, Where(lambda hz: hz == 0 or 0.01 <= hz <= 1000, "that is 0 or from 0.01 to 1000")]
+Delay = Annotated[int, between(0, 1000)]
 Workers = Annotated[
     str, Where(lambda text: text == "auto" or 0 < (number(text) or 0) < 4097, "that is auto or a number from 1 to 4096")
 ]
@@ -70,9 +85,9 @@ class EvalConfig(Checked):
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory, Hugging Face hub id, or ws://HOST:PORT of `rsd serve`."""
     decode: str = BEST
-    """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, draft-first, coarse-only,
-    drafter-only; best: what was proven best of this checkpoint, else rsd-fused, with a skip threshold rsd-skip, without
-    a visual drafter rsd."""
+    """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, rsd-async, draft-first,
+    coarse-only, drafter-only; best: what was proven best of this checkpoint, else rsd-fused, with a skip threshold
+    rsd-skip, without a visual drafter rsd."""
     acceptance: str = DEFAULT
     """Rule for drafted levels: exact, margin, residual, blind(0.95), distance(1), typical(0.09), agreement(0.7);
     default: the checkpoint's (for residual blind(0.95)), with rsd-skip its calibration's, with a --temperature
@@ -106,7 +121,24 @@ class EvalConfig(Checked):
     (cuda-graphs of fewer, larger kernels; takes a minute or two to begin), onnx."""
     control_hz: Hertz = 0.0
     """Run in real time: an action every 1/hz seconds (LIBERO's own is 20), the target's pending verification meanwhile;
-    how long the robot stands still between chunks is recorded. 0: as fast as possible, simulator and policy in turn."""
+    how long the robot stands still between chunks is recorded. 0: as fast as possible, simulator and policy in turn.
+    With --meanwhile, or rsd-async, the physics goes on while the policy thinks, and outcomes depend on the machine."""
+    delay: Delay = 0
+    """Virtual delay: the target's answer to an observation taken at step k can be used from step k + so many on, the
+    world moves on meanwhile. Exact: outcomes hang on no clock and no load."""
+    drafter_delay: Delay = 0
+    """The same of the drafter's chunk, where it is executed before or without the target's answer."""
+    meanwhile: Literal["hold", "tail", "corrected"] | None = None
+    """What the robot does while it waits for a delayed answer: hold (stand still, the default), tail (go on with the
+    chunk before, whose steps beyond --execute are there for that), or corrected (a tail, and what was missed of the
+    answer is made up for); rsd-async has its own way."""
+    draft_after: Literal["agreement", "always"] = "agreement"
+    """For rsd-async: a draft begins only if the target let the one before stand, or always (an ablation)."""
+    motion: Literal["none", "thing", "destination"] = "none"
+    """The scene moves: the asked-for thing slides along a line until the gripper has touched it, or the destination
+    does all the time; 8 cm to one side of where it stood, then to the other."""
+    motion_speed: Annotated[float, above(0, 0.2)] = 0.02
+    """Metres a second of --motion; its direction is drawn from --seed, task and initial state."""
     num_workers: Workers = "auto"
     """Worker processes, each with a simulator of its own; auto takes one per CPU core, in real time one."""
     threads: Annotated[int, between(1, 4096)] = 1
@@ -141,6 +173,9 @@ class EvalConfig(Checked):
         yield engine_rule(self.engine, self.device)
         alone = "--control-hz without --batch, in which robots would wait for each other"
         yield not (self.control_hz and self.batch), alone, f"--batch {self.batch}"
+        yield from self._delays()
+        moves = self.motion != "none" or self.motion_speed == EvalConfig.motion_speed
+        yield moves, "a --motion with --motion-speed", f"--motion-speed {self.motion_speed:g} alone"
         ray, given = self.launcher == "ray", f"--batch {self.batch} and --videos {self.videos}"
         apart = "--launcher ray without --batch and --videos: a policy in every actor and no videos"
         yield not (ray and (self.batch or self.videos != "none")), apart, given
@@ -150,6 +185,22 @@ class EvalConfig(Checked):
         planned_states(self.init_states, self.num_trials)
         unknown = planned_tasks(self.tasks).keys() - {*self.suites, ""}
         yield not unknown, "--tasks of the suites in --task-suite", ", ".join(sorted(unknown))
+
+    def _delays(self) -> Rules:
+        delays = f"--delay {self.delay} and --drafter-delay {self.drafter_delay}"
+        delayed = bool(self.delay or self.drafter_delay)
+        apart = "--control-hz, by whose clock answers come, without virtual delays"
+        yield not (self.control_hz and delayed), apart, delays
+        both = self.decode in (DRAFT_FIRST, RSD_ASYNC, "rsd-skip")
+        yield not both or self.drafter_delay <= self.delay, "--drafter-delay of at most --delay", delays
+        asks = "a --delay, --drafter-delay or --control-hz with --meanwhile"
+        yield self.meanwhile is None or delayed or self.control_hz > 0, asks, f"--meanwhile {self.meanwhile} alone"
+        own = f"no --meanwhile with --decode {RSD_ASYNC}, which goes on with its draft"
+        yield self.decode != RSD_ASYNC or self.meanwhile is None, own, f"--meanwhile {self.meanwhile}"
+        drafts = self.draft_after == "agreement" or self.decode == RSD_ASYNC
+        yield drafts, f"--decode {RSD_ASYNC} with --draft-after", f"--decode {self.decode}"
+        never = f"--decode {RSD_ASYNC} of a checkpoint, as a served policy sends no corrections"
+        yield self.decode != RSD_ASYNC or not self.served, never, self.policy
 
     @property
     def suites(self) -> list[str]:

@@ -13,11 +13,14 @@ from typing import Any
 
 from rsd.evaluation.backend import Backend
 from rsd.evaluation.config import EvalConfig
-from rsd.evaluation.realtime import RealTime
+from rsd.evaluation.delay import VirtualDelay
+from rsd.evaluation.realtime import Pace, RealTime
 from rsd.evaluation.results import ERROR_PREFIX, EpisodeResult
 from rsd.evaluation.rollout import WARMUP_PREDICTIONS, decoded, run_episode
 from rsd.evaluation.video import replay_video, video_name
-from rsd.types import Policy
+from rsd.evaluation.wall_clock import WallClock
+from rsd.sim.motion import Motion
+from rsd.types import RSD_ASYNC, Policy
 
 INSTEAD = "instead"  # a video of a failure takes the place of a success's
 MAX_ATTEMPTS = 3  # an episode that ends in an error is begun anew at most twice
@@ -110,6 +113,8 @@ class EpisodeRunner:
         if self._env is None or job.task != self._task:
             self.close()
             self._env, self._task = self._backend.make_env(*job.task, self._policy.image_size), job.task
+            if self._config.motion != "none":
+                self._env.motion = Motion(self._config.motion, self._config.motion_speed, self._config.seed)
         rollout = run_episode(
             self._env,
             self._policy,
@@ -120,7 +125,7 @@ class EpisodeRunner:
             seed=self._config.seed,
             decode=self._config.decode,
             warmup=self._warmup,
-            pace=RealTime(self._config.control_hz) if self._config.control_hz else None,
+            pace=pace_of(self._config),
         )
         self._warmup, log, video = 0, rollout.traceback, None
         result = replace(rollout.result, attempts=job.attempt)
@@ -138,6 +143,19 @@ class EpisodeRunner:
         if self._env is not None:
             self._env.close()
             self._env = None
+
+
+def pace_of(config: EvalConfig) -> Pace:
+    """How policy and robot take turns in one episode of a run."""
+    tail, corrected = (config.meanwhile == mode for mode in ("tail", "corrected"))
+    always = config.draft_after == "always"
+    if config.control_hz and (config.meanwhile is not None or config.decode == RSD_ASYNC):
+        return WallClock(config.control_hz, tail=tail, corrected=corrected, always=always)
+    if config.control_hz:
+        return RealTime(config.control_hz)
+    if config.delay or config.drafter_delay or config.decode == RSD_ASYNC:
+        return VirtualDelay(config.delay, config.drafter_delay, tail=tail, corrected=corrected, always=always)
+    return Pace()
 
 
 def wants_video(condition: str, result: EpisodeResult) -> bool:

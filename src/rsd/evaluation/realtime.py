@@ -17,6 +17,9 @@ from rsd.chunks import check_stats, checked_chunk
 from rsd.types import ActionChunk, ChunkStats, Observation, Policy, VerifiesLater
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from rsd.evaluation.rollout import Environment
 
 WAIT = "wait"  # the stage of a chunk that had to wait for the pending verification of the one before; in `total`, too
@@ -44,16 +47,40 @@ class Motion:
     late_ms: float = 0.0
 
 
+@dataclass
+class Meanwhile:
+    """What the robot did of a chunk's steps while it waited for answers (`evaluation.delay`); None: a matter of other
+    decoders.
+
+    held_steps: it stood still. tail_steps: it went on with the answer before. drafted_steps: of a draft before the
+    target's answer to the same observation was there; replaced: the share of the chunk's steps in which that answer
+    took the draft's place; replaced_mm: how far apart the two lead in these steps. By the wall clock: draft_delay,
+    answer_delay: steps until they were there; late_steps: actions whose physics was not computed when their period
+    ended, late_ms: the latest of them by so much.
+    """
+
+    held_steps: int = 0
+    tail_steps: int = 0
+    drafted_steps: int | None = None
+    replaced: float | None = None
+    replaced_mm: float | None = None
+    draft_delay: int | None = None
+    answer_delay: int | None = None
+    late_steps: int | None = None
+    late_ms: float | None = None
+
+
 class Pace:
     """One episode's turns, as fast as possible: the simulator rests while the policy computes, and the other way round.
 
     A context: leaving it, nothing is under way any more. stats: one a chunk, complete as soon as what was left of it is
-    done. motions: one a chunk, if known.
+    done. motions: one a chunk, if known. executed: a chunk's actions, float32 [n, 7].
     """
 
     def __init__(self) -> None:
         self.stats: list[ChunkStats] = []
-        self.motions: list[Motion] = []
+        self.motions: list[Motion | Meanwhile] = []
+        self.executed: list[NDArray[np.float32]] = []
 
     def __enter__(self) -> Pace:
         return self
@@ -65,6 +92,10 @@ class Pace:
         """A prediction that nobody executes, and what follows it."""
         policy.predict(observation)
 
+    def turn(self, policy: Policy, env: Environment) -> Stepped:
+        """One chunk: observe, predict, execute."""
+        return self.execute(policy, env, self.predict(policy, env.observation()))
+
     def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
         chunk = checked_chunk(policy.predict(observation))  # what is recorded has to be readable
         self.stats.append(chunk.stats)
@@ -74,7 +105,12 @@ class Pace:
         if isinstance(policy, VerifiesLater) and (found := policy.verify()) is not None:
             check_stats(found)
             self.stats[-1] = found
-        return env.step_chunk(chunk.executed)
+        return self.kept(chunk, env.step_chunk(chunk.executed))
+
+    def kept(self, chunk: ActionChunk, stepped: Stepped) -> Stepped:
+        """What came of a chunk, written down."""
+        self.executed.append(chunk.actions[: stepped[4]["steps"]].copy())
+        return stepped
 
 
 class RealTime(Pace):
@@ -139,7 +175,7 @@ class RealTime(Pace):
             times.append(now)
 
         drawing_s = env.drawing_s
-        stepped = env.step_chunk(chunk.executed, before_step)
+        stepped = self.kept(chunk, env.step_chunk(chunk.executed, before_step))
         self._drawn = self._clock()
         times.append(self._drawn - (env.drawing_s - drawing_s))  # drawing is the last that happens
         due = [times[0] + k * self._period for k in range(len(times))]

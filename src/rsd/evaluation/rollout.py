@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.checks import told
-from rsd.evaluation.realtime import Motion, Pace
+from rsd.evaluation.realtime import Meanwhile, Motion, Pace
 from rsd.evaluation.results import ERROR_PREFIX, STEP_LIMIT, EpisodeResult
 from rsd.types import ChunkStats, Observation, Policy
 
@@ -35,15 +35,24 @@ class Environment(Protocol):
         ...
 
     def step_chunk(
-        self, actions: NDArray[np.float32], before_step: Callable[[], None] | None = None
+        self, actions: NDArray[np.float32], before_step: Callable[[], None] | None = None, draw: bool = True
     ) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Execute [H, 7] open loop; stops early at success (terminated) or at the step limit (truncated).
 
-        before_step: called before each action. info["steps"]: how many of the H actions were executed.
+        before_step: called before each action. draw: whether the next observation needs its images. info["steps"]: how
+        many of the H actions were executed.
         """
         ...
 
     def observation(self) -> Observation: ...
+
+    def redraw(self) -> None:
+        """Images of the present state for `observation`, after steps without drawing."""
+        ...
+
+    def proprio(self) -> NDArray[np.float32]:
+        """The present state [8], without images."""
+        ...
 
     def failure_detail(self) -> str:
         """What is known of why the episode has not succeeded so far, in a few words; "" if nothing is."""
@@ -82,7 +91,6 @@ def run_episode(
     of the policy: no other action is ever executed in place of a prediction.
     """
     start = time.perf_counter()
-    executed: list[NDArray[np.float32]] = []
     success, failure, trace = False, "", ""
     pace = pace or Pace()
     try:
@@ -93,9 +101,7 @@ def run_episode(
             policy.reset(episode_seed(seed, task_id, init_state))
             done = False
             while not done:
-                chunk = pace.predict(policy, env.observation())
-                _, _, terminated, truncated, info = pace.execute(policy, env, chunk)
-                executed.append(chunk.actions[: info["steps"]].copy())
+                _, _, terminated, truncated, _ = pace.turn(policy, env)
                 success, done = bool(terminated), bool(terminated or truncated)
         failure = "" if success else STEP_LIMIT
     except Exception as error:
@@ -110,13 +116,13 @@ def run_episode(
         seed=seed,
         decode=decode,
         success=success,
-        steps=sum(len(actions) for actions in executed),
+        steps=sum(len(actions) for actions in pace.executed),
         failure=failure,
         failure_detail="" if success or trace else env.failure_detail(),
         wall_s=time.perf_counter() - start,
         **decoded(pace.stats, pace.motions),
     )
-    return Rollout(result, tuple(executed), trace)
+    return Rollout(result, tuple(pace.executed), trace)
 
 
 def episode_seed(seed: int, task_id: int, init_state: int) -> int:
@@ -124,7 +130,7 @@ def episode_seed(seed: int, task_id: int, init_state: int) -> int:
     return int(np.random.SeedSequence([seed, task_id, init_state]).generate_state(1)[0])
 
 
-def decoded(stats: Sequence[ChunkStats], motions: Sequence[Motion] = ()) -> dict[str, Any]:
+def decoded(stats: Sequence[ChunkStats], motions: Sequence[Motion | Meanwhile] = ()) -> dict[str, Any]:
     """The fields of an episode's result that say how its chunks were decoded; a stage that a chunk did without took it
     0 ms."""
     stages = dict.fromkeys(stage for chunk in stats for stage in chunk.latency_ms)
@@ -142,7 +148,7 @@ def decoded(stats: Sequence[ChunkStats], motions: Sequence[Motion] = ()) -> dict
     }
 
 
-def further_stats(stats: Sequence[ChunkStats | Motion]) -> dict[str, list[float | None]]:
+def further_stats(stats: Sequence[ChunkStats | Motion | Meanwhile]) -> dict[str, list[float | None]]:
     """Every number or flag of the chunks that has no field of its own in `EpisodeResult`, of whatever any chunk knows
     one: name -> one value a chunk."""
     found: dict[str, list[float | None]] = {}

@@ -334,6 +334,13 @@ CHUNK_STATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "gripper_differs": ("drafts with another gripper", percent),
     "expected_deviation_mm": ("deviation the draft expects, mean", millimetres),
     "deviation_mm": ("deviation of the draft, mean", millimetres),
+    "held_steps": ("steps stood still a chunk, mean", lambda steps: f"{steps:.2f}"),
+    "tail_steps": ("steps of the answer before a chunk, mean", lambda steps: f"{steps:.2f}"),
+    "drafted_steps": ("drafted steps before the target's answer, mean", lambda steps: f"{steps:.2f}"),
+    "replaced": ("actions that the target's answer replaced", percent),
+    "replaced_mm": ("the two lead apart where it did, mean", millimetres),
+    "draft_delay": ("steps until the drafter's chunk was there, mean", lambda steps: f"{steps:.2f}"),
+    "answer_delay": ("steps until the target's answer was there, mean", lambda steps: f"{steps:.2f}"),
 }
 
 

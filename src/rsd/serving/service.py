@@ -21,7 +21,7 @@ from rsd.policy import RsdPolicy
 from rsd.targets.openvla.policy import OpenVlaPolicy
 from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, STATE, read_request
 from rsd.targets.remote.wire import pack, unpack
-from rsd.types import STATE_DIM, ActionChunk, ChunkPolicy, ChunkStats, Observation, RsdError
+from rsd.types import RSD_ASYNC, STATE_DIM, ActionChunk, ChunkPolicy, Observation, RsdError
 from rsd.versions import versions
 
 LONGEST_TEXT = 1000  # characters of an answer that says what was wrong
@@ -57,7 +57,7 @@ class Memoryless:
     ) -> tuple[list[ActionChunk], list[None], None]:
         return [self.policy.predict(observation) for observation in observations], [None] * len(states), None
 
-    def verify_pending(self, pending: None) -> tuple[list[ChunkStats], list[None]]:
+    def verify_pending(self, pending: None) -> tuple[list[ActionChunk], list[None]]:
         raise RsdError("a published OpenVLA policy leaves nothing pending")
 
 
@@ -80,6 +80,8 @@ class Session:
 
 def load_served(config: EvalConfig) -> Servable:
     """The policy that `rsd eval` would run with these options."""
+    if config.decode == RSD_ASYNC:
+        raise RsdError(f"--decode {RSD_ASYNC}: openpi's protocol corrects no answers; expected another, rsd-fused say")
     policy = rsd_policy(config)
     assert isinstance(policy, RsdPolicy | OpenVlaPolicy)  # what `rsd_policy` makes of a checkpoint
     return policy.core if isinstance(policy, RsdPolicy) else Memoryless(policy)

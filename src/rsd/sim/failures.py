@@ -27,9 +27,9 @@ class WatchedLibero(LiberoEnv):
         return result
 
     def step_chunk(
-        self, actions: ArrayLike, before_step: Callable[[], None] | None = None
+        self, actions: ArrayLike, before_step: Callable[[], None] | None = None, draw: bool = True
     ) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
-        result = super().step_chunk(actions, before_step)
+        result = super().step_chunk(actions, before_step, draw)
         travel = self._positions() - self._start
         self._moved = np.maximum(self._moved, np.linalg.norm(travel, axis=1))
         self._lifted = np.maximum(self._lifted, travel[:, 2])

@@ -24,6 +24,7 @@ import rsd
 from rsd.checks import ImageSize, Seed, checked, shown
 from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
 from rsd.sim.fast_path import ArmControl, Contacts, Sampling, compile_maths
+from rsd.sim.motion import Motion, Slide
 from rsd.sim.permuted import Layout, Predicate, is_permuted
 from rsd.sim.physics import mujoco
 from rsd.sim.rendering import ArmedCamera, gl_backend
@@ -105,6 +106,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self._scene_regions = dict(self.simulation.parsed_problem["regions"])
         self.goal: tuple[Predicate, ...] = scene_file(suite, task_id).goal
         self.asks: tuple[tuple[str, str], ...] = ()
+        self.motion: Motion | None = None  # of the next episodes
+        self._slide: Slide | None = None
 
     # -- gymnasium ------------------------------------------------------------------------------------------------
 
@@ -128,6 +131,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             drawn = choice.get("placement_seed", int(self.np_random.integers(2**31 - 1)))
             info = self._start_placement(checked(Seed, drawn, "reset options: placement_seed"))
         self.steps = 0
+        state = info["init_state"] if "init_state" in info else info["placement_seed"]
+        self._slide = None if self.motion is None else Slide(self, self.motion, state)
         return self._observation_dict(), {**info, "success": self.success()}
 
     def step(self, action: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
@@ -135,9 +140,10 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         return self.step_chunk(real_array("action", action, "float64", (ACTION_DIM,))[None])
 
     def step_chunk(
-        self, actions: ArrayLike, before_step: Callable[[], None] | None = None
+        self, actions: ArrayLike, before_step: Callable[[], None] | None = None, draw: bool = True
     ) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
         """Executes [H, 7] actions open loop, drawing the cameras only after the last; stops at success or limit.
+        Without `draw` the images stay those of the last drawing.
 
         Values are clipped to [-1, 1]; a wrong shape or a number that is not finite raises RsdError.
         before_step is called before each action. info["steps"] is the number of steps executed. If success ends the
@@ -153,19 +159,25 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             last = executed == len(chunk)
             if before_step is not None:
                 before_step()
-            self._control_step(action, draw=last)
+            if self._slide is not None:
+                self._slide.step()
+            self._control_step(action, draw=last and draw)
             terminated = self.success()
             if terminated:
-                if not last:
-                    self._make_current()
-                    for camera in self._armed.values():
-                        camera.draw()
+                if not last and draw:
+                    self.redraw()
                 break
         self.steps += executed
         self._check_physics()
         truncated = not terminated and self.steps >= self.max_steps
         info = {"success": terminated, "steps": executed}
         return self._observation_dict(), float(terminated), terminated, truncated, info
+
+    def redraw(self) -> None:
+        """Images of the present state for `observation`, after steps without drawing."""
+        self._make_current()
+        for camera in self._armed.values():
+            camera.draw()
 
     def _check_physics(self) -> None:
         """MuJoCo answers a state that diverged with a warning and a silent reset of the whole scene: an error here."""

@@ -1,0 +1,153 @@
+"""The wall clock: an action begins every 1/hz seconds, and the physics goes on while the policy thinks beside it.
+
+The modes are those of `delay`, but an answer can be used as soon as it is there: from the next action on. So outcomes
+depend on the machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rsd.chunks import checked_chunk
+from rsd.evaluation.delay import NOTHING, Actions, VirtualDelay, agreed, apart_mm
+from rsd.evaluation.realtime import Meanwhile, Stepped
+from rsd.types import DRAFT_FIRST, RSD_ASYNC, ActionChunk, Completes, Observation, Policy
+
+if TYPE_CHECKING:
+    from rsd.evaluation.rollout import Environment
+
+
+class WallClock(VirtualDelay):
+    """One episode by the clock."""
+
+    def __init__(
+        self,
+        hz: float,
+        *,
+        tail: bool = False,
+        corrected: bool = False,
+        always: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        executor: Executor | None = None,
+    ) -> None:
+        """executor: runs one call of the policy after another, beside the caller; by default a thread."""
+        super().__init__(0, tail=tail, corrected=corrected, always=always)
+        self._period, self._clock, self._sleep = 1.0 / hz, clock, sleep
+        self._executor = executor or ThreadPoolExecutor(1, "policy")
+        self._due: float | None = None  # when the next action begins
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown()
+        del self.motions[len(self.stats) :]  # of a chunk that was never there
+
+    def turn(self, policy: Policy, env: Environment) -> Stepped:
+        """From one observation to the next. What the policy raises ends the episode."""
+        if self._done:
+            env.redraw()
+        self.motions.append(Meanwhile(late_steps=0, late_ms=0.0))
+        thought = Thought(self._executor, policy, env.observation())
+        stepped = self._until_answered(env, thought)
+        chunk = thought.answer.result()  # also where the episode has ended meanwhile
+        self.stats.append(chunk.stats)
+        self.executed.append(np.stack(self._done[-self._gone :]))
+        self._motion.held_steps = int((self.executed[-1][:, :6] == 0).all(1).sum())
+        return stepped
+
+    def _until_answered(self, env: Environment, thought: Thought) -> Stepped:
+        start, motion = len(self._done), self._motion
+        draft, drafted, until, ahead = NOTHING, 0, -1, self._left
+        stepped: Stepped = None, 0.0, False, False, {}
+        while True:
+            self._wait()
+            self._gone = gone = len(self._done) - start
+            if motion.draft_delay is None and thought.first.done():
+                chunk, motion.draft_delay = thought.first.result(), gone
+                if chunk.stats.decode == DRAFT_FIRST:
+                    ahead = self._whole(env, chunk, start)
+                elif chunk.stats.decode == RSD_ASYNC and start and (self._trusted or self.always):
+                    draft = self._rest(env, chunk.actions, start)
+                    drafted = agreed(draft, self._filled(ahead, len(draft)))
+                    ahead = np.concatenate([draft[:drafted], ahead[drafted:]])
+            if motion.answer_delay is None and thought.answer.done():
+                chunk, motion.answer_delay = thought.answer.result(), gone
+                ahead = self._answered(env, chunk, start, ahead, draft, drafted)
+                begun = motion.draft_delay if chunk.stats.decode == DRAFT_FIRST else gone
+                waits = not start or not (self.tail or chunk.stats.decode == RSD_ASYNC)
+                until = len(chunk.executed) + (begun or 0) * waits
+            if motion.answer_delay is not None and gone >= until:
+                self._left = ahead
+                return stepped
+            stepped = self._step(env, self._filled(ahead, 1))
+            ahead = ahead[1:]
+            if stepped[2] or stepped[3]:
+                self._gone = gone + 1
+                return stepped
+
+    def _whole(self, env: Environment, chunk: ActionChunk, start: int) -> Actions:
+        """What to do from now on of a chunk that is the last word."""
+        if self.corrected and start:
+            return self._rest(env, chunk.actions, start)
+        if not self.tail:
+            return chunk.executed
+        return chunk.actions[len(self._done) - start :] if start else chunk.actions
+
+    def _answered(
+        self, env: Environment, chunk: ActionChunk, start: int, ahead: Actions, draft: Actions, drafted: int
+    ) -> Actions:
+        """What to do from now on, the answer being there."""
+        motion, gone = self._motion, len(self._done) - start
+        if chunk.answer is None:
+            return ahead if chunk.stats.decode == DRAFT_FIRST else self._whole(env, chunk, start)
+        before, self._trusted = self._trusted or self.always, bool(chunk.stats.stood)
+        if not start:
+            return chunk.answer
+        executed = gone - (motion.draft_delay or 0)
+        motion.drafted_steps = min(drafted, executed)
+        if self._trusted and before and executed <= drafted:
+            motion.replaced = 0.0
+            return draft[executed:]
+        rest, steps = self._rest(env, chunk.answer, start), max(0, len(chunk.executed) - gone)
+        motion.replaced = steps / len(chunk.executed)
+        if steps and before:
+            motion.replaced_mm = apart_mm(self._filled(draft[executed:], steps), self._filled(rest, steps))
+        return rest
+
+    def _step(self, env: Environment, actions: Actions) -> Stepped:
+        """One action, from now on; who is less than a period late catches up."""
+        now, motion = self._clock(), self._motion
+        begun = now if self._due is None or now > self._due + self._period else self._due
+        self._poses.append(env.proprio())
+        stepped = env.step_chunk(actions, None, False)
+        self._done.extend(actions)
+        self._due = begun + self._period
+        if (late := self._clock() - self._due) > 0:
+            motion.late_steps, motion.late_ms = (motion.late_steps or 0) + 1, max(motion.late_ms or 0.0, 1e3 * late)
+        return stepped
+
+    def _wait(self) -> None:
+        """Until the next action is due."""
+        if self._due is not None and (left := self._due - self._clock()) > 0:
+            self._sleep(left)
+
+
+class Thought:
+    """What the policy makes of one observation, beside the robot: first its chunk, then that chunk complete."""
+
+    def __init__(self, executor: Executor, policy: Policy, observation: Observation) -> None:
+        self.first: Future[ActionChunk] = executor.submit(partial(self._predicted, policy, observation))
+        self.answer: Future[ActionChunk] = executor.submit(partial(self._completed, policy))
+
+    def _predicted(self, policy: Policy, observation: Observation) -> ActionChunk:
+        return checked_chunk(policy.predict(observation))
+
+    def _completed(self, policy: Policy) -> ActionChunk:
+        chunk = self.first.result()
+        found = policy.complete() if isinstance(policy, Completes) else None
+        return chunk if found is None else checked_chunk(found)

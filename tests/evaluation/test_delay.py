@@ -1,0 +1,283 @@
+"""Virtual delay: which action is executed at which step, in every mode, alone, batched and resumed."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scripted import SCRIPTED, CountingEnv
+
+from rsd.collection.collect import CollectConfig
+from rsd.evaluation.backend import ready
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.delay import VirtualDelay
+from rsd.evaluation.evaluate import evaluate
+from rsd.evaluation.results import EPISODES_FILE, read_episodes
+from rsd.evaluation.rollout import Rollout, run_episode
+from rsd.reporting.tables import load_runs, table_rows
+from rsd.serving.service import load_served
+from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
+
+STEPS = 20  # until success, in which nothing is lost to a limit
+
+
+class Seen(CountingEnv):
+    """Says which steps were drawn. What it tells of the arm is no free motion, so that nothing is made up for."""
+
+    def __init__(self) -> None:
+        super().__init__("any", 5, 8)
+        self.drawn = [0]
+
+    def step_chunk(self, actions: np.ndarray, before_step: Callable[[], None] | None = None, draw: bool = True) -> Any:
+        stepped = super().step_chunk(actions, before_step, draw)
+        self.drawn += [self.steps] * draw
+        return stepped
+
+
+class Spelling:
+    """Chunks of 8, 4 of them to be executed. An action says of which observation it is, which one it is, and whose:
+    t(arget), d(raft). switches: (observation, action, whose) from which on its gripper is closed; falls: observations
+    whose drafts do not stand; skips: those that skip the target."""
+
+    image_size = 8
+
+    def __init__(
+        self, decode: str, falls: set[int] = frozenset(), switches: Any = (), skips: set[int] = frozenset()
+    ) -> None:
+        self.decode, self.falls, self.switches, self.skips = decode, falls, switches, skips
+
+    def reset(self, seed: int | None = None) -> None:
+        self.chunk: ActionChunk | None = None
+
+    def predict(self, observation: Observation) -> ActionChunk:
+        step = int(observation.state[2])
+        skipped = step in self.skips if self.skips else None
+        stats = ChunkStats(self.decode, skipped=skipped, latency_ms={"total": 1.0})
+        pending = self.decode in ("draft-first", "rsd-async")
+        actions = self.spelt(step, "d" if pending or skipped else "t")
+        chunk = ActionChunk(actions, stats, 4)
+        self.chunk = None
+        if pending:
+            answer = self.spelt(step, "t") if self.decode == "rsd-async" else None
+            self.chunk = replace(chunk, stats=replace(stats, stood=step not in self.falls), answer=answer)
+        return chunk
+
+    def complete(self) -> ActionChunk | None:
+        return self.chunk
+
+    def spelt(self, step: int, whose: str) -> np.ndarray:
+        actions = np.zeros((8, 7), np.float32)
+        actions[:, 0], actions[:, 1], actions[:, 2] = (step + 1) / 100, np.arange(8) / 10, 0.5 if whose == "t" else -0.5
+        actions[:, 6] = -1.0
+        for begins, action, who in self.switches:
+            if who == whose:
+                actions[max(0, begins + action - step) :, 6] = 1.0
+        return actions
+
+
+def spell(action: np.ndarray) -> str:
+    """`t12.3`: the target's action 3 for observation 12; `-` for standing still; with a `!` if the gripper closes."""
+    word = "-"
+    if action[:6].any():
+        word = f"{'t' if action[2] > 0 else 'd'}{round(100 * action[0]) - 1}.{round(10 * action[1])}"
+    return word + "!" * int(action[6] > 0)
+
+
+def roll(policy: Any, delay: int, early: int = 0, **options: Any) -> tuple[Seen, Rollout]:
+    env = Seen()
+    names: dict[str, Any] = {"suite": "any", "task_id": 5, "task_name": "a task", "init_state": 0, "seed": 7}
+    pace = VirtualDelay(delay, early, **options)
+    return env, run_episode(env, policy, **names, decode=policy.decode, pace=pace)
+
+
+def of(whose: str, step: int, first: int, last: int) -> list[str]:
+    return [f"{whose}{step}.{action}" for action in range(first, last + 1)]
+
+
+STILL = ["-"]
+T0 = STILL * 2 + of("t", 0, 0, 3)  # an episode's beginning at a delay of 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "expected"),
+    [
+        (Spelling("l1"), {"delay": 0}, of("t", 0, 0, 3) + of("t", 4, 0, 3) + of("t", 8, 0, 3)),
+        (Spelling("l1"), {"delay": 2}, T0 + STILL * 2 + of("t", 6, 0, 3) + STILL * 2 + of("t", 12, 0, 3)),
+        (
+            Spelling("l1"),
+            {"delay": 2, "tail": True},
+            T0 + of("t", 0, 4, 5) + of("t", 6, 2, 5) + of("t", 10, 2, 5) + of("t", 14, 2, 5),
+        ),
+        # a gripper switch that was missed: as it is, and made up for
+        *(
+            (Spelling("l1", switches=[(6, 1, "t")]), {"delay": 2, mode: True}, [*T0, "t0.4", "t0.5", *then])
+            for mode, then in {
+                "tail": ["t6.2!", "t6.3!", "t6.4!", "t6.5!", "t10.2!"],
+                "corrected": ["t6.1!", "t6.2!", "t6.3!", "t6.4!", "t10.2!"],
+            }.items()
+        ),
+        # one observation at a time: the next one when the answer is there, at which the chunk before is over
+        (
+            Spelling("l1"),
+            {"delay": 6, "tail": True},
+            STILL * 6 + of("t", 0, 0, 7) + STILL * 2 + of("t", 10, 6, 7) + STILL * 2,
+        ),
+        # the first chunk skips the target and is there at once
+        (
+            Spelling("rsd-skip", skips={0, 10}),
+            {"delay": 2, "early": 1},
+            [*STILL, *of("d", 0, 0, 3), *STILL * 2, *of("t", 5, 0, 3), *STILL * 2, *of("t", 11, 0, 3)],
+        ),
+        (Spelling("draft-first"), {"delay": 4}, of("d", 0, 0, 3) + of("d", 4, 0, 3) + of("d", 8, 0, 3)),
+        # the target is still busy with the observation before
+        (Spelling("draft-first"), {"delay": 6}, of("d", 0, 0, 3) + STILL * 2 + of("d", 6, 0, 3) + STILL * 2),
+        (Spelling("draft-first"), {"delay": 6, "tail": True}, of("d", 0, 0, 5) + of("d", 6, 0, 5) + of("d", 12, 0, 5)),
+        # drafts that stand: nothing changes, whatever the delay
+        *(
+            (Spelling("rsd-async"), {"delay": d}, STILL * d + of("t", 0, 0, 3) + of("d", d + 4, 0, 3))
+            for d in (0, 1, 4)
+        ),
+        (
+            Spelling("rsd-async", falls={6, 14}),
+            {"delay": 2},
+            # after one that fell the next draft does not begin
+            T0 + of("d", 6, 0, 1) + of("t", 6, 2, 5) + of("t", 10, 2, 3) + of("d", 14, 0, 1) + of("t", 14, 2, 3),
+        ),
+        (
+            Spelling("rsd-async", falls={6}),
+            {"delay": 2, "early": 1},
+            T0 + of("t", 0, 4, 4) + of("d", 6, 1, 1) + of("t", 6, 2, 5) + of("t", 10, 2, 4) + of("d", 14, 1, 3),
+        ),
+        (
+            Spelling("rsd-async", falls={6, 14}),
+            {"delay": 2, "always": True},
+            T0 + of("d", 6, 0, 1) + of("t", 6, 2, 3) + of("d", 10, 0, 3) + of("d", 14, 0, 1) + of("t", 14, 2, 3),
+        ),
+        # as late as the next observation
+        (
+            Spelling("rsd-async", falls={8}),
+            {"delay": 4},
+            STILL * 4 + of("t", 0, 0, 3) + of("d", 8, 0, 3) + of("t", 8, 4, 7) + of("d", 16, 0, 3),
+        ),
+        (Spelling("rsd-async", falls={4}), {"delay": 0}, of("t", 0, 0, 3) + of("t", 4, 0, 3) + of("d", 8, 0, 3)),
+        # beyond the executed steps the draft goes on until the answer is there
+        (Spelling("rsd-async", falls={10}), {"delay": 6}, STILL * 6 + of("t", 0, 0, 3) + of("d", 10, 0, 5)),
+        # a draft that would switch the gripper waits for the target's word
+        (
+            Spelling("rsd-async", switches=[(6, 1, "d"), (6, 3, "t")]),
+            {"delay": 2},
+            [*T0, "d6.0", "t0.5", "t6.2", "t6.3!", "d10.0!"],
+        ),
+        # what the target said before switches
+        (
+            Spelling("rsd-async", switches=[(2, 3, "t"), (6, 3, "d")]),
+            {"delay": 2},
+            [*T0, "d6.0", "t0.5!", "t6.2!", "t6.3!", "d10.0!"],
+        ),
+        # the answer should have switched before it was there: it goes on from its switch
+        (
+            Spelling("rsd-async", falls={6}, switches=[(6, 1, "t"), (6, 3, "d")]),
+            {"delay": 2},
+            [*T0, "d6.0", "d6.1", "t6.1!", "t6.2!", "t6.3!", "t6.4!", "t10.2!"],
+        ),
+    ],
+)
+def test_each_step_executes_what_its_mode_says(policy: Any, options: dict[str, Any], expected: list[str]) -> None:
+    env, rollout = roll(policy, **options)
+    assert [spell(action) for action in env.executed][: len(expected)] == expected
+    assert rollout.result.success
+    assert rollout.result.steps == STEPS == len(env.executed)
+    assert set(env.drawn[1:]) <= set(np.cumsum([len(actions) for actions in rollout.actions]))  # for observations alone
+    assert np.array_equal(np.concatenate(rollout.actions), env.executed)
+    rollout.result.check("here")
+
+
+def test_what_was_held_drafted_and_replaced_is_counted() -> None:
+    stats = roll(Spelling("rsd-async", falls={6, 14}), 2)[1].result.chunk_stats
+    assert stats["held_steps"] == [2.0, 0.0, 0.0, 0.0, 0.0]
+    assert stats["drafted_steps"] == [None, 2.0, 0.0, 2.0, 0.0]
+    assert stats["replaced"] == [None, 0.5, 0.5, 0.5, None]  # the last answer comes too late
+    apart = pytest.approx(2 * 50.0 * 0.2655, rel=1e-3)  # mm: in the two steps the two differ by 1 in height
+    assert stats["replaced_mm"] == [None, apart, apart, apart, None]
+    assert roll(Spelling("l1"), 2, tail=True)[1].result.chunk_stats["tail_steps"] == [0.0, 2.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("policy", [Spelling("l1"), Spelling("rsd-async")])
+def test_a_chunk_of_which_nothing_could_be_used_ends_the_episode(policy: Any) -> None:
+    failure = roll(policy, 8, tail=True)[1].result.failure
+    assert "expected fewer steps than the policy's chunk has, found 8, after which nothing" in failure
+
+
+@pytest.mark.parametrize("decode", ["rsd", "rsd-async"])
+def test_outcomes_are_the_same_batched_and_resumed(decode: str, tmp_path: Path) -> None:
+    meanwhile = None if decode == "rsd-async" else "tail"
+    options = {"num_trials": 2, "tasks": "2,3", "policy": "good", "num_workers": "2"}
+    whole = EvalConfig(
+        **options,
+        decode=decode,
+        delay=2,
+        meanwhile=meanwhile,
+        output=str(tmp_path / "whole"),  # type: ignore[arg-type]
+    )
+    parts = replace(whole, batch=2, output=str(tmp_path / "parts"))
+    quiet = Console(quiet=True)
+    evaluate(whole, backend=SCRIPTED, console=quiet)
+    assert evaluate(parts, backend=SCRIPTED, console=quiet, time_limit_s=0.0).episodes == 2
+    assert evaluate(parts, backend=SCRIPTED, console=quiet).episodes == 4
+    alone, batched = (
+        {
+            key: (episode.steps, episode.chunks, episode.chunk_stats["held_steps"], episode.chunk_stats["tail_steps"])
+            for key, episode in read_episodes(config.output_dir / EPISODES_FILE).items()
+        }
+        for config in (whole, parts)
+    )
+    assert alone == batched
+    rows = dict(table_rows(load_runs([whole.output_dir])))
+    assert "steps stood still a chunk, mean" in rows
+    assert ("actions that the target's answer replaced" in rows) == (decode == "rsd-async")
+
+
+def test_a_delay_is_part_of_what_a_run_is() -> None:
+    plain = EvalConfig(decode="l1")
+    assert plain.hash == EvalConfig(decode="l1", delay=0, drafter_delay=0, meanwhile=None).hash
+    others = {"delay": 4}, {"drafter_delay": 4}, {"delay": 4, "meanwhile": "tail"}
+    assert len({plain.hash, *(replace(plain, **other).hash for other in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"delay": -1}, "delay: expected an integer from 0 to 1000, found -1"),
+        ({"delay": 4, "control_hz": 20.0}, "--control-hz, by whose clock answers come, without virtual delays"),
+        ({"decode": "rsd-skip", "delay": 2, "drafter_delay": 3}, "expected --drafter-delay of at most --delay"),
+        ({"meanwhile": "tail"}, "expected a --delay, --drafter-delay or --control-hz with"),
+        ({"decode": "rsd-async", "delay": 2, "meanwhile": "hold"}, "expected no --meanwhile with --decode rsd-async"),
+        ({"draft_after": "always"}, "expected --decode rsd-async with --draft-after"),
+        ({"decode": "rsd-async", "policy": "ws://here:1"}, "a served policy sends no corrections"),
+    ],
+)
+def test_delays_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RsdError, match=message):
+        EvalConfig(**{"decode": "l1", **options})
+
+
+def test_where_nobody_corrects_a_draft_it_is_refused() -> None:
+    with pytest.raises(RsdError, match="corrects no answers"):
+        load_served(EvalConfig(decode="rsd-async"))
+    with pytest.raises(RsdError, match="expected --policy-decode other than rsd-async"):
+        CollectConfig(Path("any"), policy="any", policy_decode="rsd-async")
+
+
+def test_a_delay_beyond_the_chunk_is_refused_before_anything_is_started(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rsd.evaluation.backend.preflight", lambda config: None)
+    config = EvalConfig(policy=str(checkpoint), decode="l1", delay=7, meanwhile="tail")
+    ready(config)
+    for beyond in (replace(config, delay=8), replace(config, decode="rsd-async", delay=8, meanwhile=None)):
+        with pytest.raises(RsdError, match=r"expected at most 7, found 8: the chunks of .* have 8 steps"):
+            ready(beyond)
+    ready(replace(config, delay=8, meanwhile="hold"))
