@@ -231,13 +231,24 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
 
 
 def ready(config: EvalConfig) -> None:
-    """The cheap checks, and what every worker would find out: options that this checkpoint cannot do."""
-    from rsd.checkpoint import locate_checkpoint
-    from rsd.targets.openvla.published import locate_openvla
-
+    """The cheap checks, and what every worker would find out: options that this checkpoint cannot do, delayed answers of
+    a policy that has no tail to go on with."""
     preflight(config)
-    if not config.served and locate_openvla(config.policy) is None:
-        engine_of(config, locate_checkpoint(config.policy))
+    if config.served:  # its first chunk shows it
+        return
+    from rsd.checkpoint import facts_of, locate_checkpoint, read_content
+    from rsd.targets.openvla.published import chunk_steps, locate_openvla
+
+    directory = None if locate_openvla(config.policy) else locate_checkpoint(config.policy)
+    if directory is not None:
+        engine_of(config, directory)
+    late = max(config.delay, config.drafter_delay)
+    if not late or not (config.meanwhile in ("tail", "corrected") or config.decode == RSD_ASYNC):
+        return
+    horizon = facts_of(directory, read_content(directory)).horizon if directory else chunk_steps(config.decode)
+    if late >= horizon:
+        found = f"{late}: the chunks of {config.policy} have {horizon} steps, so nothing of an answer could be used"
+        raise RsdError(f"--delay, --drafter-delay: expected at most {horizon - 1}, found {found}")
 
 
 def engine_of(config: EvalConfig, directory: Path | None) -> str:
@@ -255,26 +266,6 @@ def engine_of(config: EvalConfig, directory: Path | None) -> str:
         recordable = resolve(facts, decode_options(config)).recordable(compact, config.device)
     engine = choose_engine(config.engine, config.device, recordable, compact=compact)
     return f"{engine} {metadata.version('onnxruntime')}" if engine == ONNX else engine
-
-
-def ready(config: EvalConfig) -> None:
-    """`preflight`, and that a policy with delayed answers has a tail to go on with."""
-    preflight(config)
-    late = max(config.delay, config.drafter_delay)
-    tail = config.meanwhile in ("tail", "corrected") or config.decode == RSD_ASYNC
-    if not late or not tail or config.served:  # of a served policy the first chunk shows it
-        return
-    from rsd.checkpoint import facts_of, locate_checkpoint, read_content
-    from rsd.targets.openvla.published import chunk_steps, locate_openvla
-
-    if locate_openvla(config.policy) is not None:
-        horizon = chunk_steps(config.decode)
-    else:
-        directory = locate_checkpoint(config.policy)
-        horizon = facts_of(directory, read_content(directory)).horizon
-    if late >= horizon:
-        found = f"{late}: the chunks of {config.policy} have {horizon} steps, so nothing of an answer could be used"
-        raise RsdError(f"--delay, --drafter-delay: expected at most {horizon - 1}, found {found}")
 
 
 LIBERO = Backend(
