@@ -76,7 +76,7 @@ def planned_episodes(record: RunRecord, backend: Backend) -> list[EpisodeKey]:
     return [(*job.task, job.init_state) for job in plan_episodes(config, backend)]
 
 
-def merge_locked(output: Path, shards: list[Path], backend: Backend) -> RunSummary:
+def merge_locked(output: Path, shards: Sequence[Path], backend: Backend) -> RunSummary:
     records = [read_run_record(shard) for shard in shards]
     for shard, other in zip(shards[1:], records[1:], strict=True):
         require_same(records[0], other, shards[0], shard)
