@@ -13,13 +13,27 @@ import numpy as np
 import pytest
 import torch
 
-from rsd.checks import Checked, Count, Rules, Share, above, between, checked, checked_later, from_json, multiple, within
+from rsd.checks import (
+    Checked,
+    Count,
+    Rules,
+    Share,
+    above,
+    between,
+    checked,
+    checked_later,
+    from_json,
+    multiple,
+    told,
+    within,
+)
 from rsd.chunks import checked_chunk
 from rsd.data.demonstrations import action_episodes
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.merging import merge_shards
+from rsd.evaluation.workers import failed
 from rsd.json_files import read_object
 from rsd.policy import RsdPolicy
 from rsd.reporting.tables import load_runs
@@ -193,3 +207,26 @@ def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
     for path in (tmp_path / "config.json", Path("/dev/zero"), tmp_path):
         with pytest.raises(RsdError, match=r"expected a file, found a (directory|device or a pipe)"):
             read_object(path, "a folder")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionRefusedError(111, "Connection refused"), "Connection refused"),
+        (FileNotFoundError(2, "No such file or directory", "/x"), "No such file or directory: '/x'"),
+        (OSError("Multiple exceptions: [Errno 111] a, [Errno -2] b"), "Multiple exceptions: a, b"),
+        (RuntimeError("IoError: No space left on device (os error 28)"), "IoError: No space left on device"),
+        (ValueError("a\n  b"), "a b"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+    ids=str,
+)
+def test_what_a_library_says_is_told_without_numbers_of_the_system(error: Exception, said: str) -> None:
+    assert told(error) == said
+
+
+def test_a_worker_that_cannot_begin_says_what_helps() -> None:
+    assert failed(OSError(28, "No space left on device", "/x")).message == (
+        "/x: No space left on device; make room and run the same command again"
+    )
+    assert failed(RsdError("a line")).message == "a line"
