@@ -113,6 +113,7 @@ VARIABLES = [
     ("RSD_ENGIN", "onnx", "RSD_ENGIN: no variable of this name is read; expected RSD_ENGINE"),
     ("WORLD_SIZE", "abc", "WORLD_SIZE='abc': expected a number of processes"),
     ("WORLD_SIZE", "0", "WORLD_SIZE='0': expected a number of processes"),
+    ("WORLD_SIZE", "2,3", "WORLD_SIZE='2,3': expected a number of processes"),
     ("RANK", "-1", "RANK='-1': expected a number such as"),
     ("LOCAL_RANK", "abc", "LOCAL_RANK='abc': expected a number such as"),
     ("LOCAL_RANK", "\u0663", "expected a number such as"),

@@ -13,14 +13,32 @@ import numpy as np
 import pytest
 import torch
 
-from rsd.checks import Checked, Count, Rules, Share, above, between, checked, checked_later, from_json, multiple, within
+from rsd.checks import (
+    Checked,
+    Count,
+    Rules,
+    Share,
+    above,
+    between,
+    checked,
+    checked_later,
+    from_json,
+    multiple,
+    told,
+    within,
+)
 from rsd.chunks import checked_chunk
+from rsd.data.demonstrations import action_episodes
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
+from rsd.evaluation.merging import merge_shards
+from rsd.evaluation.workers import failed
 from rsd.json_files import read_object
 from rsd.policy import RsdPolicy
+from rsd.reporting.tables import load_runs
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, ChunkTokens
+from rsd.tokenizer.rfsq import Rfsq
 from rsd.types import ActionChunk, Observation, RsdError
 
 MakeObservation = Callable[..., Observation]
@@ -153,6 +171,21 @@ def odd_arguments(policy: RsdPolicy, tokenizer: ActionTokenizer, seen: Observati
     yield lambda: policy.save_pretrained("/dev/null/x"), "/dev/null/x: cannot be written"
     yield lambda: RsdPolicy.from_pretrained("x" * 5000), "policy 'xxx.*expected a checkpoint directory or a hub id"
     yield lambda: replace(seen, images=np.zeros((2, 32, 16, 3), np.uint8)), "observation images: expected"
+    yield lambda: replace(seen, images=np.zeros((2, 0, 0, 3), np.uint8)), "observation images: expected pixels"
+    yield lambda: tokenizer.normalise(torch.zeros(1, 8, 7) * np.nan), "action chunk: expected finite numbers"
+    yield lambda: tokenizer.to_coefficients(torch.zeros(1, 8, 7) + np.inf), "action chunk: expected finite numbers"
+    yield lambda: tokenizer.to_normalised(zeros * np.nan), "coefficients: expected finite numbers"
+    yield lambda: tokenizer.rfsq.quantise(zeros - np.inf), "scalars: expected finite numbers"
+    yield lambda: tokenizer.rfsq.quantise(zeros[0, 0]), r"scalars: expected \[..., P\], found \[\]"
+    yield lambda: tokenizer.rfsq.dequantise(tokens.motion + 7), "tokens: expected numbers from 0 to 6, found"
+    yield lambda: tokenizer.rfsq.dequantise(tokens.motion[0, 0]), r"tokens: expected \[..., levels, P\], found \[48\]"
+    yield lambda: tokenizer.rfsq.value(tokens.motion - 9, 1), "tokens: expected numbers from 0 to 6, found"
+    yield lambda: tokenizer.rfsq.step(99), "RFSQ: expected a level from 1 to 8, found 99"
+    yield lambda: Rfsq(None), "RFSQ: expected RfsqConfig, found NoneType"  # type: ignore[arg-type]
+    yield lambda: Rfsq(tokenizer.config.rfsq, True), "RFSQ: expected a positive finite step size, found True"
+    yield lambda: merge_shards("x", 3), "merge: (shards|output): expected"  # type: ignore[arg-type]
+    yield lambda: load_runs(None), "runs: expected a list"  # type: ignore[arg-type]
+    yield lambda: list(action_episodes(3)), "demonstrations: expected text or a path, found 3"  # type: ignore[arg-type]
     yield lambda: replace(seen, state=np.ma.masked_all(8)), "observation state: expected real numbers, found masked"
     yield lambda: checked_chunk(ActionChunk(np.zeros((8, 7)), None)), "policy: expected its statistics to be"  # type: ignore[arg-type]
     yield lambda: evaluate(None), "evaluate: config: expected EvalConfig, found None"  # type: ignore[arg-type]
@@ -174,3 +207,26 @@ def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
     for path in (tmp_path / "config.json", Path("/dev/zero"), tmp_path):
         with pytest.raises(RsdError, match=r"expected a file, found a (directory|device or a pipe)"):
             read_object(path, "a folder")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionRefusedError(111, "Connection refused"), "Connection refused"),
+        (FileNotFoundError(2, "No such file or directory", "/x"), "No such file or directory: '/x'"),
+        (OSError("Multiple exceptions: [Errno 111] a, [Errno -2] b"), "Multiple exceptions: a, b"),
+        (RuntimeError("IoError: No space left on device (os error 28)"), "IoError: No space left on device"),
+        (ValueError("a\n  b"), "a b"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+    ids=str,
+)
+def test_what_a_library_says_is_told_without_numbers_of_the_system(error: Exception, said: str) -> None:
+    assert told(error) == said
+
+
+def test_a_worker_that_cannot_begin_says_what_helps() -> None:
+    assert failed(OSError(28, "No space left on device", "/x")).message == (
+        "/x: No space left on device; make room and run the same command again"
+    )
+    assert failed(RsdError("a line")).message == "a line"

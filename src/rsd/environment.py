@@ -13,12 +13,11 @@ from rsd.checks import RsdError, Where, one_of, shown
 ENGINE, DEBUG = "RSD_ENGINE", "RSD_DEBUG"
 WHOLE = Where(re.compile("[0-9]{1,9}").fullmatch, "a number such as 0 or 1")
 THREADS = Where(re.compile(r"0*[1-9][0-9]{0,5}(,0*[1-9][0-9]{0,5})*").fullmatch, "a number of threads such as 4")
-PORT = Where(lambda text: text.isdecimal() and 0 < int(text[:9]) < 65536, "a port such as 29500")
 VARIABLES: dict[str, Where] = {
     ENGINE: one_of(("auto", "eager", "onnx")),  # what `auto` takes on a CPU
     DEBUG: one_of(("0", "1")),  # 1 shows tracebacks
-    "WORLD_SIZE": THREADS._replace(words="a number of processes such as 1"),
-    "MASTER_PORT": PORT,
+    "WORLD_SIZE": Where(re.compile("0*[1-9][0-9]{0,5}").fullmatch, "a number of processes such as 1"),
+    "MASTER_PORT": Where(lambda text: text.isdecimal() and 0 < int(text[:9]) < 65536, "a port such as 29500"),
     **dict.fromkeys(("RANK", "LOCAL_RANK", "LP_NUM_THREADS"), WHOLE),
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), THREADS),
 }

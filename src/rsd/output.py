@@ -25,6 +25,7 @@ KEPT = "what was written before is kept"
 REMEDIES = {
     errno.ENOSPC: f"{KEPT}; make room, {AGAIN}",
     errno.EDQUOT: f"{KEPT}; make room, {AGAIN}",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "something else is in its place: choose another one"),
     errno.ENOENT: f"its folder is not there, or not any more: put it back, {AGAIN}",
 }
 

@@ -55,6 +55,8 @@ class Observation:
             expected = f"uint8 [{len(CAMERAS)}, S, S, 3] for cameras {CAMERAS}"
             raise RsdError(f"observation images: expected {expected}, found {self.images.dtype}")
         check_shape("observation images", self.images.shape, (len(CAMERAS), "S", "S", 3))
+        if not self.images.size:
+            raise RsdError("observation images: expected pixels, found none")
         object.__setattr__(self, "state", real_array("observation state", self.state, shape=(STATE_DIM,)))
         if not checked(str, self.instruction, "observation instruction").strip():
             raise RsdError("observation instruction: expected text, found an empty string")

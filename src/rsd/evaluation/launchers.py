@@ -12,7 +12,6 @@ from typing import Any
 from rsd.evaluation.backend import LIBERO
 from rsd.evaluation.config import EvalConfig
 from rsd.extras import extra
-from rsd.output import writing
 from rsd.types import BEST, RsdError
 
 
@@ -57,8 +56,7 @@ def nothing_left(folder: Path) -> Iterator[None]:
     before = set(folder.glob("*"))
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with writing(folder):
-            yield
+        yield
     except BaseException:
         with contextlib.suppress(OSError):
             for path in set(folder.glob("*")) - before:

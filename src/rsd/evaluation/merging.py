@@ -40,8 +40,9 @@ def merge_shards(output: Path, shards: Sequence[Path] = (), backend: Backend = L
     Raises RsdError where a directory is no run or of another one, two of them hold different results of one episode,
     or none holds any. What the run still lacks is for `missing_parts` to say.
     """
-    output, given = checked(Path, output, "merge: output"), checked(list[Path], list(shards), "merge: shards")
-    shards = given or [shard for shard in sorted(output.glob(SHARD_PATTERN)) if (shard / CONFIG_FILE).exists()]
+    output = checked(Path, output, "merge: output")
+    shards = checked(list[Path] | tuple[Path, ...], shards, "merge: shards")
+    shards = shards or [part for part in sorted(output.glob(SHARD_PATTERN)) if (part / CONFIG_FILE).exists()]
     if not shards:
         raise RsdError(f"{output}: holds no {SHARD_PATTERN} with results; name the shards' directories")
     each_once("output and shards", (output, *shards))
@@ -75,7 +76,7 @@ def planned_episodes(record: RunRecord, backend: Backend) -> list[EpisodeKey]:
     return [(*job.task, job.init_state) for job in plan_episodes(config, backend)]
 
 
-def merge_locked(output: Path, shards: list[Path], backend: Backend) -> RunSummary:
+def merge_locked(output: Path, shards: Sequence[Path], backend: Backend) -> RunSummary:
     records = [read_run_record(shard) for shard in shards]
     for shard, other in zip(shards[1:], records[1:], strict=True):
         require_same(records[0], other, shards[0], shard)

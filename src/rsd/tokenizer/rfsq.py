@@ -33,7 +33,7 @@ class Rfsq:
         if not isinstance(config, RfsqConfig):
             raise RsdError(f"RFSQ: expected RfsqConfig, found {type(config).__name__}")
         # plain comparisons: made while models are compiled, too
-        if not isinstance(first_step, int | float) or not 0.0 < first_step < math.inf:
+        if isinstance(first_step, bool) or not isinstance(first_step, int | float) or not 0.0 < first_step < math.inf:
             raise RsdError(f"RFSQ: expected a positive finite step size, found {first_step!r}")
         self.config, self.first_step = config, first_step
 
