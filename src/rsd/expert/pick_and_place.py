@@ -44,8 +44,8 @@ CLOSED_WIDTH = 0.0015  # m, nothing between the fingers
 FUNNEL_SLOPE, FUNNEL_RADIUS = 2.0, 0.010  # height per horizontal distance outside the radius (m)
 TIGHT_SLOPE, TIGHT_RADIUS = 3.0, 0.005  # walls stand close, or the fingers go past both sides of the object
 PLACE_SLOPE, PLACE_RADIUS = 2.0, 0.010
-SLOT_SLOPE = 15.0  # a caddy's walls are higher than where the object is let go
-SLOT_RADIUS, SLOT_TURN = 0.004, 0.03  # m, rad: a book has 5 mm to either side
+SLOT_SLOPE = 50.0  # a caddy's walls are higher than where the object is let go
+SLOT_RADIUS, SLOT_TURN = 0.005, 0.03  # m, rad: a book has 5 mm to either side
 TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on the way
 OVER = 0.012  # m off the object's middle, close enough to choose a side
 RELEASE_GAP = 0.006  # m of free fall
@@ -173,10 +173,17 @@ class PickAndPlace:
         radius, slope = PLACE_RADIUS, SLOT_SLOPE if "caddy" in self.goal.destination else PLACE_SLOPE
         if self._into_slot:
             radius = SLOT_RADIUS
+            over = max(over, self._walls() + CARRY_CLEARANCE)  # what lies below a short way is the floor inside
             off += 0.1 * max(0.0, turn_left(scene, self._orientation(self._place_point())) - SLOT_TURN)
         height = funnel(off, surface + RELEASE_GAP, over, radius, slope)
         goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom])
         return self._move(goal, self._orientation(self._place_point()), GRIPPER_CLOSE, CARRY_TURN)
+
+    def _walls(self) -> float:
+        """Height of the walls around the compartment (m)."""
+        holder = self.scene.owner(self.goal.destination)
+        assert holder is not None
+        return float(self.scene.vertices(holder)[:, 2].max())
 
     # -- decisions ------------------------------------------------------------------------------------------------
 
