@@ -36,6 +36,7 @@ UNDER_RIM = 0.015  # m; deeper, the fingers would touch the wall
 PLATE_SURFACE = 0.004  # m over the plate's origin
 ON_STOVE = (0.05, -0.045)  # m before the middle of its region, which is 0.15 long; a moka pot is 0.08 wide
 OVER_WALLS, SQUARE = 0.01, 0.8  # m of the palm over a compartment's walls; sides in that ratio are alike
+WALL, WALL_DISTANCES = 0.03, np.arange(0.02, 0.09, 0.002)  # m over the floor, m from a point inside
 FROM_ABOVE = 0.018  # m before the middle of a low drawer: the handles above are in the palm's way
 FOOT = 0.02  # m; what is put down touches the highest point within so much of the middle
 OPEN_PLACES = (  # what something can be put on or into from above
@@ -202,11 +203,21 @@ def slot(scene: Scene, goal: Goal) -> tuple[Vector, float]:
     """`destination` in a compartment that is too narrow for the hand: its palm stays over the walls around."""
     middle, holder = scene.site(goal.destination), scene.owner(goal.destination)
     assert holder is not None
+    middle[:2] = between_walls(scene, middle[:2])
     tall = float(np.ptp(scene.vertices(goal.target)[:, 2]))
     surface = float(scene.vertices(holder)[:, 2].max()) + OVER_WALLS - tall
     outline = scene.vertices(goal.target)[:, :2]
     off = scene.position(goal.target)[:2] - (outline.min(axis=0) + outline.max(axis=0)) / 2
     return np.array([*(middle[:2] + off), surface]), surface
+
+
+def between_walls(scene: Scene, point: Vector) -> Vector:
+    """Middle [2] of the compartment around a point [2]: the region's own is up to 6 mm off."""
+    ways = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    rays = point + WALL_DISTANCES[None, :, None] * ways[:, None]
+    tops = scene.heights(np.array([point, *rays.reshape(-1, 2)]), ignore=scene.movable)
+    free = np.cumprod(tops[1:].reshape(4, -1) < tops[0] + WALL, axis=1).sum(axis=1) * (WALL_DISTANCES[1] - WALL_DISTANCES[0])
+    return point + np.array([free[0] - free[1], free[2] - free[3]]) / 2
 
 
 def slot_turn(scene: Scene, goal: Goal, closing: float) -> float:

@@ -69,7 +69,7 @@ class PickAndPlace:
         self._grasp: Grasp | None = None
         self._walled, self._into_slot, self._turn = False, bool(SLOT.fullmatch(kind(goal.destination))), 0.0
         self._grasped_steps = self._closed_steps = self._slow_steps = 0
-        self._last_eef = scene.eef
+        self._last_eef, self._aside = scene.eef, 0.0  # m that it moved sideways in the last step
 
     @property
     def cramped(self) -> bool:
@@ -86,6 +86,7 @@ class PickAndPlace:
         """The clean action [7] at the present state."""
         eef = self.scene.eef
         moved = float(np.linalg.norm(eef - self._last_eef))
+        self._aside = float(np.linalg.norm((eef - self._last_eef)[:2]))
         self._slow_steps = self._slow_steps + 1 if moved < SLOW else 0
         self._last_eef = eef
         if self._placed():
@@ -174,7 +175,7 @@ class PickAndPlace:
         if self._into_slot:
             radius = SLOT_RADIUS
             over = max(over, self._walls() + CARRY_CLEARANCE)  # what lies below a short way is the floor inside
-            off += 0.1 * max(0.0, turn_left(scene, self._orientation(self._place_point())) - SLOT_TURN)
+            off += self._aside + 0.1 * max(0.0, turn_left(scene, self._orientation(self._place_point())) - SLOT_TURN)
         height = funnel(off, surface + RELEASE_GAP, over, radius, slope)
         goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom])
         return self._move(goal, self._orientation(self._place_point()), GRIPPER_CLOSE, CARRY_TURN)
