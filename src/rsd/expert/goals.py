@@ -222,8 +222,6 @@ def between_walls(scene: Scene, point: Vector) -> Vector:
     tops = scene.heights(np.array([point, *rays.reshape(-1, 2)]), ignore=scene.movable)
     inside = np.cumprod(tops[1:].reshape(4, -1) < tops[0] + WALL, axis=1).sum(axis=1)
     free = inside * (WALL_DISTANCES[1] - WALL_DISTANCES[0])
-        WALL_DISTANCES[1] - WALL_DISTANCES[0]
-    )
     return point + np.array([free[0] - free[1], free[2] - free[3]]) / 2
 
 
