@@ -133,8 +133,10 @@ def _solvable(goal: Goal, stand_open: Sequence[str]) -> bool:
         fits = goal.destination in stand_open and thing != "ketchup"
     elif place == "microwave_heating_region":
         fits = isinstance(GRASPS.get(thing), Rim) and goal.destination.replace("_heating_region", "") in stand_open
+    elif LAYER.fullmatch(place):
+        fits = isinstance(GRASPS.get(thing), Span)
     else:
-        fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT, LAYER))
+        fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT))
     return goal.predicate in ("on", "in") and (goal.dragged or (thing in GRASPS and fits))
 
 
