@@ -8,7 +8,6 @@ prints it; with --write it takes the place of the one in docs/expert.md.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from rsd.evaluation.tables import markdown
 from studies.expert import GOOD
 from studies.readme_table import replaced
 
-HEADER = ["suite", "tasks at 90 %", "placements", "tasks under 90 %, and why"]
+HEADER = ["suite", "tasks at 90 %", "placements", "tasks under 90 %"]
 
 
 @dataclass(frozen=True)
@@ -34,20 +33,20 @@ class ExpertPageConfig:
     """Replace it there."""
 
 
-def weak_task(number: str, task: dict[str, Any]) -> str:
-    """A task under 90 %: number, instruction, successes and the most frequent reason without instance numbers."""
-    why = re.sub(r"_\d+(?=_|\b)", "", next(iter(task["failures"])))
-    why = "not attempted" if why.startswith("beyond the expert") else why.split(": ")[-1]
-    return f"{number} *{task['instruction']}* ({task['solved']}/{task['n']}: {why})"
+def weak_tasks(tasks: dict[str, Any]) -> str:
+    """Those under 90 %: the ones it does not attempt, then the others with their successes."""
+    weak = {number: task for number, task in tasks.items() if task["solved"] < GOOD * task["n"]}
+    refused = [n for n, task in weak.items() if next(iter(task["failures"])).startswith("beyond the expert")]
+    others = [f"{n} ({task['solved']}/{task['n']})" for n, task in weak.items() if n not in refused]
+    return "; ".join([f"not attempted {', '.join(refused)}"] * bool(refused) + [", ".join(others)] * bool(others))
 
 
 def expert_table(results: dict[str, Any]) -> str:
     """The table, in Markdown."""
     rows = []
     for suite, row in results["suites"].items():
-        weak = [weak_task(n, task) for n, task in row["tasks"].items() if task["solved"] < GOOD * task["n"]]
         good = f"{row['tasks_at_90_percent']} of {row['of_tasks']}"
-        rows.append([suite, good, f"{row['solved']}/{row['n']}", "; ".join(weak) or "none"])
+        rows.append([suite, good, f"{row['solved']}/{row['n']}", weak_tasks(row["tasks"]) or "none"])
     total = results["total"]
     good = f"{total['tasks_at_90_percent']} of {total['of_tasks']}"
     return markdown(HEADER, [*rows, ["all", good, f"{total['solved']}/{total['n']}", ""]])
