@@ -205,16 +205,15 @@ def count_expert(config: CountExpertConfig) -> None:
     with writing(config.out):
         config.out.parent.mkdir(parents=True, exist_ok=True)
         cut_off_line(lines_file)
-        with lines_file.open("a", encoding="utf-8") as lines:
-            with worker_pool(config.num_workers) as pool:
-                limits = config.episode_seconds, until
-                jobs: set[Future[list[Episode]]] = {pool.submit(run_batch, *batch, *limits) for batch in batches}
-                while jobs:
-                    ended, jobs = wait(jobs, timeout=SHOW_EVERY)
-                    for job in ended:
-                        episodes += noted(job.result(), lines)
-                    write_summary(config, episodes)
-                    print(f"{sum(e.success for e in episodes)} of {len(episodes)} episodes", file=sys.stderr)
+        with lines_file.open("a", encoding="utf-8") as lines, worker_pool(config.num_workers) as pool:
+            limits = config.episode_seconds, until
+            jobs: set[Future[list[Episode]]] = {pool.submit(run_batch, *batch, *limits) for batch in batches}
+            while jobs:
+                ended, jobs = wait(jobs, timeout=SHOW_EVERY)
+                for job in ended:
+                    episodes += noted(job.result(), lines)
+                write_summary(config, episodes)
+                print(f"{sum(e.success for e in episodes)} of {len(episodes)} episodes", file=sys.stderr)
     found = write_summary(config, episodes)
     for suite, row in found["suites"].items():
         good = f"{row['tasks_at_90_percent']} of {row['of_tasks']} tasks at 90 %"

@@ -325,11 +325,22 @@ def test_scene_measures_what_is_there(env: LiberoEnv) -> None:
 
 
 @pytest.mark.simulator
-@pytest.mark.parametrize("task", [4, 33, 41, 63, 79])
-def test_expert_solves_a_placement_of_each_newer_skill(task: int) -> None:
-    """Butter into a drawer that is shut after; a microwave's door; a pan by its handle; a stack in a tray; a book
-    turned into a compartment."""
-    other = LiberoEnv("libero_90", task, cameras=False)
+@pytest.mark.parametrize(
+    ("suite", "task"),
+    [
+        ("libero_90", 4),  # butter into a drawer that is shut after
+        ("libero_90", 33),  # a microwave's door
+        ("libero_90", 63),  # a stack in a tray
+        ("libero_90", 79),  # a book turned into a compartment
+        ("libero_90", 42),  # a pan by its handle, under a shelf
+        ("libero_90", 86),  # a book into a shelf
+        ("libero_90", 22),  # the lowest drawer
+        ("libero_10", 9),  # a mug into a microwave, then its door
+        ("libero_goal", 5),  # a plate along the table
+    ],
+)
+def test_expert_solves_a_placement_of_each_newer_skill(suite: str, task: int) -> None:
+    other = LiberoEnv(suite, task, cameras=False)
     other.reset(options={"placement_seed": 2**31 + 1})
     assert not other.success()
     assert expert.run(other).success

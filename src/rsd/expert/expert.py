@@ -13,7 +13,7 @@ from rsd.expert.grasps import TIP_BELOW_SITE, GraspMode
 from rsd.expert.inserting import Insert
 from rsd.expert.noise import Disturbance
 from rsd.expert.pick_and_place import PickAndPlace
-from rsd.expert.pushing import PushPart, DragPlate
+from rsd.expert.pushing import DragPlate, PushPart
 from rsd.expert.scene import Scene, Vector
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.permuted import is_permuted

@@ -1,8 +1,8 @@
 """What a task asks for, from the goal predicates of its scene file, and where they want the objects.
 
 The expert can pick up the kinds of objects in `GRASPS` and put them on the table, on or into something that stands open
-(a compartment of a caddy too), open and close drawers but the lowest, close a microwave and turn a knob, and several of
-these one after the other. The rest is beyond it, and `task_goals` says so by name.
+at its top or front (a caddy, a shelf, a microwave), drag a plate, open drawers but the lowest, close them and a
+microwave, turn a knob, and do several of these one after the other. The rest is beyond it, and `task_goals` says so.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ UNDER_RIM = 0.015  # m; deeper, the fingers would touch the wall
 PLATE_SURFACE = 0.004  # m over the plate's origin
 ON_STOVE = (0.05, -0.045)  # m before the middle of its region, which is 0.15 long; a moka pot is 0.08 wide
 OVER_WALLS, SQUARE = 0.01, 0.8  # m of the palm over a compartment's walls; sides in that ratio are alike
+WALL, WALL_DISTANCES = 0.03, np.arange(0.02, 0.09, 0.002)  # m over the floor, m from a point inside
 FROM_ABOVE = 0.018  # m before the middle of a low drawer: the handles above are in the palm's way
 FOOT = 0.02  # m; what is put down touches the highest point within so much of the middle
 OPEN_PLACES = (  # what something can be put on or into from above
@@ -92,10 +93,9 @@ def kind(name: str) -> str:
 def goals_of(wanted: Sequence[tuple[str, ...]], start: Sequence[tuple[str, ...]] = ()) -> Goals | None:
     """Goals in the order of doing, of predicates such as ("on", "akita_black_bowl_1", "plate_1"), if the expert can
     reach them all; else None. start: the predicates that hold at the start, for drawers that stand open."""
-    holds = {*start, *wanted}
-    shut = {words[2] for words in wanted if len(words) > 2 and DRAWER.fullmatch(kind(words[2])) and ("open", words[2]) not in holds}
-    goals = _ordered([Goal(*words) for words in wanted] + [Goal("open", drawer) for drawer in sorted(shut)])
-    return _spread(goals) if goals and all(map(_solvable, goals)) else None
+    goals = _ordered([Goal(*words) for words in wanted])
+    stand_open = [words[1] for words in start if words[0] == "open"]
+    return _spread(goals) if goals and all(_solvable(goal, stand_open) for goal in goals) else None
 
 
 def _ordered(goals: list[Goal]) -> Goals:
@@ -122,14 +122,21 @@ def _spread(goals: Goals) -> Goals:
     return tuple(replace(g, ahead=ON_STOVE[shared.index(g)]) if g in shared else g for g in goals)
 
 
-def _solvable(goal: Goal) -> bool:
+def _solvable(goal: Goal, stand_open: Sequence[str]) -> bool:
     place, thing = kind(goal.destination), kind(goal.target)
     if not place:
         drawer, stove = bool(DRAWER.fullmatch(thing)), thing == "flat_stove"
         reached = drawer and "_bottom_" not in thing  # no room for the leaning hand under its handle
         able = {"turnon": stove, "turnoff": stove, "open": reached, "close": drawer or thing == "microwave"}
         return able.get(goal.predicate, False)
-    fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT, DRAWER, LAYER))
+    if DRAWER.fullmatch(place):  # one that it has opened overhangs the bowl; the ketchup would stand too high in it
+        fits = goal.destination in stand_open and thing != "ketchup"
+    elif place == "microwave_heating_region":
+        fits = isinstance(GRASPS.get(thing), Rim) and goal.destination.replace("_heating_region", "") in stand_open
+    elif LAYER.fullmatch(place):
+        fits = isinstance(GRASPS.get(thing), Span)
+    else:
+        fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT))
     return goal.predicate in ("on", "in") and (goal.dragged or (thing in GRASPS and fits))
 
 
@@ -148,8 +155,8 @@ def task_goals(suite: str, task_id: int) -> Goals:
         can = [f"{i} ({suite_task(suite, i).language})" for i in solvable_tasks(suite)]
         raise RsdError(
             f"scripted expert: found {suite} task {task_id} with the goal {wanted!r}; it puts objects on or into "
-            f"something open, pulls or shuts a drawer, shuts a door or turns a knob. Of this suite it does "
-            f"{', '.join(can) or 'none'}"
+            f"something open, pulls or shuts a drawer, shuts a door, drags a plate or turns a knob. Of this suite it "
+            f"does {', '.join(can) or 'none'}"
         )
     return goals
 
@@ -202,11 +209,22 @@ def slot(scene: Scene, goal: Goal) -> tuple[Vector, float]:
     """`destination` in a compartment that is too narrow for the hand: its palm stays over the walls around."""
     middle, holder = scene.site(goal.destination), scene.owner(goal.destination)
     assert holder is not None
+    middle[:2] = between_walls(scene, middle[:2])
     tall = float(np.ptp(scene.vertices(goal.target)[:, 2]))
     surface = float(scene.vertices(holder)[:, 2].max()) + OVER_WALLS - tall
     outline = scene.vertices(goal.target)[:, :2]
     off = scene.position(goal.target)[:2] - (outline.min(axis=0) + outline.max(axis=0)) / 2
     return np.array([*(middle[:2] + off), surface]), surface
+
+
+def between_walls(scene: Scene, point: Vector) -> Vector:
+    """Middle [2] of the compartment around a point [2]: the region's own is up to 6 mm off."""
+    ways = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    rays = point + WALL_DISTANCES[None, :, None] * ways[:, None]
+    tops = scene.heights(np.array([point, *rays.reshape(-1, 2)]), ignore=scene.movable)
+    inside = np.cumprod(tops[1:].reshape(4, -1) < tops[0] + WALL, axis=1).sum(axis=1)
+    free = inside * (WALL_DISTANCES[1] - WALL_DISTANCES[0])
+    return point + np.array([free[0] - free[1], free[2] - free[3]]) / 2
 
 
 def slot_turn(scene: Scene, goal: Goal, closing: float) -> float:

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE
-from rsd.expert.goals import LAYER, kind
 from rsd.expert.grasps import POINTING_DOWN, Grasp, Rim, Span, about, yaw_of
 from rsd.expert.motion import funnel, step_towards, turn_left
 from rsd.expert.pick_and_place import CARRY_CLEARANCE, CARRY_TURN, GRASPED_STEPS, PickAndPlace

@@ -44,8 +44,8 @@ CLOSED_WIDTH = 0.0015  # m, nothing between the fingers
 FUNNEL_SLOPE, FUNNEL_RADIUS = 2.0, 0.010  # height per horizontal distance outside the radius (m)
 TIGHT_SLOPE, TIGHT_RADIUS = 3.0, 0.005  # walls stand close, or the fingers go past both sides of the object
 PLACE_SLOPE, PLACE_RADIUS = 2.0, 0.010
-SLOT_SLOPE = 15.0  # a caddy's walls are higher than where the object is let go
-SLOT_RADIUS, SLOT_TURN = 0.004, 0.03  # m, rad: a book has 5 mm to either side
+SLOT_SLOPE = 50.0  # a caddy's walls are higher than where the object is let go
+SLOT_RADIUS, SLOT_TURN = 0.005, 0.03  # m, rad: a book has 5 mm to either side
 TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on the way
 OVER = 0.012  # m off the object's middle, close enough to choose a side
 RELEASE_GAP = 0.006  # m of free fall
@@ -69,7 +69,7 @@ class PickAndPlace:
         self._grasp: Grasp | None = None
         self._walled, self._into_slot, self._turn = False, bool(SLOT.fullmatch(kind(goal.destination))), 0.0
         self._grasped_steps = self._closed_steps = self._slow_steps = 0
-        self._last_eef = scene.eef
+        self._last_eef, self._aside = scene.eef, 0.0  # m that it moved sideways in the last step
 
     @property
     def cramped(self) -> bool:
@@ -86,6 +86,7 @@ class PickAndPlace:
         """The clean action [7] at the present state."""
         eef = self.scene.eef
         moved = float(np.linalg.norm(eef - self._last_eef))
+        self._aside = float(np.linalg.norm((eef - self._last_eef)[:2]))
         self._slow_steps = self._slow_steps + 1 if moved < SLOW else 0
         self._last_eef = eef
         if self._placed():
@@ -173,10 +174,17 @@ class PickAndPlace:
         radius, slope = PLACE_RADIUS, SLOT_SLOPE if "caddy" in self.goal.destination else PLACE_SLOPE
         if self._into_slot:
             radius = SLOT_RADIUS
-            off += 0.1 * max(0.0, turn_left(scene, self._orientation(self._place_point())) - SLOT_TURN)
+            over = max(over, self._walls() + CARRY_CLEARANCE)  # what lies below a short way is the floor inside
+            off += self._aside + 0.1 * max(0.0, turn_left(scene, self._orientation(self._place_point())) - SLOT_TURN)
         height = funnel(off, surface + RELEASE_GAP, over, radius, slope)
         goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom])
         return self._move(goal, self._orientation(self._place_point()), GRIPPER_CLOSE, CARRY_TURN)
+
+    def _walls(self) -> float:
+        """Height of the walls around the compartment (m)."""
+        holder = self.scene.owner(self.goal.destination)
+        assert holder is not None
+        return float(self.scene.vertices(holder)[:, 2].max())
 
     # -- decisions ------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE
-
 from rsd.expert.goals import Goal
 from rsd.expert.grasps import MAX_LEAN, POINTING_DOWN, TIP_BELOW_SITE, about, hand_rotation, yaw_of
 from rsd.expert.motion import funnel, step_towards, turn_left
