@@ -124,13 +124,14 @@ class VirtualDelay(Pace):
         drafted = agreed(draft[: late - early], told[early:]) if self._trusted or self.always else 0
         motion.drafted_steps, self._trusted = drafted, bool(chunk.stats.stood)
         motion.tail_steps = min(early, len(self._left)) + max(0, min(late, len(self._left)) - early - drafted)
-        yield np.concatenate([draft[:drafted], told[early + drafted :]]), late == steps
+        meanwhile = np.concatenate([draft[:drafted], told[early + drafted :]])
+        yield meanwhile, late == steps
         stands = bool(chunk.stats.stood) and drafted == late - early
         rest = draft[drafted:] if stands else self._rest(env, answer, start)
         after = self._filled(rest, steps - late)
-        motion.replaced = 0.0 if stands else len(after) / steps
-        if not stands and len(after):
-            motion.replaced_mm = apart_mm(self._filled(draft[late - early :], len(after)), after)
+        motion.replaced = 1.0 - (drafted + (len(after) if stands else 0)) / max(1, steps - early)
+        if motion.replaced:
+            motion.replaced_mm = apart_mm(self._filled(draft, steps - early), np.concatenate([meanwhile, after]))
         self._left = rest[len(after) :]
         yield after, True
 

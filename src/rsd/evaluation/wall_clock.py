@@ -110,11 +110,11 @@ class WallClock(VirtualDelay):
             return chunk.answer
         executed = gone - (motion.draft_delay or 0)
         motion.drafted_steps = min(drafted, executed)
+        rest, steps = self._rest(env, chunk.answer, start), max(0, len(chunk.executed) - gone)
+        motion.replaced = 1.0 - motion.drafted_steps / max(1, executed + steps)
         if self._trusted and before and executed <= drafted:
             motion.replaced = 0.0
             return draft[executed:]
-        rest, steps = self._rest(env, chunk.answer, start), max(0, len(chunk.executed) - gone)
-        motion.replaced = steps / len(chunk.executed)
         if steps and before:
             motion.replaced_mm = apart_mm(self._filled(draft[executed:], steps), self._filled(rest, steps))
         return rest
