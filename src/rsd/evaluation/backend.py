@@ -231,7 +231,7 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
 
 
 def ready(config: EvalConfig) -> None:
-    """The cheap checks, and what every worker would find out: options that this checkpoint cannot do, delayed answers of
+    """The cheap checks, and what every worker would find out: options that this checkpoint cannot do, late answers of
     a policy that has no tail to go on with."""
     preflight(config)
     if config.served:  # its first chunk shows it
