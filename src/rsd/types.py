@@ -19,6 +19,8 @@ CAMERAS = ("agentview", "wrist")
 # see `runtime.engines`
 AUTO, EAGER, CUDA_GRAPHS, COMPILED, ONNX = ENGINES = "auto", "eager", "cuda-graphs", "compiled", "onnx"
 MAX_SKIPS, MEMORY_CHUNKS = 6, 2  # of `decoding.gate.SkipRule`; here, where nothing loads torch
+TARGET_ONLY = "target-only"  # how a policy of somebody else's decodes: its own way
+DRAFTER_ONLY = "drafter-only"  # the drafter as a policy, without a target
 BEST = "best"  # in the place of a decoder's name: the best proven one that the checkpoint supports
 Deviation = Annotated[float, between(0, 1e300)]
 Temperature = Annotated[float, Where(lambda t: t == 0 or 1e-3 <= t <= 1e3, "that is 0 or from 0.001 to 1000")]

@@ -11,15 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rsd.evaluation import foreign
 from rsd.evaluation.cautions import cautions
 from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule, option
 from rsd.evaluation.doctor import preflight
-from rsd.types import BEST, CUDA_GRAPHS, ONNX, ChunkPolicy, Policy, RsdError
+from rsd.types import BEST, CUDA_GRAPHS, DRAFTER_ONLY, ONNX, ChunkPolicy, Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
     from rsd.options import Choice, DecodeOptions
-    from rsd.targets.remote.client import RemotePolicy
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,14 @@ def worker_policy(config: EvalConfig) -> Policy:
 
 
 def rsd_policy(config: EvalConfig) -> Policy:
-    """A checkpoint of this package, one in OpenVLA's format, or either of them behind a port."""
+    """A checkpoint of this package, one in OpenVLA's format, a class of one's own, or what is behind a port; with its
+    drafter."""
+    if config.drafter:
+        return speculating_policy(config)
+    if config.custom:
+        return foreign.custom(config)
     if config.served:
-        return served_policy(config)
+        return foreign.served(config)
     from rsd.options import RuntimeOptions
     from rsd.policy import RsdPolicy, load_policy
     from rsd.targets.openvla.published import locate_openvla
@@ -102,19 +107,16 @@ def rsd_policy(config: EvalConfig) -> Policy:
     return RsdPolicy(load_policy(config.policy, decode_options(config), RuntimeOptions(config.device, config.engine)))
 
 
-def served_policy(config: EvalConfig) -> RemotePolicy:
-    """The policy served at `config.policy`; `RsdError` where the options ask for another one."""
-    from rsd.targets.remote.client import RemotePolicy  # of an extra
+def speculating_policy(config: EvalConfig) -> Policy:
+    """The target, whatever it is, with the drafter that was distilled for it."""
+    from rsd.targets.black_box import SpeculatingPolicy, load_drafter
 
-    own = ("acceptance", "temperature", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset", "audit")
-    mine = (*own, "device", "batch", "engine")  # of the server
-    if given := [option(name) for name in mine if getattr(config, name) != getattr(EvalConfig, name)]:
-        raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here; give it to `rsd serve`")
-    remote = RemotePolicy(config.policy)
-    if remote.decode != config.decode:
-        remote.close()
-        raise RsdError(f"{config.policy}: decodes with {remote.decode}, asked for is --decode {config.decode}")
-    return remote
+    drafter = load_drafter(Path(config.drafter), config.device)
+    target = settle(foreign.alone(config, drafter.horizon))[0]
+    drafter.check_belongs(describe_checkpoint(target))
+    skip = drafter.skip_rule(**{name: getattr(config, name) for name in foreign.OF_THE_GATE if name != "audit"})
+    needed = config.decode != DRAFTER_ONLY
+    return SpeculatingPolicy(drafter, rsd_policy(target) if needed else None, skip, config.decode, audit=config.audit)
 
 
 def decode_options(config: EvalConfig) -> DecodeOptions:
@@ -143,12 +145,8 @@ def best_of_checkpoint(config: EvalConfig) -> Choice:
     from rsd.options import Choice, best_decode
     from rsd.targets.openvla.published import Settings, locate_openvla
 
-    if config.served:
-        from rsd.targets.remote.client import RemotePolicy
-
-        remote = RemotePolicy(config.policy)
-        remote.close()
-        return Choice(remote.decode, "what it is served with")
+    if (found := foreign.choice(config)) is not None:
+        return found
     if (openvla := locate_openvla(config.policy)) is not None:
         settings = Settings.load(openvla).resolve(openvla)
         return Choice(str(settings.decode), "what this OpenVLA checkpoint was trained for")
@@ -165,7 +163,9 @@ def batched_rsd_policy(config: EvalConfig) -> ChunkPolicy:
 
     torch.set_num_threads(config.threads)
     policy = None
-    if config.served or locate_openvla(config.policy) is None:
+    if config.custom or config.served or config.drafter:
+        raise RsdError(f"--batch {config.batch}: {config.policy} takes one observation at a time; leave --batch out")
+    if locate_openvla(config.policy) is None:
         runtime = RuntimeOptions(config.device, config.engine, max(2, config.batch))
         policy = load_policy(config.policy, decode_options(config), runtime)
     if policy is None or not policy.body.compact:
@@ -204,10 +204,13 @@ def available_cores() -> int:
 
 def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     """What names the weights beyond doubt, with their provenance; of a served policy also what it runs on."""
-    if config.served:
-        remote = served_policy(config)
-        remote.close()
-        return {**remote.welcome.policy, "policy": config.policy, "server": remote.welcome.versions}
+    if config.drafter:
+        from rsd.manifest import MANIFEST_FILE, file_sha256
+
+        target = describe_checkpoint(settle(foreign.alone(config))[0])
+        return {**target, "drafter": config.drafter, "drafter_sha256": file_sha256(Path(config.drafter, MANIFEST_FILE))}
+    if (found := foreign.identity(config)) is not None:
+        return found
     from rsd.checkpoint import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
     from rsd.targets.openvla.published import fingerprint, locate_openvla
 
@@ -216,15 +219,15 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         return {"policy": config.policy, "engine": engine, "checkpoint_fingerprint": fingerprint(openvla)}
     directory = locate_checkpoint(config.policy)
     content = json.loads((directory / CONFIG_FILE).read_text())
-    found = {
+    known: dict[str, Any] = {
         "policy": config.policy,
         "engine": engine_of(config, directory),
         "checkpoint_sha256": checkpoint_hash(config.policy),
         "provenance": content.get("provenance", {}),
     }
     if config.decode == "rsd-skip" and config.skip_threshold_mm is None:
-        found["skip_calibration"] = load_calibration(directory).to_json()
-    return found
+        known["skip_calibration"] = load_calibration(directory).to_json()
+    return known
 
 
 def engine_of(config: EvalConfig, directory: Path | None) -> str:

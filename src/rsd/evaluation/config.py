@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,7 +25,9 @@ MOST_STATES = 1_000_000  # a number above is a slip, and would take minutes and 
 DEFAULT = "default"  # of --acceptance: nothing is asked for
 NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "engine": AUTO, "target_at_reset": False}
 OF_THE_RULE = ("max_skips", "memory_chunks")  # of `decoding.gate.SkipRule`, which has their defaults
-NEUTRAL |= dict.fromkeys(("skip_threshold_mm", *OF_THE_RULE))
+NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "num_open_loop_steps", *OF_THE_RULE))
+NEUTRAL["drafter"] = ""
+OF_ONES_OWN = re.compile(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")  # module:Class or file.py:Class
 
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
 
@@ -67,10 +70,16 @@ class EvalConfig(Checked):
     """Initial states: a list such as 0,3,10-19, of which the first num_trials are taken; a single number is the first
     of num_trials in a row."""
     policy: str = "checkpoints/libero_spatial"
-    """Checkpoint directory, Hugging Face hub id, or ws://HOST:PORT of `rsd serve`."""
+    """Checkpoint directory, Hugging Face hub id, module:Class or file.py:Class of a policy of your own, or ws://HOST:PORT
+    of any server in openpi's protocol."""
+    drafter: str = ""
+    """Directory of a drafter that `rsd drafter distil` made for this very policy, whatever kind it is of."""
+    num_open_loop_steps: Annotated[int, between(1, 1000)] | None = None
+    """Of a policy of your own or an openpi server: actions executed of each answer (all; of a server 5, as its client
+    does; with a drafter its horizon)."""
     decode: str = BEST
     """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, draft-first, coarse-only,
-    drafter-only; best: what was proven best of this checkpoint, else rsd-fused, with a skip threshold rsd-skip, without
+    drafter-only; target-only, of a policy of your own or an openpi server; best: what was proven best of this checkpoint, else rsd-fused, with a skip threshold rsd-skip, without
     a visual drafter rsd."""
     acceptance: str = DEFAULT
     """Rule for drafted levels: exact, margin, residual, blind(0.95), distance(1), typical(0.09), agreement(0.7);
@@ -132,6 +141,9 @@ class EvalConfig(Checked):
         for name in OF_THE_RULE:
             needed = f"a --skip-threshold-mm with {option(name)}, as the calibration has its own"
             yield self.skip_threshold_mm is not None or getattr(self, name) is None, needed, "none"
+        foreign = self.custom or self.served or bool(self.drafter)
+        given = self.num_open_loop_steps is None or foreign
+        yield given, "--num-open-loop-steps with a policy of your own, an openpi server or a drafter", self.policy
         yield engine_rule(self.engine, self.device)
         alone = "--control-hz without --batch, in which robots would wait for each other"
         yield not (self.control_hz and self.batch), alone, f"--batch {self.batch}"
@@ -151,8 +163,13 @@ class EvalConfig(Checked):
 
     @property
     def served(self) -> bool:
-        """Whether the policy is that of an `rsd serve`."""
+        """Whether the policy is behind a port."""
         return self.policy.startswith(("ws://", "wss://"))
+
+    @property
+    def custom(self) -> bool:
+        """Whether the policy is a class of the user's."""
+        return OF_ONES_OWN.fullmatch(self.policy) is not None
 
     @property
     def output_dir(self) -> Path:
