@@ -32,8 +32,8 @@ class EvalArguments:
     resume: Path | None = None
     """Continue the run in this directory, with the options it was begun with."""
     compare: bool = False
-    """Run the target alone (--decode l1; target-only with a --drafter), best and the drafter alone (drafter-only, if there is a visual drafter) on
-    the same initial states; print their table."""
+    """Run the target alone (--decode l1, with a --drafter target-only), best and the drafter alone (drafter-only, if
+    there is a visual drafter) on the same initial states; print their table."""
     report: bool = False
     """Also write the HTML report, as `rsd report` does."""
     overwrite: bool = False

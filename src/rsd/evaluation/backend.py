@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rsd.evaluation import foreign
 from rsd.evaluation.cautions import cautions
-from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule, option
+from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule
 from rsd.evaluation.doctor import preflight
 from rsd.types import BEST, CUDA_GRAPHS, DRAFTER_ONLY, ONNX, ChunkPolicy, Policy, RsdError
 

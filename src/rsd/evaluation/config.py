@@ -79,8 +79,8 @@ class EvalConfig(Checked):
     does; with a drafter its horizon)."""
     decode: str = BEST
     """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, draft-first, coarse-only,
-    drafter-only; target-only, of a policy of your own or an openpi server; best: what was proven best of this checkpoint, else rsd-fused, with a skip threshold rsd-skip, without
-    a visual drafter rsd."""
+    drafter-only; target-only, of a policy of your own or an openpi server; best: what was proven best of this
+    checkpoint, else rsd-fused, with a skip threshold or a --drafter rsd-skip, without a visual drafter rsd."""
     acceptance: str = DEFAULT
     """Rule for drafted levels: exact, margin, residual, blind(0.95), distance(1), typical(0.09), agreement(0.7);
     default: the checkpoint's (for residual blind(0.95)), with rsd-skip its calibration's, with a --temperature
@@ -142,8 +142,8 @@ class EvalConfig(Checked):
             needed = f"a --skip-threshold-mm with {option(name)}, as the calibration has its own"
             yield self.skip_threshold_mm is not None or getattr(self, name) is None, needed, "none"
         foreign = self.custom or self.served or bool(self.drafter)
-        given = self.num_open_loop_steps is None or foreign
-        yield given, "--num-open-loop-steps with a policy of your own, an openpi server or a drafter", self.policy
+        fitting = self.num_open_loop_steps is None or foreign
+        yield fitting, "--num-open-loop-steps with a policy of your own, an openpi server or a drafter", self.policy
         yield engine_rule(self.engine, self.device)
         alone = "--control-hz without --batch, in which robots would wait for each other"
         yield not (self.control_hz and self.batch), alone, f"--batch {self.batch}"

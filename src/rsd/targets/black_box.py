@@ -8,8 +8,7 @@ fingertip's deviation. It is always asked on an episode's first observation, whe
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,8 +33,9 @@ from rsd.policy import TextCache
 from rsd.runtime.engines import choose_engine, make_engine
 from rsd.targets.drafter_files import StoredDrafter, check_belongs, device_of, load_models, read_drafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import AUTO, DRAFTER_ONLY, TARGET_ONLY, ActionChunk, Chunks, ChunkStats, Observation, Policy, RsdError
+from rsd.types import AUTO, TARGET_ONLY, ActionChunk, Chunks, ChunkStats, Observation, Policy, RsdError
 
+DRAFTED = ChunkStats("rsd-skip")
 RULE = "margin"  # a drafted digit stands if the finer levels can take out what it is off
 
 
@@ -43,7 +43,7 @@ RULE = "margin"  # a drafted digit stands if the finer levels can take out what 
 class Episode:
     """What an episode's chunks so far left behind. stood: whether the draft did, at the target's last look."""
 
-    state: EpisodeState = EpisodeState()
+    state: EpisodeState = field(default_factory=EpisodeState)
     stood: bool = False
 
 
@@ -95,7 +95,9 @@ class Drafter:
         return at_reset or state.skipped[0] >= skip.max_skips or not (episode.stood or state.skipped[0])
 
     @torch.inference_mode()
-    def judged(self, proposal: Proposal, actions: NDArray[np.float32], stats: ChunkStats) -> tuple[ChunkStats, bool]:
+    def judged(
+        self, proposal: Proposal, actions: NDArray[np.float32], stats: ChunkStats = DRAFTED
+    ) -> tuple[ChunkStats, bool]:
         """What the target's actions [n >= H, 7] make of a draft -> statistics, and whether it stands as a whole."""
         chunk = torch.from_numpy(self.cut(actions)[None]).to(self.device)
         truth = self.tokenizer.to_coefficients(chunk) / self.tokenizer.first_step
@@ -226,8 +228,3 @@ class SpeculatingPolicy:
         times = {"draft": drafted - begin, "target": end - drafted, "total": end - begin}
         latency = {name: 1e3 * seconds for name, seconds in times.items()}
         return replace(chunk, stats=replace(chunk.stats, latency_ms=latency))
-
-
-def stochastic(deviations: Sequence[float]) -> bool:
-    """Whether answers to the same observation differ, beyond rounding."""
-    return bool(len(deviations)) and float(np.median(deviations)) > 0.1

@@ -69,9 +69,9 @@ class CustomPolicy:
         check_observation(observation)
         start = time.perf_counter()
         answer = self.policy.predict(observation)
-        total = {"total": 1e3 * (time.perf_counter() - start)}
+        stats = ChunkStats(self.decode, prefills=1, latency_ms={"total": 1e3 * (time.perf_counter() - start)})
         actions = answer.actions if isinstance(answer, ActionChunk) else answer
-        return ActionChunk(environment_ready(actions, self.spec, self._steps), ChunkStats(self.decode, prefills=1, latency_ms=total))
+        return ActionChunk(environment_ready(actions, self.spec, self._steps), stats)
 
 
 def find_class(spec: str) -> Any:

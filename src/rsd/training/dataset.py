@@ -45,9 +45,15 @@ class FrameDataset:
     Where only every n-th step was rendered, these are the frames; a chunk has every step's action all the same."""
 
     def __init__(
-        self, demonstrations: Iterable[Demonstration], horizon: int, device: torch.device, image_size: int = 0
+        self,
+        demonstrations: Iterable[Demonstration],
+        horizon: int,
+        device: torch.device,
+        image_size: int = 0,
+        paired: bool = True,
     ) -> None:
-        """image_size: side in pixels that every image must have; 0: that of the first ones.
+        """image_size: side in pixels that every image must have; 0: that of the first ones. paired: frames a chunk
+        apart may be asked for, so all must be rendered with one spacing.
 
         Raises RsdError for a demonstration without images, or with others than that, or of other steps."""
         images, states, chunks, tasks, firsts, instructions = [], [], [], [], [], dict[str, int]()
@@ -59,7 +65,7 @@ class FrameDataset:
                     f"{demonstration.source}: states only, without images; run `rsd demos render` on it first"
                 )
             every, count = demonstration.image_every, len(demonstration.images)
-            if spacing not in (0, every):
+            if paired and spacing not in (0, every):
                 raise RsdError(
                     f"{demonstration.source}: images of every {every}. step, others have every {spacing}.; "
                     "train on folders rendered with one --every"
