@@ -97,12 +97,12 @@ def identity(config: EvalConfig) -> dict[str, Any] | None:
         return of_class(config.policy)
     if not config.served:
         return None
-    from rsd.targets.remote.openpi import OpenpiPolicy, plain
+    from rsd.targets.remote.openpi import OpenpiPolicy, identity_of
 
     remote = served(config)
     remote.close()
     if isinstance(remote, OpenpiPolicy):
-        return {"policy": config.policy, "metadata": plain(remote.metadata)}
+        return {"policy": config.policy, **identity_of(remote.metadata)}
     return {**remote.welcome.policy, "policy": config.policy, "server": remote.welcome.versions}
 
 

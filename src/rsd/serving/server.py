@@ -11,7 +11,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from http import HTTPStatus
@@ -110,11 +110,16 @@ def check_health(connection: ServerConnection, request: Request) -> Response | N
 
 def serve_until_signal(server: PolicyServer, listening: Callable[[str], None]) -> None:
     """Serve in the main thread until Ctrl-C or SIGTERM."""
+    until_signal(lambda stop: server.run(stop, listening))
+
+
+def until_signal(serving: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+    """Run what serves until the event that Ctrl-C or SIGTERM sets."""
 
     async def main() -> None:
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await server.run(stop, listening)
+        await serving(stop)
 
     asyncio.run(main())

@@ -56,7 +56,12 @@ def train_standalone(
     config: TrainStandaloneConfig, tokenizer: ActionTokenizer, init: StandaloneDrafter | None, save: Save
 ) -> Path:
     """-> the checkpoint's directory, written by `save`; init: weights to start from."""
-    return one_run_a_folder(lambda asked: _train(asked, tokenizer, init, save))(config)
+
+    @one_run_a_folder
+    def alone(asked: TrainStandaloneConfig) -> Path:
+        return _train(asked, tokenizer, init, save)
+
+    return alone(config)
 
 
 def _train(

@@ -101,14 +101,29 @@ def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
-def served_at(address: str, steps: int | None = None) -> RemotePolicy | OpenpiPolicy:
-    """The policy at an address: an `rsd serve` with all that it tells, or any other server."""
+def is_rsd(metadata: dict[str, Any]) -> bool:
+    """Whether an `rsd serve` says them."""
+    return metadata.keys() >= OF_RSD and SPECULATION not in metadata
+
+
+def identity_of(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What names the policy behind these metadata, as far as they tell."""
+    policy = metadata.get("policy")
+    return dict(policy) if is_rsd(metadata) and isinstance(policy, dict) else {"metadata": plain(metadata)}
+
+
+def metadata_at(address: str) -> dict[str, Any]:
+    """What the server there says first."""
     connection = Connection(address, 60.0, WANTED)
     try:
-        metadata = read_metadata(address, connection.open())
+        return read_metadata(address, connection.open())
     finally:
         connection.close()
-    if not metadata.keys() >= OF_RSD or SPECULATION in metadata:
+
+
+def served_at(address: str, steps: int | None = None) -> RemotePolicy | OpenpiPolicy:
+    """The policy at an address: an `rsd serve` with all that it tells, or any other server."""
+    if not is_rsd(metadata_at(address)):
         return OpenpiPolicy(address, steps)
     remote = RemotePolicy(address)
     if steps not in (None, remote.welcome.chunk[0]):

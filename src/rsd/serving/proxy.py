@@ -1,0 +1,226 @@
+"""A speculating proxy: somebody else's policy server behind, an unchanged client in front, a distilled drafter between.
+
+What the client sends goes on as it is, byte for byte, unless the gate trusts the draft; then the draft is the answer.
+An answer has one key more, `speculation`: its statistics. Where the target is asked whatever is drafted, the drafter
+works while it does. When the server behind is lost, the client is told by a text, and its next request connects anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+import traceback
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from rsd.chunks import environment_ready
+from rsd.decoding.gate import SkipRule
+from rsd.extras import extra
+from rsd.serving.server import MAX_MESSAGE, check_health, until_signal
+from rsd.targets.black_box import Drafter, Episode, Proposal, shrunk
+from rsd.targets.remote.openpi import SPECULATION, read_metadata, same
+from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, RESET, STATE, square
+from rsd.targets.remote.wire import pack, unpack
+from rsd.types import CAMERAS, ChunkStats, Observation, RsdError, real_array
+
+with extra("serve"):
+    from websockets.asyncio.client import ClientConnection, connect
+    from websockets.asyncio.server import ServerConnection, serve
+    from websockets.exceptions import ConnectionClosed, WebSocketException
+
+LONGEST_TEXT = 1000  # characters of an answer that says what was wrong
+DECODE = "rsd-skip"
+WARMUP = 2
+
+
+class Upstream:
+    """One session's connection to the server behind; it insists on the metadata that the proxy began with."""
+
+    def __init__(self, address: str, metadata: dict[str, Any], timeout_s: float) -> None:
+        self.address, self.metadata, self.timeout_s = address, metadata, timeout_s
+        self._connection: ClientConnection | None = None
+
+    async def ask(self, message: bytes) -> bytes:
+        """A new connection where there is none. `RsdError` for one that is lost, late or another's, and for a text."""
+        try:
+            answer = await asyncio.wait_for(self._exchange(message), self.timeout_s)
+        except (OSError, TimeoutError, asyncio.TimeoutError, WebSocketException) as error:
+            await self.close()
+            reason = str(error) or f"no answer for {self.timeout_s:g} s"
+            raise RsdError(f"{self.address}: the target's server is lost ({reason}); ask again") from error
+        if isinstance(answer, str):
+            raise RsdError(f"{self.address}: {answer}")
+        return answer
+
+    async def _exchange(self, message: bytes) -> bytes | str:
+        if self._connection is None:
+            self._connection = await self._open()
+        await self._connection.send(message)
+        return await self._connection.recv()
+
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(OSError, WebSocketException):
+                await connection.close()
+
+    async def _open(self) -> ClientConnection:
+        connection = await connect(self.address, compression=None, max_size=None, proxy=None)
+        found = read_metadata(self.address, await connection.recv())
+        if not same(found, self.metadata):
+            await connection.close()
+            raise RsdError(f"{self.address}: another policy is served there now; start the proxy anew")
+        return connection
+
+
+class Session:
+    """A client's connection: its episode, and its own connection to the server behind."""
+
+    def __init__(self, proxy: SpeculatingProxy) -> None:
+        self.proxy, self.upstream = proxy, Upstream(proxy.address, proxy.metadata, proxy.timeout_s)
+        self.episode: Episode = Episode()
+        self.instruction: Any = ""
+
+    async def answer(self, message: bytes | str) -> bytes | str:
+        """A text says what was wrong, as in openpi's protocol; the session lives on and the target is asked next."""
+        begin = time.perf_counter()
+        try:
+            if isinstance(message, str):
+                raise RsdError("message: expected msgpack in a binary frame, found a text frame")
+            return await self._answer(message, begin)
+        except RsdError as error:
+            self.episode = Episode()
+            return f"rsd serve: {' '.join(str(error).split()):.{LONGEST_TEXT}}"
+        except Exception as error:  # of the drafter: the others' connections must not end with it
+            traceback.print_exc()
+            self.episode = Episode()
+            return f"rsd serve: the proxy failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"
+
+    async def _answer(self, message: bytes, begin: float) -> bytes:
+        proxy, content = self.proxy, unpack(message, LIMITS)
+        if not isinstance(content, Mapping):
+            raise RsdError(f"message: expected a map, found {type(content).__name__}")
+        instruction = content.get(PROMPT)
+        if content.get(RESET) or instruction != self.instruction:
+            self.episode, self.instruction = Episode(), instruction
+        if content.get(RESET) and len(content) == 1:
+            return await self.upstream.ask(message) if proxy.passes_reset else pack({RESET: True})
+        episode = self.episode
+        drafting = asyncio.ensure_future(proxy.run(proxy.propose, content, episode))
+        if proxy.drafter.must_look(episode, proxy.skip):
+            answer, proposal = await both(self.upstream.ask(message), drafting)
+        else:
+            proposal = await drafting
+            if proposal.trusted:
+                return self._drafted(proposal, begin)
+            answer = await self.upstream.ask(message)
+        return await self._asked(answer, proposal)
+
+    def _drafted(self, proposal: Proposal, begin: float) -> bytes:
+        self.episode = self.proxy.drafter.after(self.episode, proposal, True, proposal.actions, True)
+        stats = ChunkStats(DECODE, skipped=True, forced=False, expected_deviation_mm=proposal.expected_mm)
+        timing = {"infer_ms": 1e3 * (time.perf_counter() - begin)}
+        return pack({"actions": proposal.actions, "server_timing": timing, SPECULATION: plain_stats(stats)})
+
+    async def _asked(self, answer: bytes, proposal: Proposal) -> bytes:
+        content, drafter = unpack(answer), self.proxy.drafter
+        if not isinstance(content, dict) or "actions" not in content:
+            raise RsdError(f"{self.upstream.address}: expected an answer with the key actions")
+        actions = environment_ready(content["actions"], self.upstream.address)
+        known = ChunkStats(DECODE, prefills=1, skipped=False, forced=proposal.forced)
+        known = replace(known, expected_deviation_mm=proposal.expected_mm)
+        stats, stood = drafter.judged(proposal, actions, known)
+        self.episode = drafter.after(self.episode, proposal, False, actions, stood)
+        return pack({**content, SPECULATION: plain_stats(stats)})
+
+
+class SpeculatingProxy:
+    """Serves at a port as `PolicyServer` does; the drafter works in a thread of its own."""
+
+    def __init__(
+        self,
+        address: str,
+        metadata: dict[str, Any],
+        drafter: Drafter,
+        skip: SkipRule,
+        door: socket.socket,
+        *,
+        passes_reset: bool = False,
+        timeout_s: float = 60.0,
+    ) -> None:
+        """address, metadata: of the server behind; passes_reset: it knows the key `reset`, as an `rsd serve` does."""
+        self.address, self.metadata, self.drafter, self.skip = address, metadata, drafter, skip
+        self.passes_reset, self.timeout_s = passes_reset, timeout_s
+        self._door, self._thread = door, ThreadPoolExecutor(1, "drafter")
+
+    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """In the drafter's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    def propose(self, content: Mapping[Any, Any], episode: Episode) -> Proposal:
+        return self.drafter.propose(
+            read_observation(content, self.drafter.stored.config.image_size), episode, self.skip
+        )
+
+    async def serve(self, stop: asyncio.Event, listening: Callable[[str], None]) -> None:
+        """Until `stop`; calls `listening` with the address as soon as clients may connect."""
+        hello = pack({**self.metadata, SPECULATION: {"horizon": self.drafter.horizon, **asdict(self.skip)}})
+
+        async def handle(client: ServerConnection) -> None:
+            session = Session(self)
+            try:
+                with contextlib.suppress(ConnectionClosed):
+                    await client.send(hello)
+                    async for message in client:
+                        await client.send(await session.answer(message))
+            finally:
+                await session.upstream.close()
+
+        try:
+            for _ in range(WARMUP):
+                await self.run(self.propose, blank(self.drafter.stored.config.image_size), Episode())
+            host, port = self._door.getsockname()[:2]
+            options: dict[str, Any] = {"compression": None, "max_size": MAX_MESSAGE, "origins": [None]}
+            async with serve(handle, sock=self._door, process_request=check_health, **options):
+                listening(f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}")
+                await stop.wait()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            self._door.close()
+
+
+async def both(asking: Coroutine[Any, Any, bytes], drafting: asyncio.Future[Proposal]) -> tuple[bytes, Proposal]:
+    """The target's answer and the draft that was made meanwhile; a failure of either waits for the other."""
+    asked = asyncio.ensure_future(asking)
+    await asyncio.wait((asked, drafting))
+    return asked.result(), drafting.result()
+
+
+def read_observation(content: Mapping[Any, Any], size: int) -> Observation:
+    """openpi's LIBERO keys, whatever else there is -> what the drafter sees; `RsdError` names what is missing."""
+    if missing := [key for key in (*IMAGES, STATE, PROMPT) if key not in content]:
+        raise RsdError(f"message: the drafter needs {', '.join(missing)}; found {', '.join(map(str, content)):.200}")
+    views = [shrunk(square(key, content[key])[None], size)[0] for key in IMAGES]
+    return Observation(np.stack(views), real_array(STATE, content[STATE]), content[PROMPT])
+
+
+def blank(size: int) -> dict[str, Any]:
+    """An observation of nothing, to warm up with."""
+    view = np.zeros((size, size, 3), np.uint8)
+    return {**dict.fromkeys(IMAGES[: len(CAMERAS)], view), STATE: np.zeros(8), PROMPT: "pick up the black bowl"}
+
+
+def plain_stats(stats: ChunkStats) -> dict[str, Any]:
+    """Without what is not known."""
+    return {name: value for name, value in asdict(stats).items() if value not in (None, "", [], {})}
+
+
+def proxy_until_signal(proxy: SpeculatingProxy, listening: Callable[[str], None]) -> None:
+    """Serve in the main thread until Ctrl-C or SIGTERM."""
+    until_signal(lambda stop: proxy.serve(stop, listening))
