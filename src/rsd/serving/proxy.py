@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,22 +47,28 @@ class Upstream:
         self.address, self.metadata, self.timeout_s = address, metadata, timeout_s
         self._connection: ClientConnection | None = None
 
-    async def ask(self, message: bytes) -> bytes:
-        """A new connection where there is none. `RsdError` for one that is lost, late or another's, and for a text."""
+    async def ask(self, message: bytes, sent: asyncio.Event | None = None) -> bytes:
+        """A new connection where there is none. `RsdError` for one that is lost, late or another's, and for a text.
+
+        sent: set once the message is out, or never will be."""
+        sent = sent or asyncio.Event()
         try:
-            answer = await asyncio.wait_for(self._exchange(message), self.timeout_s)
+            answer = await asyncio.wait_for(self._exchange(message, sent), self.timeout_s)
         except (OSError, TimeoutError, asyncio.TimeoutError, WebSocketException) as error:
             await self.close()
             reason = str(error) or f"no answer for {self.timeout_s:g} s"
             raise RsdError(f"{self.address}: the target's server is lost ({reason}); ask again") from error
+        finally:
+            sent.set()
         if isinstance(answer, str):
             raise RsdError(f"{self.address}: {answer}")
         return answer
 
-    async def _exchange(self, message: bytes) -> bytes | str:
+    async def _exchange(self, message: bytes, sent: asyncio.Event) -> bytes | str:
         if self._connection is None:
             self._connection = await self._open()
         await self._connection.send(message)
+        sent.set()
         return await self._connection.recv()
 
     async def close(self) -> None:
@@ -112,11 +119,11 @@ class Session:
         if content.get(RESET) and len(content) == 1:
             return await self.upstream.ask(message) if proxy.passes_reset else pack({RESET: True})
         episode = self.episode
-        drafting = asyncio.ensure_future(proxy.run(proxy.propose, content, episode))
+        draft = partial(proxy.run, proxy.propose, content, episode)
         if proxy.drafter.must_look(episode, proxy.skip):
-            answer, proposal = await both(self.upstream.ask(message), drafting)
+            answer, proposal = await both(partial(self.upstream.ask, message), draft)
         else:
-            proposal = await drafting
+            proposal = await draft()
             if proposal.trusted:
                 return self._drafted(proposal, begin)
             answer = await self.upstream.ask(message)
@@ -195,11 +202,18 @@ class SpeculatingProxy:
             self._door.close()
 
 
-async def both(asking: Coroutine[Any, Any, bytes], drafting: asyncio.Future[Proposal]) -> tuple[bytes, Proposal]:
-    """The target's answer and the draft that was made meanwhile; a failure of either waits for the other."""
-    asked = asyncio.ensure_future(asking)
-    await asyncio.wait((asked, drafting))
-    return asked.result(), drafting.result()
+async def both(
+    ask: Callable[[asyncio.Event], Coroutine[Any, Any, bytes]], draft: Callable[[], Coroutine[Any, Any, Proposal]]
+) -> tuple[bytes, Proposal]:
+    """The target's answer and the draft that is made meanwhile; a failure of either waits for the other.
+
+    The question leaves first: the drafter's thread would hold it up for its own 5 ms."""
+    sent = asyncio.Event()
+    asked = asyncio.ensure_future(ask(sent))
+    await sent.wait()
+    drafted = asyncio.ensure_future(draft())
+    await asyncio.wait((asked, drafted))
+    return asked.result(), drafted.result()
 
 
 def read_observation(content: Mapping[Any, Any], size: int) -> Observation:
