@@ -60,9 +60,14 @@ class Observation:
 
 
 def check_observation(found: Any) -> Observation:
-    """What `predict` was given; `RsdError` for anything but an `Observation`."""
+    """What `predict` was given, an `Observation` or what `rsd/Libero-v0` returns with the instruction of its info;
+    `RsdError` for anything else."""
     if isinstance(found, Observation):
         return found
+    if isinstance(found, dict) and {*CAMERAS, "state", "instruction"} <= found.keys():
+        import numpy as np
+
+        return Observation(np.stack([found[name] for name in CAMERAS]), found["state"], found["instruction"])
     what = "its images uint8 [2, S, S, 3], its state [8] and its instruction"
     remedy = f"make one: rsd.types.Observation(images, state, instruction), of {what}"
     raise RsdError(f"predict: expected an Observation, found {type(found).__name__}; {remedy}")

@@ -66,7 +66,7 @@ class ServeArguments:
         own = {name: getattr(self, name) for name in SHARED}
         config = EvalConfig(**own, task_suite=self.statistics)
         if config.served:
-            remedy = "a --drafter makes a speculating proxy, else expected a checkpoint directory or hub id"
+            remedy = "expected a checkpoint directory or hub id, or a --drafter to speculate in front of it"
             raise UsageError(f"--policy {self.policy}: is served already; {remedy}")
         if config.custom or self.drafter:
             asked = f"--drafter {self.drafter}: expected --policy ws://HOST:PORT" if self.drafter else "--policy"

@@ -118,6 +118,7 @@ class Session:
             self.episode, self.instruction = Episode(), instruction
         if content.get(RESET) and len(content) == 1:
             return await self.upstream.ask(message) if proxy.passes_reset else pack({RESET: True})
+        require_keys(content)
         episode = self.episode
         draft = partial(proxy.run, proxy.propose, content, episode)
         if proxy.drafter.must_look(episode, proxy.skip):
@@ -213,15 +214,21 @@ async def both(
     await sent.wait()
     drafted = asyncio.ensure_future(draft())
     await asyncio.wait((asked, drafted))
+    for failed in filter(None, [drafted.exception(), asked.exception()]):
+        raise failed
     return asked.result(), drafted.result()
 
 
 def read_observation(content: Mapping[Any, Any], size: int) -> Observation:
-    """openpi's LIBERO keys, whatever else there is -> what the drafter sees; `RsdError` names what is missing."""
-    if missing := [key for key in (*IMAGES, STATE, PROMPT) if key not in content]:
-        raise RsdError(f"message: the drafter needs {', '.join(missing)}; found {', '.join(map(str, content)):.200}")
+    """openpi's LIBERO keys, whatever else there is -> what the drafter sees."""
     views = [shrunk(square(key, content[key])[None], size)[0] for key in IMAGES]
     return Observation(np.stack(views), real_array(STATE, content[STATE]), content[PROMPT])
+
+
+def require_keys(content: Mapping[Any, Any]) -> None:
+    """Before anything is asked of the server behind."""
+    if missing := [key for key in (*IMAGES, STATE, PROMPT) if key not in content]:
+        raise RsdError(f"message: the drafter needs {', '.join(missing)}; found {', '.join(map(str, content)):.200}")
 
 
 def blank(size: int) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class CustomPolicy:
 
     def predict(self, observation: Observation) -> ActionChunk:
         """latency_ms: `total` is what the class took."""
-        check_observation(observation)
+        observation = check_observation(observation)
         start = time.perf_counter()
         answer = self.policy.predict(observation)
         stats = ChunkStats(self.decode, prefills=1, latency_ms={"total": 1e3 * (time.perf_counter() - start)})

@@ -159,7 +159,7 @@ class OpenVlaPolicy:
         """Observation -> chunk float32 [H, 7], environment-ready: H = 8 with OFT, 1 with `ar`.
 
         unnorm_key: another data set's statistics than the policy's own."""
-        check_observation(observation)
+        observation = check_observation(observation)
         watch = Stopwatch(self.device)
         with watch.stage("total"):
             decision = self._decide(observation, watch, unnorm_key)

@@ -51,7 +51,7 @@ class RemotePolicy:
     def predict(self, observation: Observation) -> ActionChunk:
         """latency_ms: `total` is the whole round trip, `queue` the wait for other clients, `network` the way there and
         back with packing and unpacking."""
-        check_observation(observation)
+        observation = check_observation(observation)
         start = time.perf_counter()
         views = {key: view for key, view in zip(IMAGES, observation.images, strict=True) if key in self.welcome.images}
         words = {STATE: observation.state, PROMPT: observation.instruction, RESET: self._first}

@@ -48,7 +48,7 @@ class OpenpiPolicy:
 
     def predict(self, observation: Observation) -> ActionChunk:
         """latency_ms: `total` is the whole round trip, `network` what of it the server does not account for."""
-        check_observation(observation)
+        observation = check_observation(observation)
         start = time.perf_counter()
         message = pack(openpi_message(observation))
         self._used = True
