@@ -95,7 +95,7 @@ from rsd.sim.libero import simulator_versions
         ("rsd.targets.openvla.images", "simplejpeg", "openvla"),
         ("rsd.targets.openvla.prompt", "tokenizers", "openvla"),
         ("rsd.targets.remote.wire", "msgpack", "serve"),
-        ("rsd.targets.remote.client", "websockets", "serve"),
+        ("rsd.targets.remote.connection", "websockets", "serve"),
         ("rsd.serving.server", "websockets", "serve"),
     ],
 )

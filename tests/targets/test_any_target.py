@@ -20,8 +20,8 @@ from rsd.chunks import environment_ready
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.foreign import check_foreign
 from rsd.models.bundle import code_sizes
-from rsd.models.config import DrafterConfig, VisualDrafterConfig
-from rsd.models.standalone_drafter import StandaloneDrafter, StandaloneDrafterConfig
+from rsd.models.config import DrafterConfig, StandaloneDrafterConfig, VisualDrafterConfig
+from rsd.models.standalone_drafter import StandaloneDrafter
 from rsd.pt_files import read_pt
 from rsd.serving.proxy import SpeculatingProxy
 from rsd.serving.server import reserve

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from rsd.checks import Checked, Count, Rules, Seed, above, between, within
 from rsd.evaluation.config import EvalConfig
-from rsd.models.standalone_drafter import StandaloneDrafterConfig
+from rsd.models.config import StandaloneDrafterConfig
 from rsd.training.config import Augmentation, LoopConfig, LossConfig
 from rsd.types import MAX_SKIPS, Chunks
 

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated
-
 import torch
 from torch import Tensor, nn
 
-from rsd.checks import Checked, between, multiple
-from rsd.models.config import TEXT_HEADS, TargetConfig, VisualDrafterConfig
+from rsd.models.config import StandaloneDrafterConfig, TargetConfig
 from rsd.models.target import STATE_FEATURES
 from rsd.models.text import TextEncoder
 from rsd.models.visual_drafter import VisualDrafter
 from rsd.tokenizer.rfsq import RfsqConfig
-
-
-@dataclass(frozen=True)
-class StandaloneDrafterConfig(Checked):
-    """image_size: pixels a side that observations are resized to; visual: the drafter's sizes, which averages over
-    visual.shrink x visual.shrink of them."""
-
-    image_size: Annotated[int, between(32, 1024), multiple(32)] = 64
-    text_dim: Annotated[int, between(1, 2**15), multiple(TEXT_HEADS)] = 128
-    visual: VisualDrafterConfig = field(default_factory=lambda: VisualDrafterConfig(shrink=1))
 
 
 class StandaloneDrafter(nn.Module):

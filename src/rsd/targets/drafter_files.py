@@ -17,7 +17,8 @@ from rsd.decoding.calibration import SkipCalibration
 from rsd.json_files import from_json, read_versioned, write_atomically
 from rsd.manifest import file_sha256
 from rsd.models.bundle import code_sizes
-from rsd.models.standalone_drafter import StandaloneDrafter, StandaloneDrafterConfig
+from rsd.models.config import StandaloneDrafterConfig
+from rsd.models.standalone_drafter import StandaloneDrafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import MAX_SKIPS, Chunks, RsdError
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from rsd.data.demonstrations import load_demonstrations
 from rsd.decoding.calibration import fingertip_deviation
 from rsd.models.bundle import code_sizes
-from rsd.models.standalone_drafter import StandaloneDrafter, StandaloneDrafterConfig
+from rsd.models.config import StandaloneDrafterConfig
+from rsd.models.standalone_drafter import StandaloneDrafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.config import TokenizerConfig
 from rsd.tokenizer.rfsq import Rfsq
