@@ -28,7 +28,7 @@ test-gpu: env  ## what needs a CUDA GPU: recordings, compiled kernels, batches, 
 FAST := $(addprefix tests/,tokenizer models data targets/remote training/test_losses.py) \
 	$(filter-out %/test_sampled_strategies.py,$(wildcard tests/decoding/test_*.py)) \
 	$(patsubst %,tests/evaluation/test_%.py,statistics results rollout realtime tables lerobot) \
-	$(patsubst %,tests/test_%.py,options policy former exact nested conventions output checkpoint default_decoder)
+	$(patsubst %,tests/test_%.py,options policy episode_memory former exact nested conventions output checkpoint default_decoder)
 
 test-fast: env  ## the pure, fast tests, for daily work
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile -m "not simulator" $(FAST)

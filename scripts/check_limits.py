@@ -27,9 +27,9 @@ class Limit:
 LIMITS = (
     Limit("readme", "lines of README.md", 130, 130),
     Limit("words", "words of README.md, CONTRIBUTING.md and docs/", 12_000, 12_000),
-    Limit("source", "lines of Python in src/rsd", 17_000, 21_600),
+    Limit("source", "lines of Python in src/rsd", 17_000, 22_200),
     Limit("package", "largest package of src/rsd, per cent of its lines", 20, 20),
-    Limit("file", "lines of the longest file in src, studies and scripts", 500, 500),
+    Limit("file", "lines of the longest file in src, studies, scripts and tests", 500, 500),
 )
 
 
@@ -74,7 +74,8 @@ def measure(root: Path) -> dict[str, tuple[int, str]]:
         if len(parts) > 1:
             packages[parts[0]] = packages.get(parts[0], 0) + count
     largest = max(packages, key=packages.__getitem__)
-    files = {path: lines(path) for folder in ("src", "studies", "scripts") for path in (root / folder).rglob("*.py")}
+    folders = ("src", "studies", "scripts", "tests")
+    files = {path: lines(path) for folder in folders for path in (root / folder).rglob("*.py")}
     longest = max(files, key=files.__getitem__)
     return {
         "readme": (lines(root / "README.md"), ""),

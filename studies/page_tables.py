@@ -18,9 +18,8 @@ from rsd.evaluation.latency import LatencyRecord
 from rsd.evaluation.statistics import PairedDifference, percentiles
 from rsd.evaluation.summary import success_rate, summarize_decoding
 from rsd.evaluation.tables import markdown
-from rsd.policy import VERIFY_PENDING
 from rsd.reporting.tables import Run, difference_cell, interval_cell, level_cell, paired, success_cell, task_labels
-from rsd.types import COMPILED, CUDA_GRAPHS, EAGER, ONNX, VERIFYING
+from rsd.types import COMPILED, CUDA_GRAPHS, EAGER, ONNX, VERIFY_PENDING, VERIFYING
 from studies.archive import read_json
 from studies.deviation import UNITS, DeviationRecord
 

@@ -1,8 +1,8 @@
 """The table of the permuted scenes in docs/results.md, from raw results: verification where the target is worth it.
 
-    python -m studies.permuted_page [--results results/permuted_object_2]
+    python -m studies.permuted_page [--results results/permuted_object_3]
 
-prints it, for the first or the second policy. Successes are compared on the states that a run shares with the target
+prints it, for the first, second or third policy. Successes are compared on the states that a run shares with the target
 alone; *kept* is what a decoder keeps of the gap between the drafter alone and the target alone.
 """
 
@@ -26,6 +26,7 @@ ROWS = {  # run -> how the table calls it
     "fused_residual": "`rsd-fused`, `residual`",
     "fused_margin": "`rsd-fused`, `margin`",
     "skip_reset_3": "`rsd-skip`: target at reset, at most 3 without in a row",
+    "skip_forecast_100": "`rsd-skip`: forecast under 100 mm, at most 6 without in a row",
     "skip_reset_1": "the same, every second chunk by the target",
     "skip_reset_99": "the same, only gripper switches call the target",
     "skip_noreset_3_mem99": "without the target at reset, memory kept",

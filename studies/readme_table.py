@@ -42,7 +42,7 @@ ROWS = (
     Row("`l1`: the target alone, one pass", "l1", "l1", "l1"),
     Row("`drafter-only`", "alone", "drafter-only", "draft-first", ("", "", " (d)")),
     Row("`rsd-fused`", "fused_blind", "rsd-fused", "rsd-fused", ("", " (a)", " (a)")),
-    Row("`rsd-skip`", "skip_reset_3", "rsd-skip", "", (" (b)", " (c)", " (c)")),
+    Row("`rsd-skip`", "skip_forecast_100", "rsd-skip", "", (" (b)", " (c)", " (c)")),
     Row("`ar`: the target alone, level by level", "", "ar", "ar"),
 )
 
@@ -51,7 +51,7 @@ ROWS = (
 class ReadmeTableConfig:
     """Print the table, or write it."""
 
-    permuted: Path = Path("results/permuted_object_2")
+    permuted: Path = Path("results/permuted_object_3")
     """Folder of the runs in permuted scenes, or what its archive was made of."""
     stock: Path = Path("results/libero_spatial_57M")
     """The same of the shipped policy's runs."""

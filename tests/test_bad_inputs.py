@@ -58,6 +58,31 @@ def test_runs_with_odd_bytes(case: str, reader: str, tmp_path: Path, capsys: pyt
     check([places.get(word, word) for word in RUN_READERS[reader]], expected, tmp_path, capsys)
 
 
+TWICE = {
+    "compare": (["compare", "RUN", "RUN/../run"], "runs: expected each once"),
+    "report": (["report", "RUN", "LINK"], "runs: expected each once"),
+    "fit": (["tokenizer", "fit", "--data", "RUN", "LINK", "--output", "OUT"], "--data: expected each once"),
+    "a-file-of-it": (
+        ["tokenizer", "fit", "--data", "RUN/config.json", "RUN", "--output", "OUT"],
+        "--data: expected each",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_what_would_count_twice(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    command, expected = TWICE[case]
+    places = {"RUN": "run", "LINK": "link", "OUT": "out"}
+    words = [
+        next((f"{tmp_path}/{word.replace(name, path)}" for name, path in places.items() if word.startswith(name)), word)
+        for word in command
+    ]
+    check(words, expected, tmp_path, capsys)
+
+
 # files of torch and numpy
 
 PT: dict[str, tuple[bytes | None, str]] = {

@@ -42,8 +42,9 @@ def test_what_is_measured(root: Path) -> None:
         ("src/rsd/new.py", "x = 1\n", "Python"),
         ("src/rsd/a/one.py", "x = 1\n" * 5, "largest package"),
         ("scripts/long.py", "x = 1\n" * 501, "longest file"),
+        ("tests/test_long.py", "x = 1\n" * 501, "longest file"),
     ],
-    ids=["readme", "docs", "contributing", "source", "package", "file"],
+    ids=["readme", "docs", "contributing", "source", "package", "file", "test"],
 )
 def test_what_is_too_much_is_named(root: Path, name: str, content: str, what: str) -> None:
     (root / name).parent.mkdir(exist_ok=True)

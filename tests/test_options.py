@@ -98,6 +98,25 @@ def test_a_checkpoint_without_a_visual_drafter_has_none_of_its_decoders() -> Non
     assert resolve(bare, DecodeOptions()).decode == "rsd"
 
 
+def test_the_executed_steps_are_those_asked_for_or_the_checkpoints_or_all() -> None:
+    long = replace(CHECKPOINT, horizon=16, execute=8, calibration=None)
+    for asked, own, found in ((None, 8, 8), (12, 8, 12), (None, None, 16), (1, None, 1)):
+        assert resolve(replace(long, execute=own), DecodeOptions("l1", execute=asked)).execute == found
+    with pytest.raises(RsdError, match="execute 17: expected 1 to 16, the steps of this policy's chunk"):
+        resolve(long, DecodeOptions("l1", execute=17))
+    with pytest.raises(RsdError, match="execute: expected an integer from 1"):
+        DecodeOptions(execute=0)
+
+
+@pytest.mark.parametrize(("made", "steps"), [(None, 16), (8, 8)])  # None: before it was recorded
+def test_a_calibration_is_of_as_many_executed_steps(made: int | None, steps: int) -> None:
+    long = replace(CHECKPOINT, horizon=16, calibration=SkipCalibration(**PROMISE, execute=made))
+    assert resolve(long, DecodeOptions("rsd-skip", execute=steps)).execute == steps
+    assert resolve(long, DecodeOptions("rsd-skip", skip=SkipRule(5.0), execute=4)).execute == 4
+    with pytest.raises(RsdError, match=f"of which {steps} steps are executed, found execute 4; calibrate again"):
+        resolve(long, DecodeOptions("rsd-skip", execute=4))
+
+
 def test_keywords_are_options_of_either_kind() -> None:
     found = options_of(decode="rsd", device="cuda:1", audit=True)
     assert found == (DecodeOptions("rsd", audit=True), RuntimeOptions("cuda:1"))

@@ -36,7 +36,8 @@ from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.config import RfsqConfig
 from rsd.tokenizer.files import WEIGHTS_FILE as MATRIX_FILE
-from rsd.types import RsdError
+from rsd.tokenizer.files import read_tokenizer_json
+from rsd.types import RsdError, Steps
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, PROVEN_FILE = "config.json", "model.safetensors", "proven.json"
@@ -80,6 +81,7 @@ class OwnDecoding(Checked):
 
     acceptance: str = PolicyConfig.acceptance
     fine: Fine = PolicyConfig.fine
+    execute: Steps | None = None
 
     def rules(self) -> Rules:
         acceptance_rule(self.acceptance, RfsqConfig())  # raises for what is none
@@ -262,7 +264,7 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
 def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
     """What of a checkpoint decides how it may decode; content: its config.json, checked."""
     policy: dict[str, Any] = content["policy"]
-    sizes = policy.keys() - {"acceptance", "fine"}  # are checked where the weights are read
+    sizes = policy.keys() - {"acceptance", "fine", "execute"}  # are checked where the weights are read
     own = from_json(OwnDecoding, policy, f"{directory / CONFIG_FILE}: policy", ignore=sizes)
     calibration: SkipCalibration | str
     try:
@@ -276,6 +278,8 @@ def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
         proven=proven_decode(directory, content),
         calibration=calibration,
         compact=BACKBONE not in content,
+        horizon=read_tokenizer_json(directory / TOKENIZER_FILE).config.horizon,
+        execute=own.execute,
     )
 
 

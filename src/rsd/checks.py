@@ -9,6 +9,7 @@ Whatever does not fit is an `RsdError` of one line: where, what was expected, wh
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import types
@@ -92,6 +93,7 @@ Seed = Annotated[int, between(0, 2**32 - 1)]
 Millimetres = Annotated[float, between(0, 1e12)]  # 1e9 is how somebody says: whatever it is
 Time = Annotated[float, between(0, 1e12)]  # in ms or s
 Word = Annotated[str, Where(lambda t: t.isprintable() and len(t) <= 200, "of at most 200 printable characters")]
+Said = Annotated[str, Where(str.strip, "that is not blank")]
 Sha256 = Annotated[str, Where(re.compile("[0-9a-f]{64}").fullmatch, "that is a SHA-256 in hexadecimal")]
 
 
@@ -155,6 +157,14 @@ def shown(value: Any, most: int = SHOWN) -> str:
         text = type(value).__name__
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def each_once(what: str, paths: Iterable[str | Path]) -> None:
+    """`RsdError` where two paths lead to one place, or one to a file in another: its content would count twice."""
+    places = [Path(os.path.realpath(path)) for path in paths]
+    for index, place in enumerate(places):
+        if place in places[:index] or (place.is_file() and place.parent in places):
+            raise RsdError(f"{what}: expected each once, found {place} twice")
 
 
 def check_shape(what: str, found: Sequence[int], expected: Shape) -> None:

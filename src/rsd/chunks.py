@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.checks import check, check_shape, dotted
-from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, RsdError, real_array
+from rsd.checks import between, check, check_shape, checked, dotted
+from rsd.types import ACTION_DIM, VERIFY_PENDING, ActionChunk, ChunkStats, RsdError, real_array
 
 MOST_STAGES = 100  # of a chunk's latency
+MOST_STEPS = 1000  # of a chunk
+ROUNDING = 0.1  # ms
 OVERSHOOT = 2.0  # a regression or a flow leaves [-1, 1] a little; what is larger is in other units
 
 
 def checked_chunk(chunk: ActionChunk) -> ActionChunk:
-    """The chunk itself; raises RsdError unless its actions are real, finite, [H >= 1, 7] and in [-1, 1], and its
-    statistics possible."""
+    """The chunk itself; raises RsdError unless its actions are real, finite, in [-1, 1] and [H, 7], H from 1 to
+    MOST_STEPS, some of them to be executed, and its statistics possible."""
     if not isinstance(chunk, ActionChunk) or not isinstance(chunk.actions, np.ndarray):
         found = type(getattr(chunk, "actions", chunk)).__name__
         remedy = "return rsd.types.ActionChunk(actions, rsd.types.ChunkStats(decode='its name'))"
         raise RsdError(f"policy: expected an ActionChunk of a NumPy array, found {found}; {remedy}")
     check_stats(chunk.stats)
     actions = real_array("policy: actions", chunk.actions, "float64", ("H", ACTION_DIM))
-    if not len(actions):
-        raise RsdError(f"policy: expected an action chunk [H, {ACTION_DIM}], found {list(actions.shape)}")
+    if not 0 < len(actions) <= MOST_STEPS:
+        expected = f"an action chunk [H, {ACTION_DIM}], H from 1 to {MOST_STEPS}"
+        raise RsdError(f"policy: expected {expected}, found {list(actions.shape)}")
+    if chunk.execute is not None:
+        checked(Annotated[int, between(1, len(actions))], chunk.execute, "policy: execute")
     if np.abs(actions).max() > 1.0:
         raise RsdError(f"policy: actions are to lie in [-1, 1], found one of {np.abs(actions).max():.4g}")
     return chunk
@@ -37,7 +44,11 @@ def check_stats(stats: ChunkStats) -> None:
         raise RsdError(f"policy: expected its statistics to be rsd.types.ChunkStats, found {type(stats).__name__}")
     check(stats, lambda at: f"policy: field {dotted(at)} of its statistics")
     drafted, accepted, levels = stats.num_draft_tokens, stats.num_accepted_tokens, len(stats.num_draft_tokens)
+    ran = [name for name in ("prefills", "target_passes", "forced") if getattr(stats, name)]
+    longer = longest_stage(stats.latency_ms)
     impossible = {
+        f"a chunk that skipped the target, with {' and '.join(ran)}": stats.skipped and ran,
+        f"the stage {longer} of latency_ms longer than its total": longer,
         f"{len(accepted)} levels of accepted tokens for {levels} of drafted ones": len(accepted) != levels,
         f"more accepted than drafted tokens, {accepted} of {drafted}": any(map(operator.gt, accepted, drafted)),
         f"{len(stats.latency_ms)} stages": len(stats.latency_ms) > MOST_STAGES,
@@ -59,3 +70,9 @@ def environment_ready(actions: Any, where: str, steps: int | None = None) -> NDA
         expected = "actions as LIBERO's controller takes them, in [-1, 1], gripper -1 = open"
         raise RsdError(f"{where}: expected {expected}, found one of {largest:.4g}; de-normalise or scale them")
     return np.clip(found[:steps], -1.0, 1.0)
+
+
+def longest_stage(latency_ms: Mapping[str, float]) -> str:
+    """A stage that took longer than `total`, in which all lie but the pending verification; "" if none did."""
+    total = latency_ms.get("total", math.inf) + ROUNDING
+    return next((name for name, ms in latency_ms.items() if ms > total and name != VERIFY_PENDING), "")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rsd.types import real_array
 
 CONTROL_HZ = 20  # actions a second, in LIBERO's demonstrations and its simulator
-CHUNK_SIZE = 8  # steps predicted and executed open loop
+CHUNK_SIZE = 8  # steps predicted and executed open loop; a policy of longer chunks has a tail (`ActionChunk`)
 WAIT_STEPS = 10  # objects settle before the policy starts
 WAIT_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # no motion, gripper open
 MAX_STEPS = {  # after the wait steps

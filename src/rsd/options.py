@@ -7,12 +7,13 @@ from typing import Annotated, Any, NamedTuple
 
 from rsd import former
 from rsd.checks import Checked, between, one_of
+from rsd.conventions import CHUNK_SIZE
 from rsd.decoding.acceptance import AcceptanceRule, acceptance_rule
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.decoders import DECODERS, names
 from rsd.decoding.gate import SkipRule
 from rsd.tokenizer.rfsq import RfsqConfig
-from rsd.types import AUTO, BEST, Engine, RsdError, Temperature
+from rsd.types import AUTO, BEST, Engine, RsdError, Steps, Temperature
 
 FINE = ("regress", "sequential")
 Fine = Annotated[str, one_of(FINE)]
@@ -29,6 +30,7 @@ class DecodeOptions(Checked):
     temperature: draw the motion tokens from softmax(logits / temperature); 0 takes the likeliest.
     skip: when `rsd-skip` skips the target; None takes the checkpoint's calibration. target_at_reset: the target
     always runs on an episode's first observation, whatever the skip rule says.
+    execute: steps of a chunk that are executed, 1 to all of them.
     audit: know of every chunk how far the visual drafter's led away from the target's; beside a skipped one the target
     is run for that, outside the latencies.
     """
@@ -40,6 +42,7 @@ class DecodeOptions(Checked):
     skip: SkipRule | None = None
     target_at_reset: bool = True
     audit: bool = False
+    execute: Steps | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Checkpoint:
 
     visual_drafter: whether it has one. acceptance, fine: its own. proven: the decoder that its own evaluations proved
     best, and what they found. calibration: for `rsd-skip`; a text says why there is none, None that no directory was
-    asked. code: of its tokens. compact: its models are the compact ones, and not OpenVLA's.
+    asked. code: of its tokens. compact: its models are the compact ones, and not OpenVLA's. horizon: steps of a chunk;
+    execute: how many of them its config.json says are executed, None: all.
     """
 
     visual_drafter: bool
@@ -77,6 +81,8 @@ class Checkpoint:
     calibration: SkipCalibration | str | None = None
     code: RfsqConfig = field(default_factory=RfsqConfig)
     compact: bool = True
+    horizon: int = CHUNK_SIZE
+    execute: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class Decoding:
     temperature: float
     skip: SkipRule
     audit: bool
+    execute: int
 
     def recordable(self, compact: bool, device: str) -> bool:
         """Whether an engine can record it. Drawn tokens cannot be: a graph would have to know of the generator, and
@@ -108,8 +115,10 @@ def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
     if DECODERS[decode].visual and not checkpoint.visual_drafter:
         raise RsdError(f"decode {decode!r}: this checkpoint has no visual drafter; use rsd, l1 or ar, or train one")
     acceptance, fine, skip = options.acceptance, options.fine, options.skip
+    execute = executed_steps(options.execute or checkpoint.execute, checkpoint.horizon)
     if DECODERS[decode].gated and skip is None and checkpoint.calibration is not None:
         skip, acceptance = calibrated(checkpoint.calibration, options)
+        check_calibrated_steps(checkpoint, execute)
         fine = "regress"  # every calibration is of that
     # `residual` executes what it is told (a draft pulls the shipped policy 0.66 of the way): it has to be asked for
     own = "blind(0.95)" if checkpoint.acceptance == "residual" else checkpoint.acceptance
@@ -124,7 +133,22 @@ def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
     if rule.as_a_whole and fine == "sequential":
         raise RsdError(f"acceptance {rule.name!r}: expected fine 'regress', found 'sequential'; leave it out")
     skip = replace(skip or SkipRule(), target_at_reset=options.target_at_reset)
-    return Decoding(decode, why, rule, fine, options.temperature, skip, options.audit)
+    return Decoding(decode, why, rule, fine, options.temperature, skip, options.audit, execute)
+
+
+def executed_steps(asked: int | None, horizon: int, option: str = "execute") -> int:
+    """How many of a chunk's steps are executed, None: all; `RsdError` for more than it has."""
+    if asked is not None and asked > horizon:
+        raise RsdError(f"{option} {asked}: expected 1 to {horizon}, the steps of this policy's chunk")
+    return asked or horizon
+
+
+def check_calibrated_steps(checkpoint: Checkpoint, execute: int) -> None:
+    """Raise where a calibration is of chunks executed otherwise; before it said so, all of a chunk was executed."""
+    made = checkpoint.calibration
+    if isinstance(made, SkipCalibration) and execute != (steps := made.execute or checkpoint.horizon):
+        found = f"calibrated for chunks of which {steps} steps are executed, found execute {execute}"
+        raise RsdError(f"rsd-skip: {found}; calibrate again with rsd calibrate --execute {execute}")
 
 
 class Choice(NamedTuple):
@@ -172,5 +196,8 @@ def calibrated(calibration: SkipCalibration | str, options: DecodeOptions) -> tu
         found = ", ".join(f"{name} {value}" for name in ("acceptance", "fine") if (value := getattr(options, name)))
         expected = f"acceptance {calibration.acceptance} and fine regress"
         raise RsdError(f"rsd-skip: calibrated with {expected}, found {found}; leave it out")
-    rule = SkipRule(calibration.threshold, calibration.max_skips, calibration.memory_chunks)
+    per_agreement = calibration.skips_per_agreement
+    rule = SkipRule(
+        calibration.threshold, calibration.max_skips, calibration.memory_chunks, skips_per_agreement=per_agreement
+    )
     return rule, calibration.acceptance

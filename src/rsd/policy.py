@@ -39,14 +39,13 @@ from rsd.options import Checkpoint, DecodeOptions, Decoding, RuntimeOptions, opt
 from rsd.output import writing
 from rsd.runtime.engines import choose_engine, make_engine
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import ActionChunk, ChunkStats, Observation, RsdError, check_observation
+from rsd.types import VERIFY_PENDING, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 TEXT_CACHE = 64  # instructions whose encoding is kept
 CACHED_CHARACTERS = 1000  # longer instructions are encoded every time: a client could send 64 of any length
 LOG = logging.getLogger(__name__)
 # what loads a checkpoint with a backbone, by name: it builds on this module, and its code is read only if needed
 LOADERS = {OPENVLA: "rsd.targets.openvla.rsd_policy:load_openvla_policy"}
-VERIFY_PENDING = "verify-pending"  # the stage of what is done while the chunk is executed
 
 
 class Body(Protocol):
@@ -160,10 +159,11 @@ class SpeculativePolicy:
         """body: None takes the compact models'; facts: what of the checkpoint decides, None where none was read."""
         runtime = runtime or RuntimeOptions()
         facts = facts or Checkpoint(
-            model.visual_drafter is not None, config.acceptance, config.fine, code=tokenizer.config.rfsq
+            model.visual_drafter is not None, config.acceptance, config.fine, execute=config.execute
         )
+        facts = replace(facts, code=tokenizer.config.rfsq, horizon=tokenizer.config.horizon)
         self.decoding = decoding = resolve(facts, options or DecodeOptions())
-        self.decode, self.temperature = decoding.decode, decoding.temperature
+        self.decode, self.temperature, self.execute = decoding.decode, decoding.temperature, decoding.execute
         self.acceptance = decoding.rule.name if DECODERS[self.decode].drafts else ""  # of one that accepts nothing
         self.model, self.config, self.provenance = model.eval(), config, provenance or {}
         self.device = model.target.state_mean.device
@@ -189,6 +189,7 @@ class SpeculativePolicy:
             sampler=sampler,
             engine=make_engine(self.engine),
             rows=runtime.batch,
+            execute=self.execute,
         )
         self._decode = DECODERS[self.decode].decode
         self._rehearsed = self.ops.engine is None
@@ -228,7 +229,7 @@ class SpeculativePolicy:
             stats = [replace(self._stats(result, row), latency_ms=dict(watch.ms)) for row in range(count)]
             if self.decoding.audit and result.draft is not None and not result.pending:
                 stats = self._audited(seen, result, stats)
-            chunks, pending = [ActionChunk(actions[row], stats[row]) for row in range(count)], None
+            chunks, pending = [ActionChunk(actions[row], stats[row], self.execute) for row in range(count)], None
             if result.pending:
                 assert result.draft is not None
                 pending = Pending(seen, kept(result.draft), kept(result.forecast), tuple(begun), tuple(chunks))
@@ -287,13 +288,15 @@ class SpeculativePolicy:
         """The episodes' states after a decoding."""
         if not DECODERS[self.decode].remembers:
             return [replace(state, seen=(True,)) for state in states]
-        grippers: list[int] = result.gripper[:, -1].tolist()
+        grippers: list[int] = result.gripper[:, self.execute - 1].tolist()
+        stands = result.stood() if DECODERS[self.decode].gated else None
+        stood: list[bool] = [False] * len(states) if stands is None else stands.tolist()
         after = []
         for row, (state, gripper) in enumerate(zip(states, grippers, strict=True)):
             if result.skipped is not None and result.skipped[row]:
                 after.append(state.went_without(self.ops.skip.memory_chunks))
             else:
-                after.append(state.looked(rows_of(result.memory, [row]), gripper))
+                after.append(state.looked(rows_of(result.memory, [row]), gripper, stood[row]))
         return after
 
     def _to_actions(self, value: Tensor, gripper: Tensor) -> np.ndarray:
@@ -304,7 +307,8 @@ class SpeculativePolicy:
     def _stats(self, result: DecodeResult, row: int) -> ChunkStats:
         """What is known of one row's chunk, without times."""
         skipped = result.skipped is not None and result.skipped[row]
-        stats = ChunkStats(self.decode, self.acceptance, 0 if skipped else result.prefills, result.target_passes)
+        passes = (0, 0) if skipped else (result.prefills, result.target_passes)
+        stats = ChunkStats(self.decode, self.acceptance, *passes)
         if result.draft is not None:
             forced = None if result.forced is None else result.forced[row]
             deviation = None if result.forecast is None else float(result.forecast.deviation_mm[row])
@@ -312,33 +316,39 @@ class SpeculativePolicy:
         if result.accepted is None or result.accepted_levels is None or skipped:
             return stats
         assert result.accepted_gripper is not None
+        levels, grippers = int(result.accepted_levels[row]), float(result.accepted_gripper[row].float().mean())
         return replace(
             stats,
             num_draft_tokens=result.num_draft_tokens,
             num_accepted_tokens=result.accepted[row].sum(-1).tolist(),
-            accepted_levels=int(result.accepted_levels[row]),
-            gripper_acceptance=float(result.accepted_gripper[row].float().mean()),
+            accepted_levels=levels,
+            gripper_acceptance=grippers,
+            stood=levels == len(result.num_draft_tokens) and grippers == 1.0,
         )
 
     def _audited(self, seen: PolicyInput, result: DecodeResult, stats: list[ChunkStats]) -> list[ChunkStats]:
-        """With how far each draft leads the fingertip away from the target's chunk, mm, and whether grippers differ.
+        """With how far each draft leads the fingertip away from the target's chunk, mm, and whether grippers differ,
+        both in the steps that are executed, and whether the draft stands.
 
         The target's chunk is the one it gives after reading the draft, as when it is asked; where it was not, it looks
         for it."""
         draft = result.draft
         assert draft is not None
         forecast = result.forecast or self.ops.forecast(draft)
-        audited, drafted = [], self._to_actions(forecast.value, draft.gripper)
+        audited, steps = [], slice(self.execute)
+        drafted = self._to_actions(forecast.value, draft.gripper)[:, steps]
         for row, known in enumerate(stats):
             asked = rows_of(replace(result, draft=None, forecast=None, memory=None), [row])
             if known.prefills == 0:
                 asked = look(self.ops, rows_of(seen, [row]), rows_of(draft, [row]))
                 self.ops.check()
-            targets = self._to_actions(asked.value, asked.gripper)
-            differs = not torch.equal(draft.gripper[row], asked.gripper[0])
+            targets = self._to_actions(asked.value, asked.gripper)[:, steps]
+            differs = not torch.equal(draft.gripper[row, steps], asked.gripper[0, steps])
             found = replace(known, deviation_mm=float(fingertip_deviation(drafted[row], targets[0])))
             expected = float(forecast.deviation_mm[row])
-            audited.append(replace(found, gripper_differs=differs, expected_deviation_mm=expected))
+            stands = asked.stood()
+            stood = None if stands is None else bool(stands[0])
+            audited.append(replace(found, gripper_differs=differs, expected_deviation_mm=expected, stood=stood))
         return audited
 
     # checkpoint
@@ -391,7 +401,6 @@ def load_policy(
     tokenizer = ActionTokenizer.load(directory)
     model, config = load_model(directory, content, tokenizer)
     provenance = content.get("provenance", {})
-    facts = replace(facts, code=tokenizer.config.rfsq)
     return SpeculativePolicy(
         model.to(runtime.device), tokenizer, config, options, runtime, facts=facts, provenance=provenance
     )
@@ -403,6 +412,7 @@ class RsdPolicy:
     def __init__(self, core: SpeculativePolicy) -> None:
         self.core, self.model, self.tokenizer, self.config = core, core.model, core.tokenizer, core.config
         self.decode, self.acceptance, self.engine = core.decode, core.acceptance, core.engine
+        self.execute = core.execute
         self.image_size, self.cameras, self.device = core.image_size, core.cameras, core.device
         self.provenance, self.save_pretrained = core.provenance, core.save_pretrained
         self.push_to_hub = core.push_to_hub

@@ -26,8 +26,10 @@ Deviation = Annotated[float, between(0, 1e300)]
 Temperature = Annotated[float, Where(lambda t: t == 0 or 1e-3 <= t <= 1e3, "that is 0 or from 0.001 to 1000")]
 Chunks = Annotated[int, between(1, 1e6)]
 Batch = Annotated[int, between(0, 4096)]
+Steps = Annotated[int, between(1, 1000)]
 Threads = Annotated[int, between(0, 4096)]
 Engine = Annotated[str, one_of(ENGINES)]
+VERIFY_PENDING = "verify-pending"  # the stage of what is done while the chunk is executed, beside `total`
 VERIFYING = "rsd", "rsd-fused", "rsd-skip", "draft-first"  # decoders whose draft the target judges
 
 
@@ -83,10 +85,11 @@ class ChunkStats:
     accepted_levels: length of the accepted prefix of levels (0 .. draft levels).
     gripper_acceptance: share of the drafted gripper symbols that are the target's own; None where it verified no draft.
     The rest is None without a visual drafter. skipped: its chunk was executed and the target was skipped. forced: the
-    target had to run whatever the draft expected. expected_deviation_mm: how far its chunk would lead the fingertip
+    target had to run whatever the draft expected. stood: the target let the whole draft stand, every level and the
+    gripper (known where it verified). expected_deviation_mm: how far its chunk would lead the fingertip
     away from the target's, by its own estimate. Known of audited chunks: deviation_mm, how far it does;
     gripper_differs, whether any gripper symbol is another than the target's.
-    latency_ms: wall time by stage (preprocess, vision, prefill, draft, verify, decode) and `total`.
+    latency_ms: wall time by stage (preprocess, vision, prefill, draft, verify, decode) and `total`, which none exceeds.
     """
 
     decode: Word
@@ -99,6 +102,7 @@ class ChunkStats:
     gripper_acceptance: Share | None = None
     skipped: bool | None = None
     forced: bool | None = None
+    stood: bool | None = None
     expected_deviation_mm: Deviation | None = None
     deviation_mm: Deviation | None = None
     gripper_differs: bool | None = None
@@ -107,10 +111,18 @@ class ChunkStats:
 
 @dataclass(frozen=True)
 class ActionChunk:
-    """actions: float32 [H, 7], environment-ready: every number in [-1, 1], gripper -1 = open, +1 = close."""
+    """actions: float32 [H, 7], environment-ready: every number in [-1, 1], gripper -1 = open, +1 = close.
+
+    execute: how many of them before the next observation, 1 to H; None: all. The rest is a tail for who must go on."""
 
     actions: NDArray[np.float32]
     stats: ChunkStats
+    execute: int | None = None
+
+    @property
+    def executed(self) -> NDArray[np.float32]:
+        """The actions to execute, [execute, 7]."""
+        return self.actions[: self.execute]
 
 
 class Policy(Protocol):

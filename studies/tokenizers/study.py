@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from rsd.checks import each_once
 from rsd.data.demonstrations import ActionEpisode, action_episodes, recorded_by
 from rsd.evaluation.backend import available_cores, cpu_model
 from rsd.evaluation.results import encode_record, write_atomically
@@ -134,6 +135,7 @@ def extra_versions() -> dict[str, str]:
 
 def load_chunks(config: BenchConfig) -> tuple[Chunks, dict[str, Any]]:
     """The training and held-out chunks, and what to say of them in a result."""
+    each_once("--data", config.data)
     episodes = list(shown((e for folder in config.data for e in libero_episodes(folder)), "demonstrations read"))
     found, needed = len(episodes), config.held_out_every
     if found < needed:

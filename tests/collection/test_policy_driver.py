@@ -28,7 +28,8 @@ class ScriptedEnv:
 class ScriptedPolicy:
     image_size = 32
 
-    def __init__(self) -> None:
+    def __init__(self, execute: int | None = None) -> None:
+        self.execute = execute
         self.seen: list[Observation] = []
         self.resets = 0
 
@@ -39,12 +40,14 @@ class ScriptedPolicy:
         self.seen.append(observation)
         actions = np.full((8, 7), 0.5, np.float32)
         actions[:, 0] = np.arange(8) / 10
-        return ActionChunk(actions, ChunkStats("scripted"))
+        return ActionChunk(actions, ChunkStats("scripted"), self.execute)
 
 
-def executed(share: float, handover: int, steps: int) -> tuple[np.ndarray, ScriptedEnv, ScriptedPolicy]:
+def executed(
+    share: float, handover: int, steps: int, execute: int | None = None
+) -> tuple[np.ndarray, ScriptedEnv, ScriptedPolicy]:
     env: Any = ScriptedEnv()
-    policy = ScriptedPolicy()
+    policy = ScriptedPolicy(execute)
     driver = PolicyDriver(env, policy, "pick it up", share, handover, None, np.random.default_rng(0))
     clean = np.full(7, -1.0)
     return np.stack([driver.disturb(clean) for _ in range(steps)]), env, policy
@@ -57,6 +60,13 @@ def test_the_policy_drives_whole_chunks_until_the_handover() -> None:
     assert env.drawn == len(policy.seen) == 2
     assert policy.seen[0].instruction == "pick it up"
     assert policy.seen[0].images[0, -1, -1].tolist() == [255, 255, 255]  # upright, as in training
+
+
+def test_of_a_chunk_the_policy_drives_what_is_executed_and_the_expert_as_long() -> None:
+    actions, _, policy = executed(share=1.0, handover=10, steps=24, execute=5)
+    assert np.allclose(actions[:10, 0], np.tile(np.arange(5) / 10, 2), atol=1e-6)
+    assert len(policy.seen) == 2
+    assert policy.resets == 1 + 3  # at the start, and at each of the expert's turns of 5
 
 
 @pytest.mark.parametrize(("share", "handover"), [(0.0, 100), (1.0, 0)])

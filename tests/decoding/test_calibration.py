@@ -25,6 +25,7 @@ from rsd.decoding.calibration import (
     fingertip_deviation,
     fit_threshold,
     may_skip,
+    most_skips,
     realised_risk,
 )
 from rsd.decoding.calibration import (
@@ -150,16 +151,22 @@ def test_a_stricter_promise_never_skips_more(seed: int) -> None:
         assert fit(data, **change).threshold <= loose.threshold
 
 
-@given(st.integers(0, 2**31), st.integers(1, 5), st.floats(0.0, 6.0))
-def test_executed_is_what_may_skip_says_chunk_by_chunk(seed: int, max_skips: int, threshold: float) -> None:
+@given(st.integers(0, 2**31), st.integers(1, 5), st.floats(0.0, 6.0), st.sampled_from([None, 1, 2, 9]))
+def test_executed_is_what_may_skip_says_chunk_by_chunk(
+    seed: int, max_skips: int, threshold: float, per_agreement: int | None
+) -> None:
     scores, _, forced = episodes(4, seed)
-    found = executed(scores, threshold, max_skips, forced)
+    stands = np.random.default_rng(seed).random(scores.shape) < 0.7
+    found = executed(scores, threshold, max_skips, forced, stands, per_agreement)
     for episode in range(4):
-        skipped = 0
+        skipped = stood = 0
         for chunk in range(T):
-            allowed = may_skip(scores[episode, chunk], threshold, skipped, max_skips, forced[episode, chunk])
+            most = most_skips(max_skips, per_agreement, stood)
+            allowed = may_skip(scores[episode, chunk], threshold, skipped, most, forced[episode, chunk])
             assert allowed == found[episode, chunk]
             skipped = skipped + 1 if allowed else 0
+            if not allowed:
+                stood = stood + 1 if stands[episode, chunk] else 0
 
 
 def test_nothing_is_skipped_on_an_unknown_score() -> None:

@@ -89,7 +89,7 @@ class ScriptedPolicy:
         actions = np.full((4, 7), 0.25, dtype=np.float32)
         if self.behaviour == "nan":
             actions[1, 2] = np.nan
-        latency = {"total": float(self.predictions), "prefill": 0.5}
+        latency = {"total": float(self.predictions), "prefill": 0.01}
         if self.decode == "ar":
             return ActionChunk(actions, ChunkStats("ar", prefills=1, target_passes=7, latency_ms=latency))
         stats = ChunkStats(

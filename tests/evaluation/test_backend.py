@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rsd.evaluation.config import EvalConfig
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import EAGER, ONNX
+from rsd.types import EAGER, ONNX, RsdError
 
 CODE = """
 import json, sys
@@ -78,6 +79,11 @@ def test_a_run_is_recorded_with_the_engine_that_the_policy_takes(
     config = EvalConfig(policy=str(tmp_path), **options)
     assert rsd_policy(config).engine == engine  # type: ignore[attr-defined]
     assert describe_checkpoint(config)["engine"].split()[0] == engine
+    assert describe_checkpoint(config)["execute"] == 8  # all of the chunk
+    if config.decode != "rsd-skip" or config.skip_threshold_mm is not None:  # the calibration is of 8
+        assert describe_checkpoint(replace(config, execute=5))["execute"] == 5
+    with pytest.raises(RsdError, match="execute 9: expected 1 to 8, the steps of this policy's chunk"):
+        describe_checkpoint(replace(config, execute=9))
 
 
 def calibrate(checkpoint: Path, suites: str) -> None:

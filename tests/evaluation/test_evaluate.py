@@ -23,9 +23,9 @@ from scripted import SCRIPTED, episode, make_patient_batch_policy
 
 from rsd.evaluation.config import EvalConfig, stored_config
 from rsd.evaluation.episodes import Job, JobQueue, Outcome, VideoBudget, wants_video
-from rsd.evaluation.evaluate import evaluate, plan_episodes
+from rsd.evaluation.evaluate import evaluate, plan_episodes, run_differences
 from rsd.evaluation.pools import ProcessPool, worker_count
-from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes
+from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, RunRecord, read_episodes
 from rsd.evaluation.summary import RunSummary
 from rsd.locks import exclusive
 from rsd.reporting.tables import load_run
@@ -115,6 +115,13 @@ def test_another_temperature_is_another_run(config: EvalConfig) -> None:
     for other in (0.0, 1.0):
         with pytest.raises(RsdError, match=rf"another run \(temperature 0.5 there, {other} here\)"):
             run(replace(small, temperature=other))
+
+
+def test_other_executed_steps_are_another_run_but_for_one_before_they_were_recorded(config: EvalConfig) -> None:
+    assert config.hash == replace(config, execute=None).hash != replace(config, execute=4).hash
+    before, now = RunRecord({}, "", {}, {"policy": "mine"}, 1), {"policy": "mine", "execute": 8}
+    assert run_differences(before, {}, now) == ""
+    assert "execute 8 there, 4 here" in run_differences(replace(before, policy=now), {}, {**now, "execute": 4})
 
 
 def test_a_killed_run_continues_where_it_was_cut_off(config: EvalConfig) -> None:

@@ -15,8 +15,8 @@ from rich.console import Console
 from rsd.evaluation import latency
 from rsd.evaluation.latency import LatencyConfig, LatencyRecord, measure_latency, print_latencies
 from rsd.output import refuse_to_replace
-from rsd.policy import VERIFY_PENDING, RsdPolicy
-from rsd.types import Observation, RsdError
+from rsd.policy import RsdPolicy
+from rsd.types import VERIFY_PENDING, Observation, RsdError
 from studies import scaling
 from studies.scaling import SKIPPED, ScalingConfig, ScalingRecord, measure_scaling
 
@@ -140,3 +140,8 @@ def test_scaling_verifies_as_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.
     config = ScalingConfig(str(checkpoint), sizes=("10M",), rounds=1, warmup=1, output=tmp_path / "scaling.json")
     assert measure_scaling(replace(config, acceptance="residual")).config["engine"] == "eager"
     assert verified == {"ar": "", "l1": "", "rsd": "residual", "rsd-fused": "residual", SKIPPED: "residual"}
+
+
+def test_more_tasks_than_the_suite_has_are_refused() -> None:
+    with pytest.raises(RsdError, match="--num-tasks 11: expected 1 to 10, as libero_spatial has no more"):
+        latency.observations("libero_spatial", 11, None)  # type: ignore[arg-type]

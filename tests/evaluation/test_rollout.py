@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -5,11 +8,15 @@ import pytest
 from scripted import STEP_LIMIT, CountingEnv, ScriptedPolicy
 
 from rsd.chunks import checked_chunk
+from rsd.evaluation.realtime import Pace, RealTime
+from rsd.evaluation.results import EpisodeResult, decode_record, encode_record
 from rsd.evaluation.rollout import Rollout, episode_seed, run_episode
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 
-def roll(env: CountingEnv, policy: Any, init_state: int = 0, warmup: int = 0, decode: str = "rsd") -> Rollout:
+def roll(
+    env: CountingEnv, policy: Any, init_state: int = 0, warmup: int = 0, decode: str = "rsd", **how: Any
+) -> Rollout:
     return run_episode(
         env,
         policy,
@@ -20,6 +27,7 @@ def roll(env: CountingEnv, policy: Any, init_state: int = 0, warmup: int = 0, de
         seed=7,
         decode=decode,
         warmup=warmup,
+        **how,
     )
 
 
@@ -33,6 +41,24 @@ def test_a_success_stops_inside_its_chunk_and_counts_only_executed_steps() -> No
     assert result.accepted_levels == [0, 1]
     assert (result.prefills, result.target_passes, result.acceptance) == (2, 2, "margin")
     result.check("here")
+
+
+class Cautious(ScriptedPolicy):
+    def predict(self, observation: Observation) -> ActionChunk:
+        return replace(super().predict(observation), execute=3)
+
+
+@pytest.mark.parametrize("pace", [Pace, partial(RealTime, 1000.0)])
+def test_what_is_not_to_be_executed_is_a_tail(pace: Callable[[], Pace]) -> None:
+    rollout = roll(CountingEnv("any", 0, 8), Cautious(), pace=pace())
+    assert [len(actions) for actions in rollout.actions] == [3, 2]
+    assert (rollout.result.success, rollout.result.steps) == (True, 5)
+
+
+@pytest.mark.parametrize("execute", [0, 5, 2.0, True])
+def test_a_chunk_has_as_many_actions_as_are_executed(execute: Any) -> None:
+    with pytest.raises(RsdError, match="policy: execute: expected an integer from 1 to 4, found"):
+        checked_chunk(ActionChunk(np.zeros((4, 7)), ChunkStats("rsd"), execute))
 
 
 def test_the_step_limit_is_a_failure_of_the_policy() -> None:
@@ -94,3 +120,25 @@ def test_an_episode_does_not_depend_on_what_ran_before_it() -> None:
 def test_episode_seeds_differ() -> None:
     seeds = {episode_seed(seed, task, state) for seed in (0, 7) for task in range(10) for state in range(50)}
     assert len(seeds) == 2 * 10 * 50
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"skipped": True},
+        {"num_accepted_tokens": [11, 8, 5]},
+        {"accepted_levels": 9},
+        {"latency_ms": {"total": 1.0, "draft": 2.0}},
+        {"prefills": -1},
+    ],
+)
+def test_impossible_statistics_cost_the_episode_and_not_the_run(changes: dict[str, Any]) -> None:
+    class Odd(ScriptedPolicy):
+        def predict(self, observation: Observation) -> ActionChunk:
+            chunk = super().predict(observation)
+            return replace(chunk, stats=replace(chunk.stats, **changes))
+
+    result = roll(CountingEnv("any", 0, 8), Odd()).result
+    assert result.is_error
+    assert decode_record(EpisodeResult, encode_record(result), "here") == result
+    result.check("here")

@@ -33,6 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
     first, second = write_run(root / "ar", "ar", {1, 2}, 80.0), write_run(root / "rsd", "rsd", {2}, 40.0)
     further = {"chunk_stats": {"skipped": [1.0], "pause_ms": [83.5]}, "failure_detail": "pushed, never lifted"}
+    further |= {"prefills": 0, "target_passes": 0}  # it skipped the target
     failed = episode(3, 1, success=False, failure="step limit", instruction="say <b>hello</b>", **further)
     append_episode(second / "episodes.jsonl", failed)
     append_episode(second / "episodes.jsonl", episode(9, 1, success=False, failure="error: worker hung", attempts=3))

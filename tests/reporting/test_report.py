@@ -198,7 +198,7 @@ def test_a_folder_of_runs_is_all_of_them(tmp_path: Path) -> None:
         write_run(tmp_path / name, name, set(), 40.0)
     (tmp_path / "figures").mkdir()
     assert run_directories([tmp_path]) == [tmp_path / "ar", tmp_path / "rsd"]
-    assert run_directories([tmp_path / "rsd", tmp_path]) == [tmp_path / "rsd", tmp_path / "ar", tmp_path / "rsd"]
+    assert run_directories([tmp_path / "rsd", tmp_path]) == [tmp_path / "rsd", tmp_path / "ar"]
     assert [run.name for run in load_runs([tmp_path])] == ["ar", "rsd (margin)"]
 
 

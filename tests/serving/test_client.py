@@ -101,6 +101,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "decode-with-controls": (stats(decode="\x1b[2J"), "field decode of its statistics: expected text of at most 200"),
     "long-stage": (stats(latency_ms={"k" * 10_000: 1.0}), "of its statistics: expected text of at most 200"),
     "stages-without-end": (stats(latency_ms={f"k{i}": 0.0 for i in range(1000)}), "impossible statistics: 1000 stages"),
+    "skipped-and-ran": (stats(skipped=True), "impossible statistics: a chunk that skipped the target, with prefills"),
+    "skipped-and-forced": (stats(prefills=0, skipped=True, forced=True), "skipped the target, with forced"),
+    "stage-longer": (stats(latency_ms={"total": 0.01, "draft": 9.0}), "the stage draft of latency_ms longer than its"),
+    "stage-without-total": (stats(latency_ms={"draft": 9.0}), "a stage of 9 ms in the 0.01 ms that it took"),
+    "another-decoder": (stats(decode="ar"), "decoded with ar, announced was rsd-fused"),
     "no-stats": ({"actions": ACTIONS}, "not the answer of this version"),
     "a-list": ([1], "not the answer of this version"),
     "no-msgpack": (b"\xc1", "expected msgpack"),
@@ -138,6 +143,8 @@ def test_a_right_answer_is_none(make_observation: Callable[..., Observation]) ->
         {"chunk": [10**9, 7]},
         {"chunk": ["8", 7]},
         {"chunk": 8},
+        {"execute": 0},
+        {"execute": 9},
         {"policy": None},
         {"versions": ["0"]},
         {"more": 1},
@@ -160,3 +167,5 @@ def test_a_users_own_policy_is_held_to_the_same() -> None:
     for wrong in (ChunkStats("mine", prefills=-1), ChunkStats("mine", latency_ms={"total": float("nan")})):
         with pytest.raises(RsdError, match="policy: "):
             checked_chunk(ActionChunk(ACTIONS, wrong))
+    with pytest.raises(RsdError, match=r"H from 1 to 1000, found \[1000000, 7\]"):
+        checked_chunk(ActionChunk(np.zeros((1_000_000, 7), np.float32), ChunkStats("mine")))

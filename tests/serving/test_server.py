@@ -88,6 +88,7 @@ def test_a_client_of_openpi_is_told_what_is_served_and_keeps_its_connection_thro
     with websocket.connect(address, compression=None, max_size=None) as connection:
         welcome = unpack(connection.recv(10))
         assert (welcome["decode"], welcome["image_size"], welcome["chunk"]) == ("rsd-skip", 32, [8, 7])
+        assert welcome["execute"] == 8
         assert welcome["images"] == ["observation/image", "observation/wrist_image"]
         connection.send(pack(content_of(make_observation(3, size=8))))
         assert "expected 32 x 32 pixels" in connection.recv(10)

@@ -17,6 +17,7 @@ from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
 
 from rsd.chunks import environment_ready
+from rsd.decoding.state import EpisodeState
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.foreign import check_foreign
 from rsd.models.bundle import code_sizes
@@ -25,7 +26,7 @@ from rsd.models.standalone_drafter import StandaloneDrafter
 from rsd.pt_files import read_pt
 from rsd.serving.proxy import SpeculatingProxy
 from rsd.serving.server import reserve
-from rsd.targets.black_box import Drafter, Episode, SpeculatingPolicy, load_drafter
+from rsd.targets.black_box import Drafter, SpeculatingPolicy, load_drafter
 from rsd.targets.custom import CustomPolicy, identity
 from rsd.targets.drafter_files import StoredDrafter, save_models
 from rsd.targets.remote.openpi import OpenpiPolicy, served_at
@@ -147,7 +148,7 @@ class Agreeing:
 
     def predict(self, observation: Observation) -> ActionChunk:
         self.calls += 1
-        drafted = self.drafter.propose(observation, Episode(), self.drafter.skip_rule()).actions
+        drafted = self.drafter.propose(observation, EpisodeState(), self.drafter.skip_rule()).actions
         return ActionChunk(drafted, ChunkStats("target-only"))
 
 
@@ -223,7 +224,7 @@ def test_a_pointer_of_git_lfs_is_named_and_unpickling_never_advised(tmp_path: Pa
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(RsdError, match="git lfs pull"):
         read_pt(path)
-    torch.save({"x": Episode()}, path)
+    torch.save({"x": EpisodeState()}, path)
     with pytest.raises(RsdError) as error:
         read_pt(path)
     assert "weights_only" not in str(error.value)

@@ -180,9 +180,10 @@ def test_frames_of_every_fourth_step_keep_every_action(demonstrations: Path, dat
         assert torch.equal(getattr(sparse, name), getattr(dataset, name)[kept]), name
 
 
-@pytest.mark.parametrize("every", [1, 4])
-def test_pairs_lie_whole_chunks_apart_in_one_episode(demonstrations: Path, every: int) -> None:
-    dataset = FrameDataset(every_nth(demonstrations, every), 8, CPU)
+@pytest.mark.parametrize(("every", "horizon"), [(1, 8), (4, 8), (1, 16), (4, 16)])
+def test_pairs_lie_whole_chunks_apart_in_one_episode(demonstrations: Path, every: int, horizon: int) -> None:
+    dataset = FrameDataset(every_nth(demonstrations, every), horizon, CPU, execute=8)  # chunks as they are executed
+    assert dataset.batch(torch.arange(2)).chunk.shape == (2, horizon, 7)
     torch.manual_seed(0)
     frames, paired = dataset.draw(2000, 2)
     assert paired
@@ -219,7 +220,7 @@ def test_batches_that_cannot_be_are_refused_before_any_is_drawn(
 
 def test_frames_of_several_spacings_are_refused(demonstrations: Path) -> None:
     with pytest.raises(RsdError, match=r"a divisor of 8, found every 3; render again"):
-        FrameDataset(every_nth(demonstrations, 3), 8, CPU).check(8, 2, Augmentation())
+        FrameDataset(every_nth(demonstrations, 3), 12, CPU, execute=8).check(8, 2, Augmentation())
     mixed = [*every_nth(demonstrations, 1), *every_nth(demonstrations, 2)]
     with pytest.raises(RsdError, match=r"every 2. step, others have every 1"):
         FrameDataset(mixed, 8, CPU)

@@ -1,4 +1,4 @@
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,8 +140,8 @@ def test_draft_digits_are_its_own_where_asked_and_the_truth_elsewhere(
 def paired(batch: Batch) -> Batch:
     """The same batch, its second half taken for earlier moments of the first."""
     even = len(batch.chunk) // 2 * 2
-    rows = (getattr(batch, field.name)[:even] for field in fields(batch) if field.name not in ("paired", "asked"))
-    return Batch(*rows, paired=True)
+    rows = {name: getattr(batch, name)[:even] for name in ("images", "state", "words", "chunk", "episode")}
+    return Batch(**rows, paired=True)
 
 
 def losses_of(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> dict[str, Tensor]:
@@ -271,3 +271,28 @@ def test_grounding_needs_a_target_that_is_trained_for_it(
         policy_losses(
             model.target, model.feature_drafter, None, tokenizer, batch, LossConfig(grounding=1.0)
         )
+
+
+def test_drafts_and_the_forecast_of_their_deviation_learn_on_different_episodes(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch
+) -> None:
+    rows = paired(batch)
+    half = len(rows.chunk) // 2
+
+    def losses(episode: int, share: int) -> dict[str, Tensor]:
+        one = replace(rows, episode=torch.full((2 * half,), episode))
+        torch.manual_seed(0)
+        config = LossConfig(forecast_every=share)
+        return policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, one, config)
+
+    everything, drafts, forecast = losses(1, 0), losses(1, 5), losses(10, 5)
+    for name in ("visual", "visual_regress"):
+        assert float(drafts[name]) == pytest.approx(float(everything[name]), rel=1e-4)
+        assert forecast[name] == 0
+    assert drafts["deviation"] == 0
+    assert float(forecast["deviation"]) == pytest.approx(float(everything["deviation"]), rel=1e-4)
+    parts = model.target, model.feature_drafter, model.visual_drafter, tokenizer
+    with pytest.raises(RsdError, match="episodes"):
+        policy_losses(*parts, replace(rows, episode=None), LossConfig(forecast_every=5))
+    with pytest.raises(RsdError, match="forecast_every: expected"):
+        LossConfig(forecast_every=1)

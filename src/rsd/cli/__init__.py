@@ -76,6 +76,7 @@ COMMANDS = {
         "inspect_tokenizer",
         "rsd.reporting.config:InspectConfig",
     ),
+    "expert run": Command("the scripted expert on placements of one task", "rsd.cli.expert"),
     "demos collect": Command(
         "record demonstrations of the scripted expert",
         "rsd.collection.collect",

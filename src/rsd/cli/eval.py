@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from rsd.cli.parsing import UsageError, check_choice, parse
-from rsd.evaluation.config import EvalConfig, asked_rule, option, stored_config
+from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule, option, stored_config
 from rsd.types import BEST, DRAFTER_ONLY, TARGET_ONLY, RsdError
 
 BASELINE = "ar"
@@ -107,7 +107,7 @@ def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
     if not options.compare:
         return [(best, note)]
     # of one alone nothing is accepted or skipped, and the target's own chunks have no draft to audit
-    without = ("acceptance", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset")
+    without = ("acceptance", "skip_threshold_mm", *OF_THE_RULE, "target_at_reset")
     alone = replace(config, **{name: getattr(EvalConfig, name) for name in without})
     target = TARGET_ONLY if config.drafter else TARGET_ALONE
     runs = [(replace(alone, decode=target, audit=False), ""), (best, note)]

@@ -13,12 +13,12 @@ from rsd.checks import Millimetres, between
 from rsd.cli.eval import check_names
 from rsd.cli.parsing import UsageError, parse
 from rsd.evaluation.config import EvalConfig, option
-from rsd.types import Chunks, Engine, Threads
+from rsd.types import Chunks, Engine, Steps, Threads
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SHARED = (  # with `rsd eval`
-    *("policy", "decode", "acceptance", "skip_threshold_mm", "max_skips", "memory_chunks", "target_at_reset"),
-    *("device", "engine"),
+    *("policy", "decode", "acceptance", "skip_threshold_mm", "max_skips", "memory_chunks"),
+    *("skips_per_agreement", "target_at_reset", "execute", "device", "engine"),
 )
 
 
@@ -38,12 +38,17 @@ class ServeArguments:
     """Decoder, as of `rsd eval`."""
     acceptance: str = EvalConfig.acceptance
     """Rule for drafted levels, as of `rsd eval`; default: the checkpoint's."""
+    execute: Steps | None = EvalConfig.execute
+    """Steps of a chunk that its client executes, as of `rsd eval`; an answer holds the whole chunk."""
     skip_threshold_mm: Millimetres | None = EvalConfig.skip_threshold_mm
     """For rsd-skip: skip the target where the draft expects to deviate less; by default what was calibrated."""
     max_skips: Chunks | None = EvalConfig.max_skips
     """For rsd-skip with a threshold of its own: chunks in a row without the target, at most."""
     memory_chunks: Chunks | None = EvalConfig.memory_chunks
     """The same: how many chunks the draft attends to what the target left behind."""
+    skips_per_agreement: Chunks | None = EvalConfig.skips_per_agreement
+    """The same: after k runs of the target in a row at which the draft stood, at most k times so many chunks go without
+    it; by default there is no such limit."""
     target_at_reset: bool = EvalConfig.target_at_reset
     """With --no-target-at-reset, an ablation of rsd-skip, the gate decides on an episode's first observation, too;
     otherwise the target always runs there."""
@@ -108,7 +113,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 def run_proxy(options: ServeArguments) -> int:
     """Speculate in front of somebody else's server."""
-    proxied = ("policy", "drafter", "skip_threshold_mm", "max_skips", "target_at_reset", "device", "threads")
+    from rsd.evaluation.foreign import OF_THE_GATE
+
+    proxied = ("policy", "drafter", *OF_THE_GATE, "device", "threads")
     for entry in fields(options):
         if entry.name not in (*proxied, "host", "port") and getattr(options, entry.name) != entry.default:
             raise UsageError(f"{option(entry.name)}: not of a proxy with --drafter; leave it out")
@@ -128,7 +135,7 @@ def run_proxy(options: ServeArguments) -> int:
     drafter = load_drafter(Path(options.drafter), options.device)
     metadata = metadata_at(options.policy)
     drafter.check_belongs(identity_of(metadata))
-    skip = drafter.skip_rule(options.skip_threshold_mm, options.max_skips, options.target_at_reset)
+    skip = drafter.skip_rule(*(getattr(options, name) for name in OF_THE_GATE))
     console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def listening(address: str) -> None:

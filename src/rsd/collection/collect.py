@@ -47,7 +47,7 @@ from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
 from rsd.sim.physics import mujoco
 from rsd.sim.rendering import check_gl
 from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
-from rsd.types import CAMERAS, Policy, RsdError
+from rsd.types import CAMERAS, Policy, RsdError, Steps
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", *permuted.SUITES)  # the expert is measured
 PARTS = ".parts"
@@ -91,15 +91,17 @@ class CollectConfig(Checked):
     (DAgger). Recorded images must have the policy's size."""
     policy_decode: str = "rsd-fused"
     """With `policy`: how it decodes; the states that `rsd-skip` leads into are its own."""
+    execute: Steps | None = None
+    """With `policy`: steps of its chunks that are executed; by default what its checkpoint says."""
     policy_share: Share = 0.8
     """With `policy`: mean share of the chunks it drives before the expert takes over for good; each episode draws its
     own share around it and the step of the handover."""
 
     def rules(self) -> Rules:
         yield len({*self.tasks}) == len(self.tasks), "--tasks to name each once", " ".join(map(str, self.tasks))
-        default = CollectConfig.policy_decode, CollectConfig.policy_share
-        alone = self.policy or (self.policy_decode, self.policy_share) == default
-        yield alone, "--policy with --policy-decode and --policy-share", "none"
+        default = CollectConfig.policy_decode, CollectConfig.policy_share, None
+        alone = self.policy or (self.policy_decode, self.policy_share, self.execute) == default
+        yield alone, "--policy with --policy-decode, --policy-share and --execute", "none"
 
 
 class EpisodeRecorder:
@@ -275,7 +277,7 @@ def collect(config: CollectConfig) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=1)
-def worker_policy(name: str, decode: str) -> Policy:
+def worker_policy(name: str, decode: str, execute: int | None) -> Policy:
     """The policy of this worker process, loaded once; one thread, as there is a worker per core."""
     # start-up time: most collections need neither
     import torch
@@ -283,11 +285,11 @@ def worker_policy(name: str, decode: str) -> Policy:
     from rsd.policy import RsdPolicy
 
     torch.set_num_threads(1)
-    return RsdPolicy.from_pretrained(name, decode=decode)
+    return RsdPolicy.from_pretrained(name, decode=decode, execute=execute)
 
 
 def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> tuple[int, list[tuple[int, str]]]:
-    policy = worker_policy(config.policy, config.policy_decode) if config.policy else None
+    policy = worker_policy(config.policy, config.policy_decode, config.execute) if config.policy else None
     size = policy.image_size if policy is not None else config.image_size
     env = worker_environment(config.suite, task_id, size, cameras=policy is not None or not config.states_only)
     folder = config.out / PARTS / env.task.name
@@ -342,13 +344,13 @@ def settings(config: CollectConfig) -> dict[str, Any]:
 
 
 def _that_matter(everything: dict[str, Any]) -> dict[str, Any]:
-    """Without a policy, how much it would have driven does not matter."""
+    """Without a policy, how much it would have driven does not matter; before it could be asked, nor did `execute`."""
     unused = () if everything.get("policy") else ("policy", "policy_decode", "policy_share")
-    return {key: value for key, value in everything.items() if key not in unused}
+    return {k: v for k, v in everything.items() if k not in unused and (k, v) != ("execute", None)}
 
 
 def _check_policy(config: CollectConfig) -> None:
-    size = worker_policy(config.policy, config.policy_decode).image_size
+    size = worker_policy(config.policy, config.policy_decode, config.execute).image_size
     if not config.states_only and config.image_size != size:
         raise RsdError(f"collect: the policy {config.policy} needs images of {size} px, found {config.image_size} px")
 

@@ -22,8 +22,8 @@ class PolicyDriver:
     """Stands where `ActionNoise` stands: turns the expert's clean action into the one executed.
 
     Chunk by chunk a coin of probability `share` decides whether the policy drives, from an image drawn at that moment,
-    or the expert with its noise; from step `handover` on it is the expert, so that an episode which the policy would
-    fail is still finished, and kept. The environment needs cameras of the policy's image size.
+    or the expert with its noise for as long; from step `handover` on it is the expert, so that an episode which the
+    policy would fail is still finished, and kept. The environment needs cameras of the policy's image size.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class PolicyDriver:
         self.share, self.handover, self.noise, self.rng = share, handover, noise, rng
         self.steps = 0
         self._queue: deque[NDArray[np.float32] | None] = deque()
+        self._turn = CHUNK_SIZE  # steps, until the policy's own are known
         policy.reset()
 
     def disturb(self, action: NDArray[np.float64], strength: float = 1.0) -> NDArray[np.float64]:
@@ -48,7 +49,7 @@ class PolicyDriver:
             policy_drives = self.rng.random() < self.share and self.steps < self.handover
             if not policy_drives:
                 self.policy.reset()  # what it remembers is of before the expert's chunk
-            self._queue.extend(self._predict() if policy_drives else [None] * CHUNK_SIZE)
+            self._queue.extend(self._predict() if policy_drives else [None] * self._turn)
         driven = self._queue.popleft()
         self.steps += 1
         if driven is not None:
@@ -58,4 +59,6 @@ class PolicyDriver:
     def _predict(self) -> NDArray[np.float32]:
         images = rotate_180(self.env.draw())
         state = self.env.proprio().astype(np.float32)
-        return self.policy.predict(Observation(images, state, self.instruction)).actions
+        actions = self.policy.predict(Observation(images, state, self.instruction)).executed
+        self._turn = len(actions)
+        return actions

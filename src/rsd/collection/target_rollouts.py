@@ -25,15 +25,15 @@ from rsd.collection.workers import Workers, part_files, progress_bar, worker_env
 from rsd.conventions import rotate_180
 from rsd.data.schema import FILE_SUFFIX, Episode, atomic_file, merge, stored_names, write_episode
 from rsd.decoding.calibration import fingertip_deviation
+from rsd.decoding.state import EpisodeState
 from rsd.json_files import read_object, write_atomically
 from rsd.locks import exclusive
 from rsd.output import Faults, attempt, writing
 from rsd.sim.libero import LiberoEnv, simulator_versions
 from rsd.sim.suites import suite_task
 from rsd.targets.black_box import Drafter, Proposal, load_drafter, shrunk
-from rsd.targets.black_box import Episode as Speculation
 from rsd.tokenizer.config import Horizon
-from rsd.types import Policy, RsdError
+from rsd.types import ActionChunk, ChunkStats, Policy, RsdError
 
 ASKED_TWICE = 4  # every so many chunks a target that drives itself is asked again: how far is it from itself?
 BATCH = 2  # episodes a worker makes of one task before the next
@@ -73,12 +73,13 @@ class RolloutConfig(Checked):
 @dataclass(frozen=True)
 class Look:
     """One chunk with a draft: how far it expected to deviate, how far it does (mm), whether the gripper differs,
-    whether the target was asked whatever was drafted, and whether the draft drove."""
+    whether the target was asked whatever was drafted, whether the draft stood, and whether it drove."""
 
     expected_mm: float
     deviation_mm: float
     gripper_differs: bool
     forced: bool
+    stood: bool
     drove: bool
 
 
@@ -146,7 +147,7 @@ class Rollout:
         self.env, self.target, self.drafter, self.config = env, target, drafter, config
         self.recorder, self.images = EpisodeRecorder(images=False), list[NDArray[np.uint8]]()
         self.looks, self.apart = list[Look](), list[tuple[float, bool]]()
-        self.speculation = Speculation()
+        self.state = EpisodeState()
 
     def episode(self, index: int) -> Episode:
         config, env = self.config, self.env
@@ -189,35 +190,30 @@ class Rollout:
         """The target's actions [H, 7] for the present observation, and those that are executed."""
         config, drafter, seen = self.config, self.drafter, self.env.observation()
         self.images.append(rotate_180(shrunk(seen.images, config.image_size)))
-        label = self.labelled(self.target.predict(seen).actions)
+        label = self.labelled(self.target.predict(seen))
         if drafter is None:
             if len(self.images) % ASKED_TWICE == 1:
-                again = self.labelled(self.target.predict(seen).actions)
+                again = self.labelled(self.target.predict(seen))
                 differs = bool((again[:, -1] != label[:, -1]).any())
                 self.apart.append((float(fingertip_deviation(again, label)), differs))
             return label, label
         skip = drafter.skip_rule(config.threshold_mm)
-        proposal = drafter.propose(seen, self.speculation, skip)
+        proposal = drafter.propose(seen, self.state, skip)
         drove = proposal.trusted if config.driver == "gate" else bool(rng.random() < config.share)
-        self.looks.append(self.looked(drafter, proposal, label, drove))
-        _, stood = drafter.judged(proposal, label)
+        found = drafter.judged(proposal, label)
+        self.looks.append(looked(proposal, found, drove))
         executed = proposal.actions if drove else label
-        self.speculation = drafter.after(self.speculation, proposal, drove, executed, stood)
+        self.state = drafter.after(self.state, executed, None if drove else found.stood)
         return label, executed
 
-    def labelled(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
+    def labelled(self, chunk: ActionChunk) -> NDArray[np.float32]:
         """The actions that are executed, with the gripper as its controller takes it: the sign alone."""
-        horizon = self.config.horizon or len(actions)
-        if len(actions) < horizon:
-            raise RsdError(f"rollouts: expected {horizon} actions of the target, found {len(actions)}")
-        label = np.array(actions[:horizon], dtype=np.float32)
+        horizon = self.config.horizon or len(chunk.executed)
+        if len(chunk.actions) < horizon:
+            raise RsdError(f"rollouts: expected {horizon} actions of the target, found {len(chunk.actions)}")
+        label = np.array(chunk.actions[:horizon], dtype=np.float32)
         label[:, -1] = np.where(label[:, -1] > 0, 1.0, -1.0)
         return label
-
-    def looked(self, drafter: Drafter, proposal: Proposal, label: NDArray[np.float32], drove: bool) -> Look:
-        apart = float(fingertip_deviation(proposal.actions, label))
-        differs = bool((proposal.actions[:, -1] != label[:, -1]).any())
-        return Look(proposal.expected_mm, apart, differs, proposal.forced, drove)
 
     def execute(self, label: NDArray[np.float32], driven: NDArray[np.float32], every: int) -> tuple[bool, bool]:
         """-> whether it succeeded, whether the episode is over. Frames between chunks are drawn too where the target
@@ -233,6 +229,12 @@ class Rollout:
 
         _, _, terminated, truncated, _ = self.env.step_chunk(driven, record)
         return terminated, terminated or truncated
+
+
+def looked(proposal: Proposal, found: ChunkStats, drove: bool) -> Look:
+    """found: what the target made of the draft."""
+    known = float(found.deviation_mm or 0.0), bool(found.gripper_differs), proposal.forced, bool(found.stood)
+    return Look(proposal.expected_mm, *known, drove)
 
 
 def finished(out: Path, name: str) -> set[int]:

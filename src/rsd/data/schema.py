@@ -18,20 +18,19 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.checks import Where, checked
+from rsd.checks import Said, checked
 from rsd.json_files import parse_object
 from rsd.output import writing
 from rsd.types import RsdError
 
 FORMAT_VERSION = 1
 FILE_SUFFIX = "_demo.hdf5"
-Said = Annotated[str, Where(str.strip, "that is not blank")]
 SPOTS = "obs/spots"  # float32 [frames, n, 2]: where the third-person camera sees the things of the attribute `asks`
 IMAGE_KEYS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of rsd.types.CAMERAS
 

@@ -51,7 +51,7 @@ from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.risk_tests import P_VALUES, clopper_pearson_upper, hoeffding_bentkus_upper
 from rsd.json_files import from_json, read_versioned, write_atomically
 from rsd.tokenizer.rfsq import RfsqConfig
-from rsd.types import ACTION_DIM, RsdError
+from rsd.types import ACTION_DIM, RsdError, Steps
 
 FORMAT_VERSION = 3
 FILE_NAME = "skip_calibration.json"
@@ -72,17 +72,23 @@ def may_skip(score: float, threshold: float, skipped: int, max_skips: int, force
     return bool(score < threshold and skipped < max_skips and not forced)
 
 
+def most_skips(max_skips: int, per_agreement: int | None, stood: int) -> int:
+    """Chunks in a row that may go without the target, after `stood` runs of it in a row at which the draft stood."""
+    return max_skips if per_agreement is None else min(max_skips, per_agreement * stood)
+
+
 @dataclass(frozen=True)
 class SkipCalibration(Checked):
     """When the target may be skipped, and what was promised for it.
 
     threshold: execute the draft's chunk where its score (named `score`, >= 0) is below; 0 = never.
-    max_skips: chunks in a row without the target, at most. memory_chunks: see `gate.SkipRule`.
+    max_skips: chunks in a row without the target, at most. memory_chunks, skips_per_agreement: see `gate.SkipRule`.
     epsilon_mm: a chunk deviates beyond it.
     alpha, delta: risk <= alpha with confidence 1 - delta. loss: an episode's; test: see `risk_tests`.
     p_value, empirical_risk, skip_share: of the calibration set at this threshold (share of chunks without target).
     suites: what was calibrated for, with commas between; the numbers are of the one with the strictest threshold.
-    acceptance: how the target judged drafts meanwhile.
+    acceptance: how the target judged drafts meanwhile. execute: steps executed of a chunk, None: all (before it was
+    recorded).
     weights_sha256: of the checkpoint's weights file that made scores and chunks.
     """
 
@@ -103,6 +109,8 @@ class SkipCalibration(Checked):
     suites: str
     acceptance: str
     weights_sha256: Sha256
+    execute: Steps | None = None
+    skips_per_agreement: Amount | None = None
 
     def rules(self) -> Rules:
         acceptance_rule(self.acceptance, RfsqConfig())  # raises for what is none
@@ -134,15 +142,29 @@ class SkipCalibration(Checked):
         return from_json(cls, content, str(path), ignore=("format_version",))
 
 
-def executed(scores: Floats, threshold: float | Floats, max_skips: int, forced: Bools | None = None) -> Bools:
-    """Which chunks go without the target: scores [..., T] of an episode in order, threshold a number or [..., 1]."""
+def executed(
+    scores: Floats,
+    threshold: float | Floats,
+    max_skips: int,
+    forced: Bools | None = None,
+    stands: Bools | None = None,
+    per_agreement: int | None = None,
+) -> Bools:
+    """Which chunks go without the target: scores [..., T] of an episode in order, threshold a number or [..., 1].
+
+    stands: whether the target would let the draft of that chunk stand, needed with `per_agreement` (`most_skips`)."""
     below = scores < threshold
     if forced is not None:
         below = below & ~forced
     out, run = np.zeros_like(below), np.zeros(below.shape[:-1], dtype=np.int64)
+    earned, most = np.zeros_like(run), np.full_like(run, max_skips)
     for chunk in range(below.shape[-1]):
-        out[..., chunk] = below[..., chunk] & (run < max_skips)
-        run = np.where(out[..., chunk], run + 1, 0)
+        if per_agreement is not None:
+            most = np.minimum(max_skips, per_agreement * earned)
+        out[..., chunk] = skipped = below[..., chunk] & (run < most)
+        run = np.where(skipped, run + 1, 0)
+        if stands is not None:
+            earned = np.where(skipped, earned, np.where(stands[..., chunk], earned + 1, 0))
     return out
 
 
@@ -160,9 +182,12 @@ def fit_threshold(
     acceptance: str,
     weights_sha256: str,
     forced: Sequence[Bools] | None = None,
+    stands: Sequence[Bools] | None = None,
+    skips_per_agreement: int | None = None,
     test: Test = "hoeffding-bentkus",
 ) -> SkipCalibration:
-    """Per episode: scores [T] >= 0, deviations [T] in mm of every draft chunk (executed or not), forced bool [T].
+    """Per episode: scores [T] >= 0, deviations [T] in mm of every draft chunk (executed or not), forced and stands bool
+    [T], see `executed`.
 
     Threshold 0, never skip, is the answer where already the most certain chunks deviate too often. Too few
     episodes to promise anything, even had none deviated, are an error that says how many it takes.
@@ -178,6 +203,7 @@ def fit_threshold(
         raise RsdError(f"skip calibration: {found}; collect more, or allow a larger alpha or delta")
     u = _pad(scores, np.inf)  # [n, T]; padding is never executed
     held = None if forced is None else _pad(forced, False)
+    stood = None if stands is None else _pad(stands, False)
     deviates = _pad(deviations, 0.0) > epsilon_mm
     observed = np.unique(np.concatenate(scores))
     thresholds = np.append(observed, np.nextafter(observed[-1], np.inf))  # the first executes nothing
@@ -185,7 +211,7 @@ def fit_threshold(
     best, p_best, risk, share = 0.0, 1.0, 0.0, 0.0
     for start in range(0, len(thresholds), BLOCK):
         block = thresholds[start : start + BLOCK]
-        skips = executed(u[None], block[:, None, None], max_skips, held)  # [block, n, T]
+        skips = executed(u[None], block[:, None, None], max_skips, held, stood, skips_per_agreement)  # [block, n, T]
         losses = _losses(skips, deviates)  # [block, n]
         p = P_VALUES[test](losses, alpha, delta)
         passed = len(block) if (p <= delta).all() else int((p > delta).argmax())
@@ -213,6 +239,7 @@ def fit_threshold(
         suites=suites,
         acceptance=acceptance,
         weights_sha256=weights_sha256,
+        skips_per_agreement=skips_per_agreement,
     )
 
 

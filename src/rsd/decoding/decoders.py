@@ -119,7 +119,8 @@ def rsd_fused(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> Decode
 def rsd_skip(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
     """As `rsd-fused`, but rows whose draft the gate trusts go without the target."""
     draft, forecast = proposed(ops, seen, state.memory)
-    forced = ops.skip.forces(draft, state)
+    executed = replace(draft, gripper=draft.gripper[:, : ops.execute])  # a switch in the tail is drafted anew
+    forced = ops.skip.forces(executed, state)
     trusted = ops.skip.trusts(forecast, state, forced)
     return replace(merged(ops, seen, draft, forecast, trusted), skipped=trusted, forced=forced)
 

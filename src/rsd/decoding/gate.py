@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rsd.checks import Checked, Millimetres
-from rsd.decoding.calibration import may_skip
+from rsd.decoding.calibration import may_skip, most_skips
 from rsd.decoding.state import Draft, EpisodeState, Forecast
 from rsd.types import MAX_SKIPS, MEMORY_CHUNKS, Chunks
 
@@ -16,12 +16,15 @@ class SkipRule(Checked):
     max_skips chunks in a row, and never where the gripper switches. The drafter attends to what the target left behind
     for memory_chunks chunks; after that it acts on what it sees, as at an episode's start: what has moved meanwhile
     would mislead it. target_at_reset: the target always runs on an episode's first observation, where it is decided
-    *which thing* to go for: without that a gate keeps nothing of what the target knows (docs/results.md)."""
+    *which thing* to go for: without that a gate keeps nothing of what the target knows (docs/results.md).
+    skips_per_agreement: trust is earned. After the target's last k runs in a row found that the draft stood, it is
+    skipped at most k times this often in a row, so not at all after a draft that it rejected; None: no such limit."""
 
     threshold_mm: Millimetres = 0.0
     max_skips: Chunks = MAX_SKIPS
     memory_chunks: Chunks = MEMORY_CHUNKS
     target_at_reset: bool = True
+    skips_per_agreement: Chunks | None = None
 
     def forces(self, draft: Draft, state: EpisodeState) -> tuple[bool, ...]:
         """Rows for which the target has to run whatever is forecast."""
@@ -32,5 +35,6 @@ class SkipRule(Checked):
         """Rows whose draft may be executed as it is. A NaN never may."""
         # as double precision numbers: the calibration compares these very values
         scores: list[float] = forecast.deviation_mm.tolist()
-        rows = zip(scores, state.skipped, forced, strict=True)
-        return tuple(may_skip(score, self.threshold_mm, skipped, self.max_skips, held) for score, skipped, held in rows)
+        most = [most_skips(self.max_skips, self.skips_per_agreement, stood) for stood in state.stood]
+        rows = zip(scores, state.skipped, most, forced, strict=True)
+        return tuple(may_skip(score, self.threshold_mm, skipped, n, held) for score, skipped, n, held in rows)

@@ -81,7 +81,8 @@ class Primitives:
 
     rule: judges drafted levels. fine: how the fine levels come, `regress` or `sequential` (see `decoders.rsd`).
     sampler: draws the motion tokens, drafted ones too, which it then judges in the place of `rule`. rows: every call is
-    filled up to so many rows, so that there is one way to multiply the matrices whatever a batch happens to hold."""
+    filled up to so many rows, so that there is one way to multiply the matrices whatever a batch happens to hold.
+    execute: steps of a chunk that are executed, None: all."""
 
     def __init__(
         self,
@@ -95,10 +96,11 @@ class Primitives:
         sampler: Sampler | None = None,
         engine: Engine | None = None,
         rows: int = 1,
+        execute: int | None = None,
     ) -> None:
         self.target, self.feature_drafter, self.visual_drafter = target, draft, visual_drafter
         self.rule, self.fine, self.skip, self.sampler = rule, fine, skip or SkipRule(), sampler
-        self.engine, self.rows = engine, rows
+        self.engine, self.rows, self.execute = engine, rows, execute
         self.checks: list[Tensor] = []
         self.watch = Stopwatch(target.state_mean.device)
         self._inside = False

@@ -110,6 +110,12 @@ class DecodeResult:
     forced: tuple[bool, ...] | None = None
     pending: bool = False
 
+    def stood(self) -> Tensor | None:
+        """Whether each draft stood whole, every level and the gripper, bool [B]; None without a verification."""
+        if self.accepted_levels is None or self.accepted_gripper is None:
+            return None
+        return (self.accepted_levels == len(self.num_draft_tokens)) & self.accepted_gripper.all(-1)
+
 
 @dataclass(frozen=True)
 class EpisodeState:
@@ -117,17 +123,21 @@ class EpisodeState:
 
     memory: the drafter's view of the target's last run, with `known` in a batch of which some rows have none. By row:
     skipped, chunks since then without the target; gripper, the symbol executed last (an episode begins open); seen,
-    whether there has been a chunk. instruction: what `memory` was read under, "" where that is no matter."""
+    whether there has been a chunk; stood, at how many of the target's last runs in a row the draft stood whole.
+    instruction: what `memory` was read under, "" where that is no matter."""
 
     memory: Memory | None = None
     skipped: tuple[int, ...] = (0,)
     gripper: tuple[int, ...] = (0,)
     seen: tuple[bool, ...] = (False,)
+    stood: tuple[int, ...] = (0,)
     instruction: str = ""
 
-    def looked(self, memory: Memory | None, gripper: int) -> EpisodeState:
-        """After the target ran for one episode: its view, and the gripper symbol that its chunk ends with."""
-        return replace(self, memory=kept(memory), skipped=(0,), gripper=(gripper,), seen=(True,))
+    def looked(self, memory: Memory | None, gripper: int, stood: bool = False) -> EpisodeState:
+        """After the target ran for one episode: its view, the gripper symbol that was executed last, and whether
+        the draft stood."""
+        row = self.stood[0] + 1 if stood else 0
+        return replace(self, memory=kept(memory), skipped=(0,), gripper=(gripper,), seen=(True,), stood=(row,))
 
     def went_without(self, memory_chunks: int) -> EpisodeState:
         """After one more chunk without the target, whose run is remembered for `memory_chunks` of them."""
@@ -148,6 +158,7 @@ def stacked(states: Sequence[EpisodeState]) -> EpisodeState:
         tuple(state.skipped[0] for state in states),
         tuple(state.gripper[0] for state in states),
         tuple(state.seen[0] for state in states),
+        tuple(state.stood[0] for state in states),
         states[0].instruction,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Callable
@@ -101,9 +100,8 @@ def rsd_policy(config: EvalConfig) -> Policy:
         from rsd.targets.openvla.policy import OpenVlaPolicy
 
         graphs = engine_of(config, None) == CUDA_GRAPHS
-        return OpenVlaPolicy.from_pretrained(
-            openvla, device=config.device, decode=config.decode, suite=config.task_suite, graphs=graphs
-        )
+        options: dict[str, Any] = {"suite": config.task_suite, "graphs": graphs, "execute": config.execute}
+        return OpenVlaPolicy.from_pretrained(openvla, device=config.device, decode=config.decode, **options)
     return RsdPolicy(load_policy(config.policy, decode_options(config), RuntimeOptions(config.device, config.engine)))
 
 
@@ -112,9 +110,9 @@ def speculating_policy(config: EvalConfig) -> Policy:
     from rsd.targets.black_box import SpeculatingPolicy, load_drafter
 
     drafter = load_drafter(Path(config.drafter), config.device)
-    target = settle(foreign.alone(config, drafter.horizon))[0]
+    target = settle(foreign.alone(config))[0]
     drafter.check_belongs(describe_checkpoint(target))
-    skip = drafter.skip_rule(**{name: getattr(config, name) for name in foreign.OF_THE_GATE if name != "audit"})
+    skip = drafter.skip_rule(*(getattr(config, name) for name in foreign.OF_THE_GATE))
     needed = config.decode != DRAFTER_ONLY
     return SpeculatingPolicy(drafter, rsd_policy(target) if needed else None, skip, config.decode, audit=config.audit)
 
@@ -135,6 +133,7 @@ def decode_options(config: EvalConfig) -> DecodeOptions:
         skip=skip,
         target_at_reset=config.target_at_reset,
         audit=config.audit,
+        execute=config.execute,
     )
 
 
@@ -211,17 +210,21 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         return {**target, "drafter": config.drafter, "drafter_sha256": file_sha256(Path(config.drafter, MANIFEST_FILE))}
     if (found := foreign.identity(config)) is not None:
         return found
-    from rsd.checkpoint import CONFIG_FILE, checkpoint_hash, load_calibration, locate_checkpoint
-    from rsd.targets.openvla.published import fingerprint, locate_openvla
+    from rsd.checkpoint import checkpoint_hash, facts_of, load_calibration, locate_checkpoint, read_content
+    from rsd.options import executed_steps, resolve
+    from rsd.targets.openvla.published import chunk_steps, fingerprint, locate_openvla
 
     if (openvla := locate_openvla(config.policy)) is not None:
         engine = engine_of(config, None)
-        return {"policy": config.policy, "engine": engine, "checkpoint_fingerprint": fingerprint(openvla)}
+        steps = executed_steps(config.execute, chunk_steps(config.decode), "--execute")
+        named = {"policy": config.policy, "engine": engine, "execute": steps}
+        return {**named, "checkpoint_fingerprint": fingerprint(openvla)}
     directory = locate_checkpoint(config.policy)
-    content = json.loads((directory / CONFIG_FILE).read_text())
+    content = read_content(directory)
     known: dict[str, Any] = {
         "policy": config.policy,
         "engine": engine_of(config, directory),
+        "execute": resolve(facts_of(directory, content), decode_options(config)).execute,
         "checkpoint_sha256": checkpoint_hash(config.policy),
         "provenance": content.get("provenance", {}),
     }

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from rsd.checks import Checked, Count, Millimetres, Rules, Seed, above, between, within
 from rsd.evaluation.config import DEFAULT, Workers, engine_rule
-from rsd.types import AUTO, MAX_SKIPS, MEMORY_CHUNKS, Batch, Chunks, Engine, Threads
+from rsd.types import AUTO, MAX_SKIPS, MEMORY_CHUNKS, Batch, Chunks, Engine, Steps, Threads
 
 Tries = Annotated[int, between(1, 10_000)]
 
@@ -76,8 +76,13 @@ class CalibrateConfig(Checked):
     limit the draft of the shipped policy goes round in circles at times."""
     memory_chunks: Chunks = MEMORY_CHUNKS
     """For so many chunks the draft attends to what the target left behind; after that it acts on what it sees alone."""
+    skips_per_agreement: Chunks | None = None
+    """Trust is earned: chunks that may go without the target for each of its last runs in a row at which the draft
+    stood; left out: no such limit."""
     acceptance: str = DEFAULT
     """How the target judges drafts, as in `rsd eval`; `rsd-skip` will take the same."""
+    execute: Steps | None = None
+    """Steps of a chunk that are executed, as in `rsd eval`; `rsd-skip` will insist on the same."""
     tried_mm: Millimetres = 100.0
     """Threshold of the rollouts. The promise is about episodes that skip as these do: run again, in another folder,
     with the threshold that came out if it skips much more or less often."""

@@ -63,7 +63,7 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     if not content["policy"].get("visual_drafter"):
         found = f"{directory} has no visual drafter, whose chunks rsd-skip executes"
         raise RsdError(f"calibrate: {found}; train one with it")
-    asked = DecodeOptions("rsd-skip", asked_rule(config.acceptance), skip=SkipRule())
+    asked = DecodeOptions("rsd-skip", asked_rule(config.acceptance), skip=SkipRule(), execute=config.execute)
     decoding = resolve(facts_of(directory, content), asked)
     if decoding.fine != "regress":
         found = f"acceptance {decoding.rule.name!r} decodes the fine levels one after another"
@@ -92,7 +92,7 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     fitted = {suite: fit(own, config, sha256) for suite, own in by_suite.items()}
     # every threshold up to a fitted one has been tested and passed: so has the strictest, in each suite
     strictest = min(fitted.values(), key=lambda one: one.threshold)
-    calibration = replace(strictest, suites=",".join(fitted))
+    calibration = replace(strictest, suites=",".join(fitted), execute=decoding.execute)
     calibration.save(config.output)
     install = config.overwrite or not (directory / FILE_NAME).exists()
     if install:
@@ -129,7 +129,10 @@ def share_at(episodes: Iterable[EpisodeResult], calibration: SkipCalibration) ->
     skips = []
     for episode in episodes:
         forced = chunk_stat(episode, "forced").astype(bool)
-        skips.append(executed(chunk_stat(episode, SCORE), calibration.threshold, calibration.max_skips, forced))
+        per = calibration.skips_per_agreement
+        stands = chunk_stat(episode, "stood").astype(bool) if per else None
+        limits = calibration.threshold, calibration.max_skips
+        skips.append(executed(chunk_stat(episode, SCORE), *limits, forced, stands, per))
     return float(np.concatenate(skips).mean())
 
 
@@ -140,12 +143,15 @@ def fit(episodes: Iterable[EpisodeResult], config: CalibrateConfig, sha256: str)
     if len(suites) != 1 or len(rules) != 1:
         found = f"{len(ordered)} of {sorted(suites)} by {sorted(rules)}"
         raise RsdError(f"calibrate: expected rollouts of one suite by one acceptance rule, found {found}")
+    per_agreement = config.skips_per_agreement
     # the betting test needs exchangeable episodes: task after task, tasks that are easy would vouch for the others
     ordered = [ordered[i] for i in np.random.default_rng(config.seed).permutation(len(ordered))]
     return fit_threshold(
         [chunk_stat(episode, SCORE) for episode in ordered],
         [deviations(episode) for episode in ordered],
         forced=[chunk_stat(episode, "forced").astype(bool) for episode in ordered],
+        stands=[chunk_stat(episode, "stood").astype(bool) for episode in ordered] if per_agreement else None,
+        skips_per_agreement=per_agreement,
         alpha=config.alpha,
         delta=config.delta,
         epsilon_mm=config.epsilon_mm,

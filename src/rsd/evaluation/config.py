@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, between, from_json, shown
-from rsd.types import AUTO, BEST, COMPILED, CUDA_GRAPHS, ONNX, Batch, Chunks, Engine, Temperature
+from rsd.types import AUTO, BEST, COMPILED, CUDA_GRAPHS, ONNX, Batch, Chunks, Engine, Steps, Temperature
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
 # (`batch` is not among them: a batch rounds otherwise than a single observation. Nor is `control_hz`: outcomes are
@@ -24,8 +24,9 @@ UNHASHED_FIELDS = (
 MOST_STATES = 1_000_000  # a number above is a slip, and would take minutes and gigabytes to plan
 DEFAULT = "default"  # of --acceptance: nothing is asked for
 NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "engine": AUTO, "target_at_reset": False}
-OF_THE_RULE = ("max_skips", "memory_chunks")  # of `decoding.gate.SkipRule`, which has their defaults
-NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "num_open_loop_steps", *OF_THE_RULE))
+# of `decoding.gate.SkipRule`, which has their defaults
+OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
+NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", *OF_THE_RULE))
 NEUTRAL["drafter"] = ""
 OF_ONES_OWN = re.compile(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")  # module:Class or file.py:Class
 
@@ -74,9 +75,6 @@ class EvalConfig(Checked):
     of any server in openpi's protocol."""
     drafter: str = ""
     """Directory of a drafter that `rsd drafter distil` made for this very policy, whatever kind it is of."""
-    num_open_loop_steps: Annotated[int, between(1, 1000)] | None = None
-    """Of a policy of your own or an openpi server: actions executed of each answer (all; of a server 5, as its client
-    does; with a drafter its horizon)."""
     decode: str = BEST
     """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, draft-first, coarse-only,
     drafter-only; target-only, of a policy of your own or an openpi server; best: what was proven best of this
@@ -90,12 +88,18 @@ class EvalConfig(Checked):
     likeliest."""
     seed: Seed = 7
     """Seed of what is drawn at a temperature; the simulator is always seeded by 0, as the published protocol does."""
+    execute: Steps | None = None
+    """Steps of a chunk that are executed before the next one is predicted; by default what the checkpoint says, all of
+    a policy of your own, 5 of an openpi server as its client does, with a --drafter what it drafts."""
     skip_threshold_mm: Millimetres | None = None
     """For rsd-skip: skip the target where the draft expects to deviate less; by default what was calibrated."""
     max_skips: Chunks | None = None
     """For rsd-skip with a threshold of its own: chunks in a row without the target, at most (6)."""
     memory_chunks: Chunks | None = None
     """The same: how many chunks the draft attends to what the target left behind, after that what it sees alone (2)."""
+    skips_per_agreement: Chunks | None = None
+    """The same: after k runs of the target in a row at which the draft stood, at most k times so many chunks go without
+    it, and none after a rejected draft; by default there is no such limit."""
     target_at_reset: bool = True
     """With --no-target-at-reset, an ablation of rsd-skip, the gate decides on an episode's first observation, too;
     otherwise the target always runs there."""
@@ -141,9 +145,6 @@ class EvalConfig(Checked):
         for name in OF_THE_RULE:
             needed = f"a --skip-threshold-mm with {option(name)}, as the calibration has its own"
             yield self.skip_threshold_mm is not None or getattr(self, name) is None, needed, "none"
-        foreign = self.custom or self.served or bool(self.drafter)
-        fitting = self.num_open_loop_steps is None or foreign
-        yield fitting, "--num-open-loop-steps with a policy of your own, an openpi server or a drafter", self.policy
         yield engine_rule(self.engine, self.device)
         alone = "--control-hz without --batch, in which robots would wait for each other"
         yield not (self.control_hz and self.batch), alone, f"--batch {self.batch}"

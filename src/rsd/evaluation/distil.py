@@ -63,7 +63,7 @@ def distil(config: DistilConfig) -> Path:
         tasks=config.tasks,
         policy=config.target,
         device=config.device,
-        num_open_loop_steps=config.num_open_loop_steps,
+        execute=config.execute,
     )
     if target.custom:
         foreign.check_foreign(target)
@@ -136,7 +136,7 @@ class Run:
             driver=driver,
             target=json.loads(json.dumps(self.identity, default=str)),
             image_size=config.drafter.image_size,
-            horizon=self.tokenizer().config.horizon if drafter else config.num_open_loop_steps or 0,
+            horizon=self.tokenizer().config.horizon if drafter else config.execute or 0,
             drafter=drafter,
             drafter_sha256=file_sha256(drafter / MANIFEST_FILE) if drafter else "",
             seed=config.seed + sum(name.encode()),
@@ -152,7 +152,7 @@ class Run:
         place = self.config.output / "tokenizer"
         if (place / "tokenizer.json").exists():
             return ActionTokenizer.load(place)
-        tokenizer = fit_tokenizer(self.folder("round-0"), self.config.num_open_loop_steps or self.horizon())
+        tokenizer = fit_tokenizer(self.folder("round-0"), self.config.execute or self.horizon())
         with writing(place):
             place.mkdir(parents=True, exist_ok=True)
         tokenizer.save(place)
@@ -163,7 +163,7 @@ class Run:
         chunks = {attribute["horizon"] for attribute in attributes_of(self.folder("round-0"))}
         if len(chunks) != 1:
             found = f"answers of {', '.join(map(str, sorted(chunks)))} actions"
-            raise RsdError(f"{self.config.target}: {found}; choose how many to execute, --num-open-loop-steps")
+            raise RsdError(f"{self.config.target}: {found}; choose how many to execute, --execute")
         return int(chunks.pop())
 
     def measured(self) -> tuple[float, SelfDeviation]:
@@ -213,6 +213,8 @@ class Run:
             [np.array([look.expected_mm for look in looks]) for looks in episodes],
             [np.array([FAR if look.gripper_differs else look.deviation_mm for look in looks]) for looks in episodes],
             forced=[np.array([look.forced for look in looks]) for looks in episodes],
+            stands=[np.array([look.stood for look in looks]) for looks in episodes],
+            skips_per_agreement=config.max_skips,
             alpha=config.alpha,
             delta=config.delta,
             epsilon_mm=stored.epsilon_mm,

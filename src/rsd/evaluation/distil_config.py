@@ -35,7 +35,7 @@ class DistilConfig(Checked):
     """Such rounds, each followed by a training on all rollouts so far."""
     num_calibration: Count = 5
     """Rollouts per task for the gate; with too few in all it stays uncalibrated, and goes by epsilon."""
-    num_open_loop_steps: Annotated[int, between(1, 64)] | None = None
+    execute: Annotated[int, between(1, 64)] | None = None
     """Actions of each answer that are executed, and that the drafter drafts; default as in `rsd eval`."""
     alpha: Annotated[float, within(0, 1)] = 0.1
     """Promised risk of the gate, as of `rsd calibrate`."""

@@ -246,7 +246,8 @@ def run_differences(record: RunRecord, versions: dict[str, str], policy: dict[st
     """What sets versions and weights apart from a record's, the machine's own names left out; "" if nothing does."""
     compared = [name for name in {**record.versions, **versions} if name not in MACHINE_VERSIONS]
     found = [differences({**record.versions}, {**versions}, compared)]
-    found.append(differences(record.policy, policy, {**record.policy, **policy}))
+    before = {"execute": policy.get("execute"), **record.policy}  # not recorded where all of a chunk was executed
+    found.append(differences(before, policy, {**before, **policy}))
     return ", ".join(filter(None, found))
 
 

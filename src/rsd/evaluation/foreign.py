@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsd.evaluation.config import OF_THE_RULE, EvalConfig, option
+from rsd.evaluation.config import EvalConfig, option
 from rsd.types import BEST, DRAFTER_ONLY, TARGET_ONLY, Policy, RsdError
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 SKIPPING = "rsd-skip"
 WITH_DRAFTER = (TARGET_ONLY, SKIPPING, DRAFTER_ONLY)
 MINE = ("acceptance", "temperature", "engine", "batch")  # of this package's own models
-OF_THE_GATE = ("skip_threshold_mm", *OF_THE_RULE, "target_at_reset", "audit")
+OF_THE_GATE = ("skip_threshold_mm", "max_skips", "skips_per_agreement")  # of a distilled drafter's, and an audit
+OF_A_MEMORY = ("memory_chunks", "target_at_reset")  # of it: a distilled drafter has none, and always looks at reset
 
 
 def is_foreign(config: EvalConfig) -> bool:
@@ -33,7 +34,8 @@ def check_foreign(config: EvalConfig) -> None:
         hint = "" if config.drafter else f"; with a --drafter (rsd drafter distil) also {SKIPPING}, {DRAFTER_ONLY}"
         found = f"--decode {config.decode}: {config.policy} decodes its own way, {TARGET_ONLY}"
         raise RsdError(f"{found}{hint if not config.drafter else f', expected one of {chr(44).join(allowed)}'}")
-    refused = MINE if config.decode == SKIPPING else (*MINE, *OF_THE_GATE)
+    gated = config.decode == SKIPPING or (config.drafter and config.decode == BEST)
+    refused = (*MINE, *OF_A_MEMORY) if gated else (*MINE, *OF_A_MEMORY, *OF_THE_GATE, "audit")
     if given := [option(name) for name in refused if getattr(config, name) != getattr(EvalConfig, name)]:
         raise RsdError(f"{', '.join(given)}: not with --policy {config.policy} --decode {config.decode}; leave it out")
     if config.custom:
@@ -50,17 +52,14 @@ def served(config: EvalConfig) -> RemotePolicy | OpenpiPolicy:
     """The policy at `config.policy`; `RsdError` where the options ask for another one."""
     from rsd.targets.remote.openpi import OpenpiPolicy, served_at  # of an extra
 
-    remote = served_at(config.policy, config.num_open_loop_steps)
-    own = () if isinstance(remote, OpenpiPolicy) else OF_THE_GATE
-    mine = () if config.drafter else (*own, *MINE, "device")
-    given = [option(name) for name in mine if getattr(config, name) != getattr(EvalConfig, name)]
-    if given and isinstance(remote, OpenpiPolicy):
+    remote = served_at(config.policy, config.execute)
+    theirs = isinstance(remote, OpenpiPolicy)
+    mine = (*MINE, "device") if theirs else (*MINE, "device", *OF_THE_GATE, *OF_A_MEMORY, "audit")
+    if given := [option(name) for name in mine if getattr(config, name) != getattr(EvalConfig, name)]:
         remote.close()
-        raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here: that server does not know of it")
-    if given:
-        remote.close()
-        raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here; give it to `rsd serve`")
-    if remote.decode != config.decode and not config.drafter:
+        remedy = "that server does not know of it" if theirs else "give it to `rsd serve`"
+        raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here; {remedy}")
+    if remote.decode != config.decode:
         remote.close()
         raise RsdError(f"{config.policy}: decodes with {remote.decode}, asked for is --decode {config.decode}")
     return remote
@@ -69,7 +68,7 @@ def served(config: EvalConfig) -> RemotePolicy | OpenpiPolicy:
 def custom(config: EvalConfig) -> Policy:
     from rsd.targets.custom import CustomPolicy
 
-    return CustomPolicy(config.policy, config.device, config.num_open_loop_steps)
+    return CustomPolicy(config.policy, config.device, config.execute)
 
 
 def choice(config: EvalConfig) -> Choice | None:
@@ -84,7 +83,7 @@ def choice(config: EvalConfig) -> Choice | None:
         return None
     from rsd.targets.remote.openpi import served_at
 
-    remote = served_at(config.policy, config.num_open_loop_steps)
+    remote = served_at(config.policy, config.execute)
     remote.close()
     return Choice(remote.decode, "what it is served with")
 
@@ -106,12 +105,14 @@ def identity(config: EvalConfig) -> dict[str, Any] | None:
     return {**remote.welcome.policy, "policy": config.policy, "server": remote.welcome.versions}
 
 
-def alone(config: EvalConfig, horizon: int | None = None) -> EvalConfig:
-    """The same target without its drafter, decoding as it does best; horizon: the drafter's, of whose steps a chunk is
-    to be."""
-    if None not in (horizon, config.num_open_loop_steps) and config.num_open_loop_steps != horizon:
-        found = f"--num-open-loop-steps {config.num_open_loop_steps}"
-        raise RsdError(f"{found}: {config.drafter} drafts {horizon} at once; leave it out, or distil another")
-    given: dict[str, Any] = {name: getattr(EvalConfig, name) for name in OF_THE_GATE}
-    given["num_open_loop_steps"] = horizon if config.custom or config.served else None
-    return replace(config, drafter="", decode=BEST, **given)
+def alone(config: EvalConfig) -> EvalConfig:
+    """The target of a drafter without it, decoding as it does best, with as many steps a chunk as are drafted."""
+    from rsd.tokenizer.action_tokenizer import ActionTokenizer
+
+    horizon = ActionTokenizer.load(Path(config.drafter)).config.horizon
+    if config.execute not in (None, horizon):
+        found = f"--execute {config.execute}: {config.drafter} drafts {horizon} at once"
+        raise RsdError(f"{found}; leave it out, or distil another")
+    mine = (*OF_THE_GATE, "audit", "device") if config.served else (*OF_THE_GATE, "audit")  # of a server its own
+    given: dict[str, Any] = {name: getattr(EvalConfig, name) for name in mine}
+    return replace(config, drafter="", decode=BEST, execute=horizon, **given)

@@ -23,9 +23,9 @@ from rsd.evaluation.roofline import Ceiling, Work, measure_ceiling, work_of
 from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.tables import print_table
 from rsd.output import refuse_to_replace, shown
-from rsd.policy import VERIFY_PENDING, RsdPolicy
+from rsd.policy import RsdPolicy
 from rsd.sim.libero import LiberoEnv
-from rsd.types import EAGER, Observation
+from rsd.types import EAGER, VERIFY_PENDING, Observation, RsdError
 from rsd.versions import versions
 
 FORMAT = 2  # in 1 the work of a decoder with a pending verification was that of both, its time that of the chunk alone
@@ -61,15 +61,16 @@ def observations(suite: str, num_tasks: int, policy: RsdPolicy) -> list[Observat
     """Two real observations of each of the suite's first tasks: at the start, and two chunks into the motion."""
     from rsd.sim.suites import suite_tasks
 
-    found = []
-    tasks = suite_tasks(suite)[:num_tasks]
-    for task in shown(tasks, "tasks observed", len(tasks)):
+    found, tasks = [], suite_tasks(suite)
+    if num_tasks > len(tasks):
+        raise RsdError(f"--num-tasks {num_tasks}: expected 1 to {len(tasks)}, as {suite} has no more")
+    for task in shown(tasks[:num_tasks], "tasks observed", num_tasks):
         env = LiberoEnv(suite, task.task_id, policy.image_size)
         try:
             env.reset(options={"init_state": 0})
             found.append(env.observation())
             for _ in range(2):
-                env.step_chunk(policy.predict(env.observation()).actions)
+                env.step_chunk(policy.predict(env.observation()).executed)
             found.append(env.observation())
         finally:
             env.close()

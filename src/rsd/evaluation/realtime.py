@@ -13,6 +13,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rsd.chunks import check_stats, checked_chunk
 from rsd.types import ActionChunk, ChunkStats, Observation, Policy, VerifiesLater
 
 if TYPE_CHECKING:
@@ -65,14 +66,15 @@ class Pace:
         policy.predict(observation)
 
     def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
-        chunk = policy.predict(observation)
+        chunk = checked_chunk(policy.predict(observation))  # what is recorded has to be readable
         self.stats.append(chunk.stats)
         return chunk
 
     def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped:
         if isinstance(policy, VerifiesLater) and (found := policy.verify()) is not None:
+            check_stats(found)
             self.stats[-1] = found
-        return env.step_chunk(chunk.actions)
+        return env.step_chunk(chunk.executed)
 
 
 class RealTime(Pace):
@@ -114,7 +116,7 @@ class RealTime(Pace):
         asked = self._clock()
         self._waited = self._join()
         wait_ms = 1e3 * (self._clock() - asked)
-        chunk = policy.predict(observation)
+        chunk = checked_chunk(policy.predict(observation))
         if self._waited:
             total = chunk.stats.latency_ms["total"] + wait_ms
             latency = {**chunk.stats.latency_ms, WAIT: wait_ms, "total": total}
@@ -137,7 +139,7 @@ class RealTime(Pace):
             times.append(now)
 
         drawing_s = env.drawing_s
-        stepped = env.step_chunk(chunk.actions, before_step)
+        stepped = env.step_chunk(chunk.executed, before_step)
         self._drawn = self._clock()
         times.append(self._drawn - (env.drawing_s - drawing_s))  # drawing is the last that happens
         due = [times[0] + k * self._period for k in range(len(times))]
@@ -171,6 +173,7 @@ class RealTime(Pace):
         waited = not following.done()
         found, self._followed = following.result()
         if found is not None and self.stats:
+            check_stats(found)
             times = {WAIT: self.stats[-1].latency_ms[WAIT]} if WAIT in self.stats[-1].latency_ms else {}
             total = self.stats[-1].latency_ms["total"]
             self.stats[-1] = replace(found, latency_ms={**found.latency_ms, **times, "total": total})

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rsd import former
-from rsd.checks import Count, Time
+from rsd.checks import Count, Said, Some, Time
+from rsd.chunks import longest_stage
 from rsd.evaluation.config import stored_config
 from rsd.json_files import from_json, parse_object, read_object, shown
 from rsd.json_files import write_atomically as write_atomically
@@ -51,13 +52,13 @@ class EpisodeResult:
     chunk_stats: further numbers of `ChunkStats`, by name, one a chunk, null where a chunk has none.
     """
 
-    suite: str
+    suite: Said
     task_id: Count
-    task_name: str
+    task_name: Said
     instruction: str
     init_state: Count
     seed: int
-    decode: str
+    decode: Said
     acceptance: str
     success: bool
     steps: Count
@@ -72,7 +73,7 @@ class EpisodeResult:
     target_passes: Count
     wall_s: Time
     failure_detail: str = ""
-    attempts: Count = 1
+    attempts: Some = 1
     chunk_stats: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
@@ -92,11 +93,18 @@ class EpisodeResult:
         levels = len(self.num_draft_tokens)
         counts = {len(v) for v in self.latency_ms.values()} | {len(v) for v in self.chunk_stats.values()}
         tokens = zip(self.num_draft_tokens, self.num_accepted_tokens, strict=False)
+        stages = zip(*self.latency_ms.values(), strict=False)  # of each chunk
+        ran, skipped = self.prefills or self.target_passes, self.chunk_stats.get("skipped")
         contradictions = {
             "a success with a failure reason, or a failure without one": self.success == bool(self.failure),
             f"a failure that is neither '{STEP_LIMIT}' nor '{ERROR_PREFIX}...'": not (
                 self.failure in ("", STEP_LIMIT) or self.is_error
             ),
+            "a success without a step or a chunk": self.success and not (self.steps and self.chunks),
+            "a stage of a chunk longer than its total": any(
+                longest_stage(dict(zip(self.latency_ms, chunk, strict=True))) for chunk in stages
+            ),
+            "passes of the target in chunks that all skipped it": bool(skipped) and all(skipped or ()) and ran,
             "latencies or statistics that are not one number a chunk": counts - {self.chunks},
             "drafted and accepted tokens of different numbers of levels": levels != len(self.num_accepted_tokens),
             "more accepted than drafted tokens": any(accepted > drafted for drafted, accepted in tokens),

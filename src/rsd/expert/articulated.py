@@ -100,7 +100,7 @@ class MovePart:
         if scene.grip_width < CLOSED_WIDTH or float(np.linalg.norm(grip.point - scene.eef)) > LOST:
             self.attempts += 1
             self.closed = False
-            return self._approach(grip)
+            return step_towards(scene, -STAND_OFF * grip.way_in, grip.rotation, GRIPPER_OPEN)
         if self._closed_steps <= CLOSING_STEPS:
             return step_towards(scene, np.zeros(3), grip.rotation, GRIPPER_CLOSE)
         return step_towards(scene, grip.goal - scene.eef, grip.goal_rotation, GRIPPER_CLOSE)
@@ -129,7 +129,8 @@ class MovePart:
         yaw = yaw_of(float(np.arctan2(across[1], across[0])))
         point = np.array([ridge[0], ridge[1], top - KNOB_DEPTH])
         lean = inward_lean(scene.base, point)
-        up, lead = np.array([0.0, 0.0, 1.0]), TURN_LEAD * float(np.sign(part.axis[2]))
+        sense = 1.0 if self.goal.predicate == "turnon" else -1.0
+        up, lead = np.array([0.0, 0.0, 1.0]), sense * TURN_LEAD * float(np.sign(part.axis[2]))
         rotation = lean @ about(up, yaw) @ POINTING_DOWN
         return Grip(point, rotation, point, lean @ about(up, yaw + lead) @ POINTING_DOWN, rotation[:, 2])
 

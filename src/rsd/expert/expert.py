@@ -12,6 +12,7 @@ from rsd.expert.goals import Goals, goals_of, task_goals
 from rsd.expert.grasps import TIP_BELOW_SITE, GraspMode
 from rsd.expert.noise import Disturbance
 from rsd.expert.pick_and_place import PickAndPlace
+from rsd.expert.pushing import PushPart
 from rsd.expert.scene import Scene, Vector
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.permuted import is_permuted
@@ -89,11 +90,13 @@ class Chain:
 
     def _take_up(self, goal: int) -> None:
         self.on = goal
-        self._law = (
-            PickAndPlace(self.scene, self.goals[goal], self._mode, self._rng)
-            if self.goals[goal].destination
-            else MovePart(self.scene, self.goals[goal])
-        )
+        self._law: PickAndPlace | PushPart | MovePart
+        if self.goals[goal].destination:
+            self._law = PickAndPlace(self.scene, self.goals[goal], self._mode, self._rng)
+        elif self.goals[goal].predicate == "close":
+            self._law = PushPart(self.scene, self.goals[goal])
+        else:
+            self._law = MovePart(self.scene, self.goals[goal])
 
     def _clear(self) -> bool:
         """The hand is above everything that stands around it."""

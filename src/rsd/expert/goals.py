@@ -1,8 +1,8 @@
 """What a task asks for, from the goal predicates of its scene file, and where they want the objects.
 
-The expert can pick up the kinds of objects in `GRASPS` and put them on or into something that stands open, pull a
-drawer open and turn a knob (`MOVABLE_PARTS`), and several of these one after the other. What goes into a drawer or
-a narrow slot and what is pushed are beyond it, and `task_goals` says so by name.
+The expert can pick up the kinds of objects in `GRASPS` and put them on the table, on or into something that stands open
+(a compartment of a caddy too), open and close drawers but the lowest, close a microwave and turn a knob, and several of
+these one after the other. The rest is beyond it, and `task_goals` says so by name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 
-from rsd.expert.grasps import BOWL, WHOLE, Rim, Span
+from rsd.expert.grasps import BELOW_RIM, BOWL, PALM_ABOVE_SITE, SPAN_ABOVE_FLOOR, WHOLE, Rim, Span
 from rsd.expert.scene import Scene, Vector
 from rsd.sim.permuted import is_permuted
 from rsd.sim.suites import scene_file, start_regions, suite_task, suite_tasks
@@ -23,28 +23,34 @@ GRASPS: dict[str, Rim | Span] = {
     "akita_black_bowl": BOWL,
     "porcelain_mug": Rim(0.041, 0.106, 0.012),
     "white_yellow_mug": Rim(0.046, 0.103, -0.015),
+    "red_coffee_mug": Rim(0.039, 0.131, -0.016),
+    "white_bowl": Rim(0.035, 0.034),
+    "chefmate_frypan": Span(tail=0.14),  # by the handle
     "moka_pot": Span(0.006, 0.010),  # by the knob on its lid
     **dict.fromkeys(("alphabet_soup", "bbq_sauce", "butter", "chocolate_pudding", "cream_cheese", "ketchup"), WHOLE),
     **dict.fromkeys(("milk", "orange_juice", "salad_dressing", "tomato_sauce", "wine_bottle"), WHOLE),
+    **dict.fromkeys(("black_book", "new_salad_dressing", "yellow_book"), WHOLE),
 }
-HOLLOW = ("akita_black_bowl", "basket")  # things are let go inside their rim
+HOLLOW = ("akita_black_bowl", "basket", "wooden_tray")  # things are let go inside their rim
 UNDER_RIM = 0.015  # m; deeper, the fingers would touch the wall
 PLATE_SURFACE = 0.004  # m over the plate's origin
 ON_STOVE = (0.05, -0.045)  # m before the middle of its region, which is 0.15 long; a moka pot is 0.08 wide
+OVER_WALLS, SQUARE = 0.01, 0.8  # m of the palm over a compartment's walls; sides in that ratio are alike
 FOOT = 0.02  # m; what is put down touches the highest point within so much of the middle
-TABLE_REGIONS = ("living_room_table_plate_right_region",)
-# what something can be put on or into from above; other regions are drawers, shelves, spots on the table
-OPEN_PLACES = (
+OPEN_PLACES = (  # what something can be put on or into from above
     "akita_black_bowl",
     "basket_contain_region",
     "flat_stove_cook_region",
-    *TABLE_REGIONS,
     "plate",
     "wine_rack_top_region",
+    "white_cabinet_top_side",
     "wooden_cabinet_top_side",
+    "wooden_tray_contain_region",
+    "wooden_two_layer_shelf_top_side",
 )
-# what it can move on its joint
-MOVABLE_PARTS = (("open", "wooden_cabinet_middle_region"), ("turnon", "flat_stove"))
+TABLE_REGION = re.compile(r"(kitchen|living_room|study)_table_\w+_region")
+DRAWER = re.compile(r"(white|wooden)_cabinet_(top|middle|bottom)_region")
+SLOT = re.compile(r"desk_caddy_\w+_contain_region")  # an object has to be turned to fit in
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,28 @@ def kind(name: str) -> str:
     return re.sub(r"_\d+(?=_|$)", "", name)
 
 
-def goals_of(wanted: Sequence[tuple[str, ...]]) -> Goals | None:
+def goals_of(wanted: Sequence[tuple[str, ...]], start: Sequence[tuple[str, ...]] = ()) -> Goals | None:
     """Goals in the order of doing, of predicates such as ("on", "akita_black_bowl_1", "plate_1"), if the expert can
-    reach them all; else None."""
-    goals = tuple(sorted((Goal(*words) for words in wanted), key=_turn))
-    return _spread(goals) if goals and all(_solvable(goal) for goal in goals) else None
+    reach them all; else None. start: the predicates that hold at the start, for drawers that stand open."""
+    goals = _ordered([Goal(*words) for words in wanted])
+    stand_open = [words[1] for words in start if words[0] == "open"]
+    return _spread(goals) if goals and all(_solvable(goal, stand_open) for goal in goals) else None
+
+
+def _ordered(goals: list[Goal]) -> Goals:
+    """Goals keep the order of the scene file, but what goes onto the table comes first (a mug on the plate beside would
+    be in the palm's way), what something goes into is opened or put in its place before, and closed after."""
+    left, done = sorted(goals, key=lambda goal: not TABLE_REGION.fullmatch(kind(goal.destination))), list[Goal]()
+    while left:
+        done.append(next((g for g in left if not any(_comes_before(other, g) for other in left)), left[0]))
+        left.remove(done[-1])
+    return tuple(done)
+
+
+def _comes_before(first: Goal, then: Goal) -> bool:
+    if then.predicate == "close":
+        return first.destination.startswith(then.target)  # a microwave's region has its name
+    return first.target == then.destination
 
 
 def _spread(goals: Goals) -> Goals:
@@ -91,33 +114,36 @@ def _spread(goals: Goals) -> Goals:
     return tuple(replace(g, ahead=ON_STOVE[shared.index(g)]) if g in shared else g for g in goals)
 
 
-def _turn(goal: Goal) -> bool:
-    """Goals keep the order of the scene file, but what goes onto the table comes first: a mug on the plate beside would
-    be in the palm's way."""
-    return kind(goal.destination) not in TABLE_REGIONS
-
-
-def _solvable(goal: Goal) -> bool:
-    if not goal.destination:
-        return (goal.predicate, kind(goal.target)) in MOVABLE_PARTS
-    return goal.predicate in ("on", "in") and kind(goal.target) in GRASPS and kind(goal.destination) in OPEN_PLACES
+def _solvable(goal: Goal, stand_open: Sequence[str]) -> bool:
+    place, thing = kind(goal.destination), kind(goal.target)
+    if not place:
+        drawer = bool(DRAWER.fullmatch(thing)) and "_bottom_" not in thing  # too low for the leaning hand
+        movable = {"turnon": thing == "flat_stove", "turnoff": thing == "flat_stove", "open": drawer}
+        return {**movable, "close": drawer or thing == "microwave"}.get(goal.predicate, False)
+    if DRAWER.fullmatch(place):  # a closed one that it has opened, the hand knocks shut again
+        fits = goal.destination in stand_open and thing != "ketchup"  # that stands too high in it
+    else:
+        fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT))
+    return goal.predicate in ("on", "in") and thing in GRASPS and fits
 
 
 def solvable_tasks(suite: str) -> tuple[int, ...]:
     """Ids of the tasks that the expert can do."""
-    return tuple(task.task_id for task in suite_tasks(suite) if goals_of(scene_file(suite, task.task_id).goal))
+    scenes = {task.task_id: scene_file(suite, task.task_id) for task in suite_tasks(suite)}
+    return tuple(task_id for task_id, scene in scenes.items() if goals_of(scene.goal, scene.start))
 
 
 def task_goals(suite: str, task_id: int) -> Goals:
     """The goals of a task. Raises RsdError, naming the tasks that it can do, for one that the expert cannot."""
     asked = scene_file(suite, task_id).goal
-    goals = goals_of(asked)
+    goals = goals_of(asked, scene_file(suite, task_id).start)
     if goals is None:
         wanted = " and ".join(map(" ".join, asked))
         can = [f"{i} ({suite_task(suite, i).language})" for i in solvable_tasks(suite)]
         raise RsdError(
             f"scripted expert: found {suite} task {task_id} with the goal {wanted!r}; it puts objects on or into "
-            f"something open, pulls a drawer or turns a knob. Of this suite it does {', '.join(can) or 'none'}"
+            f"something open, pulls or shuts a drawer, shuts a door or turns a knob. Of this suite it does "
+            f"{', '.join(can) or 'none'}"
         )
     return goals
 
@@ -137,6 +163,8 @@ def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
     """Where the target's origin shall come [3], of which z is the destination's own height, and the height at which
     its lowest point is let go."""
     name = goal.destination
+    if SLOT.fullmatch(kind(name)):
+        return slot(scene, goal)
     if kind(name) == "plate":
         centre = scene.position(name)
         return centre, float(centre[2] + PLATE_SURFACE)
@@ -148,4 +176,36 @@ def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
     else:
         around = FOOT * np.array([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
         surface = float(scene.heights(centre[:2] + around, ignore=(goal.target,)).max())
+        if DRAWER.fullmatch(kind(name)):
+            surface = max(surface, _over_drawer(scene, goal))
     return np.array([centre[0], centre[1], surface]), surface
+
+
+def _over_drawer(scene: Scene, goal: Goal) -> float:
+    """Height of the target's lowest point at which the palm is just over the drawer's walls."""
+    walls = float(np.concatenate(scene.part_shapes(scene.moving_part(goal.destination)))[:, 2].max())
+    tall = float(np.ptp(scene.vertices(goal.target)[:, 2]))
+    hold = goal.hold
+    above = max(tall - hold.below, SPAN_ABOVE_FLOOR) if isinstance(hold, Span) else tall - BELOW_RIM
+    return walls + OVER_WALLS - PALM_ABOVE_SITE - above
+
+
+def slot(scene: Scene, goal: Goal) -> tuple[Vector, float]:
+    """`destination` in a compartment that is too narrow for the hand: its palm stays over the walls around."""
+    middle, holder = scene.site(goal.destination), scene.owner(goal.destination)
+    assert holder is not None
+    tall = float(np.ptp(scene.vertices(goal.target)[:, 2]))
+    surface = float(scene.vertices(holder)[:, 2].max()) + OVER_WALLS - tall
+    outline = scene.vertices(goal.target)[:, :2]
+    off = scene.position(goal.target)[:2] - (outline.min(axis=0) + outline.max(axis=0)) / 2
+    return np.array([*(middle[:2] + off), surface]), surface
+
+
+def slot_turn(scene: Scene, goal: Goal, closing: float) -> float:
+    """Yaw (rad) that an object, held across its narrow side at the angle `closing`, shall have over a compartment:
+    its narrow side along the compartment's, or along the nearer wall of a square one."""
+    half = scene.region_size(goal.destination)
+    narrow = 0.0 if half[0] < half[1] else np.pi / 2
+    if min(half[:2]) > SQUARE * max(half[:2]):
+        narrow = float(np.round(closing / (np.pi / 2)) * np.pi / 2)
+    return (narrow - closing + np.pi / 2) % np.pi - np.pi / 2

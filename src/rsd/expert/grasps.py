@@ -138,14 +138,18 @@ class RimGrasp(Grasp):
 @dataclass(frozen=True)
 class Span:
     """What of an object goes between the fingers (m). below: grip site under the top, as deep as the palm allows by
-    default; crown: how much under the top counts, all by default (of a lid with a knob only the knob)."""
+    default; crown: how much under the top counts, all by default (of a lid with a knob only the knob); tail: how much
+    of the far end along its own x axis counts (of a pan only the handle)."""
 
     below: float = 0.030
     crown: float = np.inf
+    tail: float = np.inf
 
     def vertices(self, scene: Scene, target: str) -> Vector:
         """World vertices of that part [n, 3]."""
         vertices = scene.vertices(target)
+        along = vertices @ scene.rotation(target)[:, 0]
+        vertices = vertices[along >= along.max() - self.tail]
         return vertices[vertices[:, 2] >= vertices[:, 2].max() - self.crown]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
-from rsd.expert.goals import Goal, destination
+from rsd.expert.goals import SLOT, Goal, destination, kind, slot_turn
 from rsd.expert.grasps import (
     MAX_LEAN,
     TIP_BELOW_SITE,
@@ -42,6 +42,7 @@ CLOSED_WIDTH = 0.0015  # m, nothing between the fingers
 FUNNEL_SLOPE, FUNNEL_RADIUS = 2.0, 0.010  # height per horizontal distance outside the radius (m)
 TIGHT_SLOPE, TIGHT_RADIUS = 3.0, 0.005  # walls stand close, or the fingers go past both sides of the object
 PLACE_SLOPE, PLACE_RADIUS = 2.0, 0.010
+SLOT_SLOPE = 15.0  # its walls are higher than where the object is let go
 TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on the way
 OVER = 0.012  # m off the object's middle, close enough to choose a side
 RELEASE_GAP = 0.006  # m of free fall
@@ -63,7 +64,7 @@ class PickAndPlace:
         self._rng = rng
         self._failed: list[float] = []
         self._grasp: Grasp | None = None
-        self._walled = False
+        self._walled, self._into_slot, self._turn = False, bool(SLOT.fullmatch(kind(goal.destination))), 0.0
         self._grasped_steps = self._closed_steps = self._slow_steps = 0
         self._last_eef = scene.eef
 
@@ -166,7 +167,11 @@ class PickAndPlace:
             return self.leave()
         way = scene.corridor_top(held, there, ignore=(self.target,), half_width=0.06)
         over = max(way + CARRY_CLEARANCE, surface + 0.01)
-        height = funnel(off, surface + RELEASE_GAP, over, PLACE_RADIUS, PLACE_SLOPE)
+        slope = PLACE_SLOPE
+        if self._into_slot:
+            slope = SLOT_SLOPE
+            off += 0.1 * turn_left(scene, self._orientation(self._place_point()))
+        height = funnel(off, surface + RELEASE_GAP, over, PLACE_RADIUS, slope)
         goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom])
         return self._move(goal, self._orientation(self._place_point()), GRIPPER_CLOSE, CARRY_TURN)
 
@@ -208,6 +213,8 @@ class PickAndPlace:
             candidates = rim_grasps(self.goal.hold, self._walled, hopeless)
         spot = np.array([*there[:2], surface])
         self._grasp = choose_grasp(scene, self.target, candidates, spot, self._mode, self._rng)
+        if self._into_slot:
+            self._turn = slot_turn(scene, self.goal, self._grasp.angle)
 
     def _in_drawer(self) -> bool:
         """The bowl stands inside a cabinet's bounds, well below its top."""
@@ -242,7 +249,10 @@ class PickAndPlace:
         grasp, base = self._grasp, self.scene.base
         # with an object in hand the fingers' heights no longer matter, the reach over its destination does
         limit = MAX_LEAN if grasp is None or self.closed else lean_limit(base, point, grasp.direction)
-        return hand_rotation(base, point, 0.0 if grasp is None else grasp.yaw, limit)
+        yaw = 0.0 if grasp is None else grasp.yaw
+        if grasp is not None and self._into_slot and self._grasped_steps >= GRASPED_STEPS:
+            yaw += self._turn
+        return hand_rotation(base, point, yaw, limit)
 
     def _move(self, goal: Vector, rotation: Vector, gripper: float, turn_limit: float = 1.0) -> Vector:
         """Proportional step towards a pose. Sideways waits while the hand is too low for it."""

@@ -87,6 +87,11 @@ class Scene:
         self.owner(name)
         return self.data.site(name).xpos.copy()
 
+    def region_size(self, name: str) -> Vector:
+        """Half the region's extent along the world's axes, as LIBERO counts it [3]."""
+        size = self.env.simulation.object_sites_dict[name].size
+        return np.abs(self.data.site(name).xmat.reshape(3, 3) @ size)
+
     def owner(self, name: str) -> str | None:
         """The object or fixture that carries a region, None for one of the table. Raises RsdError for an unknown
         name."""
@@ -98,11 +103,18 @@ class Scene:
 
     def moving_part(self, name: str) -> MovingPart:
         """What moves on the joint of a drawer's region or of a stove."""
+        joint = self._joint(name)
+        return MovingPart(int(self.model.jnt_bodyid[joint]), self.data.xaxis[joint].copy())
+
+    def hinge(self, name: str) -> Vector:
+        """Where the joint of a door or a knob is [3]."""
+        return self.data.xanchor[self._joint(name)].copy()
+
+    def _joint(self, name: str) -> int:
         simulation = self.env.simulation
         regions = simulation.object_sites_dict
         joints = regions[name].joints if name in regions else simulation.get_object(name).joints
-        joint = self.model.joint(joints[0]).id
-        return MovingPart(int(self.model.jnt_bodyid[joint]), self.data.xaxis[joint].copy())
+        return int(self.model.joint(joints[0]).id)
 
     def part_shapes(self, part: MovingPart) -> list[Vector]:
         """World vertices of each of its collision shapes [n, 3]."""

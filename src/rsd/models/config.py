@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from rsd.checks import Checked, Rules, above, between, multiple
-from rsd.types import CAMERAS
+from rsd.types import CAMERAS, Steps
 
 GROUPS = 8  # of GroupNorm in the cameras' encoders
 TEXT_HEADS = 4
@@ -85,14 +85,16 @@ class StandaloneDrafterConfig(Checked):
 
 @dataclass(frozen=True)
 class PolicyConfig(Checked):
-    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.decoders.rsd`); without a visual
-    drafter the decoders that need one are refused."""
+    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.decoders.rsd`); execute: steps of a
+    chunk that are executed before the next, None: all; without a visual drafter the decoders that need one are
+    refused."""
 
     target: TargetConfig = field(default_factory=TargetConfig)
     feature_drafter: DrafterConfig = field(default_factory=DrafterConfig)
     visual_drafter: VisualDrafterConfig | None = field(default_factory=VisualDrafterConfig)
     acceptance: str = "margin"
     fine: Literal["regress", "sequential"] = "regress"
+    execute: Steps | None = None
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,9 @@ def decoding_rows(directory: Path, content: dict[str, Any], config: Any) -> Rows
     from rsd.checkpoint import CALIBRATION_FILE, load_calibration, proven_decode
 
     visual_drafter = "yes" if content["policy"].get("visual_drafter") else "no"
+    execute = f"{config.execute} steps" if config.execute else "all of it"
     rows = [("acceptance rule", str(config.acceptance)), ("visual drafter", visual_drafter)]
+    rows.append(("executed of a chunk", execute))
     if (proven := proven_decode(directory, content)) is not None:
         rows.append((f"proven best: {proven[0]}", proven[1]))
     if (directory / CALIBRATION_FILE).is_file():

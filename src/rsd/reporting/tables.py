@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from rsd.checks import each_once
 from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import planned_states
 from rsd.evaluation.realtime import Motion
@@ -117,7 +118,8 @@ def run_directories(paths: Sequence[Path]) -> list[Path]:
             parts = plural(len(inside), "part")
             raise RsdError(f"{path}: holds {parts} of one run; bring them together: rsd merge {path}")
         else:
-            found += inside
+            found += [run for run in inside if run not in found]  # the baseline may be named before its folder
+    each_once("runs", found)
     return found
 
 
@@ -333,6 +335,7 @@ def percent(rate: float | None) -> str:
 CHUNK_STATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "skipped": ("chunks without the target", percent),
     "forced": ("chunks that had to ask the target", percent),
+    "stood": ("drafts that stood whole, with the gripper", percent),
     "gripper_acceptance": ("drafted gripper accepted", percent),
     "gripper_differs": ("drafts with another gripper", percent),
     "expected_deviation_mm": ("deviation the draft expects, mean", millimetres),

@@ -22,9 +22,10 @@ import numpy as np
 
 from rsd.chunks import environment_ready
 from rsd.decoding.gate import SkipRule
+from rsd.decoding.state import EpisodeState
 from rsd.extras import extra
 from rsd.serving.server import MAX_MESSAGE, check_health, until_signal
-from rsd.targets.black_box import Drafter, Episode, Proposal, shrunk
+from rsd.targets.black_box import Drafter, Proposal, shrunk
 from rsd.targets.remote.openpi import SPECULATION, read_metadata, same
 from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, RESET, STATE, square
 from rsd.targets.remote.wire import pack, unpack
@@ -91,7 +92,7 @@ class Session:
 
     def __init__(self, proxy: SpeculatingProxy) -> None:
         self.proxy, self.upstream = proxy, Upstream(proxy.address, proxy.metadata, proxy.timeout_s)
-        self.episode: Episode = Episode()
+        self.state = EpisodeState()
         self.instruction: Any = ""
 
     async def answer(self, message: bytes | str) -> bytes | str:
@@ -102,11 +103,11 @@ class Session:
                 raise RsdError("message: expected msgpack in a binary frame, found a text frame")
             return await self._answer(message, begin)
         except RsdError as error:
-            self.episode = Episode()
+            self.state = EpisodeState()
             return f"rsd serve: {' '.join(str(error).split()):.{LONGEST_TEXT}}"
         except Exception as error:  # of the drafter: the others' connections must not end with it
             traceback.print_exc()
-            self.episode = Episode()
+            self.state = EpisodeState()
             return f"rsd serve: the proxy failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"
 
     async def _answer(self, message: bytes, begin: float) -> bytes:
@@ -115,13 +116,12 @@ class Session:
             raise RsdError(f"message: expected a map, found {type(content).__name__}")
         instruction = content.get(PROMPT)
         if content.get(RESET) or instruction != self.instruction:
-            self.episode, self.instruction = Episode(), instruction
+            self.state, self.instruction = EpisodeState(), instruction
         if content.get(RESET) and len(content) == 1:
             return await self.upstream.ask(message) if proxy.passes_reset else pack({RESET: True})
         require_keys(content)
-        episode = self.episode
-        draft = partial(proxy.run, proxy.propose, content, episode)
-        if proxy.drafter.must_look(episode, proxy.skip):
+        draft = partial(proxy.run, proxy.propose, content, self.state)
+        if proxy.drafter.must_look(self.state, proxy.skip):
             answer, proposal = await both(partial(self.upstream.ask, message), draft)
         else:
             proposal = await draft()
@@ -131,7 +131,7 @@ class Session:
         return await self._asked(answer, proposal)
 
     def _drafted(self, proposal: Proposal, begin: float) -> bytes:
-        self.episode = self.proxy.drafter.after(self.episode, proposal, True, proposal.actions, True)
+        self.state = self.proxy.drafter.after(self.state, proposal.actions, None)
         stats = ChunkStats(DECODE, skipped=True, forced=False, expected_deviation_mm=proposal.expected_mm)
         timing = {"infer_ms": 1e3 * (time.perf_counter() - begin)}
         return pack({"actions": proposal.actions, "server_timing": timing, SPECULATION: plain_stats(stats)})
@@ -143,8 +143,8 @@ class Session:
         actions = environment_ready(content["actions"], self.upstream.address)
         known = ChunkStats(DECODE, prefills=1, skipped=False, forced=proposal.forced)
         known = replace(known, expected_deviation_mm=proposal.expected_mm)
-        stats, stood = drafter.judged(proposal, actions, known)
-        self.episode = drafter.after(self.episode, proposal, False, actions, stood)
+        stats = drafter.judged(proposal, actions, known)
+        self.state = drafter.after(self.state, actions, stats.stood)
         return pack({**content, SPECULATION: plain_stats(stats)})
 
 
@@ -171,10 +171,9 @@ class SpeculatingProxy:
         """In the drafter's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
-    def propose(self, content: Mapping[Any, Any], episode: Episode) -> Proposal:
-        return self.drafter.propose(
-            read_observation(content, self.drafter.stored.config.image_size), episode, self.skip
-        )
+    def propose(self, content: Mapping[Any, Any], state: EpisodeState) -> Proposal:
+        seen = read_observation(content, self.drafter.stored.config.image_size)
+        return self.drafter.propose(seen, state, self.skip)
 
     async def serve(self, stop: asyncio.Event, listening: Callable[[str], None]) -> None:
         """Until `stop`; calls `listening` with the address as soon as clients may connect."""
@@ -192,7 +191,7 @@ class SpeculatingProxy:
 
         try:
             for _ in range(WARMUP):
-                await self.run(self.propose, blank(self.drafter.stored.config.image_size), Episode())
+                await self.run(self.propose, blank(self.drafter.stored.config.image_size), EpisodeState())
             host, port = self._door.getsockname()[:2]
             options: dict[str, Any] = {"compression": None, "max_size": MAX_MESSAGE, "origins": [None]}
             async with serve(handle, sock=self._door, process_request=check_health, **options):

@@ -50,7 +50,15 @@ class PolicyServer:
         try:
             chunk = await loop.run_in_executor(self._thread, self._service.warm_up)
             images = IMAGES[: policy.cameras]
-            welcome = Welcome(policy.decode, policy.image_size, images, tuple(chunk), self._description, self._versions)
+            welcome = Welcome(
+                policy.decode,
+                policy.image_size,
+                images,
+                tuple(chunk),
+                self._description,
+                self._versions,
+                policy.execute,
+            )
             hello = pack(asdict(welcome))
 
             async def handle(connection: ServerConnection) -> None:

@@ -35,6 +35,11 @@ class Servable(ChunkPolicy, Protocol):
     def decode(self) -> str: ...
 
     @property
+    def execute(self) -> int:
+        """How many steps of a chunk a client is to execute."""
+        ...
+
+    @property
     def cameras(self) -> int:
         """How many of an observation's cameras it looks at, the first ones."""
         ...
@@ -44,7 +49,7 @@ class Memoryless:
     """A published OpenVLA policy, which remembers nothing, as a `Servable`."""
 
     def __init__(self, policy: OpenVlaPolicy) -> None:
-        self.policy, self.decode = policy, policy.decode
+        self.policy, self.decode, self.execute = policy, policy.decode, policy.execute
         self.image_size, self.cameras = policy.image_size, policy.cameras
 
     def predict(

@@ -2,13 +2,13 @@
 
 The target is a black box that gives chunks. What of a draft it would have let stand is told in RFSQ digits and as the
 fingertip's deviation. It is always asked on an episode's first observation, where the gripper switches, after
-`max_skips` chunks without it, and as long as the draft of its last look did not stand.
+`max_skips` chunks without it, and as long as the draft of its last run did not stand (see `gate.SkipRule`).
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from rsd.checks import Millimetres
 from rsd.decoding.acceptance import acceptance_rule
-from rsd.decoding.calibration import fingertip_deviation
+from rsd.decoding.calibration import fingertip_deviation, most_skips
 from rsd.decoding.decoders import proposed
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.primitives import Primitives
@@ -37,14 +37,6 @@ from rsd.types import AUTO, TARGET_ONLY, ActionChunk, Chunks, ChunkStats, Observ
 
 DRAFTED = ChunkStats("rsd-skip")
 RULE = "margin"  # a drafted digit stands if the finer levels can take out what it is off
-
-
-@dataclass(frozen=True)
-class Episode:
-    """What an episode's chunks so far left behind. stood: whether the draft did, at the target's last look."""
-
-    state: EpisodeState = field(default_factory=EpisodeState)
-    stood: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,28 +69,24 @@ class Drafter:
         self._texts = TextCache()
 
     @torch.inference_mode()
-    def propose(self, observation: Observation, episode: Episode, skip: SkipRule) -> Proposal:
+    def propose(self, observation: Observation, state: EpisodeState, skip: SkipRule) -> Proposal:
         """`RsdError` where the drafter's output is not finite."""
         self.ops.watch, self.ops.checks = Stopwatch(self.device), []
         draft, forecast = proposed(self.ops, self._seen(observation), None)
         self.ops.check()
         actions = self.tokenizer.actions_of(forecast.value * self.tokenizer.first_step, draft.gripper)
-        (forced,) = skip.forces(draft, episode.state)
-        forced = forced or not (episode.stood or episode.state.skipped[0])
-        (trusted,) = skip.trusts(forecast, episode.state, (forced,))
+        (forced,) = skip.forces(draft, state)
+        (trusted,) = skip.trusts(forecast, state, (forced,))
         return Proposal(draft, forecast, actions[0].float().cpu().numpy().copy(), forced, trusted)
 
-    def must_look(self, episode: Episode, skip: SkipRule) -> bool:
+    def must_look(self, state: EpisodeState, skip: SkipRule) -> bool:
         """Whether the target will be asked whatever is drafted."""
-        state = episode.state
-        at_reset = skip.target_at_reset and not state.seen[0]
-        return at_reset or state.skipped[0] >= skip.max_skips or not (episode.stood or state.skipped[0])
+        most = most_skips(skip.max_skips, skip.skips_per_agreement, state.stood[0])
+        return not state.seen[0] or state.skipped[0] >= most
 
     @torch.inference_mode()
-    def judged(
-        self, proposal: Proposal, actions: NDArray[np.float32], stats: ChunkStats = DRAFTED
-    ) -> tuple[ChunkStats, bool]:
-        """What the target's actions [n >= H, 7] make of a draft -> statistics, and whether it stands as a whole."""
+    def judged(self, proposal: Proposal, actions: NDArray[np.float32], stats: ChunkStats = DRAFTED) -> ChunkStats:
+        """The statistics, with what the target's actions [n >= H, 7] make of a draft; `stood`: within epsilon."""
         chunk = torch.from_numpy(self.cut(actions)[None]).to(self.device)
         truth = self.tokenizer.to_coefficients(chunk) / self.tokenizer.first_step
         gripper, code = self.tokenizer.gripper_symbols(chunk), self.tokenizer.config.rfsq
@@ -110,17 +98,17 @@ class Drafter:
         deviation = float(fingertip_deviation(proposal.actions, self.cut(actions)))
         same = draft.gripper == gripper
         whole = [bool(level.all()) for level in accepted]
-        stats = replace(
+        return replace(
             stats,
             acceptance=RULE,
             num_draft_tokens=[level.numel() for level in accepted],
             num_accepted_tokens=[int(level.sum()) for level in accepted],
             accepted_levels=whole.index(False) if False in whole else len(whole),
             gripper_acceptance=float(same.float().mean()),
+            stood=deviation <= self.stored.epsilon_mm and bool(same.all()),
             deviation_mm=deviation,
             gripper_differs=not bool(same.all()),
         )
-        return stats, deviation <= self.stored.epsilon_mm and bool(same.all())
 
     def cut(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
         """The first H of the target's actions [n, 7]."""
@@ -129,27 +117,26 @@ class Drafter:
             raise RsdError(f"{self.where}: distilled from a target with {found}; distil one for this target")
         return np.ascontiguousarray(actions[: self.horizon], dtype=np.float32)
 
-    def after(self, episode: Episode, proposal: Proposal, skipped: bool, executed: Any, stood: bool) -> Episode:
-        """executed: actions [H, 7] that the robot takes."""
-        if skipped:
-            return replace(episode, state=episode.state.went_without(1))
-        return Episode(episode.state.looked(None, int(executed[self.horizon - 1][-1] > 0)), stood)
+    def after(self, state: EpisodeState, executed: NDArray[np.float32], stood: bool | None) -> EpisodeState:
+        """executed: actions [>= H, 7] that the robot takes; stood: whether the draft did, None where the target was not
+        asked."""
+        if stood is None:
+            return state.went_without(1)
+        return state.looked(None, int(executed[self.horizon - 1][-1] > 0), stood)
 
     def skip_rule(
         self,
         skip_threshold_mm: Millimetres | None = None,
         max_skips: Chunks | None = None,
-        target_at_reset: bool = True,
-        **others: Any,
+        skips_per_agreement: Chunks | None = None,
     ) -> SkipRule:
-        """As calibrated, else drafts that expect to deviate less than the drafter's epsilon; others: of targets that a
-        memory is kept of, which must be None."""
-        if given := [name for name, value in others.items() if value is not None]:
-            raise RsdError(f"--{given[0].replace('_', '-')}: a distilled drafter has none of it; leave it out")
+        """As calibrated, else drafts that expect to deviate less than the drafter's epsilon. One agreement earns all
+        the chunks without the target, and a rejected draft none."""
         own, stored = self.stored.calibration, self.stored
         threshold = own.threshold if own is not None else stored.epsilon_mm
         threshold = threshold if skip_threshold_mm is None else skip_threshold_mm
-        return SkipRule(threshold, max_skips or stored.max_skips, 1, target_at_reset)
+        most = max_skips or stored.max_skips
+        return SkipRule(threshold, most, 1, skips_per_agreement=skips_per_agreement or most)
 
     def check_belongs(self, target: dict[str, Any]) -> None:
         check_belongs(self.stored, target, self.where)
@@ -185,10 +172,10 @@ class SpeculatingPolicy:
         """target: None with `drafter-only`. audit: it is also asked beside every skipped chunk, outside the times."""
         self.drafter, self.target, self.skip, self.decode, self.audit = drafter, target, skip, decode, audit
         self.image_size = target.image_size if target is not None else max(128, drafter.stored.config.image_size)
-        self._episode = Episode()
+        self._state = EpisodeState()
 
     def reset(self, seed: int | None = None) -> None:
-        self._episode = Episode()
+        self._state = EpisodeState()
         if self.target is not None:
             self.target.reset(seed)
 
@@ -197,20 +184,20 @@ class SpeculatingPolicy:
         begin = time.perf_counter()
         if self.decode == TARGET_ONLY:
             return self._timed(self._asked(observation), begin, begin)
-        proposal = self.drafter.propose(observation, self._episode, self.skip)
+        proposal = self.drafter.propose(observation, self._state, self.skip)
         drafted = time.perf_counter()
         stats = ChunkStats(self.decode, expected_deviation_mm=proposal.expected_mm)
         if self.target is None:
             return self._timed(ActionChunk(proposal.actions, replace(stats, skipped=True)), begin, drafted)
         stats = replace(stats, skipped=proposal.trusted, forced=proposal.forced)
         if proposal.trusted:
-            self._episode = self.drafter.after(self._episode, proposal, True, proposal.actions, True)
+            self._state = self.drafter.after(self._state, proposal.actions, None)
             chunk = self._timed(ActionChunk(proposal.actions, stats), begin, drafted)
             return self._audited(chunk, proposal, observation) if self.audit else chunk
         answer = self._timed(self._asked(observation), begin, drafted)
         stats = replace(stats, prefills=1, latency_ms=answer.stats.latency_ms)
-        stats, stood = self.drafter.judged(proposal, answer.actions, stats)
-        self._episode = self.drafter.after(self._episode, proposal, False, answer.actions, stood)
+        stats = self.drafter.judged(proposal, answer.actions, stats)
+        self._state = self.drafter.after(self._state, answer.actions, stats.stood)
         return ActionChunk(answer.actions, stats)
 
     def _asked(self, observation: Observation) -> ActionChunk:
@@ -219,8 +206,8 @@ class SpeculatingPolicy:
         return ActionChunk(self.drafter.cut(chunk.actions), ChunkStats(self.decode, prefills=1))
 
     def _audited(self, chunk: ActionChunk, proposal: Proposal, observation: Observation) -> ActionChunk:
-        found, _ = self.drafter.judged(proposal, self._asked(observation).actions, chunk.stats)
-        kept = ("deviation_mm", "gripper_differs")  # what was not asked accepted nothing
+        found = self.drafter.judged(proposal, self._asked(observation).actions, chunk.stats)
+        kept = ("stood", "deviation_mm", "gripper_differs")  # what was not asked accepted nothing
         return replace(chunk, stats=replace(chunk.stats, **{name: getattr(found, name) for name in kept}))
 
     def _timed(self, chunk: ActionChunk, begin: float, drafted: float) -> ActionChunk:

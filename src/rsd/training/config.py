@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from rsd.checks import Checked, Count, Rules, Seed, Share, Some, Weight, above, between
+from rsd.checks import Checked, Count, Rules, Seed, Share, Some, Weight, Where, above, between
 from rsd.models.config import DrafterConfig, LoraConfig, PolicyConfig, VisualDrafterConfig
 from rsd.tokenizer.config import TokenizerConfig
+from rsd.types import Steps
 
 DEFAULT_TOKENIZER = Path("runs/tokenizer")  # where `fit` writes and the trainings read
 Every = Annotated[int, between(2, 1e6)]  # every n-th episode
@@ -47,7 +48,9 @@ class LossConfig(Checked):
     drafter's samples without a memory of the target; counterfactual: share of the whole drafts judged in training that
     are another sample's, so that the block that is told a draft learns to doubt it; the others are weights. grounding:
     of saying, on half of the batch, where each thing is seen that could have been asked for (needs a target that is
-    `grounded` and rendered demonstrations of a permuted suite)."""
+    `grounded` and rendered demonstrations of a permuted suite). forecast_every: every n-th episode never trains the
+    visual drafter's drafts, and its forecast of their deviation is learnt on these alone: on frames that it knows by
+    heart a draft hardly deviates (0: both learn on everything)."""
 
     draft_share: Share = 0.5
     jitter: Share = 0.4
@@ -59,6 +62,7 @@ class LossConfig(Checked):
     counterfactual: Share = 0.0
     deviation: Weight = 0.2
     grounding: Weight = 0.0
+    forecast_every: Annotated[int, Where(lambda n: n == 0 or 2 <= n <= 10**6, "that is 0 or from 2 to 1000000")] = 0
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,8 @@ class TrainOpenVlaConfig(Checked):
     checkpointing: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Keep only every layer's input and compute its inside again in the backward pass: less memory, a third more
     time."""
+    execute: Steps | None = None
+    """Steps of a chunk that are executed before the next, as the checkpoint will say; by default all."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     feature_drafter: DrafterConfig = field(default_factory=lambda: DrafterConfig(dim=256))
     visual_drafter: VisualDrafterConfig | None = field(default_factory=VisualDrafterConfig)

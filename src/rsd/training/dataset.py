@@ -29,6 +29,8 @@ class Batch:
     paired: row i + B/2 is an earlier moment of row i's episode, for i < B/2.
     asked: words int [B/2, 32] of another sentence for the frames of the even rows, with where what it asks for is seen,
     spot [B/2, 2], NaN where that is not known.
+    execute: how many of the H steps are executed.
+    episode: int [B], which episode each row is of; None where nobody asks.
     """
 
     images: Tensor
@@ -37,6 +39,8 @@ class Batch:
     chunk: Tensor
     paired: bool = False
     asked: tuple[Tensor, Tensor] | None = None
+    execute: int | None = None
+    episode: Tensor | None = None
 
 
 class FrameDataset:
@@ -50,13 +54,16 @@ class FrameDataset:
         horizon: int,
         device: torch.device,
         image_size: int = 0,
+        execute: int | None = None,
         paired: bool = True,
     ) -> None:
-        """image_size: side in pixels that every image must have; 0: that of the first ones. paired: frames a chunk
-        apart may be asked for, so all must be rendered with one spacing.
+        """image_size: side in pixels that every image must have; 0: that of the first ones. execute: steps from one
+        chunk of a rollout to the next; None: the horizon. paired: frames a chunk apart may be asked for, so all must be
+        rendered with one spacing.
 
         Raises RsdError for a demonstration without images, or with others than that, or of other steps."""
         images, states, chunks, tasks, firsts, instructions = [], [], [], [], [], dict[str, int]()
+        episodes: list[np.ndarray] = []
         asks, spots = [], []
         frames, spacing, self.device = 0, 0, device
         for demonstration in demonstrations:
@@ -90,6 +97,7 @@ class FrameDataset:
             order = np.resize(np.arange(seen.shape[1]), MOST_ASKED) if seen.shape[1] else None
             spots.append(np.full((count, MOST_ASKED, 2), np.nan, np.float32) if order is None else seen[:, order])
             firsts.append(np.full(count, frames))
+            episodes.append(np.full(count, len(episodes)))
             frames += count
         if not images:
             raise RsdError("training data: found no demonstrations; collect some with `rsd demos collect`")
@@ -100,9 +108,10 @@ class FrameDataset:
         self.chunk = torch.from_numpy(np.concatenate(chunks)).to(device)
         self.task = torch.from_numpy(np.concatenate(tasks)).to(device)
         self.first = torch.from_numpy(np.concatenate(firsts)).to(device)  # of the frame's own episode
+        self.episode = torch.from_numpy(np.concatenate(episodes)).to(device)  # its number
         self.asks = torch.from_numpy(np.concatenate(asks)).to(device)  # instructions [N, MOST_ASKED], some repeated
         self.spots = torch.from_numpy(np.concatenate(spots)).to(device)  # of the things that they ask for
-        self.horizon, self.spacing = horizon, spacing
+        self.execute, self.spacing = execute or horizon, spacing
         self.instructions = list(instructions)
         wordings = [paraphrases(text, WORDINGS) for text in self.instructions]
         rows = [(texts * WORDINGS)[:WORDINGS] for texts in wordings]
@@ -151,12 +160,12 @@ class FrameDataset:
 
     def earlier(self, frames: Tensor, chunks: Tensor | int) -> Tensor:
         """The frames so many chunks before, or the first of their episodes."""
-        if self.horizon % self.spacing:
+        if self.execute % self.spacing:
             raise RsdError(
-                f"frames a chunk apart: expected images of every n-th step with n a divisor of {self.horizon}, "
+                f"frames a chunk apart: expected images of every n-th step with n a divisor of {self.execute}, "
                 f"found every {self.spacing}; render again with another --every"
             )
-        return torch.maximum(frames - chunks * (self.horizon // self.spacing), self.first[frames])
+        return torch.maximum(frames - chunks * (self.execute // self.spacing), self.first[frames])
 
     def batch(
         self, frames: Tensor, paired: bool = False, augment: Augmentation | None = None, asking: bool = False
@@ -179,7 +188,8 @@ class FrameDataset:
             even = frames[::2]
             which = torch.randint(0, MOST_ASKED, even.shape, device=frames.device)
             asked = self.words[self.asks[even, which], wording[::2]], self.spots[even, which]
-        return Batch(pixels, state, self.words[self.task[frames], wording], self.chunk[frames], paired, asked)
+        words, chunk = self.words[self.task[frames], wording], self.chunk[frames]
+        return Batch(pixels, state, words, chunk, paired, asked, self.execute, self.episode[frames])
 
 
 def memory_bytes(device: torch.device) -> int:

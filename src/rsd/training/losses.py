@@ -169,20 +169,37 @@ def visual_drafter_losses(
     features = visual_drafter.perceive(batch.images[later], state, condition, memory, known)
     code, goal, grip = Rfsq(target.code), truth[later], gripper[later]
     everywhere = torch.ones(len(goal), 1, dtype=torch.bool, device=goal.device)
-    digits, losses = draft_losses(visual_drafter.levels, features, goal, grip, everywhere, code)
+    trains, forecasts = shares_of(batch, len(goal), config)
+    digits, losses = draft_losses(visual_drafter.levels, features, goal, grip, everywhere, code, trains)
     coarse = sum((digit * code.step(level) for level, digit in enumerate(digits, start=1)), torch.zeros_like(goal))
     value = coarse + visual_drafter.remainder(features, coarse, grip).float()
     unit = tokenizer.first_step
     wanted, found = tokenizer.to_normalised(goal * unit), tokenizer.to_normalised(value * unit)
     reference_values = target.residual(run.features[later], 1).float()
     own, reference = (tokenizer.to_actions(chunk.detach() * unit, grip) for chunk in (value, reference_values))
-    apart = fingertip_deviation(own, reference)
+    apart = fingertip_deviation(own[:, : batch.execute], reference[:, : batch.execute])
     forecast = visual_drafter.log_deviation(features.detach()).float()
     return digits, {
         "visual": losses["draft"],
-        "visual_regress": (found - wanted).abs().mean(),
-        "deviation": F.smooth_l1_loss(forecast, torch.log1p(apart)),
+        "visual_regress": weighted((found - wanted).abs().flatten(1).mean(1), trains),
+        "deviation": weighted(F.smooth_l1_loss(forecast, torch.log1p(apart), reduction="none"), forecasts),
     }
+
+
+def shares_of(batch: Batch, rows: int, config: LossConfig) -> tuple[Tensor | None, Tensor | None]:
+    """Which of the first rows train the drafts, and which the forecast of their deviation: 1 or 0 each, [rows]; None
+    for all of them."""
+    if not config.forecast_every:
+        return None, None
+    if batch.episode is None:
+        raise RsdError("--loss.forecast-every: expected batches that know their episodes")
+    forecasts = (batch.episode[:rows] % config.forecast_every == 0).float()
+    return 1 - forecasts, forecasts
+
+
+def weighted(errors: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean of errors [B], of those rows alone that weigh anything."""
+    return errors.mean() if weights is None else (errors * weights).sum() / weights.sum().clamp(min=1)
 
 
 def visual_total(losses: dict[str, Tensor], config: LossConfig) -> Tensor:
@@ -191,9 +208,16 @@ def visual_total(losses: dict[str, Tensor], config: LossConfig) -> Tensor:
 
 
 def draft_losses(
-    draft: FeatureDrafter, features: Tensor, truth: Tensor, gripper: Tensor, own: Tensor, code: Rfsq
+    draft: FeatureDrafter,
+    features: Tensor,
+    truth: Tensor,
+    gripper: Tensor,
+    own: Tensor,
+    code: Rfsq,
+    rows: Tensor | None = None,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """features [B, H, D] of the target, target [B, P]; own bool [B, 1]: the draft continues its own digits.
+    """features [B, H, D] of the target, target [B, P]; own bool [B, 1]: the draft continues its own digits; rows: see
+    `weighted`.
 
     Returns the digits per level that its prefix was built from, and its losses."""
     read, gripper_logits = draft.read(features)
@@ -204,9 +228,9 @@ def draft_losses(
         digits.append(digit.long() + code.config.half)
         shown.append(torch.where(own, (logits[-1].argmax(-1) - code.config.half).float(), digit))
         value = value + shown[-1] * code.config.weight(level)
-    closing = F.binary_cross_entropy_with_logits(gripper_logits.float(), gripper.float())
-    errors = level_errors(torch.stack(logits, dim=1), torch.stack(digits, dim=1))
-    return shown, {"draft": errors.mean() + closing}
+    closing = F.binary_cross_entropy_with_logits(gripper_logits.float(), gripper.float(), reduction="none").mean(1)
+    errors = symbol_errors(torch.stack(logits, dim=1), torch.stack(digits, dim=1)).mean((1, 2))
+    return shown, {"draft": weighted(errors + closing, rows)}
 
 
 def jittered(digit: Tensor, rate: Tensor, margin: int, half: int) -> Tensor:
@@ -220,5 +244,10 @@ def jittered(digit: Tensor, rate: Tensor, margin: int, half: int) -> Tensor:
 
 def level_errors(logits: Tensor, symbols: Tensor) -> Tensor:
     """Logits [B, L, P, K], symbols int [B, L, P] -> mean cross entropy of each level [L]."""
+    return symbol_errors(logits, symbols).mean((0, 2))
+
+
+def symbol_errors(logits: Tensor, symbols: Tensor) -> Tensor:
+    """The same of every symbol [B, L, P]."""
     errors = F.cross_entropy(logits.float().flatten(0, 2), symbols.flatten(), reduction="none")
-    return errors.unflatten(0, symbols.shape).mean((0, 2))
+    return errors.unflatten(0, symbols.shape)

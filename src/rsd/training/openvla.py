@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rsd.data.demonstrations import Demonstration, folder_provenance
 from rsd.models.target import state_features
+from rsd.options import executed_steps
 from rsd.targets.openvla.images import crop, prepare_images
 from rsd.targets.openvla.loading import load_openvla
 from rsd.targets.openvla.lora import Adapter, LoraConfig
@@ -85,10 +86,12 @@ class OpenVlaFrames(FrameDataset):
         normalisation: tuple[Tensor, Tensor],
         center_crop: bool,
         views: int,
+        execute: int | None = None,
     ) -> None:
         raw: list[NDArray[np.float32]] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            super().__init__(prepared(demonstrations, views, pool, raw), horizon, torch.device("cpu"))
+            made = prepared(demonstrations, views, pool, raw)
+            super().__init__(made, horizon, torch.device("cpu"), execute=execute)
         self.device, self.center_crop = device, center_crop
         self.mean, self.std = (value.to(device) for value in normalisation)
         given = torch.from_numpy(bounds.normalise(np.concatenate(raw))).float()
@@ -129,7 +132,7 @@ class OpenVlaFrames(FrameDataset):
         prompts = torch.stack([self.prompts[index] for index in task.tolist()])
         words = torch.cat([self.words[task, wording], prompts], dim=1)
         state, words, chunk = (value.to(self.device) for value in (state, words, self.chunk[frames]))
-        return Batch(pixels, state, words, chunk, paired)
+        return Batch(pixels, state, words, chunk, paired, execute=self.execute)
 
 
 def prepared(
@@ -203,6 +206,7 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
     belongs = fingerprint(base, BASE_FILES)  # a state of the training belongs to its base
     check_state(config, base_fingerprint=belongs)
     tokenizer = ActionTokenizer.load(config.tokenizer).to(device)
+    executed_steps(config.execute, tokenizer.config.horizon, "--execute")
     seen, rank = survey(config.data), parallel.rank()
     mine, held_out = episode_numbers(len(seen.frames), config.validation_every, rank, parallel.world_size())
     sizes, prompt, normalisation = observing(config, base, seen), Prompt(base), read_normalisation(base)
@@ -217,6 +221,7 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
             normalisation=normalisation,
             center_crop=sizes.center_crop,
             views=sizes.views,
+            execute=sizes.execute,
         )
 
     dataset = frames(mine)
@@ -274,4 +279,5 @@ def observing(config: TrainOpenVlaConfig, base: Path, seen: Survey) -> OpenVlaRs
         state_std=tuple((features.std(0) + 1e-3).tolist()),
         feature_drafter=config.feature_drafter,
         visual_drafter=config.visual_drafter,
+        execute=config.execute,
     )

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from rsd.checkpoint import save_checkpoint
+from rsd.checks import each_once
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.devices import check_device
 from rsd.models.bundle import PolicyConfig, RsdModel
+from rsd.options import executed_steps
 from rsd.output import shown
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -43,8 +45,9 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     if config.init_fresh and not (start and config.init_matching):
         raise RsdError(f"--init-fresh {' '.join(config.init_fresh)}: expected --init and --init-matching beside it")
     tokenizer = choose_tokenizer(config, start).to(device)
-    visual = config.policy.visual_drafter is not None
-    dataset, validation = load_frames(config, tokenizer, device, config.policy.target.image_size, paired=visual)
+    execute = executed_steps(config.policy.execute, tokenizer.config.horizon, "--policy.execute")
+    visual, side = config.policy.visual_drafter is not None, config.policy.target.image_size
+    dataset, validation = load_frames(config, tokenizer, device, side, execute, paired=visual)
 
     torch.manual_seed(config.loop.seed)
     model = RsdModel.of(config.policy, tokenizer).to(device)
@@ -118,6 +121,7 @@ def data_provenance(folders: Iterable[Path], dataset: FrameDataset) -> dict[str,
 
 def load_folders(folders: Iterable[Path], images: bool = True) -> Iterator[Demonstration]:
     """The demonstrations of all of them, in order."""
+    each_once("--data", folders := list(folders))
     everything = (load_demonstrations(folder, images=images) for folder in folders)
     return shown(chain.from_iterable(everything), "demonstrations read")
 
@@ -127,11 +131,13 @@ def load_frames(
     tokenizer: ActionTokenizer,
     device: torch.device,
     image_size: int,
+    execute: int,
     paired: bool,
 ) -> tuple[FrameDataset, FrameDataset]:
-    """What is trained on and what is held out, all of it checked; paired: batches will be of pairs of frames."""
-    parts = split(load_folders(config.data), config.validation_every)
-    training, validation = (FrameDataset(part, tokenizer.config.horizon, device, image_size) for part in parts)
+    """What is trained on and what is held out, all of it checked; paired: batches will be of pairs of frames,
+    a number of chunks apart of which `execute` steps are executed."""
+    parts, horizon = split(load_folders(config.data), config.validation_every), tokenizer.config.horizon
+    training, validation = (FrameDataset(part, horizon, device, image_size, execute) for part in parts)
     training.check(config.loop.batch_size, config.remembered_chunks if paired else None, config.augment)
     print(f"{training.episodes} demonstrations, {len(training)} frames; held out {validation.episodes}")
     return training, validation
@@ -187,7 +193,8 @@ def train_drafter(config: TrainDrafterConfig) -> Path:
     tokenizer, visual = source.tokenizer.to(device), config.kind == "visual"
     torch.manual_seed(config.loop.seed)
     model, policy = with_draft(source, config)
-    dataset, validation = load_frames(config, tokenizer, device, source.config.target.image_size, paired=visual)
+    side = source.config.target.image_size
+    dataset, validation = load_frames(config, tokenizer, device, side, source.execute, paired=visual)
     model.to(device).requires_grad_(False)
     model.get_submodule(f"{config.kind}_drafter").requires_grad_(True)
 

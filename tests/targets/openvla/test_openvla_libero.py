@@ -42,7 +42,7 @@ def test_oft_drives_a_closed_loop_and_its_run_can_be_continued(tmp_path: Path) -
     assert (episode.steps, episode.chunks, episode.prefills, episode.target_passes) == (STEPS, 2, 2, 0)
     assert {"preprocess", "vision", "prefill", "decode", "total"} <= set(episode.latency_ms)
     recorded = read_run_record(Path(config.output)).policy
-    assert set(recorded) == {"policy", "engine", "checkpoint_fingerprint"}
+    assert set(recorded) == {"policy", "engine", "checkpoint_fingerprint", "execute"}
     assert recorded["engine"] == "eager"
     assert evaluate(config, backend=SHORT_LIBERO, console=console).episodes == 1  # nothing is run again
 

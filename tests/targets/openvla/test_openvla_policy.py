@@ -135,9 +135,16 @@ def test_failure_4_a_prediction_is_a_chunk_and_never_a_tuple(ar: OpenVlaPolicy, 
         assert {"preprocess", "vision", "prefill", "decode", "total"} == set(chunk.stats.latency_ms)
 
 
-def test_failure_5_actions_are_always_a_chunk(ar: OpenVlaPolicy, oft: OpenVlaPolicy) -> None:
+def test_failure_5_actions_are_always_a_chunk(
+    ar: OpenVlaPolicy, oft: OpenVlaPolicy, ar_directory: Path, oft_directory: Path
+) -> None:
     assert ar.predict(seen()).actions.shape == (1, 7)
     assert oft.predict(seen()).actions.shape == (8, 7)
+    assert (ar.execute, oft.execute, len(oft.predict(seen()).executed)) == (1, 8, 8)
+    for directory, execute, steps in ((ar_directory, 2, 1), (oft_directory, 9, 8)):
+        with pytest.raises(RsdError, match=f"execute {execute}: expected 1 to {steps}, the steps of this policy's"):
+            OpenVlaPolicy.from_pretrained(directory, execute=execute)
+    assert len(OpenVlaPolicy.from_pretrained(oft_directory, execute=5).predict(seen()).executed) == 5
     assert ar.predict(seen()).stats.target_passes == 6
     assert oft.predict(seen()).stats.target_passes == 0
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from rsd.conventions import openvla_gripper_to_env
 from rsd.decoding.timing import Stopwatch
 from rsd.devices import check_device
+from rsd.options import executed_steps
 from rsd.runtime.cuda_graph import Captured
 from rsd.targets.openvla.images import tower_pixels
 from rsd.targets.openvla.llama import Attend, StaticCache
@@ -27,7 +28,7 @@ from rsd.targets.openvla.loading import load_openvla
 from rsd.targets.openvla.model import OpenVlaModel
 from rsd.targets.openvla.precision import compile_layers, use_fp8
 from rsd.targets.openvla.prompt import Prompt
-from rsd.targets.openvla.published import Settings, locate_openvla, locate_under, read_json
+from rsd.targets.openvla.published import Settings, chunk_steps, locate_openvla, locate_under, read_json
 from rsd.targets.openvla.statistics import Statistics
 from rsd.types import ACTION_DIM, CAMERAS, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
@@ -135,11 +136,14 @@ class OpenVlaPolicy:
         settings: Settings,
         *,
         graphs: bool = True,
+        execute: int | None = None,
     ) -> None:
-        """normalisation: means and standard deviations [6, 1, 1] of the two towers' channels; settings: resolved."""
+        """normalisation: means and standard deviations [6, 1, 1] of the two towers' channels; settings: resolved;
+        execute: see `from_pretrained`."""
         self.model, self.prompt, self.statistics, self.settings = model, prompt, statistics, settings
         self.unnorm_key = statistics.key(settings.unnorm_key)
         self.decode = settings.decode or ""
+        self.execute = executed_steps(execute, chunk_steps(self.decode))
         self.engine = Engine(model, self.decode, graphs=graphs)
         self._mean, self._std = (value.to(model.device) for value in normalisation)
 
@@ -166,7 +170,7 @@ class OpenVlaPolicy:
             with watch.stage("decode"):
                 actions = self._to_env(decision.actions[0], unnorm_key)
         stats = ChunkStats(self.decode, prefills=1, target_passes=decision.passes, latency_ms=watch.ms)
-        return ActionChunk(actions, stats)
+        return ActionChunk(actions, stats, self.execute)
 
     def features(self, observation: Observation) -> NDArray[np.float32]:
         """The trunk's final hidden states that the actions are read from: [56, D] with OFT, [7, D] with `ar`."""
@@ -228,12 +232,14 @@ class OpenVlaPolicy:
         graphs: bool = True,
         compile: bool = False,
         fp8: bool = False,
+        execute: int | None = None,
     ) -> OpenVlaPolicy:
         """Load a directory or hub repository in OpenVLA's format; `RsdError` names whatever is missing.
 
         decode, cameras, unnorm_key: see `Settings`; they come before what the directory's own file says.
         suite: names the statistics where nothing else does; like unnorm_key it is tried with `_no_noops`, too.
         base: the model under a LoRA adapter, needed only where the directory holds no merged weights.
+        execute: steps of a chunk that are executed, None: all.
         graphs, compile, fp8: CUDA graphs, compiled layers, FP8 matrices of the trunk, on a GPU."""
         check_device(device)
         directory = locate_openvla(path_or_hub_id)
@@ -246,6 +252,7 @@ class OpenVlaPolicy:
             cameras=cameras or stored.cameras,
             unnorm_key=unnorm_key or stored.unnorm_key or suite,
         ).resolve(directory)
+        executed_steps(execute, chunk_steps(settings.decode))
         statistics, prompt = Statistics.load(directory), Prompt(directory)  # before the 15 GB
         statistics.key(settings.unnorm_key)
         normalisation = read_normalisation(directory)
@@ -255,7 +262,7 @@ class OpenVlaPolicy:
             use_fp8(model)
         if compile:
             compile_layers(model)
-        return cls(model, prompt, statistics, normalisation, settings, graphs=graphs)
+        return cls(model, prompt, statistics, normalisation, settings, graphs=graphs, execute=execute)
 
 
 def read_normalisation(directory: Path) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rsd import hub
 from rsd.checkpoint import locate_checkpoint
+from rsd.conventions import CHUNK_SIZE
 from rsd.json_files import from_json, read_object
 from rsd.types import RsdError
 
@@ -80,6 +81,11 @@ class Settings:
                 f'trained with: write {{"cameras": 1}} or {{"cameras": 2}} into {directory / SETTINGS_FILE}'
             )
         return replace(self, decode=decode, cameras=cameras)
+
+
+def chunk_steps(decode: str | None) -> int:
+    """Steps of a chunk: OpenVLA's 7 tokens are one action, OFT's positions eight."""
+    return 1 if decode == "ar" else CHUNK_SIZE
 
 
 def locate_openvla(path_or_hub_id: str | Path) -> Path | None:

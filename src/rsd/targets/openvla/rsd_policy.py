@@ -75,6 +75,7 @@ class OpenVlaRsdConfig:
     visual_drafter: VisualDrafterConfig | None = field(default_factory=VisualDrafterConfig)
     acceptance: str = "margin"
     fine: str = "regress"
+    execute: int | None = None
 
     def __post_init__(self) -> None:
         sizes = tuple(map(len, (self.state_low, self.state_high, self.state_mean, self.state_std)))

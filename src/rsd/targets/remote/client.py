@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 
 from rsd.checks import Time, checked
-from rsd.chunks import checked_chunk
+from rsd.chunks import MOST_STEPS, ROUNDING, checked_chunk
 from rsd.json_files import from_json
 from rsd.targets.remote.connection import Connection
 from rsd.targets.remote.request import IMAGES, MAX_SIDE, PROMPT, RESET, STATE
 from rsd.targets.remote.wire import Welcome, pack, unpack
 from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation
-
-MAX_STEPS = 1000  # of a chunk
 
 
 class RemotePolicy:
@@ -65,7 +63,11 @@ class RemotePolicy:
                 raise ValueError(f"{queued} and {inferred} ms of {total:.1f} ms")
             if actions.dtype != np.float32 or actions.shape != self.welcome.chunk:
                 raise ValueError(f"actions {actions.dtype} {list(actions.shape)} in the place of {self.welcome.chunk}")
-            chunk = checked_chunk(ActionChunk(actions.copy(), stats))  # what arrived is read-only
+            chunk = checked_chunk(ActionChunk(actions.copy(), stats, self.welcome.execute))  # what arrived is read-only
+            if stats.decode != self.decode:
+                raise ValueError(f"decoded with {stats.decode}, announced was {self.decode}")
+            if (longest := max(stats.latency_ms.values(), default=0.0)) > inferred + ROUNDING:
+                raise ValueError(f"a stage of {longest:g} ms in the {inferred:g} ms that it took")
         except (KeyError, TypeError, AttributeError, ValueError, RsdError) as error:
             found = f"{type(error).__name__}: {error!s:.200}"
             raise RsdError(f"{self.address}: not the answer of this version's `rsd serve` ({found})") from error
@@ -88,6 +90,6 @@ def read_welcome(address: str, message: bytes | str) -> Welcome:
         welcome = from_json(Welcome, content if isinstance(content, dict) else {}, address)
         steps = welcome.chunk[0] if len(welcome.chunk) == 2 and welcome.chunk[1] == ACTION_DIM else 0
         known = welcome.images in (IMAGES, IMAGES[:1]) and 0 < welcome.image_size <= MAX_SIDE
-        if known and 0 < steps <= MAX_STEPS:
+        if known and 0 < steps <= MOST_STEPS and 0 < (steps if welcome.execute is None else welcome.execute) <= steps:
             return welcome
     raise RsdError(f"{address}: expected this version's `rsd serve`, found {content!r:.200}")

@@ -126,8 +126,9 @@ def served_at(address: str, steps: int | None = None) -> RemotePolicy | OpenpiPo
     if not is_rsd(metadata_at(address)):
         return OpenpiPolicy(address, steps)
     remote = RemotePolicy(address)
-    if steps not in (None, remote.welcome.chunk[0]):
+    served = remote.welcome.execute or remote.welcome.chunk[0]
+    if steps not in (None, served):
         remote.close()
-        found = f"chunks of {remote.welcome.chunk[0]} actions, which it was measured with; found {steps}"
-        raise RsdError(f"{address}: --num-open-loop-steps: expected the `rsd serve`'s {found}; leave it out")
+        found = f"executes {served} actions of a chunk, found --execute {steps}"
+        raise RsdError(f"{address}: this `rsd serve` {found}, which cannot be chosen here; give it to `rsd serve`")
     return remote

@@ -101,7 +101,8 @@ def _number(name: Any) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Welcome:
-    """What a client gets to know on connecting. images: the keys it must send; chunk: shape of an answer's actions.
+    """What a client gets to know on connecting. images: the keys it must send; chunk: shape of an answer's actions;
+    execute: how many of them before the next request, None: all.
 
     policy: what names the weights beyond doubt; versions: of what computes, and the device.
     """
@@ -112,3 +113,4 @@ class Welcome:
     chunk: tuple[int, ...]
     policy: dict[str, Any]
     versions: dict[str, str]
+    execute: int | None = None

@@ -1,0 +1,102 @@
+"""`rsd expert run`: the scripted expert on random placements of one task, and why it fails where it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rsd.checks import Checked, Rules, Seed, between
+from rsd.cli.parsing import parse
+from rsd.types import RsdError
+
+if TYPE_CHECKING:  # help and mistakes in the command line start no simulator
+    from numpy.typing import NDArray
+
+    from rsd.sim.libero import LiberoEnv
+
+FRAME_STEPS, FPS = 2, 10.0  # the control rate is 20 Hz
+
+
+@dataclass(frozen=True)
+class ExpertRunConfig(Checked):
+    """Run the scripted expert on placements of one task; exit status 1 if it fails on one."""
+
+    suite: str = "libero_spatial"
+    """Suite."""
+    task: Annotated[int, between(0, 1000)] = 0
+    """Task id."""
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    """Placement seeds, one episode each."""
+    video: Path | None = None
+    """Write the first seed's episode as an mp4 here; nothing that is there is replaced."""
+
+    def rules(self) -> Rules:
+        yield bool(self.seeds), "--seeds to be at least one placement seed", "none"
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    config = parse(ExpertRunConfig, arguments, prog)
+    from rsd.expert.goals import task_goals
+    from rsd.sim.libero import LiberoEnv
+
+    if config.video is not None and config.video.exists():
+        raise RsdError(f"--video {config.video}: expected a new file; name another or remove it")
+    task_goals(config.suite, config.task)  # refuses before the simulator starts
+    env = LiberoEnv(config.suite, config.task, cameras=config.video is not None)
+    failed = 0
+    try:
+        for number, seed in enumerate(config.seeds):
+            failed += not _episode(env, seed, config.video if number == 0 else None)
+    finally:
+        env.close()
+    print(f"{len(config.seeds) - failed} of {len(config.seeds)}: {env.instruction}")
+    return int(failed > 0)
+
+
+def _episode(env: LiberoEnv, seed: int, video: Path | None) -> bool:
+    """One episode, a line about it; whether it succeeded."""
+    from rsd.expert.expert import run as run_expert
+    from rsd.expert.failures import failure_class
+
+    env.reset(options={"placement_seed": seed})
+    recorder = None if video is None else _Frames()
+    result = run_expert(env, recorder=recorder, draw=video is not None)
+    why = "" if result.success else f": {failure_class(env, result.steps)}"
+    print(f"seed {seed}: {'success' if result.success else 'failure'} after {result.steps} steps{why}")
+    if video is not None and recorder is not None:
+        recorder.write(video)
+        print(f"video: {video}")
+    return result.success
+
+
+class _Frames:
+    """A recorder that keeps the third-person camera's pictures."""
+
+    def __init__(self) -> None:
+        self.images = list[NDArray[Any]]()
+        self._steps = 0
+
+    def record(self, env: LiberoEnv, executed: NDArray[Any], clean: NDArray[Any]) -> None:
+        if self._steps % FRAME_STEPS == 0:
+            self.images.append(env.render())
+        self._steps += 1
+
+    def write(self, path: Path) -> None:
+        import imageio_ffmpeg  # type: ignore[import-untyped]  # a run without a video does not need it
+        import numpy as np
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".part")
+        size = self.images[0].shape[1::-1]
+        writer = imageio_ffmpeg.write_frames(
+            str(unfinished), size, fps=FPS, macro_block_size=1, ffmpeg_log_level="error", output_params=["-f", "mp4"]
+        )
+        writer.send(None)  # starts the encoder
+        try:
+            for image in self.images:
+                writer.send(np.ascontiguousarray(image))
+        finally:
+            writer.close()
+        unfinished.replace(path)

@@ -1,0 +1,91 @@
+"""The feedback law that closes a drawer or a door: closed fingers in front of it, then along the way it moves.
+
+Nothing is remembered: each action follows from where the hand and the moving part are now.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rsd.conventions import GRIPPER_CLOSE
+from rsd.expert.articulated import LEAN
+from rsd.expert.goals import Goal
+from rsd.expert.grasps import POINTING_DOWN, about, yaw_of
+from rsd.expert.motion import funnel, step_towards, turn_left
+from rsd.expert.scene import Scene, Vector
+
+STAND_OFF, PAST = 0.09, 0.04  # m before what is pushed, and how far into it the hand is sent
+IN_LINE, BEHIND, TURNED = 0.02, 0.03, 0.3  # m off the line of the push, m past its contact, rad
+TRAVEL_CLEARANCE = 0.08  # m under the hand, which is thicker when it leans
+EDGE_BELOW, EDGE_IN = 0.02, 0.02  # m of a door's contact under its top and inside its far edge
+MAX_STEPS = 300
+
+
+class PushPart:
+    """The law for one episode of a goal `close` of a drawer's region or of a microwave."""
+
+    cramped = False
+    attempts = 1
+    closed = False  # it holds nothing that it would have to finish with
+
+    def __init__(self, scene: Scene, goal: Goal) -> None:
+        self.scene, self.goal = scene, goal
+        self._steps = 0
+
+    @property
+    def gave_up(self) -> bool:
+        """It pushes without effect."""
+        return self._steps > MAX_STEPS
+
+    def action(self) -> Vector:
+        """The clean action [7] at the present state."""
+        if self.scene.env.holds(*self.goal.words):
+            return self.leave()
+        self._steps += 1
+        scene = self.scene
+        contact, way, rotation = self._contact()
+        error = contact - scene.eef
+        along = float(error @ way)
+        off = float(np.linalg.norm(error - along * way))
+        if off < IN_LINE and -BEHIND < along < STAND_OFF + BEHIND and turn_left(scene, rotation) < TURNED:
+            return step_towards(scene, error + PAST * way, rotation, GRIPPER_CLOSE)
+        before = error - STAND_OFF * way
+        goal = contact - STAND_OFF * way
+        free = scene.corridor_top(scene.eef, goal, ignore=()) + TRAVEL_CLEARANCE
+        away = float(np.linalg.norm(before[:2]))
+        before[2] = funnel(away, goal[2], max(free, goal[2]), IN_LINE / 2, 3.0) - scene.eef[2]
+        before[:2] *= np.clip(1.0 - (before[2] - 0.010) / 0.030, 0.0, 1.0)
+        return step_towards(scene, before, rotation, GRIPPER_CLOSE)
+
+    def leave(self) -> Vector:
+        """The clean action [7] that takes the hand back and up."""
+        _, way, rotation = self._contact()
+        return step_towards(self.scene, np.array([0.0, 0.0, 0.02]) - 0.03 * way, rotation, GRIPPER_CLOSE)
+
+    def _contact(self) -> tuple[Vector, Vector, Vector]:
+        """Where the fingertips push [3], which way [3], and the hand's orientation [3, 3]."""
+        scene = self.scene
+        part = scene.moving_part(self.goal.target)
+        if abs(part.axis[2]) > 0.5:
+            return self._door()
+        handle = scene.outermost(part, -part.axis)
+        sideways = np.cross([0.0, 0.0, -1.0], part.axis)
+        angle = float(np.arctan2(part.axis[1], part.axis[0]))
+        rotation = about(sideways, LEAN) @ about(np.array([0.0, 0.0, 1.0]), yaw_of(angle)) @ POINTING_DOWN
+        return handle - 0.01 * part.axis, part.axis, rotation
+
+    def _door(self) -> tuple[Vector, Vector, Vector]:
+        """The outer face near the edge that is far from the hinge, from above."""
+        scene = self.scene
+        part = scene.moving_part(self.goal.target)
+        vertices = np.concatenate(scene.part_shapes(part))
+        hinge = scene.hinge(self.goal.target)
+        radius = vertices[:, :2] - hinge[:2]
+        far = radius[np.argmax(np.linalg.norm(radius, axis=1))]
+        out = far / np.linalg.norm(far)
+        way = np.cross(part.axis, [out[0], out[1], 0.0])  # the joint's positive sense closes it
+        face = float((radius @ way[:2]).min())  # how far the outer face is before the hinge
+        length = float((radius @ out).max()) - EDGE_IN
+        point = np.array([*(hinge[:2] + length * out + face * way[:2]), vertices[:, 2].max() - EDGE_BELOW])
+        yaw = yaw_of(float(np.arctan2(way[1], way[0])) + np.pi / 2)
+        return point - 0.01 * way, way, about(np.array([0.0, 0.0, 1.0]), yaw) @ POINTING_DOWN
