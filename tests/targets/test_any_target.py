@@ -1,12 +1,9 @@
 """Policies of somebody else's: a class, any openpi server, and a drafter and a proxy in front of it."""
 
-import asyncio
 import re
 import socket
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from websockets.sync.client import connect
-from websockets.sync.server import ServerConnection, serve
 
+from foreign_server import CHUNK, foreign, proxied
 from rsd.chunks import environment_ready
 from rsd.decoding.state import EpisodeState
 from rsd.evaluation.config import EvalConfig
@@ -24,8 +21,6 @@ from rsd.models.bundle import code_sizes
 from rsd.models.config import DrafterConfig, StandaloneDrafterConfig, VisualDrafterConfig
 from rsd.models.standalone_drafter import StandaloneDrafter
 from rsd.pt_files import read_pt
-from rsd.serving.proxy import SpeculatingProxy
-from rsd.serving.server import reserve
 from rsd.targets.black_box import Drafter, SpeculatingPolicy, load_drafter
 from rsd.targets.custom import CustomPolicy, identity
 from rsd.targets.drafter_files import StoredDrafter, save_models
@@ -36,7 +31,6 @@ from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 PAGE = Path(__file__).parents[2] / "docs/your_policy.md"
 SEEN = Observation(np.zeros((2, 64, 64, 3), np.uint8), np.zeros(8, np.float32), "pick up the bowl")
-CHUNK = np.zeros((10, 7), np.float32)
 
 
 @pytest.fixture
@@ -88,25 +82,6 @@ def test_actions_are_clipped_or_in_other_units() -> None:
     for odd in (np.full((8, 7), 30.0), np.zeros((8, 14)), np.zeros((0, 7)), np.full((1, 7), np.nan)):
         with pytest.raises(RsdError, match=r"^x"):
             environment_ready(odd, "x")
-
-
-@contextmanager
-def foreign(metadata: Any, port: int = 0) -> Iterator[tuple[str, list[Any]]]:
-    """A server in openpi's protocol, and what it was sent."""
-    asked: list[Any] = []
-
-    def converse(connection: ServerConnection) -> None:
-        connection.send(pack(metadata))
-        for message in connection:
-            asked.append(unpack(message) if isinstance(message, bytes) else message)
-            connection.send(pack({"actions": CHUNK, "policy_timing": {"infer_ms": 0.0}}))
-
-    with serve(converse, "127.0.0.1", port, compression=None, max_size=None) as listening:
-        thread = threading.Thread(target=listening.serve_forever)
-        thread.start()
-        yield f"ws://127.0.0.1:{listening.socket.getsockname()[1]}", asked
-        listening.shutdown()
-        thread.join()
 
 
 def test_any_openpi_server_is_asked_as_its_own_client_asks() -> None:
@@ -174,20 +149,6 @@ def test_a_drafter_of_another_target_is_refused(drafter: Drafter) -> None:
     drafter.check_belongs({"policy": "ws://elsewhere", "metadata": {}})
     with pytest.raises(RsdError, match="distilled from another target"):
         drafter.check_belongs({"policy": "ws://elsewhere", "metadata": {"name": "pi0"}})
-
-
-@contextmanager
-def proxied(address: str, drafter: Drafter) -> Iterator[str]:
-    door = reserve("127.0.0.1", 0)
-    place, ready, loop = f"ws://127.0.0.1:{door.getsockname()[1]}", threading.Event(), asyncio.new_event_loop()
-    proxy, stop = SpeculatingProxy(address, {}, drafter, drafter.skip_rule(), door), asyncio.Event()
-    serving = proxy.serve(stop, lambda _: ready.set())
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serving), daemon=True)
-    thread.start()
-    assert ready.wait(30)
-    yield place
-    loop.call_soon_threadsafe(stop.set)
-    thread.join()
 
 
 def test_the_proxy_outlives_the_server_behind_it(drafter: Drafter) -> None:

@@ -147,7 +147,7 @@ class Rollout:
         self.env, self.target, self.drafter, self.config = env, target, drafter, config
         self.recorder, self.images = EpisodeRecorder(images=False), list[NDArray[np.uint8]]()
         self.looks, self.apart = list[Look](), list[tuple[float, bool]]()
-        self.state = EpisodeState()
+        self.state, self.answers = EpisodeState(), 0
 
     def episode(self, index: int) -> Episode:
         config, env = self.config, self.env
@@ -192,7 +192,8 @@ class Rollout:
         self.images.append(rotate_180(shrunk(seen.images, config.image_size)))
         label = self.labelled(self.target.predict(seen))
         if drafter is None:
-            if len(self.images) % ASKED_TWICE == 1:
+            self.answers += 1
+            if self.answers % ASKED_TWICE == 1:
                 again = self.labelled(self.target.predict(seen))
                 differs = bool((again[:, -1] != label[:, -1]).any())
                 self.apart.append((float(fingertip_deviation(again, label)), differs))
