@@ -30,10 +30,17 @@ def foreign(
             asked.append(unpack(message) if isinstance(message, bytes) else message)
             connection.send(pack({"actions": answer(asked[-1]), "policy_timing": {"infer_ms": 0.0}}))
 
+    with running(converse, port) as address:
+        yield address, asked
+
+
+@contextmanager
+def running(converse: Callable[[ServerConnection], None], port: int = 0) -> Iterator[str]:
+    """A server with that to say to each connection; its address."""
     with serve(converse, "127.0.0.1", port, compression=None, max_size=None) as listening:
         thread = threading.Thread(target=listening.serve_forever)
         thread.start()
-        yield f"ws://127.0.0.1:{listening.socket.getsockname()[1]}", asked
+        yield f"ws://127.0.0.1:{listening.socket.getsockname()[1]}"
         listening.shutdown()
         thread.join()
 

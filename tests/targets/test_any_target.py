@@ -3,7 +3,7 @@
 import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from websockets.sync.client import connect
+from websockets.sync.server import ServerConnection
 
-from foreign_server import CHUNK, foreign, proxied
+from foreign_server import CHUNK, foreign, proxied, running
+from openvla_checkpoint import block_image
 from rsd.chunks import environment_ready
 from rsd.decoding.state import EpisodeState
 from rsd.evaluation.config import EvalConfig
@@ -97,6 +99,63 @@ def test_any_openpi_server_is_asked_as_its_own_client_asks() -> None:
     assert asked[0]["observation/image"].shape == (224, 224, 3)
     with foreign(["a list"]) as (address, _), pytest.raises(RsdError, match="says its metadata first"):
         served_at(address)
+
+
+@pytest.fixture(scope="module")
+def frames() -> dict[str, bytes]:
+    with np.load(Path(__file__).parents[1] / "fixtures/openpi/exchange.npz") as recorded:
+        return {name: recorded[name].tobytes() for name in recorded}
+
+
+def replay(frames: dict[str, bytes], asked: list[Any]) -> Callable[[ServerConnection], None]:
+    """openpi's server as it was recorded; after its text it closes with 1011."""
+
+    def converse(connection: ServerConnection) -> None:
+        connection.send(frames["0_server"])
+        for message in connection:
+            asked.append(message)
+            if unpack(message)["prompt"] == "bad":  # type: ignore[arg-type]
+                connection.send(frames["6_server"].decode())
+                connection.close(1011)
+                break
+            connection.send(frames["2_server"])
+
+    return converse
+
+
+def test_openpis_own_client_and_server_as_recorded(frames: dict[str, bytes], drafter: Drafter) -> None:
+    asked, sent = list[Any](), unpack(frames["1_client"])
+    view = np.stack([block_image(1, 256), block_image(2, 256)])
+    state = sent["observation/state"].astype(np.float32)
+    answer = unpack(frames["2_server"])
+    with running(replay(frames, asked)) as address:
+        policy = served_at(address)
+        chunk = policy.predict(Observation(view, state, sent["prompt"]))
+        ours = unpack(asked.pop())
+        assert ours.keys() == sent.keys()
+        for name, value in ours.items():
+            np.testing.assert_array_equal(value, state if name == "observation/state" else sent[name])
+        np.testing.assert_array_equal(chunk.actions, answer["actions"][:5].astype(np.float32))
+        assert chunk.stats.latency_ms["total"] - chunk.stats.latency_ms["network"] == pytest.approx(0.25)
+        with pytest.raises(RsdError, match="ValueError: no such prompt"):
+            policy.predict(Observation(view, state, "bad"))
+        policy.reset()  # that server closes after a text
+        assert len(policy.predict(Observation(view, state, "again")).actions) == 5
+        policy.close()
+
+        asked.clear()
+        with proxied(address, drafter) as place, connect(place, compression=None, max_size=None) as client:
+            client.recv()
+            for number in (1, 5, 1):
+                client.send(frames[f"{number}_client"])
+                found = client.recv()
+                if number == 5:
+                    assert "ValueError: no such prompt" in found  # type: ignore[operator]
+                else:
+                    read = unpack(found)  # type: ignore[arg-type]
+                    assert read.pop("speculation")["forced"] is True
+                    assert pack(read) == frames["2_server"]
+    assert asked == [frames[f"{number}_client"] for number in (1, 5, 1)]
 
 
 @pytest.fixture

@@ -62,6 +62,7 @@ class Upstream:
         finally:
             sent.set()
         if isinstance(answer, str):
+            await self.close()  # as openpi's server does after it
             raise RsdError(f"{self.address}: {answer}")
         return answer
 
