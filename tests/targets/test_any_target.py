@@ -22,7 +22,6 @@ from rsd.evaluation.foreign import check_foreign
 from rsd.models.bundle import code_sizes
 from rsd.models.config import DrafterConfig, StandaloneDrafterConfig, VisualDrafterConfig
 from rsd.models.standalone_drafter import StandaloneDrafter
-from rsd.pt_files import read_pt
 from rsd.targets.black_box import Drafter, SpeculatingPolicy, load_drafter
 from rsd.targets.custom import CustomPolicy, identity
 from rsd.targets.drafter_files import StoredDrafter, save_models
@@ -237,20 +236,6 @@ def test_the_proxy_outlives_the_server_behind_it(drafter: Drafter) -> None:
             assert "another policy is served there now" in ask()
         client.send(pack({"prompt": "x"}))
         assert "the drafter needs observation/image" in client.recv()
-
-
-def test_a_pointer_of_git_lfs_is_named_and_unpickling_never_advised(tmp_path: Path) -> None:
-    path = tmp_path / "x.pt"
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(RsdError, match="git lfs pull"):
-        read_pt(path)
-    torch.save({"x": EpisodeState()}, path)
-    with pytest.raises(RsdError) as error:
-        read_pt(path)
-    assert "weights_only" not in str(error.value)
-    path.write_bytes(b"")
-    with pytest.raises(RsdError, match="an empty one"):
-        read_pt(path)
 
 
 @pytest.mark.simulator

@@ -212,11 +212,13 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         return found
     from rsd.checkpoint import checkpoint_hash, facts_of, load_calibration, locate_checkpoint, read_content
     from rsd.options import executed_steps, resolve
-    from rsd.targets.openvla.published import chunk_steps, fingerprint, locate_openvla
+    from rsd.targets.openvla.published import Settings, fingerprint, locate_openvla
 
     if (openvla := locate_openvla(config.policy)) is not None:
         engine = engine_of(config, None)
-        steps = executed_steps(config.execute, chunk_steps(config.decode), "--execute")
+        stored = Settings.load(openvla)
+        settings = replace(stored, decode=config.decode, unnorm_key=stored.unnorm_key or config.task_suite)
+        steps = executed_steps(config.execute, settings.resolve(openvla).chunk or 1, "--execute")
         named = {"policy": config.policy, "engine": engine, "execute": steps}
         return {**named, "checkpoint_fingerprint": fingerprint(openvla)}
     directory = locate_checkpoint(config.policy)
