@@ -36,7 +36,7 @@ def test_a_pointer_of_git_lfs_is_named_and_unpickling_never_advised(tmp_path: Pa
     torch.save({"x": Path("a class")}, path)
     with pytest.raises(RsdError) as error:
         read_pt(path)
-    assert "weights_only" not in str(error.value)
+    assert not any(word in str(error.value) for word in ("weights_only", "still be loaded", "trust"))
     path.write_bytes(b"")
     with pytest.raises(RsdError, match="an empty one"):
         read_pt(path)

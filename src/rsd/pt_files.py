@@ -32,7 +32,7 @@ def read_pt(path: Path) -> dict[Any, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds: not a zip, unpickling refused, cut off
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
-        if "weights_only" in reason:  # torch's advice is to run whatever code the file holds
+        if "weights_only" in str(error):  # torch's advice is to run whatever code the file holds
             reason = f"{type(error).__name__}: it holds more than tensors and plain values, or is cut off"
         raise RsdError(f"{path}: not readable without unpickling ({reason}); copy it again") from None
     if not isinstance(content, dict):
