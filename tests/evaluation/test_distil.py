@@ -13,7 +13,7 @@ import torch
 from websockets.sync.client import connect
 
 from foreign_server import foreign, proxied
-from rsd.collection import target_rollouts
+from rsd.collection import target_rollouts, workers
 from rsd.evaluation import distil as distillation
 from rsd.evaluation.backend import describe_checkpoint, rsd_policy, settle
 from rsd.evaluation.config import EvalConfig
@@ -92,8 +92,8 @@ class Here:
 @pytest.fixture(autouse=True)
 def no_simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
-    monkeypatch.setattr(target_rollouts, "worker_environment", PointEnv)
-    monkeypatch.setattr(target_rollouts, "worker_pool", lambda workers: nullcontext(Here()))
+    monkeypatch.setattr(workers, "worker_environment", PointEnv)
+    monkeypatch.setattr(workers, "worker_pool", lambda workers: nullcontext(Here()))
     monkeypatch.setattr(target_rollouts, "libero_attributes", lambda config, task: {})
     monkeypatch.setattr(target_rollouts, "simulator_versions", dict)
     monkeypatch.setattr(target_rollouts, "suite_task", lambda suite, task: SimpleNamespace(name=f"task_{task}"))

@@ -20,15 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.checks import Checked, ImageSize, Millimetres, Seed, Share, Some
-from rsd.collection.collect import PARTS, CollectConfig, EpisodeRecorder, libero_attributes
-from rsd.collection.workers import Workers, part_files, progress_bar, worker_environment, worker_pool
+from rsd.collection import workers
+from rsd.collection.collect import CollectConfig, EpisodeRecorder, libero_attributes
+from rsd.collection.workers import Workers
 from rsd.conventions import rotate_180
-from rsd.data.schema import FILE_SUFFIX, Episode, atomic_file, merge, stored_names, write_episode
+from rsd.data.schema import FILE_SUFFIX, Episode, merge, stored_names
 from rsd.decoding.calibration import fingertip_deviation
 from rsd.decoding.state import EpisodeState
 from rsd.json_files import read_object, write_atomically
 from rsd.locks import exclusive
-from rsd.output import Faults, attempt, writing
+from rsd.output import Faults, writing
 from rsd.sim.libero import LiberoEnv, simulator_versions
 from rsd.sim.suites import suite_task
 from rsd.targets.black_box import Drafter, Proposal, load_drafter, shrunk
@@ -88,18 +89,12 @@ def roll_out(config: RolloutConfig, make_target: MakeTarget) -> dict[str, int]:
     names = {task: suite_task(config.suite, task).name for task in config.tasks}
     with exclusive(config.out):
         check_settings(config)
-        have = {task: finished(config.out, name) for task, name in names.items()}
-        missing = {task: [i for i in range(config.episodes) if i not in have[task]] for task in names}
-        batches = [
-            (task, rest[start : start + BATCH])
-            for start in range(0, config.episodes, BATCH)
-            for task, rest in missing.items()
-            if rest[start : start + BATCH]
-        ]
+        have = {task: workers.finished(config.out, name) for task, name in names.items()}
+        batches = workers.batched(config.episodes, have, BATCH)
         total = config.episodes * len(names)
         faults = Faults(f"finished episodes are kept in {config.out}; the same command goes on")
-        with worker_pool(config.num_workers) as pool, progress_bar() as bar:
-            left = sum(map(len, missing.values()))
+        with workers.worker_pool(config.num_workers) as pool, workers.progress_bar() as bar:
+            left = sum(len(indices) for _, indices in batches)
             shown = bar.add_task(f"rollouts, driven by {config.driver}", total=total, completed=total - left)
             jobs = {pool.submit(batch_of, config, make_target, task, part): task for task, part in batches}
             for job in as_completed(jobs):
@@ -125,23 +120,13 @@ def batch_of(
     config: RolloutConfig, make_target: MakeTarget, task: int, indices: list[int]
 ) -> tuple[int, list[tuple[int, str]]]:
     target, drafter = worker_target(make_target, config.drafter)
-    env = worker_environment(config.suite, task, target.image_size, cameras=True)
-    folder = config.out / PARTS / env.task.name
-
-    def make(index: int) -> Episode:
-        return Rollout(env, target, drafter, config).episode(index)
-
-    def keep(index: int, episode: Episode) -> None:
-        with atomic_file(folder / f"demo_{index}.hdf5") as file:
-            write_episode(file.create_group(f"demo_{index}"), episode)
-
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return attempt(indices, make, keep)
+    env = workers.worker_environment(config.suite, task, target.image_size, cameras=True)
+    folder = config.out / workers.PARTS / env.task.name
+    return workers.make_parts(folder, indices, lambda index: Rollout(env, target, drafter, config).episode(index))
 
 
 class Rollout:
-    """One worker's target and environment; an episode is made of chunks."""
+    """One episode of a worker's target and environment; it is made of chunks."""
 
     def __init__(self, env: LiberoEnv, target: Policy, drafter: Drafter | None, config: RolloutConfig) -> None:
         self.env, self.target, self.drafter, self.config = env, target, drafter, config
@@ -238,14 +223,8 @@ def looked(proposal: Proposal, found: ChunkStats, drove: bool) -> Look:
     return Look(proposal.expected_mm, *known, drove)
 
 
-def finished(out: Path, name: str) -> set[int]:
-    """Indices of episodes that exist, merged or as parts."""
-    parts = [part.stem for part in part_files(out / PARTS / name)]
-    return {int(demo[5:]) for demo in [*parts, *stored_names(out / f"{name}{FILE_SUFFIX}")]}
-
-
 def merged(config: RolloutConfig, task: int, name: str) -> int:
-    path, parts = config.out / f"{name}{FILE_SUFFIX}", part_files(config.out / PARTS / name)
+    path, parts = config.out / f"{name}{FILE_SUFFIX}", workers.part_files(config.out / workers.PARTS / name)
     if not parts:
         return len(stored_names(path))
     alike = CollectConfig(config.out, suite=config.suite, image_size=config.image_size)
@@ -260,7 +239,7 @@ def merged(config: RolloutConfig, task: int, name: str) -> int:
 
 def check_settings(config: RolloutConfig) -> None:
     """`RsdError` for a folder of rollouts made otherwise; the first one writes down how."""
-    path = config.out / PARTS / "settings.json"
+    path = config.out / workers.PARTS / "settings.json"
     wanted = config.settings
     if path.exists() and (found := read_object(path, "a folder of rollouts")) != wanted:
         changed = [name for name in wanted if found.get(name) != wanted[name]]

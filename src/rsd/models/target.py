@@ -9,6 +9,7 @@ wider. Next-scale prediction as in VAR (arXiv 2404.02905), here over action resi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 
@@ -81,12 +82,12 @@ class LevelHead(nn.Module):
         return logits.unflatten(-1, (-1, self.symbols)).flatten(2, 3)
 
 
-class BlockTarget(nn.Module):
+class BlockTarget(nn.Module, ABC):
     """What stands behind the prefix of any target: blocks of query positions and the heads that read them.
 
     Values of motion scalars are in units of the tokenizer's first step D_1. `state_mean`, `state_std` [11] normalise
-    the state features and are stored with the weights. A subclass makes the prefix (`encode_text`, `embed_prefix`), has
-    a `trunk`, and runs both through it (`_prefill`)."""
+    the state features and are stored with the weights. A subclass makes the prefix and runs it through a `trunk`: the
+    three abstract methods."""
 
     state_mean: Tensor
     state_std: Tensor
@@ -108,19 +109,21 @@ class BlockTarget(nn.Module):
         self.gripper_head = nn.Linear(dim, 1)
         self.residual_head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, self.motion_dim))
 
-    # prefix
+    # what a target has of its own
 
+    @abstractmethod
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Word ids [B, 32] -> language tokens [B, N, Dt], condition [B, Dt]; constant over an episode."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed_prefix(self, images: Tensor, state: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded text -> prefix [B, N, D]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _prefill(self, prefix: Tensor, queries: Tensor, apart: bool = False) -> tuple[list[Tensor], KVCache]:
         """Prefix and query positions in one pass -> features of each block, the cache; apart: no block sees another."""
-        raise NotImplementedError
+
+    # the prefix
 
     def normalise(self, state: Tensor) -> Tensor:
         """State features [B, 11] in standard deviations of the training data."""

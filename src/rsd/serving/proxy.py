@@ -24,7 +24,7 @@ from rsd.chunks import environment_ready
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.state import EpisodeState
 from rsd.extras import extra
-from rsd.serving.server import MAX_MESSAGE, check_health, until_signal
+from rsd.serving.server import serve_until, until_signal
 from rsd.targets.black_box import Drafter, Proposal, shrunk
 from rsd.targets.remote.openpi import SPECULATION, read_metadata, same
 from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, RESET, STATE, square
@@ -33,7 +33,7 @@ from rsd.types import CAMERAS, ChunkStats, Observation, RsdError, real_array
 
 with extra("serve"):
     from websockets.asyncio.client import ClientConnection, connect
-    from websockets.asyncio.server import ServerConnection, serve
+    from websockets.asyncio.server import ServerConnection
     from websockets.exceptions import ConnectionClosed, WebSocketException
 
 LONGEST_TEXT = 1000  # characters of an answer that says what was wrong
@@ -193,11 +193,7 @@ class SpeculatingProxy:
         try:
             for _ in range(WARMUP):
                 await self.run(self.propose, blank(self.drafter.stored.config.image_size), EpisodeState())
-            host, port = self._door.getsockname()[:2]
-            options: dict[str, Any] = {"compression": None, "max_size": MAX_MESSAGE, "origins": [None]}
-            async with serve(handle, sock=self._door, process_request=check_health, **options):
-                listening(f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}")
-                await stop.wait()
+            await serve_until(stop, handle, self._door, listening)
         finally:
             self._thread.shutdown(cancel_futures=True)
             self._door.close()

@@ -66,18 +66,7 @@ class PolicyServer:
                     await connection.send(hello)
                     await self._converse(connection)
 
-            host, port = self._door.getsockname()[:2]
-            # No compression: pixels do not shrink. No origins: a web page must not reach a robot through a browser.
-            async with serve(
-                handle,
-                sock=self._door,
-                compression=None,
-                max_size=MAX_MESSAGE,
-                origins=[None],
-                process_request=check_health,
-            ):
-                listening(f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}")
-                await stop.wait()
+            await serve_until(stop, handle, self._door, listening)
         finally:
             self._thread.shutdown(cancel_futures=True)
             self._door.close()
@@ -114,6 +103,21 @@ def reserve(host: str, port: int) -> socket.socket:
 def check_health(connection: ServerConnection, request: Request) -> Response | None:
     """OK for GET /healthz; everything else goes on to the WebSocket handshake."""
     return connection.respond(HTTPStatus.OK, "OK\n") if request.path == "/healthz" else None
+
+
+async def serve_until(
+    stop: asyncio.Event,
+    handle: Callable[[ServerConnection], Coroutine[Any, Any, None]],
+    door: socket.socket,
+    listening: Callable[[str], None],
+) -> None:
+    """Serve at `door` until `stop`; `listening` is told the address as soon as clients may connect."""
+    host, port = door.getsockname()[:2]
+    # No compression: pixels do not shrink. No origins: a web page must not reach a robot through a browser.
+    limits: dict[str, Any] = {"compression": None, "max_size": MAX_MESSAGE, "origins": [None]}
+    async with serve(handle, sock=door, process_request=check_health, **limits):
+        listening(f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}")
+        await stop.wait()
 
 
 def serve_until_signal(server: PolicyServer, listening: Callable[[str], None]) -> None:
