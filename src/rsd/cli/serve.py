@@ -123,8 +123,8 @@ def run_proxy(options: ServeArguments) -> int:
     import torch
 
     from rsd.devices import check_device
-    from rsd.serving.proxy import SpeculatingProxy, proxy_until_signal
-    from rsd.serving.server import reserve
+    from rsd.serving.proxy import SpeculatingProxy
+    from rsd.serving.server import reserve, until_signal
     from rsd.targets.black_box import load_drafter
     from rsd.targets.remote.openpi import identity_of, is_rsd, metadata_at
 
@@ -145,6 +145,6 @@ def run_proxy(options: ServeArguments) -> int:
 
     known = is_rsd(metadata)
     proxy = SpeculatingProxy(options.policy, metadata, drafter, skip, door, passes_reset=known)
-    proxy_until_signal(proxy, listening)
+    until_signal(lambda stop: proxy.serve(stop, listening))
     console.print("stopped")
     return 0

@@ -24,12 +24,12 @@ from rsd.chunks import environment_ready
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.state import EpisodeState
 from rsd.extras import extra
-from rsd.serving.server import serve_until, until_signal
+from rsd.serving.server import serve_until
 from rsd.targets.black_box import Drafter, Proposal, shrunk
 from rsd.targets.remote.openpi import SPECULATION, read_metadata, same
 from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, RESET, STATE, square
 from rsd.targets.remote.wire import pack, unpack
-from rsd.types import CAMERAS, ChunkStats, Observation, RsdError, real_array
+from rsd.types import ChunkStats, Observation, RsdError, real_array
 
 with extra("serve"):
     from websockets.asyncio.client import ClientConnection, connect
@@ -230,14 +230,9 @@ def require_keys(content: Mapping[Any, Any]) -> None:
 def blank(size: int) -> dict[str, Any]:
     """An observation of nothing, to warm up with."""
     view = np.zeros((size, size, 3), np.uint8)
-    return {**dict.fromkeys(IMAGES[: len(CAMERAS)], view), STATE: np.zeros(8), PROMPT: "pick up the black bowl"}
+    return {**dict.fromkeys(IMAGES, view), STATE: np.zeros(8), PROMPT: "pick up the black bowl"}
 
 
 def plain_stats(stats: ChunkStats) -> dict[str, Any]:
     """Without what is not known."""
     return {name: value for name, value in asdict(stats).items() if value not in (None, "", [], {})}
-
-
-def proxy_until_signal(proxy: SpeculatingProxy, listening: Callable[[str], None]) -> None:
-    """Serve in the main thread until Ctrl-C or SIGTERM."""
-    until_signal(lambda stop: proxy.serve(stop, listening))

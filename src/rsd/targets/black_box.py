@@ -31,7 +31,7 @@ from rsd.models.target import BlockTarget, state_features
 from rsd.models.text import word_ids
 from rsd.policy import TextCache
 from rsd.runtime.engines import choose_engine, make_engine
-from rsd.targets.drafter_files import StoredDrafter, check_belongs, device_of, load_models, read_drafter
+from rsd.targets.drafter_files import StoredDrafter, check_belongs, load_models, read_drafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import AUTO, TARGET_ONLY, ActionChunk, Chunks, ChunkStats, Observation, Policy, RsdError
 
@@ -59,7 +59,7 @@ class Drafter:
 
     def __init__(self, model: StandaloneDrafter, tokenizer: ActionTokenizer, stored: StoredDrafter, where: str) -> None:
         self.model, self.stored, self.where = model.eval(), stored, where
-        self.device = device_of(model)
+        self.device = next(model.parameters()).device
         self.tokenizer = tokenizer.to(self.device)
         self.horizon = tokenizer.config.horizon
         rule = acceptance_rule(RULE, tokenizer.config.rfsq)

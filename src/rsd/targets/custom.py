@@ -1,20 +1,8 @@
 """A policy of one's own: any class with `reset()` and `predict(observation)`, named as `module:Class` or
 `path/to/file.py:Class`, seen from the current directory.
 
-    class MyPolicy:
-        image_size = 256  # optional: pixels a side that the cameras are drawn with
-        version = "run 12"  # optional: a run is not continued with another one
-
-        def __init__(self, device="cpu"):  # optional: gets --device
-            self.model = load(device)
-
-        def reset(self):  # an episode begins; may take `seed`
-            ...
-
-        def predict(self, observation):  # rsd.types.Observation: images uint8 [2, S, S, 3], state [8], instruction
-            return self.model(...)  # [n, 7] to be executed, in [-1, 1], gripper -1 = open
-
-Every worker process makes one of its own.
+`predict` takes an `Observation` and returns actions [n, 7] to be executed, in [-1, 1], gripper -1 = open; what else the
+class may have is in docs/your_policy.md. Every worker process makes one of its own.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from safetensors.torch import save_file
 
 from rsd import manifest
@@ -100,7 +99,3 @@ def check_belongs(stored: StoredDrafter, target: dict[str, Any], where: str) -> 
         name = changed[0]
         apart = f"{name} {own.get(name)!s:.60} there, {found.get(name)!s:.60} here"
         raise RsdError(f"{where}: distilled from another target ({apart}); distil one for this target")
-
-
-def device_of(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
