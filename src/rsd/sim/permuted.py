@@ -160,7 +160,9 @@ def near(layout: Layout, scene: SceneFile, other: SceneFile, distance: float = 0
     return all(_same_place(place, regions, there, other.regions, distance) for place, there in pairs)
 
 
-def _same_place(place: str, regions: dict[str, Region], other: str, others: dict[str, Region], distance: float) -> bool:
+def _same_place(
+    place: str, regions: dict[str, Region], other: str, others: dict[str, Region], distance: float
+) -> bool:
     if place in regions and other in others:
         return bool(np.hypot(*np.subtract(regions[place].centre, others[other].centre)) < distance)
     return place == other
