@@ -32,9 +32,9 @@ from rsd.locks import exclusive
 from rsd.output import Faults, writing
 from rsd.sim.libero import LiberoEnv, simulator_versions
 from rsd.sim.suites import suite_task
-from rsd.targets.black_box import Drafter, Proposal, load_drafter, shrunk
+from rsd.targets.black_box import Drafter, load_drafter, shrunk
 from rsd.tokenizer.config import Horizon
-from rsd.types import ActionChunk, ChunkStats, Policy, RsdError
+from rsd.types import ActionChunk, Policy, RsdError
 
 ASKED_TWICE = 4  # every so many chunks a target that drives itself is asked again: how far is it from itself?
 BATCH = 2  # episodes a worker makes of one task before the next
@@ -187,7 +187,8 @@ class Rollout:
         proposal = drafter.propose(seen, self.state, skip)
         drove = proposal.trusted if config.driver == "gate" else bool(rng.random() < config.share)
         found = drafter.judged(proposal, label)
-        self.looks.append(looked(proposal, found, drove))
+        known = float(found.deviation_mm or 0.0), bool(found.gripper_differs), proposal.forced, bool(found.stood)
+        self.looks.append(Look(proposal.expected_mm, *known, drove))
         executed = proposal.actions if drove else label
         self.state = drafter.after(self.state, executed, None if drove else found.stood)
         return label, executed
@@ -215,12 +216,6 @@ class Rollout:
 
         _, _, terminated, truncated, _ = self.env.step_chunk(driven, record)
         return terminated, terminated or truncated
-
-
-def looked(proposal: Proposal, found: ChunkStats, drove: bool) -> Look:
-    """found: what the target made of the draft."""
-    known = float(found.deviation_mm or 0.0), bool(found.gripper_differs), proposal.forced, bool(found.stood)
-    return Look(proposal.expected_mm, *known, drove)
 
 
 def merged(config: RolloutConfig, task: int, name: str) -> int:
