@@ -172,6 +172,14 @@ def evaluated(address: str, drafter: Path) -> EvalConfig:
     return settle(EvalConfig(policy=address, drafter=str(drafter)))[0]
 
 
+def test_a_server_is_not_asked_for_the_device_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "check_device", lambda device: None)
+    monkeypatch.setattr(distillation.Run, "round", lambda run, number, drafter: tmp_path / run.target.device)
+    monkeypatch.setattr(distillation.Run, "finish", lambda run, trained: trained)
+    with foreign({}) as (address, _):
+        assert distil(asked(address, tmp_path, device="cuda")) == tmp_path / "cpu"
+
+
 def test_a_target_that_never_answers_alike_sets_epsilon_and_drafters_lead_elsewhere(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
 

@@ -62,7 +62,7 @@ def distil(config: DistilConfig) -> Path:
         task_suite=config.task_suite,
         tasks=config.tasks,
         policy=config.target,
-        device=config.device,
+        device="cpu" if config.target.startswith(("ws://", "wss://")) else config.device,  # a server has its own
         execute=config.execute,
     )
     if target.custom:

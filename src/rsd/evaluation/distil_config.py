@@ -47,7 +47,7 @@ class DistilConfig(Checked):
     max_skips: Chunks = MAX_SKIPS
     """Chunks in a row without the target, at most."""
     device: str = "cpu"
-    """Where target and training run."""
+    """Where training runs, and the target unless it is served; 4,000 steps want a GPU."""
     num_workers: Annotated[int, between(1, 4096)] = 2
     """Processes of the rollouts, each with a target of its own."""
     seed: Seed = 0
