@@ -111,6 +111,15 @@ def test_a_missing_package_names_its_extra(
         importlib.import_module(module)
 
 
+def test_serving_needs_nothing_of_openvla(monkeypatch: pytest.MonkeyPatch) -> None:
+    for loaded in [each for each in sys.modules if each.startswith(("rsd.targets.openvla", "rsd.serving"))]:
+        monkeypatch.delitem(sys.modules, loaded)
+    for hidden in ("simplejpeg", "tokenizers"):
+        monkeypatch.setitem(sys.modules, hidden, None)  # type: ignore[arg-type]
+    for module in ("rsd.serving.server", "rsd.serving.proxy", "rsd.evaluation.distil"):
+        importlib.import_module(module)
+
+
 def test_a_broken_package_is_named_too() -> None:
     with pytest.raises(RsdError, match=r"the package libx, found none: pip install 'rsd-vla\[train\]'"), extra("train"):
         raise ImportError("libx.so: cannot open shared object file")
