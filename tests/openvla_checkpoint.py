@@ -268,8 +268,10 @@ def write_heads(directory: Path, *parts: str) -> Path:
     return directory
 
 
-def write_adapter(directory: Path, base: str) -> Path:
-    """A LoRA adapter of PEFT on `base`, beside nothing but statistics, as an unmerged OFT run leaves it."""
+def write_adapter(directory: Path, base: str, *, lm_head: bool = False) -> Path:
+    """A LoRA adapter of PEFT on `base`, beside nothing but statistics, as an unmerged OFT run leaves it.
+
+    lm_head: PEFT 0.11.1's "all-linear" reaches it, too, and then saves the matrix itself beside its factors."""
     adapter = directory / "lora_adapter"
     adapter.mkdir(parents=True, exist_ok=True)
     rank, targets = 4, {}
@@ -278,8 +280,11 @@ def write_adapter(directory: Path, base: str) -> Path:
             module = "base_model.model." + name.removesuffix(".weight")
             targets[f"{module}.lora_A.weight"] = draw(name + "A", rank, *weight.shape[1:])
             targets[f"{module}.lora_B.weight"] = draw(name + "B", weight.shape[0], rank, 1, 1, scale=0.05)
-        if weight.ndim == 2 and name.endswith(".weight") and "lm_head" not in name and "embed_tokens" not in name:
+        left_out = "embed_tokens" in name or ("lm_head" in name and not lm_head)
+        if weight.ndim == 2 and name.endswith(".weight") and not left_out:
             module = "base_model.model." + name.removesuffix(".weight")
+            if "lm_head" in name:
+                targets[f"{module}.base_layer.weight"] = weight
             targets[f"{module}.lora_A.weight"] = draw(name + "A", rank, weight.shape[1])
             targets[f"{module}.lora_B.weight"] = draw(name + "B", weight.shape[0], rank, scale=0.05)
     save_file(targets, adapter / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -95,7 +95,7 @@ from rsd.sim.libero import simulator_versions
         ("rsd.targets.openvla.images", "simplejpeg", "openvla"),
         ("rsd.targets.openvla.prompt", "tokenizers", "openvla"),
         ("rsd.targets.remote.wire", "msgpack", "serve"),
-        ("rsd.targets.remote.client", "websockets", "serve"),
+        ("rsd.targets.remote.connection", "websockets", "serve"),
         ("rsd.serving.server", "websockets", "serve"),
     ],
 )
@@ -108,6 +108,15 @@ def test_a_missing_package_names_its_extra(
         monkeypatch.delitem(sys.modules, loaded, raising=False)
     monkeypatch.setitem(sys.modules, hidden, None)  # type: ignore[arg-type]
     with pytest.raises(RsdError, match=rf"the package {hidden}, found none: pip install 'rsd-vla\[{name}\]'"):
+        importlib.import_module(module)
+
+
+def test_serving_needs_nothing_of_openvla(monkeypatch: pytest.MonkeyPatch) -> None:
+    for loaded in [each for each in sys.modules if each.startswith(("rsd.targets.openvla", "rsd.serving"))]:
+        monkeypatch.delitem(sys.modules, loaded)
+    for hidden in ("simplejpeg", "tokenizers"):
+        monkeypatch.setitem(sys.modules, hidden, None)  # type: ignore[arg-type]
+    for module in ("rsd.serving.server", "rsd.serving.proxy", "rsd.evaluation.distil"):
         importlib.import_module(module)
 
 

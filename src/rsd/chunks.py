@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rsd.checks import between, check, checked, dotted
+from rsd.checks import between, check, check_shape, checked, dotted
 from rsd.types import ACTION_DIM, VERIFY_PENDING, ActionChunk, ChunkStats, RsdError, real_array
 
 MOST_STAGES = 100  # of a chunk's latency
 MOST_STEPS = 1000  # of a chunk
 ROUNDING = 0.1  # ms
+OVERSHOOT = 2.0  # a regression or a flow leaves [-1, 1] a little; what is larger is in other units
 
 
 def checked_chunk(chunk: ActionChunk) -> ActionChunk:
@@ -54,6 +56,20 @@ def check_stats(stats: ChunkStats) -> None:
     }
     if found := [name for name, holds in impossible.items() if holds]:
         raise RsdError(f"policy: impossible statistics: {found[0]:.200}")
+
+
+def environment_ready(actions: Any, where: str, steps: int | None = None) -> NDArray[np.float32]:
+    """What somebody else's policy gave, [n, 7] or one action [7] -> the first `steps` of it, float32, clipped to
+    [-1, 1] as LIBERO's controller clips; `RsdError` for other shapes, and for numbers that are in other units."""
+    found = real_array(f"{where}: actions", actions)
+    found = found[None] if found.ndim == 1 else found
+    check_shape(f"{where}: actions", found.shape, ("n", ACTION_DIM))
+    if not len(found):
+        raise RsdError(f"{where}: actions: expected [n, {ACTION_DIM}] with n > 0, found {list(found.shape)}")
+    if (largest := np.abs(found).max()) > OVERSHOOT:
+        expected = "actions as LIBERO's controller takes them, in [-1, 1], gripper -1 = open"
+        raise RsdError(f"{where}: expected {expected}, found one of {largest:.4g}; de-normalise or scale them")
+    return np.clip(found[:steps], -1.0, 1.0)
 
 
 def longest_stage(latency_ms: Mapping[str, float]) -> str:

@@ -5,9 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rsd.types import RsdError
+
+scalar = np.float64(0).__reduce__()[0]  # NumPy's own way to make a number; its module is private
+
+LFS = b"version https://git-lfs"
+NUMBERS = (np.float64, np.float32, np.int64, np.int32, np.bool_)
+# What a pickled NumPy number is made of, under NumPy 1's name for it, too: a loss or an accuracy beside the weights.
+NUMPY_NUMBERS: list[Any] = [np.dtype, *(type(np.dtype(kind)) for kind in NUMBERS)]
+NUMPY_NUMBERS += [(scalar, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")]
 
 
 def read_pt(path: Path) -> dict[Any, Any]:
@@ -17,11 +26,22 @@ def read_pt(path: Path) -> dict[Any, Any]:
         raise RsdError(f"{path}: not found: expected a file of torch.save, found {found}")
     if not path.stat().st_size:
         raise RsdError(f"{path}: not readable: expected a file of torch.save, found an empty one; copy it again")
+    refuse_pointer(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds: not a zip, unpickling refused, cut off
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+        if "weights_only" in str(error):  # torch's advice is to run whatever code the file holds
+            reason = f"{type(error).__name__}: it holds more than tensors and plain values, or is cut off"
         raise RsdError(f"{path}: not readable without unpickling ({reason}); copy it again") from None
     if not isinstance(content, dict):
         raise RsdError(f"{path}: expected a state dict (names to tensors), found {type(content).__name__}")
     return content
+
+
+def refuse_pointer(path: Path) -> None:
+    """`RsdError` for what `git clone` leaves in the place of a large file where git-lfs is missing."""
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise RsdError(f"{path}: this is a git-lfs pointer, not the file; run `git lfs pull` in its repository")

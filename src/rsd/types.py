@@ -19,6 +19,8 @@ CAMERAS = ("agentview", "wrist")
 # see `runtime.engines`
 AUTO, EAGER, CUDA_GRAPHS, COMPILED, ONNX = ENGINES = "auto", "eager", "cuda-graphs", "compiled", "onnx"
 MAX_SKIPS, MEMORY_CHUNKS = 6, 2  # of `decoding.gate.SkipRule`; here, where nothing loads torch
+TARGET_ONLY = "target-only"  # how a policy of somebody else's decodes: its own way
+DRAFTER_ONLY = "drafter-only"  # the drafter as a policy, without a target
 BEST = "best"  # in the place of a decoder's name: the best proven one that the checkpoint supports
 Deviation = Annotated[float, between(0, 1e300)]
 Temperature = Annotated[float, Where(lambda t: t == 0 or 1e-3 <= t <= 1e3, "that is 0 or from 0.001 to 1000")]
@@ -63,9 +65,14 @@ class Observation:
 
 
 def check_observation(found: Any) -> Observation:
-    """What `predict` was given; `RsdError` for anything but an `Observation`."""
+    """What `predict` was given, an `Observation` or what `rsd/Libero-v0` returns with the instruction of its info;
+    `RsdError` for anything else."""
     if isinstance(found, Observation):
         return found
+    if isinstance(found, dict) and {*CAMERAS, "state", "instruction"} <= found.keys():
+        import numpy as np
+
+        return Observation(np.stack([found[name] for name in CAMERAS]), found["state"], found["instruction"])
     what = "its images uint8 [2, S, S, 3], its state [8] and its instruction"
     remedy = f"make one: rsd.types.Observation(images, state, instruction), of {what}"
     raise RsdError(f"predict: expected an Observation, found {type(found).__name__}; {remedy}")

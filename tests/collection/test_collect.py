@@ -169,7 +169,7 @@ def test_a_draw_that_leaves_no_room_is_drawn_again(monkeypatch: pytest.MonkeyPat
 def test_demonstrations_that_cannot_be_made_are_named_once_the_others_are(
     config: CollectConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rsd.collection.collect.worker_pool", lambda _: contextlib.nullcontext(InThisProcess()))
+    monkeypatch.setattr("rsd.collection.workers.worker_pool", lambda _: contextlib.nullcontext(InThisProcess()))
     monkeypatch.setattr("rsd.collection.collect.as_completed", list)
     make = collecting.make_demonstration
 

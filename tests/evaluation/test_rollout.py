@@ -43,6 +43,24 @@ def test_a_success_stops_inside_its_chunk_and_counts_only_executed_steps() -> No
     result.check("here")
 
 
+class Fresh(ScriptedPolicy):
+    """Nothing is ready before the first `reset`."""
+
+    ready = False
+
+    def reset(self, seed: int | None = None) -> None:
+        super().reset(seed)
+        self.ready = True
+
+    def predict(self, observation: Observation) -> ActionChunk:
+        assert self.ready
+        return super().predict(observation)
+
+
+def test_a_policy_is_reset_before_it_is_warmed_up() -> None:
+    assert roll(CountingEnv("any", 0, 8), Fresh(), warmup=2).result.success
+
+
 class Cautious(ScriptedPolicy):
     def predict(self, observation: Observation) -> ActionChunk:
         return replace(super().predict(observation), execute=3)

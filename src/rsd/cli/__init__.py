@@ -94,6 +94,12 @@ COMMANDS = {
     "train drafter": Command(
         "train a drafter alone", "rsd.training.policy", "train_drafter", "rsd.training.config:TrainDrafterConfig"
     ),
+    "drafter distil": Command(
+        "distil a drafter for any policy, from its rollouts",
+        "rsd.evaluation.distil",
+        "distil",
+        "rsd.evaluation.distil_config:DistilConfig",
+    ),
     "import-legacy": Command(
         "read the original experiment's checkpoints",
         "rsd.legacy.run",

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from rsd.cli.parsing import UsageError, check_choice, parse
 from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule, option, stored_config
-from rsd.types import BEST, RsdError
+from rsd.types import BEST, DRAFTER_ONLY, TARGET_ONLY, RsdError
 
 BASELINE = "ar"
-TARGET_ALONE, DRAFTER_ALONE = "l1", "drafter-only"  # what --compare runs beside the checkpoint's best
+TARGET_ALONE, DRAFTER_ALONE = "l1", DRAFTER_ONLY  # what --compare runs beside the checkpoint's best
 COMPARISON_FILE = "comparison.md"
 
 
@@ -32,8 +32,8 @@ class EvalArguments:
     resume: Path | None = None
     """Continue the run in this directory, with the options it was begun with."""
     compare: bool = False
-    """Run the target alone (--decode l1), best and the drafter alone (drafter-only, if there is a visual drafter) on
-    the same initial states; print their table."""
+    """Run the target alone (--decode l1, with a --drafter target-only), best and the drafter alone (drafter-only, if
+    there is a visual drafter) on the same initial states; print their table."""
     report: bool = False
     """Also write the HTML report, as `rsd report` does."""
     overwrite: bool = False
@@ -83,6 +83,7 @@ def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
     with --compare the target alone, the best and the drafter alone."""
     from rsd.decoding.decoders import DECODERS, names
     from rsd.evaluation.backend import settle
+    from rsd.evaluation.foreign import is_foreign
 
     config, speculative = options.config, options.use_speculative_decoding
     if options.compare and (config.decode != BEST or speculative is not None):
@@ -92,21 +93,24 @@ def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
         raise UsageError(
             f"--use-speculative-decoding {speculative} contradicts --decode {config.decode}; leave one out"
         )
+    if is_foreign(config):
+        check_names(config)
     if speculative is False and config.decode == BEST:
-        config = replace(config, decode=BASELINE)
+        config = replace(config, decode=TARGET_ONLY if config.drafter or config.custom else BASELINE)
     best, note = settle(config)
     if (options.compare or speculative) and best.decode not in names(drafts=True):
         wanted = "--compare" if options.compare else "--use-speculative-decoding True"
         raise UsageError(
             f"{wanted}: {config.policy} decodes by {best.decode} alone, without a draft; "
-            "a published OpenVLA checkpoint gets one by rsd train policy --backbone openvla"
+            "`rsd drafter distil` makes one for any policy, rsd train policy --backbone openvla for OpenVLA"
         )
     if not options.compare:
         return [(best, note)]
     # of one alone nothing is accepted or skipped, and the target's own chunks have no draft to audit
     without = ("acceptance", "skip_threshold_mm", *OF_THE_RULE, "target_at_reset")
     alone = replace(config, **{name: getattr(EvalConfig, name) for name in without})
-    runs = [(replace(alone, decode=TARGET_ALONE, audit=False), ""), (best, note)]
+    target = TARGET_ONLY if config.drafter else TARGET_ALONE
+    runs = [(replace(alone, decode=target, audit=False), ""), (best, note)]
     if DECODERS[best.decode].visual:
         runs.append((replace(alone, decode=DRAFTER_ALONE), ""))
     if not config.output:
@@ -136,10 +140,15 @@ def check_names(config: EvalConfig) -> None:
     from rsd.decoding.acceptance import acceptance_rule
     from rsd.decoding.decoders import names
     from rsd.devices import check_device
+    from rsd.evaluation.foreign import check_foreign, is_foreign
     from rsd.options import check_sampling
     from rsd.targets.openvla.published import DECODERS, is_openvla
     from rsd.tokenizer.rfsq import RfsqConfig
 
+    if is_foreign(config):
+        check_foreign(config)
+        check_device(config.device)
+        return
     local = Path(config.policy)
     if local.is_dir() or config.decode not in DECODERS:  # of a hub's checkpoint the format is not known yet
         published = local.is_dir() and is_openvla(local)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 from rsd.checks import Millimetres, between
 from rsd.cli.eval import check_names
 from rsd.cli.parsing import UsageError, parse
-from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.config import EvalConfig, option
 from rsd.types import Chunks, Engine, Steps, Threads
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -30,6 +31,9 @@ class ServeArguments:
 
     policy: str = EvalConfig.policy
     """Checkpoint directory or Hugging Face hub id: everything that `rsd eval --policy` takes."""
+    drafter: str = ""
+    """With --policy ws://HOST:PORT, anybody's server in openpi's protocol: a speculating proxy in front of it with this
+    drafter (`rsd drafter distil`)."""
     decode: str = EvalConfig.decode
     """Decoder, as of `rsd eval`."""
     acceptance: str = EvalConfig.acceptance
@@ -67,12 +71,18 @@ class ServeArguments:
         own = {name: getattr(self, name) for name in SHARED}
         config = EvalConfig(**own, task_suite=self.statistics)
         if config.served:
-            raise UsageError(f"--policy {self.policy}: is served already; expected a checkpoint directory or hub id")
+            remedy = "expected a checkpoint directory or hub id, or a --drafter to speculate in front of it"
+            raise UsageError(f"--policy {self.policy}: is served already; {remedy}")
+        if config.custom or self.drafter:
+            asked = f"--drafter {self.drafter}: expected --policy ws://HOST:PORT" if self.drafter else "--policy"
+            raise UsageError(f"{asked}: expected a checkpoint directory, hub id or server, found {self.policy}")
         return config
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(ServeArguments, arguments, prog)
+    if options.drafter and options.policy.startswith(("ws://", "wss://")):
+        return run_proxy(options)
     asked = options.evaluated
 
     import torch
@@ -97,5 +107,44 @@ def run(arguments: Sequence[str], prog: str) -> int:
             console.print("no authentication: who reaches this port drives the robot", style="yellow")
 
     serve_until_signal(server, listening)
+    console.print("stopped")
+    return 0
+
+
+def run_proxy(options: ServeArguments) -> int:
+    """Speculate in front of somebody else's server."""
+    from rsd.evaluation.foreign import OF_THE_GATE
+
+    proxied = ("policy", "drafter", *OF_THE_GATE, "device", "threads")
+    for entry in fields(options):
+        if entry.name not in (*proxied, "host", "port") and getattr(options, entry.name) != entry.default:
+            raise UsageError(f"{option(entry.name)}: not of a proxy with --drafter; leave it out")
+
+    import torch
+
+    from rsd.devices import check_device
+    from rsd.serving.proxy import SpeculatingProxy
+    from rsd.serving.server import reserve, until_signal
+    from rsd.targets.black_box import load_drafter
+    from rsd.targets.remote.openpi import identity_of, is_rsd, metadata_at
+
+    check_device(options.device)
+    door = reserve(options.host, options.port)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    drafter = load_drafter(Path(options.drafter), options.device)
+    metadata = metadata_at(options.policy)
+    drafter.check_belongs(identity_of(metadata))
+    skip = drafter.skip_rule(*(getattr(options, name) for name in OF_THE_GATE))
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def listening(address: str) -> None:
+        console.print(f"{options.drafter} drafts for {options.policy} at {address}; Ctrl-C stops")
+        if options.host not in LOCAL:
+            console.print("no authentication: who reaches this port drives the robot", style="yellow")
+
+    known = is_rsd(metadata)
+    proxy = SpeculatingProxy(options.policy, metadata, drafter, skip, door, passes_reset=known)
+    until_signal(lambda stop: proxy.serve(stop, listening))
     console.print("stopped")
     return 0

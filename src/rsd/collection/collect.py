@@ -22,18 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.checks import Checked, ImageSize, Rules, Seed, Share, between
+from rsd.collection import workers
 from rsd.collection.policy_driver import PolicyDriver
-from rsd.collection.workers import Workers, check_place, part_files, progress_bar, worker_environment, worker_pool
+from rsd.collection.workers import Workers
 from rsd.data.schema import (
     FILE_SUFFIX,
     Episode,
-    atomic_file,
     merge,
     open_data,
     read_provenance,
     reading,
     stored_names,
-    write_episode,
 )
 from rsd.expert import expert
 from rsd.expert.goals import Goals, solvable_tasks, swapped_goals, task_goals
@@ -41,7 +40,7 @@ from rsd.expert.grasps import GraspMode
 from rsd.expert.noise import ActionNoise, Disturbance, NoiseConfig
 from rsd.json_files import read_object
 from rsd.locks import exclusive
-from rsd.output import Faults, attempt, writing
+from rsd.output import Faults, writing
 from rsd.sim import permuted
 from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
 from rsd.sim.physics import mujoco
@@ -50,7 +49,6 @@ from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instructi
 from rsd.types import CAMERAS, RSD_ASYNC, Policy, RsdError, Steps
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", *permuted.SUITES)  # the expert is measured
-PARTS = ".parts"
 BATCH = 5  # demonstrations a worker makes of one task before the next: balanced, few environments built
 MAX_TRIES = 30
 HANDOVER = (24, 121)  # steps, the latest per goal; 100 of each are left to the expert, who needs 60 to 110 of them
@@ -232,7 +230,7 @@ def collect(config: CollectConfig) -> dict[str, int]:
     """
     if config.suite not in SUITES:
         raise RsdError(f"collect: the expert solves {', '.join(SUITES)}, found the suite {config.suite!r}")
-    check_place(config.out)
+    workers.check_place(config.out)
     if config.policy or not config.states_only:
         check_gl()
     if config.policy:
@@ -246,19 +244,13 @@ def collect(config: CollectConfig) -> dict[str, int]:
     names = {task: suite_task(config.suite, task).name for task in tasks}
     with exclusive(config.out):
         _check_settings(config, list(names.values()))
-        have = {task: _finished(config.out, names[task]) for task in tasks}
-        missing = {task: [i for i in range(config.num_demos) if i not in have[task]] for task in tasks}
-        batches = [
-            (task, missing[task][start : start + BATCH])
-            for start in range(0, config.num_demos, BATCH)
-            for task in tasks
-            if missing[task][start : start + BATCH]
-        ]
-        total = config.num_demos * len(tasks)
+        have = {task: workers.finished(config.out, names[task]) for task in tasks}
+        batches = workers.batched(config.num_demos, have, BATCH)
+        total, left = config.num_demos * len(tasks), sum(len(indices) for _, indices in batches)
         faults = Faults(f"finished demonstrations are kept in {config.out}; the same command tries the others again")
         merged = {task: len(have[task]) for task in tasks}
-        with worker_pool(config.num_workers) as pool, progress_bar() as bar:
-            shown = bar.add_task("demonstrations", total=total, completed=total - sum(map(len, missing.values())))
+        with workers.worker_pool(config.num_workers) as pool, workers.progress_bar() as bar:
+            shown = bar.add_task("demonstrations", total=total, completed=total - left)
             jobs = {pool.submit(_collect_batch, config, task, indices): task for task, indices in batches}
             for job in as_completed(jobs):
                 task = jobs[job]
@@ -268,7 +260,7 @@ def collect(config: CollectConfig) -> dict[str, int]:
                 bar.advance(shown, done)
                 if not bar.console.is_terminal:
                     bar.console.print(f"{int(bar.tasks[0].completed)}/{total} demonstrations, last: {names[task]}")
-                parts = _parts(config.out, names[task])
+                parts = workers.part_files(config.out / workers.PARTS / names[task])
                 if len(parts) >= max(2 * BATCH, merged[task]):  # doubling: each byte is copied twice at most
                     merged[task] = _merge(config, task)
         counts = {names[task]: _merge(config, task) for task in tasks}
@@ -293,34 +285,14 @@ def worker_policy(name: str, decode: str, execute: int | None) -> Policy:
 def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> tuple[int, list[tuple[int, str]]]:
     policy = worker_policy(config.policy, config.policy_decode, config.execute) if config.policy else None
     size = policy.image_size if policy is not None else config.image_size
-    env = worker_environment(config.suite, task_id, size, cameras=policy is not None or not config.states_only)
-    folder = config.out / PARTS / env.task.name
-
-    def make(index: int) -> Episode:
-        return make_demonstration(env, config, index, policy)
-
-    def keep(index: int, episode: Episode) -> None:
-        with atomic_file(folder / f"demo_{index}.hdf5") as file:
-            write_episode(file.create_group(f"demo_{index}"), episode)
-
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return attempt(indices, make, keep)
-
-
-def _parts(out: Path, name: str) -> list[Path]:
-    return part_files(out / PARTS / name)
-
-
-def _finished(out: Path, name: str) -> set[int]:
-    """Indices of demonstrations that exist, merged or as parts."""
-    parts = [part.stem for part in _parts(out, name)]
-    return {int(demo[5:]) for demo in [*parts, *stored_names(out / f"{name}{FILE_SUFFIX}")]}
+    env = workers.worker_environment(config.suite, task_id, size, cameras=policy is not None or not config.states_only)
+    folder = config.out / workers.PARTS / env.task.name
+    return workers.make_parts(folder, indices, lambda index: make_demonstration(env, config, index, policy))
 
 
 def _merge(config: CollectConfig, task_id: int) -> int:
     name = suite_task(config.suite, task_id).name
-    path, parts = config.out / f"{name}{FILE_SUFFIX}", _parts(config.out, name)
+    path, parts = config.out / f"{name}{FILE_SUFFIX}", workers.part_files(config.out / workers.PARTS / name)
     if not parts:
         return len(stored_names(path))
     provenance = {
@@ -358,7 +330,7 @@ def _check_policy(config: CollectConfig) -> None:
 
 
 def _check_settings(config: CollectConfig, names: list[str]) -> None:
-    wanted, stored = settings(config), config.out / PARTS / "settings.json"
+    wanted, stored = settings(config), config.out / workers.PARTS / "settings.json"
     found = [(stored, read_object(stored, "a folder of parts"))] if stored.exists() else []
     for path in filter(Path.exists, (config.out / f"{name}{FILE_SUFFIX}" for name in names)):
         with open_data(path) as data:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -17,11 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rsd.checks import between
-from rsd.data.schema import FILE_SUFFIX, DamagedFile, open_file
+from rsd.data.schema import FILE_SUFFIX, DamagedFile, Episode, atomic_file, open_file, stored_names, write_episode
+from rsd.output import attempt, writing
 from rsd.sim.libero import LiberoEnv
 from rsd.types import RsdError
 
 Workers = Annotated[int, between(1, 4096)]
+PARTS = ".parts"  # folder of part files, in the one of the demonstrations
 FILES_OF_OTHERS = ("config.json", "manifest.json", "tokenizer.json", "training_state.pt", "episodes.jsonl")
 
 
@@ -70,6 +72,31 @@ def worker_environment(suite: str, task_id: int, image_size: int, cameras: bool)
         env.reset(options={"placement_seed": 0})  # hides LIBERO's marker sites
         _kept[key] = env
     return _kept[key]
+
+
+def batched(count: int, have: Mapping[int, set[int]], size: int) -> list[tuple[int, list[int]]]:
+    """By task: indices below `count` that it does not have yet, `size` of each task before more of the next."""
+    missing = {task: [i for i in range(count) if i not in done] for task, done in have.items()}
+    starts = range(0, count, size)
+    return [(task, rest[s : s + size]) for s in starts for task, rest in missing.items() if rest[s : s + size]]
+
+
+def make_parts(folder: Path, indices: list[int], make: Callable[[int], Episode]) -> tuple[int, list[tuple[int, str]]]:
+    """Makes episodes, each a part file of its own -> how many, and the others with their errors."""
+
+    def keep(index: int, episode: Episode) -> None:
+        with atomic_file(folder / f"demo_{index}.hdf5") as file:
+            write_episode(file.create_group(f"demo_{index}"), episode)
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return attempt(indices, make, keep)
+
+
+def finished(out: Path, name: str) -> set[int]:
+    """Indices of a task's episodes that exist, merged or as parts."""
+    parts = [part.stem for part in part_files(out / PARTS / name)]
+    return {int(demo[5:]) for demo in [*parts, *stored_names(out / f"{name}{FILE_SUFFIX}")]}
 
 
 def part_files(folder: Path) -> list[Path]:

@@ -10,15 +10,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rsd.evaluation import foreign
 from rsd.evaluation.cautions import cautions
-from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule, option
+from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule
 from rsd.evaluation.doctor import preflight
-from rsd.types import BEST, CUDA_GRAPHS, ONNX, RSD_ASYNC, ChunkPolicy, Policy, RsdError
+from rsd.types import BEST, CUDA_GRAPHS, DRAFTER_ONLY, ONNX, RSD_ASYNC, ChunkPolicy, Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
     from rsd.options import Choice, DecodeOptions
-    from rsd.targets.remote.client import RemotePolicy
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,14 @@ def worker_policy(config: EvalConfig) -> Policy:
 
 
 def rsd_policy(config: EvalConfig) -> Policy:
-    """A checkpoint of this package, one in OpenVLA's format, or either of them behind a port."""
+    """A checkpoint of this package, one in OpenVLA's format, a class of one's own, or what is behind a port; with its
+    drafter."""
+    if config.drafter:
+        return speculating_policy(config)
+    if config.custom:
+        return foreign.custom(config)
     if config.served:
-        return served_policy(config)
+        return foreign.served(config)
     from rsd.options import RuntimeOptions
     from rsd.policy import RsdPolicy, load_policy
     from rsd.targets.openvla.published import locate_openvla
@@ -100,19 +105,16 @@ def rsd_policy(config: EvalConfig) -> Policy:
     return RsdPolicy(load_policy(config.policy, decode_options(config), RuntimeOptions(config.device, config.engine)))
 
 
-def served_policy(config: EvalConfig) -> RemotePolicy:
-    """The policy served at `config.policy`; `RsdError` where the options ask for another one."""
-    from rsd.targets.remote.client import RemotePolicy  # of an extra
+def speculating_policy(config: EvalConfig) -> Policy:
+    """The target, whatever it is, with the drafter that was distilled for it."""
+    from rsd.targets.black_box import SpeculatingPolicy, load_drafter
 
-    own = ("acceptance", "temperature", "skip_threshold_mm", "target_at_reset", "audit")
-    mine = (*own, *OF_THE_RULE, "execute", "device", "batch", "engine")  # of the server
-    if given := [option(name) for name in mine if getattr(config, name) != getattr(EvalConfig, name)]:
-        raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here; give it to `rsd serve`")
-    remote = RemotePolicy(config.policy)
-    if remote.decode != config.decode:
-        remote.close()
-        raise RsdError(f"{config.policy}: decodes with {remote.decode}, asked for is --decode {config.decode}")
-    return remote
+    drafter = load_drafter(Path(config.drafter), config.device)
+    target = settle(foreign.alone(config))[0]
+    drafter.check_belongs(describe_checkpoint(target))
+    skip = drafter.skip_rule(*(getattr(config, name) for name in foreign.OF_THE_GATE))
+    needed = config.decode != DRAFTER_ONLY
+    return SpeculatingPolicy(drafter, rsd_policy(target) if needed else None, skip, config.decode, audit=config.audit)
 
 
 def decode_options(config: EvalConfig) -> DecodeOptions:
@@ -142,12 +144,8 @@ def best_of_checkpoint(config: EvalConfig) -> Choice:
     from rsd.options import Choice, best_decode
     from rsd.targets.openvla.published import Settings, locate_openvla
 
-    if config.served:
-        from rsd.targets.remote.client import RemotePolicy
-
-        remote = RemotePolicy(config.policy)
-        remote.close()
-        return Choice(remote.decode, "what it is served with")
+    if (found := foreign.choice(config)) is not None:
+        return found
     if (openvla := locate_openvla(config.policy)) is not None:
         settings = Settings.load(openvla).resolve(openvla)
         return Choice(str(settings.decode), "what this OpenVLA checkpoint was trained for")
@@ -164,7 +162,9 @@ def batched_rsd_policy(config: EvalConfig) -> ChunkPolicy:
 
     torch.set_num_threads(config.threads)
     policy = None
-    if config.served or locate_openvla(config.policy) is None:
+    if config.custom or config.served or config.drafter:
+        raise RsdError(f"--batch {config.batch}: {config.policy} takes one observation at a time; leave --batch out")
+    if locate_openvla(config.policy) is None:
         runtime = RuntimeOptions(config.device, config.engine, max(2, config.batch))
         policy = load_policy(config.policy, decode_options(config), runtime)
     if policy is None or not policy.body.compact:
@@ -203,22 +203,25 @@ def available_cores() -> int:
 
 def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     """What names the weights beyond doubt, with their provenance; of a served policy also what it runs on."""
-    if config.served:
-        remote = served_policy(config)
-        remote.close()
-        return {**remote.welcome.policy, "policy": config.policy, "server": remote.welcome.versions}
+    if config.drafter:
+        from rsd.manifest import MANIFEST_FILE, file_sha256
+
+        target = describe_checkpoint(settle(foreign.alone(config))[0])
+        return {**target, "drafter": config.drafter, "drafter_sha256": file_sha256(Path(config.drafter, MANIFEST_FILE))}
+    if (found := foreign.identity(config)) is not None:
+        return found
     from rsd.checkpoint import checkpoint_hash, facts_of, load_calibration, locate_checkpoint, read_content
     from rsd.options import executed_steps, resolve
-    from rsd.targets.openvla.published import chunk_steps, fingerprint, locate_openvla
+    from rsd.targets.openvla.published import fingerprint, locate_openvla
 
     if (openvla := locate_openvla(config.policy)) is not None:
         engine = engine_of(config, None)
-        steps = executed_steps(config.execute, chunk_steps(config.decode), "--execute")
+        steps = executed_steps(config.execute, openvla_chunk(config, openvla), "--execute")
         named = {"policy": config.policy, "engine": engine, "execute": steps}
         return {**named, "checkpoint_fingerprint": fingerprint(openvla)}
     directory = locate_checkpoint(config.policy)
     content = read_content(directory)
-    found = {
+    known: dict[str, Any] = {
         "policy": config.policy,
         "engine": engine_of(config, directory),
         "execute": resolve(facts_of(directory, content), decode_options(config)).execute,
@@ -226,26 +229,40 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         "provenance": content.get("provenance", {}),
     }
     if config.decode == "rsd-skip" and config.skip_threshold_mm is None:
-        found["skip_calibration"] = load_calibration(directory).to_json()
-    return found
+        known["skip_calibration"] = load_calibration(directory).to_json()
+    return known
+
+
+def openvla_chunk(config: EvalConfig, directory: Path) -> int:
+    """Steps that a published OpenVLA predicts at once."""
+    from rsd.targets.openvla.published import Settings
+
+    stored = Settings.load(directory)
+    settings = replace(stored, decode=config.decode, unnorm_key=stored.unnorm_key or config.task_suite)
+    return settings.resolve(directory).chunk or 1
 
 
 def ready(config: EvalConfig) -> None:
     """The cheap checks, and what every worker would find out: options that this checkpoint cannot do, late answers of
     a policy that has no tail to go on with."""
     preflight(config)
-    if config.served:  # its first chunk shows it
+    if config.served or foreign.is_foreign(config):  # its first chunk shows it
         return
     from rsd.checkpoint import facts_of, locate_checkpoint, read_content
-    from rsd.targets.openvla.published import chunk_steps, locate_openvla
+    from rsd.targets.openvla.published import locate_openvla
 
-    directory = None if locate_openvla(config.policy) else locate_checkpoint(config.policy)
+    openvla = locate_openvla(config.policy)
+    directory = None if openvla else locate_checkpoint(config.policy)
     if directory is not None:
         engine_of(config, directory)
     late = max(config.delay, config.drafter_delay)
     if not late or not (config.meanwhile in ("tail", "corrected") or config.decode == RSD_ASYNC):
         return
-    horizon = facts_of(directory, read_content(directory)).horizon if directory else chunk_steps(config.decode)
+    if openvla:
+        horizon = openvla_chunk(config, openvla)
+    else:
+        assert directory is not None
+        horizon = facts_of(directory, read_content(directory)).horizon
     if late >= horizon:
         found = f"{late}: the chunks of {config.policy} have {horizon} steps, so nothing of an answer could be used"
         raise RsdError(f"--delay, --drafter-delay: expected at most {horizon - 1}, found {found}")

@@ -12,12 +12,12 @@ from rsd.evaluation.config import EvalConfig, planned_tasks
 
 
 def cautions(config: EvalConfig) -> list[str]:
-    """One sentence each, none where all is as it was trained and calibrated; none of a policy that is served or of a
-    published OpenVLA checkpoint, whose statistics have to name the suite anyway."""
+    """One sentence each, none where all is as it was trained and calibrated; none of a policy that is served or
+    the user's own, or of a published OpenVLA checkpoint, whose statistics have to name the suite anyway."""
     from rsd.checkpoint import CONFIG_FILE, locate_checkpoint
     from rsd.targets.openvla.published import locate_openvla
 
-    if config.served or locate_openvla(config.policy) is not None:
+    if config.served or config.custom or config.drafter or locate_openvla(config.policy) is not None:
         return []
     directory = locate_checkpoint(config.policy)
     content = json.loads((directory / CONFIG_FILE).read_text())

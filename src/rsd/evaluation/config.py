@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -40,6 +41,8 @@ NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "eng
 OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", *OF_THE_RULE))
 NEUTRAL |= {"delay": 0, "drafter_delay": 0, "draft_after": "agreement", "motion": "none", "motion_speed": 0.02}
+NEUTRAL["drafter"] = ""
+OF_ONES_OWN = re.compile(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")  # module:Class or file.py:Class
 
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
 
@@ -83,11 +86,14 @@ class EvalConfig(Checked):
     """Initial states: a list such as 0,3,10-19, of which the first num_trials are taken; a single number is the first
     of num_trials in a row."""
     policy: str = "checkpoints/libero_spatial"
-    """Checkpoint directory, Hugging Face hub id, or ws://HOST:PORT of `rsd serve`."""
+    """Checkpoint directory, Hugging Face hub id, module:Class or file.py:Class of a policy of your own, or ws://HOST:PORT
+    of any server in openpi's protocol."""
+    drafter: str = ""
+    """Directory of a drafter that `rsd drafter distil` made for this very policy, whatever kind it is of."""
     decode: str = BEST
     """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, rsd-async, draft-first,
-    coarse-only, drafter-only; best: what was proven best of this checkpoint, else rsd-fused, with a skip threshold
-    rsd-skip, without a visual drafter rsd."""
+    coarse-only, drafter-only; target-only, of a policy of your own or an openpi server; best: what was proven best of
+    this checkpoint, else rsd-fused, with a skip threshold or a --drafter rsd-skip, without a visual drafter rsd."""
     acceptance: str = DEFAULT
     """Rule for drafted levels: exact, margin, residual, blind(0.95), distance(1), typical(0.09), agreement(0.7);
     default: the checkpoint's (for residual blind(0.95)), with rsd-skip its calibration's, with a --temperature
@@ -98,7 +104,8 @@ class EvalConfig(Checked):
     seed: Seed = 7
     """Seed of what is drawn at a temperature; the simulator is always seeded by 0, as the published protocol does."""
     execute: Steps | None = None
-    """Steps of a chunk that are executed before the next one is predicted; by default what the checkpoint says."""
+    """Steps of a chunk that are executed before the next one is predicted; by default what the checkpoint says, all of
+    a policy of your own, 5 of an openpi server as its client does, with a --drafter what it drafts."""
     skip_threshold_mm: Millimetres | None = None
     """For rsd-skip: skip the target where the draft expects to deviate less; by default what was calibrated."""
     max_skips: Chunks | None = None
@@ -208,8 +215,13 @@ class EvalConfig(Checked):
 
     @property
     def served(self) -> bool:
-        """Whether the policy is that of an `rsd serve`."""
+        """Whether the policy is behind a port."""
         return self.policy.startswith(("ws://", "wss://"))
+
+    @property
+    def custom(self) -> bool:
+        """Whether the policy is a class of the user's."""
+        return OF_ONES_OWN.fullmatch(self.policy) is not None
 
     @property
     def output_dir(self) -> Path:

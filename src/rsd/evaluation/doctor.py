@@ -241,7 +241,8 @@ def cheap_checks(policy: str, device_name: str, output: Path) -> list[Check]:
 def preflight(config: EvalConfig) -> None:
     """The cheap checks before an evaluation; raises RsdError naming every red one and what to do."""
     checks = cheap_checks(config.policy, config.device, config.output_dir)
-    bad = [c for c in checks if c.status == "fail" and not (config.served and c.name == "checkpoint files")]
+    elsewhere = config.served or config.custom
+    bad = [c for c in checks if c.status == "fail" and not (elsewhere and c.name == "checkpoint files")]
     if bad:
         lines = "; ".join(f"{check.name}: {check.found}{f' ({check.remedy})' if check.remedy else ''}" for check in bad)
         raise RsdError(f"{lines}; `rsd doctor` checks everything")

@@ -96,6 +96,8 @@ def run_episode(
     try:
         env.reset(options={"init_state": init_state})
         with pace:
+            if warmup:  # a policy of one's own may need that before anything else
+                policy.reset(episode_seed(seed, task_id, init_state))
             for _ in range(warmup):
                 pace.warm_up(policy, env.observation())
             policy.reset(episode_seed(seed, task_id, init_state))

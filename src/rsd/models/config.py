@@ -74,6 +74,16 @@ class VisualDrafterConfig(Checked):
 
 
 @dataclass(frozen=True)
+class StandaloneDrafterConfig(Checked):
+    """image_size: pixels a side that observations are resized to; visual: the drafter's sizes, which averages over
+    visual.shrink x visual.shrink of them."""
+
+    image_size: Annotated[int, between(32, 1024), multiple(32)] = 64
+    text_dim: Annotated[int, between(1, 2**15), multiple(TEXT_HEADS)] = 128
+    visual: VisualDrafterConfig = field(default_factory=lambda: VisualDrafterConfig(shrink=1))
+
+
+@dataclass(frozen=True)
 class PolicyConfig(Checked):
     """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.decoders.rsd`); execute: steps of a
     chunk that are executed before the next, None: all; without a visual drafter the decoders that need one are

@@ -11,7 +11,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from http import HTTPStatus
@@ -66,22 +66,7 @@ class PolicyServer:
                     await connection.send(hello)
                     await self._converse(connection)
 
-            host, port = self._door.getsockname()[:2]
-            with listening_at(host, port):
-                self._door.listen()  # another one that was loading its policy as well may have been quicker
-            # No compression: pixels do not shrink. No origins: a web page must not reach a robot through a browser.
-            async with serve(
-                handle,
-                sock=self._door,
-                compression=None,
-                max_size=MAX_MESSAGE,
-                origins=[None],
-                process_request=check_health,
-                open_timeout=5.0,  # and close_timeout: how long Ctrl-C may wait for clients that do not answer
-                close_timeout=5.0,
-            ):
-                listening(f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}")
-                await stop.wait()
+            await serve_until(stop, handle, self._door, listening)
         finally:
             self._thread.shutdown(cancel_futures=True)
             self._door.close()
@@ -126,13 +111,36 @@ def check_health(connection: ServerConnection, request: Request) -> Response | N
     return connection.respond(HTTPStatus.OK, "OK\n") if request.path == "/healthz" else None
 
 
+async def serve_until(
+    stop: asyncio.Event,
+    handle: Callable[[ServerConnection], Coroutine[Any, Any, None]],
+    door: socket.socket,
+    listening: Callable[[str], None],
+) -> None:
+    """Serve at `door` until `stop`; `listening` is told the address as soon as clients may connect."""
+    host, port = door.getsockname()[:2]
+    # No compression: pixels do not shrink. No origins: a web page must not reach a robot through a browser.
+    limits: dict[str, Any] = {"compression": None, "max_size": MAX_MESSAGE, "origins": [None]}
+    limits |= {"open_timeout": 5.0, "close_timeout": 5.0}  # how long Ctrl-C may wait for clients that do not answer
+    with listening_at(host, port):
+        door.listen()  # another one that was loading its policy as well may have been quicker
+    async with serve(handle, sock=door, process_request=check_health, **limits):
+        listening(f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}")
+        await stop.wait()
+
+
 def serve_until_signal(server: PolicyServer, listening: Callable[[str], None]) -> None:
     """Serve in the main thread until Ctrl-C or SIGTERM."""
+    until_signal(lambda stop: server.run(stop, listening))
+
+
+def until_signal(serving: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+    """Run what serves until the event that Ctrl-C or SIGTERM sets."""
 
     async def main() -> None:
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await server.run(stop, listening)
+        await serving(stop)
 
     asyncio.run(main())

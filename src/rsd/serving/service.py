@@ -18,7 +18,6 @@ from rsd.chunks import checked_chunk
 from rsd.evaluation.backend import cpu_model, rsd_policy
 from rsd.evaluation.config import EvalConfig
 from rsd.policy import RsdPolicy
-from rsd.targets.openvla.policy import OpenVlaPolicy
 from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, STATE, read_request
 from rsd.targets.remote.wire import pack, unpack
 from rsd.types import RSD_ASYNC, STATE_DIM, ActionChunk, ChunkPolicy, Observation, RsdError
@@ -48,7 +47,8 @@ class Servable(ChunkPolicy, Protocol):
 class Memoryless:
     """A published OpenVLA policy, which remembers nothing, as a `Servable`."""
 
-    def __init__(self, policy: OpenVlaPolicy) -> None:
+    def __init__(self, policy: Any) -> None:
+        """policy: an `OpenVlaPolicy`, which is of an extra."""
         self.policy, self.decode, self.execute = policy, policy.decode, policy.execute
         self.image_size, self.cameras = policy.image_size, policy.cameras
 
@@ -83,7 +83,6 @@ def load_served(config: EvalConfig) -> Servable:
     if config.decode == RSD_ASYNC:
         raise RsdError(f"--decode {RSD_ASYNC}: openpi's protocol corrects no answers; expected another, rsd-fused say")
     policy = rsd_policy(config)
-    assert isinstance(policy, RsdPolicy | OpenVlaPolicy)  # what `rsd_policy` makes of a checkpoint
     return policy.core if isinstance(policy, RsdPolicy) else Memoryless(policy)
 
 

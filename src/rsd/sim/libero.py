@@ -68,6 +68,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     ) -> None:
         self.task = suite_task(suite, task_id)
         image_size = checked(ImageSize, image_size, "image_size")
+        self.metadata, self.render_mode = {"render_modes": ["rgb_array"], "render_fps": 20}, "rgb_array"
         self.suite, self.image_size, self.cameras, self.fast = suite, image_size, cameras, fast
         self.instruction = self.task.language
         self.max_steps = step_limit(suite)
@@ -133,7 +134,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self.steps = 0
         state = info["init_state"] if "init_state" in info else info["placement_seed"]
         self._slide = None if self.motion is None else Slide(self, self.motion, state)
-        return self._observation_dict(), {**info, "success": self.success()}
+        return self._observation_dict(), {**info, "success": self.success(), "instruction": self.instruction}
 
     def step(self, action: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
         """One control step (0.05 s). terminated on success, truncated at max_steps; reward 1.0 on success."""
@@ -170,7 +171,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self.steps += executed
         self._check_physics()
         truncated = not terminated and self.steps >= self.max_steps
-        info = {"success": terminated, "steps": executed}
+        info = {"success": terminated, "steps": executed, "instruction": self.instruction}
         return self._observation_dict(), float(terminated), terminated, truncated, info
 
     def redraw(self) -> None:
@@ -478,6 +479,16 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
                 raw = latest[f"{sim_name}_image"] if armed is None else armed.image
                 found[name] = rotate_180(np.asarray(raw))
         return found
+
+
+def make_libero(suite: str, task: int, **options: Any) -> LiberoEnv:
+    """`gymnasium.make("rsd.sim.libero:rsd/Libero-v0", suite=..., task=...)`; the prefix is for whoever has not imported
+    this module."""
+    return LiberoEnv(suite, task, **options)
+
+
+# its own checks refuse what is no array: images come as they are, and LIBERO's limits are those of `step_limit`
+gymnasium.register("rsd/Libero-v0", f"{__name__}:{make_libero.__name__}", disable_env_checker=True)
 
 
 def simulator_versions() -> dict[str, str]:

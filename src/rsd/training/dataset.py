@@ -56,9 +56,11 @@ class FrameDataset:
         image_size: int = 0,
         execute: int | None = None,
         asking: bool = True,
+        paired: bool = True,
     ) -> None:
         """image_size: side in pixels that every image must have; 0: that of the first ones. execute: steps from one
-        chunk of a rollout to the next; None: the horizon. asking: whether batches will be `asking`.
+        chunk of a rollout to the next; None: the horizon. asking: whether batches will be `asking`. paired: frames a
+        chunk apart may be asked for, so all must be rendered with one spacing.
 
         Raises RsdError for a demonstration without images, or with others than that, or of other steps."""
         images, states, chunks, tasks, firsts, instructions = [], [], [], [], [], dict[str, int]()
@@ -71,7 +73,7 @@ class FrameDataset:
                     f"{demonstration.source}: states only, without images; run `rsd demos render` on it first"
                 )
             every, count = demonstration.image_every, len(demonstration.images)
-            if spacing not in (0, every):
+            if paired and spacing not in (0, every):
                 raise RsdError(
                     f"{demonstration.source}: images of every {every}. step, others have every {spacing}.; "
                     "train on folders rendered with one --every"

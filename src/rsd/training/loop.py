@@ -75,7 +75,8 @@ def train_and_save(
     report = check(ema)
     print(json.dumps(report, indent=1))
     write(report)
-    print(f"checkpoint: {directory}; next: rsd eval --policy {directory} --num-trials 3")
+    whole = (directory / "config.json").exists()  # a drafter alone is no policy
+    print(f"checkpoint: {directory}{f'; next: rsd eval --policy {directory} --num-trials 3' if whole else ''}")
     return directory
 
 

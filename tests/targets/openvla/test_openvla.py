@@ -140,7 +140,8 @@ def test_missing_and_damaged_files_are_named(copy: Path) -> None:
     shutil.copy(copy / "action_head--1_checkpoint.pt", head)
     with pytest.raises(RsdError, match="expected one action_head file, found"):
         load_openvla(copy)
-    head.unlink()
+    for each in copy.glob("action_head--*"):
+        each.unlink()
     (copy / SHARD).write_bytes((copy / SHARD).read_bytes()[:1000])
     with pytest.raises(RsdError, match="cut off or damaged"):
         load_openvla(copy)

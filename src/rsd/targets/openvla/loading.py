@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rsd.checks import checked, told
-from rsd.pt_files import read_pt
+from rsd.conventions import CHUNK_SIZE
+from rsd.pt_files import read_pt, refuse_pointer
 from rsd.targets.openvla.model import OpenVlaConfig, OpenVlaModel
 from rsd.targets.openvla.published import (
     ADAPTER_CONFIG,
@@ -42,12 +43,17 @@ class Slot:
 
 
 def load_openvla(
-    directory: Path, *, base: Path | None = None, device: str = "cpu", dtype: torch.dtype | None = None
+    directory: Path,
+    *,
+    base: Path | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    chunk: int | None = None,
 ) -> OpenVlaModel:
     """Directory of OpenVLA, or of an OFT fine-tune -> model in eval mode.
 
     base: the model that `directory/lora_adapter` was trained on, where the directory holds no merged weights.
-    dtype: bfloat16 on a GPU, as published, and float32 on a CPU, unless given.
+    dtype: bfloat16 on a GPU, as published, and float32 on a CPU, unless given. chunk: see `Settings`.
     Peak memory of the host is one tensor: shards are read through memory maps, straight to the device."""
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     merged = sorted(directory.glob("model*.safetensors"))
@@ -60,17 +66,16 @@ def load_openvla(
         if found := list(directory.glob(pattern)):
             raise RsdError(f"{found[0]}: this is an OFT checkpoint with {what}, which is not supported")
     with torch.device("meta"):
-        model = OpenVlaModel(
-            config, action_head=heads["action_head"] is not None, proprio=heads["proprio_projector"] is not None
-        )
+        parts = {"action_head": heads["action_head"] is not None, "proprio": heads["proprio_projector"] is not None}
+        model = OpenVlaModel(config, **parts, chunk=chunk or CHUNK_SIZE)
     model.to(dtype).to_empty(device=device)
     model.language_model.reset_rotary(device, dtype)
+    for name, path in heads.items():  # before the 15 GB
+        if path is not None:
+            load_component(getattr(model, name), path)
     load_weights(model, source)
     if not merged:
         merge_adapter(model, directory / ADAPTER_DIR)
-    for name, path in heads.items():
-        if path is not None:
-            load_component(getattr(model, name), path)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise RsdError(f"{source}: {name} holds NaN or infinity; the checkpoint is damaged")
@@ -145,11 +150,21 @@ def shards(directory: Path) -> list[Path]:
     return paths
 
 
+def plain(name: str) -> str:
+    """A tensor's name without what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) put in."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
 def tensors(path: Path, device: str) -> Iterator[tuple[str, Tensor]]:
+    """By their plain names; `RsdError` where two share one."""
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                yield name, file.get_tensor(name)
+            names = {plain(name): name for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            if len(names) != len(file.keys()):
+                raise RsdError(f"{path}: holds tensors twice, with and without module. or _orig_mod.; save it again")
+            for name, stored in names.items():
+                yield name, file.get_tensor(stored)
     except SafetensorError as error:
         raise RsdError(f"{path}: not readable as safetensors ({told(error)}); it is cut off or damaged") from None
 
@@ -186,11 +201,12 @@ def _check_shape(path: Path, name: str, value: Tensor, shape: tuple[int, ...]) -
 
 @torch.no_grad()
 def load_component(module: nn.Module, path: Path) -> None:
-    """`action_head--*` or `proprio_projector--*`: a state dict, possibly with DistributedDataParallel's prefix."""
+    """`action_head--*` or `proprio_projector--*`: a state dict, its names possibly with a wrapper's prefix."""
     content = read_pt(path)
     if odd := [name for name, value in content.items() if not isinstance(value, Tensor)]:
         raise RsdError(f"{path}: expected a state dict (names to tensors), found no tensor under {odd[0]!r:.80}")
-    weights = {str(name).removeprefix("module."): value for name, value in content.items()}
+    weights = {plain(str(name)): value for name, value in content.items()}
+    _check_numbers(module, weights, path)
     expected = dict(module.named_parameters())
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
@@ -198,6 +214,17 @@ def load_component(module: nn.Module, path: Path) -> None:
     for name, parameter in expected.items():
         _check_shape(path, name, weights[name], tuple(parameter.shape))
         parameter.copy_(weights[name])
+
+
+def _check_numbers(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """`RsdError` for the action or state of another robot than LIBERO's, by its name."""
+    for what, name, axis in (("actions", "model.fc2.weight", 0), ("a state", "fc1.weight", 1)):
+        own, given = dict(module.named_parameters()).get(name), weights.get(name)
+        if own is not None and given is not None and given.ndim == 2 and given.shape[axis] != own.shape[axis]:
+            found = given.shape[axis]
+            robot = {14: ", of two arms (ALOHA)", 7: ", of another robot (Bridge)"}.get(found, "")
+            expected = f"{what} of {own.shape[axis]} numbers as LIBERO has them"
+            raise RsdError(f"{path}: expected {expected}, found {found}{robot}: not supported")
 
 
 # LoRA
@@ -223,7 +250,14 @@ def merge_adapter(model: OpenVlaModel, directory: Path) -> None:
     expected, unused = slots(model), unused_names(model.config)
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors(path, str(model.device)):
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        if whole := re.fullmatch(r"base_model\.model\.(.+\.(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight", name):
+            slot = expected.get(f"{whole[1]}.weight")  # PEFT saves these two with an adapter that reaches them
+            if slot is None or tuple(value.shape) != slot.shape:
+                found = f"{name} {list(value.shape)}"
+                raise RsdError(f"{path}: {found} is no weight of this model; is this its base model?")
+            slot.view().copy_(value)
+            continue
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         if match is None:
             raise RsdError(f"{path}: unknown tensor {name}; expected LoRA factors only")
         pairs.setdefault(match[1] + ".weight", {})[match[2]] = value

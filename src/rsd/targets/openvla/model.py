@@ -21,7 +21,7 @@ from rsd.targets.openvla.vision import DINO, SIGLIP, TIMM_MODELS, FusedVision, P
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 
 STOP_TOKEN = 2
-ACTION_TOKENS = CHUNK_SIZE * ACTION_DIM  # OFT's empty positions
+ACTION_TOKENS = CHUNK_SIZE * ACTION_DIM  # OFT's empty positions for LIBERO
 
 
 # What a published config.json has to say where it says anything; the first three it has to say.
@@ -153,9 +153,12 @@ class ProprioProjector(nn.Module):
 class OpenVlaModel(nn.Module):
     """The model of a checkpoint; OFT's heads are there only if the checkpoint has them."""
 
-    def __init__(self, config: OpenVlaConfig, *, action_head: bool = False, proprio: bool = False) -> None:
+    def __init__(
+        self, config: OpenVlaConfig, *, action_head: bool = False, proprio: bool = False, chunk: int = CHUNK_SIZE
+    ) -> None:
+        """chunk: steps that OFT predicts at once."""
         super().__init__()
-        self.config = config
+        self.config, self.action_tokens = config, chunk * ACTION_DIM
         self.vision_backbone = FusedVision(config.vision)
         self.projector = Projector(config.vision_dim, config.llama.dim)
         self.language_model = Llama(config.llama)
@@ -199,17 +202,17 @@ class OpenVlaModel(nn.Module):
     # OpenVLA-OFT: all at once
 
     def action_hidden(self, prefix: Tensor) -> Tensor:
-        """One bidirectional pass over prefix, empty action positions and the stop token -> [B, 56, D].
+        """One bidirectional pass over prefix, empty action positions and the stop token -> [B, 7 H, D].
 
         An action is read one position early, where a causal model would have predicted it."""
-        empty = prefix.new_zeros(len(prefix), ACTION_TOKENS, prefix.shape[2])
+        empty = prefix.new_zeros(len(prefix), self.action_tokens, prefix.shape[2])
         stop = self.language_model.embed_tokens.weight[STOP_TOKEN].expand(len(prefix), 1, -1)
         x = torch.cat([prefix, empty, stop], dim=1)
-        hidden = self.language_model(x, Attend(), keep=ACTION_TOKENS + 2)
-        return hidden[:, :ACTION_TOKENS]
+        hidden = self.language_model(x, Attend(), keep=self.action_tokens + 2)
+        return hidden[:, : self.action_tokens]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """OFT's L1 head on what `action_hidden` gives -> normalised actions float32 [B, 8, 7]."""
+        """OFT's L1 head on what `action_hidden` gives -> normalised actions float32 [B, H, 7]."""
         if self.action_head is None:
             raise RsdError("no action head is loaded: this checkpoint cannot decode with `l1`")
         return self.action_head(hidden).float()

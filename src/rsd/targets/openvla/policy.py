@@ -28,7 +28,7 @@ from rsd.targets.openvla.loading import load_openvla
 from rsd.targets.openvla.model import OpenVlaModel
 from rsd.targets.openvla.precision import compile_layers, use_fp8
 from rsd.targets.openvla.prompt import Prompt
-from rsd.targets.openvla.published import Settings, chunk_steps, locate_openvla, locate_under, read_json
+from rsd.targets.openvla.published import Settings, locate_openvla, locate_under, read_json
 from rsd.targets.openvla.statistics import Statistics
 from rsd.types import ACTION_DIM, CAMERAS, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
@@ -143,7 +143,7 @@ class OpenVlaPolicy:
         self.model, self.prompt, self.statistics, self.settings = model, prompt, statistics, settings
         self.unnorm_key = statistics.key(settings.unnorm_key)
         self.decode = settings.decode or ""
-        self.execute = executed_steps(execute, chunk_steps(self.decode))
+        self.execute = executed_steps(execute, settings.chunk or 1)
         self.engine = Engine(model, self.decode, graphs=graphs)
         self._mean, self._std = (value.to(model.device) for value in normalisation)
 
@@ -160,10 +160,10 @@ class OpenVlaPolicy:
         """A new episode begins; nothing is drawn, nor remembered from one prediction to the next."""
 
     def predict(self, observation: Observation, *, unnorm_key: str | None = None) -> ActionChunk:
-        """Observation -> chunk float32 [H, 7], environment-ready: H = 8 with OFT, 1 with `ar`.
+        """Observation -> chunk float32 [H, 7], environment-ready: H = 8 with OFT (Bridge 5), 1 with `ar`.
 
         unnorm_key: another data set's statistics than the policy's own."""
-        check_observation(observation)
+        observation = check_observation(observation)
         watch = Stopwatch(self.device)
         with watch.stage("total"):
             decision = self._decide(observation, watch, unnorm_key)
@@ -252,12 +252,12 @@ class OpenVlaPolicy:
             cameras=cameras or stored.cameras,
             unnorm_key=unnorm_key or stored.unnorm_key or suite,
         ).resolve(directory)
-        executed_steps(execute, chunk_steps(settings.decode))
+        executed_steps(execute, settings.chunk or 1)
         statistics, prompt = Statistics.load(directory), Prompt(directory)  # before the 15 GB
         statistics.key(settings.unnorm_key)
         normalisation = read_normalisation(directory)
         under = locate_under(directory, base)
-        model = load_openvla(directory, base=under, device=device, dtype=dtype)
+        model = load_openvla(directory, base=under, device=device, dtype=dtype, chunk=settings.chunk)
         if fp8:
             use_fp8(model)
         if compile:

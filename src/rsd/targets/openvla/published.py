@@ -9,10 +9,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rsd import hub
 from rsd.checkpoint import locate_checkpoint
+from rsd.checks import between
 from rsd.conventions import CHUNK_SIZE
 from rsd.json_files import from_json, read_object
 from rsd.types import RsdError
@@ -21,6 +22,7 @@ CONFIG_FILE, STATISTICS_FILE, ADAPTER_DIR = "config.json", "dataset_statistics.j
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HUB_FILES = ["*.json", "*.safetensors", "*_checkpoint.pt", f"{ADAPTER_DIR}/*"]
 DECODERS = ("ar", "l1", "discrete")
+CHUNKS = {"libero": CHUNK_SIZE, "bridge": 5, "aloha": 25}  # by what the data set's name has in it
 SETTINGS_FILE = "rsd_openvla.json"
 
 
@@ -54,6 +56,8 @@ class Settings:
     """1: third person; 2: and the wrist."""
     unnorm_key: str | None = None
     """Data set in dataset_statistics.json."""
+    chunk: Annotated[int, between(1, 100)] | None = None
+    """Steps that OFT predicts at once: 8 of LIBERO's data sets, 5 of Bridge's; 1 with ar."""
     center_crop: bool = True
     """Whether training cropped images at random, as all published fine-tunes did."""
 
@@ -80,12 +84,23 @@ class Settings:
                 f"{directory}: cameras: expected 1 or 2, found {cameras}; the checkpoint does not say how many it was "
                 f'trained with: write {{"cameras": 1}} or {{"cameras": 2}} into {directory / SETTINGS_FILE}'
             )
-        return replace(self, decode=decode, cameras=cameras)
+        chunk = 1 if decode == "ar" else self.chunk or chunk_of(directory, self.unnorm_key)
+        return replace(self, decode=decode, cameras=cameras, chunk=chunk)
 
 
-def chunk_steps(decode: str | None) -> int:
-    """Steps of a chunk: OpenVLA's 7 tokens are one action, OFT's positions eight."""
-    return 1 if decode == "ar" else CHUNK_SIZE
+def chunk_of(directory: Path, unnorm_key: str | None) -> int:
+    """Steps that OFT predicts at once, which its files do not say: its constants go by the robot, that is by the name
+    of the data set; `RsdError` where none of them is known."""
+    path = directory / STATISTICS_FILE
+    tables = read_json(path) if path.is_file() else read_json(directory / CONFIG_FILE).get("norm_stats") or {}
+    names = [unnorm_key] if unnorm_key else sorted(map(str, tables))
+    known = {steps for name in names for robot, steps in CHUNKS.items() if robot in name}
+    if len(known) == 1:
+        return known.pop()
+    raise RsdError(
+        f"{directory}: how many steps does it predict at once? its files do not say, nor do the names of its data "
+        f'sets, {", ".join(names)[:200]}: write {{"chunk": 8}}, say, into {directory / SETTINGS_FILE}'
+    )
 
 
 def locate_openvla(path_or_hub_id: str | Path) -> Path | None:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from rsd.checks import Time, checked, told
+from rsd.checks import Time, checked
 from rsd.chunks import MOST_STEPS, ROUNDING, checked_chunk
-from rsd.extras import extra
 from rsd.json_files import from_json
+from rsd.targets.remote.connection import Connection
 from rsd.targets.remote.request import IMAGES, MAX_SIDE, PROMPT, RESET, STATE
 from rsd.targets.remote.wire import Welcome, pack, unpack
 from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation
-
-with extra("serve"):
-    from websockets.exceptions import WebSocketException
-    from websockets.sync.client import ClientConnection, connect
 
 
 class RemotePolicy:
@@ -30,9 +26,8 @@ class RemotePolicy:
 
     def __init__(self, address: str, timeout_s: float = 60.0) -> None:
         """address: ws://HOST:PORT; timeout_s: how long to wait for any answer."""
-        self.address, self.timeout_s = address, timeout_s
-        self._connection: ClientConnection | None = None
-        self._open = ExitStack()
+        self.address = address
+        self._connection = Connection(address, timeout_s, "an `rsd serve`")
         self.welcome = self._connect()
         self._first = True
 
@@ -47,14 +42,14 @@ class RemotePolicy:
     def reset(self, seed: int | None = None) -> None:
         """Forget the episode so far, with the next observation. Nothing that is served is drawn: no seed counts."""
         self._first = True
-        if self._connection is None and (found := self._connect()) != self.welcome:
+        if not self._connection.is_open and (found := self._connect()) != self.welcome:
             self.close()
             raise RsdError(f"{self.address}: another policy is served there now: {found}; expected {self.welcome}")
 
     def predict(self, observation: Observation) -> ActionChunk:
         """latency_ms: `total` is the whole round trip, `queue` the wait for other clients, `network` the way there and
         back with packing and unpacking."""
-        check_observation(observation)
+        observation = check_observation(observation)
         start = time.perf_counter()
         views = {key: view for key, view in zip(IMAGES, observation.images, strict=True) if key in self.welcome.images}
         words = {STATE: observation.state, PROMPT: observation.instruction, RESET: self._first}
@@ -80,40 +75,13 @@ class RemotePolicy:
         return replace(chunk, stats=replace(stats, latency_ms=latency))
 
     def close(self) -> None:
-        self._connection = None
-        self._open.close()
+        self._connection.close()
 
     def _connect(self) -> Welcome:
-        try:
-            opening = connect(self.address, compression=None, max_size=None, open_timeout=self.timeout_s)
-            self._connection = self._open.enter_context(opening)
-            return read_welcome(self.address, self._receive())
-        # ValueError and OverflowError for a port that is none
-        except (OSError, ValueError, OverflowError, WebSocketException) as error:
-            expected = "expected an `rsd serve` at ws://HOST:PORT, found none that answers"
-            raise RsdError(f"{self.address}: {expected} ({told(error)}); start it, or mend the address") from error
+        return read_welcome(self.address, self._connection.open())
 
     def _ask(self, content: dict[str, Any]) -> Any:
-        if self._connection is None:
-            raise RsdError(f"{self.address}: the connection was lost; a new episode (`reset`) connects anew")
-        try:
-            self._connection.send(pack(content))
-        except WebSocketException as error:
-            self.close()
-            raise RsdError(f"{self.address}: the connection was lost ({told(error)})") from error
-        answer = self._receive()
-        if isinstance(answer, str):
-            raise RsdError(f"{self.address}: {answer:.1000}")
-        return unpack(answer)
-
-    def _receive(self) -> bytes | str:
-        assert self._connection is not None
-        try:
-            return self._connection.recv(self.timeout_s)
-        except (TimeoutError, WebSocketException) as error:
-            self.close()  # a late answer must not be taken for the next one
-            reason = f"no answer for {self.timeout_s:g} s" if isinstance(error, TimeoutError) else told(error)
-            raise RsdError(f"{self.address}: the connection was lost ({reason})") from error
+        return unpack(self._connection.ask(pack(content)))
 
 
 def read_welcome(address: str, message: bytes | str) -> Welcome:

@@ -74,6 +74,17 @@ def excerpt(value: Any, most: int = 100) -> str:
 
 def resized(key: str, image: Any, size: int) -> NDArray[np.uint8]:
     """Square uint8 [S, S, 3] -> [size, size, 3] by FILTER, antialiased; the same array if it fits already."""
+    width = square(key, image).shape[0]
+    if not MIN_SCALE * size <= width <= MAX_SIDE:
+        expected = f"{size} x {size} pixels, or from {int(np.ceil(MIN_SCALE * size))} to {MAX_SIDE} to be resized"
+        raise RsdError(f"{key}: expected {expected}, found {width} x {width}")
+    if width == size:
+        return np.asarray(image)
+    return np.asarray(Image.fromarray(image).resize((size, size), FILTER))
+
+
+def square(key: str, image: Any) -> NDArray[np.uint8]:
+    """The image itself; `RsdError` unless it is square, uint8 [S, S, 3]."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
         raise RsdError(f"{key}: expected uint8 [S, S, 3], values 0 to 255, RGB, found {found}")
@@ -81,9 +92,4 @@ def resized(key: str, image: Any, size: int) -> NDArray[np.uint8]:
     if height != width:
         found = f"{height} x {width}"
         raise RsdError(f"{key}: expected a square image as the policy was trained on, found {found}; crop or pad it")
-    if not MIN_SCALE * size <= width <= MAX_SIDE:
-        expected = f"{size} x {size} pixels, or from {int(np.ceil(MIN_SCALE * size))} to {MAX_SIDE} to be resized"
-        raise RsdError(f"{key}: expected {expected}, found {height} x {width}")
-    if width == size:
-        return image
-    return np.asarray(Image.fromarray(image).resize((size, size), FILTER))
+    return image

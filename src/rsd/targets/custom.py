@@ -1,0 +1,121 @@
+"""A policy of one's own: any class with `reset()` and `predict(observation)`, named as `module:Class` or
+`path/to/file.py:Class`, seen from the current directory.
+
+`predict` takes an `Observation` and returns actions [n, 7] to be executed, in [-1, 1], gripper -1 = open; what else the
+class may have is in docs/your_policy.md. Every worker process makes one of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rsd.checks import ImageSize, checked, shown
+from rsd.chunks import environment_ready
+from rsd.manifest import file_sha256
+from rsd.types import TARGET_ONLY, ActionChunk, ChunkStats, Observation, RsdError, check_observation
+
+SPEC = re.compile(r"(?P<where>(?:.*\.py)|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
+RENDER_SIZE = 256  # pixels a side, what LIBERO's published evaluations render
+CPU = "cpu"
+
+
+class CustomPolicy:
+    """One instance of the user's class as a policy. What it raises in an episode is that episode's error."""
+
+    decode = TARGET_ONLY
+
+    def __init__(self, spec: str, device: str = CPU, steps: int | None = None) -> None:
+        """steps: of each chunk at most so many are executed, None: all."""
+        self.spec, self._steps = spec, steps
+        kind = find_class(spec)
+        takes_device = "device" in inspect.signature(kind).parameters
+        if device != CPU and not takes_device:
+            raise RsdError(f"--device {device}: {spec} takes none; give its __init__ a parameter `device`")
+        try:
+            self.policy = kind(device=device) if takes_device else kind()
+        except RsdError:
+            raise
+        except Exception as error:
+            raise RsdError(f"{spec}: cannot be made ({type(error).__name__}: {error!s:.300})") from error
+        size = getattr(self.policy, "image_size", RENDER_SIZE)
+        self.image_size: int = checked(ImageSize, size, f"{spec}: image_size")
+        self._seeded = "seed" in inspect.signature(self.policy.reset).parameters
+
+    def reset(self, seed: int | None = None) -> None:
+        self.policy.reset(seed=seed) if self._seeded else self.policy.reset()
+
+    def predict(self, observation: Observation) -> ActionChunk:
+        """latency_ms: `total` is what the class took."""
+        observation = check_observation(observation)
+        start = time.perf_counter()
+        answer = self.policy.predict(observation)
+        stats = ChunkStats(self.decode, prefills=1, latency_ms={"total": 1e3 * (time.perf_counter() - start)})
+        actions = answer.actions if isinstance(answer, ActionChunk) else answer
+        return ActionChunk(environment_ready(actions, self.spec, self._steps), stats)
+
+
+def find_class(spec: str) -> Any:
+    """The class that a spec names; `RsdError` for what cannot be imported or lacks a method."""
+    matched = SPEC.fullmatch(spec)
+    if matched is None:
+        raise RsdError(f"policy {shown(spec)}: expected module:Class or path/to/file.py:Class")
+    where, name = matched["where"], matched["name"]
+    kind = getattr(_module(where), name, None)
+    if not inspect.isclass(kind):
+        found = "no such name" if kind is None else f"one that is {type(kind).__name__}"
+        raise RsdError(f"policy {spec}: expected a class {name} in {where}, found {found}")
+    if missing := [method for method in ("reset", "predict") if not callable(getattr(kind, method, None))]:
+        raise RsdError(f"policy {spec}: expected the methods reset() and predict(observation), found no {missing[0]}")
+    return kind
+
+
+def identity(spec: str) -> dict[str, Any]:
+    """What names the policy beyond doubt, as far as its source tells: a run is never continued with another."""
+    kind = find_class(spec)
+    source = inspect.getsourcefile(kind)
+    known = {"policy": spec, "source_sha256": file_sha256(Path(source)) if source else ""}
+    version = getattr(kind, "version", None)
+    return known if version is None else {**known, "version": str(version)}
+
+
+def _module(where: str) -> ModuleType:
+    """Of a file, whose folder its own imports see first as Python's scripts do, or by name from the current one."""
+    path = Path(where)
+    if where.endswith(".py") and not path.is_file():
+        raise RsdError(f"policy {where}: expected a file, found none in {Path.cwd()}")
+    folder = str(path.resolve().parent if where.endswith(".py") else Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        if not where.endswith(".py"):
+            return importlib.import_module(where)
+        return _of_file(path.resolve())
+    except Exception as error:
+        found = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        raise RsdError(f"policy {where}: cannot be imported ({found}); RSD_DEBUG=1 shows where") from error
+
+
+def _of_file(path: Path) -> ModuleType:
+    """A module is made once, under its file's name, so that what it pickles or defines stays one and the same."""
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return known
+    name = path.stem if known is None else f"_rsd_policy_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RsdError("not a file that Python imports")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,65 @@
+"""One connection to a policy server in openpi's protocol: the server speaks first, then every message is answered."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from rsd.checks import told
+from rsd.extras import extra
+from rsd.types import RsdError
+
+with extra("serve"):
+    from websockets.exceptions import WebSocketException
+    from websockets.sync.client import ClientConnection, connect
+
+
+class Connection:
+    """Whatever is lost or late is an `RsdError` and closes it; `open` connects anew."""
+
+    def __init__(self, address: str, timeout_s: float, expected: str) -> None:
+        """address: ws://HOST:PORT; timeout_s: how long to wait for any answer; expected: words what was looked for."""
+        self.address, self.timeout_s, self.expected = address, timeout_s, expected
+        self._connection: ClientConnection | None = None
+        self._stack = ExitStack()
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None
+
+    def open(self) -> bytes | str:
+        """Connect -> what the server says first."""
+        try:
+            opening = connect(self.address, compression=None, max_size=None, open_timeout=self.timeout_s)
+            self._connection = self._stack.enter_context(opening)
+            return self._receive()
+        # ValueError and OverflowError for a port that is none
+        except (OSError, ValueError, OverflowError, WebSocketException) as error:
+            expected = f"expected {self.expected} at ws://HOST:PORT, found none that answers"
+            raise RsdError(f"{self.address}: {expected} ({told(error)}); start it, or mend the address") from error
+
+    def ask(self, message: bytes) -> bytes:
+        """A text is the server's way to say what went wrong."""
+        if self._connection is None:
+            raise RsdError(f"{self.address}: the connection was lost; a new episode (`reset`) connects anew")
+        try:
+            self._connection.send(message)
+        except WebSocketException as error:
+            self.close()
+            raise RsdError(f"{self.address}: the connection was lost ({told(error)})") from error
+        answer = self._receive()
+        if isinstance(answer, str):
+            raise RsdError(f"{self.address}: {answer:.1000}")
+        return answer
+
+    def close(self) -> None:
+        self._connection = None
+        self._stack.close()
+
+    def _receive(self) -> bytes | str:
+        assert self._connection is not None
+        try:
+            return self._connection.recv(self.timeout_s)
+        except (TimeoutError, WebSocketException) as error:
+            self.close()  # a late answer must not be taken for the next one
+            reason = f"no answer for {self.timeout_s:g} s" if isinstance(error, TimeoutError) else told(error)
+            raise RsdError(f"{self.address}: the connection was lost ({reason})") from error

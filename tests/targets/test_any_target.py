@@ -1,0 +1,249 @@
+"""Policies of somebody else's: a class, any openpi server, and a drafter and a proxy in front of it."""
+
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from websockets.sync.client import connect
+from websockets.sync.server import ServerConnection
+
+from foreign_server import CHUNK, foreign, proxied, running
+from openvla_checkpoint import block_image
+from rsd.chunks import environment_ready
+from rsd.decoding.state import EpisodeState
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.foreign import check_foreign
+from rsd.models.bundle import code_sizes
+from rsd.models.config import DrafterConfig, StandaloneDrafterConfig, VisualDrafterConfig
+from rsd.models.standalone_drafter import StandaloneDrafter
+from rsd.targets.black_box import Drafter, SpeculatingPolicy, load_drafter
+from rsd.targets.custom import CustomPolicy, identity
+from rsd.targets.drafter_files import StoredDrafter, save_models
+from rsd.targets.remote.openpi import OpenpiPolicy, served_at
+from rsd.targets.remote.wire import pack, unpack
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
+
+PAGE = Path(__file__).parents[2] / "docs/your_policy.md"
+SEEN = Observation(np.zeros((2, 64, 64, 3), np.uint8), np.zeros(8, np.float32), "pick up the bowl")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in ("page_policy", "other_policy"):
+        sys.modules.pop(name, None)
+
+
+def test_the_class_of_the_page_is_a_policy(here: Path) -> None:
+    snippet = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
+    (here / "sub").mkdir()
+    (here / "page_policy.py").write_text(snippet)
+    (here / "sub/other_policy.py").write_text(snippet)
+    for spec in ("page_policy:MyPolicy", "sub/other_policy.py:MyPolicy"):
+        policy = CustomPolicy(spec)
+        policy.reset(3)
+        chunk = policy.predict(SEEN)
+        assert chunk.actions.shape == (8, 7)
+        assert policy.image_size == 256
+    before = identity("page_policy:MyPolicy")["source_sha256"]
+    (here / "page_policy.py").write_text(snippet + "\n")
+    assert identity("page_policy:MyPolicy")["source_sha256"] != before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"policy": "no_such:My"}, "cannot be imported"),
+        ({"policy": "no/such.py:My"}, "expected a file, found none"),
+        ({"policy": "json:loads"}, "expected a class loads"),
+        ({"policy": "json:JSONDecoder"}, "found no reset"),
+        ({"policy": "json:JSONDecoder", "decode": "rsd"}, "decodes its own way, target-only; with a --drafter"),
+        ({"policy": "json:JSONDecoder", "temperature": 1.0}, "--temperature: not with --policy json:JSONDecoder"),
+        ({"policy": "json:JSONDecoder", "drafter": "nowhere", "decode": "rsd-skip"}, "found no reset"),
+        ({"policy": "ws://x:1", "drafter": "nowhere", "decode": "rsd-skip"}, "expected a directory with drafter.json"),
+    ],
+)
+def test_what_cannot_be_is_one_line(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(RsdError, match=expected):
+        check_foreign(EvalConfig(**{"decode": "target-only", **options}))
+
+
+def test_actions_are_clipped_or_in_other_units() -> None:
+    assert environment_ready([1.5] * 7, "x").tolist() == [[1.0] * 7]
+    assert environment_ready(torch.zeros(9, 7), "x", 4).shape == (4, 7)
+    for odd in (np.full((8, 7), 30.0), np.zeros((8, 14)), np.zeros((0, 7)), np.full((1, 7), np.nan)):
+        with pytest.raises(RsdError, match=r"^x"):
+            environment_ready(odd, "x")
+
+
+def test_any_openpi_server_is_asked_as_its_own_client_asks() -> None:
+    with foreign({}) as (address, asked):
+        policy = served_at(address)
+        assert isinstance(policy, OpenpiPolicy)
+        policy.reset()
+        assert policy.predict(SEEN).actions.shape == (5, 7)
+        policy.reset()
+        policy.predict(SEEN)
+        policy.close()
+    assert set(asked[0]) == {"observation/image", "observation/wrist_image", "observation/state", "prompt"}
+    assert asked[0]["observation/image"].shape == (224, 224, 3)
+    with foreign(["a list"]) as (address, _), pytest.raises(RsdError, match="says its metadata first"):
+        served_at(address)
+
+
+@pytest.fixture(scope="module")
+def frames() -> dict[str, bytes]:
+    with np.load(Path(__file__).parents[1] / "fixtures/openpi/exchange.npz") as recorded:
+        return {name: recorded[name].tobytes() for name in recorded}
+
+
+def replay(frames: dict[str, bytes], asked: list[Any]) -> Callable[[ServerConnection], None]:
+    """openpi's server as it was recorded; after its text it closes with 1011."""
+
+    def converse(connection: ServerConnection) -> None:
+        connection.send(frames["0_server"])
+        for message in connection:
+            asked.append(message)
+            if unpack(message)["prompt"] == "bad":  # type: ignore[arg-type]
+                connection.send(frames["6_server"].decode())
+                connection.close(1011)
+                break
+            connection.send(frames["2_server"])
+
+    return converse
+
+
+def test_openpis_own_client_and_server_as_recorded(frames: dict[str, bytes], drafter: Drafter) -> None:
+    asked, sent = list[Any](), unpack(frames["1_client"])
+    view = np.stack([block_image(1, 256), block_image(2, 256)])
+    state = sent["observation/state"].astype(np.float32)
+    answer = unpack(frames["2_server"])
+    with running(replay(frames, asked)) as address:
+        policy = served_at(address)
+        chunk = policy.predict(Observation(view, state, sent["prompt"]))
+        ours = unpack(asked.pop())
+        assert ours.keys() == sent.keys()
+        for name, value in ours.items():
+            np.testing.assert_array_equal(value, state if name == "observation/state" else sent[name])
+        np.testing.assert_array_equal(chunk.actions, answer["actions"][:5].astype(np.float32))
+        assert chunk.stats.latency_ms["total"] - chunk.stats.latency_ms["network"] == pytest.approx(0.25)
+        with pytest.raises(RsdError, match="ValueError: no such prompt"):
+            policy.predict(Observation(view, state, "bad"))
+        policy.reset()  # that server closes after a text
+        assert len(policy.predict(Observation(view, state, "again")).actions) == 5
+        policy.close()
+
+        asked.clear()
+        with proxied(address, drafter) as place, connect(place, compression=None, max_size=None) as client:
+            client.recv()
+            for number in (1, 5, 1):
+                client.send(frames[f"{number}_client"])
+                found = client.recv()
+                if number == 5:
+                    assert "ValueError: no such prompt" in found  # type: ignore[operator]
+                else:
+                    read = unpack(found)  # type: ignore[arg-type]
+                    assert read.pop("speculation")["forced"] is True
+                    assert pack(read) == frames["2_server"]
+    assert asked == [frames[f"{number}_client"] for number in (1, 5, 1)]
+
+
+@pytest.fixture
+def drafter(tokenizer: ActionTokenizer, tmp_path: Path) -> Drafter:
+    levels = DrafterConfig(levels=2, dim=16, layers=1, heads=2)
+    visual = VisualDrafterConfig(1, (16, 16, 16, 16), dim=16, layers=1, heads=2, levels=levels, depth=1)
+    config = StandaloneDrafterConfig(32, 16, visual)
+    torch.manual_seed(0)
+    model = StandaloneDrafter(config, *code_sizes(tokenizer))
+    save_models(model, tokenizer, StoredDrafter(config, {"metadata": {}}, 1e5), tmp_path / "drafter")
+    return load_drafter(tmp_path / "drafter")
+
+
+class Agreeing:
+    """A target that answers what the drafter drafts."""
+
+    image_size = 64
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter, self.calls = drafter, 0
+
+    def reset(self, seed: int | None = None) -> None:
+        self.calls = 0
+
+    def predict(self, observation: Observation) -> ActionChunk:
+        self.calls += 1
+        drafted = self.drafter.propose(observation, EpisodeState(), self.drafter.skip_rule()).actions
+        return ActionChunk(drafted, ChunkStats("target-only"))
+
+
+def test_the_target_is_asked_at_reset_and_until_a_draft_stood(drafter: Drafter) -> None:
+    target = Agreeing(drafter)
+    skip = drafter.skip_rule(1e9, 2)
+    policy = SpeculatingPolicy(drafter, target, skip, "rsd-skip")
+    policy.reset()
+    found = [policy.predict(SEEN) for _ in range(4)]
+    closes = bool((found[0].actions[:, -1] > 0).any())
+    if not closes:  # at a switch of the gripper the target is asked, too
+        assert [chunk.stats.skipped for chunk in found] == [False, True, True, False]
+    assert found[0].stats.forced
+    assert found[0].stats.deviation_mm == pytest.approx(0.0, abs=1e-3)
+    assert found[0].stats.num_draft_tokens == [48, 48]  # scalars of a level
+    drafter.stored.__dict__["epsilon_mm"] = 1e-9
+    target.predict = lambda observation: ActionChunk(CHUNK, ChunkStats("target-only"))  # type: ignore[method-assign]
+    policy.reset()
+    assert [policy.predict(SEEN).stats.skipped for _ in range(3)] == [False] * 3
+
+
+def test_a_drafter_of_another_target_is_refused(drafter: Drafter) -> None:
+    drafter.check_belongs({"policy": "ws://elsewhere", "metadata": {}})
+    with pytest.raises(RsdError, match="distilled from another target"):
+        drafter.check_belongs({"policy": "ws://elsewhere", "metadata": {"name": "pi0"}})
+
+
+def test_the_proxy_outlives_the_server_behind_it(drafter: Drafter) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    view = np.zeros((224, 224, 3), np.uint8)
+    request = {"observation/image": view, "observation/wrist_image": view, "observation/state": np.zeros(8)}
+    request |= {"prompt": "pick up the bowl", "extra": 3}
+    behind = f"ws://127.0.0.1:{port}"
+    with proxied(behind, drafter) as place, connect(place, compression=None, max_size=None) as client:
+        assert "speculation" in unpack(client.recv())  # type: ignore[arg-type]
+
+        def ask(**more: Any) -> Any:
+            client.send(pack({**request, **more}))
+            answer = client.recv()
+            return unpack(answer) if isinstance(answer, bytes) else answer
+
+        assert "server is lost" in ask()
+        with foreign({}, port) as (_, asked):
+            answer = ask()
+            assert answer["actions"].shape == (10, 7)
+            assert answer["speculation"]["forced"] is True
+            assert asked[0]["extra"] == 3
+        assert "server is lost" in ask(prompt="another")
+        with foreign({"other": 1}, port):
+            assert "another policy is served there now" in ask()
+        client.send(pack({"prompt": "x"}))
+        assert "the drafter needs observation/image" in client.recv()
+
+
+@pytest.mark.simulator
+def test_the_gymnasium_environment_of_the_page() -> None:
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1], names)
+    assert names["picture"].shape == (128, 128, 3)
+    names["env"].close()
+    from rsd.types import check_observation
+
+    assert check_observation(names["observation"]).instruction
