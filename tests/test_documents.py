@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rsd import former
+from studies import permuted_suites_page
 from studies.permuted_page import permuted_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,12 +55,14 @@ def test_a_table_of_successes_is_that_of_the_raw_results(name: str) -> None:
 
 def test_the_tables_of_the_permuted_scenes_are_rows_of_those_made_from_the_raw_results() -> None:
     text = (ROOT / "docs" / "results.md").read_text().split("## Permuted scenes")[1].split("\n## ")[0]
-    sections = re.split(r"^### .*$", text, flags=re.MULTILINE)
-    assert len(sections) == 3
-    with_tables = zip(sections[:2], ("permuted_object_3", "permuted_object"), strict=True)
-    for section, study in with_tables:
-        made = permuted_table(ROOT / "results" / study).splitlines()
+    third, suites, first = re.split(r"^### .*$", text, flags=re.MULTILINE)
+    made = {
+        third: permuted_table(ROOT / "results" / "permuted_object_3"),
+        suites: permuted_suites_page.table(ROOT / "results" / "permuted_suites"),
+        first: permuted_table(ROOT / "results" / "permuted_object"),
+    }
+    for section, table in made.items():
         shown = [line for line in section.splitlines() if line.startswith("|")]
-        assert shown[:2] == made[:2]
+        assert shown[:2] == table.splitlines()[:2]
         assert len(shown) > 5
-        assert set(shown) <= set(made)
+        assert set(shown) <= set(table.splitlines())

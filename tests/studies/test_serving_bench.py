@@ -40,7 +40,7 @@ def test_a_server_that_does_not_start_is_an_error(tmp_path: Path) -> None:
     [
         ("msgpack", "rsd.targets.remote.wire"),
         ("websockets.asyncio.server", "rsd.serving.server"),
-        ("websockets.sync.client", "rsd.targets.remote.client"),
+        ("websockets.sync.client", "rsd.targets.remote.connection"),
     ],
 )
 def test_a_missing_extra_is_named(missing: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_what_an_openvla_directory_cannot_do_is_refused(tmp_path: Path, capsys: 
     assert dispatch([*command, *output, "--use-speculative-decoding", "True"]) == 2
     assert "True: " + str(directory) + " decodes by ar alone, without a draft" in capsys.readouterr().err
     assert dispatch([*command, *output, "--compare"]) == 2
-    assert "a published OpenVLA checkpoint gets one by rsd train policy --backbone openvla" in capsys.readouterr().err
+    assert "rsd train policy --backbone openvla for OpenVLA" in capsys.readouterr().err
     assert dispatch([*command, *output, "--decode", "rsd-fused"]) == 2
     assert "--decode 'rsd-fused': expected one of ar, l1, discrete" in capsys.readouterr().err
     assert dispatch([*command, *output, "--task-suite", "libero_goal"]) == 2  # `ar`, as its files say
