@@ -24,8 +24,8 @@ PLATE_FLOOR, PRESSED = 0.008, 0.05  # m over the plate's origin, m off its middl
 PRESS, DRAG = 0.005, 0.03  # m that the hand is sent down and along
 
 
-class PushPart:
-    """The law for one episode of a goal `close` of a drawer's region or of a microwave."""
+class Pushing:
+    """What laws have in common that push until the goal holds."""
 
     cramped = False
     attempts = 1
@@ -39,6 +39,10 @@ class PushPart:
     def gave_up(self) -> bool:
         """It pushes without effect."""
         return self._steps > MAX_STEPS
+
+
+class PushPart(Pushing):
+    """The law for one episode of a goal `close` of a drawer's region or of a microwave."""
 
     def action(self) -> Vector:
         """The clean action [7] at the present state."""
@@ -94,21 +98,8 @@ class PushPart:
         return point - 0.01 * way, way, about(np.array([0.0, 0.0, 1.0]), yaw) @ POINTING_DOWN
 
 
-class DragPlate:
+class DragPlate(Pushing):
     """The law for one goal `on` of a plate and a region of the table: closed fingers press on it and take it along."""
-
-    cramped = False
-    attempts = 1
-    closed = False
-
-    def __init__(self, scene: Scene, goal: Goal) -> None:
-        self.scene, self.goal = scene, goal
-        self._steps = 0
-
-    @property
-    def gave_up(self) -> bool:
-        """It drags without effect."""
-        return self._steps > MAX_STEPS
 
     def action(self) -> Vector:
         """The clean action [7] at the present state."""
