@@ -22,7 +22,8 @@ def drawn(width: int, *table: object) -> str:
 def test_every_cell_is_there_at_every_width(rows: list[list[str]], width: int) -> None:
     for blocks in ("columns", "rows"):
         text = drawn(width, ["", "one", "two"], rows, blocks)
-        assert all(cell in text for row in rows for cell in row if cell != "-")
+        told = [row for row in rows if set(row[1:]) != {"-"}]  # a row with nothing to say may be left out
+        assert all(cell in text for row in told for cell in row if cell != "-")
         assert "…" not in text
 
 

@@ -46,7 +46,8 @@ def print_table(
     """header and every row: as many cells; the first one names the row (and is empty or a noun in the header).
 
     blocks: what becomes a block of its own, with one cell a line, where the table is wider than the console: a column
-    (quantities down, runs across) or a row (tasks down, their numbers across). No cell is ever cut.
+    (quantities down, runs across) or a row (tasks down, their numbers across). No cell is
+    ever cut; absent ones are left out.
     """
     table = Table(title=escape(title), title_justify="left", title_style="bold")
     for index, name in enumerate(header):
