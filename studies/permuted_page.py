@@ -8,12 +8,15 @@ alone; *kept* is what a decoder keeps of the gap between the drafter alone and t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from rsd.evaluation.summary import success_rate
+from rsd.evaluation.results import EpisodeResult
+from rsd.evaluation.statistics import PairedDifference
+from rsd.evaluation.summary import SuccessRate, success_rate
 from rsd.evaluation.tables import markdown
 from rsd.reporting.archive import located
 from rsd.reporting.tables import Run, load_run, paired
@@ -49,26 +52,37 @@ def shared(run: Run, states: Run) -> int:
     return sum(run.successes[key] for key in states.successes)
 
 
+def success_cell(rate: SuccessRate) -> str:
+    share = f"{rate.successes}/{rate.n} = {100 * rate.successes / rate.n:.1f} %"
+    return f"{share} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+def against_cell(pair: PairedDifference) -> str:
+    """Points, (+ only this one solved, - only the target), exact p, interval with whole tasks drawn anew."""
+    interval = pair.clustered_interval()
+    assert interval is not None
+    counted = f"{100 * pair.difference:+.1f} (+{pair.only_second} -{pair.only_first}), p {pair.p_value:.2g}"
+    return f"{counted} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
+
+
+def passes(episodes: Collection[EpisodeResult]) -> float:
+    """Share of chunks with a pass of the target."""
+    return sum(e.prefills for e in episodes) / sum(e.chunks for e in episodes)
+
+
 def row(name: str, run: Run, target: Run, drafter: Run) -> list[str]:
     rate, count = success_rate(run.episodes), len(run.episodes)
-    interval = f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
-    shown = f"{rate.successes}/{count} = {100 * rate.successes / count:.1f} % {interval}"
     halves = [[e.success for e in run.episodes if e.init_state % 2 == odd] for odd in (0, 1)]
     sizes = " and ".join(dict.fromkeys(str(len(half)) for half in halves))
     seen = f"{sum(halves[0])} / {sum(halves[1])} of {sizes}"
-    passes = sum(e.prefills for e in run.episodes) / sum(e.chunks for e in run.episodes)
     of_target, of_drafter = shared(target, run), shared(drafter, run)
     kept = f"{(rate.successes - of_drafter) / (of_target - of_drafter):.2f}"
     against = "-"
     if run is not target:
-        pair = paired(target, run)
-        tasks = pair.clustered_interval()
-        assert tasks is not None
-        against = f"{100 * pair.difference:+.1f} (+{pair.only_second} -{pair.only_first}), p {pair.p_value:.2g}"
-        against += f" [{100 * tasks[0]:+.1f}, {100 * tasks[1]:+.1f}]"
+        against = against_cell(paired(target, run))
         if count < len(target.episodes):
             against = f"of {of_target}: {against}"
-    return [name, shown, seen, against, kept, f"{passes:.2f}"]
+    return [name, success_cell(rate), seen, against, kept, f"{passes(run.episodes):.2f}"]
 
 
 def permuted_table(folder: Path) -> str:

@@ -21,7 +21,7 @@ from rsd.evaluation.summary import success_rate
 from rsd.evaluation.tables import ABSENT, markdown
 from rsd.reporting.archive import located
 from rsd.reporting.tables import load_run
-from studies.permuted_page import ROWS
+from studies.permuted_page import ROWS, against_cell, passes, success_cell
 
 SEEDS = ("A", "B")
 SUITES = tuple(f"libero_{name}_permuted" for name in ("object", "spatial", "goal"))
@@ -54,32 +54,23 @@ def solved(episodes: Episodes, keys: Iterable[Key]) -> int:
     return sum(episodes[key].success for key in keys)
 
 
-def passes(run: Episodes) -> float:
-    return sum(e.prefills for e in run.values()) / sum(e.chunks for e in run.values())
-
-
 def cell(run: Episodes, suite: str, skipping: bool) -> str:
     """Solved of how many in a suite; where the target may be skipped, at which share of its passes."""
     some = {key: e for key, e in run.items() if key[1] == suite}
-    return f"{solved(some, some)}/{len(some)}" + (f" at {passes(some):.2f}" if skipping else "")
+    return f"{solved(some, some)}/{len(some)}" + (f" at {passes(some.values()):.2f}" if skipping else "")
 
 
 def row(name: str, run: Episodes, target: Episodes, drafter: Episodes) -> list[str]:
     rate, skipping = success_rate(list(run.values())), name.startswith("skip")
-    share = f"{100 * rate.successes / len(run):.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
     against = kept = ABSENT
     if run is not target:
         first, second = ({key: e.success for key, e in episodes.items()} for episodes in (target, run))
-        pair = paired_difference(first, second, cluster=lambda key: key[1:3])
-        interval = pair.clustered_interval()
-        assert interval is not None
-        against = f"{100 * pair.difference:+.1f} (+{pair.only_second} -{pair.only_first}), p {pair.p_value:.2g}"
-        against += f" [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
+        against = against_cell(paired_difference(first, second, cluster=lambda key: key[1:3]))
     if common := run.keys() & drafter.keys() & target.keys():
         floor = solved(drafter, common)
         kept = f"{(solved(run, common) - floor) / (solved(target, common) - floor):.2f}"
     suites = [cell(run, suite, skipping) for suite in SUITES]
-    return [ROWS[name], *suites, f"{rate.successes}/{len(run)} = {share}", against, kept, f"{passes(run):.2f}"]
+    return [ROWS[name], *suites, success_cell(rate), against, kept, f"{passes(run.values()):.2f}"]
 
 
 def table(folder: Path, seeds: tuple[str, ...] = SEEDS) -> str:

@@ -63,7 +63,7 @@ class CollectConfig(Checked):
     suite: str = "libero_spatial"
     """libero_spatial, libero_object, libero_goal or libero_10; or one of the first three with _permuted behind."""
     tasks: tuple[int, ...] = ()
-    """Task ids; empty = all that the expert can do (of libero_goal 8 of 10, of libero_10 7 of 10)."""
+    """Task ids; empty = all that the expert can do (docs/expert.md names the others)."""
     num_demos: Annotated[int, between(1, 1e6)] = 50
     """Successful demonstrations per task. Raise it later and run again to add more."""
     swapped_fraction: Share = 0.2
