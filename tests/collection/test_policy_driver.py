@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rsd.collection.collect import CollectConfig, driving_policy, settings
 from rsd.collection.policy_driver import PolicyDriver
-from rsd.types import ActionChunk, ChunkStats, Observation
+from rsd.decoding.gate import SkipRule
+from rsd.policy import RsdPolicy
+from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 
 class ScriptedEnv:
@@ -86,3 +91,29 @@ def test_what_the_policy_remembers_ends_with_a_chunk_of_the_experts() -> None:
     assert executed(share=1.0, handover=100, steps=32)[2].resets == 1  # at the start
     _, _, policy = executed(share=0.5, handover=1000, steps=80)
     assert policy.resets == 1 + 10 - len(policy.seen)  # and at every chunk that it did not drive
+
+
+def test_rsd_skip_drives_with_a_threshold_where_no_calibration_is(checkpoint: Path) -> None:
+    driven = CollectConfig(Path("any"), policy=str(checkpoint), policy_decode="rsd-skip", states_only=True)
+    with pytest.raises(RsdError, match=r"rsd-skip needs a skip_calibration\.json, found none"):
+        driving_policy(driven)
+    limits = {"policy_skip_threshold_mm": 80.0, "policy_max_skips": 3, "policy_memory_chunks": 9}
+    own = replace(driven, **limits)
+    unlimited = replace(driven, policy_decode="l1")
+    policy = driving_policy(own)
+    assert isinstance(policy, RsdPolicy)
+    assert policy.core.ops.skip == SkipRule(threshold_mm=80.0, max_skips=3, memory_chunks=9)
+    assert limits.items() <= settings(own).items()
+    assert not limits.keys() & settings(unlimited).keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy_skip_threshold_mm": 80.0}, "expected --policy-skip-threshold-mm with --policy-decode rsd-skip"),
+        ({"policy_decode": "rsd-skip", "policy_max_skips": 2}, "expected --policy-max-skips .*-skip-threshold-mm"),
+    ],
+)
+def test_limits_without_what_they_limit_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RsdError, match=message):
+        CollectConfig(Path("any"), policy="any", **options)

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.checks import Checked, ImageSize, Rules, Seed, Share, between
+from rsd.checks import Checked, ImageSize, Millimetres, Rules, Seed, Share, between
 from rsd.collection import workers
 from rsd.collection.policy_driver import PolicyDriver
 from rsd.collection.workers import Workers
@@ -46,7 +46,7 @@ from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
 from rsd.sim.physics import mujoco
 from rsd.sim.rendering import check_gl
 from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
-from rsd.types import CAMERAS, RSD_ASYNC, Policy, RsdError, Steps
+from rsd.types import CAMERAS, MAX_SKIPS, MEMORY_CHUNKS, RSD_ASYNC, Chunks, Policy, RsdError, Steps
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", *permuted.SUITES)  # the expert is measured
 BATCH = 5  # demonstrations a worker makes of one task before the next: balanced, few environments built
@@ -89,6 +89,12 @@ class CollectConfig(Checked):
     (DAgger). Recorded images must have the policy's size."""
     policy_decode: str = "rsd-fused"
     """With `policy`: how it decodes; the states that `rsd-skip` leads into are its own."""
+    policy_skip_threshold_mm: Millimetres | None = None
+    """With `--policy-decode rsd-skip`: as `--skip-threshold-mm` of `rsd eval`; default: the checkpoint's calibration."""
+    policy_max_skips: Chunks = MAX_SKIPS
+    """With `--policy-skip-threshold-mm`: as `--max-skips` of `rsd eval`."""
+    policy_memory_chunks: Chunks = MEMORY_CHUNKS
+    """With `--policy-skip-threshold-mm`: as `--memory-chunks` of `rsd eval`."""
     execute: Steps | None = None
     """With `policy`: steps of its chunks that are executed; by default what its checkpoint says."""
     policy_share: Share = 0.8
@@ -102,6 +108,18 @@ class CollectConfig(Checked):
         yield alone, "--policy with --policy-decode, --policy-share and --execute", "none"
         corrected = f"--policy-decode other than {RSD_ASYNC}, whose drafts are not corrected here"
         yield self.policy_decode != RSD_ASYNC, corrected, self.policy_decode
+        gated = self.policy_decode == "rsd-skip" or self.policy_skip_threshold_mm is None
+        yield gated, "--policy-skip-threshold-mm with --policy-decode rsd-skip", self.policy_decode
+        limited = self.policy_skip_threshold_mm is not None or self._limits() == (MAX_SKIPS, MEMORY_CHUNKS)
+        yield limited, "--policy-max-skips and --policy-memory-chunks with --policy-skip-threshold-mm", "none"
+
+    def _limits(self) -> tuple[int, int]:
+        return self.policy_max_skips, self.policy_memory_chunks
+
+    def skip_rule(self) -> tuple[float, int, int] | None:
+        """When a driving `rsd-skip` leaves its target out, as `SkipRule` has it; None: as its calibration says."""
+        threshold = self.policy_skip_threshold_mm
+        return None if threshold is None else (threshold, *self._limits())
 
 
 class EpisodeRecorder:
@@ -271,19 +289,26 @@ def collect(config: CollectConfig) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=1)
-def worker_policy(name: str, decode: str, execute: int | None) -> Policy:
+def worker_policy(name: str, decode: str, execute: int | None, skip: tuple[float, int, int] | None) -> Policy:
     """The policy of this worker process, loaded once; one thread, as there is a worker per core."""
     # start-up time: most collections need neither
     import torch
 
+    from rsd.decoding.gate import SkipRule
     from rsd.policy import RsdPolicy
 
     torch.set_num_threads(1)
-    return RsdPolicy.from_pretrained(name, decode=decode, execute=execute)
+    rule = None if skip is None else SkipRule(*skip)
+    return RsdPolicy.from_pretrained(name, decode=decode, execute=execute, skip=rule)
+
+
+def driving_policy(config: CollectConfig) -> Policy:
+    """That which `config` names, in this process."""
+    return worker_policy(config.policy, config.policy_decode, config.execute, config.skip_rule())
 
 
 def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> tuple[int, list[tuple[int, str]]]:
-    policy = worker_policy(config.policy, config.policy_decode, config.execute) if config.policy else None
+    policy = driving_policy(config) if config.policy else None
     size = policy.image_size if policy is not None else config.image_size
     env = workers.worker_environment(config.suite, task_id, size, cameras=policy is not None or not config.states_only)
     folder = config.out / workers.PARTS / env.task.name
@@ -312,19 +337,21 @@ def settings(config: CollectConfig) -> dict[str, Any]:
         from rsd.checkpoint import checkpoint_hash, load_calibration, locate_checkpoint
 
         everything["policy_sha256"] = checkpoint_hash(config.policy)
-        if config.policy_decode == "rsd-skip":
+        if config.policy_decode == "rsd-skip" and config.skip_rule() is None:
             everything["skip_calibration"] = load_calibration(locate_checkpoint(config.policy)).to_json()
     return _that_matter(json.loads(json.dumps(everything)))
 
 
 def _that_matter(everything: dict[str, Any]) -> dict[str, Any]:
     """Without a policy, how much it would have driven does not matter; before it could be asked, nor did `execute`."""
-    unused = () if everything.get("policy") else ("policy", "policy_decode", "policy_share")
+    unused = set() if everything.get("policy") else {"policy", "policy_decode", "policy_share"}
+    if everything.get("policy_skip_threshold_mm") is None:
+        unused |= {"policy_skip_threshold_mm", "policy_max_skips", "policy_memory_chunks"}
     return {k: v for k, v in everything.items() if k not in unused and (k, v) != ("execute", None)}
 
 
 def _check_policy(config: CollectConfig) -> None:
-    size = worker_policy(config.policy, config.policy_decode, config.execute).image_size
+    size = driving_policy(config).image_size
     if not config.states_only and config.image_size != size:
         raise RsdError(f"collect: the policy {config.policy} needs images of {size} px, found {config.image_size} px")
 
