@@ -90,7 +90,7 @@ class CollectConfig(Checked):
     policy_decode: str = "rsd-fused"
     """With `policy`: how it decodes; the states that `rsd-skip` leads into are its own."""
     policy_skip_threshold_mm: Millimetres | None = None
-    """With `--policy-decode rsd-skip`: as `--skip-threshold-mm` of `rsd eval`; default: the checkpoint's calibration."""
+    """With `--policy-decode rsd-skip`: as `--skip-threshold-mm` of `rsd eval`; without it: its calibration."""
     policy_max_skips: Chunks = MAX_SKIPS
     """With `--policy-skip-threshold-mm`: as `--max-skips` of `rsd eval`."""
     policy_memory_chunks: Chunks = MEMORY_CHUNKS
