@@ -1,10 +1,11 @@
 """The tables of several permuted suites and seeds in docs/results.md, from raw results.
 
-    python -m studies.permuted_suites_page [--results results/permuted_suites]
+    python -m studies.permuted_suites_page [--results results/permuted_suites] [--parts A B]
 
-A folder of the results is a training of one seed, which holds a folder for each decoder. The first table is of both
-seeds, the others of one each. Pairs are states that a decoder shares with the target alone under the same seed, and a
-task is one cluster whatever the seed; what is kept is counted on the states that the drafter alone has, too.
+A part is a folder of the results: a policy (of one seed) on some states, with one for each decoder. The first table
+is of all parts asked for, the others of one each. Pairs are states that a decoder shares with the target alone in the
+same part, and a task is one cluster whatever the part; what is kept is counted on the states that the drafter alone has
+too.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ from rsd.reporting.archive import located
 from rsd.reporting.tables import load_run
 from studies.permuted_page import ROWS, against_cell, passes, success_cell
 
-SEEDS = ("A", "B")
 SUITES = tuple(f"libero_{name}_permuted" for name in ("object", "spatial", "goal"))
 HEADER = ["", "object", "spatial", "goal", "together [Wilson 95 %]", "against the target alone", "kept", "passes"]
 
-Key = tuple[str, str, int, int]  # seed, suite, task, initial state
+Key = tuple[str, str, int, int]  # part, suite, task, initial state
 Episodes = dict[Key, EpisodeResult]
 
 
@@ -36,18 +36,25 @@ class PermutedSuitesPageConfig:
     """Print the tables."""
 
     results: Path = Path("results/permuted_suites")
-    """Folder of the seeds' folders of runs, or what its archive was made of."""
+    """Folder of the parts, or what its archive was made of."""
+    parts: tuple[str, ...] = ()
+    """Which of them; empty: all."""
 
 
-def load(folder: Path, seeds: tuple[str, ...] = SEEDS) -> dict[str, Episodes]:
-    """By decoder the episodes of all seeds that have it."""
+def parts_of(folder: Path) -> tuple[str, ...]:
+    """Folders that hold a run of the target alone."""
+    return tuple(sorted(path.name for path in located(folder).iterdir() if (path / "l1").is_dir()))
+
+
+def load(folder: Path, parts: tuple[str, ...]) -> dict[str, Episodes]:
+    """By decoder the episodes of all parts that have it."""
     found: dict[str, Episodes] = {}
-    for seed in seeds:
+    for part in parts:
         for name in ROWS:
-            if located(folder / seed / name).is_dir():
-                episodes = load_run(folder / seed / name).episodes
-                found.setdefault(name, {}).update({(seed, e.suite, e.task_id, e.init_state): e for e in episodes})
-    return found
+            if located(folder / part / name).is_dir():
+                episodes = load_run(folder / part / name).episodes
+                found.setdefault(name, {}).update({(part, e.suite, e.task_id, e.init_state): e for e in episodes})
+    return {name: found[name] for name in ROWS if name in found}
 
 
 def solved(episodes: Episodes, keys: Iterable[Key]) -> int:
@@ -73,13 +80,14 @@ def row(name: str, run: Episodes, target: Episodes, drafter: Episodes) -> list[s
     return [ROWS[name], *suites, success_cell(rate), against, kept, f"{passes(run.values()):.2f}"]
 
 
-def table(folder: Path, seeds: tuple[str, ...] = SEEDS) -> str:
-    runs = load(folder, seeds)
+def table(folder: Path, parts: tuple[str, ...] = ()) -> str:
+    """Of these parts together; without any, of all."""
+    runs = load(folder, parts or parts_of(folder))
     return markdown(HEADER, [row(name, run, runs["l1"], runs.get("alone", {})) for name, run in runs.items()])
 
 
 if __name__ == "__main__":
-    results = tyro.cli(PermutedSuitesPageConfig).results
-    print(table(results))
-    for seed in SEEDS:
-        print(f"seed {seed}", table(results, (seed,)), sep="\n\n")
+    config = tyro.cli(PermutedSuitesPageConfig)
+    print(table(config.results, config.parts))
+    for part in config.parts or parts_of(config.results):
+        print(f"part {part}", table(config.results, (part,)), sep="\n\n")

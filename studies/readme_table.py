@@ -14,15 +14,18 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from rsd.evaluation.results import EpisodeResult
 from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.summary import success_rate
 from rsd.evaluation.tables import markdown
-from rsd.reporting.tables import Run, load_run, success_cell
+from rsd.reporting.tables import load_run, success_cell
 from rsd.types import RsdError
 from studies.page_tables import latency_record, totals_of
+from studies.permuted_suites_page import load
 
 HEADER = ["`--decode`", "permuted scenes", "stock libero_spatial", "target passes a chunk", "2 CPU cores, ms"]
 HEADER.append("H100, ms (compiled)")
+PARTS = ("after", "after_more")  # of the runs in permuted scenes: one policy, other states
 NOT_MEASURED = "not measured"
 
 
@@ -41,8 +44,8 @@ class Row:
 ROWS = (
     Row("`l1`: the target alone, one pass", "l1", "l1", "l1"),
     Row("`drafter-only`", "alone", "drafter-only", "draft-first", ("", "", " (d)")),
-    Row("`rsd-fused`", "fused_blind", "rsd-fused", "rsd-fused", ("", " (a)", " (a)")),
-    Row("`rsd-skip`", "skip_forecast_100", "rsd-skip", "", (" (b)", " (c)", " (c)")),
+    Row("`rsd-fused`", "fused_moving", "rsd-fused", "rsd-fused", ("", " (a)", " (a)")),
+    Row("`rsd-skip`", "skip_reset_3", "rsd-skip", "", (" (b)", " (c)", " (c)")),
     Row("`ar`: the target alone, level by level", "", "ar", "ar"),
 )
 
@@ -51,8 +54,8 @@ ROWS = (
 class ReadmeTableConfig:
     """Print the table, or write it."""
 
-    permuted: Path = Path("results/permuted_object_3")
-    """Folder of the runs in permuted scenes, or what its archive was made of."""
+    permuted: Path = Path("results/permuted_dagger")
+    """Folder of the parts with runs in permuted scenes, or what its archive was made of."""
     stock: Path = Path("results/libero_spatial_57M")
     """The same of the shipped policy's runs."""
     readme: Path = Path("README.md")
@@ -61,20 +64,20 @@ class ReadmeTableConfig:
     """Replace it there."""
 
 
-def passes(run: Run) -> str:
+def passes(run: list[EpisodeResult]) -> str:
     """Of the target, a chunk."""
-    chunks = sum(episode.chunks for episode in run.episodes)
-    return f"{sum(episode.prefills + episode.target_passes for episode in run.episodes) / chunks:.2g}"
+    chunks = sum(episode.chunks for episode in run)
+    return f"{sum(episode.prefills + episode.target_passes for episode in run) / chunks:.2g}"
 
 
 def readme_table(permuted: Path, stock: Path) -> str:
     """The table, in Markdown. Raises RsdError where a raw result is not there."""
     records = [latency_record(stock / name) for name in ("cpu/latency.json", "h100/latency-compiled.json")]
-    rows = []
+    rows, permuted_runs = [], load(permuted, PARTS)
     for row in ROWS:
-        places = [permuted / row.permuted if row.permuted else None, stock / "h100" / row.stock]
-        runs = [load_run(place) if place else None for place in places]
-        successes = [success_cell(success_rate(run.episodes)) if run else NOT_MEASURED for run in runs]
+        runs = [list(permuted_runs[row.permuted].values()) if row.permuted else []]
+        runs.append(list(load_run(stock / "h100" / row.stock).episodes))
+        successes = [success_cell(success_rate(run)) if run else NOT_MEASURED for run in runs]
         if row.timed:
             p50s = [percentiles(record.milliseconds[row.timed]["total"])[0] for record in records]
             times = [f"{p50:.1f}{row.notes[2]}" for p50 in p50s]
