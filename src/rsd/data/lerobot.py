@@ -123,7 +123,9 @@ def read_info(folder: Path) -> dict[str, Any]:
 def features_of(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The features by name, those that are described."""
     features = info.get("features")
-    return {name: each for name, each in features.items() if isinstance(each, dict)} if isinstance(features, dict) else {}
+    return (
+        {name: each for name, each in features.items() if isinstance(each, dict)} if isinstance(features, dict) else {}
+    )
 
 
 def action_feature(folder: Path, info: Mapping[str, Any]) -> tuple[str, int]:
@@ -148,7 +150,9 @@ def read_tasks(folder: Path) -> dict[int, str]:
     """The instructions by their number, of either format."""
     if (folder / TASKS).is_file():
         table = read_columns(folder / TASKS, None)
-        texts = [name for name in table.column_names if str(table.schema.field(name).type) in ("string", "large_string")]
+        texts = [
+            name for name in table.column_names if str(table.schema.field(name).type) in ("string", "large_string")
+        ]
         if TASK not in table.column_names or len(texts) != 1:
             found = ", ".join(table.column_names) or "none"
             raise RsdError(f"{folder / TASKS}: expected the column {TASK} and one of texts, found {found:.200}")
@@ -158,8 +162,8 @@ def read_tasks(folder: Path) -> dict[int, str]:
             lines = (folder / OLD_TASKS).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise RsdError(f"{folder / OLD_TASKS}: not readable ({told(error)}); fetch it again") from None
-        found = [parse_object(line, f"{folder / OLD_TASKS}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
-        pairs = [(each.get(TASK), each.get("task")) for each in found]
+        told_of = [parse_object(line, f"{folder / OLD_TASKS}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+        pairs = [(each.get(TASK), each.get("task")) for each in told_of]
     else:
         raise RsdError(f"LeRobot data set {folder}: expected {TASKS} or {OLD_TASKS}, found neither; fetch meta again")
     for number, text in pairs:

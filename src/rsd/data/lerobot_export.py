@@ -116,7 +116,7 @@ def features_of(side: int, videos: bool, executed: bool) -> dict[str, dict[str, 
     state = {"dtype": "float32", "shape": [STATE_DIM], "names": [*POSE, "finger1", "finger2"]}
     counted = {key: {"dtype": "int64", "shape": [1], "names": None} for key in (FRAME, EPISODE, "index", TASK)}
     return {
-        **{key: picture for key in CAMERAS},
+        **dict.fromkeys(CAMERAS, picture),
         STATE: state,
         ACTION: action,
         **({EXECUTED: action} if executed else {}),
@@ -156,7 +156,7 @@ class Writer:
             expected = f"images of {self.side} px as before"
             raise RsdError(f"{demonstration.source}: expected {expected}, found {images.shape[2]} px; render all alike")
         task = self.tasks.setdefault(demonstration.instruction, len(self.tasks))
-        values = {
+        values: dict[str, NDArray[Any]] = {
             STATE: demonstration.state,
             ACTION: demonstration.labels,
             **({EXECUTED: demonstration.actions} if self.executed else {}),
@@ -199,7 +199,9 @@ class Writer:
             "fps": CONTROL_HZ,
             "splits": {"train": f"0:{self.episodes}"},
             "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-            "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4" if self.videos else None,
+            "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+            if self.videos
+            else None,
             "features": features_of(self.side, self.videos, self.executed),
         }
         own = {"recorded_by": "`rsd demos export`", "versions": versions(), "sources": sources}
@@ -262,7 +264,8 @@ class RowFile:
     """The parquet files, a group of rows an episode."""
 
     def __init__(self, folder: Path, parquet: Any) -> None:
-        self._folder, self._parquet, self._numbers, self._writer = folder, parquet, Numbered(DATA_MB), None
+        self._folder, self._parquet, self._numbers = folder, parquet, Numbered(DATA_MB)
+        self._writer: Any = None
 
     def write(self, table: pyarrow.Table) -> tuple[int, int]:
         """-> its place."""
@@ -308,9 +311,9 @@ class Film:
         for picture in view:
             self._mux(self._stream.encode(self._av.VideoFrame.from_ndarray(picture, format="rgb24")))
         self._frames += len(view)
-        told = {"chunk_index": chunk, "file_index": file}
-        told |= {"from_timestamp": start / CONTROL_HZ, "to_timestamp": self._frames / CONTROL_HZ}
-        return {f"videos/{self._key}/{name}": value for name, value in told.items()}
+        seconds = {"from_timestamp": start / CONTROL_HZ, "to_timestamp": self._frames / CONTROL_HZ}
+        place = {"chunk_index": chunk, "file_index": file, **seconds}
+        return {f"videos/{self._key}/{name}": value for name, value in place.items()}
 
     def close(self) -> None:
         if self._container is not None:

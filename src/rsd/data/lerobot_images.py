@@ -83,7 +83,8 @@ class VideoCamera:
             self._places = self._third_format(folder)
         else:
             self._places = self._second_format(folder, int(self._positive(info, "chunks_size")))
-        self._path, self._next, self._frames = Path(), 0, iter(())
+        self._path, self._next = Path(), 0
+        self._frames: Iterator[NDArray[np.uint8]] = iter(())
 
     def read(self, part: slice) -> NDArray[np.uint8]:
         episode = int(self._rows.columns[EPISODE][part.start])
@@ -102,7 +103,7 @@ class VideoCamera:
 
     def _positive(self, info: Mapping[str, Any], name: str) -> float:
         value = info.get(name)
-        if type(value) not in (int, float) or not 1 <= value <= 1e6:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 1 <= value <= 1e6:
             raise RsdError(f"{self._where}: expected {name} in meta/info.json from 1 to 1000000, found {value!r:.40}")
         return float(value)
 
@@ -120,7 +121,9 @@ class VideoCamera:
             for row in zip(*(table[name].to_pylist() for name in (EPISODE, *names)), strict=True):
                 episode, chunk, file, start = row
                 if any(type(each) is not int or each < 0 for each in row[:3]) or not isinstance(start, float | int):
-                    raise RsdError(f"{path}: expected where episode {episode!r:.20} is in the videos, found {row!r:.120}")
+                    raise RsdError(
+                        f"{path}: expected where episode {episode!r:.20} is in the videos, found {row!r:.120}"
+                    )
                 name = VIDEO.format(key=self._key, chunk=chunk, file=file)
                 found[episode] = folder / name, max(0, round(start * self._fps))
         return found

@@ -122,7 +122,8 @@ def data_provenance(folders: Iterable[Path], dataset: FrameDataset) -> dict[str,
 
 def load_folders(folders: Iterable[Path], images: bool = True, image_size: int = 0) -> Iterator[Demonstration]:
     """The demonstrations of all of them, in order; image_size: see `load_demonstrations`."""
-    each_once("--data", [located(folder)[0] for folder in (folders := list(folders))])
+    folders = list(folders)
+    each_once("--data", [located(folder)[0] for folder in folders])
     everything = (load_demonstrations(folder, images=images, image_size=image_size) for folder in folders)
     return shown(chain.from_iterable(everything), "demonstrations read")
 
