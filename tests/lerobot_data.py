@@ -44,10 +44,9 @@ def episode(number: int, side: int = SIDE) -> Seen:
     command = np.where(np.roll(closed, -2), 1.0, -1.0)
     actions = np.hstack([rng.uniform(-0.9, 0.9, (steps, 6)), command[:, None]]).astype(np.float32)
     images = np.empty((steps, 2, side, side, 3), np.uint8)
-    images[:, 0], images[:, 1] = (
-        np.kron(rng.integers(low, high, (8, 8, 3)), np.ones((side // 8, side // 8, 1)))
-        for low, high in ((60, 90), (90, 250))
-    )
+    for camera, (low, high) in enumerate(((60, 90), (90, 250))):
+        patches = np.kron(rng.integers(low, high, (8, 8, 3)), np.ones((-(-side // 8), -(-side // 8), 1)))
+        images[:, camera] = patches[:side, :side]
     images[:, 1, -max(1, round(side / 8)) :] = 55  # the gripper's body
     size = side // 8
     for step, (x, y, z) in enumerate(hand):

@@ -133,6 +133,7 @@ EXPORTS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "nothing": (lambda folder: folder.mkdir(), [], "found none; collect them with `rsd demos collect`"),
     "there-already": (lambda folder: hdf5(folder.parent / "out") and hdf5(folder), [], "out: exists already"),
     "twice": (hdf5, ["lerobot:DATA"], "expected each once"),
+    "odd-size": (lambda folder: hdf5(folder, side=65), ["--images", "mp4"], "with an even number of pixels, found 65"),
     "another-size": (lambda folder: hdf5(folder) and hdf5(folder.parent / "b", side=16), ["B"], "64 px as before"),
 }
 

@@ -10,7 +10,7 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import dataset_to_policy_features
 
-from lerobot_data import FPS, SIDE, Seen, episode
+from lerobot_data import FPS, SIDE, episode
 from rsd.data.demonstrations import load_demonstrations
 from rsd.data.lerobot_export import ExportConfig, export
 
@@ -86,10 +86,9 @@ def written_by_lerobot(root: Path, kind: str, turn: Any) -> None:
 @pytest.mark.parametrize("kind", ["image", "video"])
 @pytest.mark.parametrize("turned", [False, True])
 def test_what_lerobot_has_written_is_read(kind: str, turned: bool, tmp_path: Path) -> None:
-    written_by_lerobot(tmp_path / "set", kind, lambda image: np.ascontiguousarray(image[::-1, ::-1]) if turned else image)
+    written_by_lerobot(tmp_path / "set", kind, lambda image: image[::-1, ::-1].copy() if turned else image)
     found = list(load_demonstrations(f"lerobot:{tmp_path / 'set'}"))
-    compared: list[Seen] = EPISODES
-    for demo, seen in zip(found, compared, strict=True):
+    for demo, seen in zip(found, EPISODES, strict=True):
         np.testing.assert_array_equal(demo.state, seen.state)
         np.testing.assert_array_equal(demo.labels, seen.actions)
         assert demo.instruction == seen.task

@@ -155,6 +155,9 @@ class Writer:
         if images.shape[2] != self.side:
             expected = f"images of {self.side} px as before"
             raise RsdError(f"{demonstration.source}: expected {expected}, found {images.shape[2]} px; render all alike")
+        if self.videos and self.side % 2:
+            found = f"{self.side}; take --images png"
+            raise RsdError(f"{demonstration.source}: mp4 expects images with an even number of pixels, found {found}")
         task = self.tasks.setdefault(demonstration.instruction, len(self.tasks))
         values: dict[str, NDArray[Any]] = {
             STATE: demonstration.state,

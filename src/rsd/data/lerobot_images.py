@@ -139,13 +139,12 @@ def frames_of(path: Path, fps: float) -> Iterator[NDArray[np.uint8]]:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            begin = None
+            begin: float | None = None
             for number, frame in enumerate(container.decode(stream)):
-                time = frame.time or 0.0
-                begin = time if begin is None else begin
-                if abs((time - begin) * fps - number) > 0.5:
+                begin = frame.time if begin is None else begin
+                if frame.time is not None and abs((frame.time - begin) * fps - number) > 0.5:
                     expected = f"frame {number} at {number / fps:.3f} s, as {fps:g} frames a second have it"
-                    raise RsdError(f"{path}: expected {expected}, found it at {time - begin:.3f} s")
+                    raise RsdError(f"{path}: expected {expected}, found it at {frame.time - begin:.3f} s")
                 yield frame.to_ndarray(format="rgb24")
     # PyAV's own errors are of the first two kinds; without a video stream there is no first one
     except (OSError, ValueError, IndexError, av.FFmpegError) as error:
