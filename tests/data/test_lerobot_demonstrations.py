@@ -24,6 +24,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.dataset import FrameDataset
 
 HALF, FLIPPED, MIRRORED = (TURNS[name] for name in ("turned by 180 degrees", "upside down", "mirrored"))
+ONE, MP4 = Kind(), Kind(images="video")
 KINDS = {
     "huggingface": (Kind(), "both upright; state: position, axis-angle, two fingers; gripper -1 opens, 1 closes"),
     "openpi": (
@@ -69,6 +70,17 @@ def test_larger_pictures_are_reduced_and_tasks_cut_short(tmp_path: Path) -> None
         assert abs(reduced.images - means).max() <= 1  # Pillow rounds twice
     assert folder_provenance(tmp_path)["format"] == "v3.0"
     assert len(episodes) == 3
+
+
+@pytest.mark.parametrize("command", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("width", [0.04, 0.001])
+def test_a_gripper_that_never_moves_is_open_or_closed(command: float, width: float, tmp_path: Path) -> None:
+    seen = [episode(number) for number in range(3)]
+    for each in seen:
+        each.state[:, 6], each.state[:, 7] = width, -width
+    write(tmp_path, Kind(gripper=(command, command)), seen)
+    gripper = np.concatenate([demo.labels[:, 6] for demo in load_demonstrations(tmp_path, images=False)])
+    assert set(gripper.tolist()) == {-1.0 if width > 0.01 else 1.0}
 
 
 def hdf5(folder: Path, noise: float = 0.0, every: int = 1, side: int = 64, images: bool = True) -> Path:
@@ -150,8 +162,6 @@ def test_what_cannot_be_exported(case: str, tmp_path: Path, capsys: pytest.Captu
 # what cannot be trained on
 
 PARQUET, VIDEO = "data/chunk-000/file-000.parquet", "videos/observation.images.image/chunk-000/file-000.mp4"
-ONE = Kind()
-MP4 = Kind(images="video")
 
 
 def features(**changes: Any) -> Callable[[Path], Any]:
@@ -261,7 +271,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "quaternion": (written(ONE, state=quaternion), "found a quaternion in numbers 3 to 6; convert it"),
     "state-of-joints": (written(ONE, state=lambda state: state * 9), "axis-angle 3 (rad) and the gripper's two joint"),
     "degrees": (written(ONE, actions=lambda actions: actions * 90), "expected LIBERO's commands in action, within +-1"),
-    "gripper-still": (written(ONE, actions=gripper(1.0)), "two commands for the gripper in action"),
+    "gripper-still": (written(ONE, actions=gripper(1.0)), "commands for the gripper in action"),
     "not-square": (
         written(ONE, images=lambda images: images[:, :, :, :48]),
         "expected square pictures in observation.im",

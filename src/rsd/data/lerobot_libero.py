@@ -33,12 +33,13 @@ GRIPPER = ACTION_DIM - 1
 FINGERS = slice(STATE_DIM - 2, STATE_DIM)
 MOST_OPEN = 0.05  # m from the middle; Panda's fingers reach 0.04
 LAG = 4  # steps after which the fingers follow a command
+FINGERS_MOVE, FINGERS_REST = 0.002, 0.02  # m between them, at least or at most
 EPISODES_TRIED = 20
 # Of the wrist camera's picture the gripper's body is a tenth at the lower edge, plain and dark: in 127 frames of six
 # demonstrations its grey levels were 52 to 55 with a deviation of at most 0.8, those of the opposite edge 2.6 and more.
 HAND_SHARE, HAND_GREY, HAND_DEVIATION = 0.1, 90, 4
 # Until the gripper closes, what moves in the third-person camera's picture is the arm: the column of what changes falls
-# with y, its row grows with x and falls with z. In 32 demonstrations of three suites, turned each of the four ways, that
+# with y, its row grows with x and falls with z. In 32 demonstrations of three suites, turned each of four ways, that
 # told the right way in 30; the other two open a drawer, and are left to the next episode.
 MOTION_GREY, FRAMES_COMPARED, LEAST_CORRELATION, CLOSING = 12, 30, 0.6, 0.005
 TURNS: dict[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {  # [T, S, S, 3] as stored -> upright
@@ -124,8 +125,11 @@ def read_actions(folder: Path) -> list[NDArray[np.float32]]:
     state = next((name for name in STATE_KEYS if features.get(name, {}).get("shape") == [STATE_DIM]), "")
     rows = read_rows(folder, info, {action: width, **({state: STATE_DIM} if state else {})})
     actions = rows.columns[action]
-    if state and width == ACTION_DIM:
-        actions = converted(actions, gripper_sense(rows, actions, rows.columns[state]))
+    if state and width == ACTION_DIM and not state_fault(rows.columns[state]):
+        sense = gripper_sense(rows, actions, rows.columns[state])
+        if sense not in (None, (GRIPPER_OPEN, GRIPPER_CLOSE)):
+            print(f"LeRobot data set {folder}: gripper {told_gripper(sense)}")
+        actions = converted(actions, sense)
     return [actions[part] for part in rows.episodes()]
 
 
@@ -153,34 +157,41 @@ def recognise(folder: Path, info: Mapping[str, Any]) -> Layout:
     return Layout(cameras, state, action, EXECUTED if executed else "")
 
 
-def check_state(folder: Path, key: str, state: NDArray[np.float32]) -> None:
-    """RsdError unless the 8 numbers can be position, axis-angle and two finger positions."""
+def state_fault(state: NDArray[np.float32]) -> str:
+    """What shows that the 8 numbers are not position, axis-angle and two finger positions; empty where they can be."""
     first, second = state[:, FINGERS].T
     angle = np.linalg.norm(state[:, 3:6], axis=1).max()
     fingers = (abs(state[:, FINGERS]) <= MOST_OPEN).all() and (first - second >= -0.01).all()
     if fingers and angle <= 2 * np.pi + 0.01:
-        return
+        return ""
     quaternion = np.allclose(np.linalg.norm(state[:, 3:7], axis=1), 1, atol=1e-3)
-    found = "a quaternion in numbers 3 to 6" if quaternion else f"{np.round(state[0], 3).tolist()} in the first frame"
-    expected = "position 3 (m), axis-angle 3 (rad) and the gripper's two joint positions (m, within 0.05)"
-    raise RsdError(f"LeRobot data set {folder}: expected {key} to be {expected}, found {found}; convert it")
+    return "a quaternion in numbers 3 to 6" if quaternion else f"{np.round(state[0], 3).tolist()} in the first frame"
+
+
+def check_state(folder: Path, key: str, state: NDArray[np.float32]) -> None:
+    if found := state_fault(state):
+        expected = "position 3 (m), axis-angle 3 (rad) and the gripper's two joint positions (m, within 0.05)"
+        raise RsdError(f"LeRobot data set {folder}: expected {key} to be {expected}, found {found}; convert it")
 
 
 def gripper_sense(rows: Rows, labels: NDArray[np.float32], state: NDArray[np.float32]) -> tuple[float, float] | None:
-    """(what opens, what closes) of the gripper's two commands, by what the fingers do some steps later; None where
-    there are not two, or both do the same."""
-    values = np.unique(labels[:, GRIPPER])
-    if len(values) != 2:
-        return None
+    """(what opens, what closes) of the gripper's commands, by where the fingers are some steps later; None where that
+    does not tell."""
+    values = np.unique(labels[:, GRIPPER]).tolist()
     parts = [part for part in rows.episodes()[:EPISODES_TRIED] if part.stop - part.start > LAG]
     width = state[:, FINGERS] @ np.array([1, -1], np.float32)
     command = np.concatenate([labels[part, GRIPPER][:-LAG] for part in parts] or [labels[:0, GRIPPER]])
     later = np.concatenate([width[part][LAG:] for part in parts] or [width[:0]])
-    means = [later[command == value].mean() if (command == value).any() else np.nan for value in values]
-    if not abs(means[0] - means[1]) > 0.002:
+    seen = [later[command == value] for value in values]
+    if not all(map(len, seen)) or len(values) not in (1, 2):
         return None
-    low, high = values.tolist()
-    return (low, high) if means[0] > means[1] else (high, low)
+    if len(values) == 1:  # it never switches, as where a drawer is pushed
+        low, high = np.quantile(later, [0.25, 0.75])
+        other = -values[0] or 1.0
+        return None if high - low > FINGERS_REST else (values[0], other) if low > MOST_OPEN else (other, values[0])
+    low, high = (each.mean() for each in seen)
+    opens, closes = values if low > high else reversed(values)
+    return None if abs(low - high) < FINGERS_MOVE else (opens, closes)
 
 
 def check_actions(folder: Path, key: str, labels: NDArray[np.float32], sense: tuple[float, float] | None) -> None:
@@ -188,7 +199,7 @@ def check_actions(folder: Path, key: str, labels: NDArray[np.float32], sense: tu
         raise RsdError(f"LeRobot data set {folder}: expected LIBERO's commands in {key}, within +-1, found {most:.4g}")
     if sense is None:
         found = np.unique(labels[:, GRIPPER])[:4].tolist()
-        expected = f"two commands for the gripper in {key}, one that opens and one that closes its fingers"
+        expected = f"commands for the gripper in {key}, one that opens and one that closes its fingers"
         raise RsdError(f"LeRobot data set {folder}: expected {expected}, found {found} and fingers that do not tell")
 
 
