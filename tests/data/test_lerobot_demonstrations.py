@@ -26,14 +26,17 @@ from rsd.training.dataset import FrameDataset
 HALF, FLIPPED, MIRRORED = (TURNS[name] for name in ("turned by 180 degrees", "upside down", "mirrored"))
 ONE, MP4 = Kind(), Kind(images="video")
 KINDS = {
-    "huggingface": (Kind(), "both upright; state: position, axis-angle, two fingers; gripper -1 opens, 1 closes"),
+    "huggingface": (
+        Kind(),
+        "pictures 64 px upright; state: position, axis-angle, two fingers; gripper -1 opens, 1 closes",
+    ),
     "openpi": (
         Kind("v2.0", cameras=CAMERA_KEYS[3], state="state", action="actions", gripper=(1.0, 0.0)),
-        "both upright; state: position, axis-angle, two fingers; gripper 1 opens, 0 closes: converted to -1 and 1",
+        "64 px upright; state: position, axis-angle, two fingers; gripper 1 opens, 0 closes: converted to -1 and 1",
     ),
-    "as-libero-stores-it": (Kind("v2.1", "video", CAMERA_KEYS[1], turn=HALF), "both turned by 180 degrees"),
-    "as-robosuite-draws": (Kind("v2.1", turn=FLIPPED, gripper=(0.0, 1.0)), "both upside down"),
-    "as-the-world-is": (Kind("v3.0", "video", CAMERA_KEYS[2], turn=MIRRORED), "both mirrored"),
+    "as-libero-stores-it": (Kind("v2.1", "video", CAMERA_KEYS[1], turn=HALF), "pictures 64 px turned by 180 degrees"),
+    "as-robosuite-draws": (Kind("v2.1", turn=FLIPPED, gripper=(0.0, 1.0)), "pictures 64 px upside down"),
+    "as-the-world-is": (Kind("v3.0", "video", CAMERA_KEYS[2], turn=MIRRORED), "pictures 64 px mirrored"),
     "av1": (Kind("v3.0", "video", turn=HALF, codec="libsvtav1", gripper=(1.0, -1.0)), "gripper 1 opens, -1 closes"),
 }
 
@@ -302,4 +305,6 @@ def test_turns_that_cannot_be_told_are_said(tmp_path: Path, capsys: pytest.Captu
     write(tmp_path, ONE, episodes)
     assert len(list(load_demonstrations(tmp_path))) == 3
     said = capsys.readouterr().err
-    assert re.search(r"^warning: .*observation.images.image and .*image2 stands could not be told; taken as upr", said)
+    assert re.search(
+        r"^warning: .*observation.images.image and .*image2 stand could not be told; taken as upright", said
+    )

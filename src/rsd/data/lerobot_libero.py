@@ -48,6 +48,7 @@ TURNS: dict[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {  # [T, S,
     "upside down": lambda pictures: pictures[:, ::-1],
     "mirrored": lambda pictures: pictures[:, :, ::-1],
 }
+DOWN = ("turned by 180 degrees", "upside down")
 
 
 @dataclass(frozen=True)
@@ -223,39 +224,29 @@ class Pictures:
 
     def __init__(self, folder: Path, info: Mapping[str, Any], rows: Rows, layout: Layout, image_size: int) -> None:
         self._where, self._size, self._keys = f"LeRobot data set {folder}", image_size, layout.cameras
-        self._rows, self._turns = rows, ("upright", "upright")
+        self._rows, self._turn = rows, "upright"
         self._cameras = [camera(folder, info, rows, key) for key in layout.cameras]
 
     def learn(self, state: NDArray[np.float32]) -> str:
-        """Find out from the first episodes how the pictures stand -> words for it."""
-        third = wrist = None
+        """Find out from the first episodes how the pictures stand, both cameras' alike -> words for it."""
+        hand = found = None
         for part in self._rows.episodes()[:EPISODES_TRIED]:
-            both = self._stored(part)
-            side = both[0].shape[1]
-            third = third or third_turn(both[0], state[part])
-            wrist = wrist or wrist_turn(both[1])
-            if third and wrist:
+            third, wrist = self._stored(part)
+            hand, found = hand or wrist_turn(wrist), third_turn(third, state[part])
+            if found and hand in (None, "upside down" if found in DOWN else "upright"):
+                self._turn = found
                 break
-        if third is None or wrist is None:
-            unclear = " and ".join(key for key, turn in zip(self._keys, (third, wrist), strict=True) if turn is None)
-            third = third or ("turned by 180 degrees" if wrist == "upside down" else "upright")
-            print(
-                f"warning: {self._where}: which way {unclear} stands could not be told; taken as {third}",
-                file=sys.stderr,
-            )
-        # the hand looks the same mirrored: left and right of the wrist camera are as the other camera has them
-        if wrist is None:
-            wrist = third
-        elif third in ("mirrored", "turned by 180 degrees"):
-            wrist = {"upright": "mirrored", "upside down": "turned by 180 degrees"}[wrist]
-        self._turns = third, wrist
-        size = f"{side} px" + (f" reduced to {self._size}" if 0 < self._size < side else "")
-        return f"{size}, " + (f"both {third}" if third == wrist else f"third person {third}, wrist {wrist}")
+        else:
+            self._turn = "turned by 180 degrees" if hand in DOWN else "upright"
+            keys = " and ".join(self._keys)
+            print(f"warning: {self._where}: how {keys} stand could not be told; taken as {self._turn}", file=sys.stderr)
+        side = third.shape[1]
+        return f"{side} px {f'reduced to {self._size} ' if 0 < self._size < side else ''}{self._turn}"
 
     def __call__(self, part: slice) -> NDArray[np.uint8]:
         """The rows of one episode -> uint8 [T, 2, S, S, 3]."""
-        stored = zip(self._stored(part), self._turns, strict=True)
-        views = [reduced(TURNS[turn](pictures), self._size or pictures.shape[1]) for pictures, turn in stored]
+        turn = TURNS[self._turn]
+        views = [reduced(turn(pictures), self._size or pictures.shape[1]) for pictures in self._stored(part)]
         if views[0].shape != views[1].shape:
             found = " and ".join(f"{view.shape[1]} px" for view in views)
             raise RsdError(f"{self._where}: expected pictures of one size from both cameras, found {found}")
