@@ -39,8 +39,8 @@ EPISODES_TRIED = 20
 # demonstrations its grey levels were 52 to 55 with a deviation of at most 0.8, those of the opposite edge 2.6 and more.
 HAND_SHARE, HAND_GREY, HAND_DEVIATION = 0.1, 90, 4
 # Until the gripper closes, what moves in the third-person camera's picture is the arm: the column of what changes falls
-# with y, its row grows with x and falls with z. In 32 demonstrations of three suites, turned each of four ways, that
-# told the right way in 30; the other two open a drawer, and are left to the next episode.
+# with y, its row grows with x and falls with z. In 38 demonstrations of three suites, turned each of four ways, that
+# told the right way in 36; the other two open a drawer, and are left to the next episode.
 MOTION_GREY, FRAMES_COMPARED, LEAST_CORRELATION, CLOSING = 12, 30, 0.6, 0.005
 TURNS: dict[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {  # [T, S, S, 3] as stored -> upright
     "upright": lambda pictures: pictures,
