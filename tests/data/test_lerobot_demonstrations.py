@@ -232,7 +232,7 @@ def gripper(value: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no-such-folder": (lambda folder: None, "info.json: not found; a LeRobot data set holds info.json"),
+    "no-such-folder": (lambda folder: None, "expected the folder of a LeRobot data set, found none; `hf download"),
     "hdf5": (hdf5, "info.json: not found; a LeRobot data set holds info.json"),
     "version-1": (lambda folder: write(folder, Kind(info={"codebase_version": "v1.6"})), "v3.0, found 'v1.6'"),
     "no-images": (features(observation_images_image=None), "expected LIBERO's layout: images of two cameras named"),

@@ -110,6 +110,9 @@ def read_rows(folder: Path, info: Mapping[str, Any], columns: Mapping[str, int])
 def read_info(folder: Path) -> dict[str, Any]:
     """`meta/info.json` of a format that can be read."""
     path = folder / INFO
+    if not folder.is_dir():
+        remedy = "`hf download ID --repo-type dataset --local-dir DIR` gets one from the hub"
+        raise RsdError(f"{PREFIX}{folder}: expected the folder of a LeRobot data set, found none; {remedy}")
     info = read_object(path, "a LeRobot data set")
     found = info.get("codebase_version")
     if found not in FORMATS:
