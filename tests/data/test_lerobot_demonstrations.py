@@ -164,6 +164,7 @@ def test_what_cannot_be_exported(case: str, tmp_path: Path, capsys: pytest.Captu
 
 # what cannot be trained on
 
+EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 PARQUET, VIDEO = "data/chunk-000/file-000.parquet", "videos/observation.images.image/chunk-000/file-000.mp4"
 
 
@@ -212,6 +213,14 @@ def file(name: str, change: Callable[[bytes], bytes] | None, kind: Kind = ONE) -
             (folder / name).write_bytes(change(data))
 
     return make
+
+
+def no_time(folder: Path) -> None:
+    write(folder, MP4)
+    path = folder / EPISODES
+    notes = parquet.read_table(path).to_pylist()
+    notes[1][f"videos/{CAMERA_KEYS[0][0]}/from_timestamp"] = float("nan")
+    parquet.write_table(pyarrow.Table.from_pylist(notes), path)
 
 
 def shorter_film(folder: Path) -> None:
@@ -270,7 +279,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "video-short": (shorter_film, "expected frames 24..53 for episode 1, found 0 of these 30; download it again"),
     "video-fps": (lambda folder: write(folder, replace(MP4, info={"fps": 0})), "expected fps in meta/info.json from 1"),
     "video-other-fps": (lambda folder: write(folder, replace(MP4, info={"fps": 30})), "as 30 frames a second have it"),
-    "episodes-missing": (file("meta/episodes/chunk-000/file-000.parquet", None, MP4), "expected episode 0 in meta/epi"),
+    "episodes-missing": (file(EPISODES, None, MP4), "expected episode 0 in meta/epi"),
+    "episodes-odd": (no_time, "file-000.parquet: expected where episode 1 is in the videos, found (1, 0, 0, nan)"),
     "quaternion": (written(ONE, state=quaternion), "found a quaternion in numbers 3 to 6; convert it"),
     "state-of-joints": (written(ONE, state=lambda state: state * 9), "axis-angle 3 (rad) and the gripper's two joint"),
     "degrees": (written(ONE, actions=lambda actions: actions * 90), "expected LIBERO's commands in action, within +-1"),

@@ -120,12 +120,13 @@ class VideoCamera:
             table = read_columns(path, [EPISODE, *names])
             for row in zip(*(table[name].to_pylist() for name in (EPISODE, *names)), strict=True):
                 episode, chunk, file, start = row
-                if any(type(each) is not int or each < 0 for each in row[:3]) or not isinstance(start, float | int):
+                placed = isinstance(start, float | int) and 0 <= start < 1e9
+                if not placed or any(type(each) is not int or each < 0 for each in row[:3]):
                     raise RsdError(
                         f"{path}: expected where episode {episode!r:.20} is in the videos, found {row!r:.120}"
                     )
                 name = VIDEO.format(key=self._key, chunk=chunk, file=file)
-                found[episode] = folder / name, max(0, round(start * self._fps))
+                found[episode] = folder / name, round(start * self._fps)
         return found
 
 
