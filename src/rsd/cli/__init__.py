@@ -90,6 +90,12 @@ COMMANDS = {
         "render",
         "rsd.collection.render:RenderConfig",
     ),
+    "demos export": Command(
+        "write demonstrations as a LeRobot data set",
+        "rsd.data.lerobot_export",
+        "export",
+        "rsd.data.lerobot_export:ExportConfig",
+    ),
     "train policy": Command("train the target and its drafts, compact or on OpenVLA", "rsd.cli.train_policy"),
     "train drafter": Command(
         "train a drafter alone", "rsd.training.policy", "train_drafter", "rsd.training.config:TrainDrafterConfig"

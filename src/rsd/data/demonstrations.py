@@ -1,9 +1,10 @@
-"""Reading demonstrations, checked before they are believed: files of this package, LIBERO's official ones, and of
-LeRobot data sets the actions."""
+"""Reading demonstrations, checked before they are believed: files of this package, LIBERO's official ones, and LeRobot
+data sets, of any robot the actions."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 
 from rsd.checks import between, checked
 from rsd.conventions import rotate_180
-from rsd.data import lerobot
+from rsd.data import lerobot, lerobot_libero
+from rsd.data.lerobot import located
 from rsd.data.schema import (
     FILE_SUFFIX,
     IMAGE_KEYS,
@@ -83,6 +85,9 @@ def demonstration_files(path: str | Path) -> list[Path]:
 
 def folder_provenance(path: str | Path) -> dict[str, Any]:
     """What a folder's first file says of its making: settings, versions, and `recorded_by`."""
+    folder, is_lerobot = located(path)
+    if is_lerobot:
+        return lerobot.provenance(folder)
     with open_data(demonstration_files(path)[0]) as data:
         found = read_provenance(data)
     if found is None:
@@ -91,18 +96,25 @@ def folder_provenance(path: str | Path) -> dict[str, Any]:
 
 
 def load_demonstrations(
-    path: str | Path, images: bool = True, max_per_task: int | None = None
+    path: str | Path, images: bool = True, max_per_task: int | None = None, image_size: int = 0
 ) -> Iterator[Demonstration]:
     """Yields the demonstrations of a file or folder, one at a time, in a fixed order.
 
     images=False skips the pixels, which are nearly all of the bytes. Reads the files of this package and LIBERO's own
-    (no expert_actions: labels are the actions; their observations are those AFTER the action, as LIBERO stored them).
+    (no expert_actions: labels are the actions; their observations are those AFTER the action, as LIBERO stored them),
+    and LeRobot data sets in LIBERO's layouts, whose images are reduced to image_size where they are larger (0: are
+    not).
     Raises RsdError for a truncated file, another format version, missing datasets, lengths that differ, NaN or
     infinity, and images that are not square or of another size than those before.
     """
     path = checked(str | Path, path, "demonstrations")
     images = checked(bool, images, "demonstrations: images")
     max_per_task = checked(Annotated[int, between(1, 1e9)] | None, max_per_task, "demonstrations: max_per_task")
+    image_size = checked(Annotated[int, between(0, 4096)], image_size, "demonstrations: image_size")
+    folder, is_lerobot = located(path)
+    if is_lerobot:
+        yield from _of_lerobot(folder, images, image_size, max_per_task)
+        return
     size: tuple[int, Path] | None = None
     for file_path in demonstration_files(path):
         with open_data(file_path) as data:
@@ -134,19 +146,35 @@ class ActionEpisode:
 
 def recorded_by(folder: str | Path) -> str:
     """Who made the demonstrations of a folder, as far as it says."""
-    folder = Path(folder)
-    return "a LeRobot data set" if lerobot.is_dataset(folder) else str(folder_provenance(folder)["recorded_by"])
+    return str(folder_provenance(folder)["recorded_by"])
 
 
-def action_episodes(folder: str | Path) -> Iterator[ActionEpisode]:
+def action_episodes(path: str | Path) -> Iterator[ActionEpisode]:
     """The episodes of a folder, one at a time, in a fixed order. Raises RsdError for anything missing or damaged."""
-    folder = Path(checked(str | Path, folder, "demonstrations"))
-    if lerobot.is_dataset(folder):
+    folder, is_lerobot = located(checked(str | Path, path, "demonstrations"))
+    if is_lerobot:
         name = os.path.basename(os.path.realpath(folder))
-        yield from (ActionEpisode(name, actions) for actions in lerobot.read_actions(folder))
+        yield from (ActionEpisode(name, actions) for actions in lerobot_libero.read_actions(folder))
     else:
         for demonstration in load_demonstrations(folder, images=False):
             yield ActionEpisode(demonstration.task, demonstration.labels)
+
+
+def _of_lerobot(folder: Path, images: bool, image_size: int, most: int | None) -> Iterator[Demonstration]:
+    for episode in lerobot_libero.read_episodes(folder, images, image_size, most):
+        yield Demonstration(
+            task=re.sub(r"\W+", "_", episode.instruction.strip()),
+            episode=f"episode_{episode.number}",
+            instruction=episode.instruction,
+            images=episode.images,
+            state=episode.state,
+            actions=episode.actions,
+            labels=episode.labels,
+            success_step=len(episode.actions) - 1,
+            target_object="",
+            placement_seed=-1,
+            source=folder,
+        )
 
 
 def _read(data: h5py.Group, name: str, path: Path, images: bool) -> Demonstration:

@@ -1,16 +1,18 @@
-"""Actions of LeRobot data sets, formats 2.0, 2.1 and 3.0, read with pyarrow (https://github.com/huggingface/lerobot).
+"""LeRobot data sets, formats 2.0, 2.1 and 3.0, read with pyarrow (https://github.com/huggingface/lerobot).
 
 `meta/info.json` names the format (`codebase_version`), the features with their shapes and how many frames there are;
 `data/chunk-*/` holds the numbers: a parquet file per episode (`episode_000000.parquet`, format 2) or files of many
 episodes (`file-000.parquet`, format 3). Both have a row per frame with `episode_index` and `frame_index`, so one reader
-does. Videos and images are not touched.
+does. Pictures are in the same rows or in videos: `lerobot_images`.
 
-An action is kept as the data set stores it. Data sets of LIBERO differ in the gripper's sign and range (-1/1 or 0/1,
-1 = close or 1 = open), which no field of theirs tells: whoever sends decoded actions to a robot must know it.
+An action is kept as the data set stores it. Those of LIBERO differ in the gripper's sign and range (-1/1 or 0/1, 1 =
+close or 1 = open), which no field of theirs tells: `lerobot_libero` finds it out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,62 +21,98 @@ from numpy.typing import NDArray
 
 from rsd.checks import told
 from rsd.extras import extra
-from rsd.json_files import read_object
+from rsd.json_files import parse_object, read_object
 from rsd.types import RsdError
 
 if TYPE_CHECKING:
     import pyarrow
 
+PREFIX = "lerobot:"  # before a folder: it has to be a LeRobot data set
 INFO = Path("meta/info.json")
 ACTION_KEYS = ("action", "actions")  # LeRobot's name; openpi's LIBERO conversion writes the plural
 FORMATS = ("v2.0", "v2.1", "v3.0")
 LISTS = ("list", "large_list", "fixed_size_list")  # pyarrow's names of their types
-EPISODE, FRAME = "episode_index", "frame_index"
+OWN = Path("meta/rsd.json")  # what `rsd demos export` says of the demonstrations it was given
+EPISODE, FRAME, TASK = "episode_index", "frame_index", "task_index"
+TASKS, OLD_TASKS = Path("meta/tasks.parquet"), Path("meta/tasks.jsonl")
 
 
-def is_dataset(folder: Path) -> bool:
-    return (folder / INFO).is_file()
+@dataclass(frozen=True)
+class Rows:
+    """A data set's rows in the order of episodes and frames. columns: [rows, width], or [rows] of a plain number;
+    starts: the first row of every episode; file, place: where a row's other columns are, the place in `files`."""
+
+    columns: dict[str, NDArray[Any]]
+    starts: NDArray[np.int64]
+    files: list[Path]
+    file: NDArray[np.int64]
+    place: NDArray[np.int64]
+
+    def episodes(self) -> list[slice]:
+        ends = [*self.starts[1:].tolist(), len(self.file)]
+        return [slice(first, end) for first, end in zip(self.starts.tolist(), ends, strict=True)]
 
 
-def read_actions(folder: Path) -> list[NDArray[np.float32]]:
-    """Actions float32 [T, A] of every episode, in the order of the episodes.
+def located(path: str | Path) -> tuple[Path, bool]:
+    """The folder that an option names, and whether it is to be read as a LeRobot data set."""
+    text = str(path)
+    folder = Path(text.removeprefix(PREFIX)).expanduser()
+    return folder, text.startswith(PREFIX) or (folder / INFO).is_file()
 
-    Raises RsdError for another format, missing or damaged files, frames that are missing or twice there, and NaN.
-    """
-    info = read_info(folder)
-    key, width = action_feature(folder, info)
-    tables = [read_columns(path, [key, EPISODE, FRAME]) for path in data_files(folder)]
-    actions = np.concatenate([matrix(table[key], width, folder, key) for table in tables])
-    columns = [[real(table[name].combine_chunks(), folder, name) for table in tables] for name in (EPISODE, FRAME)]
-    episode, frame = map(np.concatenate, columns)
-    expected = info.get("total_frames", len(actions))
-    if type(expected) is not int or len(actions) != expected or not expected:
+
+def provenance(folder: Path) -> dict[str, Any]:
+    """What is known of a data set's making: more where `rsd demos export` has written it."""
+    found = {"recorded_by": "a LeRobot data set", "format": read_info(folder)["codebase_version"]}
+    return {**found, **(read_object(folder / OWN, "an export") if (folder / OWN).is_file() else {})}
+
+
+def read_rows(folder: Path, info: Mapping[str, Any], columns: Mapping[str, int]) -> Rows:
+    """Columns by name, with their widths; 0: a plain number.
+
+    Raises RsdError for missing or damaged files, frames that are missing or twice there, and NaN."""
+    files = data_files(folder)
+    names = [*columns, EPISODE, FRAME]
+    tables = [read_columns(path, names) for path in files]
+    found = {
+        name: np.concatenate([column(table[name], columns.get(name, 0), folder, name) for table in tables])
+        for name in names
+    }
+    count, expected = len(found[FRAME]), info.get("total_frames", len(found[FRAME]))
+    if type(expected) is not int or count != expected or not expected:
         raise RsdError(
-            f"LeRobot data set {folder}: expected {expected!r:.40} frames as {INFO} says, found {len(actions)} in its "
+            f"LeRobot data set {folder}: expected {expected!r:.40} frames as {INFO} says, found {count} in its "
             "files; the download is incomplete, fetch the data folder again"
         )
-    if not np.isfinite(actions).all():
-        raise RsdError(f"LeRobot data set {folder}: expected finite numbers in {key}, found NaN or infinity")
-    order = np.lexsort((frame, episode))
-    actions, episode, frame = actions[order], episode[order], frame[order]
+    for name in columns:
+        if not np.isfinite(found[name]).all():
+            raise RsdError(f"LeRobot data set {folder}: expected finite numbers in {name}, found NaN or infinity")
+    order = np.lexsort((found[FRAME], found[EPISODE]))
+    found = {name: values[order] for name, values in found.items()}
+    episode, frame = found[EPISODE], found[FRAME]
     starts = np.flatnonzero(np.r_[True, np.diff(episode) != 0])
     if (episodes := info.get("total_episodes", len(starts))) != len(starts):
         raise RsdError(
             f"LeRobot data set {folder}: expected {episodes!r:.40} episodes as {INFO} says, found {len(starts)}; the "
             "download is incomplete, fetch the data folder again"
         )
-    for first, found in zip(starts, np.split(frame, starts[1:]), strict=True):
-        if not np.array_equal(found, np.arange(len(found))):
+    for first, seen in zip(starts, np.split(frame, starts[1:]), strict=True):
+        if not np.array_equal(seen, np.arange(len(seen))):
             raise RsdError(
-                f"LeRobot data set {folder}: expected the frames 0..{len(found) - 1} of episode {episode[first]}, each "
-                f"once, found {found[0]}..{found[-1]}"
+                f"LeRobot data set {folder}: expected the frames 0..{len(seen) - 1} of episode {episode[first]}, each "
+                f"once, found {seen[0]}..{seen[-1]}"
             )
-    return np.split(actions, starts[1:])
+    lengths = [len(table) for table in tables]
+    file = np.repeat(np.arange(len(files)), lengths)
+    place = np.concatenate([np.arange(length) for length in lengths])
+    return Rows(found, starts, files, file[order], place[order])
 
 
 def read_info(folder: Path) -> dict[str, Any]:
     """`meta/info.json` of a format that can be read."""
     path = folder / INFO
+    if not folder.is_dir():
+        remedy = "`hf download ID --repo-type dataset --local-dir DIR` gets one from the hub"
+        raise RsdError(f"{PREFIX}{folder}: expected the folder of a LeRobot data set, found none; {remedy}")
     info = read_object(path, "a LeRobot data set")
     found = info.get("codebase_version")
     if found not in FORMATS:
@@ -85,18 +123,57 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def action_feature(folder: Path, info: dict[str, Any]) -> tuple[str, int]:
-    """The name of the action's feature and how many numbers an action has."""
+def features_of(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The features by name, those that are described."""
     features = info.get("features")
-    features = features if isinstance(features, dict) else {}
-    key = next((name for name in ACTION_KEYS if isinstance(features.get(name), dict)), None)
+    return (
+        {name: each for name, each in features.items() if isinstance(each, dict)} if isinstance(features, dict) else {}
+    )
+
+
+def action_feature(folder: Path, info: Mapping[str, Any]) -> tuple[str, int]:
+    """The name of the action's feature and how many numbers an action has."""
+    features = features_of(info)
+    key = next((name for name in ACTION_KEYS if name in features), None)
     if key is None:
-        found = ", ".join(sorted(features)) or "none"
+        named = info.get("features")
+        found = ", ".join(sorted(named)) if isinstance(named, dict) and named else "none"
         raise RsdError(f"LeRobot data set {folder}: expected the feature {ACTION_KEYS[0]}, found {found:.200}")
-    shape = features[key].get("shape")
+    return key, vector_size(folder, key, features[key])
+
+
+def vector_size(folder: Path, key: str, feature: Mapping[str, Any]) -> int:
+    shape = feature.get("shape")
     if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
         raise RsdError(f"LeRobot data set {folder}: expected {key} to be a vector, found the shape {shape!r:.80}")
-    return key, shape[0]
+    return shape[0]
+
+
+def read_tasks(folder: Path) -> dict[int, str]:
+    """The instructions by their number, of either format."""
+    if (folder / TASKS).is_file():
+        table = read_columns(folder / TASKS, None)
+        texts = [
+            name for name in table.column_names if str(table.schema.field(name).type) in ("string", "large_string")
+        ]
+        if TASK not in table.column_names or len(texts) != 1:
+            found = ", ".join(table.column_names) or "none"
+            raise RsdError(f"{folder / TASKS}: expected the column {TASK} and one of texts, found {found:.200}")
+        pairs = list(zip(table[TASK].to_pylist(), table[texts[0]].to_pylist(), strict=True))
+    elif (folder / OLD_TASKS).is_file():
+        try:
+            lines = (folder / OLD_TASKS).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RsdError(f"{folder / OLD_TASKS}: not readable ({told(error)}); fetch it again") from None
+        told_of = [parse_object(line, f"{folder / OLD_TASKS}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+        pairs = [(each.get(TASK), each.get("task")) for each in told_of]
+    else:
+        raise RsdError(f"LeRobot data set {folder}: expected {TASKS} or {OLD_TASKS}, found neither; fetch meta again")
+    for number, text in pairs:
+        if type(number) is not int or not isinstance(text, str) or not text.strip():
+            expected = "a number and an instruction in every task"
+            raise RsdError(f"LeRobot data set {folder}: expected {expected}, found {number!r:.40} and {text!r:.80}")
+    return dict(pairs)
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -106,31 +183,35 @@ def data_files(folder: Path) -> list[Path]:
     return found
 
 
-def read_columns(path: Path, columns: list[str]) -> pyarrow.Table:
-    with extra("lerobot"):
+def read_columns(path: Path, columns: list[str] | None) -> pyarrow.Table:
+    """Columns of a parquet file; None: all."""
+    with extra("lerobot-data"):
         import pyarrow
         from pyarrow import parquet
     try:
         return parquet.read_table(path, columns=columns, partitioning=None)
     except (OSError, pyarrow.ArrowException) as error:
+        what = f"a parquet file with {', '.join(columns)}" if columns else "a parquet file"
         raise RsdError(
-            f"{path}: expected a parquet file with {', '.join(columns)}, found {told(error)}. "
-            "Download it again (with git, `git lfs pull`)"
+            f"{path}: expected {what}, found {told(error)}. Download it again (with git, `git lfs pull`)"
         ) from None
 
 
-def matrix(column: pyarrow.ChunkedArray, width: int, folder: Path, key: str) -> NDArray[np.float32]:
-    """A column of lists (or of numbers, which is how LeRobot writes a vector of one) -> [rows, width]."""
+def column(values: pyarrow.ChunkedArray, width: int, folder: Path, key: str) -> NDArray[Any]:
+    """A column of plain numbers -> [rows]; with a width, of lists (or of numbers, which is how LeRobot writes a vector
+    of one) -> float32 [rows, width]."""
+    if not width:
+        return real(values.combine_chunks(), folder, key)
     parts = []
-    for part in column.chunks:
-        values, lengths = part, np.ones(len(part))
+    for part in values.chunks:
+        flat, lengths = part, np.ones(len(part))
         if str(part.type).partition("<")[0] in LISTS:
-            values, lengths = part.flatten(), part.value_lengths().to_numpy(zero_copy_only=False)
+            flat, lengths = part.flatten(), part.value_lengths().to_numpy(zero_copy_only=False)
         # row by row: a short one and a long one have the right sum
-        if part.null_count or values.null_count or (lengths != width).any():
-            found = "nothing" if part.null_count or values.null_count else f"{lengths[lengths != width][0]:g}"
+        if part.null_count or flat.null_count or (lengths != width).any():
+            found = "nothing" if part.null_count or flat.null_count else f"{lengths[lengths != width][0]:g}"
             raise RsdError(f"LeRobot data set {folder}: expected {width} numbers in every {key}, found {found} in one")
-        parts.append(real(values, folder, key).astype(np.float32).reshape(len(part), width))
+        parts.append(real(flat, folder, key).astype(np.float32).reshape(len(part), width))
     return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
 
 

@@ -81,7 +81,7 @@ class TrainTokenizerConfig(Checked):
     """Calibrate the action tokenizer on demonstrations."""
 
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
-    """Folders of demonstrations: HDF5 files, this package's or LIBERO's own, or LeRobot data sets."""
+    """Folders of demonstrations: HDF5 files, this package's or LIBERO's own, or LeRobot data sets (lerobot:DIR)."""
     output: Path = DEFAULT_TOKENIZER
     """Where tokenizer.json goes (and tokenizer.safetensors, with pca)."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -94,7 +94,8 @@ class Training(Checked):
     """What every training of a policy is told."""
 
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
-    """Folders of rendered demonstrations (HDF5), for OpenVLA with images of 256 px."""
+    """Folders of rendered demonstrations: HDF5, or LeRobot data sets in LIBERO's layout (lerobot:DIR), for OpenVLA with
+    images of 256 px."""
     device: str = "auto"
     """cuda, cpu or auto."""
     validation_every: Every = 40

@@ -66,7 +66,8 @@ def survey(folders: Iterable[Path]) -> Survey:
 def pick(folders: Iterable[Path], numbers: Iterable[int]) -> Iterator[Demonstration]:
     """These demonstrations of all folders, one at a time: the images of a real data set fill a host's memory."""
     wanted = set(numbers)
-    return (demonstration for number, demonstration in enumerate(load_folders(folders)) if number in wanted)
+    everything = load_folders(folders, image_size=RENDER_SIZE)
+    return (demonstration for number, demonstration in enumerate(everything) if number in wanted)
 
 
 class OpenVlaFrames(FrameDataset):

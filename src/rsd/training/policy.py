@@ -14,6 +14,7 @@ from torch import Tensor
 from rsd.checkpoint import save_checkpoint
 from rsd.checks import each_once
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
+from rsd.data.lerobot import located
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.devices import check_device
 from rsd.models.bundle import PolicyConfig, RsdModel
@@ -119,10 +120,11 @@ def data_provenance(folders: Iterable[Path], dataset: FrameDataset) -> dict[str,
     }
 
 
-def load_folders(folders: Iterable[Path], images: bool = True) -> Iterator[Demonstration]:
-    """The demonstrations of all of them, in order."""
-    each_once("--data", folders := list(folders))
-    everything = (load_demonstrations(folder, images=images) for folder in folders)
+def load_folders(folders: Iterable[Path], images: bool = True, image_size: int = 0) -> Iterator[Demonstration]:
+    """The demonstrations of all of them, in order; image_size: see `load_demonstrations`."""
+    folders = list(folders)
+    each_once("--data", [located(folder)[0] for folder in folders])
+    everything = (load_demonstrations(folder, images=images, image_size=image_size) for folder in folders)
     return shown(chain.from_iterable(everything), "demonstrations read")
 
 
@@ -136,7 +138,8 @@ def load_frames(
 ) -> tuple[FrameDataset, FrameDataset]:
     """What is trained on and what is held out, all of it checked; paired: batches will be of pairs of frames,
     a number of chunks apart of which `execute` steps are executed."""
-    parts, horizon = split(load_folders(config.data), config.validation_every), tokenizer.config.horizon
+    parts = split(load_folders(config.data, image_size=image_size), config.validation_every)
+    horizon = tokenizer.config.horizon
     asking = config.loss.grounding > 0
     training, validation = (FrameDataset(part, horizon, device, image_size, execute, asking) for part in parts)
     training.check(config.loop.batch_size, config.remembered_chunks if paired else None, config.augment)

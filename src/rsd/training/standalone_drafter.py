@@ -71,8 +71,8 @@ def _train(
     device = resolve_device(config.device)
     check_state(config)
     tokenizer = tokenizer.to(device)
-    parts = split(load_folders(config.data), config.validation_every)
     horizon, size = tokenizer.config.horizon, config.drafter.image_size
+    parts = split(load_folders(config.data, image_size=size), config.validation_every)
     dataset, validation = (FrameDataset(part, horizon, device, size, paired=False) for part in parts)
     dataset.check(config.loop.batch_size, None, config.augment)
     print(f"{dataset.episodes} rollouts, {len(dataset)} frames; held out {validation.episodes}")

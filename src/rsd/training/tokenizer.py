@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from rsd.checks import each_once
 from rsd.data.demonstrations import action_episodes
+from rsd.data.lerobot import located
 from rsd.output import refuse_to_replace, shown, writing
 from rsd.tokenizer.action_tokenizer import FILE_NAME, ActionTokenizer
 from rsd.training.config import TrainTokenizerConfig
@@ -25,7 +26,7 @@ def demonstration_chunks(data: Sequence[Path], horizon: int) -> tuple[np.ndarray
     """Chunks of the labels float32 [N, H, A], and the number of demonstrations they are from.
 
     Every chunk, or every n-th where there would be more than MOST_CHUNKS."""
-    each_once("--data", data)
+    each_once("--data", [located(folder)[0] for folder in data])
     episodes = (episode for folder in data for episode in action_episodes(folder))
     labels = [episode.actions for episode in shown(episodes, "demonstrations read")]
     where = ", ".join(map(str, data))

@@ -1,0 +1,96 @@
+"""Data sets in both directions: LeRobot's loader opens our export, and we read what LeRobot's own code has written."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.utils import dataset_to_policy_features
+
+from lerobot_data import FPS, SIDE, episode
+from rsd.data.demonstrations import load_demonstrations
+from rsd.data.lerobot_export import ExportConfig, export
+
+KEYS = ("observation.images.image", "observation.images.image2")
+EPISODES = [episode(number) for number in range(3)]
+MOST_OFF = {"image": 1e-9, "png": 1e-9, "video": 4, "mp4": 4}  # grey levels in the mean
+
+
+def pixels(image: torch.Tensor) -> np.ndarray:
+    """LeRobot's float [3, S, S] -> uint8 [S, S, 3]."""
+    return (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+
+
+def hdf5(folder: Path) -> Path:
+    folder.mkdir()
+    for number, seen in enumerate(EPISODES):
+        with h5py.File(folder / f"task_{number}_demo.hdf5", "w") as file:
+            demo = file.create_group("data/demo_0")
+            demo.attrs["language_instruction"] = seen.task
+            demo["actions"], demo["expert_actions"] = seen.actions * np.float32(0.5), seen.actions
+            demo["obs/ee_states"], demo["obs/gripper_states"] = seen.state[:, :6], seen.state[:, 6:]
+            for index, key in enumerate(("agentview_rgb", "eye_in_hand_rgb")):
+                demo[f"obs/{key}"] = seen.images[:, index, ::-1, ::-1]
+    return folder
+
+
+@pytest.mark.parametrize("images", ["png", "mp4"])
+def test_lerobots_loader_opens_an_export(images: Literal["png", "mp4"], tmp_path: Path) -> None:
+    output = export(ExportConfig((hdf5(tmp_path / "hdf5"),), tmp_path / "lerobot", images=images))
+    # torchcodec, the loader's default, wants the system's FFmpeg
+    found = LeRobotDataset("local", root=output, video_backend="pyav")
+    assert (found.num_episodes, found.num_frames, found.fps) == (3, sum(len(each.state) for each in EPISODES), FPS)
+    frame = 0
+    for seen in EPISODES:
+        for step in range(len(seen.state)):
+            item = found[frame]
+            frame += 1
+            if step % 5 == 0:
+                np.testing.assert_array_equal(item["observation.state"].numpy(), seen.state[step])
+                np.testing.assert_array_equal(item["action"].numpy(), seen.actions[step])
+                np.testing.assert_array_equal(item["executed_action"].numpy(), seen.actions[step] / 2)
+                assert item["task"] == seen.task
+                off = [abs(pixels(item[key]).astype(int) - seen.images[step, i]).mean() for i, key in enumerate(KEYS)]
+                assert max(off) < MOST_OFF[images]
+    features = dataset_to_policy_features(found.features)
+    assert set(features) == {*KEYS, "observation.state", "action"}  # what was executed is no input
+    assert features[KEYS[0]].shape == (3, SIDE, SIDE)
+    states = np.concatenate([seen.state for seen in EPISODES])
+    np.testing.assert_allclose(found.meta.stats["observation.state"]["mean"], states.mean(0), atol=1e-5)
+    assert found.meta.stats[KEYS[0]]["q99"].shape == (3, 1, 1)
+    chunks = LeRobotDataset(
+        "local", root=output, video_backend="pyav", delta_timestamps={"action": [step / FPS for step in range(8)]}
+    )
+    assert chunks[3]["action"].shape == (8, 7)
+
+
+def written_by_lerobot(root: Path, kind: str, turn: Any) -> None:
+    picture = {"dtype": kind, "shape": (SIDE, SIDE, 3), "names": ["height", "width", "channel"]}
+    vector = {"dtype": "float32", "names": None}
+    features = {**dict.fromkeys(KEYS, picture), "observation.state": {**vector, "shape": (8,)}}
+    made = LeRobotDataset.create(
+        "local", FPS, {**features, "action": {**vector, "shape": (7,)}}, root=root, use_videos=kind == "video"
+    )
+    for seen in EPISODES:
+        for step in range(len(seen.state)):
+            views = {key: turn(seen.images[step, index]) for index, key in enumerate(KEYS)}
+            numbers = {"observation.state": seen.state[step], "action": seen.actions[step]}
+            made.add_frame({**views, **numbers, "task": seen.task})
+        made.save_episode()
+    made.finalize()
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_lerobot_has_written_is_read(kind: str, turned: bool, tmp_path: Path) -> None:
+    written_by_lerobot(tmp_path / "set", kind, lambda image: image[::-1, ::-1].copy() if turned else image)
+    found = list(load_demonstrations(f"lerobot:{tmp_path / 'set'}"))
+    for demo, seen in zip(found, EPISODES, strict=True):
+        np.testing.assert_array_equal(demo.state, seen.state)
+        np.testing.assert_array_equal(demo.labels, seen.actions)
+        assert demo.instruction == seen.task
+        assert demo.images is not None
+        assert abs(demo.images.astype(int) - seen.images).mean() < MOST_OFF[kind]
