@@ -1,7 +1,5 @@
 """The options of the policy type `rsd`, each also `--policy.NAME=...` of LeRobot's commands."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +12,6 @@ STATE = "observation.state"
 RENDERED = 256  # pixels a side, what LeRobot's LIBERO draws
 
 
-# not `from __future__`: draccus reads the annotations of fields
 @PreTrainedConfig.register_subclass("rsd")
 @dataclass
 class RsdConfig(PreTrainedConfig):

@@ -71,7 +71,8 @@ class RsdPolicy(PreTrainedPolicy):
 
     def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:
         """The next action of every row [B, 7]; a new chunk where the last one is used up."""
-        if not self._actions:
+        if not self._actions or len(self._actions[0]) != len(batch[STATE]):
+            self._actions.clear()
             self._actions.extend(self.predict_action_chunk(batch)[:, : self.core.execute].transpose(0, 1))
         return self._actions.popleft()
 
