@@ -35,7 +35,7 @@ test-fast: env  ## the pure, fast tests, for daily work
 
 test: env  ## lint, type-check and test, simulator included
 	$(BIN)/python scripts/check_limits.py
-	$(BIN)/ruff check src studies tests scripts
+	$(BIN)/ruff check src studies tests scripts plugins
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile

@@ -9,7 +9,6 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ class HostedPolicy:
         self.execute = self.horizon
         longest = int(getattr(self.config, "chunk_size", most)) if self.whole else most
         if self.execute > longest:
-            raise RsdError(f"--execute {execute}: policy {name} gives {longest} actions at once; expected at most those")
+            raise RsdError(f"--execute {execute}: expected at most {longest}, all that policy {name} gives")
         self.begin()  # a policy that cannot be copied is one that cannot be served
 
     def begin(self) -> Episode:
@@ -186,7 +185,3 @@ def check_features(config: PreTrainedConfig, name: str) -> None:
         found = f"{', '.join(others) or 'none'}, {state and list(state.shape)} and {action and list(action.shape)}"
         expected = f"no inputs but cameras and a state [{STATE_DIM}], actions [{ACTION_DIM}]"
         raise RsdError(f"policy {name}: expected {expected}, found other inputs {found}")
-
-
-def lerobot_version() -> str:
-    return version("lerobot")

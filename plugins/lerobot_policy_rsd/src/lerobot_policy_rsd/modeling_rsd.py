@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot_policy_rsd.configuration_rsd import STATE, RsdConfig
 from torch import Tensor
 
+from lerobot_policy_rsd.configuration_rsd import STATE, RsdConfig
 from rsd import hub
 from rsd.checkpoint import locate_checkpoint
 from rsd.decoding.state import EpisodeState

@@ -4,10 +4,13 @@
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import threading
+from functools import partial
+from importlib.metadata import version
 
 from rsd.types import RsdError
 
@@ -35,15 +38,16 @@ def main() -> int:
 
 def serve(given: argparse.Namespace) -> None:
     # after --help and the thread that ends it: seconds
-    from lerobot_policy_rsd.hosted import HostedPolicy, lerobot_version
+    from lerobot_policy_rsd.hosted import HostedPolicy
     from rsd.serving.server import PolicyServer, reserve, serve_until_signal
     from rsd.serving.service import versions_on
 
-    door = reserve(given.host, given.port)
-    policy = HostedPolicy(given.policy, given.device, given.execute)
-    versions = {**versions_on(given.device), "lerobot": lerobot_version()}
-    server = PolicyServer(policy, policy.identity, versions, door)
-    serve_until_signal(server, lambda address: print(address, flush=True))
+    print_address = partial(print, file=sys.stdout, flush=True)
+    with contextlib.redirect_stdout(sys.stderr):  # what LeRobot prints is not the address
+        door = reserve(given.host, given.port)
+        policy = HostedPolicy(given.policy, given.device, given.execute)
+        versions = {**versions_on(given.device), "lerobot": version("lerobot")}
+        serve_until_signal(PolicyServer(policy, policy.identity, versions, door), print_address)
 
 
 def end_with_stdin() -> None:
