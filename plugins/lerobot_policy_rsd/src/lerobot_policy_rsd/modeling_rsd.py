@@ -72,16 +72,14 @@ class RsdPolicy(PreTrainedPolicy):
     def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:
         """The next action of every row [B, 7]; a new chunk where the last one is used up."""
         if not self._actions or len(self._actions[0]) != len(batch[STATE]):
-            self._actions.clear()
-            self._actions.extend(self.predict_action_chunk(batch)[:, : self.core.execute].transpose(0, 1))
+            self._actions = deque(self.predict_action_chunk(batch)[:, : self.core.execute].transpose(0, 1))
         return self._actions.popleft()
 
     def predict_action_chunk(self, batch: dict[str, Any], **_: Any) -> Tensor:
         """Whole chunks [B, H, 7], environment-ready; the rows' episodes go on with them."""
         observations = self.observations(batch)
         if len(self._states) != len(observations):
-            self.reset()
-            self._states = [None] * len(observations)
+            self._states, self._pending = [None] * len(observations), []
         self._verify()
         chunks: list[ActionChunk] = []
         states: list[EpisodeState | None] = []
