@@ -11,8 +11,8 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
-from lerobot_policy_rsd.hosted import HostedPolicy
 
+from lerobot_policy_rsd.hosted import HostedPolicy
 from rsd.evaluation.backend import LIBERO, settle
 from rsd.evaluation.config import EvalConfig
 from rsd.targets.remote.lerobot import RUNNING, Asked, address_of, end
@@ -40,7 +40,12 @@ def act(**more: Any) -> ACTConfig:
 
 
 def diffusion() -> DiffusionConfig:
-    small = {"down_dims": (16, 32), "num_train_timesteps": 4, "crop_shape": (60, 60), "spatial_softmax_num_keypoints": 4}
+    small = {
+        "down_dims": (16, 32),
+        "num_train_timesteps": 4,
+        "crop_shape": (60, 60),
+        "spatial_softmax_num_keypoints": 4,
+    }
     options = {"horizon": 8, "n_action_steps": 4, "noise_scheduler_type": "DDIM", **small}
     return DiffusionConfig(input_features=INPUTS, output_features=OUTPUTS, device="cpu", push_to_hub=False, **options)
 

@@ -24,7 +24,7 @@ OF_A_MEMORY = ("memory_chunks", "target_at_reset")  # of it: a distilled drafter
 
 def is_foreign(config: EvalConfig) -> bool:
     """As far as the options tell; of a server only its metadata do."""
-    return config.custom or bool(config.drafter) or config.decode == TARGET_ONLY
+    return config.custom or config.lerobot or bool(config.drafter) or config.decode == TARGET_ONLY
 
 
 def check_foreign(config: EvalConfig) -> None:
@@ -89,6 +89,8 @@ def choice(config: EvalConfig) -> Choice | None:
         return Choice(SKIPPING, "a drafter is given")
     if config.custom:
         return Choice(TARGET_ONLY, "it is a policy of one's own")
+    if config.lerobot:
+        return Choice(TARGET_ONLY, "it is LeRobot's")
     if not config.served:
         return None
     from rsd.targets.remote.openpi import served_at
