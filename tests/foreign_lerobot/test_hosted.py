@@ -87,7 +87,7 @@ def by_lerobot(directory: Path, observations: list[Observation]) -> np.ndarray:
 def test_a_chunk_is_lerobots_own(tmp_path: Path) -> None:
     policy = HostedPolicy(str(saved(act(), tmp_path / "act")), "cpu")
     assert (policy.execute, policy.image_size) == (6, SIDE)
-    (chunk,), (episode,), _ = policy.predict([seen(0)], [None])
+    (chunk,), _, _ = policy.predict([seen(0)], [None])
     assert chunk.actions.shape == (12, 7)
     np.testing.assert_allclose(chunk.executed, by_lerobot(tmp_path / "act", [seen(0)] * 6), atol=1e-5)
     assert chunk.stats.prefills == 1

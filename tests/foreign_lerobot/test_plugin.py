@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -115,7 +115,7 @@ class Still(gymnasium.Env):
 
     task = task_description = TASK
     _max_episode_steps = 12
-    metadata = {"render_fps": 20}
+    metadata: ClassVar[dict[str, Any]] = {"render_fps": 20}
 
     def __init__(self) -> None:
         box = gymnasium.spaces.Box

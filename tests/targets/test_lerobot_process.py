@@ -1,4 +1,4 @@
-"""`lerobot:DIR`: a process of another environment, here a small one in its place; LeRobot's own: `make test-lerobot`."""
+"""`lerobot:DIR`: a process of another environment, here a small one in its place (LeRobot's own: `make test-lerobot`)."""
 
 import json
 import os
@@ -110,15 +110,16 @@ def test_why_it_does_not_start_is_one_line(python: Callable[[str], None], progra
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (["eval", "--policy", "lerobot:x", "--acceptance", "exact"], "--acceptance cannot be chosen here"),
-        (["eval", "--policy", "lerobot:x", "--batch", "2"], "--batch cannot be chosen here"),
+        (["eval", "--policy", "lerobot:x", "--acceptance", "exact"], "--acceptance: not with --policy lerobot:x"),
+        (["eval", "--policy", "lerobot:x", "--batch", "2"], "--batch: not with --policy lerobot:x"),
+        (["eval", "--policy", "lerobot:x", "--decode", "l1"], "lerobot:x decodes its own way, target-only"),
         (["serve", "--policy", "lerobot:x", "--engine", "onnx"], "--engine: not with --policy lerobot:x"),
     ],
 )
 def test_what_it_cannot_do_is_one_line(
     python: Callable[[str], None], line: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    python(SERVER.format(python=sys.executable))
+    python("#!/bin/sh\nexit 1\n")  # refused before it is started
     assert dispatch(line) == 2
     assert expected in capsys.readouterr().err
 
@@ -127,17 +128,6 @@ def test_rsd_serve_becomes_it(python: Callable[[str], None], monkeypatch: pytest
     python("")
     ran: list[Any] = []
     monkeypatch.setattr(os, "execv", lambda program, line: ran.append(line))
-    dispatch(
-        ["serve", "--policy", "lerobot:x", "--port", "7", "--device", "cuda"]
-    )  # goes on, as nothing took its place
-    assert ran[0][1:] == [
-        "-m",
-        "lerobot_policy_rsd.serve",
-        "x",
-        "--device",
-        "cuda",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "7",
-    ]
+    dispatch(["serve", "--policy", "lerobot:x", "--port", "7", "--device", "cuda"])
+    assert ran[0][1:6] == ["-m", "lerobot_policy_rsd.serve", "x", "--device", "cuda"]
+    assert ran[0][6:] == ["--host", "127.0.0.1", "--port", "7"]
