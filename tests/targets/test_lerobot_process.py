@@ -1,4 +1,4 @@
-"""`lerobot:DIR`: a process of another environment, here a small one in its place (LeRobot's own: `make test-lerobot`)."""
+"""`lerobot:DIR`: a process of another environment; here a small one (LeRobot's own: `make test-lerobot`)."""
 
 import json
 import os

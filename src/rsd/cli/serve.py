@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from rich.console import Console
 
@@ -62,6 +62,8 @@ class ServeArguments:
     """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager, cuda-graphs, compiled (before recording) or onnx."""
     threads: Threads = 0
     """Torch's threads on a CPU; 0 takes its own default, about one per core."""
+    protocol: Literal["openpi", "vla-eval"] = "openpi"
+    """vla-eval: a model server of that harness (pip install 'rsd-vla[vla-eval]')."""
     host: str = "127.0.0.1"
     """Address to listen at: 127.0.0.1 is this machine only, 0.0.0.0 every machine that can reach it."""
     port: Annotated[int, between(0, (1 << 16) - 1)] = 8000
@@ -94,7 +96,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     import torch
 
     from rsd.evaluation.backend import describe_checkpoint, settle
-    from rsd.serving.server import PolicyServer, reserve, serve_until_signal
+    from rsd.serving.server import PolicyServer, reserve, serve_until_signal, until_signal
     from rsd.serving.service import load_served, versions_on
 
     door = reserve(options.host, options.port)
@@ -105,14 +107,22 @@ def run(arguments: Sequence[str], prog: str) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if note:
         console.print(note)
-    server = PolicyServer(load_served(config), describe_checkpoint(config), versions_on(config.device), door)
 
     def listening(address: str) -> None:
         console.print(f"{config.policy} decoding with {config.decode} on {config.device} at {address}; Ctrl-C stops")
         if options.host not in LOCAL:
             console.print("no authentication: who reaches this port drives the robot", style="yellow")
 
-    serve_until_signal(server, listening)
+    policy = load_served(config)
+    if options.protocol == "vla-eval":
+        from rsd.serving.vla_eval import RsdModelServer, serve_vla_eval  # of an extra
+
+        (host, port), server = door.getsockname()[:2], RsdModelServer(policy)
+        door.close()  # vla-eval opens its own
+        until_signal(lambda stop: serve_vla_eval(server, host, port, stop, listening))
+    else:
+        described = PolicyServer(policy, describe_checkpoint(config), versions_on(config.device), door)
+        serve_until_signal(described, listening)
     console.print("stopped")
     return 0
 

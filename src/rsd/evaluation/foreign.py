@@ -125,7 +125,8 @@ def alone(config: EvalConfig) -> EvalConfig:
     if config.execute not in (None, horizon):
         found = f"--execute {config.execute}: {config.drafter} drafts {horizon} at once"
         raise RsdError(f"{found}; leave it out, or distil another")
-    mine = (*OF_THE_GATE, "audit")
-    mine = (*mine, "device") if config.served and not config.lerobot else mine  # of a server its own
+    mine = [*OF_THE_GATE, "audit"]
+    if config.served and not config.lerobot:  # a server has its own
+        mine.append("device")
     given: dict[str, Any] = {name: getattr(EvalConfig, name) for name in mine}
     return replace(config, drafter="", decode=BEST, execute=horizon, **given)
