@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 from lerobot.configs.policies import PreTrainedConfig
+from lerobot.envs.libero import get_task_init_states
 from lerobot.envs.utils import preprocess_observation
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.processor.env_processor import LiberoProcessorStep
 from lerobot.scripts.lerobot_eval import rollout
 from lerobot.utils.import_utils import register_third_party_plugins
+from libero.libero import benchmark
 
+from lerobot_policy_rsd import states
 from rsd.conventions import rotate_180, state_vector
 from rsd.policy import RsdPolicy
+from rsd.sim.suites import init_states
 from rsd.types import Observation, RsdError
 
 register_third_party_plugins()
@@ -108,6 +112,14 @@ def test_saved_by_lerobot_it_is_the_same_again(exported: Path, tmp_path: Path) -
 def test_an_odd_batch_is_one_line(exported: Path, change: dict[str, Any], expected: str) -> None:
     with pytest.raises(RsdError, match=expected):
         load(exported).select_action({**batch_of([0]), **change})
+
+
+def test_lerobots_libero_has_the_initial_states_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states.write(tmp_path)
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    for name, number in (("libero_spatial", 3), ("libero_90", 89)):
+        found = get_task_init_states(benchmark.get_benchmark_dict()[name](), number)
+        np.testing.assert_array_equal(found, init_states(name, number))
 
 
 class Still(gymnasium.Env):

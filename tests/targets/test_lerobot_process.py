@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from rsd.cli import dispatch
+from rsd.evaluation import foreign
 from rsd.evaluation.backend import LIBERO, settle
 from rsd.evaluation.config import EvalConfig
+from rsd.targets.black_box import Drafter
 from rsd.targets.remote import lerobot
 from rsd.targets.remote.lerobot import RUNNING, SERVERS, Asked, address_of
 from rsd.types import Observation, RsdError
@@ -87,6 +90,20 @@ def test_it_is_started_once_and_ends_with_its_parent(python: Callable[[str], Non
     assert running.process.wait(20) == 0
     RUNNING[asked] = running
     assert address_of(asked) != running.address  # one that died is started anew
+
+
+def test_a_drafter_for_it_decides_with_the_same_process(python: Callable[[str], None], drafter: Drafter) -> None:
+    python(SERVER.format(python=sys.executable))
+    asked = EvalConfig(policy="lerobot:here/act", drafter=drafter.where)
+    named = LIBERO.describe_policy(settle(foreign.alone(asked))[0])
+    replace(drafter.stored, target=named).save(Path(drafter.where))
+    config = settle(asked)[0]
+    policy = LIBERO.make_policy(config)
+    policy.reset()
+    assert policy.predict(SEEN).executed.tolist() == [[1.0] * 7] * 8
+    assert config.decode == "rsd-skip"
+    assert LIBERO.describe_policy(config)["drafter_sha256"]
+    assert len(RUNNING) == 1
 
 
 @pytest.mark.parametrize(
