@@ -115,11 +115,13 @@ def test_an_odd_batch_is_one_line(exported: Path, change: dict[str, Any], expect
 
 
 def test_lerobots_libero_has_the_initial_states_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [("libero_spatial", 3), ("libero_90", 89)]
+    ours = [init_states(*each) for each in asked]
     states.write(tmp_path)
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
-    for name, number in (("libero_spatial", 3), ("libero_90", 89)):
+    for (name, number), expected in zip(asked, ours, strict=True):
         found = get_task_init_states(benchmark.get_benchmark_dict()[name](), number)
-        np.testing.assert_array_equal(found, init_states(name, number))
+        np.testing.assert_array_equal(found, expected)
 
 
 class Still(gymnasium.Env):
