@@ -1,6 +1,7 @@
 """`python -m lerobot_policy_rsd.states FOLDER`: LIBERO's initial states as LeRobot reads them, torch files.
 
-The LIBERO that comes with RSD-VLA has them as arrays; LIBERO_CONFIG_PATH makes it look in the folder instead.
+The LIBERO that comes with RSD-VLA has them as arrays; LIBERO_CONFIG_PATH makes it look in the folder instead, for
+LeRobot only: `rsd` would find no arrays there.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def main() -> int:
     except RsdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"export LIBERO_CONFIG_PATH={folder}")
+    print(f"LIBERO_CONFIG_PATH={folder} lerobot-eval --env.type=libero")
     return 0
 
 
