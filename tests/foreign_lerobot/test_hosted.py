@@ -39,14 +39,14 @@ def act(**more: Any) -> ACTConfig:
     return ACTConfig(input_features=INPUTS, output_features=OUTPUTS, device="cpu", push_to_hub=False, **options)
 
 
-def diffusion() -> DiffusionConfig:
+def diffusion(**more: Any) -> DiffusionConfig:
     small = {
         "down_dims": (16, 32),
         "num_train_timesteps": 4,
         "crop_shape": (60, 60),
         "spatial_softmax_num_keypoints": 4,
     }
-    options = {"horizon": 8, "n_action_steps": 4, "noise_scheduler_type": "DDIM", **small}
+    options = {"horizon": 8, "n_action_steps": 4, "noise_scheduler_type": "DDIM", **small, **more}
     return DiffusionConfig(input_features=INPUTS, output_features=OUTPUTS, device="cpu", push_to_hub=False, **options)
 
 
@@ -95,10 +95,11 @@ def test_a_chunk_is_lerobots_own(tmp_path: Path) -> None:
         HostedPolicy(str(tmp_path / "act"), "cpu", 13)
 
 
-@pytest.mark.parametrize("averaged", [True, False])
-def test_one_that_remembers_is_asked_every_step_and_sessions_are_apart(tmp_path: Path, averaged: bool) -> None:
-    config = act(n_action_steps=1, temporal_ensemble_coeff=0.01) if averaged else diffusion()
-    directory = saved(config, tmp_path / "policy")
+@pytest.mark.parametrize("kind", ["averaged", "two steps", "one step"])
+def test_one_that_remembers_is_asked_every_step_and_sessions_are_apart(tmp_path: Path, kind: str) -> None:
+    averaged = act(n_action_steps=1, temporal_ensemble_coeff=0.01)
+    kinds = {"averaged": averaged, "two steps": diffusion(), "one step": diffusion(n_obs_steps=1)}
+    directory = saved(kinds[kind], tmp_path / "policy")
     policy, steps = HostedPolicy(str(directory), "cpu"), 5
     assert policy.execute == 1
     episodes, found = [None, None], [[], []]
@@ -111,8 +112,8 @@ def test_one_that_remembers_is_asked_every_step_and_sessions_are_apart(tmp_path:
         truth = by_lerobot(directory, [seen(10 * session + step) for step in range(steps)])
         np.testing.assert_allclose([chunk.actions[0] for chunk in found[session]], truth, atol=1e-5)
     passes = [chunk.stats.prefills for chunk in found[0]]
-    assert passes == ([1] * steps if averaged else [1, 0, 0, 0, 1])
-    if not averaged:  # its history is then what it sees now
+    assert passes == ([1] * steps if kind == "averaged" else [1, 0, 0, 0, 1])
+    if kind != "averaged":  # its history is then what it sees now
         (chunk,), _, _ = HostedPolicy(str(directory), "cpu", 4).predict([seen(0)], [None])
         assert chunk.actions.shape == (4, 7)
 

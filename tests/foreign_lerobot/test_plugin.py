@@ -19,6 +19,7 @@ from lerobot.utils.import_utils import register_third_party_plugins
 from libero.libero import benchmark
 
 from lerobot_policy_rsd import states
+from lerobot_policy_rsd.hosted import HostedPolicy
 from rsd.conventions import rotate_180, state_vector
 from rsd.policy import RsdPolicy
 from rsd.sim.suites import init_states
@@ -96,6 +97,8 @@ def test_saved_by_lerobot_it_is_the_same_again(exported: Path, tmp_path: Path) -
     again = load(tmp_path / "again")
     assert (again.core.decode, again.core.execute) == ("l1", 3)
     before, _ = make_pre_post_processors(policy.config, str(exported))
+    with pytest.raises(RsdError, match="rsd eval --policy DIR/rsd"):
+        HostedPolicy(str(exported), "cpu")
     one, other = (each.predict_action_chunk(before(batch_of([1]))) for each in (policy, again))
     assert torch.equal(one, other)
 

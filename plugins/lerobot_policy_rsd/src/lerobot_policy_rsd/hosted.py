@@ -70,7 +70,7 @@ class HostedPolicy:
             raise RsdError(f"policy {name}: LeRobot cannot load it ({type(error).__name__}: {told(error)})") from error
         self.keys, self.image_size = camera_keys(self.config, name), image_size(self.config, name)
         check_features(self.config, name)
-        self.whole = n_obs_steps(self.config) == 1 and getattr(self.config, "temporal_ensemble_coeff", None) is None
+        self.whole = not has_history(self.policy)
         most = int(getattr(self.config, "n_action_steps", 1))
         self.horizon = execute or (most if self.whole else 1)
         self.execute = self.horizon
@@ -153,8 +153,11 @@ def load(directory: Path, device: str) -> tuple[PreTrainedPolicy, PreTrainedConf
     return policy, config
 
 
-def n_obs_steps(config: PreTrainedConfig) -> int:
-    return int(getattr(config, "n_obs_steps", 1))
+def has_history(policy: PreTrainedPolicy) -> bool:
+    """Whether it has to see every control step: it looks at several, keeps what it saw in a queue, or averages."""
+    config, queues = policy.config, getattr(policy, "_queues", None) or {}
+    averages = getattr(config, "temporal_ensemble_coeff", None) is not None
+    return averages or getattr(config, "n_obs_steps", 1) > 1 or any(key != ACTION for key in queues)
 
 
 def camera_keys(config: PreTrainedConfig, name: str) -> tuple[str, str]:
