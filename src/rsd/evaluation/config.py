@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, above, between, from_json, shown
+from rsd.targets.remote.lerobot import PREFIX
 from rsd.types import (
     AUTO,
     BEST,
@@ -42,7 +43,6 @@ OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", *OF_THE_RULE))
 NEUTRAL |= {"delay": 0, "drafter_delay": 0, "draft_after": "agreement", "motion": "none", "motion_speed": 0.02}
 NEUTRAL["drafter"] = ""
-LEROBOT = "lerobot:"  # before a LeRobot policy's directory or hub id
 OF_ONES_OWN = re.compile(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")  # module:Class or file.py:Class
 
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
@@ -222,7 +222,7 @@ class EvalConfig(Checked):
     @property
     def lerobot(self) -> bool:
         """Whether the policy is LeRobot's, in a process of its own behind a port."""
-        return self.policy.startswith(LEROBOT)
+        return self.policy.startswith(PREFIX)
 
     @property
     def custom(self) -> bool:
