@@ -1,12 +1,13 @@
 # `make help` lists the targets. Everything runs in .venv; scripts/make_env.sh installs missing system libraries by apt-get.
 VENV := .venv
 BIN := $(VENV)/bin
+LEROBOT := .venv-lerobot
 
 .DEFAULT_GOAL := help
-.PHONY: help env eval test test-fast test-gpu
+.PHONY: help env eval test test-fast test-gpu test-lerobot
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(VENV)/.complete  ## make the environment in .venv: locked versions, OpenGL library
 
@@ -33,9 +34,19 @@ FAST := $(addprefix tests/,tokenizer models data targets/remote training/test_lo
 test-fast: env  ## the pure, fast tests, for daily work
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile -m "not simulator" $(FAST)
 
+# LeRobot's versions and the locked ones are not the same: an environment of its own, as docs/your_policy.md makes it.
+$(LEROBOT)/.complete: pyproject.toml plugins/lerobot_policy_rsd/pyproject.toml
+	python3 -m venv $(LEROBOT)
+	$(LEROBOT)/bin/python -m pip install --quiet lerobot==0.4.4 --editable '.[serve,train,vla-eval]' \
+		--editable plugins/lerobot_policy_rsd hypothesis pytest pytest-timeout
+	@touch $@
+
+test-lerobot: $(LEROBOT)/.complete  ## what needs the packages of LeRobot and vla-eval, in an environment of its own
+	$(LEROBOT)/bin/python -m pytest tests/foreign_lerobot tests/foreign_vla_eval
+
 test: env  ## lint, type-check and test, simulator included
 	$(BIN)/python scripts/check_limits.py
-	$(BIN)/ruff check src studies tests scripts
+	$(BIN)/ruff check src studies tests scripts plugins
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile

@@ -19,15 +19,10 @@ from rsd.chunks import environment_ready
 from rsd.decoding.state import EpisodeState
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.foreign import check_foreign
-from rsd.models.bundle import code_sizes
-from rsd.models.config import DrafterConfig, StandaloneDrafterConfig, VisualDrafterConfig
-from rsd.models.standalone_drafter import StandaloneDrafter
-from rsd.targets.black_box import Drafter, SpeculatingPolicy, load_drafter
+from rsd.targets.black_box import Drafter, SpeculatingPolicy
 from rsd.targets.custom import CustomPolicy, identity
-from rsd.targets.drafter_files import StoredDrafter, save_models
 from rsd.targets.remote.openpi import OpenpiPolicy, served_at
 from rsd.targets.remote.wire import pack, unpack
-from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 PAGE = Path(__file__).parents[2] / "docs/your_policy.md"
@@ -155,17 +150,6 @@ def test_openpis_own_client_and_server_as_recorded(frames: dict[str, bytes], dra
                     assert read.pop("speculation")["forced"] is True
                     assert pack(read) == frames["2_server"]
     assert asked == [frames[f"{number}_client"] for number in (1, 5, 1)]
-
-
-@pytest.fixture
-def drafter(tokenizer: ActionTokenizer, tmp_path: Path) -> Drafter:
-    levels = DrafterConfig(levels=2, dim=16, layers=1, heads=2)
-    visual = VisualDrafterConfig(1, (16, 16, 16, 16), dim=16, layers=1, heads=2, levels=levels, depth=1)
-    config = StandaloneDrafterConfig(32, 16, visual)
-    torch.manual_seed(0)
-    model = StandaloneDrafter(config, *code_sizes(tokenizer))
-    save_models(model, tokenizer, StoredDrafter(config, {"metadata": {}}, 1e5), tmp_path / "drafter")
-    return load_drafter(tmp_path / "drafter")
 
 
 class Agreeing:

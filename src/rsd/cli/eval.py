@@ -96,7 +96,7 @@ def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
     if is_foreign(config):
         check_names(config)
     if speculative is False and config.decode == BEST:
-        config = replace(config, decode=TARGET_ONLY if config.drafter or config.custom else BASELINE)
+        config = replace(config, decode=TARGET_ONLY if config.drafter or config.custom or config.lerobot else BASELINE)
     best, note = settle(config)
     if (options.compare or speculative) and best.decode not in names(drafts=True):
         wanted = "--compare" if options.compare else "--use-speculative-decoding True"

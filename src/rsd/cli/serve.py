@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from rich.console import Console
 
@@ -13,6 +14,7 @@ from rsd.checks import Millimetres, between
 from rsd.cli.eval import check_names
 from rsd.cli.parsing import UsageError, parse
 from rsd.evaluation.config import EvalConfig, option
+from rsd.targets.remote.lerobot import PREFIX, Asked, address_of, command
 from rsd.types import Chunks, Engine, Steps, Threads
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -32,8 +34,8 @@ class ServeArguments:
     policy: str = EvalConfig.policy
     """Checkpoint directory or Hugging Face hub id: everything that `rsd eval --policy` takes."""
     drafter: str = ""
-    """With --policy ws://HOST:PORT, anybody's server in openpi's protocol: a speculating proxy in front of it with this
-    drafter (`rsd drafter distil`)."""
+    """With --policy ws://HOST:PORT, anybody's server in openpi's protocol, or lerobot:DIR_OR_ID: a speculating proxy in
+    front of it with this drafter (`rsd drafter distil`)."""
     decode: str = EvalConfig.decode
     """Decoder, as of `rsd eval`."""
     acceptance: str = EvalConfig.acceptance
@@ -60,6 +62,8 @@ class ServeArguments:
     """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager, cuda-graphs, compiled (before recording) or onnx."""
     threads: Threads = 0
     """Torch's threads on a CPU; 0 takes its own default, about one per core."""
+    protocol: Literal["openpi", "vla-eval"] = "openpi"
+    """vla-eval: a model server of that harness (pip install 'rsd-vla[vla-eval]')."""
     host: str = "127.0.0.1"
     """Address to listen at: 127.0.0.1 is this machine only, 0.0.0.0 every machine that can reach it."""
     port: Annotated[int, between(0, (1 << 16) - 1)] = 8000
@@ -81,14 +85,18 @@ class ServeArguments:
 
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(ServeArguments, arguments, prog)
-    if options.drafter and options.policy.startswith(("ws://", "wss://")):
+    if options.policy.startswith(PREFIX) and not options.drafter:
+        refuse_others(options, ("execute", "device"), f"with --policy {options.policy}")
+        line = [*command(Asked(options.policy, options.device, options.execute)), "--host", options.host]
+        os.execv(line[0], [*line, "--port", str(options.port)])
+    if options.drafter and options.policy.startswith(("ws://", "wss://", PREFIX)):
         return run_proxy(options)
     asked = options.evaluated
 
     import torch
 
     from rsd.evaluation.backend import describe_checkpoint, settle
-    from rsd.serving.server import PolicyServer, reserve, serve_until_signal
+    from rsd.serving.server import PolicyServer, reserve, serve_until_signal, until_signal
     from rsd.serving.service import load_served, versions_on
 
     door = reserve(options.host, options.port)
@@ -99,26 +107,38 @@ def run(arguments: Sequence[str], prog: str) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if note:
         console.print(note)
-    server = PolicyServer(load_served(config), describe_checkpoint(config), versions_on(config.device), door)
 
     def listening(address: str) -> None:
         console.print(f"{config.policy} decoding with {config.decode} on {config.device} at {address}; Ctrl-C stops")
         if options.host not in LOCAL:
             console.print("no authentication: who reaches this port drives the robot", style="yellow")
 
-    serve_until_signal(server, listening)
+    policy = load_served(config)
+    if options.protocol == "vla-eval":
+        from rsd.serving.vla_eval import RsdModelServer, serve_vla_eval  # of an extra
+
+        (host, port), server = door.getsockname()[:2], RsdModelServer(policy)
+        door.close()  # vla-eval opens its own
+        until_signal(lambda stop: serve_vla_eval(server, host, port, stop, listening))
+    else:
+        described = PolicyServer(policy, describe_checkpoint(config), versions_on(config.device), door)
+        serve_until_signal(described, listening)
     console.print("stopped")
     return 0
+
+
+def refuse_others(options: ServeArguments, known: Sequence[str], where: str) -> None:
+    """`UsageError` for a given option that has no meaning there."""
+    for entry in fields(options):
+        if entry.name not in ("policy", *known, "host", "port") and getattr(options, entry.name) != entry.default:
+            raise UsageError(f"{option(entry.name)}: not {where}; leave it out")
 
 
 def run_proxy(options: ServeArguments) -> int:
     """Speculate in front of somebody else's server."""
     from rsd.evaluation.foreign import OF_THE_GATE
 
-    proxied = ("policy", "drafter", *OF_THE_GATE, "device", "threads")
-    for entry in fields(options):
-        if entry.name not in (*proxied, "host", "port") and getattr(options, entry.name) != entry.default:
-            raise UsageError(f"{option(entry.name)}: not of a proxy with --drafter; leave it out")
+    refuse_others(options, ("drafter", *OF_THE_GATE, "device", "threads"), "of a proxy with --drafter")
 
     import torch
 
@@ -133,7 +153,10 @@ def run_proxy(options: ServeArguments) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     drafter = load_drafter(Path(options.drafter), options.device)
-    metadata = metadata_at(options.policy)
+    address = options.policy
+    if address.startswith(PREFIX):
+        address = address_of(Asked(options.policy, options.device, drafter.horizon))
+    metadata = metadata_at(address)
     drafter.check_belongs(identity_of(metadata))
     skip = drafter.skip_rule(*(getattr(options, name) for name in OF_THE_GATE))
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -144,7 +167,7 @@ def run_proxy(options: ServeArguments) -> int:
             console.print("no authentication: who reaches this port drives the robot", style="yellow")
 
     known = is_rsd(metadata)
-    proxy = SpeculatingProxy(options.policy, metadata, drafter, skip, door, passes_reset=known)
+    proxy = SpeculatingProxy(address, metadata, drafter, skip, door, passes_reset=known)
     until_signal(lambda stop: proxy.serve(stop, listening))
     console.print("stopped")
     return 0

@@ -246,6 +246,8 @@ def ready(config: EvalConfig) -> None:
     """The cheap checks, and what every worker would find out: options that this checkpoint cannot do, late answers of
     a policy that has no tail to go on with."""
     preflight(config)
+    if config.lerobot:  # one process for all workers
+        foreign.address(foreign.alone(config) if config.drafter else config)
     if config.served or foreign.is_foreign(config):  # its first chunk shows it
         return
     from rsd.checkpoint import facts_of, locate_checkpoint, read_content

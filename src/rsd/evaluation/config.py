@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, above, between, from_json, shown
+from rsd.targets.remote.lerobot import PREFIX
 from rsd.types import (
     AUTO,
     BEST,
@@ -87,7 +88,7 @@ class EvalConfig(Checked):
     of num_trials in a row."""
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory, Hugging Face hub id, module:Class or file.py:Class of a policy of your own, or ws://HOST:PORT
-    of any server in openpi's protocol."""
+    of any server in openpi's protocol, or lerobot:DIR_OR_ID of a LeRobot policy, which runs in its own environment."""
     drafter: str = ""
     """Directory of a drafter that `rsd drafter distil` made for this very policy, whatever kind it is of."""
     decode: str = BEST
@@ -216,12 +217,17 @@ class EvalConfig(Checked):
     @property
     def served(self) -> bool:
         """Whether the policy is behind a port."""
-        return self.policy.startswith(("ws://", "wss://"))
+        return self.policy.startswith(("ws://", "wss://")) or self.lerobot
+
+    @property
+    def lerobot(self) -> bool:
+        """Whether the policy is LeRobot's, in a process of its own behind a port."""
+        return self.policy.startswith(PREFIX)
 
     @property
     def custom(self) -> bool:
         """Whether the policy is a class of the user's."""
-        return OF_ONES_OWN.fullmatch(self.policy) is not None
+        return OF_ONES_OWN.fullmatch(self.policy) is not None and not self.lerobot
 
     @property
     def output_dir(self) -> Path:

@@ -24,7 +24,7 @@ OF_A_MEMORY = ("memory_chunks", "target_at_reset")  # of it: a distilled drafter
 
 def is_foreign(config: EvalConfig) -> bool:
     """As far as the options tell; of a server only its metadata do."""
-    return config.custom or bool(config.drafter) or config.decode == TARGET_ONLY
+    return config.custom or config.lerobot or bool(config.drafter) or config.decode == TARGET_ONLY
 
 
 def check_foreign(config: EvalConfig) -> None:
@@ -52,17 +52,27 @@ def served(config: EvalConfig) -> RemotePolicy | OpenpiPolicy:
     """The policy at `config.policy`; `RsdError` where the options ask for another one."""
     from rsd.targets.remote.openpi import OpenpiPolicy, served_at  # of an extra
 
-    remote = served_at(config.policy, config.execute)
+    remote = served_at(address(config), config.execute)
     theirs = isinstance(remote, OpenpiPolicy)
-    mine = (*MINE, "device") if theirs else (*MINE, "device", *OF_THE_GATE, *OF_A_MEMORY, "audit")
+    mine = MINE if theirs else (*MINE, *OF_THE_GATE, *OF_A_MEMORY, "audit")
+    mine = mine if config.lerobot else (*mine, "device")
     if given := [option(name) for name in mine if getattr(config, name) != getattr(EvalConfig, name)]:
         remote.close()
-        remedy = "that server does not know of it" if theirs else "give it to `rsd serve`"
+        remedy = "that server does not know of it" if theirs or config.lerobot else "give it to `rsd serve`"
         raise RsdError(f"{config.policy}: {', '.join(given)} cannot be chosen here; {remedy}")
     if remote.decode != config.decode:
         remote.close()
         raise RsdError(f"{config.policy}: decodes with {remote.decode}, asked for is --decode {config.decode}")
     return remote
+
+
+def address(config: EvalConfig) -> str:
+    """Where the policy is served; LeRobot's process is started for it."""
+    if not config.lerobot:
+        return config.policy
+    from rsd.targets.remote.lerobot import Asked, address_of
+
+    return address_of(Asked(config.policy, config.device, config.execute))
 
 
 def custom(config: EvalConfig) -> Policy:
@@ -79,11 +89,13 @@ def choice(config: EvalConfig) -> Choice | None:
         return Choice(SKIPPING, "a drafter is given")
     if config.custom:
         return Choice(TARGET_ONLY, "it is a policy of one's own")
+    if config.lerobot:
+        return Choice(TARGET_ONLY, "it is LeRobot's")
     if not config.served:
         return None
     from rsd.targets.remote.openpi import served_at
 
-    remote = served_at(config.policy, config.execute)
+    remote = served_at(address(config), config.execute)
     remote.close()
     return Choice(remote.decode, "what it is served with")
 
@@ -113,6 +125,8 @@ def alone(config: EvalConfig) -> EvalConfig:
     if config.execute not in (None, horizon):
         found = f"--execute {config.execute}: {config.drafter} drafts {horizon} at once"
         raise RsdError(f"{found}; leave it out, or distil another")
-    mine = (*OF_THE_GATE, "audit", "device") if config.served else (*OF_THE_GATE, "audit")  # of a server its own
+    mine = [*OF_THE_GATE, "audit"]
+    if config.served and not config.lerobot:  # a server has its own
+        mine.append("device")
     given: dict[str, Any] = {name: getattr(EvalConfig, name) for name in mine}
     return replace(config, drafter="", decode=BEST, execute=horizon, **given)

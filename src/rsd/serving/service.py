@@ -126,7 +126,7 @@ class PolicyService:
                 session.end_episode()
             if request.observation is None:
                 return pack({"reset": True})
-            chunk = self._predict(session, request.observation)
+            chunk = self.predict(session, request.observation)
         except RsdError as error:
             return f"rsd serve: {' '.join(str(error).split()):.{LONGEST_TEXT}}"
         except Exception as error:  # of the policy: the others' connections must not end with it
@@ -149,7 +149,8 @@ class PolicyService:
             traceback.print_exc()
             session.end_episode()
 
-    def _predict(self, session: Session, observation: Observation) -> ActionChunk:
+    def predict(self, session: Session, observation: Observation) -> ActionChunk:
+        """The session's next chunk, checked; what the one before left pending is verified first."""
         self.verify(session)
         if session.instruction != observation.instruction:
             session.end_episode()
