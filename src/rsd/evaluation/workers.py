@@ -85,8 +85,8 @@ def worker_main(
     videos: Path,
     policy_process: Connection | None,
 ) -> None:
-    """Body of a worker process: says Ready or Failed, then answers each Job with an Outcome until None. A Begin makes it
-    ready for another run; imports, compiled scene and drawing context stay.
+    """Body of a worker process: says Ready or Failed, then answers each Job with an Outcome until None. After a Begin
+    it is ready for another run; imports, compiled scene and drawing context stay.
 
     policy_process: with --batch, where the policy answers."""
     prepare_process(threads)

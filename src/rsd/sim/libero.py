@@ -63,6 +63,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     sentences that would ask for a thing of this layout, with that thing.
     """
 
+    draws_end = True  # whether images show where success ended a chunk early; else they stay those before it
+
     def __init__(
         self, suite: str, task_id: int, image_size: int = 256, cameras: bool = True, fast: bool = True
     ) -> None:
@@ -165,7 +167,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             self._control_step(action, draw=last and draw)
             terminated = self.success()
             if terminated:
-                if not last and draw:
+                if not last and draw and self.draws_end:
                     self.redraw()
                 break
         self.steps += executed
