@@ -24,7 +24,7 @@ from scripted import SCRIPTED, episode, make_patient_batch_policy
 from rsd.evaluation.config import EvalConfig, stored_config
 from rsd.evaluation.episodes import Job, JobQueue, Outcome, VideoBudget, wants_video
 from rsd.evaluation.evaluate import evaluate, plan_episodes, run_differences
-from rsd.evaluation.pools import Crew, ProcessPool, worker_count
+from rsd.evaluation.pools import ProcessPool, worker_count
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, RunRecord, read_episodes
 from rsd.evaluation.summary import RunSummary
 from rsd.locks import exclusive
@@ -80,45 +80,6 @@ def test_workers_tidy_up_after_themselves(config: EvalConfig, monkeypatch: pytes
     monkeypatch.setattr(ProcessPool, "__exit__", watched)
     run(replace(config, num_workers="2"))
     assert codes == [0, 0]
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_workers_go_on_with_the_next_run_of_a_comparison(
-    config: EvalConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
-) -> None:
-    """The results are those of runs of their own; who dies in the second one is replaced by a worker for that one."""
-    spawn, spawned = ProcessPool._spawn, list[EvalConfig]()
-
-    def counted(pool: ProcessPool, *arguments: Any) -> Any:
-        spawned.append(pool.config)
-        return spawn(pool, *arguments)
-
-    monkeypatch.setattr(ProcessPool, "_spawn", counted)
-    dies = f"once:{tmp_path / 'dead'}:dies:2.1"
-    first = replace(config, num_workers=workers, decode="ar", output=str(tmp_path / "crew" / "ar"))
-    second = replace(first, decode="rsd", policy=dies, videos="all", output=str(tmp_path / "crew" / "rsd"))
-    third = replace(first, decode="rsd-async", output=str(tmp_path / "crew" / "rsd-async"))
-    planned = [first, second, third]
-    with Crew(planned) as crew:
-        summaries = [run(each, crew=crew)[0] for each in planned]
-    assert [summary.episodes for summary in summaries] == [6, 6, 6]
-    assert spawned == [first] * int(workers) + [second]
-    for each in (first, third):
-        alone = replace(each, output=str(tmp_path / "alone" / each.decode))
-        run(alone)
-        assert outcomes(alone) == outcomes(each)
-    assert sum(result.attempts for result in outcomes(second).values()) == 7
-    assert len(list((second.output_dir / "videos").glob("*.mp4"))) == 6
-    assert not (third.output_dir / "videos").exists()
-
-
-def test_a_run_of_a_comparison_that_cannot_begin_ends_the_workers(config: EvalConfig, tmp_path: Path) -> None:
-    done, missing = replace(config, output=str(tmp_path / "done")), replace(config, policy="missing")
-    with Crew([done, missing]) as crew:
-        assert run(done, crew=crew)[0].episodes == 6
-        with pytest.raises(RsdError, match="missing: expected a checkpoint"):
-            run(missing, crew=crew)
-        assert not multiprocessing.active_children()
 
 
 def test_ctrl_c_says_what_is_kept(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
