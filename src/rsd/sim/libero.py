@@ -280,11 +280,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         if not self.cameras:
             raise RsdError("draw: the environment was made with cameras=False")
         self._make_current()
-        size = self.image_size
-        frames = [
-            self.simulation.sim.render(camera_name=SIM_CAMERAS[name], width=size, height=size) for name in CAMERAS
-        ]
-        return np.stack(frames)
+        size, sim = self.image_size, self.simulation.sim
+        return np.stack([sim.render(camera_name=SIM_CAMERAS[name], width=size, height=size) for name in CAMERAS])
 
     def spots(self, things: Sequence[str]) -> NDArray[np.float32]:
         """Where the third-person camera sees the middles of things: [n, 2], x to the right and y down as shares of the
