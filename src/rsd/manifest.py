@@ -7,8 +7,10 @@ manifests is unsealed: only what its config.json names is verified there.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 BASE_LINK = "base"  # the model that a policy on OpenVLA builds on: has a fingerprint of its own
 SUFFIXES = (".json", ".safetensors")
+SETTLED = 10.0  # s since a file last changed
 REMEDY = "copy the checkpoint again, or after an edit on purpose seal it: rsd checkpoint seal"
 
 
@@ -32,13 +35,23 @@ class Manifest(Checked):
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 in hexadecimal; `RsdError` if the file cannot be read."""
+    """SHA-256 in hexadecimal; `RsdError` if the file cannot be read. One that has not changed is read once a process:
+    an evaluation asks ten times."""
     if path.exists() and not path.is_file():
         raise RsdError(f"{path}: expected a file, found a folder, a device or a pipe")
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        found = path.stat()
+        changed = max(found.st_mtime, found.st_ctime)
+        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        settled = 0 < changed < time.time() - SETTLED  # what is written within one tick of the clock has one stamp
+        return _read_sha256(path.absolute(), stamp) if settled else _read_sha256.__wrapped__(path, stamp)
     except OSError as error:
         raise RsdError(f"{path}: not readable ({error.strerror or error})") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _read_sha256(path: Path, stamp: tuple[int, ...]) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def checkpoint_files(directory: Path) -> list[str]:

@@ -40,7 +40,7 @@ def config(tmp_path: Path) -> EvalConfig:
     return EvalConfig(num_trials=3, tasks="0,2", policy="good", num_workers="1", output=str(tmp_path / "run"))
 
 
-def run(config: EvalConfig, **options: bool) -> tuple[RunSummary, str]:
+def run(config: EvalConfig, **options: Any) -> tuple[RunSummary, str]:
     console = Console(file=io.StringIO(), width=200)
     summary = evaluate(config, backend=SCRIPTED, console=console, **options)
     return summary, console.file.getvalue()  # type: ignore[attr-defined]

@@ -34,6 +34,20 @@ def test_a_replay_shows_the_start_and_the_whole_of_every_chunk(tmp_path: Path) -
     assert path.name == "any_task02_init00_success.mp4"
 
 
+def test_what_the_policy_saw_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = CountingEnv("any", 2, 8)
+    rollout = roll(env, ScriptedPolicy())
+    drawn = list[bool]()
+    step_chunk = env.step_chunk
+    monkeypatch.setattr(env, "step_chunk", lambda actions, draw=True: (drawn.append(draw), step_chunk(actions))[1])
+    assert [int(images[0, 0, 0, 0]) for images in rollout.seen] == [0, 4, 8]  # CountingEnv draws its steps
+    for seen in (rollout.seen, ()):
+        replay_video(env, replace(rollout, seen=seen), tmp_path / f"{len(seen)}.mp4")
+    assert drawn == [True, False, True, False, True, True] + [True] * 6
+    videos = [imageio.mimread(tmp_path / f"{n}.mp4", memtest=False) for n in (3, 0)]
+    np.testing.assert_array_equal(*videos)
+
+
 def test_a_replay_that_ends_otherwise_is_an_error(tmp_path: Path) -> None:
     env = CountingEnv("any", 2, 8)
     rollout = roll(env, ScriptedPolicy())

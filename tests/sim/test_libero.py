@@ -158,6 +158,10 @@ def test_success_ends_a_chunk_early_with_fresh_images(env: LiberoEnv, monkeypatc
     observation, reward, terminated, truncated, info = env.step_chunk(random_actions()[:8])
     assert (reward, terminated, truncated, info["steps"]) == (1.0, True, False, 3)
     np.testing.assert_array_equal(observation["agentview"], env.draw()[0, ::-1, ::-1])
+    monkeypatch.setattr(env, "draws_end", False)
+    verdicts = iter([True])
+    ended, *_ = env.step_chunk(random_actions()[:8])
+    np.testing.assert_array_equal(ended["agentview"], observation["agentview"])
 
 
 def test_observation_is_upright_and_carries_the_instruction(env: LiberoEnv) -> None:

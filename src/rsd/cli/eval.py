@@ -47,6 +47,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         check_names(config)
 
     from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
+    from rsd.evaluation.pools import Crew
     from rsd.evaluation.results import write_atomically
     from rsd.evaluation.tables import plural
     from rsd.reporting.tables import load_runs, markdown_table, print_runs
@@ -54,16 +55,18 @@ def run(arguments: Sequence[str], prog: str) -> int:
     console = Console(stderr=True)
     summaries = []
     warned: set[str] = set()
-    for config, note in planned:
-        summary = evaluate(config, overwrite=options.overwrite, console=console, note=note, warned=warned)
-        summaries.append(summary)
-        if summary.errors:
-            console.print(
-                f"{summary.errors} of {plural(summary.episodes, 'episode')} ended in an error, not counted: see "
-                f"{config.output_dir / ERRORS_FILE}; the same command without --overwrite runs what is missing",
-                style="red",
-                soft_wrap=True,
-            )
+    with Crew([config for config, _ in planned]) as crew:
+        for config, note in planned:
+            again = options.overwrite
+            summary = evaluate(config, overwrite=again, console=console, note=note, warned=warned, crew=crew)
+            summaries.append(summary)
+            if summary.errors:
+                console.print(
+                    f"{summary.errors} of {plural(summary.episodes, 'episode')} ended in an error, not counted: see "
+                    f"{config.output_dir / ERRORS_FILE}; the same command without --overwrite runs what is missing",
+                    style="red",
+                    soft_wrap=True,
+                )
     directories = [config.output_dir for config, _ in planned]
     if all(summary.success.n for summary in summaries):
         runs = load_runs(directories)

@@ -18,7 +18,7 @@ from rsd.evaluation.backend import LIBERO, Backend, settle
 from rsd.evaluation.config import NEUTRAL, EvalConfig
 from rsd.evaluation.episodes import Job, JobQueue, Outcome
 from rsd.evaluation.lerobot import EVAL_INFO_FILE, write_eval_info
-from rsd.evaluation.pools import Retry, make_pool, worker_count
+from rsd.evaluation.pools import Crew, Retry, worker_count
 from rsd.evaluation.progress import EpisodeProgress, last_line
 from rsd.evaluation.results import (
     CONFIG_FILE,
@@ -58,12 +58,14 @@ def evaluate(
     time_limit_s: float = math.inf,
     note: str = "",
     warned: set[str] | None = None,
+    crew: Crew | None = None,
 ) -> RunSummary:
     """Run what is missing of `config` in `config.output_dir` and return (and write) the run's summary.
 
     Episodes already there are kept, so the same call continues an interrupted run; episodes that ended in an
     error are run again. overwrite: start from nothing. time_limit_s: after so long no episode is begun any more.
     note: printed first. warned: cautions that were printed already; those of this run are added.
+    crew: whose workers run it, by default some of its own.
     Raises RsdError where the directory holds another run or damaged results, or the policy cannot be loaded.
     """
     config, overwrite = checked(EvalConfig, config, "evaluate: config"), checked(bool, overwrite, "evaluate: overwrite")
@@ -94,7 +96,8 @@ def evaluate(
             if done:
                 whole = plural(len(plan), "episode")
                 say(console, f"{directory}: {len(done)} of {whole} done, {len(pending)} to go")
-            run_missing(config, backend, JobQueue(pending, time.monotonic() + time_limit_s), finished, workers, console)
+            queue = JobQueue(pending, time.monotonic() + time_limit_s)
+            run_missing(config, backend, queue, finished, workers, console, crew or Crew())
         return sum_up(directory, workers, time.perf_counter() - start)
 
 
@@ -190,6 +193,7 @@ def run_missing(
     finished: dict[EpisodeKey, EpisodeResult],
     workers: int,
     console: Console,
+    crew: Crew,
 ) -> None:
     """Run the pending episodes in worker processes; this process alone writes the results."""
     directory = config.output_dir
@@ -200,7 +204,7 @@ def run_missing(
     videos = len(list((directory / VIDEOS_DIR).glob("*.mp4")))
     with (
         told(f"interrupted: {kept}", console),
-        make_pool(config, backend, workers, directory / VIDEOS_DIR) as pool,
+        crew.pool(config, backend, workers) as pool,
         EpisodeProgress(config, finished.values(), len(queue), console) as progress,
     ):
         for message in pool.run(queue, videos_left=config.max_videos - videos):

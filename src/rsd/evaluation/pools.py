@@ -20,7 +20,8 @@ from rsd.evaluation.backend import Backend, available_cores
 from rsd.evaluation.batching import policy_main
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.episodes import Job, JobQueue, Outcome, VideoBudget, broken_off
-from rsd.evaluation.workers import Failed, Ready, failed, make_runner, worker_main
+from rsd.evaluation.video import VIDEOS_DIR
+from rsd.evaluation.workers import Begin, Failed, Ready, failed, make_runner, worker_main
 from rsd.extras import extra
 from rsd.types import RsdError
 
@@ -56,19 +57,63 @@ def worker_count(requested: str, episodes: int) -> int:
     return max(1, min(available_cores() if requested == "auto" else int(requested), episodes))
 
 
-def make_pool(config: EvalConfig, backend: Backend, workers: int, videos: Path) -> Pool:
-    return (RayPool if config.launcher == "ray" else ProcessPool)(config, backend, workers, videos)
+class Crew:
+    """The workers of runs that follow each other, as of a comparison: who finds no episode left of one makes ready for
+    the next, while others still finish theirs. A context, which ends them whatever happens."""
+
+    def __init__(self, planned: Sequence[EvalConfig] = ()) -> None:
+        """planned: the runs in their order, as `pool` is asked for them."""
+        self._planned = list(planned)
+        self._pool: Pool | None = None
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None = None, *_: object) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.__exit__(error)
+
+    @contextlib.contextmanager
+    def pool(self, config: EvalConfig, backend: Backend, count: int) -> Iterator[Pool]:
+        """Workers for a run: those that make ready for it already, if there are any."""
+        if self._pool is None or not self._pool.expects(config, backend, count):
+            self.__exit__()
+            kind = RayPool if config.launcher == "ray" else ProcessPool
+            self._pool = kind(config, backend, count, config.output_dir / VIDEOS_DIR).__enter__()
+        pool = self._pool
+        following = self._planned[self._planned.index(config) + 1 :] if config in self._planned else []
+        pool.after = following[0] if following and pool.goes_on else None
+        try:
+            yield pool
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        if pool.after is None:
+            self.__exit__()
 
 
 class Pool(ABC):
     """Runs jobs in workers; use as a context manager, which ends them whatever happens."""
 
     noun: str
+    goes_on = False  # whether its workers can begin another run
 
     def __init__(self, config: EvalConfig, backend: Backend, count: int, videos: Path) -> None:
+        """after: the run that workers make ready for when nothing is left of this one."""
         self.config, self.backend, self.count, self.videos = config, backend, count, videos
+        self.after: EvalConfig | None = None
         self._workers: list[Worker] = []
         self._failed_starts = 0
+
+    def expects(self, config: EvalConfig, backend: Backend, count: int) -> bool:
+        """Whether all workers make ready for this run, which then is the pool's."""
+        if (config, backend, count) != (self.after, self.backend, self.count):
+            return False
+        self.config, self.videos = config, config.output_dir / VIDEOS_DIR
+        for worker in self._workers:
+            worker.deadline = time.monotonic() + self._start_patience
+        return True
 
     @abstractmethod
     def __enter__(self) -> Pool: ...
@@ -84,7 +129,7 @@ class Pool(ABC):
         """At once: it may be dead or hang."""
 
     @abstractmethod
-    def _send(self, worker: Worker, job: Job | None) -> None:
+    def _send(self, worker: Worker, order: Job | Begin | None) -> None:
         """None: there is nothing left for it. One that died just now is noticed when it is heard next."""
 
     @abstractmethod
@@ -130,7 +175,14 @@ class Pool(ABC):
                     worker.deadline = time.monotonic() + self.config.episode_timeout
                 else:
                     busy.remove(worker)
-                self._send(worker, job)
+                self._send(worker, self._following(worker) if job is None else job)
+
+    def _following(self, worker: Worker) -> Begin | None:
+        """What a worker does when no episode is left."""
+        if self.after is None:
+            return None
+        worker.ready, worker.task = False, None
+        return Begin(self.after, self.after.output_dir / VIDEOS_DIR)
 
     def _messages(self, busy: list[Worker]) -> Iterator[tuple[Worker, Ready | Failed | Outcome | str]]:
         """What the workers said since the last call, or why one of them will say no more; waits for something."""
@@ -168,6 +220,7 @@ class ProcessPool(Pool):
     _server: tuple[BaseProcess, Connection] | None = None
 
     def __enter__(self) -> ProcessPool:
+        self.goes_on = not self.config.batch  # a policy's own process serves one run
         try:
             if self.config.batch:
                 self._server = self._spawn(policy_main)
@@ -225,9 +278,9 @@ class ProcessPool(Pool):
         worker.handle.join()
         worker.channel.close()
 
-    def _send(self, worker: Worker, job: Job | None) -> None:
+    def _send(self, worker: Worker, order: Job | Begin | None) -> None:
         with contextlib.suppress(BrokenPipeError):
-            worker.channel.send(job)
+            worker.channel.send(order)
 
     def _wait(self, channels: Sequence[Any], patience: float) -> Sequence[Any]:
         """Nothing where the policy's process ended, which matters more."""
@@ -315,9 +368,9 @@ class RayPool(Pool):
     def _end(self, worker: Worker) -> None:
         self._ray.kill(worker.handle)
 
-    def _send(self, worker: Worker, job: Job | None) -> None:
-        if job is not None:
-            worker.channel = worker.handle.run.remote(job)
+    def _send(self, worker: Worker, order: Job | Begin | None) -> None:
+        if order is not None:
+            worker.channel = worker.handle.run.remote(order)
 
     def _wait(self, channels: Sequence[Any], patience: float) -> Sequence[Any]:
         found: Sequence[Any] = self._ray.wait(list(channels), timeout=min(patience, 1.0))[0]

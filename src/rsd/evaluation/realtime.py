@@ -74,13 +74,14 @@ class Pace:
     """One episode's turns, as fast as possible: the simulator rests while the policy computes, and the other way round.
 
     A context: leaving it, nothing is under way any more. stats: one a chunk, complete as soon as what was left of it is
-    done. motions: one a chunk, if known. executed: a chunk's actions, float32 [n, 7].
+    done. motions: one a chunk, if known. executed: a chunk's actions, float32 [n, 7]. seen: the images before it.
     """
 
     def __init__(self) -> None:
         self.stats: list[ChunkStats] = []
         self.motions: list[Motion | Meanwhile] = []
         self.executed: list[NDArray[np.float32]] = []
+        self.seen: list[NDArray[np.uint8]] = []
 
     def __enter__(self) -> Pace:
         return self
@@ -94,7 +95,9 @@ class Pace:
 
     def turn(self, policy: Policy, env: Environment) -> Stepped:
         """One chunk: observe, predict, execute."""
-        return self.execute(policy, env, self.predict(policy, env.observation()))
+        observation = env.observation()
+        self.seen.append(observation.images)
+        return self.execute(policy, env, self.predict(policy, observation))
 
     def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
         chunk = checked_chunk(policy.predict(observation))  # what is recorded has to be readable

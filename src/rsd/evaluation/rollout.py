@@ -63,11 +63,13 @@ class Environment(Protocol):
 
 @dataclass(frozen=True)
 class Rollout:
-    """An episode's result, and the actions executed in each chunk, each float32 [<= H, 7], to replay it."""
+    """An episode's result, and to replay it the actions executed in each chunk, each float32 [<= H, 7], with the images
+    seen before each, where the step before drew them."""
 
     result: EpisodeResult
     actions: tuple[NDArray[np.float32], ...]
     traceback: str = ""
+    seen: tuple[NDArray[np.uint8], ...] = ()
 
 
 def run_episode(
@@ -124,7 +126,7 @@ def run_episode(
         wall_s=time.perf_counter() - start,
         **decoded(pace.stats, pace.motions),
     )
-    return Rollout(result, tuple(pace.executed), trace)
+    return Rollout(result, tuple(pace.executed), trace, tuple(pace.seen))
 
 
 def episode_seed(seed: int, task_id: int, init_state: int) -> int:

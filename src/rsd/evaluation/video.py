@@ -66,9 +66,11 @@ def _replayed(env: Environment, rollout: Rollout) -> Iterator[NDArray[np.uint8]]
     for chunk, actions in enumerate(rollout.actions, start=1):
         for first in range(0, len(actions), FRAME_STEPS):
             executed = actions[first : first + FRAME_STEPS]
-            _, _, terminated, _, _ = env.step_chunk(executed)
+            seen = rollout.seen[chunk : chunk + 1] if first + FRAME_STEPS >= len(actions) else ()  # drawn already
+            _, _, terminated, _, _ = env.step_chunk(executed, draw=not seen)
             steps += len(executed)
-            yield frame(env.observation().images, colours, chunk, result.instruction, steps)
+            images = seen[0] if seen else env.observation().images
+            yield frame(images, colours, chunk, result.instruction, steps)
     if terminated != result.success:
         raise RsdError(
             f"replay of task {result.task_id}, initial state {result.init_state}: the episode ended in "

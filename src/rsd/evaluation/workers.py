@@ -31,6 +31,14 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Begin:
+    """The run that a worker goes on with, and where its videos are; the worker says Ready or Failed again."""
+
+    config: EvalConfig
+    videos: Path
+
+
+@dataclass(frozen=True)
 class Failed:
     """A worker could not be set up, so no episode can run: the message is for the user."""
 
@@ -77,7 +85,8 @@ def worker_main(
     videos: Path,
     policy_process: Connection | None,
 ) -> None:
-    """Body of a worker process: says Ready or Failed, then answers each Job with an Outcome until None.
+    """Body of a worker process: says Ready or Failed, then answers each Job with an Outcome until None. After a Begin
+    it is ready for another run; imports, compiled scene and drawing context stay.
 
     policy_process: with --batch, where the policy answers."""
     prepare_process(threads)
@@ -89,8 +98,14 @@ def worker_main(
             policy = RemotePolicy(policy_process)
             ready, runner = policy.ready, EpisodeRunner(config, backend, policy, videos)
         connection.send(ready)
-        while (job := connection.recv()) is not None:
-            connection.send(runner.run(job))
+        while (order := connection.recv()) is not None:
+            if isinstance(order, Begin):
+                runner.close()
+                del runner  # its policy goes before the next one comes
+                ready, runner = make_runner(order.config, backend, order.videos)
+                connection.send(ready)
+            else:
+                connection.send(runner.run(order))
         runner.close()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent, or the policy's process, is gone

@@ -15,7 +15,10 @@ LIFTED = 0.03  # m above where it stood after the wait steps
 
 
 class WatchedLibero(LiberoEnv):
-    """LiberoEnv that follows its objects at the end of each chunk; states and images are those of LiberoEnv."""
+    """LiberoEnv that follows its objects at the end of each chunk. States and images are those of LiberoEnv, but for an
+    episode's end, which no policy sees."""
+
+    draws_end = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -63,6 +63,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     sentences that would ask for a thing of this layout, with that thing.
     """
 
+    draws_end = True  # whether images show where success ended a chunk early; else they stay those before it
+
     def __init__(
         self, suite: str, task_id: int, image_size: int = 256, cameras: bool = True, fast: bool = True
     ) -> None:
@@ -165,7 +167,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             self._control_step(action, draw=last and draw)
             terminated = self.success()
             if terminated:
-                if not last and draw:
+                if not last and draw and self.draws_end:
                     self.redraw()
                 break
         self.steps += executed
@@ -278,11 +280,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         if not self.cameras:
             raise RsdError("draw: the environment was made with cameras=False")
         self._make_current()
-        size = self.image_size
-        frames = [
-            self.simulation.sim.render(camera_name=SIM_CAMERAS[name], width=size, height=size) for name in CAMERAS
-        ]
-        return np.stack(frames)
+        size, sim = self.image_size, self.simulation.sim
+        return np.stack([sim.render(camera_name=SIM_CAMERAS[name], width=size, height=size) for name in CAMERAS])
 
     def spots(self, things: Sequence[str]) -> NDArray[np.float32]:
         """Where the third-person camera sees the middles of things: [n, 2], x to the right and y down as shares of the
