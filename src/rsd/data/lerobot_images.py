@@ -146,7 +146,7 @@ def frames_of(path: Path, fps: float) -> Iterator[NDArray[np.uint8]]:
                 if frame.time is not None and abs((frame.time - begin) * fps - number) > 0.5:
                     expected = f"frame {number} at {number / fps:.3f} s, as {fps:g} frames a second have it"
                     raise RsdError(f"{path}: expected {expected}, found it at {frame.time - begin:.3f} s")
-                yield frame.to_ndarray(format="rgb24")
+                yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
     # PyAV's own errors are of the first two kinds; without a video stream there is no first one
     except (OSError, ValueError, IndexError, av.FFmpegError) as error:
         expected = "a video that FFmpeg can decode"
