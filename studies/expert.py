@@ -22,12 +22,13 @@ from typing import Annotated, Any, TextIO
 
 from rsd.checks import Checked, Rules, above, between, from_json
 from rsd.collection.workers import Workers, worker_pool
+from rsd.evaluation.config import Moving
 from rsd.expert.expert import ExpertResult, run
 from rsd.expert.failures import failure_class
 from rsd.expert.goals import goals_of
 from rsd.output import writing
 from rsd.sim.libero import LiberoEnv, simulator_versions
-from rsd.sim.motion import Kind, Motion
+from rsd.sim.motion import Motion
 from rsd.sim.suites import MAIN_SUITES, scene_file, step_limit, suite_task, suite_tasks
 from rsd.types import RsdError
 
@@ -57,7 +58,7 @@ class CountExpertConfig(Checked):
     """Processes."""
     episode_seconds: Annotated[float, between(1.0, 3600.0)] = 60.0
     """An episode that takes longer counts as failed."""
-    motion: Kind = "none"
+    motion: Moving = "none"
     """The scene moves, as of `rsd eval`."""
     motion_speed: Annotated[float, above(0, 0.2)] = 0.02
     """The same, m/s."""

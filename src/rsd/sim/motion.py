@@ -4,7 +4,7 @@ of them jumps aside once; or the thing is taken out of the gripper once and stan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,6 @@ from rsd.conventions import CONTROL_HZ
 if TYPE_CHECKING:
     from rsd.sim.libero import LiberoEnv
 
-Kind = Literal["none", "thing", "destination", "jump", "push-out"]
 THING, JUMP, PUSH_OUT = "thing", "jump", "push-out"
 REACH = 0.08  # m from where it started, at which it turns round
 JUMP_STEPS = (5, 50)  # control steps of an episode, in one of which something jumps
