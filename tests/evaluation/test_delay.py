@@ -194,6 +194,15 @@ def test_each_step_executes_what_its_mode_says(policy: Any, options: dict[str, A
     assert set(env.drawn[1:]) <= set(np.cumsum([len(actions) for actions in rollout.actions]))  # for observations alone
     assert np.array_equal(np.concatenate(rollout.actions), env.executed)
     rollout.result.check("here")
+    check_sources(rollout, env)
+
+
+def check_sources(rollout: Rollout, env: Seen) -> None:
+    """What is recorded of each step is whose it was."""
+    allowed = {"-": "h", "d": "d", "t": "rt"}
+    words = [spell(action) for action in env.executed]
+    found = "".join(rollout.result.sources)
+    assert all(letter in allowed[word[0]] for word, letter in zip(words, found, strict=True)), (words, found)
 
 
 def test_what_was_held_drafted_and_replaced_is_counted() -> None:
@@ -201,6 +210,8 @@ def test_what_was_held_drafted_and_replaced_is_counted() -> None:
     assert stats["held_steps"] == [2.0, 0.0, 0.0, 0.0, 0.0]
     assert stats["drafted_steps"] == [None, 2.0, 0.0, 2.0, 0.0]
     assert stats["replaced"] == [None, 0.5, 1.0, 0.5, None]  # the last answer comes too late
+    sources = roll(Spelling("rsd-async", falls={6, 14}), 2)[1].result.sources
+    assert sources == ["hhtttt", "ddrr", "ttrr", "ddrr", "tt"]
     apart = pytest.approx(2 * 50.0 * 0.2655, rel=1e-3)  # mm: in the two steps the two differ by 1 in height
     assert stats["replaced_mm"] == [None, apart, ANY, apart, None]
     assert roll(Spelling("l1"), 2, tail=True)[1].result.chunk_stats["tail_steps"] == [0.0, 2.0, 2.0, 2.0, 2.0]
