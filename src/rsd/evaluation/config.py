@@ -208,8 +208,6 @@ class EvalConfig(Checked):
         yield self.decode != RSD_ASYNC or self.meanwhile is None, own, f"--meanwhile {self.meanwhile}"
         drafts = self.draft_after == "agreement" or self.decode == RSD_ASYNC
         yield drafts, f"--decode {RSD_ASYNC} with --draft-after", f"--decode {self.decode}"
-        never = f"--decode {RSD_ASYNC} of a checkpoint, as a served policy sends no corrections"
-        yield self.decode != RSD_ASYNC or not self.served, never, self.policy
 
     @property
     def suites(self) -> list[str]:
