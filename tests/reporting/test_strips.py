@@ -46,7 +46,9 @@ def test_a_strip_has_every_step_in_its_place() -> None:
     assert (drawn.width, drawn.bars["h"]) == (30.1, "M12 8h1.6V10h-1.6zM21.6 8h0.5V10h-0.5z")
 
 
-@pytest.mark.parametrize("sources", [["hhh"], ["hhhhtttttttt", "ddddrrrrttttrrrr"], ["hhhhtttttttt", "ddddrrrr", "ttttrrrx"]])
+@pytest.mark.parametrize(
+    "sources", [["hhh"], ["hhhhtttttttt", "ddddrrrrttttrrrr"], ["hhhhtttttttt", "ddddrrrr", "ttttrrrx"]]
+)
 def test_steps_that_do_not_fit_the_episode_are_refused(sources: list[str], tmp_path: Path) -> None:
     run = write(tmp_path / "run", [delayed(sources=sources)], delay=4)
     with pytest.raises(RsdError, match="sources"):
@@ -80,7 +82,12 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(12):
             times = 10 if number % 3 == 0 else 1
             sources = ["hhhhtttttttt", "ddddrrrr", "ttttrrrr"] * times
-            longer = {"chunks": 3 * times, "num_drafts": 3 * times, "accepted_levels": [1] * 3 * times, "decode": decode}
+            longer = {
+                "chunks": 3 * times,
+                "num_drafts": 3 * times,
+                "accepted_levels": [1] * 3 * times,
+                "decode": decode,
+            }
             latency = {"latency_ms": {"total": [10.0] * 3 * times}, "chunk_stats": {}}
             told = {"instruction": f"do the thing number {number % 3} with all the words that a long sentence has"}
             kept = {"steps": 28 * times, "sources": sources, **longer, **latency, **told}
@@ -96,7 +103,7 @@ STRIPS = """width => {
     const own = box(svg), card = box(svg.closest('.card'));
     if (own.left < card.left || own.right > Math.min(card.right, width)) found.push('sticks out');
     if (own.width < 250 || own.height < 18) found.push('too small: ' + own.width + ' x ' + own.height);
-    for (const path of svg.querySelectorAll('path')) if (box(path).right > own.right + 1) found.push('beyond its strip');
+    for (const path of svg.querySelectorAll('path')) if (box(path).right > own.right + 1) found.push('beyond it');
     const above = box(svg.previousElementSibling);
     if (above.bottom > own.top + 1 || above.height > 60) found.push('under its label');
     const [one, other] = [...svg.previousElementSibling.children].map(box);

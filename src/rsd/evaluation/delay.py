@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
 
 
-
 class VirtualDelay(Pace):
     """One episode in which the target's answers take `delay` steps and the drafter's `drafter_delay`, at most as many.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,9 +60,9 @@ def unrecorded(runs: Sequence[Run]) -> list[str]:
 
 
 def strip(name: str, colour: int, episode: EpisodeResult, control_hz: float) -> Strip:
-    """control_hz: of a run in real time, in which the standstill before a chunk may be beside its steps (`pause_ms`)."""
+    """control_hz: of a run in real time, whose standstill before a chunk may be beside its steps (`pause_ms`)."""
     pauses = episode.chunk_stats.get("pause_ms", [None] * episode.chunks)
-    at, spans, marks, counts = 0.0, list[tuple[str, float, float]](), list[str](), Counter[str]()
+    at, spans, marks, counts = 0.0, list[tuple[str, float, float]](), list[str](), dict.fromkeys(BARS, 0.0)
     for source, pause in zip(episode.sources, pauses, strict=False):
         marks.append(f"M{at:g} {HEIGHT - 1:g}v1")
         still = round((pause or 0.0) * control_hz / 1e3, 1)

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 THING, JUMP, PUSH_OUT = "thing", "jump", "push-out"
 REACH = 0.08  # m from where it started, at which it turns round
 JUMP_STEPS = (5, 50)  # control steps of an episode, in one of which something jumps
-ASIDE = (0.06, 0.12)  # m from where it was, or from where the hand is
+ASIDE, PUSHED = (0.06, 0.12), (0.06, 0.20)  # m from where it was to where it jumps, or from the hand
 FREE = np.array([0.03, 0.03, 0.0])  # m to the sides of what is put down: the fingers need some
-LIFTED, HELD_STEPS = 0.03, (1, 11)  # m; so high, for so many steps, before the thing is out of the gripper
+BEYOND = 0.05  # m outside the places where things stand
+LIFTED, HELD_STEPS = 0.02, (1, 6)  # m; so high, for so many steps, before the thing is out of the gripper
 TRIES = 200
 CORNERS = 2.0 * np.array(list(np.ndindex(2, 2, 2))) - 1.0  # of a box
 Vector = NDArray[np.float64]
@@ -82,19 +83,20 @@ class Mover:
         simulation = self._env.simulation
         return bool(simulation.check_contact(simulation.robots[0].gripper, thing.object))
 
-    def put_aside(self, thing: Thing, around: Vector) -> bool:
-        """Put it upright onto the floor or table, ASIDE of `around` [2] and FREE of everything else, among the places
-        where things stand; whether there is such a place."""
+    def put_aside(self, thing: Thing, far: tuple[float, float]) -> bool:
+        """Put it upright onto the floor or table, so far aside and FREE of everything else, among the places where
+        things stand; whether there is such a place."""
         env = self._env
         others = np.stack([box for root, box in boxes(env).items() if root != thing.root])
         things = np.stack([env.data.xpos[env.simulation.obj_body_id[name], :2] for name in env.simulation.objects_dict])
-        height = self.floor - thing.box[0, 2] + 0.001
+        around, height = thing.pose[:2].copy(), self.floor - thing.box[0, 2] + 0.001
         for _ in range(TRIES):
-            angle, apart = self._rng.uniform(0.0, 2.0 * np.pi), self._rng.uniform(*ASIDE)
+            angle, apart = self._rng.uniform(0.0, 2.0 * np.pi), self._rng.uniform(*far)
             place = np.array([*(around + apart * np.array([np.cos(angle), np.sin(angle)])), height])
             low, high = thing.box + place
             clear = ((others[:, 0] > high + FREE) | (others[:, 1] < low - FREE)).any(axis=1)
-            if (things.min(axis=0) <= place[:2]).all() and (place[:2] <= things.max(axis=0)).all() and clear.all():
+            within = (things.min(axis=0) - BEYOND <= place[:2]) & (place[:2] <= things.max(axis=0) + BEYOND)
+            if within.all() and clear.all():
                 thing.put(place)
                 return True
         return False
@@ -132,7 +134,7 @@ class Jump(Mover):
         if self._steps == self.moment:
             able = [each for each in (None if self._ours else self.thing, self.destination) if each is not None]
             order = [able[i] for i in self._rng.permutation(len(able))]
-            self.happened = any(self.put_aside(each, each.pose[:2].copy()) for each in order)
+            self.happened = any(self.put_aside(each, ASIDE) for each in order)
         self._steps += 1
 
 
@@ -149,7 +151,7 @@ class PushOut(Mover):
             return
         held = self.moved.pose[2] > self.moved.start[2] + LIFTED and self.touched(self.moved)
         self._held = self._held + 1 if held else 0
-        self.happened = self._held > self._after and self.put_aside(self.moved, self.moved.pose[:2].copy())
+        self.happened = self._held > self._after and self.put_aside(self.moved, PUSHED)
 
 
 def mover(env: LiberoEnv, motion: Motion, state: int) -> Mover:
