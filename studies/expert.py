@@ -22,7 +22,7 @@ from typing import Annotated, Any, TextIO
 
 from rsd.checks import Checked, Rules, above, between, from_json
 from rsd.collection.workers import Workers, worker_pool
-from rsd.evaluation.config import Moving
+from rsd.evaluation.config import EvalConfig, Moving
 from rsd.expert.expert import ExpertResult, run
 from rsd.expert.failures import failure_class
 from rsd.expert.goals import goals_of
@@ -215,7 +215,7 @@ def count_expert(config: CountExpertConfig) -> None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         cut_off_line(lines_file)
         with lines_file.open("a", encoding="utf-8") as lines, worker_pool(config.num_workers) as pool:
-            motion = None if config.motion == "none" else Motion(config.motion, config.motion_speed)
+            motion = None if config.motion == "none" else Motion(config.motion, config.motion_speed, EvalConfig.seed)
             limits = config.episode_seconds, until, motion
             jobs: set[Future[list[Episode]]] = {pool.submit(run_batch, *batch, *limits) for batch in batches}
             while jobs:
