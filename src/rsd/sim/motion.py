@@ -41,13 +41,14 @@ class Motion:
 class Thing:
     """A thing of an episode's scene that can be put elsewhere. pose, velocity: MuJoCo's own, of its free joint."""
 
-    def __init__(self, env: LiberoEnv, name: str) -> None:
+    def __init__(self, env: LiberoEnv, name: str, extents: dict[int, Vector]) -> None:
+        """extents: `boxes` now."""
         self.object = env.simulation.objects_dict[name]
         joint = env.model.joint(self.object.joints[-1])
         self.pose: Vector = env.data.qpos[joint.qposadr[0] :][:7]
         self.velocity: Vector = env.data.qvel[joint.dofadr[0] :][:6]
         self.start, self.root = self.pose.copy(), int(env.model.body_rootid[joint.bodyid[0]])
-        self.box = boxes(env)[self.root] - self.start[:3]  # where it stands upright
+        self.box = extents[self.root] - self.start[:3]  # where it stands upright
 
     def put(self, place: Vector) -> None:
         """Upright at rest there, x, y and z."""
@@ -61,13 +62,13 @@ class Mover:
         """Raises RsdError where what is to move is fixed to the scene."""
         self._env, self._motion, self._rng = env, motion, rng
         goal, objects = env.goal[0], env.simulation.objects_dict
-        found = list[Thing | None]()
+        found, extents = list[Thing | None](), boxes(env)
         for asked in (goal[1], goal[-1]):
             names = [name for name in objects if asked == name or asked.startswith(f"{name}_")]
-            found.append(Thing(env, max(names, key=len)) if names else None)
+            found.append(Thing(env, max(names, key=len), extents) if names else None)
         self.thing, self.destination = found[0], found[-1] if goal[1] != goal[-1] else None
-        lows = [boxes(env)[env.model.body_rootid[env.simulation.obj_body_id[name]]][0, 2] for name in objects]
-        self.floor = min(lows, default=0.0)  # on which something stands
+        roots = [int(env.model.body_rootid[env.simulation.obj_body_id[name]]) for name in objects]
+        self.floor = min((float(extents[root][0, 2]) for root in roots), default=0.0)  # on which something stands
 
     def step(self) -> None:
         """Before each control step."""
