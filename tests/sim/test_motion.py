@@ -6,6 +6,7 @@ import pytest
 from rsd.conventions import WAIT_ACTION
 from rsd.evaluation.config import EvalConfig
 from rsd.expert.expert import run
+from rsd.expert.motion import LATE, Leading
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.motion import ASIDE, JUMP_STEPS, REACH, Motion, boxes, mover, offset
 from rsd.types import RsdError
@@ -94,6 +95,27 @@ def test_what_was_lifted_is_out_of_the_gripper_once(env: LiberoEnv) -> None:
         assert run(env, recorder=heights, tail_steps=0).success
         lifted = np.array(heights.seen) > heights.seen[0] + 0.03
         assert int((np.diff(lifted.astype(int)) > 0).sum()) == (1 if motion is None else 2)
+
+
+@pytest.mark.parametrize("what", ["thing", "destination"])
+def test_the_expert_is_not_behind_what_slides(env: LiberoEnv, what: str) -> None:
+    env.motion = Motion(what, 0.1, seed=7)
+    env.reset(options={"placement_seed": 2**31})
+    assert run(env, tail_steps=0).success
+
+
+def test_the_hand_aims_ahead_of_what_moves_unless_it_jumps_or_is_touched() -> None:
+    leading, place = Leading(), np.zeros(3)
+    for step, expected, touched in (
+        (0.0, 0.0, False),  # nothing is known yet
+        (0.005, 0.005 * LATE, False),
+        (0.1, 0.0, False),
+        (0.005, 0.005 * LATE, False),
+        (0.005, 0.0, True),
+    ):
+        place += np.array([step, 0.0, 0.001])
+        leading.see(place, touched)
+        assert leading.way == pytest.approx([expected, 0.0, 0.0])
 
 
 class Heights:
