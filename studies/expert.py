@@ -20,13 +20,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TextIO
 
-from rsd.checks import Checked, Rules, between, from_json
+from rsd.checks import Checked, Rules, above, between, from_json
 from rsd.collection.workers import Workers, worker_pool
+from rsd.evaluation.config import EvalConfig, Moving
 from rsd.expert.expert import ExpertResult, run
 from rsd.expert.failures import failure_class
 from rsd.expert.goals import goals_of
 from rsd.output import writing
 from rsd.sim.libero import LiberoEnv, simulator_versions
+from rsd.sim.motion import Motion
 from rsd.sim.suites import MAIN_SUITES, scene_file, step_limit, suite_task, suite_tasks
 from rsd.types import RsdError
 
@@ -56,6 +58,10 @@ class CountExpertConfig(Checked):
     """Processes."""
     episode_seconds: Annotated[float, between(1.0, 3600.0)] = 60.0
     """An episode that takes longer counts as failed."""
+    motion: Moving = "none"
+    """The scene moves, as of `rsd eval`."""
+    motion_speed: Annotated[float, above(0, 0.2)] = 0.02
+    """The same, m/s."""
     minutes: Annotated[float, between(0.1, 100_000.0)] = 100_000.0
     """After so long no further episode begins; the same command goes on later."""
 
@@ -95,7 +101,9 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run_batch(suite: str, task: int, seeds: tuple[int, ...], seconds: float, until: float) -> list[Episode]:
+def run_batch(
+    suite: str, task: int, seeds: tuple[int, ...], seconds: float, until: float, motion: Motion | None = None
+) -> list[Episode]:
     """One episode a placement seed; those that have not begun by `until` (time.time()) are left out."""
     episodes, env = list[Episode](), None
     for seed in seeds:
@@ -104,6 +112,7 @@ def run_batch(suite: str, task: int, seeds: tuple[int, ...], seconds: float, unt
         result, why, started = ExpertResult(False, 0, 0), "", time.perf_counter()
         try:
             env = env or LiberoEnv(suite, task, 64, cameras=False)
+            env.motion = motion
             started = time.perf_counter()
             with time_limit(seconds):
                 env.reset(options={"placement_seed": seed})
@@ -206,7 +215,8 @@ def count_expert(config: CountExpertConfig) -> None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         cut_off_line(lines_file)
         with lines_file.open("a", encoding="utf-8") as lines, worker_pool(config.num_workers) as pool:
-            limits = config.episode_seconds, until
+            motion = None if config.motion == "none" else Motion(config.motion, config.motion_speed, EvalConfig.seed)
+            limits = config.episode_seconds, until, motion
             jobs: set[Future[list[Episode]]] = {pool.submit(run_batch, *batch, *limits) for batch in batches}
             while jobs:
                 ended, jobs = wait(jobs, timeout=SHOW_EVERY)

@@ -1,16 +1,19 @@
 """`python -m studies.serving`: what a network port adds to a chunk, on this machine, without a simulator.
 
 Every observation is decided twice in a row, here and by an `rsd serve` in a process of its own, and the actions have to
-be the same.
+be the same; with `rsd-async` the draft's, then the correction's.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +24,17 @@ from rsd.evaluation.backend import available_cores, describe_checkpoint, rsd_pol
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
-from rsd.evaluation.tables import print_table
+from rsd.evaluation.tables import ABSENT, print_table
 from rsd.output import shown
 from rsd.serving.server import PolicyServer, reserve, serve_until_signal
 from rsd.serving.service import load_served, versions_on
-from rsd.targets.remote.client import RemotePolicy
-from rsd.types import CAMERAS, STATE_DIM, Observation, RsdError
+from rsd.targets.remote.openpi import served_at
+from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Completes, Observation, Policy, RsdError
 from studies.config import ServingBenchConfig
 
 FORMAT = 1
 LOCAL, ROUND_TRIP, NETWORK = "predict here", "round trip", "of it on the way"
+CORRECTION, CPU = "from the request to the correction", "the server's CPU time of a chunk, all of it, mean"
 START_PATIENCE = 600.0  # seconds until the server listens: it may load 15 GB
 
 
@@ -53,9 +57,10 @@ def measure_serving(config: ServingBenchConfig) -> ServingRecord:
     record = ServingRecord(FORMAT, settings, versions_on(config.device), times)
     write_atomically(config.output, encode_record(record) + "\n")
     rows = [
-        [name, *("{:.2f} / {:.2f}".format(*percentiles(times[d][name])) for d in config.decode)]
-        for name in (LOCAL, ROUND_TRIP, NETWORK)
+        [name, *("{:.2f} / {:.2f}".format(*percentiles(found)) if (found := times[d][name]) else ABSENT for d in times)]
+        for name in (LOCAL, ROUND_TRIP, NETWORK, CORRECTION)
     ]
+    rows.append([CPU, *(f"{times[d][CPU][0]:.2f}" for d in times)])
     print_table(Console(), f"{config.policy}: milliseconds, p50 / p95", ["", *config.decode], rows)
     print(f"results: {config.output}")
     return record
@@ -64,25 +69,44 @@ def measure_serving(config: ServingBenchConfig) -> ServingRecord:
 def measure(config: ServingBenchConfig, decode: str, threads: int) -> dict[str, list[float]]:
     evaluated = EvalConfig(policy=config.policy, decode=decode, device=config.device)
     policy, rng = rsd_policy(evaluated), np.random.default_rng(0)
-    times: dict[str, list[float]] = {LOCAL: [], ROUND_TRIP: [], NETWORK: []}
-    with server_process(evaluated, threads) as address, closing(RemotePolicy(address)) as remote:
+    times: dict[str, list[float]] = {LOCAL: [], ROUND_TRIP: [], NETWORK: [], CORRECTION: []}
+    with server_process(evaluated, threads) as (address, process), closing(served_at(address)) as remote:
+        spent = 0.0
         for turn in shown(range(config.warmup + config.rounds), f"{decode}, rounds", config.warmup + config.rounds):
             images = rng.integers(0, 256, (len(CAMERAS), policy.image_size, policy.image_size, 3), dtype=np.uint8)
             state = rng.normal(0.0, 0.3, STATE_DIM).astype(np.float32)
             observation = Observation(images, state, "pick up the black bowl")
-            here, there = policy.predict(observation), remote.predict(observation)
-            if not np.array_equal(here.actions, there.actions):
+            spent = cpu_seconds(process) if turn == config.warmup else spent
+            here, corrected = decided(policy, observation)[:2]
+            there, answer, took_ms = decided(remote, observation)
+            if not np.array_equal(here.actions, there.actions) or not np.array_equal(corrected, answer):
                 raise RsdError(f"{decode}: chunk {turn} is another behind the port than here")
             if turn >= config.warmup:
+                times[CORRECTION] += [took_ms] * isinstance(remote, Completes)
                 times[LOCAL].append(here.stats.latency_ms["total"])
                 times[ROUND_TRIP].append(there.stats.latency_ms["total"])
                 times[NETWORK].append(there.stats.latency_ms["network"])
+        times[CPU] = [1e3 * (cpu_seconds(process) - spent) / config.rounds]
     return times
 
 
+def decided(policy: Policy, observation: Observation) -> tuple[ActionChunk, Any, float]:
+    """A chunk, the target's answer to it of a policy that corrects (else None), and how long both took, ms."""
+    started = time.perf_counter()
+    chunk = policy.predict(observation)
+    whole = policy.complete() if isinstance(policy, Completes) else None
+    return chunk, None if whole is None else whole.answer, 1e3 * (time.perf_counter() - started)
+
+
+def cpu_seconds(process: int) -> float:
+    """What a process has computed so far, with all its threads; Linux."""
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
-def server_process(config: EvalConfig, threads: int) -> Iterator[str]:
-    """A served policy in a process of its own while the context lasts; gives its address."""
+def server_process(config: EvalConfig, threads: int) -> Iterator[tuple[str, int]]:
+    """A served policy in a process of its own while the context lasts; gives its address and the process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=server_main, args=(theirs, config, threads), daemon=True)
@@ -91,7 +115,8 @@ def server_process(config: EvalConfig, threads: int) -> Iterator[str]:
     try:
         if not ours.poll(START_PATIENCE):
             raise RsdError(f"the server's process did not listen within {START_PATIENCE:g} s")
-        yield ours.recv()
+        assert process.pid is not None
+        yield ours.recv(), process.pid
     except EOFError:
         raise RsdError("the server's process ended before it listened; its messages are above") from None
     finally:

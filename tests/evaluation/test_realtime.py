@@ -131,7 +131,7 @@ def timeless(result: EpisodeResult) -> EpisodeResult:
     """Without what time alone decides."""
     motion = ("pause_ms", "pause_without_drawing_ms", "waited", "late_steps", "late_ms")
     stats = {name: values for name, values in result.chunk_stats.items() if name not in motion}
-    return replace(result, wall_s=0.0, latency_ms={}, chunk_stats=stats)
+    return replace(result, wall_s=0.0, latency_ms={}, chunk_stats=stats, sources=[])
 
 
 def test_actions_begin_at_their_deadlines_and_the_robot_stands_still_while_it_is_drawn_and_decided() -> None:
@@ -214,6 +214,7 @@ def test_the_episode_is_that_of_taking_turns(hz: float) -> None:
     pace = RealTime(hz, clock, clock.sleep, Beside(clock))
     real = roll(TimedEnv(clock), AheadPolicy(clock), pace)
     assert timeless(real.result) == timeless(turns.result)
+    assert list(map(len, real.result.sources)) == list(map(len, turns.actions))
     assert all(np.array_equal(a, b) for a, b in zip(real.actions, turns.actions, strict=True))
 
 

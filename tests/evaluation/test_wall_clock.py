@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_delay import STILL, Seen, Spelling, of, spell
+from test_delay import STILL, Seen, Spelling, check_sources, of, spell
 from test_realtime import Beside, Clock
 
 from rsd.evaluation.config import EvalConfig
@@ -83,6 +83,7 @@ def test_the_robot_moves_while_the_policy_thinks(
     assert np.diff(env.begun)[1:4] == pytest.approx([0.05] * 3)
     assert np.array_equal(np.concatenate(rollout.actions), env.executed)
     rollout.result.check("here")
+    check_sources(rollout, env)
 
 
 def test_an_answer_overrules_the_rest_of_a_draft_when_it_is_there() -> None:
@@ -96,6 +97,7 @@ def test_an_answer_overrules_the_rest_of_a_draft_when_it_is_there() -> None:
     stats = rollout.result.chunk_stats
     assert (stats["draft_delay"][1], stats["answer_delay"][1]) == (1.0, 3.0)
     assert (stats["drafted_steps"][1], stats["replaced"][1]) == (2.0, pytest.approx(1 / 3))
+    assert rollout.result.sources[:2] == ["hhhtttt", "tddr"]
 
 
 def test_late_physics_is_counted_and_caught_up() -> None:

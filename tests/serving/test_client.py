@@ -37,8 +37,8 @@ ANSWER = {"actions": ACTIONS, "server_timing": {"infer_ms": 0.01, "queue_ms": 0.
 
 
 @contextmanager
-def server(welcome: Any, answer: Any = None) -> Iterator[str]:
-    """A server that says these, whatever it is asked; texts and bytes as they are."""
+def server(welcome: Any, answer: Any = None, then: Any = None) -> Iterator[str]:
+    """A server that says these, whatever it is asked; texts and bytes as they are. then: unasked, after the answer."""
 
     def packed(content: Any) -> bytes | str:
         return content if isinstance(content, bytes | str) else pack(content)
@@ -49,6 +49,8 @@ def server(welcome: Any, answer: Any = None) -> Iterator[str]:
             if (found := answer() if callable(answer) else answer) is None:
                 return
             connection.send(packed(found))
+            if then is not None:
+                connection.send(packed(then))
 
     with serve(converse, "127.0.0.1", 0, compression=None) as listening:
         thread = threading.Thread(target=listening.serve_forever)

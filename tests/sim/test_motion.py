@@ -5,8 +5,10 @@ import pytest
 
 from rsd.conventions import WAIT_ACTION
 from rsd.evaluation.config import EvalConfig
+from rsd.expert.expert import run
+from rsd.expert.motion import LATE, Leading
 from rsd.sim.libero import LiberoEnv
-from rsd.sim.motion import REACH, Motion, Slide, offset
+from rsd.sim.motion import ASIDE, JUMP_STEPS, REACH, Motion, boxes, mover, offset
 from rsd.types import RsdError
 
 
@@ -50,19 +52,92 @@ def test_a_thing_that_was_touched_is_the_robots(env: LiberoEnv, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(env.simulation, "check_contact", lambda one, other=None: True)
         env.step_chunk([WAIT_ACTION])
-    before = env.sim_state()
+    before = env._mover.thing.pose[:2].copy()  # type: ignore[union-attr]
     env.step_chunk([WAIT_ACTION] * 5)
-    place = env._slide._place  # type: ignore[union-attr]
-    assert env.data.qpos[place] == pytest.approx(before[1:][place], abs=1e-4)
+    assert env._mover is not None
+    assert env._mover.thing is not None
+    assert env._mover.thing.pose[:2] == pytest.approx(before, abs=1e-4)
+
+
+def apart(env: LiberoEnv, name: str) -> float:
+    """Metres to the sides between a thing and the nearest other one."""
+    found = boxes(env)
+    own = found.pop(int(env.model.body_rootid[env.simulation.obj_body_id[name]]))
+    sides = [max((low - own[1])[:2].max(), (own[0] - high)[:2].max()) for low, high in found.values()]
+    return min(gap for gap in sides if gap > -1.0)  # not of the floor
+
+
+def test_one_thing_jumps_once_to_a_free_place_and_repeats(env: LiberoEnv) -> None:
+    names, motion = set(), Motion("jump", 0.02, seed=7)
+    for state in range(4):
+        ways = travelled(env, motion, state, JUMP_STEPS[1])
+        (name,) = ways
+        assert ASIDE[0] - 0.005 < np.linalg.norm(ways[name]) < ASIDE[1] + 0.005
+        assert apart(env, name) > 0.02
+        names.add("basket_1" if name == "basket_1" else "thing")
+    assert np.array_equal(ways[name], travelled(env, motion, state, JUMP_STEPS[1])[name])
+    assert travelled(env, motion, state, env._mover.moment) == {}  # type: ignore[union-attr]
+    assert names == {"basket_1", "thing"}
+
+
+def test_a_thing_in_the_hand_cannot_jump(env: LiberoEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    env.reset(options={"init_state": 0})
+    monkeypatch.setattr(env.simulation, "check_contact", lambda one, other=None: True)
+    for state in range(4):
+        assert list(travelled(env, Motion("jump", 0.02, seed=7), state, JUMP_STEPS[1])) == ["basket_1"]
+
+
+def test_what_was_lifted_is_out_of_the_gripper_once(env: LiberoEnv) -> None:
+    for motion in (None, Motion("push-out", 0.02)):
+        env.motion = motion
+        env.reset(options={"init_state": 0})
+        heights = Heights(env.goal[0][1])
+        assert run(env, recorder=heights, tail_steps=0).success
+        lifted = np.array(heights.seen) > heights.seen[0] + 0.03
+        assert int((np.diff(lifted.astype(int)) > 0).sum()) == (1 if motion is None else 2)
+
+
+@pytest.mark.parametrize("what", ["thing", "destination"])
+def test_the_expert_is_not_behind_what_slides(env: LiberoEnv, what: str) -> None:
+    env.motion = Motion(what, 0.1, seed=7)
+    env.reset(options={"placement_seed": 2**31})
+    assert run(env, tail_steps=0).success
+
+
+def test_the_hand_aims_ahead_of_what_moves_unless_it_jumps_or_is_touched() -> None:
+    leading, place = Leading(), np.zeros(3)
+    for step, expected, touched in (
+        (0.0, 0.0, False),  # nothing is known yet
+        (0.005, 0.005 * LATE, False),
+        (0.1, 0.0, False),
+        (0.005, 0.005 * LATE, False),
+        (0.005, 0.0, True),
+    ):
+        place += np.array([step, 0.0, 0.001])
+        leading.see(place, touched)
+        assert leading.way == pytest.approx([expected, 0.0, 0.0])
+
+
+class Heights:
+    """What becomes of a thing's height, m."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.seen = name, list[float]()
+
+    def record(self, env: LiberoEnv, executed: np.ndarray, clean: np.ndarray) -> None:
+        self.seen.append(float(env.data.xpos[env.simulation.obj_body_id[self.name], 2]))
 
 
 def test_what_is_fixed_to_the_scene_is_refused(env: LiberoEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(env, "goal", (("open", "wooden_cabinet_1_middle_region"),))
     with pytest.raises(RsdError, match="--motion destination: expected something that can slide, found wooden_cab"):
-        Slide(env, Motion("destination", 0.02), 0)
+        mover(env, Motion("destination", 0.02), 0)
+    with pytest.raises(RsdError, match="--motion push-out: expected something that can slide"):
+        mover(env, Motion("push-out", 0.02), 0)
 
 
 def test_a_speed_without_motion_is_refused() -> None:
-    with pytest.raises(RsdError, match="expected a --motion with --motion-speed"):
-        EvalConfig(decode="l1", motion_speed=0.1)
+    for motion in ("none", "jump", "push-out"):
+        with pytest.raises(RsdError, match="expected a --motion of thing or destination with --motion-speed, found"):
+            EvalConfig(decode="l1", motion_speed=0.1, motion=motion)  # type: ignore[arg-type]
     assert EvalConfig(motion="thing").hash != EvalConfig().hash

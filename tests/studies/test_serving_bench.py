@@ -10,21 +10,24 @@ import pytest
 
 from rsd.policy import RsdPolicy
 from rsd.types import RsdError
-from studies.serving import LOCAL, NETWORK, ROUND_TRIP, ServingBenchConfig, measure_serving
+from studies.serving import CORRECTION, CPU, LOCAL, NETWORK, ROUND_TRIP, ServingBenchConfig, measure_serving
 
 
 def test_the_port_is_timed_and_the_raw_numbers_are_kept(
     make_policy: Callable[..., RsdPolicy], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    decode = "rsd-async"  # which has all the rows
     make_policy().save_pretrained(tmp_path / "checkpoint")
     config = ServingBenchConfig(
-        str(tmp_path / "checkpoint"), ("rsd-fused",), rounds=5, warmup=1, threads=1, output=tmp_path / "serving.json"
+        str(tmp_path / "checkpoint"), (decode,), rounds=5, warmup=1, threads=1, output=tmp_path / "serving.json"
     )
     record = measure_serving(config)
-    times = record.milliseconds["rsd-fused"]
+    times = record.milliseconds[decode]
     assert [len(times[name]) for name in (LOCAL, ROUND_TRIP, NETWORK)] == [5, 5, 5]
     assert all(0 < way < whole for way, whole in zip(times[NETWORK], times[ROUND_TRIP], strict=True))
-    assert json.loads(config.output.read_text())["milliseconds"] == {"rsd-fused": times}
+    assert all(draft < whole for draft, whole in zip(times[ROUND_TRIP], times[CORRECTION], strict=True))
+    assert times[CPU][0] >= 0
+    assert json.loads(config.output.read_text())["milliseconds"] == {decode: times}
     assert ROUND_TRIP in capsys.readouterr().out
 
 

@@ -57,8 +57,13 @@ class ReportArguments(Runs):
 def report(arguments: Sequence[str], prog: str) -> int:
     options = parse(ReportArguments, arguments, prog)
     from rsd.reporting.html_report import write_report
+    from rsd.reporting.strips import corrections
+    from rsd.reporting.tables import load_runs
 
     print(f"report: {write_report(options.directories, options.output, options.videos)}")
+    for run in load_runs(options.directories):
+        if said := corrections(run):
+            print(f"{run.name}: {said}")
     return 0
 
 

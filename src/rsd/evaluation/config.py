@@ -62,6 +62,7 @@ def engine_rule(engine: str, device: str) -> tuple[bool, str, str]:
 
 Hertz = Annotated[float, Where(lambda hz: hz == 0 or 0.01 <= hz <= 1000, "that is 0 or from 0.01 to 1000")]
 Delay = Annotated[int, between(0, 1000)]
+Moving = Literal["none", "thing", "destination", "jump", "push-out"]  # `sim.motion.Motion.what`
 Workers = Annotated[
     str, Where(lambda text: text == "auto" or 0 < (number(text) or 0) < 4097, "that is auto or a number from 1 to 4096")
 ]
@@ -142,11 +143,13 @@ class EvalConfig(Checked):
     answer is made up for); rsd-async has its own way."""
     draft_after: Literal["agreement", "always"] = "agreement"
     """For rsd-async: a draft begins only if the target let the one before stand, or always (an ablation)."""
-    motion: Literal["none", "thing", "destination"] = "none"
+    motion: Moving = "none"
     """The scene moves: the asked-for thing slides along a line until the gripper has touched it, or the destination
-    does all the time; 8 cm to one side of where it stood, then to the other."""
+    does all the time, 8 cm to one side of where it stood, then to the other; jump: one of the two stands 6 to 12 cm
+    aside from a drawn step on, the thing if untouched; push-out: the thing, once it is lifted."""
     motion_speed: Annotated[float, above(0, 0.2)] = 0.02
-    """Metres a second of --motion; its direction is drawn from --seed, task and initial state."""
+    """Metres a second of what slides; what is drawn of a --motion comes from --seed, task and initial state. The expert
+    solves 90 % up to 0.1 in libero_object_permuted; in libero_spatial_permuted to 0.02 (thing), 0.1 (destination)."""
     num_workers: Workers = "auto"
     """Worker processes, each with a simulator of its own; auto takes one per CPU core, in real time one."""
     threads: Annotated[int, between(1, 4096)] = 1
@@ -182,8 +185,8 @@ class EvalConfig(Checked):
         alone = "--control-hz without --batch, in which robots would wait for each other"
         yield not (self.control_hz and self.batch), alone, f"--batch {self.batch}"
         yield from self._delays()
-        moves = self.motion != "none" or self.motion_speed == EvalConfig.motion_speed
-        yield moves, "a --motion with --motion-speed", f"--motion-speed {self.motion_speed:g} alone"
+        slides = self.motion in ("thing", "destination") or self.motion_speed == EvalConfig.motion_speed
+        yield slides, "a --motion of thing or destination with --motion-speed", f"--motion {self.motion}"
         ray, given = self.launcher == "ray", f"--batch {self.batch} and --videos {self.videos}"
         apart = "--launcher ray without --batch and --videos: a policy in every actor and no videos"
         yield not (ray and (self.batch or self.videos != "none")), apart, given
@@ -207,8 +210,6 @@ class EvalConfig(Checked):
         yield self.decode != RSD_ASYNC or self.meanwhile is None, own, f"--meanwhile {self.meanwhile}"
         drafts = self.draft_after == "agreement" or self.decode == RSD_ASYNC
         yield drafts, f"--decode {RSD_ASYNC} with --draft-after", f"--decode {self.decode}"
-        never = f"--decode {RSD_ASYNC} of a checkpoint, as a served policy sends no corrections"
-        yield self.decode != RSD_ASYNC or not self.served, never, self.policy
 
     @property
     def suites(self) -> list[str]:

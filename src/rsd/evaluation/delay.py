@@ -22,16 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.chunks import checked_chunk
-from rsd.conventions import GRIPPER_OPEN
-from rsd.decoding.correction import led, rest_of_chunk
+from rsd.decoding.correction import rest_of_chunk
+from rsd.decoding.course import DRAFTED, NOTHING, OWN, REPLACED, Actions, Course, agreed, apart_mm, letter
 from rsd.evaluation.realtime import Meanwhile, Pace, Stepped
 from rsd.types import DRAFT_FIRST, ActionChunk, Completes, Observation, Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
-
-Actions = NDArray[np.float32]
-NOTHING: Actions = np.empty((0, 7), np.float32)
 
 
 class VirtualDelay(Pace):
@@ -53,6 +50,7 @@ class VirtualDelay(Pace):
         self.always = always
         self.delay, self.drafter_delay, self.tail, self.corrected = delay, drafter_delay, tail or corrected, corrected
         self._done: list[Actions] = []  # every action so far, [7]
+        self._whose = ""  # a letter of each
         self._poses: list[NDArray[np.float32]] = []  # the states [8] before them, of decoders with answers
         self._trusted = False  # the target let the last draft stand
         self._left = NOTHING  # of what the target said last, from now on
@@ -68,17 +66,26 @@ class VirtualDelay(Pace):
     def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped:
         self.motions.append(Meanwhile())
         start, stepped = len(self._done), None
-        for actions, last in self._parts(env, chunk):
-            if len(actions) == 0:
+        for course, last in self._parts(env, chunk):
+            if len(course) == 0:
                 continue
-            stepped = env.step_chunk(actions, lambda: self._poses.append(env.proprio()), last)
-            self._done.extend(actions[: stepped[4]["steps"]])
+            stepped = env.step_chunk(course.actions, lambda: self._poses.append(env.proprio()), last)
+            self._went(course[: stepped[4]["steps"]])
             if stepped[2] or stepped[3]:
                 break
         assert stepped is not None  # at least one step is due
-        self.executed.append(np.stack(self._done[start:]))
-        self._motion.held_steps = int((self.executed[-1][:, :6] == 0).all(1).sum())
+        self._ended_turn(start)
         return stepped
+
+    def _went(self, course: Course) -> None:
+        self._done.extend(course.actions)
+        self._whose += course.whose
+
+    def _ended_turn(self, start: int) -> None:
+        """What was executed since that step belongs to one observation."""
+        self.executed.append(np.stack(self._done[start:]))
+        self.sources.append(self._whose[start:])
+        self._motion.held_steps = int((self.executed[-1][:, :6] == 0).all(1).sum())
 
     @property
     def _motion(self) -> Meanwhile:
@@ -86,7 +93,7 @@ class VirtualDelay(Pace):
         assert isinstance(motion, Meanwhile)
         return motion
 
-    def _parts(self, env: Environment, chunk: ActionChunk) -> Iterator[tuple[Actions, bool]]:
+    def _parts(self, env: Environment, chunk: ActionChunk) -> Iterator[tuple[Course, bool]]:
         """What to execute until the next observation, part by part, and whether that is the last one."""
         if chunk.answer is not None and self._done:
             return self._corrected(env, chunk, chunk.answer)
@@ -95,8 +102,9 @@ class VirtualDelay(Pace):
             chunk = replace(chunk, actions=chunk.answer)
         return self._waited_for(env, chunk)
 
-    def _waited_for(self, env: Environment, chunk: ActionChunk) -> Iterator[tuple[Actions, bool]]:
+    def _waited_for(self, env: Environment, chunk: ActionChunk) -> Iterator[tuple[Course, bool]]:
         """Where a chunk is the last word on what it was predicted from."""
+        given = Course.of(chunk.actions, letter(chunk.stats))
         skipped, due, tail = bool(chunk.stats.skipped), len(chunk.executed), self.tail or chunk.answer is not None
         busy = self.drafter_delay if skipped else self.delay  # until then no other observation is looked at
         wait = self.drafter_delay if chunk.stats.decode == DRAFT_FIRST else busy
@@ -106,56 +114,37 @@ class VirtualDelay(Pace):
         if tail and self._done:
             start, steps, self._motion.tail_steps = len(self._done), max(due, busy), min(wait, len(self._left))
             yield self._filled(self._left, wait), steps == wait
-            rest = self._rest(env, chunk.actions, start) if self.corrected else chunk.actions[wait:]
+            rest = Course.of(self._rest(env, chunk.actions, start), OWN) if self.corrected else given[wait:]
         else:
             steps = max(wait + due, busy)
             yield self._filled(NOTHING, wait), False
-            rest = chunk.actions if tail else chunk.executed
+            rest = given if tail else given[:due]
         self._left = rest[steps - wait :]
         yield self._filled(rest, steps - wait), True
 
-    def _corrected(self, env: Environment, chunk: ActionChunk, answer: Actions) -> Iterator[tuple[Actions, bool]]:
+    def _corrected(self, env: Environment, chunk: ActionChunk, answer: Actions) -> Iterator[tuple[Course, bool]]:
         """The draft from `drafter_delay` on, the target's answer from `delay` on. Before that, instead of a draft that
         would switch the gripper, and where the draft before did not stand, what the target said before."""
         start, early, late, motion = len(self._done), self.drafter_delay, self.delay, self._motion
         steps, told = max(len(chunk.executed), late), self._filled(self._left, late)
         yield told[:early], early == steps
-        draft = self._rest(env, chunk.actions, start)
-        drafted = agreed(draft[: late - early], told[early:]) if self._trusted or self.always else 0
+        draft = Course.of(self._rest(env, chunk.actions, start), DRAFTED)
+        drafted = agreed(draft.actions[: late - early], told.actions[early:]) if self._trusted or self.always else 0
         motion.drafted_steps, self._trusted = drafted, bool(chunk.stats.stood)
         motion.tail_steps = min(early, len(self._left)) + max(0, min(late, len(self._left)) - early - drafted)
-        meanwhile = np.concatenate([draft[:drafted], told[early + drafted :]])
+        meanwhile = draft[:drafted] + told[early + drafted :]
         yield meanwhile, late == steps
         stands = bool(chunk.stats.stood) and drafted == late - early
-        rest = draft[drafted:] if stands else self._rest(env, answer, start)
+        rest = draft[drafted:] if stands else Course.of(self._rest(env, answer, start), REPLACED)
         after = self._filled(rest, steps - late)
         motion.replaced = 1.0 - (drafted + (len(after) if stands else 0)) / max(1, steps - early)
         if motion.replaced:
-            motion.replaced_mm = apart_mm(self._filled(draft, steps - early), np.concatenate([meanwhile, after]))
-        self._left = rest[len(after) :]
+            motion.replaced_mm = apart_mm(self._filled(draft, steps - early).actions, (meanwhile + after).actions)
+        self._left = rest[len(after) :].before()
         yield after, True
 
     def _rest(self, env: Environment, chunk: Actions, start: int) -> Actions:
         return rest_of_chunk(chunk, [*self._poses, env.proprio()], self._done, start)
 
-    def _filled(self, actions: Actions, steps: int) -> Actions:
-        """So many of the actions; where there are too few, the robot stands still, its gripper as it was told last."""
-        lacking = steps - len(actions)
-        if lacking <= 0:
-            return actions[:steps]
-        last = [*self._done[-1:], *actions[-1:]]
-        still = np.zeros((lacking, 7), np.float32)
-        still[:, 6] = last[-1][6] if last else GRIPPER_OPEN
-        return np.concatenate([actions, still])
-
-
-def agreed(draft: Actions, told: Actions) -> int:
-    """How many of a draft's actions [n, 7] come before one with another gripper than the target has told of its step;
-    told: at least as many."""
-    differs = np.sign(draft[:, 6]) != np.sign(told[: len(draft), 6])
-    return int(differs.argmax()) if differs.any() else len(draft)
-
-
-def apart_mm(one: Actions, other: Actions) -> float:
-    """How far two courses of as many actions [n, 7] lead from each other, mm."""
-    return 1e3 * float(np.linalg.norm((led(one) - led(other))[:3]))
+    def _filled(self, course: Course, steps: int) -> Course:
+        return course.filled(steps, self._done)

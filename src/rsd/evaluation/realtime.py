@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rsd.chunks import check_stats, checked_chunk
+from rsd.decoding.course import letter
 from rsd.types import ActionChunk, ChunkStats, Observation, Policy, VerifiesLater
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class Pace:
     """One episode's turns, as fast as possible: the simulator rests while the policy computes, and the other way round.
 
     A context: leaving it, nothing is under way any more. stats: one a chunk, complete as soon as what was left of it is
-    done. motions: one a chunk, if known. executed: a chunk's actions, float32 [n, 7]. seen: the images before it.
+    done. motions: one a chunk, if known. executed: a chunk's actions, float32 [n, 7]; seen: the images before it; sources:
+    whose each of them is, letters of `decoding.course`, where time counts.
     """
 
     def __init__(self) -> None:
@@ -82,6 +84,7 @@ class Pace:
         self.motions: list[Motion | Meanwhile] = []
         self.executed: list[NDArray[np.float32]] = []
         self.seen: list[NDArray[np.uint8]] = []
+        self.sources: list[str] = []
 
     def __enter__(self) -> Pace:
         return self
@@ -179,6 +182,7 @@ class RealTime(Pace):
 
         drawing_s = env.drawing_s
         stepped = self.kept(chunk, env.step_chunk(chunk.executed, before_step))
+        self.sources.append(letter(chunk.stats) * len(self.executed[-1]))
         self._drawn = self._clock()
         times.append(self._drawn - (env.drawing_s - drawing_s))  # drawing is the last that happens
         due = [times[0] + k * self._period for k in range(len(times))]

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from rsd import former
 from rsd.checks import Count, Said, Some, Time
 from rsd.chunks import longest_stage
+from rsd.decoding.course import Whose
 from rsd.evaluation.config import stored_config
 from rsd.json_files import from_json, parse_object, read_object, shown
 from rsd.json_files import write_atomically as write_atomically
@@ -50,6 +51,8 @@ class EpisodeResult:
     failure_detail: what the simulator saw of a failure, such as "bowl lifted, not at the goal".
     attempts: how often it was begun; a broken-off attempt (a crash, a hang) leaves nothing else here.
     chunk_stats: further numbers of `ChunkStats`, by name, one a chunk, null where a chunk has none.
+    sources: in real time and with delays, for each chunk whose each executed step was: d, a draft's; r, of the target's
+        answer in a draft's place; t, the target's own, without a draft or of the answer before; h, it stood still.
     """
 
     suite: Said
@@ -75,6 +78,7 @@ class EpisodeResult:
     failure_detail: str = ""
     attempts: Some = 1
     chunk_stats: dict[str, list[float | None]] = field(default_factory=dict)
+    sources: list[Whose] = field(default_factory=list)
 
     @property
     def key(self) -> EpisodeKey:
@@ -109,6 +113,8 @@ class EpisodeResult:
             "drafted and accepted tokens of different numbers of levels": levels != len(self.num_accepted_tokens),
             "more accepted than drafted tokens": any(accepted > drafted for drafted, accepted in tokens),
             "accepted levels that are not one number a drafted chunk": len(self.accepted_levels) != self.num_drafts,
+            "sources of another number of steps or chunks": self.sources
+            and (sum(map(len, self.sources)) != self.steps or (len(self.sources) != self.chunks and not self.is_error)),
             "more accepted levels than there are": max(self.accepted_levels, default=0) > levels,
         }
         found = [name for name, holds in contradictions.items() if holds]

@@ -124,6 +124,7 @@ def run_episode(
         failure=failure,
         failure_detail="" if success or trace else env.failure_detail(),
         wall_s=time.perf_counter() - start,
+        sources=pace.sources,
         **decoded(pace.stats, pace.motions),
     )
     return Rollout(result, tuple(pace.executed), trace, tuple(pace.seen))

@@ -12,10 +12,9 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from rsd.chunks import checked_chunk
-from rsd.evaluation.delay import NOTHING, Actions, VirtualDelay, agreed, apart_mm
+from rsd.decoding.course import DRAFTED, NOTHING, OWN, REPLACED, Course, agreed, apart_mm, letter
+from rsd.evaluation.delay import VirtualDelay
 from rsd.evaluation.realtime import Meanwhile, Stepped
 from rsd.types import DRAFT_FIRST, RSD_ASYNC, ActionChunk, Completes, Observation, Policy
 
@@ -56,8 +55,7 @@ class WallClock(VirtualDelay):
         stepped = self._until_answered(env, thought)
         chunk = thought.answer.result()  # also where the episode has ended meanwhile
         self.stats.append(chunk.stats)
-        self.executed.append(np.stack(self._done[-self._gone :]))
-        self._motion.held_steps = int((self.executed[-1][:, :6] == 0).all(1).sum())
+        self._ended_turn(len(self._done) - self._gone)
         return stepped
 
     def _until_answered(self, env: Environment, thought: Thought) -> Stepped:
@@ -72,9 +70,9 @@ class WallClock(VirtualDelay):
                 if chunk.stats.decode == DRAFT_FIRST:
                     ahead = self._whole(env, chunk, start)
                 elif chunk.stats.decode == RSD_ASYNC and start and (self._trusted or self.always):
-                    draft = self._rest(env, chunk.actions, start)
-                    drafted = agreed(draft, self._filled(ahead, len(draft)))
-                    ahead = np.concatenate([draft[:drafted], ahead[drafted:]])
+                    draft = Course.of(self._rest(env, chunk.actions, start), DRAFTED)
+                    drafted = agreed(draft.actions, self._filled(ahead, len(draft)).actions)
+                    ahead = draft[:drafted] + ahead[drafted:]
             if motion.answer_delay is None and thought.answer.done():
                 chunk, motion.answer_delay = thought.answer.result(), gone
                 ahead = self._answered(env, chunk, start, ahead, draft, drafted)
@@ -82,7 +80,7 @@ class WallClock(VirtualDelay):
                 waits = not start or not (self.tail or chunk.stats.decode == RSD_ASYNC)
                 until = len(chunk.executed) + (begun or 0) * waits
             if motion.answer_delay is not None and gone >= until:
-                self._left = ahead
+                self._left = ahead.before()
                 return stepped
             stepped = self._step(env, self._filled(ahead, 1))
             ahead = ahead[1:]
@@ -90,42 +88,44 @@ class WallClock(VirtualDelay):
                 self._gone = gone + 1
                 return stepped
 
-    def _whole(self, env: Environment, chunk: ActionChunk, start: int) -> Actions:
+    def _whole(self, env: Environment, chunk: ActionChunk, start: int) -> Course:
         """What to do from now on of a chunk that is the last word."""
+        actions = chunk.actions if self.tail else chunk.executed
         if self.corrected and start:
-            return self._rest(env, chunk.actions, start)
-        if not self.tail:
-            return chunk.executed
-        return chunk.actions[len(self._done) - start :] if start else chunk.actions
+            actions = self._rest(env, chunk.actions, start)
+        elif self.tail and start:
+            actions = chunk.actions[len(self._done) - start :]
+        return Course.of(actions, letter(chunk.stats))
 
     def _answered(
-        self, env: Environment, chunk: ActionChunk, start: int, ahead: Actions, draft: Actions, drafted: int
-    ) -> Actions:
+        self, env: Environment, chunk: ActionChunk, start: int, ahead: Course, draft: Course, drafted: int
+    ) -> Course:
         """What to do from now on, the answer being there."""
         motion, gone = self._motion, len(self._done) - start
         if chunk.answer is None:
             return ahead if chunk.stats.decode == DRAFT_FIRST else self._whole(env, chunk, start)
         before, self._trusted = self._trusted or self.always, bool(chunk.stats.stood)
         if not start:
-            return chunk.answer
+            return Course.of(chunk.answer, OWN)
         executed = gone - (motion.draft_delay or 0)
         motion.drafted_steps = min(drafted, executed)
-        rest, steps = self._rest(env, chunk.answer, start), max(0, len(chunk.executed) - gone)
+        rest, steps = Course.of(self._rest(env, chunk.answer, start), REPLACED), max(0, len(chunk.executed) - gone)
         motion.replaced = 1.0 - motion.drafted_steps / max(1, executed + steps)
         if self._trusted and before and executed <= drafted:
             motion.replaced = 0.0
             return draft[executed:]
         if steps and before:
-            motion.replaced_mm = apart_mm(self._filled(draft[executed:], steps), self._filled(rest, steps))
+            one, other = self._filled(draft[executed:], steps), self._filled(rest, steps)
+            motion.replaced_mm = apart_mm(one.actions, other.actions)
         return rest
 
-    def _step(self, env: Environment, actions: Actions) -> Stepped:
+    def _step(self, env: Environment, course: Course) -> Stepped:
         """One action, from now on; who is less than a period late catches up."""
         now, motion = self._clock(), self._motion
         begun = now if self._due is None or now > self._due + self._period else self._due
         self._poses.append(env.proprio())
-        stepped = env.step_chunk(actions, None, False)
-        self._done.extend(actions)
+        stepped = env.step_chunk(course.actions, None, False)
+        self._went(course)
         self._due = begun + self._period
         if (late := self._clock() - self._due) > 0:
             motion.late_steps, motion.late_ms = (motion.late_steps or 0) + 1, max(motion.late_ms or 0.0, 1e3 * late)

@@ -9,6 +9,23 @@ from rsd.expert.scene import Scene, Vector
 
 SIDEWAYS_GAIN, HEIGHT_GAIN = 22.0, 40.0  # action per metre; more sideways overshoots, the arm is damped for 20
 ROTATION_GAIN = 3.0 / 0.5  # action per radian
+LATE = 3.4  # steps that the hand is behind what moves: it goes SIDEWAYS_GAIN * 0.05 m * 0.265 of an error a step
+FASTEST = 0.015  # m a step; what is faster has jumped
+
+
+class Leading:
+    """How far ahead of something to aim so that the hand is not behind it, in scenes that move."""
+
+    def __init__(self) -> None:
+        self._last: Vector = np.full(3, np.nan)
+        self.way: Vector = np.zeros(3)  # m
+
+    def see(self, place: Vector, touched: bool = False) -> None:
+        """Once a step: where it is [3]; touched: it moves with the hand."""
+        moved, self._last = place - self._last, place.copy()
+        moved[2] = 0.0
+        known = bool(np.linalg.norm(moved) <= FASTEST) and not touched  # not before the second look
+        self.way = LATE * moved if known else np.zeros(3)
 
 
 def step_towards(scene: Scene, error: Vector, rotation: Vector, gripper: float, turn_limit: float = 1.0) -> Vector:

@@ -30,7 +30,7 @@ from rsd.expert.grasps import (
     rim_grasps,
     span_grasps,
 )
-from rsd.expert.motion import funnel, step_towards, turn_left
+from rsd.expert.motion import Leading, funnel, step_towards, turn_left
 from rsd.expert.scene import Scene, Vector
 
 AT_GRASP, AT_GRASP_HEIGHT = 0.006, 0.006  # m
@@ -70,6 +70,7 @@ class PickAndPlace:
         self._walled, self._into_slot, self._turn = False, bool(SLOT.fullmatch(kind(goal.destination))), 0.0
         self._grasped_steps = self._closed_steps = self._slow_steps = 0
         self._last_eef, self._aside = scene.eef, 0.0  # m that it moved sideways in the last step
+        self._ahead, self._ahead_there = Leading(), Leading()  # of the object, of its destination
 
     @property
     def cramped(self) -> bool:
@@ -89,6 +90,9 @@ class PickAndPlace:
         self._aside = float(np.linalg.norm((eef - self._last_eef)[:2]))
         self._slow_steps = self._slow_steps + 1 if moved < SLOW else 0
         self._last_eef = eef
+        if self.scene.env.motion is not None:
+            self._ahead.see(self.scene.position(self.target), self.scene.touched(self.target))
+            self._ahead_there.see(destination(self.scene, self.goal)[0])
         if self._placed():
             return self.leave()
         if self.closed and self._holding():
@@ -102,7 +106,7 @@ class PickAndPlace:
         self.closed = False
         eef = self.scene.eef
         freed = (self._grasp or RimGrasp(np.pi / 2)).freed(self.scene.grip_width)
-        goal = eef + np.array([0.0, 0.0, 0.03 * freed])
+        goal = eef + np.array([0.0, 0.0, 0.03 * freed]) + self._ahead_there.way
         return self._move(goal, self._orientation(self._place_point()), GRIPPER_OPEN, CARRY_TURN)
 
     # -- phases ---------------------------------------------------------------------------------------------------
@@ -137,7 +141,7 @@ class PickAndPlace:
         tight = self._walled or isinstance(self.goal.hold, Span)
         radius, slope = (TIGHT_RADIUS, TIGHT_SLOPE) if tight else (FUNNEL_RADIUS, FUNNEL_SLOPE)
         height = funnel(misaligned, goal[2], self._free_height(goal), radius, slope)
-        return self._move(np.array([goal[0], goal[1], height]), rotation, GRIPPER_OPEN)
+        return self._move(np.array([goal[0], goal[1], height]) + self._ahead.way, rotation, GRIPPER_OPEN)
 
     def _free_height(self, goal: Vector) -> float:
         """Height at which the open hand clears everything on its way to `goal`, the object included (m)."""
@@ -158,7 +162,7 @@ class PickAndPlace:
         if np.linalg.norm(goal - scene.eef) > 0.03:  # pushed away while closing
             self.closed = False
             return self._approach()
-        return self._move(goal, self._orientation(goal), GRIPPER_CLOSE)
+        return self._move(goal + self._ahead.way, self._orientation(goal), GRIPPER_CLOSE)
 
     def _carry(self) -> Vector:
         """Object in hand: up, over, and down the funnel above its destination."""
@@ -177,7 +181,7 @@ class PickAndPlace:
             over = max(over, self._walls() + CARRY_CLEARANCE)  # what lies below a short way is the floor inside
             off += self._aside + 0.1 * max(0.0, turn_left(scene, self._orientation(self._place_point())) - SLOT_TURN)
         height = funnel(off, surface + RELEASE_GAP, over, radius, slope)
-        goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom])
+        goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom]) + self._ahead_there.way
         return self._move(goal, self._orientation(self._place_point()), GRIPPER_CLOSE, CARRY_TURN)
 
     def _walls(self) -> float:

@@ -76,6 +76,11 @@ class Scene:
         pairs = [{int(a), int(b)} for a, b in self.data.contact.geom[: self.data.ncon]]
         return all(any(pair & finger and pair & geoms for pair in pairs) for finger in self._fingers)
 
+    def touched(self, name: str) -> bool:
+        """Whether any part of the gripper touches the object."""
+        simulation = self.env.simulation
+        return bool(simulation.check_contact(simulation.robots[0].gripper, simulation.objects_dict[name]))
+
     # -- objects --------------------------------------------------------------------------------------------------
 
     def position(self, name: str) -> Vector:

@@ -26,6 +26,7 @@ from rsd.evaluation.summary import success_rate, summarize_decoding, summarize_t
 from rsd.evaluation.tables import ABSENT, plural
 from rsd.evaluation.video import VIDEOS_DIR, video_name
 from rsd.output import writing
+from rsd.reporting import strips
 from rsd.reporting.figures import FIGURES, SERIES, STAGE_COLOURS, draw_all, save, themed_svg
 from rsd.reporting.tables import (
     Run,
@@ -99,7 +100,7 @@ def render(runs: Sequence[Run], drawings: dict[str, Markup], base: Path, videos:
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters["plural"] = plural
     labels = task_labels(runs)
-    tasks = task_rows(runs, labels)
+    tasks, drawn = task_rows(runs, labels), strips.strips(runs, labels)
     failures = [shown for shown in episodes(runs, labels) if not shown.episode.success]
     failures.sort(key=lambda shown: (*shown.episode.key, shown.colour))
     return environment.get_template("report.html.jinja").render(
@@ -111,6 +112,12 @@ def render(runs: Sequence[Run], drawings: dict[str, Markup], base: Path, videos:
         real_time=any("pause_ms" in episode.chunk_stats for run in runs for episode in run.episodes),
         figures=drawings,
         figure_titles={name: heading for name, (heading, _) in FIGURES.items()},
+        strips=drawn,
+        many_strips=sum(len(listed) for _, listed in drawn) > strips.MOST_OPEN,
+        unrecorded=strips.unrecorded(runs),
+        legend=strips.LEGEND,
+        strip_height=strips.HEIGHT,
+        bar_heights=strips.BARS,
         tasks=tasks,
         gaps=any(e is None for task in tasks for cell in task["cells"] for _, e in cell["episodes"]),
         clips=clips(runs, labels, base, videos),
@@ -153,6 +160,7 @@ def tile(first: Run, run: Run, several: bool) -> dict[str, Any]:
         "latency": f"{total['p50']:.1f} ms" if total and not run.queued else "",
         "acceptance": accepted_cell(decoding),
         "sentence": sentence,
+        "corrections": strips.corrections(run),
     }
 
 

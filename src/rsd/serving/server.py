@@ -78,7 +78,9 @@ class PolicyServer:
             answer = await loop.run_in_executor(self._thread, self._service.answer, session, message, arrived)
             await connection.send(answer)
             session.previous_ms = 1e3 * (time.perf_counter() - arrived)
-            await loop.run_in_executor(self._thread, self._service.verify, session)
+            correction = await loop.run_in_executor(self._thread, self._service.verify, session)
+            if correction is not None:
+                await connection.send(correction)
 
 
 def reserve(host: str, port: int) -> socket.socket:

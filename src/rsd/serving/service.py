@@ -1,6 +1,8 @@
 """One policy for several connections, one request after another: a message in, its answer out, without a network.
 
-Every connection has an episode of its own, with what the policy left behind in it.
+Every connection has an episode of its own, with what the policy left behind in it. With `rsd-async` an answer is the
+draft at once if the target let the last one stand and told no other gripper; else, and first, what the target makes of
+it. A client that asks for corrections always gets the draft, and what the target makes of it in a second message.
 """
 
 from __future__ import annotations
@@ -8,17 +10,18 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from rsd.chunks import checked_chunk
+from rsd.decoding.course import NOTHING, OWN, Course, agreed
 from rsd.evaluation.backend import cpu_model, rsd_policy
 from rsd.evaluation.config import EvalConfig
 from rsd.policy import RsdPolicy
-from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, STATE, read_request
+from rsd.targets.remote.request import CORRECTIONS, IMAGES, LIMITS, PROMPT, STATE, read_request
 from rsd.targets.remote.wire import pack, unpack
 from rsd.types import RSD_ASYNC, STATE_DIM, ActionChunk, ChunkPolicy, Observation, RsdError
 from rsd.versions import versions
@@ -66,22 +69,26 @@ class Session:
     """A connection's episode. instruction: "" before its first chunk; state: what the policy left behind in it;
     pending: what is still to be verified of its last chunk.
 
+    Of `rsd-async`: corrections: its client takes them; found: the last chunk, once the target has looked; left: what
+    the target told of the steps from the next observation on.
     previous_ms: what the request before took, from its arrival to the end of its answer.
     """
 
     instruction: str = ""
     state: Any = None
     pending: Any = None
+    corrections: bool = False
+    found: ActionChunk | None = None
+    left: Course = NOTHING
     previous_ms: float | None = None
 
     def end_episode(self) -> None:
         self.instruction, self.state, self.pending = "", None, None
+        self.found, self.left = None, NOTHING
 
 
 def load_served(config: EvalConfig) -> Servable:
     """The policy that `rsd eval` would run with these options."""
-    if config.decode == RSD_ASYNC:
-        raise RsdError(f"--decode {RSD_ASYNC}: openpi's protocol corrects no answers; expected another, rsd-fused say")
     policy = rsd_policy(config)
     return policy.core if isinstance(policy, RsdPolicy) else Memoryless(policy)
 
@@ -126,36 +133,80 @@ class PolicyService:
                 session.end_episode()
             if request.observation is None:
                 return pack({"reset": True})
-            chunk = self.predict(session, request.observation)
-        except RsdError as error:
-            return f"rsd serve: {' '.join(str(error).split()):.{LONGEST_TEXT}}"
+            if request.corrections and self.policy.decode != RSD_ASYNC:
+                raise RsdError(f"{CORRECTIONS}: expected a server of --decode {RSD_ASYNC}, found {self.policy.decode}")
+            session.corrections = request.corrections
+            chunk, before = self.predict(session, request.observation)
         except Exception as error:  # of the policy: the others' connections must not end with it
-            traceback.print_exc()
-            return f"rsd serve: the policy failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"
+            if not isinstance(error, RsdError):
+                traceback.print_exc()
+            return in_words(error)
         done = time.perf_counter()
         timing = {"infer_ms": 1e3 * (done - started), "queue_ms": 1e3 * (started - arrived)}
         if session.previous_ms is not None:
             timing["prev_total_ms"] = session.previous_ms
-        return pack({"actions": chunk.actions, "server_timing": timing, "stats": asdict(chunk.stats)})
+        content = {"actions": chunk.actions, "server_timing": timing, "stats": asdict(chunk.stats)}
+        if before is not None and before.answer is not None and not request.corrections:
+            content["previous"] = {"actions": before.answer, "stats": asdict(before.stats)}
+        return pack(content)
 
-    def verify(self, session: Session) -> None:
-        """What is pending once an answer is under way. A failure ends the episode, not the server."""
+    def verify(self, session: Session) -> bytes | str | None:
+        """What is pending once an answer is under way -> the message with it for a client that asked for corrections.
+        A failure ends the episode, not the server."""
         pending, session.pending = session.pending, None
         if pending is None:
-            return
+            return None
+        started = time.perf_counter()
         try:
-            _, (session.state,) = self.policy.verify_pending(pending)
-        except Exception:
+            (found,), (session.state,) = self.policy.verify_pending(pending)
+            if found.answer is None:
+                return None
+            self._corrected(session, found)
+        except Exception as error:
             traceback.print_exc()
             session.end_episode()
+            return in_words(error) if session.corrections else None
+        if not session.corrections:
+            return None
+        timing = {"infer_ms": 1e3 * (time.perf_counter() - started)}
+        correction = {"actions": found.answer, "stats": asdict(found.stats)}
+        return pack({"correction": correction, "server_timing": timing})
 
-    def predict(self, session: Session, observation: Observation) -> ActionChunk:
-        """The session's next chunk, checked; what the one before left pending is verified first."""
+    def predict(self, session: Session, observation: Observation) -> tuple[ActionChunk, ActionChunk | None]:
+        """The chunk to answer with, and the one before, once the target has looked, of a policy that corrects."""
         self.verify(session)
         if session.instruction != observation.instruction:
             session.end_episode()
-        session.instruction = ""  # a prediction that fails ends the episode
+        session.instruction, before = "", session.found  # a prediction that fails ends the episode
         (chunk,), (session.state,), session.pending = self.policy.predict([observation], [session.state])
         checked_chunk(chunk)
+        if self.policy.decode == RSD_ASYNC and not session.corrections and not self._may_begin(session, chunk):
+            (found,), (session.state,) = self.policy.verify_pending(session.pending)
+            session.pending, chunk = None, self._corrected(session, found, first=before is None)
         session.instruction = observation.instruction
-        return chunk
+        return chunk, before
+
+    def _may_begin(self, session: Session, draft: ActionChunk) -> bool:
+        """Whether a draft may be executed to its end before the target has looked: the last one stood, and the target
+        has told no other gripper of these steps."""
+        if session.found is None or not session.found.stats.stood:
+            return False
+        due = len(draft.executed)
+        told = session.left.filled(due, [session.found.executed[-1]])
+        return agreed(draft.executed, told.actions) == due
+
+    def _corrected(self, session: Session, found: ActionChunk, first: bool = False) -> ActionChunk:
+        """What to execute of a chunk that the target has looked at: the draft where it stood and does not begin an
+        episode."""
+        assert found.answer is not None
+        decided = found if found.stats.stood and not first else checked_chunk(replace(found, actions=found.answer))
+        session.found = replace(decided, answer=found.answer)
+        session.left = Course.of(decided.actions[len(decided.executed) :], OWN)
+        return session.found
+
+
+def in_words(error: Exception) -> str:
+    """What a client is told of an error."""
+    if isinstance(error, RsdError):
+        return f"rsd serve: {' '.join(str(error).split()):.{LONGEST_TEXT}}"
+    return f"rsd serve: the policy failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"

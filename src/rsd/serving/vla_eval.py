@@ -66,7 +66,8 @@ class RsdModelServer(PredictModelServer):
         policy = self._service.policy
         request = read_request(openpi_content(obs), policy.image_size, policy.cameras)
         assert request.observation is not None  # no reset is asked for
-        return {"actions": self._service.predict(session, request.observation).executed}
+        chunk, _ = self._service.predict(session, request.observation)
+        return {"actions": chunk.executed}
 
 
 def openpi_content(obs: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import rsd
 from rsd.checks import ImageSize, Seed, checked, shown
 from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
 from rsd.sim.fast_path import ArmControl, Contacts, Sampling, compile_maths
-from rsd.sim.motion import Motion, Slide
+from rsd.sim.motion import Motion, Mover, mover
 from rsd.sim.permuted import Layout, Predicate, is_permuted
 from rsd.sim.physics import mujoco
 from rsd.sim.rendering import ArmedCamera, gl_backend
@@ -110,7 +110,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self.goal: tuple[Predicate, ...] = scene_file(suite, task_id).goal
         self.asks: tuple[tuple[str, str], ...] = ()
         self.motion: Motion | None = None  # of the next episodes
-        self._slide: Slide | None = None
+        self._mover: Mover | None = None
 
     # -- gymnasium ------------------------------------------------------------------------------------------------
 
@@ -125,6 +125,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         Without either, a placement seed is drawn from `seed`.
         """
         super().reset(seed=checked(Seed | None, seed, "reset: seed"))
+        self._mover = None
         choice = checked(dict[str, int], options or {}, "reset options")
         if len(choice) > 1 or not choice.keys() <= {"init_state", "placement_seed"}:
             raise RsdError(f"reset options: expected init_state or placement_seed, found {sorted(choice)}")
@@ -135,7 +136,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             info = self._start_placement(checked(Seed, drawn, "reset options: placement_seed"))
         self.steps = 0
         state = info["init_state"] if "init_state" in info else info["placement_seed"]
-        self._slide = None if self.motion is None else Slide(self, self.motion, state)
+        self._mover = None if self.motion is None else mover(self, self.motion, state)
         return self._observation_dict(), {**info, "success": self.success(), "instruction": self.instruction}
 
     def step(self, action: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
@@ -162,8 +163,6 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             last = executed == len(chunk)
             if before_step is not None:
                 before_step()
-            if self._slide is not None:
-                self._slide.step()
             self._control_step(action, draw=last and draw)
             terminated = self.success()
             if terminated:
@@ -426,6 +425,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         return float(np.linalg.norm(self.data.xpos[bodies, :2] - before, axis=1).max())
 
     def _control_step(self, action: NDArray[np.float64], draw: bool) -> None:
+        if self._mover is not None:
+            self._mover.step()
         if draw or not self.fast:
             self._make_current()
         for camera in self._armed.values():

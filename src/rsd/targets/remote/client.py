@@ -13,9 +13,11 @@ from rsd.checks import Time, checked
 from rsd.chunks import MOST_STEPS, ROUNDING, checked_chunk
 from rsd.json_files import from_json
 from rsd.targets.remote.connection import Connection
-from rsd.targets.remote.request import IMAGES, MAX_SIDE, PROMPT, RESET, STATE
+from rsd.targets.remote.request import CORRECTIONS, IMAGES, MAX_SIDE, PROMPT, RESET, STATE
 from rsd.targets.remote.wire import Welcome, pack, unpack
-from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation
+from rsd.types import ACTION_DIM, VERIFY_PENDING, ActionChunk, ChunkStats, Observation, RsdError, check_observation
+
+ODD = (KeyError, TypeError, AttributeError, ValueError, RsdError)  # what reading an impossible answer raises
 
 
 class RemotePolicy:
@@ -53,35 +55,88 @@ class RemotePolicy:
         start = time.perf_counter()
         views = {key: view for key, view in zip(IMAGES, observation.images, strict=True) if key in self.welcome.images}
         words = {STATE: observation.state, PROMPT: observation.instruction, RESET: self._first}
-        answer = self._ask({**views, **words})
+        answer = self._ask({**views, **words, **self._further()})
         self._first = False
         total = 1e3 * (time.perf_counter() - start)
         try:
-            timing, stats, actions = answer["server_timing"], ChunkStats(**answer["stats"]), answer["actions"]
+            timing, chunk = answer["server_timing"], self._chunk_of(answer)
+            stats = chunk.stats
             queued, inferred = (checked(Time, timing[name], name) for name in ("queue_ms", "infer_ms"))
             if queued + inferred > total:
                 raise ValueError(f"{queued} and {inferred} ms of {total:.1f} ms")
-            if actions.dtype != np.float32 or actions.shape != self.welcome.chunk:
-                raise ValueError(f"actions {actions.dtype} {list(actions.shape)} in the place of {self.welcome.chunk}")
-            chunk = checked_chunk(ActionChunk(actions.copy(), stats, self.welcome.execute))  # what arrived is read-only
-            if stats.decode != self.decode:
-                raise ValueError(f"decoded with {stats.decode}, announced was {self.decode}")
             if (longest := max(stats.latency_ms.values(), default=0.0)) > inferred + ROUNDING:
                 raise ValueError(f"a stage of {longest:g} ms in the {inferred:g} ms that it took")
-        except (KeyError, TypeError, AttributeError, ValueError, RsdError) as error:
-            found = f"{type(error).__name__}: {error!s:.200}"
-            raise RsdError(f"{self.address}: not the answer of this version's `rsd serve` ({found})") from error
+        except ODD as error:
+            raise self._odd(error) from error
         latency = {"network": total - queued - inferred, "queue": queued, **stats.latency_ms, "total": total}
         return replace(chunk, stats=replace(stats, latency_ms=latency))
 
     def close(self) -> None:
         self._connection.close()
 
+    def _further(self) -> dict[str, Any]:
+        """What else a request says."""
+        return {}
+
+    def _chunk_of(self, content: Any) -> ActionChunk:
+        """Of a message's `actions` and `stats`; one of ODD for impossible ones."""
+        stats, actions = ChunkStats(**content["stats"]), content["actions"]
+        if actions.dtype != np.float32 or actions.shape != self.welcome.chunk:
+            raise ValueError(f"actions {actions.dtype} {list(actions.shape)} in the place of {self.welcome.chunk}")
+        chunk = checked_chunk(ActionChunk(actions.copy(), stats, self.welcome.execute))  # what arrived is read-only
+        if stats.decode != self.decode:
+            raise ValueError(f"decoded with {stats.decode}, announced was {self.decode}")
+        return chunk
+
+    def _odd(self, error: Exception) -> RsdError:
+        found = f"{type(error).__name__}: {error!s:.200}"
+        return RsdError(f"{self.address}: not the answer of this version's `rsd serve` ({found})")
+
     def _connect(self) -> Welcome:
         return read_welcome(self.address, self._connection.open())
 
     def _ask(self, content: dict[str, Any]) -> Any:
         return unpack(self._connection.ask(pack(content)))
+
+
+class CorrectedPolicy(RemotePolicy):
+    """Of an `rsd serve --decode rsd-async`: the draft at once, the target's answer in a second message."""
+
+    _chunk: ActionChunk | None = None  # whose correction is on its way
+
+    def reset(self, seed: int | None = None) -> None:
+        with suppress(RsdError):  # of the episode before
+            self.complete()
+        super().reset(seed)
+
+    def predict(self, observation: Observation) -> ActionChunk:
+        """The draft; what is left of the chunk before is waited for first."""
+        self.complete()
+        self._chunk = super().predict(observation)
+        return self._chunk
+
+    def verify(self) -> ChunkStats | None:
+        """`complete`, of which only the statistics are asked."""
+        chunk = self.complete()
+        return None if chunk is None else chunk.stats
+
+    def complete(self) -> ActionChunk | None:
+        """The last chunk with the target's `answer`, waited for; None if none is on its way."""
+        chunk, self._chunk = self._chunk, None
+        if chunk is None:
+            return None
+        message = unpack(self._connection.receive())
+        try:
+            found = self._chunk_of(message["correction"])
+            checked(bool, found.stats.stood, "stood")
+            later = {VERIFY_PENDING: checked(Time, found.stats.latency_ms[VERIFY_PENDING], VERIFY_PENDING)}
+        except ODD as error:
+            raise self._odd(error) from error
+        stats = replace(found.stats, latency_ms={**chunk.stats.latency_ms, **later})
+        return replace(chunk, stats=stats, answer=found.actions)
+
+    def _further(self) -> dict[str, Any]:
+        return {CORRECTIONS: True}
 
 
 def read_welcome(address: str, message: bytes | str) -> Welcome:

@@ -46,6 +46,12 @@ class Connection:
         except WebSocketException as error:
             self.close()
             raise RsdError(f"{self.address}: the connection was lost ({told(error)})") from error
+        return self.receive()
+
+    def receive(self) -> bytes:
+        """Another message that the server sends, as `ask` takes it."""
+        if self._connection is None:
+            raise RsdError(f"{self.address}: the connection was lost; a new episode (`reset`) connects anew")
         answer = self._receive()
         if isinstance(answer, str):
             raise RsdError(f"{self.address}: {answer:.1000}")

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from rsd.chunks import environment_ready
-from rsd.targets.remote.client import RemotePolicy
+from rsd.targets.remote.client import CorrectedPolicy, RemotePolicy
 from rsd.targets.remote.connection import Connection
 from rsd.targets.remote.request import IMAGES, PROMPT, STATE
 from rsd.targets.remote.wire import pack, unpack
-from rsd.types import TARGET_ONLY, ActionChunk, ChunkStats, Observation, RsdError, check_observation
+from rsd.types import RSD_ASYNC, TARGET_ONLY, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 RENDER_SIZE, SENT_SIZE = 256, 224  # pixels a side: what openpi's LIBERO client renders, and what it sends
 REPLAN_STEPS = 5  # actions that it executes of each answer
@@ -123,9 +123,9 @@ def metadata_at(address: str) -> dict[str, Any]:
 
 def served_at(address: str, steps: int | None = None) -> RemotePolicy | OpenpiPolicy:
     """The policy at an address: an `rsd serve` with all that it tells, or any other server."""
-    if not is_rsd(metadata_at(address)):
+    if not is_rsd(metadata := metadata_at(address)):
         return OpenpiPolicy(address, steps)
-    remote = RemotePolicy(address)
+    remote = (CorrectedPolicy if metadata["decode"] == RSD_ASYNC else RemotePolicy)(address)
     served = remote.welcome.execute or remote.welcome.chunk[0]
     if steps not in (None, served):
         remote.close()

@@ -18,8 +18,8 @@ from rsd.targets.remote.wire import Limits
 from rsd.types import CAMERAS, Observation, RsdError, real_array
 
 IMAGES = ("observation/image", "observation/wrist_image")  # in the order of CAMERAS
-STATE, PROMPT, RESET = "observation/state", "prompt", "reset"
-KEYS = (*IMAGES, STATE, PROMPT, RESET)
+STATE, PROMPT, RESET, CORRECTIONS = "observation/state", "prompt", "reset", "corrections"
+KEYS = (*IMAGES, STATE, PROMPT, RESET, CORRECTIONS)
 # A policy of 256 px may be sent openpi's 224, not LIBERO's 128: what it looks for would not be there.
 MIN_SCALE = 0.75
 MAX_SIDE = 2048  # pixels
@@ -32,10 +32,12 @@ FILTER = Image.Resampling.LANCZOS
 
 @dataclass(frozen=True)
 class Request:
-    """reset: an episode begins. observation: None where nothing but that is said."""
+    """reset: an episode begins. observation: None where nothing but that is said. corrections: of `rsd-async`, the
+    answer is always a draft, and a second message holds what the target makes of it."""
 
     observation: Observation | None
     reset: bool
+    corrections: bool = False
 
 
 def read_request(content: Any, image_size: int, cameras: int) -> Request:
@@ -47,9 +49,10 @@ def read_request(content: Any, image_size: int, cameras: int) -> Request:
         raise RsdError(f"message: expected a map with the keys {', '.join(KEYS)}, found {type(content).__name__}")
     if unknown := [excerpt(key, 40) for key in islice((key for key in content if key not in KEYS), 3)]:
         raise RsdError(f"message: expected the keys {', '.join(KEYS)}, found {', '.join(unknown)} besides")
-    reset = content.get(RESET, False)
-    if not isinstance(reset, bool | np.bool_):
-        raise RsdError(f"{RESET}: expected true or false, found {excerpt(reset)}")
+    reset, corrections = (content.get(key, False) for key in (RESET, CORRECTIONS))
+    for key, flag in ((RESET, reset), (CORRECTIONS, corrections)):
+        if not isinstance(flag, bool | np.bool_):
+            raise RsdError(f"{key}: expected true or false, found {excerpt(flag)}")
     if reset and len(content) == 1:
         return Request(None, True)
     needed = (*IMAGES[:cameras], STATE, PROMPT)
@@ -62,7 +65,8 @@ def read_request(content: Any, image_size: int, cameras: int) -> Request:
     views = [resized(key, content[key], image_size) for key in IMAGES if key in content]
     # a camera that this policy does not look at
     views += [np.zeros_like(views[0])] * (len(CAMERAS) - len(views))
-    return Request(Observation(np.stack(views), real_array(STATE, content[STATE]), content[PROMPT]), bool(reset))
+    observation = Observation(np.stack(views), real_array(STATE, content[STATE]), content[PROMPT])
+    return Request(observation, bool(reset), bool(corrections))
 
 
 def excerpt(value: Any, most: int = 100) -> str:
