@@ -93,9 +93,7 @@ def test_every_demonstration_goes_to_one_process_or_is_held_out() -> None:
         episode_numbers(3, 1, 0, 1)
 
 
-def test_a_survey_reads_no_images(
-    openvla_demonstrations: Path, states_only: Path, tokenizer: ActionTokenizer
-) -> None:
+def test_a_survey_reads_no_images(openvla_demonstrations: Path, states_only: Path, tokenizer: ActionTokenizer) -> None:
     seen = survey([openvla_demonstrations, states_only], tokenizer)
     assert seen.frames == [24] * 10
     assert seen.states.shape == (240, 8)

@@ -58,9 +58,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
         summary = evaluate(config, overwrite=options.overwrite, console=console, note=note, warned=warned)
         summaries.append(summary)
         if summary.errors:
+            again = " without --overwrite" if options.overwrite else ""
             console.print(
                 f"{summary.errors} of {plural(summary.episodes, 'episode')} ended in an error, not counted: see "
-                f"{config.output_dir / ERRORS_FILE}; the same command without --overwrite runs what is missing",
+                f"{config.output_dir / ERRORS_FILE}; the same command{again} runs what is missing",
                 style="red",
                 soft_wrap=True,
             )
@@ -124,11 +125,15 @@ def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
     Raises UsageError for further options, which would make it another run, and RsdError where there is none.
     """
     from rsd.evaluation.results import read_run_record
+    from rsd.locks import LOCK_FILE, exclusive
 
     others = [text.split("=")[0] for text in arguments if text.startswith("--")]
     others = [name for name in others if name not in ("--resume", "--report")]
     if others:
         raise UsageError(f"--resume goes on with the options of {directory}: leave {', '.join(others)} out")
+    if (directory / LOCK_FILE).exists():  # whoever has just begun it has not written its options yet
+        with exclusive(directory):
+            pass
     config = stored_config(read_run_record(directory).config, str(directory))
     # a shard's directory lies in its run's
     return replace(config, output=str(directory.parent if config.shard else directory))

@@ -97,6 +97,8 @@ class CollectConfig(Checked):
 
     def rules(self) -> Rules:
         yield len({*self.tasks}) == len(self.tasks), "--tasks to name each once", " ".join(map(str, self.tasks))
+        drawn = not self.states_only or self.image_size == CollectConfig.image_size
+        yield drawn, "--image-size without --states-only, which draws nothing", self.image_size
         default = CollectConfig.policy_decode, CollectConfig.policy_share, None
         alone = self.policy or (self.policy_decode, self.policy_share, self.execute) == default
         yield alone, "--policy with --policy-decode, --policy-share and --execute", "none"

@@ -24,6 +24,8 @@ def inspect(path: str, console: Console, keys: bool = False, provenance: bool = 
     anything else. keys, provenance: of a checkpoint, every tensor and all that is known of its making."""
     runs = run_directories([Path(path)]) if Path(path).is_dir() else []
     if all((run / RUN_CONFIG).is_file() and (run / EPISODES_FILE).is_file() for run in runs) and runs:
+        if asked := [option for option, given in (("--keys", keys), ("--provenance", provenance)) if given]:
+            raise RsdError(f"{' and '.join(asked)}: expected a checkpoint beside it, found the run {path}")
         show_runs(runs, console)
         return
     from rsd.checkpoint import WEIGHTS_FILE, locate_checkpoint

@@ -18,6 +18,7 @@ from rsd import hub
 from rsd.checks import between, checked
 from rsd.devices import check_device
 from rsd.exact import integers, reals
+from rsd.json_files import write_atomically
 from rsd.manifest import file_sha256
 from rsd.output import writing
 from rsd.tokenizer.config import OVER_TIME, EncodeStatistics, TokenizerConfig
@@ -238,7 +239,7 @@ class ActionTokenizer:
             if self.config.transform == "pca":
                 save_file({"matrix": self.matrix.cpu().contiguous()}, weights)
                 content["sha256"] = file_sha256(weights)
-            (directory / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
+            write_atomically(directory / FILE_NAME, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> ActionTokenizer:

@@ -1,0 +1,79 @@
+"""Options that contradict themselves or do nothing where they stand: refused before anything begins.
+
+A new fault of the kind is a new row.
+"""
+
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refusals import check, tree
+from rsd.decoding.calibration import FILE_NAME, SkipCalibration
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.types import RsdError
+
+COUNTERFACTUAL = "--loss.counterfactual 0.3 --tokenizer t --output out"
+OPTIONS = {
+    "expert run --seeds 1 1": "--seeds to name each once, found 1 1",
+    "expert run --video v.txt": "--video to name a file that ends in .mp4, found v.txt",
+    "demos collect --out out --noise.push-steps 6 3": "push-steps to be the smaller and the larger one, found 6 3",
+    "demos collect --out out --noise.push-size 1 0.4": "push-size to be the smaller and the larger one, found 1 0.4",
+    "demos collect --out out --states-only --image-size 64": "--image-size without --states-only, which draws nothing",
+    "train policy --loop.steps 0 --output out": "--loop.steps of at least 1 without --init, found 0",
+    f"train policy {COUNTERFACTUAL}": "--policy.target.whole-block with --loss.counterfactual",
+    "serve --statistics nothing --port 0": "--statistics: expected a checkpoint in OpenVLA's format beside it, found",
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_refused_at_the_start(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(command.replace(" out", f" {tmp_path}/out").split(), OPTIONS[command], tmp_path, capsys)
+
+
+OTHERS = ["tokenizer.json", "config.json", "episodes.jsonl", "open_it_demo.hdf5"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("training", ["policy", "drafter"])
+def test_a_training_among_files_of_something_else(
+    training: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).touch()
+    command = ["train", training, "--output", tmp_path, "--device", "cpu"]
+    check(command, f"expected a folder of its own, found {name} in it", tmp_path, capsys)
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_what_was_there(
+    tokenizer: ActionTokenizer, chunks: np.ndarray, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path)
+    before, limits = tree(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as a disk that is full
+    try:
+        with pytest.raises(RsdError, match="cannot be written"):
+            ActionTokenizer.fit(chunks, tokenizer.config).save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert tree(tmp_path) == before
+
+
+CALIBRATION: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "suites": (lambda c: c.update(suites=""), "suites: expected text that is names with commas between, found ''"),
+    "suites-gap": (lambda c: c.update(suites="libero_10,,x"), "suites: expected"),
+    "score": (lambda c: c.update(score="entropy"), "score: expected one of expected_deviation_mm, found 'entropy'"),
+}
+
+
+@pytest.mark.parametrize("case", CALIBRATION)
+def test_a_calibration_of_something_else(case: str, tmp_path: Path) -> None:
+    change, expected = CALIBRATION[case]
+    content = json.loads(Path("checkpoints/libero_spatial", FILE_NAME).read_text())
+    change(content)
+    (tmp_path / FILE_NAME).write_text(json.dumps(content))
+    with pytest.raises(RsdError, match=expected):
+        SkipCalibration.load(tmp_path)
