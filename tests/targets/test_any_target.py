@@ -85,6 +85,25 @@ def test_actions_are_clipped_or_in_other_units() -> None:
             environment_ready(odd, "x")
 
 
+async def awaited() -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (awaited, r"a coroutine \(of an `async def`\)"),
+        (lambda: (row for row in []), r"a generator \(of a `yield`\)"),
+        (lambda: {"actions": np.zeros((8, 7))}, "a dictionary with 'actions'"),
+        (dict, "a dictionary with nothing"),
+        (lambda: None, "nothing"),
+        (lambda: np.float32(0), "one number"),
+    ],
+)
+def test_what_predict_returned_instead_of_actions(answer: Callable[[], Any], found: str) -> None:
+    with pytest.raises(RsdError, match=rf"^x: expected actions \[n, 7\], found {found}; predict has to return"):
+        environment_ready(answer(), "x")
+
+
 def test_any_openpi_server_is_asked_as_its_own_client_asks() -> None:
     with foreign({}) as (address, asked):
         policy = served_at(address)
