@@ -30,7 +30,7 @@ from rsd.evaluation.results import (
     append_episode,
     drop_cut_off_line,
     encode_record,
-    read_episodes,
+    read_run,
     read_run_record,
     write_atomically,
 )
@@ -100,8 +100,9 @@ def evaluate(
 
 def sum_up(directory: Path, workers: int, wall_time_s: float) -> RunSummary:
     """Write summary.json and LeRobot's eval_info.json from a directory's episodes."""
-    episodes = list(read_episodes(directory / EPISODES_FILE).values())
-    summary = summarize(read_run_record(directory), episodes, workers, wall_time_s)
+    record, by_key = read_run(directory)
+    episodes = list(by_key.values())
+    summary = summarize(record, episodes, workers, wall_time_s)
     write_atomically(directory / SUMMARY_FILE, encode_record(summary, indent=2) + "\n")
     write_eval_info(directory, episodes)
     return summary
@@ -145,7 +146,7 @@ def open_run(config: EvalConfig, directory: Path, overwrite: bool, console: Cons
         raise RsdError(f"{directory} holds another run ({changed}); {REMEDY}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        episodes = read_episodes(episodes_file)
+        _, episodes = read_run(directory)
     for warning in caught:
         say(console, f"warning: {warning.message}", "yellow")
     drop_cut_off_line(episodes_file)
