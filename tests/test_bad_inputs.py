@@ -192,6 +192,7 @@ def test_outputs_that_cannot_be_written(writer: str, tmp_path: Path, capsys: pyt
     (tmp_path / "file").write_text("somebody's")
     for place in (tmp_path / "file/x", tmp_path / "file/x/y", Path("/dev/null/x")):
         check([*WRITERS[writer], place], "expected a path in a folder, found that", tmp_path, capsys)
+    check([*WRITERS[writer], f"{tmp_path}/a\0b"], "expected text without the character NUL", tmp_path, capsys)
     if writer not in ("report", "latency", "expert"):
         check([*WRITERS[writer], tmp_path / "file"], "expected a folder, or nothing yet", tmp_path, capsys)
     if writer == "latency":

@@ -33,8 +33,10 @@ from rsd.decoding.acceptance import acceptance_rule
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.merging import merge_shards
+from rsd.evaluation.results import read_run
 from rsd.evaluation.workers import failed
 from rsd.json_files import read_object
+from rsd.models.bundle import RsdModel
 from rsd.policy import RsdPolicy
 from rsd.reporting.tables import load_runs
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, ChunkTokens
@@ -74,6 +76,8 @@ ODD = [
     ({"kind": "z"}, "kind: expected one of x, y, found 'z'"),
     ({"kind": ["x"]}, r"kind: expected one of x, y, found \['x'\]"),
     ({"path": 3}, "path: expected a path, found 3"),
+    ({"path": "a\0b"}, r"path: expected text without the character NUL, found 'a\\x00b'"),
+    ({"path": Path("a\0b")}, "path: expected text without the character NUL"),
     ({"table": {"a": [1, -1]}}, r"table.a\[1\]: expected an integer from 0 to 1000000000, found -1"),
     ({"table": {"a": 7}}, "table.a: expected a list, each of it an integer from 0 to 1000000000, found 7"),
     ({"table": {"a": [10**25]}}, r"table.a\[0\]: expected an integer"),
@@ -180,9 +184,15 @@ def odd_arguments(policy: RsdPolicy, tokenizer: ActionTokenizer, seen: Observati
     yield lambda: tokenizer.rfsq.dequantise(tokens.motion + 7), "tokens: expected numbers from 0 to 6, found"
     yield lambda: tokenizer.rfsq.dequantise(tokens.motion[0, 0]), r"tokens: expected \[..., levels, P\], found \[48\]"
     yield lambda: tokenizer.rfsq.value(tokens.motion - 9, 1), "tokens: expected numbers from 0 to 6, found"
+    yield lambda: tokenizer.rfsq.digit(zeros * np.nan, 1), "residual: expected finite numbers"
+    yield lambda: tokenizer.rfsq.digit(zeros > 0, 1), "residual: expected a tensor or an array of real numbers"
     yield lambda: tokenizer.rfsq.step(99), "RFSQ: expected a level from 1 to 8, found 99"
     yield lambda: Rfsq(None), "RFSQ: expected RfsqConfig, found NoneType"  # type: ignore[arg-type]
     yield lambda: Rfsq(tokenizer.config.rfsq, True), "RFSQ: expected a positive finite step size, found True"
+    yield lambda: RsdModel.of(None, tokenizer), "RsdModel.of: config: expected PolicyConfig, found None"  # type: ignore[arg-type]
+    yield lambda: RsdModel.of(policy.config, 3), "policy: tokenizer: expected ActionTokenizer, found 3"  # type: ignore[arg-type]
+    yield lambda: RsdPolicy.from_pretrained("a\0b"), "policy: expected text without the character NUL"
+    yield lambda: read_run(Path("a\0b")), ".*: (not a results directory|expected text without)"
     yield lambda: merge_shards("x", 3), "merge: (shards|output): expected"  # type: ignore[arg-type]
     yield lambda: load_runs(None), "runs: expected a list"  # type: ignore[arg-type]
     yield lambda: list(action_episodes(3)), "demonstrations: expected text or a path, found 3"  # type: ignore[arg-type]

@@ -47,8 +47,8 @@ def reals(what: str, values: Any, shape: Shape | None = None, finite: bool = Fal
 
 
 def _readable(found: Tensor, wait: bool) -> bool:
-    """False while a CUDA graph is recorded or a program compiled, when nothing can be looked at."""
-    if torch.compiler.is_compiling() or not (wait or found.is_cpu):
+    """False while a CUDA graph is recorded or a program compiled or exported, when nothing can be looked at."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not (wait or found.is_cpu):
         return False
     return not (found.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rsd import former
-from rsd.checks import Count, Said, Some, Time
+from rsd.checks import Count, Said, Some, Time, checked
 from rsd.chunks import longest_stage
 from rsd.evaluation.config import EvalConfig, planned_tasks, stored_config
 from rsd.json_files import from_json, parse_object, read_object, shown
@@ -197,7 +197,7 @@ def read_episodes(path: Path) -> dict[EpisodeKey, EpisodeResult]:
     Warns (UserWarning) and leaves out a last line without its newline: that line was cut off.
     Raises RsdError for every other defect.
     """
-    if not path.exists():
+    if not checked(Path, path, "episodes").exists():
         return {}
     if not path.is_file():  # reading a pipe would wait for ever
         raise RsdError(f"{path}: expected a file, found something else")

@@ -50,7 +50,7 @@ class Rfsq:
 
     def digit(self, residual: Tensor, level: int) -> Tensor:
         """The digit in -(K-1)/2..(K-1)/2 that `level` gives to `residual` [..., P], as a float tensor."""
-        half = self.config.half
+        half, residual = self.config.half, reals("residual", residual, finite=True, wait=False)
         return torch.round(residual / self.step(level)).clamp(-half, half)
 
     def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
