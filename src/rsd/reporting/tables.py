@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from rsd.checks import checked, each_once, shown
+from rsd.checks import Count, checked, each_once
 from rsd.evaluation.acceptance import acceptance_rows
 from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import planned_states
@@ -118,9 +118,8 @@ def check_summary(directory: Path, results: Sequence[EpisodeResult]) -> None:
     summary = read_object(path, "a results directory")
     success = summary.get("success")
     of_success = success.get("successes") if isinstance(success, dict) else None
-    counted = [summary.get("episodes"), summary.get("errors"), of_success]
-    if not all(type(number) is int for number in counted):
-        raise RsdError(f"{path}: expected episodes, errors and successes, found {shown(counted)}; delete it")
+    name = f"{path}, which only sums up {EPISODES_FILE} (delete it): episodes, errors, successes"
+    counted: list[int] = checked(list[Count], [summary.get("episodes"), summary.get("errors"), of_success], name)
     found = [len(results), sum(e.is_error for e in results), sum(e.success for e in results)]
     if counted[0] > found[0] or (counted[:2] == found[:2] and counted != found):
         held, had = (f"{part[2]} successes of {plural(part[0], 'episode')}" for part in (found, counted))
