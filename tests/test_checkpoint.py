@@ -244,6 +244,11 @@ def test_what_does_not_load_is_not_sealed(checkpoint: Path, change: Damage, mess
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 
 
+def test_everybody_may_read_all_of_a_checkpoint_or_nobody(policy: RsdPolicy, tmp_path: Path) -> None:
+    policy.save_pretrained(tmp_path / "saved")
+    assert len({path.stat().st_mode for path in (tmp_path / "saved").iterdir()}) == 1
+
+
 def test_a_checkpoint_of_before_there_were_manifests(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     (checkpoint / manifest.MANIFEST_FILE).unlink()
     RsdPolicy.from_pretrained(checkpoint)

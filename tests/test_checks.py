@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +29,7 @@ from rsd.checks import (
     within,
 )
 from rsd.chunks import checked_chunk
+from rsd.conventions import openvla_gripper_to_env, rotate_180, state_vector
 from rsd.data.demonstrations import action_episodes
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.evaluation.config import EvalConfig
@@ -196,6 +198,13 @@ def odd_arguments(policy: RsdPolicy, tokenizer: ActionTokenizer, seen: Observati
     yield lambda: merge_shards("x", 3), "merge: (shards|output): expected"  # type: ignore[arg-type]
     yield lambda: load_runs(None), "runs: expected a list"  # type: ignore[arg-type]
     yield lambda: list(action_episodes(3)), "demonstrations: expected text or a path, found 3"  # type: ignore[arg-type]
+    yield lambda: tokenizer.encode(np.ma.masked_all((1, 8, 7))), "action chunk: .* found a masked array"  # type: ignore[arg-type]
+    for wrist in (None, np.zeros((16, 16, 3), np.uint8), seen.images[0].tolist()):
+        given = {"agentview": seen.images[0], "wrist": wrist, "state": seen.state, "instruction": "pick up the bowl"}
+        yield partial(policy.predict, given), "predict: wrist: expected uint8"  # type: ignore[arg-type]
+    yield lambda: rotate_180(np.zeros(3, np.uint8)), r"image: expected \[..., H, W, C\], found \[3\]"
+    yield lambda: openvla_gripper_to_env(np.array([np.nan])), "gripper: expected finite numbers"
+    yield lambda: state_vector(np.zeros(2), np.array([0, 0, 0, 1.0]), np.zeros(2)), r"position: expected \[3\]"
     yield lambda: replace(seen, state=np.ma.masked_all(8)), "observation state: expected real numbers, found masked"
     yield lambda: checked_chunk(ActionChunk(np.zeros((8, 7)), None)), "policy: expected its statistics to be"  # type: ignore[arg-type]
     yield lambda: evaluate(None), "evaluate: config: expected EvalConfig, found None"  # type: ignore[arg-type]

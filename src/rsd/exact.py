@@ -55,6 +55,8 @@ def _readable(found: Tensor, wait: bool) -> bool:
 
 def _tensor(what: str, values: Any, allowed: tuple[torch.dtype, ...], expected: str) -> Tensor:
     found: Any = values
+    if isinstance(values, np.ma.MaskedArray):
+        raise RsdError(f"{what}: expected {expected}, found a masked array")
     if isinstance(values, np.ndarray) and values.dtype.kind in "iuf":
         wide = np.int64 if values.dtype.kind in "iu" else np.float64  # types and byte orders that torch lacks
         found = torch.from_numpy(np.ascontiguousarray(values, dtype=wide))

@@ -33,6 +33,7 @@ FORMAT_VERSION = 1
 FILE_SUFFIX = "_demo.hdf5"
 ANEW = "Copy it anew, or move it away and run the collection again (finished parts are kept)."
 SPOTS = "obs/spots"  # float32 [frames, n, 2]: where the third-person camera sees the things of the attribute `asks`
+LARGEST = 1e6  # of an action or a state, whatever its unit
 IMAGE_KEYS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of rsd.types.CAMERAS
 
 
@@ -179,6 +180,8 @@ def numbers(group: h5py.Group, name: str, steps: int | None, width: int, where: 
             array: NDArray[np.float32] = dataset[()].astype(np.float32)
     if not np.isfinite(array).all():
         raise RsdError(f"{where}: expected finite numbers in {name}, found NaN or infinity")
+    if (largest := float(np.abs(array).max())) > LARGEST:
+        raise RsdError(f"{where}: expected numbers up to {LARGEST:g} in {name}, found {largest:g}")
     return array
 
 

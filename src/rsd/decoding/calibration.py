@@ -36,6 +36,7 @@ from rsd.checks import (
     Checked,
     Millimetres,
     Rules,
+    Said,
     Sha256,
     Share,
     Some,
@@ -93,8 +94,8 @@ class SkipPromise(Checked):
     max_skips: Amount
     memory_chunks: Amount
     skips_per_agreement: Amount | None = None
-    score: str
-    suites: str
+    score: Literal["expected_deviation_mm"]
+    suites: Said
     acceptance: str
     weights_sha256: Sha256
 

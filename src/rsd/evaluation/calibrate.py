@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from rsd.options import DecodeOptions, resolve
 from rsd.sim.failures import WatchedLibero
 from rsd.types import RsdError
 
-SCORE = "expected_deviation_mm"
+SCORE: Final = "expected_deviation_mm"
 FAR = 1e6  # mm
 MOST_ERRORS = 0.05  # of the rollouts; what is left out of more of them could be what deviates
 FIRST_PLACEMENT = 1_000_000  # placement seeds of the calibration: one a trial

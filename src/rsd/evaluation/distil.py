@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from rich.console import Console
@@ -41,7 +41,7 @@ from rsd.types import Policy, RsdError
 ROLLOUTS, DRAFTER = "rollouts", "drafter"
 FAR = 1e6  # mm: another gripper symbol than the target's
 ROUNDING = 0.1  # mm, of answers that are alike
-SCORE = "expected_deviation_mm"
+SCORE: Final = "expected_deviation_mm"
 TEST: Literal["betting"] = "betting"
 
 

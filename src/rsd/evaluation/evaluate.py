@@ -43,6 +43,7 @@ from rsd.output import Faults, writing
 from rsd.types import RsdError
 
 ERRORS_FILE = "errors.log"
+BESIDE_A_RUN = (ERRORS_FILE, SUMMARY_FILE, EVAL_INFO_FILE, VIDEOS_DIR, "jobs")  # of one that was begun or submitted
 REMEDY = "choose another --output, or --overwrite to delete it"
 MAX_EQUAL_FAULTS = 5  # episodes in a row that end in the same error
 # A run may go on where these differ: they name the machine, not what computes the result.
@@ -160,6 +161,10 @@ def refuse_mixture(directory: Path, shard: bool) -> None:
     if inside and not (directory / CONFIG_FILE).exists():
         found = ", ".join(inside[:5])
         raise RsdError(f"{directory} is a folder of runs ({found}): choose one of them or another --output")
+    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    strange = [name for name in names if not name.startswith((".", "shard-")) and name not in BESIDE_A_RUN]
+    if strange and not {CONFIG_FILE, EPISODES_FILE} & {*names}:
+        raise RsdError(f"{directory}: expected a run, or an empty folder, found {strange[0]}; choose another --output")
     if not shard and (directory.parent / EPISODES_FILE).exists():
         raise RsdError(f"{directory} lies in a run, {directory.parent}; choose another --output")
 

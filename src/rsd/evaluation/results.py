@@ -203,7 +203,7 @@ def read_episodes(path: Path) -> dict[EpisodeKey, EpisodeResult]:
         raise RsdError(f"{path}: expected a file, found something else")
     *lines, rest = path.read_bytes().split(b"\n")
     if rest:
-        warnings.warn(f"{path}: the last line is cut off; its episode will be run again", stacklevel=2)
+        warnings.warn(f"{path}: the last line is cut off and left out; `rsd eval` runs its episode again", stacklevel=2)
     episodes: dict[EpisodeKey, EpisodeResult] = {}
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"

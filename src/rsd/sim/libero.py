@@ -67,7 +67,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self, suite: str, task_id: int, image_size: int = 256, cameras: bool = True, fast: bool = True
     ) -> None:
         self.task = suite_task(suite, task_id)
-        image_size = checked(ImageSize, image_size, "image_size")
+        image_size, cameras = checked(ImageSize, image_size, "image_size"), checked(bool, cameras, "cameras")
         self.metadata, self.render_mode = {"render_modes": ["rgb_array"], "render_fps": 20}, "rgb_array"
         self.suite, self.image_size, self.cameras, self.fast = suite, image_size, cameras, fast
         self.instruction = self.task.language
@@ -196,6 +196,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
 
     def render(self) -> NDArray[np.uint8]:
         """gymnasium's rgb_array: the third-person camera's present picture, upright, uint8 [S, S, 3]."""
+        self._observation_dict()
         return rotate_180(self.draw()[0])
 
     def close(self) -> None:
@@ -243,6 +244,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         "on" an object: above it, in contact, centres within 3 cm horizontally; "in" a region: origin within its box.
         """
         states = self.simulation.object_states_dict
+        if not names:
+            raise RsdError(f"{predicate}: expected the names of objects or regions, found none")
         for name in names:
             if name not in states:
                 raise RsdError(f"object: found the unknown name {name!r}, known are {', '.join(sorted(states))}")
@@ -309,7 +312,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
 
     def proprio(self) -> NDArray[np.float32]:
         """The 8-d state as of the last step."""
-        latest = self._latest
+        latest = self._started()
         return state_vector(latest["robot0_eef_pos"], latest["robot0_eef_quat"], latest["robot0_gripper_qpos"])
 
     # -- inside ---------------------------------------------------------------------------------------------------
@@ -468,10 +471,15 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         simulation._post_action(action)
         return dict(simulation._get_observations())
 
+    def _started(self) -> Mapping[str, Any]:
+        """The observables; raises RsdError before the first reset, and for an environment that was closed."""
+        if not self._latest or self._control is None:
+            found = "a closed environment" if self._control is None else "none"
+            raise RsdError(f"observation: expected a reset before the first observation, found {found}")
+        return self._latest
+
     def _observation_dict(self) -> dict[str, NDArray[Any]]:
-        if not self._latest:
-            raise RsdError("observation: expected a reset before the first observation")
-        latest = self._latest
+        latest = self._started()
         found: dict[str, NDArray[Any]] = {"state": self.proprio()}
         if self.cameras:
             for name, sim_name in SIM_CAMERAS.items():

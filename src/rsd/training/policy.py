@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,12 +137,31 @@ def load_frames(
 ) -> tuple[FrameDataset, FrameDataset]:
     """What is trained on and what is held out, all of it checked; paired: batches will be of pairs of frames,
     a number of chunks apart of which `execute` steps are executed."""
-    parts, horizon = split(load_folders(config.data), config.validation_every), tokenizer.config.horizon
+    everything = sayable(load_folders(config.data), tokenizer)
+    parts, horizon = split(everything, config.validation_every), tokenizer.config.horizon
     asking = config.loss.grounding > 0
     training, validation = (FrameDataset(part, horizon, device, image_size, execute, asking) for part in parts)
     training.check(config.loop.batch_size, config.remembered_chunks if paired else None, config.augment)
     print(f"{training.episodes} demonstrations, {len(training)} frames; held out {validation.episodes}")
     return training, validation
+
+
+def sayable(demonstrations: Iterable[Demonstration], tokenizer: ActionTokenizer) -> Iterator[Demonstration]:
+    """The demonstrations; raises RsdError for labels that the code would clip, or take for another gripper's."""
+    config = tokenizer.config
+    pairs = config.binary_values or ((-1.0, 1.0),) * len(config.binary)
+    for each in demonstrations:
+        where = f"{each.source}, {each.episode}"
+        largest = float(np.abs(np.delete(each.labels, config.binary, axis=1)).max())
+        if config.limit and largest > config.limit:
+            found = f"{largest:g}; they are in other units, or need a tokenizer of their own (rsd tokenizer fit)"
+            raise RsdError(f"{where}: expected actions within +-{config.limit:g}, the tokenizer's limit, found {found}")
+        for dimension, pair in zip(config.binary, pairs, strict=True):
+            other = set(np.unique(each.labels[:, dimension]).tolist()) - {float(np.float32(value)) for value in pair}
+            if other:
+                expected = f"dimension {dimension} to be {pair[0]:g} or {pair[1]:g}, as the tokenizer has it"
+                raise RsdError(f"{where}: expected {expected}, found {min(other):g}")
+        yield each
 
 
 def split(demonstrations: Iterable[Demonstration], every: int) -> tuple[list[Demonstration], list[Demonstration]]:
