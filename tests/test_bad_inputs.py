@@ -172,7 +172,7 @@ COMMANDS_LINE: dict[str, tuple[list[str], str]] = {
     "push-sizes": (["demos", "collect", "--out", "OUT", "--noise.push-size", "1", "0.4"], "--noise.push-size with the"),
     "drafter-delay": (["eval", "--decode", "l1", "--drafter-delay", "2", "--output", "OUT"], "unverified drafts with"),
     "motion": (
-        ["eval", "--decode", "l1", "--task-suite", "libero_goal", "--tasks", "0", "--num-trials", "1", "--motion", "destination", "--output", "OUT"],
+        ["eval", "--decode", "l1", "--task-suite", "libero_goal", "--motion", "destination", "--output", "OUT"],
         "expected something that can slide, found wooden_cabinet_1",
     ),
 }
