@@ -244,11 +244,9 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         "on" an object: above it, in contact, centres within 3 cm horizontally; "in" a region: origin within its box.
         """
         states = self.simulation.object_states_dict
-        if not names:
-            raise RsdError(f"{predicate}: expected the names of objects or regions, found none")
-        for name in names:
-            if name not in states:
-                raise RsdError(f"object: found the unknown name {name!r}, known are {', '.join(sorted(states))}")
+        unknown = [name for name in names if name not in states] if names else ["nothing"]
+        if unknown:
+            raise RsdError(f"object: found the unknown name {unknown[0]!r}, known are {', '.join(sorted(states))}")
         return bool(self.simulation._eval_predicate([predicate, *names]))
 
     def sim_state(self) -> NDArray[np.float64]:
@@ -302,7 +300,9 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         return np.stack([0.5 - right / 2, 0.5 - up / 2], axis=1).astype(np.float32)
 
     def latest(self) -> Mapping[str, Any]:
-        """robosuite's observables as of the last step (`robot0_eef_pos`, `agentview_image`, ...)."""
+        """robosuite's observables as of the last step (`robot0_eef_pos`, ...); RsdError before a reset, or closed."""
+        if not self._latest or self._control is None:
+            raise RsdError("observation: expected a reset before the first observation, of an environment not closed")
         return self._latest
 
     @property
@@ -312,7 +312,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
 
     def proprio(self) -> NDArray[np.float32]:
         """The 8-d state as of the last step."""
-        latest = self._started()
+        latest = self.latest()
         return state_vector(latest["robot0_eef_pos"], latest["robot0_eef_quat"], latest["robot0_gripper_qpos"])
 
     # -- inside ---------------------------------------------------------------------------------------------------
@@ -471,15 +471,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         simulation._post_action(action)
         return dict(simulation._get_observations())
 
-    def _started(self) -> Mapping[str, Any]:
-        """The observables; raises RsdError before the first reset, and for an environment that was closed."""
-        if not self._latest or self._control is None:
-            found = "a closed environment" if self._control is None else "none"
-            raise RsdError(f"observation: expected a reset before the first observation, found {found}")
-        return self._latest
-
     def _observation_dict(self) -> dict[str, NDArray[Any]]:
-        latest = self._started()
+        latest = self.latest()
         found: dict[str, NDArray[Any]] = {"state": self.proprio()}
         if self.cameras:
             for name, sim_name in SIM_CAMERAS.items():
