@@ -21,8 +21,6 @@ COUNTERFACTUAL = "--loss.counterfactual 0.3 --tokenizer t --output out"
 OPTIONS = {
     "expert run --seeds 1 1": "--seeds to name each once, found 1 1",
     "expert run --video v.txt": "--video to name a file that ends in .mp4, found v.txt",
-    "demos collect --out out --noise.push-steps 6 3": "push-steps to be the smaller and the larger one, found 6 3",
-    "demos collect --out out --noise.push-size 1 0.4": "push-size to be the smaller and the larger one, found 1 0.4",
     "demos collect --out out --states-only --image-size 64": "--image-size without --states-only, which draws nothing",
     "train policy --loop.steps 0 --output out": "--loop.steps of at least 1 without --init, found 0",
     f"train policy {COUNTERFACTUAL}": "--policy.target.whole-block with --loss.counterfactual",

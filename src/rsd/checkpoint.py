@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rsd import former, hub, manifest
@@ -32,6 +32,7 @@ from rsd.json_files import from_json, read_versioned, write_atomically
 from rsd.manifest import file_sha256
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.options import Checkpoint, DecodeOptions, Fine, resolve
+from rsd.pt_files import save_tensors
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.config import RfsqConfig
@@ -301,7 +302,7 @@ def save_checkpoint(
             weights[name], weights[name + SCALE] = quantise_rows(value.detach().float().cpu())
         else:
             weights[name] = half
-    save_file(weights, directory / WEIGHTS_FILE)
+    save_tensors(weights, directory / WEIGHTS_FILE)
     tokenizer.save(directory)
     write_content(directory, {"policy": asdict(config)}, (WEIGHTS_FILE, TOKENIZER_FILE), provenance)
 
@@ -321,9 +322,7 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight / scale.view(shape)).to(torch.int8).contiguous(), scale
 
 
-def write_content(
-    directory: Path, fields: dict[str, Any], files: Iterable[str], provenance: dict[str, Any]
-) -> None:
+def write_content(directory: Path, fields: dict[str, Any], files: Iterable[str], provenance: dict[str, Any]) -> None:
     """config.json, of the fields and the hashes of the files that belong to it, written before; and the manifest."""
     content = {
         "format_version": FORMAT_VERSION,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -83,8 +83,8 @@ def no_actions(answer: Any) -> str:
         return "a coroutine (of an `async def`)"
     if isinstance(answer, Mapping):
         return f"a dictionary with {', '.join(map(shown, answer)) or 'nothing'}"[:200]
-    if inspect.isgenerator(answer):
-        return "a generator (of a `yield`)"
+    if isinstance(answer, Iterator):
+        return f"a {type(answer).__name__}"
     return "nothing" if answer is None else "one number" if np.ndim(answer) == 0 and np.isscalar(answer) else ""
 
 

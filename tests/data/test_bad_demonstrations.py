@@ -54,7 +54,6 @@ def put(group: h5py.Group, name: str, value: Any) -> None:
 def replaced(name: str, value: Any) -> Callable[[h5py.File], None]:
     """Another value of demo_1's dataset, or the result of a function of the old one."""
 
-
     def apply(file: h5py.File) -> None:
         demo = file["data/demo_1"]
         put(demo, name, value(demo[name][()]) if callable(value) else value)
@@ -150,7 +149,7 @@ HDF5: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "actions-of-six": (replaced("actions", lambda a: a[:, :6]), "of real numbers, found float64 [12, 6]"),
     "actions-nan": (replaced("actions", lambda a: a * np.nan), "expected finite numbers in actions"),
     "actions-huge": (replaced("actions", lambda a: a * 1e300), "expected finite numbers in actions"),
-    "state-huge": (replaced("obs/ee_states", lambda a: a * 1e30), "within +-10000, found"),
+    "state-huge": (replaced("obs/ee_states", lambda a: a * 1e30), "expected numbers up to 1e+06 in obs/ee_states"),
     "no-steps": (replaced("actions", np.zeros((0, 7))), "actions [T, 7] of real numbers, found float64 [0, 7]"),
     "obs-missing": (lambda file: file.__delitem__("data/demo_1/obs"), "none of obs/ee_states, obs/gripper_states"),
     "obs-a-dataset": (obs_is_a_dataset, "demonstration demo_1"),
@@ -371,9 +370,9 @@ def test_images_of_another_size_than_the_models(
 
 
 UNFIT: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
-    "radians": (lambda a: a * ([6.28] * 6 + [1.0]), "actions within its limit"),
-    "gripper-0-1": (lambda a: np.c_[a[:, :6], a[:, 6:] > 0], "expected -1 or 1 in dimension 6, found"),
-    "gripper-continuous": (lambda a: np.c_[a[:, :6], a[:, 6:] * 0.7], "expected -1 or 1 in dimension 6, found"),
+    "radians": (lambda a: a * ([6.28] * 6 + [1.0]), "actions within +-1, the tokenizer's limit"),
+    "gripper-0-1": (lambda a: np.c_[a[:, :6], a[:, 6:] > 0], "dimension 6 to be -1 or 1, as the tokenizer has it"),
+    "gripper-continuous": (lambda a: np.c_[a[:, :6], a[:, 6:] * 0.7], "dimension 6 to be -1 or 1"),
 }
 
 

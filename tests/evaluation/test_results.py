@@ -23,7 +23,10 @@ from rsd.types import RsdError
 times = st.floats(0, 1e9)  # ms
 
 
-@given(st.text(), st.lists(times, max_size=5), st.integers(0, 99))
+texts = st.text().filter(lambda text: text.strip() and "\0" not in text)
+
+
+@given(texts, st.lists(times, max_size=5), st.integers(0, 99))
 def test_a_record_comes_back_as_it_was(text: str, latencies: list[float], init_state: int) -> None:
     result = episode(init_state=init_state, instruction=text, latency_ms={"total": latencies})
     assert decode_record(EpisodeResult, encode_record(result), "here") == result
@@ -81,6 +84,9 @@ def test_a_record_of_another_shape_is_refused(change: dict, message: str) -> Non
         {"latency_ms": {"total": [1.0], "draft": [2.0]}},
         {"chunk_stats": {"skipped": [1.0]}},
         {"prefills": -1},
+        {"prefills": 2},
+        {"num_drafts": 2, "accepted_levels": [1, 1]},
+        {"instruction": " "},
         {"num_accepted_tokens": [-1, 8, 3]},
         {"latency_ms": {"total": [-1.0]}},
     ],

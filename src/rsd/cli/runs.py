@@ -52,13 +52,15 @@ class ReportArguments(Runs):
     """The page; default report.html in the run's directory, or in the one that all runs share."""
     videos: Literal["embed", "link", "none"] = "embed"
     """Videos inside the page, linked relative to it, or left out."""
+    overwrite: bool = False
+    """Replace a page or a figure that `rsd report` has not written."""
 
 
 def report(arguments: Sequence[str], prog: str) -> int:
     options = parse(ReportArguments, arguments, prog)
     from rsd.reporting.html_report import write_report
 
-    print(f"report: {write_report(options.directories, options.output, options.videos)}")
+    print(f"report: {write_report(options.directories, options.output, options.videos, options.overwrite)}")
     return 0
 
 

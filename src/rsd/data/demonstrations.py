@@ -32,7 +32,6 @@ from rsd.data.schema import (
 )
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 
-MOST_STATE = 1e4  # m or rad, of any robot
 MOST_SPOT = 1e6  # pictures away from the picture: what is behind the camera's side
 FINGERS = 2  # joint positions of the gripper, at the end of a state
 
@@ -64,11 +63,6 @@ class Demonstration:
     image_every: int = 1
     asks: tuple[tuple[str, str], ...] = ()
     spots: NDArray[np.float32] | None = None
-
-    def __post_init__(self) -> None:
-        if (most := float(np.abs(self.state).max(initial=0.0))) > MOST_STATE:
-            where, found = f"demonstration {self.episode} of {self.source}", f"found {most:g}"
-            raise RsdError(f"{where}: expected states in m and rad, within +-{MOST_STATE:g}, {found}; convert them")
 
     def __len__(self) -> int:
         return len(self.actions)

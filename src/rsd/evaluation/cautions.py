@@ -72,7 +72,7 @@ def unseen_tasks(config: EvalConfig, content: dict[str, Any]) -> Iterable[str]:
 
 def odd_sizes(content: dict[str, Any]) -> Iterable[str]:
     """The simulator draws as large as the policy looks, so that is to be what it was trained on."""
-    size, trained = content["policy"].get("target", {}).get("image_size"), trained_on(content)[2]
+    size, trained = section(section(content, "policy"), "target").get("image_size"), trained_on(content)[2]
     if size is not None and trained and size not in trained:
         yield f"looks at images of {size} pixels, trained on {', '.join(map(str, sorted(trained)))}"
 

@@ -43,9 +43,8 @@ class NoiseConfig(Checked):
     """Smallest and largest length of a push (position part)."""
 
     def rules(self) -> Rules:
-        for name in ("push_steps", "push_size"):
-            low, high = getattr(self, name)
-            yield low <= high, f"{name.replace('_', '-')} to be the smaller and the larger one", f"{low:g} {high:g}"
+        for name, pair in (("--noise.push-steps", self.push_steps), ("--noise.push-size", self.push_size)):
+            yield pair[0] <= pair[1], f"{name} with the smaller one first", pair
 
 
 class ActionNoise:

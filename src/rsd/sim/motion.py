@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,12 +34,8 @@ class Slide:
     def __init__(self, env: LiberoEnv, motion: Motion, state: int) -> None:
         """Raises RsdError where that thing is fixed to the scene."""
         simulation, self._env, self._motion, goal = env.simulation, env, motion, env.goal[0]
-        asked = goal[1] if motion.what == THING else goal[-1]
-        names = [name for name in simulation.objects_dict if asked == name or asked.startswith(f"{name}_")]
-        if not names:
-            found = f"{asked} of {env.suite} task {env.task.task_id}, which is fixed to the scene"
-            raise RsdError(f"--motion {motion.what}: expected something that can slide, found {found}")
-        self._object = simulation.objects_dict[max(names, key=len)]
+        where = f"{env.suite} task {env.task.task_id}"
+        self._object = simulation.objects_dict[sliding(motion.what, goal, simulation.objects_dict, where)]
         first, _ = simulation.sim.model.get_joint_qpos_addr(self._object.joints[-1])
         self._place = slice(first, first + 2)
         angle = np.random.default_rng([motion.seed, env.task.task_id, state]).uniform(0.0, 2.0 * np.pi)
@@ -54,6 +51,16 @@ class Slide:
             return
         before, self._steps = offset(self._motion, self._steps), self._steps + 1
         self._env.data.qpos[self._place] += (offset(self._motion, self._steps) - before) * self._along
+
+
+def sliding(what: str, goal: Sequence[str], objects: Iterable[str], where: str) -> str:
+    """The object that slides; raises RsdError where what a goal names is fixed to the scene."""
+    asked = goal[1] if what == THING else goal[-1]
+    names = [name for name in objects if asked == name or asked.startswith(f"{name}_")]
+    if not names:
+        found = f"{asked} of {where}, which is fixed to the scene"
+        raise RsdError(f"--motion {what}: expected something that can slide, found {found}; leave the task out")
+    return max(names, key=len)
 
 
 def offset(motion: Motion, steps: int) -> float:

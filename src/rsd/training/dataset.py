@@ -209,20 +209,21 @@ def held_against(tokenizer: ActionTokenizer, demonstrations: Iterable[Demonstrat
         motion, binary = (labels[:, index] for index in (tokenizer.motion_index, tokenizer.binary_index))
         size = motion if tokenizer.config.limit else (motion - tokenizer.centre) / tokenizer.scale
         if (beyond := size.abs() > limit).any():
-            what = "its limit" if tokenizer.config.limit else "its range"
-            raise _unfit(demonstration, f"actions within {what}, +-{limit:g}", f"{float(size[beyond][0]):g}")
+            given = tokenizer.config.limit
+            whose = f"+-{given:g}, the tokenizer's limit" if given else f"{limit} times the tokenizer's range"
+            raise _unfit(demonstration, f"actions within {whose}", f"{float(size[beyond][0]):g}")
         low, high = tokenizer.binary_low, tokenizer.binary_high
         if (odd := (binary != low) & (binary != high)).any():
             row, column = odd.nonzero()[0].tolist()
-            expected = f"{low[column]:g} or {high[column]:g} in dimension {int(tokenizer.binary_index[column])}"
+            which = f"dimension {int(tokenizer.binary_index[column])}"
+            expected = f"{which} to be {low[column]:g} or {high[column]:g}, as the tokenizer has it"
             raise _unfit(demonstration, expected, f"{float(binary[row, column]):g}")
         yield demonstration
 
 
 def _unfit(demonstration: Demonstration, expected: str, found: str) -> RsdError:
-    where = f"{demonstration.source}, {demonstration.episode}: other actions than the tokenizer's"
-    remedy = "convert them, or fit a tokenizer on these demonstrations (rsd tokenizer fit)"
-    return RsdError(f"{where}: expected {expected}, found {found}; {remedy}")
+    remedy = "they are in other units, or need a tokenizer of their own (rsd tokenizer fit)"
+    return RsdError(f"{demonstration.source}, {demonstration.episode}: expected {expected}, found {found}; {remedy}")
 
 
 def memory_bytes(device: torch.device) -> int:
