@@ -6,15 +6,22 @@ A new fault of the kind is a new row.
 import errno
 import json
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from refusals import check, tree
+from rsd import manifest
+from rsd.data.demonstrations import ActionEpisode
 from rsd.decoding.calibration import FILE_NAME, SkipCalibration
+from rsd.evaluation.progress import last_line
+from rsd.locks import exclusive
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.training.tokenizer import demonstration_chunks
 from rsd.types import RsdError
 
 COUNTERFACTUAL = "--loss.counterfactual 0.3 --tokenizer t --output out"
@@ -76,3 +83,68 @@ def test_a_calibration_of_something_else(case: str, tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_text(json.dumps(content))
     with pytest.raises(RsdError, match=expected):
         SkipCalibration.load(tmp_path)
+
+
+def test_a_folder_in_the_place_of_a_checkpoints_file_is_not_overlooked(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    manifest.seal(tmp_path)
+    (tmp_path / FILE_NAME).mkdir()
+    with pytest.raises(RsdError, match=f"{FILE_NAME}: came later than manifest.json"):
+        manifest.verify(tmp_path)
+    with pytest.raises(RsdError, match=f"{FILE_NAME}: expected a file, found a folder"):
+        manifest.seal(tmp_path)
+
+
+def test_a_run_that_another_process_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with exclusive(tmp_path):
+        check(["eval", "--resume", tmp_path], "another run is writing here (process", tmp_path, capsys)
+
+
+def test_a_run_has_no_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["inspect", "results/libero_spatial_57M/h100/l1", "--keys"]
+    check(command, "--keys: expected a checkpoint beside it, found the run results", tmp_path, capsys)
+
+
+@pytest.mark.parametrize(("field", "value"), [("channels", -16), ("channels", "16"), ("learn", 3)])
+def test_unused_fields_of_a_tokenizer_are_what_they_were(
+    field: str, value: Any, tokenizer: ActionTokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["config"][field] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(RsdError, match=f"field config.{field}: expected"):
+        ActionTokenizer.load(tmp_path)
+
+
+def raised(error: Exception) -> str:
+    try:
+        raise error
+    except type(error):
+        return traceback.format_exc()
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (raised(ValueError("a\nb\nTraceback (most recent call last): x")), "ValueError: a b Traceback (most recent call"),
+        (raised(RsdError("one line")), "RsdError: one line"),
+        ("the worker died", "the worker died"),
+        ("", "error"),
+    ],
+)
+def test_an_attempt_is_told_with_its_type_and_all_that_it_says(log: str, expected: str) -> None:
+    assert expected in last_line(log)
+    assert "\n" not in last_line(log)
+
+
+def test_chunks_longer_than_all_demonstrations_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "rsd.training.tokenizer.action_episodes", lambda _: [ActionEpisode("x", np.zeros((40, 7), np.float32))]
+    )
+    demonstration_chunks([tmp_path], 60)
+    assert "none has more than 40 steps" in capsys.readouterr().err
+    demonstration_chunks([tmp_path], 8)
+    assert "warning" not in capsys.readouterr().err

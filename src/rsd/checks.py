@@ -320,3 +320,4 @@ def _words(kind: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join("null" if part is type(None) else _words(part) for part in arguments)
     return str(KINDS.get(kind, getattr(kind, "__name__", kind)))
+

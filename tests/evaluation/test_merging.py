@@ -142,7 +142,9 @@ def test_nothing_to_merge_is_an_error(sharded: Path, tmp_path: Path) -> None:
         merge_shards(sharded)
 
 
-def test_episodes_and_shards_that_are_missing_are_named(sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_episodes_and_shards_that_are_missing_are_named(
+    sharded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     absent = sharded / "shard-1-of-2"
     for gone in (EPISODES_FILE, "config.json"):  # it has run nothing, it has not begun
         (absent / gone).unlink()

@@ -86,7 +86,7 @@ class SkipPromise(Checked):
 
     alpha, delta: risk <= alpha with confidence 1 - delta; test: see `risk_tests`. epsilon_mm: a chunk deviates beyond
     it. max_skips: chunks in a row without the target, at most. memory_chunks, skips_per_agreement: see `gate.SkipRule`.
-    score: what is held against the threshold. suites: what is calibrated for, with commas between. acceptance: how the target judges drafts
+    score: its name. suites: what is calibrated for, with commas between. acceptance: how the target judges drafts
     meanwhile. weights_sha256: of the checkpoint's weights file that makes scores and chunks.
     """
 
