@@ -101,8 +101,9 @@ def test_a_run_that_another_process_has_just_begun(tmp_path: Path, capsys: pytes
 
 
 def test_a_run_has_no_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["inspect", "results/libero_spatial_57M/h100/l1", "--keys"]
-    check(command, "--keys: expected a checkpoint beside it, found the run results", tmp_path, capsys)
+    for name in ("config.json", "episodes.jsonl"):
+        (tmp_path / name).touch()
+    check(["inspect", tmp_path, "--keys"], "--keys: expected a checkpoint beside it, found the run", tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("field", "value"), [("channels", -16), ("channels", "16"), ("learn", 3)])
