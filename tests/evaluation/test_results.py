@@ -18,6 +18,7 @@ from rsd.evaluation.results import (
     read_episodes,
     read_run_record,
 )
+from rsd.locks import exclusive
 from rsd.types import RsdError
 
 times = st.floats(0, 1e9)  # ms
@@ -145,6 +146,8 @@ def test_only_an_error_episode_may_be_run_again(tmp_path: Path) -> None:
 
 def test_a_directory_without_a_run_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RsdError, match="rsd eval"):
+        read_run_record(tmp_path)
+    with exclusive(tmp_path), pytest.raises(RsdError, match="another run is beginning here"):
         read_run_record(tmp_path)
 
 

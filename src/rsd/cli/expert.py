@@ -35,6 +35,7 @@ class ExpertRunConfig(Checked):
 
     def rules(self) -> Rules:
         yield bool(self.seeds), "--seeds to be at least one placement seed", "none"
+        yield len({*self.seeds}) == len(self.seeds), "--seeds to name each once", " ".join(map(str, self.seeds))
 
 
 def run(arguments: Sequence[str], prog: str) -> int:

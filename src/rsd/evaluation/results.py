@@ -21,6 +21,7 @@ from rsd.chunks import longest_stage
 from rsd.evaluation.config import EvalConfig, planned_tasks, stored_config
 from rsd.json_files import from_json, parse_object, read_object, shown
 from rsd.json_files import write_atomically as write_atomically
+from rsd.locks import LOCK_FILE
 from rsd.output import writing
 from rsd.types import RsdError
 
@@ -172,6 +173,8 @@ def encode_record(record: Any, indent: int | None = None) -> str:
 
 def read_run_record(directory: Path) -> RunRecord:
     path = directory / CONFIG_FILE
+    if not path.exists() and (directory / LOCK_FILE).exists():
+        raise RsdError(f"{directory}: another run is beginning here, or ended too early; wait, or begin it again")
     if not path.exists():
         raise RsdError(f"{directory}: not a results directory: it has no {CONFIG_FILE}; write one with `rsd eval`")
     record = record_of(RunRecord, read_object(path, "a results directory"), str(path))
