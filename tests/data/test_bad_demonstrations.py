@@ -36,7 +36,9 @@ def write_demos(folder: Path, images: bool = False, demos: int = DEMOS, steps: i
     with h5py.File(folder / FILE, "w") as file:
         for index in range(demos):
             demo = file.create_group(f"data/demo_{index}")
-            demo["actions"] = rng.uniform(-0.9, 0.9, (steps, 7))
+            actions = rng.uniform(-0.9, 0.9, (steps, 7))
+            actions[:, 6] = np.sign(actions[:, 6])  # a gripper's
+            demo["actions"] = actions
             demo["obs/ee_states"], demo["obs/gripper_states"] = rng.normal(size=(steps, 6)), rng.normal(size=(steps, 2))
             for key in CAMERAS if images else ():
                 demo[f"obs/{key}"] = rng.integers(0, 256, (steps, SIDE, SIDE, 3), dtype=np.uint8)
