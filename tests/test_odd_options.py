@@ -19,7 +19,6 @@ from rsd import manifest
 from rsd.data.demonstrations import ActionEpisode
 from rsd.decoding.calibration import FILE_NAME, SkipCalibration
 from rsd.evaluation.progress import last_line
-from rsd.locks import exclusive
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.tokenizer import demonstration_chunks
 from rsd.types import RsdError
@@ -93,11 +92,6 @@ def test_a_folder_in_the_place_of_a_checkpoints_file_is_not_overlooked(tmp_path:
         manifest.verify(tmp_path)
     with pytest.raises(RsdError, match=f"{FILE_NAME}: expected a file, found a folder"):
         manifest.seal(tmp_path)
-
-
-def test_a_run_that_another_process_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with exclusive(tmp_path):
-        check(["eval", "--resume", tmp_path], "another run is writing here (process", tmp_path, capsys)
 
 
 def test_a_run_has_no_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

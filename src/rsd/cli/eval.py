@@ -125,15 +125,11 @@ def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
     Raises UsageError for further options, which would make it another run, and RsdError where there is none.
     """
     from rsd.evaluation.results import read_run_record
-    from rsd.locks import LOCK_FILE, exclusive
 
     others = [text.split("=")[0] for text in arguments if text.startswith("--")]
     others = [name for name in others if name not in ("--resume", "--report")]
     if others:
         raise UsageError(f"--resume goes on with the options of {directory}: leave {', '.join(others)} out")
-    if (directory / LOCK_FILE).exists():  # whoever has just begun it has not written its options yet
-        with exclusive(directory):
-            pass
     config = stored_config(read_run_record(directory).config, str(directory))
     # a shard's directory lies in its run's
     return replace(config, output=str(directory.parent if config.shard else directory))

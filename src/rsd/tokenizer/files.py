@@ -31,8 +31,8 @@ STUDY_FIELDS: dict[str, Any] = {"bits": 0, "refine": False, "active": None}
 UNUSED_FIELDS = ("channels", "learn")  # were of those codes
 WEIGHTS_FILE = "tokenizer.safetensors"
 REMEDY = "fit it again"
-MOST_ACTION = 1e9  # of a robot without a limit
-Limits = list[Annotated[float, between(-2 * MOST_ACTION, 2 * MOST_ACTION)]]
+MOST_ACTION = 1e8  # of a robot without a limit; a range may be wider than the actions
+Limits = list[Annotated[float, between(-1e9, 1e9)]]
 
 
 @dataclass(frozen=True)
