@@ -132,7 +132,7 @@ def other_step(checkpoint: Path) -> None:
 
 CHECKPOINT_DAMAGE: dict[str, tuple[Damage, str]] = {
     "no tokenizer": (lambda c: (c / TOKENIZER_FILE).unlink(), "tokenizer.json: not found"),
-    "a directory": (lambda c: [(c / CONFIG_FILE).unlink(), (c / CONFIG_FILE).mkdir()], "expected a file, found a dir"),
+    "a directory": (lambda c: [(c / CONFIG_FILE).unlink(), (c / CONFIG_FILE).mkdir()], "expected a file, found a"),
     "nested": (lambda c: (c / CONFIG_FILE).write_text("[" * 10**5), "nested too deeply"),
     "NaN": (edited_config(lambda c: c.update(provenance=float("nan"))), "holds NaN"),
     "huge": (edited_config(lambda c: c["policy"]["target"].update(dim=2**40)), "field target.dim: expected an integer"),
