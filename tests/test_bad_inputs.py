@@ -160,6 +160,51 @@ def test_files_of_torch(case: str, tmp_path: Path, capsys: pytest.CaptureFixture
     check(command, expected, tmp_path, capsys)
 
 
+# values that cannot be meant together, or not at all
+
+COMMANDS_LINE: dict[str, tuple[list[str], str]] = {
+    "http": (["eval", "--policy", "http://127.0.0.1:8000", "--output", "OUT"], "a server's address ws://HOST:PORT"),
+    "bench-suite": (["bench", "latency", "--suite", "libero", "--output", "OUT"], "found the unknown name 'libero'"),
+    "bench-tasks": (["bench", "latency", "--num-tasks", "11", "--output", "OUT"], "--num-tasks 11: expected 1 to 10"),
+    "levels": (["tokenizer", "fit", "--data", "x", "--tokenizer.levels", "1000", "--output", "OUT"], "levels and rho"),
+    "rho": (["tokenizer", "fit", "--data", "x", "--tokenizer.levels", "60", "--tokenizer.rho", "7"], "levels and rho"),
+    "pushes": (["demos", "collect", "--out", "OUT", "--noise.push-steps", "6", "3"], "--noise.push-steps with the"),
+    "push-sizes": (["demos", "collect", "--out", "OUT", "--noise.push-size", "1", "0.4"], "--noise.push-size with the"),
+    "seeds": (["expert", "run", "--seeds", "1", "1"], "--seeds to name each once, found 1 1"),
+    "drafter-delay": (["eval", "--decode", "l1", "--drafter-delay", "2", "--output", "OUT"], "unverified drafts with"),
+    "motion": (
+        ["eval", "--decode", "l1", "--task-suite", "libero_goal", "--motion", "destination", "--output", "OUT"],
+        "expected something that can slide, found wooden_cabinet_1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS_LINE)
+def test_values_that_cannot_be_meant(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command, expected = COMMANDS_LINE[case]
+    check([str(tmp_path / "out") if word == "OUT" else word for word in command], expected, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.yaml", "figures"])
+def test_a_run_does_not_come_among_other_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_text("somebody's")
+    for more in ([], ["--overwrite"]):
+        command = ["eval", "--decode", "l1", "--num-trials", "1", "--output", tmp_path, *more]
+        check(command, f"expected a run, or an empty folder, found {name}", tmp_path, capsys)
+
+
+def test_a_report_replaces_what_a_report_wrote_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = "results/libero_spatial_57M/h100/l1"
+    for place in ("page.html", "figures/success.svg", "figures/success.pdf"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text("somebody's")
+        check(["report", run, "--output", tmp_path / "page.html"], f"{place}: exists already", tmp_path, capsys)
+        (tmp_path / place).unlink()
+    (tmp_path / "page.html").write_text("somebody's")
+    for more in (["--overwrite"], []):  # the second time it is its own
+        assert dispatch(["report", run, "--videos", "none", "--output", str(tmp_path / "page.html"), *more]) == 0
+
+
 # options that name places
 
 ADDRESSES = ["ws://127.0.0.1:notaport", "ws://127.0.0.1:99999", "ws://127.0.0.1:-1", "ws://[::1", "ws://", "wss://:1"]
@@ -192,6 +237,7 @@ def test_outputs_that_cannot_be_written(writer: str, tmp_path: Path, capsys: pyt
     (tmp_path / "file").write_text("somebody's")
     for place in (tmp_path / "file/x", tmp_path / "file/x/y", Path("/dev/null/x")):
         check([*WRITERS[writer], place], "expected a path in a folder, found that", tmp_path, capsys)
+    check([*WRITERS[writer], f"{tmp_path}/a\0b"], "expected text without the character NUL", tmp_path, capsys)
     if writer not in ("report", "latency", "expert"):
         check([*WRITERS[writer], tmp_path / "file"], "expected a folder, or nothing yet", tmp_path, capsys)
     if writer == "latency":

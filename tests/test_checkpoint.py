@@ -132,7 +132,7 @@ def other_step(checkpoint: Path) -> None:
 
 CHECKPOINT_DAMAGE: dict[str, tuple[Damage, str]] = {
     "no tokenizer": (lambda c: (c / TOKENIZER_FILE).unlink(), "tokenizer.json: not found"),
-    "a directory": (lambda c: [(c / CONFIG_FILE).unlink(), (c / CONFIG_FILE).mkdir()], "expected a file, found a dir"),
+    "a directory": (lambda c: [(c / CONFIG_FILE).unlink(), (c / CONFIG_FILE).mkdir()], "expected a file, found a"),
     "nested": (lambda c: (c / CONFIG_FILE).write_text("[" * 10**5), "nested too deeply"),
     "NaN": (edited_config(lambda c: c.update(provenance=float("nan"))), "holds NaN"),
     "huge": (edited_config(lambda c: c["policy"]["target"].update(dim=2**40)), "field target.dim: expected an integer"),
@@ -187,7 +187,7 @@ def test_damaged_checkpoints_are_refused(checkpoint: Path, damage: str) -> None:
     RsdPolicy.from_pretrained(checkpoint)
     change, message = CHECKPOINT_DAMAGE[damage]
     change(checkpoint)
-    if damage != "no tokenizer":
+    if damage not in ("no tokenizer", "a directory"):  # which are found first, and never sealed
         with pytest.raises(RsdError, match=r"not found|is not what manifest\.json names"):
             RsdPolicy.from_pretrained(checkpoint)
         manifest.seal(checkpoint)
@@ -242,6 +242,11 @@ def test_what_does_not_load_is_not_sealed(checkpoint: Path, change: Damage, mess
     with pytest.raises(RsdError, match=message):
         seal(checkpoint)
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_everybody_may_read_all_of_a_checkpoint_or_nobody(policy: RsdPolicy, tmp_path: Path) -> None:
+    policy.save_pretrained(tmp_path / "saved")
+    assert len({path.stat().st_mode for path in (tmp_path / "saved").iterdir()}) == 1
 
 
 def test_a_checkpoint_of_before_there_were_manifests(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,13 +29,16 @@ from rsd.checks import (
     within,
 )
 from rsd.chunks import checked_chunk
+from rsd.conventions import openvla_gripper_to_env, rotate_180, state_vector
 from rsd.data.demonstrations import action_episodes
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.merging import merge_shards
+from rsd.evaluation.results import read_run
 from rsd.evaluation.workers import failed
 from rsd.json_files import read_object
+from rsd.models.bundle import RsdModel
 from rsd.policy import RsdPolicy
 from rsd.reporting.tables import load_runs
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, ChunkTokens
@@ -74,6 +78,8 @@ ODD = [
     ({"kind": "z"}, "kind: expected one of x, y, found 'z'"),
     ({"kind": ["x"]}, r"kind: expected one of x, y, found \['x'\]"),
     ({"path": 3}, "path: expected a path, found 3"),
+    ({"path": "a\0b"}, r"path: expected text without the character NUL, found 'a\\x00b'"),
+    ({"path": Path("a\0b")}, "path: expected text without the character NUL"),
     ({"table": {"a": [1, -1]}}, r"table.a\[1\]: expected an integer from 0 to 1000000000, found -1"),
     ({"table": {"a": 7}}, "table.a: expected a list, each of it an integer from 0 to 1000000000, found 7"),
     ({"table": {"a": [10**25]}}, r"table.a\[0\]: expected an integer"),
@@ -180,12 +186,25 @@ def odd_arguments(policy: RsdPolicy, tokenizer: ActionTokenizer, seen: Observati
     yield lambda: tokenizer.rfsq.dequantise(tokens.motion + 7), "tokens: expected numbers from 0 to 6, found"
     yield lambda: tokenizer.rfsq.dequantise(tokens.motion[0, 0]), r"tokens: expected \[..., levels, P\], found \[48\]"
     yield lambda: tokenizer.rfsq.value(tokens.motion - 9, 1), "tokens: expected numbers from 0 to 6, found"
+    yield lambda: tokenizer.rfsq.digit(zeros * np.nan, 1), "residual: expected finite numbers"
+    yield lambda: tokenizer.rfsq.digit(zeros > 0, 1), "residual: expected a tensor or an array of real numbers"
     yield lambda: tokenizer.rfsq.step(99), "RFSQ: expected a level from 1 to 8, found 99"
     yield lambda: Rfsq(None), "RFSQ: expected RfsqConfig, found NoneType"  # type: ignore[arg-type]
     yield lambda: Rfsq(tokenizer.config.rfsq, True), "RFSQ: expected a positive finite step size, found True"
+    yield lambda: RsdModel.of(None, tokenizer), "RsdModel.of: config: expected PolicyConfig, found None"  # type: ignore[arg-type]
+    yield lambda: RsdModel.of(policy.config, 3), "policy: tokenizer: expected ActionTokenizer, found 3"  # type: ignore[arg-type]
+    yield lambda: RsdPolicy.from_pretrained("a\0b"), "policy: expected text without the character NUL"
+    yield lambda: read_run(Path("a\0b")), ".*: (not a results directory|expected text without)"
     yield lambda: merge_shards("x", 3), "merge: (shards|output): expected"  # type: ignore[arg-type]
     yield lambda: load_runs(None), "runs: expected a list"  # type: ignore[arg-type]
     yield lambda: list(action_episodes(3)), "demonstrations: expected text or a path, found 3"  # type: ignore[arg-type]
+    yield lambda: tokenizer.encode(np.ma.masked_all((1, 8, 7))), "action chunk: .* found a masked array"  # type: ignore[arg-type]
+    for wrist in (None, np.zeros((16, 16, 3), np.uint8), seen.images[0].tolist()):
+        given = {"agentview": seen.images[0], "wrist": wrist, "state": seen.state, "instruction": "pick up the bowl"}
+        yield partial(policy.predict, given), "predict: wrist: expected uint8"  # type: ignore[arg-type]
+    yield lambda: rotate_180(np.zeros(3, np.uint8)), r"image: expected \[..., H, W, C\], found \[3\]"
+    yield lambda: openvla_gripper_to_env(np.array([np.nan])), "gripper: expected finite numbers"
+    yield lambda: state_vector(np.zeros(2), np.array([0, 0, 0, 1.0]), np.zeros(2)), r"position: expected \[3\]"
     yield lambda: replace(seen, state=np.ma.masked_all(8)), "observation state: expected real numbers, found masked"
     yield lambda: checked_chunk(ActionChunk(np.zeros((8, 7)), None)), "policy: expected its statistics to be"  # type: ignore[arg-type]
     yield lambda: evaluate(None), "evaluate: config: expected EvalConfig, found None"  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.spatial.transform import Rotation
 
 from rsd.conventions import openvla_gripper_to_env, quat_to_axis_angle, rotate_180, state_vector
+from rsd.types import RsdError
 
 quaternions = hnp.arrays(np.float64, 4, elements=st.floats(-1.0, 1.0)).filter(lambda q: np.linalg.norm(q) > 0.1)
 
@@ -45,7 +46,7 @@ def test_known_axis_angles(quat: tuple[float, ...], expected: tuple[float, ...])
 
 @pytest.mark.parametrize("quat", [(0.0, 0.0, 1.0), (np.nan, 0.0, 0.0, 1.0)])
 def test_odd_quaternions_are_refused(quat: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="finite quaternion"):
+    with pytest.raises(RsdError, match="quaternion x, y, z, w: expected"):
         quat_to_axis_angle(np.array(quat))
 
 

@@ -19,8 +19,8 @@ from rsd.types import RsdError
 
 
 def calibration(weights: Path, **changes: Any) -> SkipCalibration:
-    values = {"threshold": 20.0, "max_skips": 2, "memory_chunks": 2, "score": "mm", "epsilon_mm": 50.0}
-    values |= {"alpha": 0.1, "delta": 0.1, "loss": "share", "test": "betting"}
+    values = {"threshold": 20.0, "max_skips": 2, "memory_chunks": 2, "epsilon_mm": 50.0}
+    values |= {"score": "expected_deviation_mm", "alpha": 0.1, "delta": 0.1, "loss": "share", "test": "betting"}
     values |= {"p_value": 0.05, "empirical_risk": 0.05, "skip_share": 0.5, "suites": "s", "acceptance": "margin"}
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
     return SkipCalibration(**{**values, "episodes": 9, "chunks": 90, "weights_sha256": sha256, **changes})

@@ -101,7 +101,7 @@ def test_numbers_that_are_not_real_are_refused(make_observation: MakeObservation
             with pytest.raises(RsdError, match="chunk: expected real numbers, found"):
                 fingertip_deviation(chunk, np.zeros((8, 7)))
     if name == "complex":
-        with pytest.raises(RsdError, match="state: expected real numbers, found complex128"):
+        with pytest.raises(RsdError, match="position: expected real numbers, found complex128"):
             state_vector(np.ones(3, complex), np.array([0.0, 0.0, 0.0, 1.0]), np.zeros(2))
 
 

@@ -12,8 +12,9 @@ from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions, options_of, r
 from rsd.types import BEST, RsdError
 
 PROMISE: dict[str, Any] = {
-    **{"threshold": 20.0, "max_skips": 3, "memory_chunks": 1, "score": "mm", "epsilon_mm": 50.0, "alpha": 0.1},
-    **{"delta": 0.1, "loss": "share", "test": "betting", "p_value": 0.05, "empirical_risk": 0.05, "skip_share": 0.5},
+    **{"threshold": 20.0, "max_skips": 3, "memory_chunks": 1, "epsilon_mm": 50.0, "alpha": 0.1},
+    **{"score": "expected_deviation_mm", "delta": 0.1, "loss": "share", "test": "betting", "p_value": 0.05},
+    **{"empirical_risk": 0.05, "skip_share": 0.5},
     **{"episodes": 9, "chunks": 90, "suites": "s", "acceptance": "margin", "weights_sha256": "0" * 64},
 }
 CHECKPOINT = Checkpoint(True, "margin", "regress", calibration=SkipCalibration(**PROMISE))

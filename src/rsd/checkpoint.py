@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -33,6 +33,7 @@ from rsd.json_files import from_json, read_versioned, write_atomically
 from rsd.manifest import file_sha256
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.options import Checkpoint, DecodeOptions, Fine, resolve
+from rsd.pt_files import save_tensors
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.config import RfsqConfig
@@ -316,7 +317,7 @@ def save_checkpoint(
             weights[name], weights[name + SCALE] = quantise_rows(value.detach().float().cpu())
         else:
             weights[name] = half
-    save_file(weights, directory / WEIGHTS_FILE)
+    save_tensors(weights, directory / WEIGHTS_FILE)
     tokenizer.save(directory)
     write_content(directory, {"policy": asdict(config)}, (WEIGHTS_FILE, TOKENIZER_FILE), provenance)
 

@@ -291,6 +291,8 @@ def _of_type(kind: Any, value: Any, name: Name, at: At) -> Any:
     if kind in (int, float):
         number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
         return value if number and abs(value) <= LARGEST[kind] else NotImplemented
+    if kind in (str, Path) and isinstance(value, str | Path) and "\0" in str(value):  # no path may hold it
+        raise RsdError(f"{name(at)}: expected text without the character NUL, found {shown(value)}")
     if kind is Path and isinstance(value, str):
         return Path(value)
     expected = type(None) if kind is None else origin or kind

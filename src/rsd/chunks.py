@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.checks import between, check, check_shape, checked, dotted
+from rsd.checks import between, check, check_shape, checked, dotted, shown
 from rsd.types import ACTION_DIM, VERIFY_PENDING, ActionChunk, ChunkStats, RsdError, real_array
 
 MOST_STAGES = 100  # of a chunk's latency
@@ -61,6 +62,9 @@ def check_stats(stats: ChunkStats) -> None:
 def environment_ready(actions: Any, where: str, steps: int | None = None) -> NDArray[np.float32]:
     """What somebody else's policy gave, [n, 7] or one action [7] -> the first `steps` of it, float32, clipped to
     [-1, 1] as LIBERO's controller clips; `RsdError` for other shapes, and for numbers that are in other units."""
+    if not isinstance(actions, np.ndarray) and (odd := no_actions(actions)):
+        remedy = f"predict has to return the actions themselves, [n, {ACTION_DIM}]"
+        raise RsdError(f"{where}: expected actions [n, {ACTION_DIM}], found {odd}; {remedy}")
     found = real_array(f"{where}: actions", actions)
     found = found[None] if found.ndim == 1 else found
     check_shape(f"{where}: actions", found.shape, ("n", ACTION_DIM))
@@ -70,6 +74,18 @@ def environment_ready(actions: Any, where: str, steps: int | None = None) -> NDA
         expected = "actions as LIBERO's controller takes them, in [-1, 1], gripper -1 = open"
         raise RsdError(f"{where}: expected {expected}, found one of {largest:.4g}; de-normalise or scale them")
     return np.clip(found[:steps], -1.0, 1.0)
+
+
+def no_actions(answer: Any) -> str:
+    """What a policy returned in the place of numbers; "" for what may hold some."""
+    if inspect.iscoroutine(answer):
+        answer.close()  # or Python warns that nobody awaited it
+        return "a coroutine (of an `async def`)"
+    if isinstance(answer, Mapping):
+        return f"a dictionary with {', '.join(map(shown, answer)) or 'nothing'}"[:200]
+    if isinstance(answer, Iterator):
+        return f"a {type(answer).__name__}"
+    return "nothing" if answer is None else "one number" if np.ndim(answer) == 0 and np.isscalar(answer) else ""
 
 
 def longest_stage(latency_ms: Mapping[str, float]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from rsd.checks import check_shape
 from rsd.types import real_array
 
 CONTROL_HZ = 20  # actions a second, in LIBERO's demonstrations and its simulator
@@ -28,6 +29,8 @@ ACTION_METRES, ACTION_RADIANS = 0.05, 0.5
 
 def rotate_180(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[..., H, W, C] as the simulator renders it -> upright, as every OpenVLA-family policy saw it in training."""
+    image = np.asarray(image)
+    check_shape("image", image.shape, (..., "H", "W", "C"))
     return np.ascontiguousarray(image[..., ::-1, ::-1, :])
 
 
@@ -37,10 +40,7 @@ def quat_to_axis_angle(quat: NDArray[np.floating]) -> NDArray[np.float64]:
     robosuite's convention, which the published policies were trained on: w is NOT made positive first, so q and -q
     give different vectors. Making it positive has moved published success rates by 14 to 40 points.
     """
-    quat = np.asarray(quat)
-    if quat.shape != (4,) or quat.dtype.kind not in "iuf" or not np.isfinite(quat).all():
-        raise ValueError(f"expected a finite quaternion [4] as x, y, z, w, found {quat}")
-    quat = quat.astype(np.float64)
+    quat = real_array("quaternion x, y, z, w", quat, "float64", (4,))
     # robosuite takes sqrt(1 - w * w) and arccos(w): the same number, but lost to rounding where w is near +-1
     sine = np.linalg.norm(quat[:3])
     if np.isclose(sine, 0.0):
@@ -52,9 +52,11 @@ def state_vector(
     eef_pos: NDArray[np.floating], eef_quat: NDArray[np.floating], gripper_qpos: NDArray[np.floating]
 ) -> NDArray[np.float32]:
     """robosuite observables -> the 8-d state: position 3 (m), axis-angle 3 (rad), gripper joints 2 (m)."""
-    return real_array("state", np.concatenate([eef_pos, quat_to_axis_angle(eef_quat), gripper_qpos]))
+    position, gripper = real_array("position", eef_pos, shape=(3,)), real_array("gripper", gripper_qpos, shape=(2,))
+    return real_array("state", np.concatenate([position, quat_to_axis_angle(eef_quat), gripper]))
 
 
 def openvla_gripper_to_env(gripper: NDArray[np.floating]) -> NDArray[np.floating]:
     """OpenVLA checkpoints: [0, 1] with 1 = open -> environment: -1 = open, +1 = close."""
-    return -np.sign(2.0 * gripper - 1.0)
+    real_array("gripper", gripper, "float64")
+    return -np.sign(2.0 * np.asarray(gripper) - 1.0)

@@ -47,14 +47,16 @@ def reals(what: str, values: Any, shape: Shape | None = None, finite: bool = Fal
 
 
 def _readable(found: Tensor, wait: bool) -> bool:
-    """False while a CUDA graph is recorded or a program compiled, when nothing can be looked at."""
-    if torch.compiler.is_compiling() or not (wait or found.is_cpu):
+    """False while a CUDA graph is recorded or a program compiled or exported, when nothing can be looked at."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not (wait or found.is_cpu):
         return False
     return not (found.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _tensor(what: str, values: Any, allowed: tuple[torch.dtype, ...], expected: str) -> Tensor:
     found: Any = values
+    if isinstance(values, np.ma.MaskedArray):
+        raise RsdError(f"{what}: expected {expected}, found a masked array")
     if isinstance(values, np.ndarray) and values.dtype.kind in "iuf":
         wide = np.int64 if values.dtype.kind in "iu" else np.float64  # types and byte orders that torch lacks
         found = torch.from_numpy(np.ascontiguousarray(values, dtype=wide))

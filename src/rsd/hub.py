@@ -28,6 +28,8 @@ def locate(path_or_hub_id: str | Path, kind: str, directory: str, files: Sequenc
         elsewhere = not path.exists() and HUB_ID.fullmatch(str(path_or_hub_id))
     except (OSError, ValueError, RuntimeError):  # a name that no file system takes; nobody's home
         elsewhere = None
+    if "://" in str(path_or_hub_id):
+        raise RsdError(f"{kind} {name}: expected {directory}, a hub id, or a server's address ws://HOST:PORT")
     if not elsewhere:
         raise RsdError(f"{kind} {name}: expected {directory} or a hub id like owner/name")
     if path.parts[0] in OWN_FOLDERS or path.parent.is_dir():  # a slip in a path: nobody else has to know of it

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from rsd.checks import RsdError, shown
+from rsd.checks import RsdError, checked, shown
 from rsd.checks import from_json as from_json
 from rsd.output import writing
 
 
 def read_object(path: Path, kind: str) -> dict[str, Any]:
     """The JSON object in `path`; kind: what a directory with this file is called, "a checkpoint directory"."""
+    path = checked(Path, path, "a file's name")
     if path.exists() and not path.is_file():
         raise RsdError(f"{path}: expected a file, found a {'directory' if path.is_dir() else 'device or a pipe'}")
     try:
@@ -64,5 +66,10 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:  # as of a disk that is full
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from rsd.checks import checked
 from rsd.output import writing
 from rsd.types import RsdError
 
@@ -27,6 +28,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises RsdError if another process has it, or if nothing can be written there. A file system without locks (NFS and
     Lustre can be mounted so) is used after a warning.
     """
+    folder = checked(Path, folder, "folder")
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(_locked(folder))

@@ -56,7 +56,7 @@ def _read_sha256(path: Path, stamp: tuple[int, ...]) -> str:
 
 def checkpoint_files(directory: Path) -> list[str]:
     """The files that a manifest is about: neither itself, nor hidden ones, nor those of the base."""
-    paths = [path for path in sorted(directory.rglob("*")) if path.suffix in SUFFIXES and path.is_file()]
+    paths = [path for path in sorted(directory.rglob("*")) if path.suffix in SUFFIXES]  # a folder is refused later
     names = [path.relative_to(directory) for path in paths]
     ours = [n for n in names if n.parts[0] != BASE_LINK and not any(part.startswith(".") for part in n.parts)]
     return [name.as_posix() for name in ours if name.as_posix() != MANIFEST_FILE]

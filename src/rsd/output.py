@@ -69,6 +69,8 @@ def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
         if number is None and shutil.disk_usage(standing).free < LITTLE:  # torch says "unexpected pos"
             number = errno.ENOSPC
         reason = os.strerror(number) if number else str(error).split("\n")[0][:200]
+        if number is None and "inline_container" in reason:  # torch's writer, which does not say why
+            reason = "not all of it was taken: a full disk, a quota, or a limit to a file's size"
         remedy = REMEDIES.get(number or 0, f"{KEPT}; choose another folder, or let this one be written to")
         raise RsdError(f"{path}: cannot be written ({reason}); {remedy}") from error
 

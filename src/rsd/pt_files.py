@@ -1,12 +1,15 @@
-"""Reading .pt files: tensors and plain values; nothing is unpickled that could run code."""
+"""Reading .pt files, writing .safetensors: tensors and plain values; nothing is unpickled that could run code."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from rsd.types import RsdError
 
@@ -45,3 +48,11 @@ def refuse_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(LFS)) == LFS:
             raise RsdError(f"{path}: this is a git-lfs pointer, not the file; run `git lfs pull` in its repository")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A .safetensors file with the permissions of every other file; the library would keep it to its owner."""
+    save_file(tensors, path, metadata)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

@@ -72,6 +72,11 @@ def check_observation(found: Any) -> Observation:
     if isinstance(found, dict) and {*CAMERAS, "state", "instruction"} <= found.keys():
         import numpy as np
 
+        first = found[CAMERAS[0]]
+        for name in CAMERAS:
+            if not isinstance(found[name], np.ndarray) or found[name].shape != first.shape:
+                kind = list(getattr(found[name], "shape", [])) or type(found[name]).__name__
+                raise RsdError(f"predict: {name}: expected uint8 [S, S, 3] as of every camera, found {kind}")
         return Observation(np.stack([found[name] for name in CAMERAS]), found["state"], found["instruction"])
     what = "its images uint8 [2, S, S, 3], its state [8] and its instruction"
     remedy = f"make one: rsd.types.Observation(images, state, instruction), of {what}"

@@ -51,8 +51,8 @@ class BudgetRfsq(Rfsq):
         super().__init__(plain.config, plain.first_step)
         self.active = active
 
-    def digit(self, residual: Tensor, level: int) -> Tensor:
-        return super().digit(residual, level) * self.active[level - 1]
+    def digit(self, residual: Tensor, level: int, finite: bool = True) -> Tensor:
+        return super().digit(residual, level, finite) * self.active[level - 1]
 
     def reach(self) -> Any:
         """Largest |scalar| that ends within half of its last active step [P]."""

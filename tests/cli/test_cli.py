@@ -1,3 +1,4 @@
+import json
 import re
 import resource
 import subprocess
@@ -191,6 +192,26 @@ def test_help_and_mistakes_of_every_command_are_quick() -> None:
     assert done.returncode == 0, done.stderr
     # of all commands together, processor time; torch alone would take two seconds for each
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start < 10.0
+
+
+def test_help_in_a_terminal_of_few_columns_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "3")
+    with pytest.raises(SystemExit):
+        dispatch(["compare", "--help"])
+    assert "--markdown" in capsys.readouterr().out
+
+
+def test_warnings_are_of_one_line_without_places_in_the_source(tmp_path: Path) -> None:
+    (tmp_path / "episodes.jsonl").write_text("{")
+    record = {"format": 1, "config": {}, "config_hash": "", "versions": {}, "policy": {}}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    command = [sys.executable, "-m", "rsd", "compare", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith(f"warning: {tmp_path / 'episodes.jsonl'}: the last line is cut off")
+    assert error.startswith("rsd compare: error: ")
 
 
 @pytest.mark.parametrize("command", ["train policy", "train drafter", "calibrate"])

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -17,12 +18,13 @@ from rsd.cli import dispatch
 from rsd.collection.collect import CollectConfig, EpisodeRecorder, collect, make_demonstration
 from rsd.collection.render import RenderConfig, render, render_frames
 from rsd.data.demonstrations import Demonstration, load_demonstrations
-from rsd.data.schema import FILE_SUFFIX
+from rsd.data.schema import FILE_SUFFIX, Episode
 from rsd.expert import expert
 from rsd.expert.goals import task_goals
 from rsd.expert.pick_and_place import PickAndPlace
 from rsd.expert.scene import Scene
 from rsd.locks import exclusive
+from rsd.output import Unfinished
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.suites import suite_task
 from rsd.types import RsdError
@@ -181,10 +183,27 @@ def test_demonstrations_that_cannot_be_made_are_named_once_the_others_are(
     job = replace(config, out=tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(collecting, "make_demonstration", one_fails)
-        with pytest.raises(RsdError, match=rf"1 of 2 demonstrations failed, .*{NAME} demo_0 .no placement will do"):
+        with pytest.raises(RsdError, match=rf"1 of 2 .* failed, .*{NAME} demo_0 .no placement will do"):
             collect(job)
     assert [demo.episode for demo in load_demonstrations(tmp_path)] == ["demo_1"]
     assert collect(job) == {NAME: 2}
+
+
+class NamedTask:
+    """An environment of which only the task is asked."""
+
+    def __init__(self, suite: str, task: int, *_: object) -> None:
+        self.task = suite_task(suite, task)
+
+
+@functools.cache
+def make_demonstration_of(config: CollectConfig) -> Episode:
+    """One demonstration, made once."""
+    env = LiberoEnv("libero_spatial", 0, cameras=False)
+    try:
+        return make_demonstration(env, config, 0)
+    finally:
+        env.close()
 
 
 class InThisProcess:
@@ -235,6 +254,53 @@ def test_a_file_that_is_damaged_costs_its_own_rendering_only(
     assert re.search(rf"error: 4 of the .* files in .* failed, the first of them cut{FILE_SUFFIX} .*same command", said)
     assert [demo.episode for demo in load_demonstrations(tmp_path / "out")] == ["demo_0"]
     assert {path: path.read_bytes() for path in damaged.values()} == before
+
+
+def overwrite_middle(path: Path) -> None:
+    """Bytes of the demonstrations themselves; the file still opens."""
+    with h5py.File(path) as file:
+        place = file["data/demo_0/actions"].id.get_offset()
+    content = bytearray(path.read_bytes())
+    content[800:place] = b"\xa5" * (place - 800)
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:999]),
+    "empty": lambda path: path.write_bytes(b""),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "provenance": lambda path: h5py.File(path, "r+")["data"].attrs.update(rsd_provenance="{"),
+    "middle": overwrite_middle,
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_file_that_is_damaged_costs_its_own_task_only(
+    case: str,
+    config: CollectConfig,
+    collected: list[Demonstration],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of two tasks, one with a damaged file: the other is finished, the file is named and left as it is."""
+    monkeypatch.setattr("rsd.collection.workers.worker_pool", lambda _: contextlib.nullcontext(InThisProcess()))
+    monkeypatch.setattr("rsd.collection.collect.as_completed", list)
+    demo = make_demonstration_of(config)
+    monkeypatch.setattr(collecting, "make_demonstration", lambda env, job, index, policy: replace(demo, index=index))
+    monkeypatch.setattr("rsd.collection.workers.worker_environment", lambda *a, **k: NamedTask(*a))
+    out = tmp_path / "out"
+    job = replace(config, out=out, tasks=(0, 1), num_demos=1)
+    assert collect(job) == {NAME: 1, suite_task("libero_spatial", 1).name: 1}
+    path = out / f"{NAME}{FILE_SUFFIX}"
+    DAMAGE[case](path)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(Unfinished, match=rf"1 of . demonstrations or their files failed, .* {NAME}{FILE_SUFFIX} .*"):
+        collect(replace(job, num_demos=2))
+    assert (path.read_bytes() if path.is_file() else None) == before
+    assert len(list(load_demonstrations(out / f"{suite_task('libero_spatial', 1).name}{FILE_SUFFIX}"))) == 2
+    with pytest.raises(RsdError, match="files failed"):  # nothing else is to be done
+        collect(replace(job, tasks=(0,), num_demos=2))
 
 
 @pytest.mark.parametrize("begin", ["collect", "render"])

@@ -36,7 +36,8 @@ def write_demos(folder: Path, images: bool = False, demos: int = DEMOS, steps: i
     with h5py.File(folder / FILE, "w") as file:
         for index in range(demos):
             demo = file.create_group(f"data/demo_{index}")
-            demo["actions"] = rng.uniform(-0.9, 0.9, (steps, 7))
+            actions = rng.uniform(-0.9, 0.9, (steps, 7))
+            demo["actions"] = np.hstack([actions[:, :6], np.sign(actions[:, 6:])])
             demo["obs/ee_states"], demo["obs/gripper_states"] = rng.normal(size=(steps, 6)), rng.normal(size=(steps, 2))
             for key in CAMERAS if images else ():
                 demo[f"obs/{key}"] = rng.integers(0, 256, (steps, SIDE, SIDE, 3), dtype=np.uint8)
@@ -52,7 +53,6 @@ def put(group: h5py.Group, name: str, value: Any) -> None:
 
 def replaced(name: str, value: Any) -> Callable[[h5py.File], None]:
     """Another value of demo_1's dataset, or the result of a function of the old one."""
-
 
     def apply(file: h5py.File) -> None:
         demo = file["data/demo_1"]
@@ -149,6 +149,7 @@ HDF5: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "actions-of-six": (replaced("actions", lambda a: a[:, :6]), "of real numbers, found float64 [12, 6]"),
     "actions-nan": (replaced("actions", lambda a: a * np.nan), "expected finite numbers in actions"),
     "actions-huge": (replaced("actions", lambda a: a * 1e300), "expected finite numbers in actions"),
+    "state-huge": (replaced("obs/ee_states", lambda a: a * 1e30), "expected numbers up to 1e+06 in obs/ee_states"),
     "no-steps": (replaced("actions", np.zeros((0, 7))), "actions [T, 7] of real numbers, found float64 [0, 7]"),
     "obs-missing": (lambda file: file.__delitem__("data/demo_1/obs"), "none of obs/ee_states, obs/gripper_states"),
     "obs-a-dataset": (obs_is_a_dataset, "demonstration demo_1"),
@@ -366,6 +367,27 @@ def test_images_of_another_size_than_the_models(
     tokenizer.save(tmp_path)
     command = ["train", "policy", "--data", tmp_path / "data", "--tokenizer", tmp_path, "--output", tmp_path / "out"]
     check([*command, "--device", "cpu"], "images of 16 x 16 px, expected 128 x 128", tmp_path, capsys)
+
+
+UNFIT: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
+    "radians": (lambda a: a * ([6.28] * 6 + [1.0]), "actions within +-1, the tokenizer's limit"),
+    "gripper-0-1": (lambda a: np.c_[a[:, :6], a[:, 6:] > 0], "dimension 6 to be -1 or 1, as the tokenizer has it"),
+    "gripper-continuous": (lambda a: np.c_[a[:, :6], a[:, 6:] * 0.7], "dimension 6 to be -1 or 1"),
+}
+
+
+@pytest.mark.parametrize("labelled", [False, True], ids=["actions", "labels"])
+@pytest.mark.parametrize("case", UNFIT)
+def test_labels_that_the_tokenizer_does_not_have(
+    case: str, labelled: bool, tmp_path: Path, tokenizer: ActionTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, expected = UNFIT[case]
+    with h5py.File(write_demos(tmp_path / "data", images=True), "a") as file:
+        demo = file["data/demo_1"]
+        put(demo, "expert_actions" if labelled else "actions", change(demo["actions"][()]))
+    tokenizer.save(tmp_path)
+    command = ["train", "policy", "--data", tmp_path / "data", "--tokenizer", tmp_path, "--output", tmp_path / "out"]
+    check([*command, "--device", "cpu"], expected, tmp_path, capsys)
 
 
 READERS = {

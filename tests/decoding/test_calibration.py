@@ -40,7 +40,7 @@ TESTS = get_args(TestName)
 ALPHA, DELTA, EPSILON, MAX_SKIPS, T = 0.15, 0.2, 10.0, 4, 12
 SHA = "0123456789abcdef" * 4
 SETTINGS: dict[str, Any] = {"alpha": ALPHA, "delta": DELTA, "epsilon_mm": EPSILON, "max_skips": MAX_SKIPS}
-NAMES: dict[str, Any] = {"memory_chunks": 2, "score": "entropy", "suites": "s", "acceptance": "margin"}
+NAMES: dict[str, Any] = {"memory_chunks": 2, "score": "expected_deviation_mm", "suites": "s", "acceptance": "margin"}
 NAMES |= {"weights_sha256": SHA, "test": "hoeffding-bentkus"}
 
 

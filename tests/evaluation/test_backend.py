@@ -89,5 +89,5 @@ def test_a_run_is_recorded_with_the_engine_that_the_policy_takes(
 def calibrate(checkpoint: Path, suites: str) -> None:
     promise = {"epsilon_mm": 50.0, "alpha": 0.1, "delta": 0.1, "loss": "share", "test": "betting", "p_value": 0.1}
     counted = {"empirical_risk": 0.1, "skip_share": 0.5, "episodes": 9, "chunks": 90, "suites": suites}
-    names = {"score": "mm", "acceptance": "margin", "weights_sha256": weights_hash(checkpoint)}
+    names = {"score": "expected_deviation_mm", "acceptance": "margin", "weights_sha256": weights_hash(checkpoint)}
     SkipCalibration(threshold=20.0, max_skips=2, memory_chunks=2, **promise, **counted, **names).save(checkpoint)

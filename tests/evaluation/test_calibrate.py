@@ -179,7 +179,7 @@ def test_the_promise_is_kept_in_every_suite_by_itself(
     easy, hard = rollouts("libero_goal", 150, 0), rollouts("libero_10", 40, 20)
     promise = replace(config, alpha=0.1, delta=0.1, epsilon_mm=50.0)
     strict, loose, pooled = (
-        fit(episodes, promise, "0" * 64) for episodes in (hard, easy, [replace(e, suite="") for e in easy + hard])
+        fit(episodes, promise, "0" * 64) for episodes in (hard, easy, [replace(e, suite="both") for e in easy + hard])
     )
     assert 1.0 < strict.threshold <= 3.0 < loose.threshold == pooled.threshold
     monkeypatch.setattr("rsd.evaluation.calibrate.evaluate", lambda *_, **__: SimpleNamespace(errors=0, episodes=190))

@@ -48,6 +48,11 @@ SPATIAL_ONLY, UNSEEN = "trained on libero_spatial, not on ", "its training data 
             [f"{SPATIAL_ONLY}libero_goal", "calibrated for libero_spatial, not for libero_goal"],
         ),
         ({"decode": "rsd-skip", "skip_threshold_mm": 20.0, "max_skips": 2}, []),
+        ({"decode": "rsd-skip", "skip_threshold_mm": 20.0, "memory_chunks": 4}, []),
+        (
+            {"decode": "rsd-skip", "skip_threshold_mm": 20.0, "memory_chunks": 99},
+            [f"{SPATIAL}: its drafter was trained to remember 1 to 4 chunks, asked to remember 99"],
+        ),
         ({"policy": "ws://127.0.0.1:1", "task_suite": "libero_goal"}, []),  # the server's own affair
     ],
 )

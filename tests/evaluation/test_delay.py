@@ -252,8 +252,8 @@ def test_outcomes_are_the_same_batched_and_resumed(decode: str, tmp_path: Path) 
 
 
 def test_a_delay_is_part_of_what_a_run_is() -> None:
-    plain = EvalConfig(decode="l1")
-    assert plain.hash == EvalConfig(decode="l1", delay=0, drafter_delay=0, meanwhile=None).hash
+    plain = EvalConfig(decode="drafter-only")
+    assert plain.hash == EvalConfig(decode="drafter-only", delay=0, drafter_delay=0, meanwhile=None).hash
     others = {"delay": 4}, {"drafter_delay": 4}, {"delay": 4, "meanwhile": "tail"}
     assert len({plain.hash, *(replace(plain, **other).hash for other in others)}) == 4
 

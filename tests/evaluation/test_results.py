@@ -18,12 +18,16 @@ from rsd.evaluation.results import (
     read_episodes,
     read_run_record,
 )
+from rsd.locks import exclusive
 from rsd.types import RsdError
 
 times = st.floats(0, 1e9)  # ms
 
 
-@given(st.text(), st.lists(times, max_size=5), st.integers(0, 99))
+texts = st.text().filter(lambda text: text.strip() and "\0" not in text)
+
+
+@given(texts, st.lists(times, max_size=5), st.integers(0, 99))
 def test_a_record_comes_back_as_it_was(text: str, latencies: list[float], init_state: int) -> None:
     result = episode(init_state=init_state, instruction=text, latency_ms={"total": latencies})
     assert decode_record(EpisodeResult, encode_record(result), "here") == result
@@ -81,6 +85,9 @@ def test_a_record_of_another_shape_is_refused(change: dict, message: str) -> Non
         {"latency_ms": {"total": [1.0], "draft": [2.0]}},
         {"chunk_stats": {"skipped": [1.0]}},
         {"prefills": -1},
+        {"prefills": 2},
+        {"num_drafts": 2, "accepted_levels": [1, 1]},
+        {"instruction": " "},
         {"num_accepted_tokens": [-1, 8, 3]},
         {"latency_ms": {"total": [-1.0]}},
     ],
@@ -139,6 +146,8 @@ def test_only_an_error_episode_may_be_run_again(tmp_path: Path) -> None:
 
 def test_a_directory_without_a_run_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RsdError, match="rsd eval"):
+        read_run_record(tmp_path)
+    with exclusive(tmp_path), pytest.raises(RsdError, match="another run is beginning here"):
         read_run_record(tmp_path)
 
 

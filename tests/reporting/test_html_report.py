@@ -31,7 +31,7 @@ REAL = [
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two runs; the second has a video of a failure, an error episode and a statistic nobody knows."""
     root = tmp_path_factory.mktemp("runs")
-    first, second = write_run(root / "ar", "ar", {1, 2}, 80.0), write_run(root / "rsd", "rsd", {2}, 40.0)
+    first, second = write_run(root / "ar", "ar", {1, 2}, 80.0), write_run(root / "rsd", "rsd", {2}, 40.0, trials=2)
     further = {"chunk_stats": {"skipped": [1.0], "pause_ms": [83.5]}, "failure_detail": "pushed, never lifted"}
     further |= {"prefills": 0, "target_passes": 0}  # it skipped the target
     failed = episode(3, 1, success=False, failure="step limit", instruction="say <b>hello</b>", **further)

@@ -13,9 +13,11 @@ from rsd.types import RsdError
 PLAN = {"tasks": "all", "num_trials": 1}
 
 
-def write_run(directory: Path, decode: str, failures: set[int], p50: float, tasks: range = range(10)) -> Path:
+def write_run(
+    directory: Path, decode: str, failures: set[int], p50: float, tasks: range = range(10), trials: int = 1
+) -> Path:
     directory.mkdir()
-    (directory / "config.json").write_text(encode_record(RunRecord(PLAN, "hash", {}, {})))
+    (directory / "config.json").write_text(encode_record(RunRecord({**PLAN, "num_trials": trials}, "hash", {}, {})))
     draft = (
         {}
         if decode != "ar"
@@ -174,7 +176,7 @@ def test_the_verdict_and_both_intervals_say_of_what_they_speak(tmp_path: Path) -
     assert rows["verdict on success"] == ["-", "better"]
     one_task = [tmp_path / "c", tmp_path / "d"]
     for directory, success in zip(one_task, (False, True), strict=True):
-        write_run(directory, "ar" if success else "l1", set(), 40.0, range(0))
+        write_run(directory, "ar" if success else "l1", set(), 40.0, range(0), 12)
         for state in range(12):
             outcome = {"success": success or state > 9, "failure": "" if success or state > 9 else "step limit"}
             append_episode(directory / "episodes.jsonl", episode(0, state, decode="ar", acceptance="", **outcome))

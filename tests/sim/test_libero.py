@@ -176,7 +176,12 @@ def test_observation_is_upright_and_carries_the_instruction(env: LiberoEnv) -> N
 
 
 def test_without_cameras_there_are_no_images() -> None:
+    with pytest.raises(RsdError, match="cameras: expected true or false, found 'no'"):
+        LiberoEnv(SUITE, 0, cameras="no")  # type: ignore[arg-type]
     env = LiberoEnv(SUITE, 0, cameras=False)
+    for early in (env.proprio, env.render, env.latest):
+        with pytest.raises(RsdError, match="expected a reset before the first observation"):
+            early()
     observation, _ = env.reset(options={"init_state": 0})
     assert set(observation) == {"state"}
     with pytest.raises(RsdError, match="cameras=False"):
@@ -185,7 +190,11 @@ def test_without_cameras_there_are_no_images() -> None:
         env.draw()
     with pytest.raises(RsdError, match="plate_9"):
         env.holds("on", "akita_black_bowl_1", "plate_9")
+    with pytest.raises(RsdError, match="unknown name 'nothing'"):
+        env.holds("on")
     env.close()
+    with pytest.raises(RsdError, match="not closed"):
+        env.proprio()
     with pytest.raises(RsdError, match="closed"):
         env.sim_state()
 

@@ -72,12 +72,50 @@ def test_what_cannot_be_is_one_line(options: dict[str, Any], expected: str) -> N
         check_foreign(EvalConfig(**{"decode": "target-only", **options}))
 
 
+OWN = "class P:\n    def reset(self): pass\n    def predict(self, observation): return {}\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (OWN.format(0) + "import sys; sys.exit(0)", r"cannot be imported \(SystemExit: 0\)"),
+        (OWN.format(0) + "raise SystemExit", r"cannot be imported \(SystemExit: \)"),
+        (OWN.replace("self, observation", "self"), r"predict\(observation\), found predict\(self\)"),
+        (OWN.replace("observation", "a, b"), r"found predict\(self, a, b\)"),
+        (OWN.replace("reset(self)", "reset(self, a)"), r"found reset\(self, a\)"),
+    ],
+)
+def test_a_file_that_is_no_policy_is_found_at_once(here: Path, source: str, expected: str) -> None:
+    (here / "page_policy.py").write_text(source)
+    with pytest.raises(RsdError, match=expected):
+        check_foreign(EvalConfig(policy="page_policy.py:P", decode="target-only"))
+
+
 def test_actions_are_clipped_or_in_other_units() -> None:
     assert environment_ready([1.5] * 7, "x").tolist() == [[1.0] * 7]
     assert environment_ready(torch.zeros(9, 7), "x", 4).shape == (4, 7)
     for odd in (np.full((8, 7), 30.0), np.zeros((8, 14)), np.zeros((0, 7)), np.full((1, 7), np.nan)):
         with pytest.raises(RsdError, match=r"^x"):
             environment_ready(odd, "x")
+
+
+async def awaited() -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (awaited, r"a coroutine \(of an `async def`\)"),
+        (lambda: (row for row in []), "a generator"),
+        (lambda: {"actions": np.zeros((8, 7))}, "a dictionary with 'actions'"),
+        (dict, "a dictionary with nothing"),
+        (lambda: None, "nothing"),
+        (lambda: np.float32(0), "one number"),
+    ],
+)
+def test_what_predict_returned_instead_of_actions(answer: Callable[[], Any], found: str) -> None:
+    with pytest.raises(RsdError, match=rf"^x: expected actions \[n, 7\], found {found}; predict has to return"):
+        environment_ready(answer(), "x")
 
 
 def test_any_openpi_server_is_asked_as_its_own_client_asks() -> None:

@@ -13,6 +13,7 @@ from rsd.models.text import word_ids
 from rsd.targets.openvla.policy import OpenVlaPolicy, read_normalisation
 from rsd.targets.openvla.prompt import Prompt
 from rsd.targets.openvla.statistics import Statistics
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.dataset import Augmentation
 from rsd.training.openvla import OpenVlaFrames, pick, survey
 from rsd.training.policy import episode_numbers
@@ -92,8 +93,8 @@ def test_every_demonstration_goes_to_one_process_or_is_held_out() -> None:
         episode_numbers(3, 1, 0, 1)
 
 
-def test_a_survey_reads_no_images(openvla_demonstrations: Path, states_only: Path) -> None:
-    seen = survey([openvla_demonstrations, states_only])
+def test_a_survey_reads_no_images(openvla_demonstrations: Path, states_only: Path, tokenizer: ActionTokenizer) -> None:
+    seen = survey([openvla_demonstrations, states_only], tokenizer)
     assert seen.frames == [24] * 10
     assert seen.states.shape == (240, 8)
     assert len(seen.instructions) == 2

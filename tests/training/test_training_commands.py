@@ -249,6 +249,20 @@ def test_images_of_another_size_are_refused_before_the_training_wherever_they_ar
     assert not (tmp_path / "run" / STATE_FILE).exists()
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [(2, 3.14, "actions within .-1, the tokenizer's limit, found 3.14"), (6, 0.0, "dimension 6 to be -1 or 1, .* 0")],
+)
+def test_labels_that_the_tokenizer_cannot_say_are_refused(
+    column: int, value: float, said: str, config: TrainPolicyConfig, demonstrations: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(demonstrations, tmp_path / "data"))
+    with h5py.File(data / "task1_demo.hdf5", "r+") as file:
+        file["data/demo_5/actions"][3, column] = value
+    with pytest.raises(RsdError, match=rf"task1_demo\.hdf5, demo_5: expected {said}"):
+        train_policy(replace(config, data=(data,), output=tmp_path / "run"))
+
+
 def test_images_of_another_size_than_the_models_are_refused(config: TrainPolicyConfig, tmp_path: Path) -> None:
     larger = replace(config.policy, target=replace(config.policy.target, image_size=64))
     with pytest.raises(RsdError, match="images of 32 x 32 px, expected 64 x 64"):

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -130,7 +131,7 @@ def dispatch(arguments: list[str], study: Command | None = None, prog: str = "rs
     """Find the command (or take the given study), run it, turn an error into one line on stderr (RSD_DEBUG=1 shows the
     traceback)."""
     try:
-        with all_printed():
+        with all_printed(), warnings_of_one_line():
             if study is not None:
                 check_environment()
                 return study.run(arguments, prog)
@@ -178,6 +179,17 @@ def all_printed() -> Iterator[None]:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise
+
+
+@contextlib.contextmanager
+def warnings_of_one_line() -> Iterator[None]:
+    """Python's own hold a place in the source and a line of it."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def say(text: str) -> None:

@@ -57,13 +57,14 @@ def run(arguments: Sequence[str], prog: str) -> int:
     warned: set[str] = set()
     with Crew([config for config, _ in planned]) as crew:
         for config, note in planned:
-            again = options.overwrite
-            summary = evaluate(config, overwrite=again, console=console, note=note, warned=warned, crew=crew)
+            anew = options.overwrite
+            summary = evaluate(config, overwrite=anew, console=console, note=note, warned=warned, crew=crew)
             summaries.append(summary)
             if summary.errors:
+                again = " without --overwrite" if anew else ""
                 console.print(
                     f"{summary.errors} of {plural(summary.episodes, 'episode')} ended in an error, not counted: see "
-                    f"{config.output_dir / ERRORS_FILE}; the same command without --overwrite runs what is missing",
+                    f"{config.output_dir / ERRORS_FILE}; the same command{again} runs what is missing",
                     style="red",
                     soft_wrap=True,
                 )

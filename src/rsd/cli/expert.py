@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rsd.checks import Checked, Rules, Seed, between
 from rsd.cli.parsing import check_output, parse
-from rsd.output import writing
+from rsd.output import shown, writing
 from rsd.types import RsdError
 
 if TYPE_CHECKING:  # help and mistakes in the command line start no simulator
@@ -35,6 +36,9 @@ class ExpertRunConfig(Checked):
 
     def rules(self) -> Rules:
         yield bool(self.seeds), "--seeds to be at least one placement seed", "none"
+        yield len({*self.seeds}) == len(self.seeds), "--seeds to name each once", " ".join(map(str, self.seeds))
+        mp4 = self.video is None or self.video.suffix.lower() == ".mp4"
+        yield mp4, "--video to name a file that ends in .mp4", str(self.video)
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
@@ -47,10 +51,11 @@ def run(arguments: Sequence[str], prog: str) -> int:
         if config.video.exists():
             raise RsdError(f"--video {config.video}: expected a new file; name another or remove it")
     task_goals(config.suite, config.task)  # refuses before the simulator starts
+    print(f"{config.suite} task {config.task}: starting the simulator", file=sys.stderr)
     env = LiberoEnv(config.suite, config.task, cameras=config.video is not None)
     failed = 0
     try:
-        for number, seed in enumerate(config.seeds):
+        for number, seed in enumerate(shown(config.seeds, "seeds done", len(config.seeds))):
             failed += not _episode(env, seed, config.video if number == 0 else None)
     finally:
         env.close()
@@ -67,7 +72,7 @@ def _episode(env: LiberoEnv, seed: int, video: Path | None) -> bool:
     recorder = None if video is None else _Frames()
     result = run_expert(env, recorder=recorder, draw=video is not None)
     why = "" if result.success else f": {failure_class(env, result.steps)}"
-    print(f"seed {seed}: {'success' if result.success else 'failure'} after {result.steps} steps{why}")
+    print(f"seed {seed}: {'success' if result.success else 'failure'} after {result.steps} steps{why}", flush=True)
     if video is not None and recorder is not None:
         recorder.write(video)
         print(f"video: {video}")

@@ -7,6 +7,7 @@ import difflib
 import io
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from rsd.checks import At, RsdError, check, checked_later, shown
 
 Result = TypeVar("Result")
 REGISTRY = ConstructorRegistry()
+NARROWEST = 20  # columns; in fewer, tyro's help never ends
 OUTPUTS = {"output": "", "out": "folder"}  # names of options, and what is written where none has a default
 
 
@@ -53,6 +55,8 @@ def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str, wr
     if (found := former.refusal(arguments)) is not None:
         raise UsageError(found)
     refuse_twice(arguments)
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     messages, config = io.StringIO(), (tyro.conf.FlagCreatePairsOff,)
     try:
         with contextlib.redirect_stderr(messages), checked_later():

@@ -52,6 +52,8 @@ class ReportArguments(Runs):
     """The page; default report.html in the run's directory, or in the one that all runs share."""
     videos: Literal["embed", "link", "none"] = "embed"
     """Videos inside the page, linked relative to it, or left out."""
+    overwrite: bool = False
+    """Replace a page or a figure that `rsd report` has not written."""
 
 
 def report(arguments: Sequence[str], prog: str) -> int:
@@ -60,7 +62,7 @@ def report(arguments: Sequence[str], prog: str) -> int:
     from rsd.reporting.strips import corrections
     from rsd.reporting.tables import load_runs
 
-    print(f"report: {write_report(options.directories, options.output, options.videos)}")
+    print(f"report: {write_report(options.directories, options.output, options.videos, options.overwrite)}")
     for run in load_runs(options.directories):
         if said := corrections(run):
             print(f"{run.name}: {said}")

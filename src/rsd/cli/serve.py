@@ -98,10 +98,14 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from rsd.evaluation.backend import describe_checkpoint, settle
     from rsd.serving.server import PolicyServer, reserve, serve_until_signal, until_signal
     from rsd.serving.service import load_served, versions_on
+    from rsd.targets.openvla.published import locate_openvla
 
     door = reserve(options.host, options.port)
     config, note = settle(asked)
     check_names(config)
+    if options.statistics != ServeArguments.statistics and locate_openvla(config.policy) is None:
+        expected = "expected a checkpoint in OpenVLA's format beside it"
+        raise UsageError(f"--statistics: {expected}, found {config.policy}, which has its own; leave it out")
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console(stderr=True, highlight=False, soft_wrap=True)

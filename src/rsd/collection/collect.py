@@ -13,6 +13,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from rsd.collection.policy_driver import PolicyDriver
 from rsd.collection.workers import Workers
 from rsd.data.schema import (
     FILE_SUFFIX,
+    DamagedFile,
     Episode,
     merge,
     open_data,
@@ -38,9 +40,9 @@ from rsd.expert import expert
 from rsd.expert.goals import Goals, solvable_tasks, swapped_goals, task_goals
 from rsd.expert.grasps import GraspMode
 from rsd.expert.noise import ActionNoise, Disturbance, NoiseConfig
-from rsd.json_files import read_object
+from rsd.json_files import read_object, write_atomically
 from rsd.locks import exclusive
-from rsd.output import Faults, writing
+from rsd.output import Faults
 from rsd.sim import permuted
 from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
 from rsd.sim.physics import mujoco
@@ -103,6 +105,8 @@ class CollectConfig(Checked):
 
     def rules(self) -> Rules:
         yield len({*self.tasks}) == len(self.tasks), "--tasks to name each once", " ".join(map(str, self.tasks))
+        drawn = not self.states_only or self.image_size == CollectConfig.image_size
+        yield drawn, "--image-size without --states-only, which draws nothing", self.image_size
         default = CollectConfig.policy_decode, CollectConfig.policy_share, None
         alone = self.policy or (self.policy_decode, self.policy_share, self.execute) == default
         yield alone, "--policy with --policy-decode, --policy-share and --execute", "none"
@@ -261,12 +265,19 @@ def collect(config: CollectConfig) -> dict[str, int]:
         print(f"{config.suite}: left out, the expert cannot do them: {', '.join(left_out)}", file=sys.stderr)
     names = {task: suite_task(config.suite, task).name for task in tasks}
     with exclusive(config.out):
-        _check_settings(config, list(names.values()))
-        have = {task: workers.finished(config.out, names[task]) for task in tasks}
-        batches = workers.batched(config.num_demos, have, BATCH)
-        total, left = config.num_demos * len(tasks), sum(len(indices) for _, indices in batches)
         faults = Faults(f"finished demonstrations are kept in {config.out}; the same command tries the others again")
-        merged = {task: len(have[task]) for task in tasks}
+        have = _made_alike(config, names, faults)
+        batches = workers.batched(config.num_demos, have, BATCH)
+        total, left = config.num_demos * len(have), sum(len(indices) for _, indices in batches)
+        merged = {task: len(indices) for task, indices in have.items()}
+
+        def merge_of(task: int) -> int:
+            try:
+                return _merge(config, task)
+            except DamagedFile as error:
+                faults.failed(f"{names[task]}{FILE_SUFFIX}", str(error))
+                return merged[task]
+
         with workers.worker_pool(config.num_workers) as pool, workers.progress_bar() as bar:
             shown = bar.add_task("demonstrations", total=total, completed=total - left)
             jobs = {pool.submit(_collect_batch, config, task, indices): task for task, indices in batches}
@@ -280,11 +291,12 @@ def collect(config: CollectConfig) -> dict[str, int]:
                     bar.console.print(f"{int(bar.tasks[0].completed)}/{total} demonstrations, last: {names[task]}")
                 parts = workers.part_files(config.out / workers.PARTS / names[task])
                 if len(parts) >= max(2 * BATCH, merged[task]):  # doubling: each byte is copied twice at most
-                    merged[task] = _merge(config, task)
-        counts = {names[task]: _merge(config, task) for task in tasks}
+                    merged[task] = merge_of(task)
+        counts = {names[task]: merge_of(task) for task in have}
     following = f"demos render --source {config.out}" if config.states_only else f"tokenizer fit --data {config.out}"
-    print(f"{sum(counts.values())} demonstrations in {config.out}; next: rsd {following}", file=sys.stderr)
-    faults.raise_any(f"of {total} demonstrations", sum(counts.values()))
+    if any(counts.values()):
+        print(f"{sum(counts.values())} demonstrations in {config.out}; next: rsd {following}", file=sys.stderr)
+    faults.raise_any(f"of {total} demonstrations or their files", sum(counts.values()))
     return counts
 
 
@@ -356,26 +368,33 @@ def _check_policy(config: CollectConfig) -> None:
         raise RsdError(f"collect: the policy {config.policy} needs images of {size} px, found {config.image_size} px")
 
 
-def _check_settings(config: CollectConfig, names: list[str]) -> None:
+def _made_alike(config: CollectConfig, names: Mapping[int, str], faults: Faults) -> dict[int, set[int]]:
+    """What the folder has of each task whose file can be read. Raises RsdError where it was made with other settings;
+    else it now says with which."""
     wanted, stored = settings(config), config.out / workers.PARTS / "settings.json"
-    found = [(stored, read_object(stored, "a folder of parts"))] if stored.exists() else []
-    for path in filter(Path.exists, (config.out / f"{name}{FILE_SUFFIX}" for name in names)):
-        with open_data(path) as data:
-            provenance = read_provenance(data)
-        with reading(f"demonstrations {path}, rsd_provenance"):
-            found.append((path, {} if provenance is None else dict(provenance["settings"])))
-    for path, stored_settings in found:
-        other = _that_matter(stored_settings)
-        if other != wanted:
+
+    def compare(path: Path, found: dict[str, Any]) -> None:
+        if (other := _that_matter(found)) != wanted:
             different = sorted(key for key in wanted.keys() | other.keys() if wanted.get(key) != other.get(key))
-            raise RsdError(
+            raise workers.OtherSettings(
                 f"collect: {path} was made with other settings; expected "
                 + ", ".join(f"{key} = {other.get(key)!r}, found {wanted.get(key)!r}" for key in different)
                 + ". Use the same settings to resume, or another folder."
             )
-    with writing(stored):
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        stored.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+
+    def check(path: Path) -> None:
+        if path.exists():
+            with open_data(path) as data:
+                provenance = read_provenance(data)
+            with reading(f"demonstrations {path}, rsd_provenance"):
+                made_by = {} if provenance is None else dict(provenance["settings"])
+            compare(path, made_by)
+
+    if stored.exists():
+        compare(stored, read_object(stored, "a folder of parts"))
+    have = workers.finished_by_task(config.out, names, faults, check)
+    write_atomically(stored, json.dumps(wanted, indent=1))
+    return have
 
 
 def libero_attributes(config: CollectConfig, task_id: int) -> dict[str, Any]:

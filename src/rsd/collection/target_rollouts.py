@@ -89,10 +89,10 @@ def roll_out(config: RolloutConfig, make_target: MakeTarget) -> dict[str, int]:
     names = {task: suite_task(config.suite, task).name for task in config.tasks}
     with exclusive(config.out):
         check_settings(config)
-        have = {task: workers.finished(config.out, name) for task, name in names.items()}
-        batches = workers.batched(config.episodes, have, BATCH)
-        total = config.episodes * len(names)
         faults = Faults(f"finished episodes are kept in {config.out}; the same command goes on")
+        have = workers.finished_by_task(config.out, names, faults)
+        batches = workers.batched(config.episodes, have, BATCH)
+        total = config.episodes * len(have)
         with workers.worker_pool(config.num_workers) as pool, workers.progress_bar() as bar:
             left = sum(len(indices) for _, indices in batches)
             shown = bar.add_task(f"rollouts, driven by {config.driver}", total=total, completed=total - left)
@@ -102,8 +102,8 @@ def roll_out(config: RolloutConfig, make_target: MakeTarget) -> dict[str, int]:
                 for index, fault in failed:
                     faults.failed(f"{names[jobs[job]]} episode {index}", fault)
                 bar.advance(shown, done)
-        counts = {name: merged(config, task, name) for task, name in names.items()}
-    faults.raise_any(f"of {total} rollouts", sum(counts.values()))
+        counts = {names[task]: merged(config, task, names[task]) for task in have}
+    faults.raise_any(f"of {total} rollouts or their files", sum(counts.values()))
     return counts
 
 

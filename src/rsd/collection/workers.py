@@ -18,13 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rsd.checks import between
 from rsd.data.schema import FILE_SUFFIX, DamagedFile, Episode, atomic_file, open_file, stored_names, write_episode
-from rsd.output import attempt, writing
+from rsd.output import Faults, attempt, writing
 from rsd.sim.libero import LiberoEnv
 from rsd.types import RsdError
 
 Workers = Annotated[int, between(1, 4096)]
 PARTS = ".parts"  # folder of part files, in the one of the demonstrations
 FILES_OF_OTHERS = ("config.json", "manifest.json", "tokenizer.json", "training_state.pt", "episodes.jsonl")
+
+
+class OtherSettings(RsdError):
+    """Of a file that was made otherwise: a folder holds demonstrations of one kind."""
 
 
 def check_place(out: Path) -> None:
@@ -97,6 +101,23 @@ def finished(out: Path, name: str) -> set[int]:
     """Indices of a task's episodes that exist, merged or as parts."""
     parts = [part.stem for part in part_files(out / PARTS / name)]
     return {int(demo[5:]) for demo in [*parts, *stored_names(out / f"{name}{FILE_SUFFIX}")]}
+
+
+def finished_by_task(
+    out: Path, names: Mapping[int, str], faults: Faults, check: Callable[[Path], object] = Path.exists
+) -> dict[int, set[int]]:
+    """`finished` of every task; one whose file cannot be read is a fault and left out. check: raises for a file of
+    something else."""
+    have = {}
+    for task, name in names.items():
+        try:
+            check(out / f"{name}{FILE_SUFFIX}")
+            have[task] = finished(out, name)
+        except OtherSettings:
+            raise
+        except RsdError as error:
+            faults.failed(f"{name}{FILE_SUFFIX}", str(error))
+    return have
 
 
 def part_files(folder: Path) -> list[Path]:

@@ -31,7 +31,9 @@ from rsd.types import RsdError
 
 FORMAT_VERSION = 1
 FILE_SUFFIX = "_demo.hdf5"
+ANEW = "Copy it anew, or move it away and run the collection again (finished parts are kept)."
 SPOTS = "obs/spots"  # float32 [frames, n, 2]: where the third-person camera sees the things of the attribute `asks`
+LARGEST = 1e6  # of an action or a state, whatever its unit
 IMAGE_KEYS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of rsd.types.CAMERAS
 
 
@@ -137,10 +139,7 @@ def open_file(path: Path) -> Iterator[h5py.File]:
         found = "an empty one" if not begin else "a pointer of Git LFS; run `git lfs pull`"
         if begin and begin != b"version ":
             found = f"one that is cut off or damaged, or of another kind ({error})"
-        raise DamagedFile(
-            f"{where}: expected a complete HDF5 file, found {found}. Copy it anew, or move it away and run the "
-            "collection again (finished parts are kept)."
-        ) from error
+        raise DamagedFile(f"{where}: expected a complete HDF5 file, found {found}. {ANEW}") from error
     with file:
         yield file
 
@@ -181,6 +180,8 @@ def numbers(group: h5py.Group, name: str, steps: int | None, width: int, where: 
             array: NDArray[np.float32] = dataset[()].astype(np.float32)
     if not np.isfinite(array).all():
         raise RsdError(f"{where}: expected finite numbers in {name}, found NaN or infinity")
+    if (largest := float(np.abs(array).max())) > LARGEST:
+        raise RsdError(f"{where}: expected numbers up to {LARGEST:g} in {name}, found {largest:g}")
     return array
 
 
@@ -279,7 +280,7 @@ def merge(path: Path, parts: list[Path], attributes: Mapping[str, Any], provenan
             with open_data(path) as present:
                 for name in demo_names(present):
                     if name not in fresh:
-                        present.copy(name, data)
+                        _copy(present, name, data)
         for name, part in fresh.items():
             with open_file(part) as file:
                 file.copy(file[name], data, name=name)
@@ -292,3 +293,14 @@ def merge(path: Path, parts: list[Path], attributes: Mapping[str, Any], provenan
     for part in parts:
         part.unlink()
     return len(names)
+
+
+def _copy(present: h5py.Group, name: str, data: h5py.Group) -> None:
+    """Raises DamagedFile where it cannot be read; the rest is for who writes."""
+    try:
+        present.copy(name, data)
+    except (OSError, KeyError, RuntimeError) as error:
+        if "errno" in str(error):
+            raise
+        where = f"demonstrations {present.file.filename}, {name}"
+        raise DamagedFile(f"{where}: not readable ({error!s:.200}): {ANEW}") from error

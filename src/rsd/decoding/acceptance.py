@@ -248,7 +248,7 @@ def requantise(code: Rfsq, value: Tensor, drafted: Tensor, kept: Tensor) -> tupl
     config, residual, decoded, symbols = code.config, value, torch.zeros_like(value, dtype=torch.float32), []
     stands = torch.ones_like(value, dtype=torch.bool)
     for level in range(1, config.levels + 1):
-        digit = code.digit(residual, level)
+        digit = code.digit(residual, level, finite=False)
         if level <= drafted.shape[1]:
             proposed = (drafted[:, level - 1] - config.half).to(value.dtype)
             left = residual - proposed * code.step(level)

@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from rsd.checks import (
     Sha256,
     Share,
     Some,
+    Where,
     above,
     between,
     check_shape,
@@ -54,12 +56,14 @@ from rsd.types import ACTION_DIM, RsdError, Steps
 
 FORMAT_VERSION = 3
 FILE_NAME = "skip_calibration.json"
+SCORE: Final = "expected_deviation_mm"
 LEVER_METRES = 0.1  # a turn counts as what it moves this far from the grip site: a held object's far end
 BLOCK = 256  # thresholds tested at once
 
 Amount = Annotated[int, between(1, 1e6)]
 Proper = Annotated[float, within(0, 1)]
 Epsilon = Annotated[float, above(0, 1e6)]
+Names = Annotated[str, Where(re.compile(r"\w+(,\w+)*").fullmatch, "that is names with commas between")]
 Test = Literal["hoeffding-bentkus", "betting"]
 Floats = NDArray[np.floating]
 Bools = NDArray[np.bool_]
@@ -93,8 +97,8 @@ class SkipPromise(Checked):
     max_skips: Amount
     memory_chunks: Amount
     skips_per_agreement: Amount | None = None
-    score: str
-    suites: str
+    score: Literal["expected_deviation_mm"]
+    suites: Names
     acceptance: str
     weights_sha256: Sha256
 

@@ -242,10 +242,25 @@ def openvla_chunk(config: EvalConfig, directory: Path) -> int:
     return settings.resolve(directory).chunk or 1
 
 
+def check_motion(config: EvalConfig) -> None:
+    """Raises RsdError where a planned task's thing or destination cannot slide: every worker would find out."""
+    from rsd.sim.motion import moving
+    from rsd.sim.suites import is_permuted, scene_file
+
+    for suite in config.suites:
+        if is_permuted(suite):  # asks for another thing at every reset
+            continue
+        for task in config.task_ids(suite, [number for number, _, _ in libero_tasks(suite)]):
+            scene = scene_file(suite, task)
+            moving(config.motion, scene.goal[0], scene.objects, f"{suite} task {task}")
+
+
 def ready(config: EvalConfig) -> None:
     """The cheap checks, and what every worker would find out: options that this checkpoint cannot do, late answers of
     a policy that has no tail to go on with."""
     preflight(config)
+    if config.motion != "none":
+        check_motion(config)
     if config.lerobot:  # one process for all workers
         foreign.address(foreign.alone(config) if config.drafter else config)
     if config.served or foreign.is_foreign(config):  # its first chunk shows it

@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from rsd.checkpoint import facts_of, read_content, weights_hash
-from rsd.decoding.calibration import FILE_NAME, SkipCalibration, SkipPromise, episodes_needed, executed, fit_threshold
+from rsd.decoding.calibration import (
+    FILE_NAME,
+    SCORE,
+    SkipCalibration,
+    SkipPromise,
+    episodes_needed,
+    executed,
+    fit_threshold,
+)
 from rsd.decoding.gate import SkipRule
 from rsd.evaluation.backend import LIBERO, Backend, describe_checkpoint
 from rsd.evaluation.bench_config import CalibrateConfig
@@ -29,7 +37,6 @@ from rsd.options import DecodeOptions, resolve
 from rsd.sim.failures import WatchedLibero
 from rsd.types import RsdError
 
-SCORE = "expected_deviation_mm"
 FAR = 1e6  # mm
 MOST_ERRORS = 0.05  # of the rollouts; what is left out of more of them could be what deviates
 FIRST_PLACEMENT = 1_000_000  # placement seeds of the calibration: one a trial

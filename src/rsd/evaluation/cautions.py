@@ -22,6 +22,7 @@ def cautions(config: EvalConfig) -> list[str]:
     directory = locate_checkpoint(config.policy)
     content = json.loads((directory / CONFIG_FILE).read_text())
     found = [*unseen_tasks(config, content), *odd_sizes(content), *unpromised_suites(config, directory)]
+    found += long_memory(config, content, directory)
     if config.control_hz not in (0.0, CONTROL_HZ):
         taught = f"it was taught at {CONTROL_HZ:g} actions a second"
         found.append(f"--control-hz {config.control_hz:g}: {taught}, which is LIBERO's rate")
@@ -71,7 +72,7 @@ def unseen_tasks(config: EvalConfig, content: dict[str, Any]) -> Iterable[str]:
 
 def odd_sizes(content: dict[str, Any]) -> Iterable[str]:
     """The simulator draws as large as the policy looks, so that is to be what it was trained on."""
-    size, trained = content["policy"].get("target", {}).get("image_size"), trained_on(content)[2]
+    size, trained = section(section(content, "policy"), "target").get("image_size"), trained_on(content)[2]
     if size is not None and trained and size not in trained:
         yield f"looks at images of {size} pixels, trained on {', '.join(map(str, sorted(trained)))}"
 
@@ -86,3 +87,16 @@ def unpromised_suites(config: EvalConfig, directory: Path) -> Iterable[str]:
     if beyond := [suite for suite in config.suites if suite not in calibrated]:
         found = f"calibrated for {', '.join(calibrated)}, not for {', '.join(beyond)}, where it promises nothing"
         yield f"rsd-skip: {found}; --audit tells the risk there, `rsd calibrate` makes a promise"
+
+
+def long_memory(config: EvalConfig, content: dict[str, Any], directory: Path) -> Iterable[str]:
+    """Where `rsd-skip` lets the drafter attend to what is older than anything it was trained to remember."""
+    from rsd.checkpoint import load_calibration
+
+    trained = section(content, "provenance", "training").get("remembered_chunks")
+    if config.decode != "rsd-skip" or not isinstance(trained, int):
+        return
+    calibrated = config.skip_threshold_mm is None
+    asked = load_calibration(directory).memory_chunks if calibrated else config.memory_chunks
+    if asked is not None and asked > trained:
+        yield f"its drafter was trained to remember 1 to {trained} chunks, asked to remember {asked}"

@@ -18,6 +18,7 @@ from rsd.types import (
     COMPILED,
     CUDA_GRAPHS,
     DRAFT_FIRST,
+    DRAFTER_ONLY,
     ONNX,
     RSD_ASYNC,
     Batch,
@@ -202,6 +203,9 @@ class EvalConfig(Checked):
         delayed = bool(self.delay or self.drafter_delay)
         apart = "--control-hz, by whose clock answers come, without virtual delays"
         yield not (self.control_hz and delayed), apart, delays
+        drafted = self.decode in (DRAFT_FIRST, RSD_ASYNC, "rsd-skip", DRAFTER_ONLY, BEST)
+        executes = "a --decode that executes unverified drafts with --drafter-delay"
+        yield not self.drafter_delay or drafted, executes, f"--decode {self.decode}"
         both = self.decode in (DRAFT_FIRST, RSD_ASYNC, "rsd-skip")
         yield not both or self.drafter_delay <= self.delay, "--drafter-delay of at most --delay", delays
         asks = "a --delay, --drafter-delay or --control-hz with --meanwhile"

@@ -15,7 +15,7 @@ from rich.console import Console
 from rsd.collection.target_rollouts import Look, RolloutConfig, roll_out
 from rsd.data.demonstrations import demonstration_files
 from rsd.data.schema import demo_names, open_data, text_attribute
-from rsd.decoding.calibration import SkipCalibration, SkipPromise, episodes_needed, fit_threshold
+from rsd.decoding.calibration import SCORE, SkipCalibration, SkipPromise, episodes_needed, fit_threshold
 from rsd.devices import check_device
 from rsd.evaluation import foreign
 from rsd.evaluation.backend import describe_checkpoint, libero_tasks, rsd_policy, settle
@@ -41,7 +41,6 @@ from rsd.types import Policy, RsdError
 ROLLOUTS, DRAFTER = "rollouts", "drafter"
 FAR = 1e6  # mm: another gripper symbol than the target's
 ROUNDING = 0.1  # mm, of answers that are alike
-SCORE = "expected_deviation_mm"
 TEST: Literal["betting"] = "betting"
 
 

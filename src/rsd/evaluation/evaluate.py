@@ -30,7 +30,7 @@ from rsd.evaluation.results import (
     append_episode,
     drop_cut_off_line,
     encode_record,
-    read_episodes,
+    read_run,
     read_run_record,
     write_atomically,
 )
@@ -43,6 +43,7 @@ from rsd.output import Faults, writing
 from rsd.types import RsdError
 
 ERRORS_FILE = "errors.log"
+BESIDE_A_RUN = (ERRORS_FILE, SUMMARY_FILE, EVAL_INFO_FILE, VIDEOS_DIR, "jobs")  # of one that was begun or submitted
 REMEDY = "choose another --output, or --overwrite to delete it"
 MAX_EQUAL_FAULTS = 5  # episodes in a row that end in the same error
 # A run may go on where these differ: they name the machine, not what computes the result.
@@ -103,8 +104,9 @@ def evaluate(
 
 def sum_up(directory: Path, workers: int, wall_time_s: float) -> RunSummary:
     """Write summary.json and LeRobot's eval_info.json from a directory's episodes."""
-    episodes = list(read_episodes(directory / EPISODES_FILE).values())
-    summary = summarize(read_run_record(directory), episodes, workers, wall_time_s)
+    record, by_key = read_run(directory)
+    episodes = list(by_key.values())
+    summary = summarize(record, episodes, workers, wall_time_s)
     write_atomically(directory / SUMMARY_FILE, encode_record(summary, indent=2) + "\n")
     write_eval_info(directory, episodes)
     return summary
@@ -148,7 +150,7 @@ def open_run(config: EvalConfig, directory: Path, overwrite: bool, console: Cons
         raise RsdError(f"{directory} holds another run ({changed}); {REMEDY}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        episodes = read_episodes(episodes_file)
+        _, episodes = read_run(directory)
     for warning in caught:
         say(console, f"warning: {warning.message}", "yellow")
     drop_cut_off_line(episodes_file)
@@ -162,6 +164,10 @@ def refuse_mixture(directory: Path, shard: bool) -> None:
     if inside and not (directory / CONFIG_FILE).exists():
         found = ", ".join(inside[:5])
         raise RsdError(f"{directory} is a folder of runs ({found}): choose one of them or another --output")
+    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    strange = [name for name in names if not name.startswith((".", "shard-")) and name not in BESIDE_A_RUN]
+    if strange and not {CONFIG_FILE, EPISODES_FILE} & {*names}:
+        raise RsdError(f"{directory}: expected a run, or an empty folder, found {strange[0]}; choose another --output")
     if not shard and (directory.parent / EPISODES_FILE).exists():
         raise RsdError(f"{directory} lies in a run, {directory.parent}; choose another --output")
 

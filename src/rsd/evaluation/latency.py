@@ -27,6 +27,7 @@ from rsd.evaluation.tables import ABSENT, print_table
 from rsd.output import refuse_to_replace, shown
 from rsd.policy import RsdPolicy
 from rsd.sim.libero import LiberoEnv
+from rsd.sim.suites import SuiteTask, suite_tasks
 from rsd.types import EAGER, VERIFY_PENDING, ChunkStats, Observation, RsdError
 from rsd.versions import versions
 
@@ -61,14 +62,18 @@ class LatencyRecord:
         }
 
 
-def observations(suite: str, num_tasks: int, policy: RsdPolicy) -> list[Observation]:
-    """Two real observations of each of the suite's first tasks: at the start, and two chunks into the motion."""
-    from rsd.sim.suites import suite_tasks
-
-    found, tasks = [], suite_tasks(suite)
+def first_tasks(suite: str, num_tasks: int) -> list[SuiteTask]:
+    """So many tasks of a suite; raises RsdError where it has fewer, or is none."""
+    tasks = suite_tasks(suite)
     if num_tasks > len(tasks):
         raise RsdError(f"--num-tasks {num_tasks}: expected 1 to {len(tasks)}, as {suite} has no more")
-    for task in shown(tasks[:num_tasks], "tasks observed", num_tasks):
+    return tasks[:num_tasks]
+
+
+def observations(suite: str, num_tasks: int, policy: RsdPolicy) -> list[Observation]:
+    """Two real observations of each of the suite's first tasks: at the start, and two chunks into the motion."""
+    found, tasks = [], first_tasks(suite, num_tasks)
+    for task in shown(tasks, "tasks observed", num_tasks):
         env = LiberoEnv(suite, task.task_id, policy.image_size)
         try:
             env.reset(options={"init_state": 0})
@@ -84,10 +89,12 @@ def observations(suite: str, num_tasks: int, policy: RsdPolicy) -> list[Observat
 def measure_latency(config: LatencyConfig) -> LatencyRecord:
     """Run the measurement, print the table, write the JSON."""
     refuse_to_replace(config.output, config.overwrite, MARK)
+    first_tasks(config.suite, config.num_tasks)  # before minutes of loading
     torch.set_num_threads(config.threads or available_cores())
     options: dict[str, Any] = {"device": config.device, "engine": config.engine}
     options |= {"acceptance": asked_rule(config.acceptance), "timed_only": True}
-    policies = {name: RsdPolicy.from_pretrained(config.policy, decode=name, **options) for name in config.decode}
+    decoders = shown(config.decode, "decoders loaded", len(config.decode))
+    policies = {name: RsdPolicy.from_pretrained(config.policy, decode=name, **options) for name in decoders}
     first = next(iter(policies.values()))
     seen = observations(config.suite, config.num_tasks, first)
     ceiling = measure_ceiling(first.device)

@@ -20,6 +20,7 @@ from rsd.evaluation.results import (
     RunRecord,
     encode_record,
     read_episodes,
+    read_run,
     read_run_record,
     scored,
     write_atomically,
@@ -90,7 +91,7 @@ def merge_locked(output: Path, shards: Sequence[Path], backend: Backend) -> RunS
         sources.insert(0, output)
     merged: dict[EpisodeKey, EpisodeResult] = {}
     for source in sources:
-        for key, result in read_episodes(source / EPISODES_FILE).items():
+        for key, result in read_run(source)[1].items():
             earlier = merged.get(key)
             if earlier is None or earlier.is_error:
                 merged[key] = result

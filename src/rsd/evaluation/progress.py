@@ -15,8 +15,10 @@ from rsd.evaluation.tables import plural, say
 
 
 def last_line(log: str) -> str:
-    """What a traceback says in the end."""
-    return log.strip().splitlines()[-1] if log.strip() else "error"
+    """What a traceback says in the end: all that follows its last line of source, on one line."""
+    lines = log.strip().splitlines()
+    ends = [number for number, line in enumerate(lines, 1) if line.startswith("  ")]
+    return " ".join(" ".join(lines[ends[-1] if ends else -1 :]).split())[:500] or "error"
 
 
 class EpisodeProgress:

@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rsd import former
-from rsd.checks import Count, Said, Some, Time
+from rsd.checks import Count, Said, Some, Time, checked
 from rsd.chunks import longest_stage
 from rsd.decoding.course import Whose
-from rsd.evaluation.config import stored_config
+from rsd.evaluation.config import EvalConfig, planned_tasks, stored_config
 from rsd.json_files import from_json, parse_object, read_object, shown
 from rsd.json_files import write_atomically as write_atomically
+from rsd.locks import LOCK_FILE
 from rsd.output import writing
 from rsd.types import RsdError
 
@@ -31,6 +32,7 @@ CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
 STEP_LIMIT = "step limit"
 ERROR_PREFIX = "error: "
+EDITED = "it was edited, or holds another run's; put back what `rsd eval` wrote, or run it again"
 
 Record = TypeVar("Record")
 EpisodeKey = tuple[str, int, int]
@@ -58,7 +60,7 @@ class EpisodeResult:
     suite: Said
     task_id: Count
     task_name: Said
-    instruction: str
+    instruction: Said
     init_state: Count
     seed: int
     decode: Said
@@ -105,6 +107,7 @@ class EpisodeResult:
                 self.failure in ("", STEP_LIMIT) or self.is_error
             ),
             "a success without a step or a chunk": self.success and not (self.steps and self.chunks),
+            "more prefills or drafts than chunks": max(self.prefills, self.num_drafts) > self.chunks,
             "a stage of a chunk longer than its total": any(
                 longest_stage(dict(zip(self.latency_ms, chunk, strict=True))) for chunk in stages
             ),
@@ -134,6 +137,27 @@ class RunRecord:
     policy: dict[str, Any]
     planned: Count = 0
 
+    def check(self, episodes: Collection[EpisodeResult], where: Path) -> None:
+        """Raises RsdError where there are more episodes than planned, or one that its options do not ask for."""
+        options = stored_config(self.config, f"{where / CONFIG_FILE}", older=True)
+        tasks, states = planned_tasks(options.tasks), frozenset(options.states)
+        for episode in episodes:
+            asked = tasks.get(episode.suite, tasks.get("", [episode.task_id]))
+            compared = (
+                ("task_suite", episode.suite, episode.suite in options.suites),
+                ("tasks", f"task {episode.task_id}", episode.task_id in asked),
+                ("num_trials", f"initial state {episode.init_state}", episode.init_state in states),
+                ("seed", f"seed {episode.seed}", episode.seed == options.seed),
+                ("decode", episode.decode, episode.is_error or episode.decode == options.decode),
+            )
+            for name, found, agrees in compared:
+                if name in self.config and not agrees:
+                    asked_for = f"{name} {shown(self.config[name])} of {CONFIG_FILE}"
+                    raise RsdError(f"{where}: expected episodes by {asked_for}, found one of {found}; {EDITED}")
+        if self.planned and len(episodes) > self.planned:
+            planned = f"the {self.planned} episodes planned by {CONFIG_FILE}"
+            raise RsdError(f"{where}: expected {planned}, found {len(episodes)}; {EDITED}")
+
 
 def decode_record(kind: type[Record], text: str | bytes, where: str) -> Record:
     """Parse one JSON object written by `encode_record`; raises RsdError naming `where` for anything else."""
@@ -155,10 +179,15 @@ def encode_record(record: Any, indent: int | None = None) -> str:
 
 def read_run_record(directory: Path) -> RunRecord:
     path = directory / CONFIG_FILE
+    if not path.exists() and (directory / LOCK_FILE).exists():
+        raise RsdError(f"{directory}: another run is beginning here, or ended too early; wait, or begin it again")
     if not path.exists():
         raise RsdError(f"{directory}: not a results directory: it has no {CONFIG_FILE}; write one with `rsd eval`")
     record = record_of(RunRecord, read_object(path, "a results directory"), str(path))
-    stored_config(record.config, str(path), older=True)
+    options = stored_config(record.config, str(path), older=True)
+    # of older runs, which had other options, it cannot be made again
+    if record.config.keys() == {field.name for field in fields(EvalConfig)} and record.config_hash != options.hash:
+        raise RsdError(f"{path}: expected the config_hash of its options, found {shown(record.config_hash)}; {EDITED}")
     return record
 
 
@@ -177,13 +206,13 @@ def read_episodes(path: Path) -> dict[EpisodeKey, EpisodeResult]:
     Warns (UserWarning) and leaves out a last line without its newline: that line was cut off.
     Raises RsdError for every other defect.
     """
-    if not path.exists():
+    if not checked(Path, path, "episodes").exists():
         return {}
     if not path.is_file():  # reading a pipe would wait for ever
         raise RsdError(f"{path}: expected a file, found something else")
     *lines, rest = path.read_bytes().split(b"\n")
     if rest:
-        warnings.warn(f"{path}: the last line is cut off; its episode will be run again", stacklevel=2)
+        warnings.warn(f"{path}: the last line is cut off and left out; `rsd eval` runs its episode again", stacklevel=2)
     episodes: dict[EpisodeKey, EpisodeResult] = {}
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
@@ -196,6 +225,13 @@ def read_episodes(path: Path) -> dict[EpisodeKey, EpisodeResult]:
     if len(decoders := {episode.decode for episode in scored(episodes.values())}) > 1:
         raise RsdError(f"{path}: expected the episodes of one run, found some of {' and '.join(sorted(decoders))}")
     return episodes
+
+
+def read_run(directory: Path) -> tuple[RunRecord, dict[EpisodeKey, EpisodeResult]]:
+    """A run's record and its episodes, held against each other; raises RsdError."""
+    record, episodes = read_run_record(directory), read_episodes(directory / EPISODES_FILE)
+    record.check(episodes.values(), directory)
+    return record, episodes
 
 
 def drop_cut_off_line(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.checks import Checked, Share, between
+from rsd.checks import Checked, Rules, Share, between
 
 Steps = Annotated[int, between(1, 1000)]
 
@@ -41,6 +41,10 @@ class NoiseConfig(Checked):
     """Shortest and longest push."""
     push_size: tuple[Share, Share] = (0.4, 1.0)
     """Smallest and largest length of a push (position part)."""
+
+    def rules(self) -> Rules:
+        for name, pair in (("--noise.push-steps", self.push_steps), ("--noise.push-size", self.push_size)):
+            yield pair[0] <= pair[1], f"{name} with the smaller one first", pair
 
 
 class ActionNoise:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rsd.checks import told
@@ -28,7 +28,7 @@ from rsd.json_files import read_versioned
 from rsd.legacy.config import ImportLegacyConfig
 from rsd.manifest import file_sha256
 from rsd.output import writing
-from rsd.pt_files import read_pt
+from rsd.pt_files import read_pt, save_tensors
 from rsd.targets.openvla.policy import OpenVlaPolicy
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.training.dataset import chunk_targets
@@ -343,7 +343,7 @@ class LegacyDecoder:
         state = nn.ModuleDict(parts).state_dict()
         assert self.autoencoder.scales is not None
         weights = {**state, "scales": self.autoencoder.scales}
-        save_file({name: value.contiguous() for name, value in weights.items()}, directory / WEIGHTS_FILE)
+        save_tensors({name: value.contiguous() for name, value in weights.items()}, directory / WEIGHTS_FILE)
         settings = {"format_version": FORMAT_VERSION, "layernorm": self.autoencoder.layernorm, **content}
         (directory / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from rsd.checks import checked
 from rsd.models.config import PolicyConfig
 from rsd.models.feature_drafter import FeatureDrafter
 from rsd.models.target import BlockTarget, TargetModel
@@ -25,6 +26,7 @@ class RsdModel(nn.Module):
     @classmethod
     def of(cls, config: PolicyConfig, tokenizer: ActionTokenizer) -> RsdModel:
         """The compact models of these sizes, with random weights."""
+        config = checked(PolicyConfig, config, "RsdModel.of: config")
         sizes = code_sizes(tokenizer)
         target = TargetModel(config.target, *sizes)
         feature_drafter = FeatureDrafter(config.feature_drafter, *sizes, config.target.dim)
@@ -34,7 +36,7 @@ class RsdModel(nn.Module):
 
 def code_sizes(tokenizer: ActionTokenizer) -> tuple[RfsqConfig, int, int]:
     """The code, steps of a chunk and motion scalars of a step; `RsdError` unless the models can learn the code."""
-    config = tokenizer.config
+    config = checked(ActionTokenizer, tokenizer, "policy: tokenizer").config
     if (grippers := len(config.binary)) != 1:
         raise RsdError(f"policy: expected a tokenizer with one gripper, found {grippers} binary dimensions")
     return config.rfsq, config.horizon, tokenizer.motion_dim

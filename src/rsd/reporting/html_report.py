@@ -25,7 +25,7 @@ from rsd.evaluation.results import EpisodeResult, write_atomically
 from rsd.evaluation.summary import success_rate, summarize_decoding, summarize_tasks
 from rsd.evaluation.tables import ABSENT, plural
 from rsd.evaluation.video import VIDEOS_DIR, video_name
-from rsd.output import writing
+from rsd.output import refuse_to_replace, writing
 from rsd.reporting import strips
 from rsd.reporting.figures import FIGURES, SERIES, STAGE_COLOURS, draw_all, save, themed_svg
 from rsd.reporting.tables import (
@@ -45,6 +45,7 @@ from rsd.reporting.tables import (
 from rsd.types import RsdError
 
 REPORT_FILE, FIGURES_DIR = "report.html", "figures"
+WRITTEN_BY, MADE_BY = b"Written by rsd-vla", b"Matplotlib"  # in what an earlier report may be replaced by its mark
 Videos = Literal["embed", "link", "none"]
 Labels = dict[tuple[str, int], str]  # of `task_labels`
 # Lighter than SERIES and STAGE_COLOURS: the same hues on a dark page.
@@ -66,11 +67,13 @@ class Shown:
     src: str = ""
 
 
-def write_report(directories: Sequence[Path], output: Path | None = None, videos: Videos = "embed") -> Path:
+def write_report(
+    directories: Sequence[Path], output: Path | None = None, videos: Videos = "embed", overwrite: bool = False
+) -> Path:
     """Write the page and its figures; returns the page's path.
 
     output: default `report.html` in the run's directory, or in the directory that all the runs share.
-    videos: inside the page, linked relative to it, or left out.
+    videos: inside the page, linked relative to it, or left out. overwrite: replace files that are no report's.
     Raises RsdError where a directory is no run, or runs share no episode.
     """
     directories = run_directories(directories)
@@ -82,8 +85,12 @@ def write_report(directories: Sequence[Path], output: Path | None = None, videos
         raise RsdError(f"--output {output}: expected the name of an HTML file, found a directory")
     elif output.suffix.lower() not in (".html", ".htm"):
         raise RsdError(f"--output {output}: expected a name that ends in .html; another file would be written over")
+    refuse_to_replace(output, overwrite, WRITTEN_BY)
     figures = draw_all(runs)
     folder = output.parent / FIGURES_DIR
+    for name in figures:
+        for suffix in (".svg", ".pdf"):
+            refuse_to_replace(folder / f"{name}{suffix}", overwrite, MADE_BY)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ def inspect(path: str, console: Console, keys: bool = False, provenance: bool = 
     anything else. keys, provenance: of a checkpoint, every tensor and all that is known of its making."""
     runs = run_directories([Path(path)]) if Path(path).is_dir() else []
     if all((run / RUN_CONFIG).is_file() and (run / EPISODES_FILE).is_file() for run in runs) and runs:
+        if asked := [option for option, given in (("--keys", keys), ("--provenance", provenance)) if given]:
+            raise RsdError(f"{' and '.join(asked)}: expected a checkpoint beside it, found the run {path}")
         show_runs(runs, console)
         return
     from rsd.checkpoint import WEIGHTS_FILE, locate_checkpoint
@@ -40,8 +44,11 @@ def print_rows(console: Console, heading: str, rows: Rows) -> None:
         return
     say(console, f"\n{heading}", "bold")
     width = max(len(name) for name, _ in rows)
+    room = max(20, console.width - width - 4)
     for name, value in rows:
-        say(console, f"  {name.ljust(width)}  {value}")
+        lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
+        for label, line in zip([name, *[""] * len(lines)], lines, strict=False):
+            say(console, f"  {label.ljust(width)}  {line}")
 
 
 def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: bool) -> None:
@@ -49,12 +56,13 @@ def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: b
     from rsd.checkpoint import BACKBONE, CONFIG_FILE, checkpoint_hash, read_content
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
+    print(f"reading {directory}", file=sys.stderr)
     content = read_content(directory)
     tokenizer, made = ActionTokenizer.load(directory), section(content, "provenance")
     config, weights = (openvla_parts if BACKBONE in content else compact_parts)(directory, content, tokenizer)
     code = tokenizer.config.rfsq
     say(console, str(directory), "bold")
-    say(console, f"sha256 of {CONFIG_FILE}: {checkpoint_hash(directory)}")
+    say(console, f"sha256 of {CONFIG_FILE}:\n  {checkpoint_hash(directory)}")
     sizes: Counter[str] = Counter()
     for name, value in weights.items():
         sizes[name.split(".")[0]] += value.numel()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from rsd.checks import checked, each_once, shown
+from rsd.checks import Count, checked, each_once
 from rsd.evaluation.acceptance import acceptance_rows
 from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import planned_states
@@ -18,11 +18,11 @@ from rsd.evaluation.realtime import Motion
 from rsd.evaluation.results import (
     CONFIG_FILE,
     EPISODES_FILE,
+    SUMMARY_FILE,
     EpisodeKey,
     EpisodeResult,
     RunRecord,
-    read_episodes,
-    read_run_record,
+    read_run,
     scored,
 )
 from rsd.evaluation.statistics import PairedDifference, paired_difference
@@ -34,6 +34,7 @@ from rsd.evaluation.summary import (
     summarize_decoding,
 )
 from rsd.evaluation.tables import ABSENT, markdown, percent, plural, print_table
+from rsd.json_files import read_object
 from rsd.reporting.archive import located
 from rsd.types import RsdError
 
@@ -96,19 +97,34 @@ class Run:
 def load_run(directory: Path) -> Run:
     """Read and check a results directory; raises RsdError if it is none or holds no counted episode."""
     folder = located(directory)
-    record = read_run_record(folder)
-    results = list(read_episodes(folder / EPISODES_FILE).values())
+    record, by_key = read_run(folder)
+    results = list(by_key.values())
     episodes = scored(results)
     if not episodes:
         raise RsdError(f"{directory}: no finished episode; run the `rsd eval` command that made it again")
-    suites = [name.strip() for name in str(record.config.get("task_suite", episodes[0].suite)).split(",")]
-    if odd := next((episode.suite for episode in episodes if episode.suite not in suites), None):
-        raise RsdError(f"{directory}: expected episodes of {', '.join(suites)}, found one of {shown(odd)}")
+    check_summary(folder, results)
     temperature = record.config.get("temperature", 0.0)
     how = ", ".join(filter(None, [episodes[0].acceptance, f"temperature {temperature:g}" if temperature else ""]))
     decode = episodes[0].decode
     broken = [result for result in results if result.is_error]
     return Run(f"{decode} ({how})" if how else decode, directory, record, episodes, broken)
+
+
+def check_summary(directory: Path, results: Sequence[EpisodeResult]) -> None:
+    """Raises RsdError where summary.json, made after the episodes, has counted more of them, or others."""
+    path = directory / SUMMARY_FILE
+    if not path.exists():
+        return
+    summary = read_object(path, "a results directory")
+    success = summary.get("success")
+    of_success = success.get("successes") if isinstance(success, dict) else None
+    name = f"{path}, which only sums up {EPISODES_FILE} (delete it): episodes, errors, successes"
+    counted: list[int] = checked(list[Count], [summary.get("episodes"), summary.get("errors"), of_success], name)
+    found = [len(results), sum(e.is_error for e in results), sum(e.success for e in results)]
+    if counted[0] > found[0] or (counted[:2] == found[:2] and counted != found):
+        held, had = (f"{part[2]} successes of {plural(part[0], 'episode')}" for part in (found, counted))
+        remedy = f"`rsd eval --resume {directory}` runs what is missing and counts again"
+        raise RsdError(f"{directory}: expected the {had} that {path.name} counted, found {held}; {remedy}")
 
 
 def run_directories(paths: Sequence[Path]) -> list[Path]:

@@ -69,7 +69,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self, suite: str, task_id: int, image_size: int = 256, cameras: bool = True, fast: bool = True
     ) -> None:
         self.task = suite_task(suite, task_id)
-        image_size = checked(ImageSize, image_size, "image_size")
+        image_size, cameras = checked(ImageSize, image_size, "image_size"), checked(bool, cameras, "cameras")
         self.metadata, self.render_mode = {"render_modes": ["rgb_array"], "render_fps": 20}, "rgb_array"
         self.suite, self.image_size, self.cameras, self.fast = suite, image_size, cameras, fast
         self.instruction = self.task.language
@@ -197,6 +197,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
 
     def render(self) -> NDArray[np.uint8]:
         """gymnasium's rgb_array: the third-person camera's present picture, upright, uint8 [S, S, 3]."""
+        self._observation_dict()
         return rotate_180(self.draw()[0])
 
     def close(self) -> None:
@@ -244,9 +245,9 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         "on" an object: above it, in contact, centres within 3 cm horizontally; "in" a region: origin within its box.
         """
         states = self.simulation.object_states_dict
-        for name in names:
-            if name not in states:
-                raise RsdError(f"object: found the unknown name {name!r}, known are {', '.join(sorted(states))}")
+        unknown = [name for name in names if name not in states] if names else ["nothing"]
+        if unknown:
+            raise RsdError(f"object: found the unknown name {unknown[0]!r}, known are {', '.join(sorted(states))}")
         return bool(self.simulation._eval_predicate([predicate, *names]))
 
     def sim_state(self) -> NDArray[np.float64]:
@@ -297,7 +298,9 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         return np.stack([0.5 - right / 2, 0.5 - up / 2], axis=1).astype(np.float32)
 
     def latest(self) -> Mapping[str, Any]:
-        """robosuite's observables as of the last step (`robot0_eef_pos`, `agentview_image`, ...)."""
+        """robosuite's observables as of the last step (`robot0_eef_pos`, ...); RsdError before a reset, or closed."""
+        if not self._latest or self._control is None:
+            raise RsdError("observation: expected a reset before the first observation, of an environment not closed")
         return self._latest
 
     @property
@@ -307,7 +310,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
 
     def proprio(self) -> NDArray[np.float32]:
         """The 8-d state as of the last step."""
-        latest = self._latest
+        latest = self.latest()
         return state_vector(latest["robot0_eef_pos"], latest["robot0_eef_quat"], latest["robot0_gripper_qpos"])
 
     # -- inside ---------------------------------------------------------------------------------------------------
@@ -469,9 +472,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         return dict(simulation._get_observations())
 
     def _observation_dict(self) -> dict[str, NDArray[Any]]:
-        if not self._latest:
-            raise RsdError("observation: expected a reset before the first observation")
-        latest = self._latest
+        latest = self.latest()
         found: dict[str, NDArray[Any]] = {"state": self.proprio()}
         if self.cameras:
             for name, sim_name in SIM_CAMERAS.items():

@@ -3,6 +3,7 @@ of them jumps aside once; or the thing is taken out of the gripper once and stan
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from rsd.conventions import CONTROL_HZ
 if TYPE_CHECKING:
     from rsd.sim.libero import LiberoEnv
 
-THING, JUMP, PUSH_OUT = "thing", "jump", "push-out"
+THING, DESTINATION, JUMP, PUSH_OUT = "thing", "destination", "jump", "push-out"
 REACH = 0.08  # m from where it started, at which it turns round
 JUMP_STEPS = (5, 50)  # control steps of an episode, in one of which something jumps
 ASIDE, PUSHED = (0.06, 0.12), (0.06, 0.20)  # m from where it was to where it jumps, or from the hand
@@ -61,24 +62,15 @@ class Mover:
     def __init__(self, env: LiberoEnv, motion: Motion, rng: np.random.Generator) -> None:
         """Raises RsdError where what is to move is fixed to the scene."""
         self._env, self._motion, self._rng = env, motion, rng
-        goal, objects = env.goal[0], env.simulation.objects_dict
-        found, extents = list[Thing | None](), boxes(env)
-        for asked in (goal[1], goal[-1]):
-            names = [name for name in objects if asked == name or asked.startswith(f"{name}_")]
-            found.append(Thing(env, max(names, key=len), extents) if names else None)
-        self.thing, self.destination = found[0], found[-1] if goal[1] != goal[-1] else None
+        objects, extents = env.simulation.objects_dict, boxes(env)
+        found = moving(motion.what, env.goal[0], objects, f"{env.suite} task {env.task.task_id}")
+        self.thing, self.destination = (None if name is None else Thing(env, name, extents) for name in found)
         roots = [int(env.model.body_rootid[env.simulation.obj_body_id[name]]) for name in objects]
         self.floor = min((float(extents[root][0, 2]) for root in roots), default=0.0)  # on which something stands
 
     def step(self) -> None:
         """Before each control step."""
         raise NotImplementedError
-
-    def needed(self, thing: Thing | None, asked: str) -> Thing:
-        if thing is not None:
-            return thing
-        found = f"{asked} of {self._env.suite} task {self._env.task.task_id}, which is fixed to the scene"
-        raise RsdError(f"--motion {self._motion.what}: expected something that can slide, found {found}")
 
     def touched(self, thing: Thing) -> bool:
         simulation = self._env.simulation
@@ -108,8 +100,9 @@ class Slide(Mover):
 
     def __init__(self, env: LiberoEnv, motion: Motion, rng: np.random.Generator) -> None:
         super().__init__(env, motion, rng)
-        first = motion.what == THING
-        self.moved = self.needed(self.thing if first else self.destination, env.goal[0][1 if first else -1])
+        moved = self.thing if motion.what == THING else self.destination
+        assert moved is not None  # `moving` has seen to it
+        self.moved = moved
         angle = rng.uniform(0.0, 2.0 * np.pi)
         self._along = np.array([np.cos(angle), np.sin(angle)])
         self._steps, self._ended = 0, False
@@ -126,8 +119,6 @@ class Jump(Mover):
 
     def __init__(self, env: LiberoEnv, motion: Motion, rng: np.random.Generator) -> None:
         super().__init__(env, motion, rng)
-        if self.destination is None:
-            self.needed(self.thing, env.goal[0][1])
         self.moment, self._steps, self._ours, self.happened = int(rng.integers(*JUMP_STEPS)), 0, False, False
 
     def step(self) -> None:
@@ -144,7 +135,8 @@ class PushOut(Mover):
 
     def __init__(self, env: LiberoEnv, motion: Motion, rng: np.random.Generator) -> None:
         super().__init__(env, motion, rng)
-        self.moved = self.needed(self.thing, env.goal[0][1])
+        assert self.thing is not None  # `moving` has seen to it
+        self.moved = self.thing
         self._after, self._held, self.happened = int(rng.integers(*HELD_STEPS)), 0, False
 
     def step(self) -> None:
@@ -159,6 +151,22 @@ def mover(env: LiberoEnv, motion: Motion, state: int) -> Mover:
     """What moves in the episode that has just begun at that initial state."""
     kinds: dict[str, type[Mover]] = {JUMP: Jump, PUSH_OUT: PushOut}
     return kinds.get(motion.what, Slide)(env, motion, np.random.default_rng([motion.seed, env.task.task_id, state]))
+
+
+def moving(what: str, goal: Sequence[str], objects: Collection[str], where: str) -> tuple[str | None, str | None]:
+    """A goal's thing and destination, each if it is an object that can be put elsewhere; raises RsdError where what a
+    motion is to move is fixed to the scene."""
+    names = [
+        max((name for name in objects if asked == name or asked.startswith(f"{name}_")), key=len, default=None)
+        for asked in (goal[1], goal[-1])
+    ]
+    thing, destination = names[0], names[1] if goal[1] != goal[-1] else None
+    able = {THING: thing, JUMP: thing or destination, PUSH_OUT: thing}.get(what, destination)
+    if able is None:
+        asked = goal[-1] if what == DESTINATION else goal[1]
+        found = f"{asked} of {where}, which is fixed to the scene"
+        raise RsdError(f"--motion {what}: expected something that can slide, found {found}; leave the task out")
+    return thing, destination
 
 
 def offset(motion: Motion, steps: int) -> float:

@@ -103,6 +103,7 @@ class SceneFile:
     start: tuple[Predicate, ...]
     goal: tuple[Predicate, ...]
     regions: dict[str, Region]
+    objects: tuple[str, ...] = ()  # what is not fixed to the scene
 
     @classmethod
     def read(cls, path: Path) -> SceneFile:
@@ -112,7 +113,9 @@ class SceneFile:
         sections = dict(zip(parts[1::2], parts[2::2], strict=True))
         if not {"regions", "init", "goal"} <= sections.keys():
             raise RsdError(f"{path}: expected (:regions, (:init and (:goal, found {sorted(sections)}")
-        return cls(_predicates(sections["init"]), _predicates(sections["goal"]), _regions(sections["regions"]))
+        objects = tuple(re.findall(r"\w+_\d+", sections.get("objects", "")))
+        start, goal = _predicates(sections["init"]), _predicates(sections["goal"])
+        return cls(start, goal, _regions(sections["regions"]), objects)
 
 
 def is_permuted(suite: str) -> bool:

@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from rsd.checks import ImageSize, checked, shown
@@ -74,6 +74,14 @@ def find_class(spec: str) -> Any:
         raise RsdError(f"policy {spec}: expected a class {name} in {where}, found {found}")
     if missing := [method for method in ("reset", "predict") if not callable(getattr(kind, method, None))]:
         raise RsdError(f"policy {spec}: expected the methods reset() and predict(observation), found no {missing[0]}")
+    for method, given in (("reset", ()), ("predict", (None,))):
+        function = inspect.getattr_static(kind, method)
+        if isinstance(function, FunctionType):
+            try:
+                inspect.signature(function).bind(kind, *given)
+            except TypeError as error:
+                found = f"{method}{inspect.signature(function)}"
+                raise RsdError(f"policy {spec}: expected reset() and predict(observation), found {found}") from error
     return kind
 
 
@@ -98,7 +106,7 @@ def _module(where: str) -> ModuleType:
         if not where.endswith(".py"):
             return importlib.import_module(where)
         return _of_file(path.resolve())
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself, without `if __name__ == "__main__"`
         found = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
         raise RsdError(f"policy {where}: cannot be imported ({found}); RSD_DEBUG=1 shows where") from error
 

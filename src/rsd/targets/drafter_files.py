@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from safetensors.torch import save_file
-
 from rsd import manifest
 from rsd.checkpoint import check_fit, read_weights, require_finite
 from rsd.checks import Checked, Millimetres, Share, above
@@ -18,6 +16,7 @@ from rsd.manifest import file_sha256
 from rsd.models.bundle import code_sizes
 from rsd.models.config import StandaloneDrafterConfig
 from rsd.models.standalone_drafter import StandaloneDrafter
+from rsd.pt_files import save_tensors
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import MAX_SKIPS, Chunks, RsdError
 
@@ -85,7 +84,7 @@ def save_models(model: StandaloneDrafter, tokenizer: ActionTokenizer, stored: St
     directory.mkdir(parents=True, exist_ok=True)
     halves = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
     require_finite(halves, directory)
-    save_file(halves, directory / WEIGHTS_FILE)
+    save_tensors(halves, directory / WEIGHTS_FILE)
     tokenizer.save(directory)
     stored.save(directory)
 

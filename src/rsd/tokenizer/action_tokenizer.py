@@ -11,15 +11,16 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rsd import hub
 from rsd.checks import between, checked
 from rsd.devices import check_device
 from rsd.exact import integers, reals
+from rsd.json_files import write_atomically
 from rsd.manifest import file_sha256
 from rsd.output import writing
+from rsd.pt_files import save_tensors
 from rsd.tokenizer.config import OVER_TIME, EncodeStatistics, TokenizerConfig
 from rsd.tokenizer.files import (
     FORMAT_VERSION,
@@ -236,9 +237,9 @@ class ActionTokenizer:
         with writing(directory, SafetensorError):
             weights.unlink(missing_ok=True)  # of a tokenizer that lay here before
             if self.config.transform == "pca":
-                save_file({"matrix": self.matrix.cpu().contiguous()}, weights)
+                save_tensors({"matrix": self.matrix.cpu().contiguous()}, weights)
                 content["sha256"] = file_sha256(weights)
-            (directory / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
+        write_atomically(directory / FILE_NAME, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> ActionTokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -15,6 +16,13 @@ Levels = Annotated[int, between(1, 1024)]
 Symbols = Annotated[int, between(3, 1023), Where(lambda count: count % 2, "that is odd")]
 Rho = Annotated[float, above(1, 1023)]
 
+MOST_REDUCED = 1e30  # the first step by the last, which float32 has to hold
+
+
+def finest_step(code: RfsqConfig | TokenizerConfig) -> bool:
+    """Whether the last level's step is a number that float32 has."""
+    return (code.levels - 1) * math.log(code.rho) <= math.log(MOST_REDUCED)
+
 
 @dataclass(frozen=True)
 class RfsqConfig(Checked):
@@ -26,6 +34,7 @@ class RfsqConfig(Checked):
 
     def rules(self) -> Rules:
         yield self.rho <= self.symbols, f"rho of at most {self.symbols}, the symbols", self.rho
+        yield finest_step(self), f"levels and rho with rho**(levels - 1) of at most {MOST_REDUCED:g}", self.levels
 
     @property
     def half(self) -> int:
@@ -85,6 +94,7 @@ class TokenizerConfig(Checked):
     def rules(self) -> Rules:
         pairs, count = self.binary_values, len(self.binary)
         yield self.rho <= self.symbols, f"rho of at most {self.symbols}, the symbols", self.rho
+        yield finest_step(self), f"levels and rho with rho**(levels - 1) of at most {MOST_REDUCED:g}", self.levels
         yield len(pairs) in (0, count), f"{count} pairs of binary values, or none", len(pairs)
         yield all(low < high for low, high in pairs), "the lower binary value first", pairs
         largest = max((abs(value) for pair in pairs for value in pair), default=0.0)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rsd.checks import Checked, between, told
+from rsd.checks import Checked, between, checked, told
 from rsd.json_files import check_version, from_json, read_object
 from rsd.manifest import file_sha256
 from rsd.tokenizer.config import EncodeStatistics, TokenizerConfig
@@ -31,6 +31,7 @@ STUDY_FIELDS: dict[str, Any] = {"bits": 0, "refine": False, "active": None}
 UNUSED_FIELDS = ("channels", "learn")  # were of those codes
 WEIGHTS_FILE = "tokenizer.safetensors"
 REMEDY = "fit it again"
+MOST_ACTION = 1e8  # of a robot without a limit; a range may be wider than the actions
 Limits = list[Annotated[float, between(-1e9, 1e9)]]
 
 
@@ -60,6 +61,8 @@ def read_tokenizer_json(path: Path) -> StoredTokenizer:
         if {**config, **content}.get(name, unused) != unused:
             raise RsdError(f"{path}: {name}: a code of studies/tokenizers, which no policy reads; {REMEDY}")
     if config:
+        checked(Annotated[int, between(1, 1024)], config.get("channels", 1), f"{path}: field config.channels")
+        checked(dict[str, Any], config.get("learn", {}), f"{path}: field config.learn")
         known = {name: value for name, value in config.items() if name not in (*STUDY_FIELDS, *UNUSED_FIELDS)}
         content = {**content, "config": known}
     return from_json(StoredTokenizer, content, str(path), ignore=("format_version", "active"))

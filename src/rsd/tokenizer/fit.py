@@ -12,6 +12,7 @@ from torch import Tensor
 from rsd.checks import real_array
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, binary_dimensions
 from rsd.tokenizer.config import OVER_TIME, TokenizerConfig
+from rsd.tokenizer.files import MOST_ACTION
 from rsd.tokenizer.transforms import principal_components, transform_matrix
 from rsd.types import RsdError
 
@@ -51,11 +52,10 @@ def prepare(chunks: np.ndarray, config: TokenizerConfig, learned: bool) -> Prepa
     if len(chunks) < needed:
         raise RsdError(f"tokenizer fit: expected at least {needed} chunks, found {len(chunks)}")
     largest = float(np.abs(motion).max())
-    if config.limit and largest > config.limit:
-        raise RsdError(
-            f"tokenizer fit: expected actions within +-{config.limit:g} (--tokenizer.limit), found {largest:g}; give "
-            "the robot's own limit, or 0 for none"
-        )
+    if largest > (limit := config.limit or MOST_ACTION):
+        remedy = "give the robot's own limit, or 0 for none" if config.limit else "convert them"
+        found = f"expected actions within +-{limit:g} (--tokenizer.limit), found {largest:g}"
+        raise RsdError(f"tokenizer fit: {found}; {remedy}")
     low, high = dimension_range(motion, config)
     half_width = (high - low) / 2
     scale = torch.where(half_width > STILL / 2, half_width, torch.ones_like(half_width))

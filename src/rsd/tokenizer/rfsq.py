@@ -48,9 +48,10 @@ class Rfsq:
         """D_1 .. D_L."""
         return [self.step(level) for level in range(1, self.config.levels + 1)]
 
-    def digit(self, residual: Tensor, level: int) -> Tensor:
-        """The digit in -(K-1)/2..(K-1)/2 that `level` gives to `residual` [..., P], as a float tensor."""
-        half = self.config.half
+    def digit(self, residual: Tensor, level: int, finite: bool = True) -> Tensor:
+        """The digit in -(K-1)/2..(K-1)/2 that `level` gives to `residual` [..., P], as a float tensor. finite: refuse
+        NaN and infinity, else NaN stays NaN (of a model's numbers, which are checked where they leave)."""
+        half, residual = self.config.half, reals("residual", residual, finite=finite, wait=False)
         return torch.round(residual / self.step(level)).clamp(-half, half)
 
     def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,9 @@ class TrainPolicyConfig(Training):
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def rules(self) -> Rules:
+        yield self.init or self.loop.steps, "--loop.steps of at least 1 without --init", "0"
+        doubts = "--policy.target.whole-block with --loss.counterfactual, which judges whole drafts"
+        yield self.policy.target.whole_block or not self.loss.counterfactual, doubts, "none"
         yield self.init or not self.init_matching, "--init with --init-matching", "none"
         yield self.init_matching or not self.init_fresh, "--init-matching with --init-fresh", "none"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,11 @@ from rsd.data.paraphrase import paraphrases
 from rsd.models.target import state_features
 from rsd.models.text import word_ids
 from rsd.models.vision import unit_images
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.config import Augmentation
 from rsd.types import RsdError
 
+MOST_BEYOND = 10  # times a tokenizer's range: actions without a limit that lie further out are in other units
 MOST_ASKED = 12  # sentences that a frame is kept with
 WORDINGS = 32  # per instruction, sampled anew for every frame
 
@@ -194,6 +196,34 @@ class FrameDataset:
             asked = self.words[self.asks[even, which], wording[::2]], self.spots[even, which]
         words, chunk = self.words[self.task[frames], wording], self.chunk[frames]
         return Batch(pixels, state, words, chunk, paired, asked, self.execute, self.episode[frames])
+
+
+def held_against(tokenizer: ActionTokenizer, demonstrations: Iterable[Demonstration]) -> Iterator[Demonstration]:
+    """The demonstrations; `RsdError` for labels that the code could only clip, and gripper symbols it would guess."""
+    tokenizer = tokenizer.to("cpu")
+    limit = tokenizer.config.limit * 1.001 or MOST_BEYOND  # LeRobot data sets of LIBERO hold 1.0002
+    for demonstration in demonstrations:
+        labels = torch.from_numpy(demonstration.labels)
+        if labels.shape[1] != tokenizer.action_dim:
+            raise _unfit(demonstration, f"{tokenizer.action_dim} numbers an action", str(labels.shape[1]))
+        motion, binary = (labels[:, index] for index in (tokenizer.motion_index, tokenizer.binary_index))
+        size = motion if tokenizer.config.limit else (motion - tokenizer.centre) / tokenizer.scale
+        if (beyond := size.abs() > limit).any():
+            given = tokenizer.config.limit
+            whose = f"+-{given:g}, the tokenizer's limit" if given else f"{limit} times the tokenizer's range"
+            raise _unfit(demonstration, f"actions within {whose}", f"{float(size[beyond][0]):g}")
+        low, high = tokenizer.binary_low, tokenizer.binary_high
+        if (odd := (binary != low) & (binary != high)).any():
+            row, column = odd.nonzero()[0].tolist()
+            which = f"dimension {int(tokenizer.binary_index[column])}"
+            expected = f"{which} to be {low[column]:g} or {high[column]:g}, as the tokenizer has it"
+            raise _unfit(demonstration, expected, f"{float(binary[row, column]):g}")
+        yield demonstration
+
+
+def _unfit(demonstration: Demonstration, expected: str, found: str) -> RsdError:
+    remedy = "they are in other units, or need a tokenizer of their own (rsd tokenizer fit)"
+    return RsdError(f"{demonstration.source}, {demonstration.episode}: expected {expected}, found {found}; {remedy}")
 
 
 def memory_bytes(device: torch.device) -> int:

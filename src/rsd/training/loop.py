@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from rsd.data.schema import FILE_SUFFIX
 from rsd.environment import variable
 from rsd.extras import extra
 from rsd.locks import exclusive
@@ -33,6 +34,7 @@ from rsd.types import RsdError
 from rsd.versions import versions
 
 STATE_FILE, CHECKPOINT = "training_state.pt", "checkpoint"
+OF_OTHERS = ("config.json", "manifest.json", "tokenizer.json", "episodes.jsonl")  # names of files of no training
 CLOCK_STEPS = 20  # how often the processes ask the first one for its clock, and whether it was told to stop
 SHOW_SECONDS, LINE_SECONDS = 1.0, 60.0  # between updates of the bar, and between lines of the log
 
@@ -268,8 +270,11 @@ class State:
         state |= {"step": step, "spent": spent, "config": json.dumps(self.resolved, sort_keys=True)}
         partial = self.path.with_suffix(".partial")
         with writing(self.path):
-            torch.save(state, partial)
-            partial.replace(self.path)  # a kill leaves either the old state or the new one
+            try:
+                torch.save(state, partial)
+                partial.replace(self.path)  # a kill leaves either the old state or the new one
+            finally:
+                partial.unlink(missing_ok=True)
 
     def resume(self) -> tuple[int, float]:
         """Restore the parts, where there is a file -> steps done and seconds spent."""
@@ -304,8 +309,12 @@ class State:
 
 
 def check_state(config: Trains, **also: object) -> None:
-    """`RsdError` for a run folder with the state of another run, before anything is loaded; also: as to
-    `train_and_save`."""
+    """`RsdError` for a run folder with the state of another run, or with what is none, before anything is loaded; also:
+    as to `train_and_save`."""
+    names = sorted(path.name for path in config.output.glob("*"))
+    if found := next((name for name in names if name in OF_OTHERS or name.endswith(FILE_SUFFIX)), None):
+        what = f"expected a folder of its own, found {found} in it, of something else"
+        raise RsdError(f"--output {config.output}: {what}; choose another one")
     State(config.output / STATE_FILE, {}, {**describe(config), **also}).read()
 
 

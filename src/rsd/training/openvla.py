@@ -34,7 +34,7 @@ from rsd.targets.openvla.statistics import Bounds, Statistics
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
 from rsd.training.config import TrainOpenVlaConfig
-from rsd.training.dataset import Augmentation, Batch, FrameDataset, random_colour, random_shift
+from rsd.training.dataset import Augmentation, Batch, FrameDataset, held_against, random_colour, random_shift
 from rsd.training.loop import check_state, one_run_a_folder, train_and_save
 from rsd.training.losses import policy_losses
 from rsd.training.policy import episode_numbers, join, load_folders
@@ -55,8 +55,8 @@ class Survey:
     states: NDArray[np.float32]
 
 
-def survey(folders: Iterable[Path]) -> Survey:
-    everything = list(load_folders(folders, images=False))
+def survey(folders: Iterable[Path], tokenizer: ActionTokenizer) -> Survey:
+    everything = list(held_against(tokenizer, load_folders(folders, images=False)))
     states = [demonstration.state[:: demonstration.image_every] for demonstration in everything]
     instructions = list(dict.fromkeys(demonstration.instruction for demonstration in everything))
     together = np.concatenate([np.zeros((0, STATE_DIM), np.float32), *states])
@@ -208,7 +208,7 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
     check_state(config, base_fingerprint=belongs)
     tokenizer = ActionTokenizer.load(config.tokenizer).to(device)
     executed_steps(config.execute, tokenizer.config.horizon, "--execute")
-    seen, rank = survey(config.data), parallel.rank()
+    seen, rank = survey(config.data, tokenizer), parallel.rank()
     mine, held_out = episode_numbers(len(seen.frames), config.validation_every, rank, parallel.world_size())
     sizes, prompt, normalisation = observing(config, base, seen), Prompt(base), read_normalisation(base)
 

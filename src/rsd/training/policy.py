@@ -25,7 +25,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
 from rsd.training import parallel
 from rsd.training.config import DEFAULT_TOKENIZER, TrainDrafterConfig, TrainPolicyConfig
-from rsd.training.dataset import Batch, FrameDataset
+from rsd.training.dataset import Batch, FrameDataset, held_against
 from rsd.training.loop import check_state, one_run_a_folder, train_and_save
 from rsd.training.losses import TargetRun, draft_losses, policy_losses, visual_drafter_losses, visual_total
 from rsd.training.validation import validate
@@ -138,8 +138,8 @@ def load_frames(
 ) -> tuple[FrameDataset, FrameDataset]:
     """What is trained on and what is held out, all of it checked; paired: batches will be of pairs of frames,
     a number of chunks apart of which `execute` steps are executed."""
-    parts = split(load_folders(config.data, image_size=image_size), config.validation_every)
-    horizon = tokenizer.config.horizon
+    everything = held_against(tokenizer, load_folders(config.data, image_size=image_size))
+    parts, horizon = split(everything, config.validation_every), tokenizer.config.horizon
     asking = config.loss.grounding > 0
     training, validation = (FrameDataset(part, horizon, device, image_size, execute, asking) for part in parts)
     training.check(config.loop.batch_size, config.remembered_chunks if paired else None, config.augment)

@@ -21,7 +21,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.config import TokenizerConfig
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.training.config import Augmentation, LoopConfig, LossConfig
-from rsd.training.dataset import Batch, FrameDataset, chunk_targets
+from rsd.training.dataset import Batch, FrameDataset, chunk_targets, held_against
 from rsd.training.loop import check_state, one_run_a_folder, train_and_save
 from rsd.training.losses import draft_losses, visual_total
 from rsd.training.policy import data_provenance, load_folders, resolve_device, split
@@ -72,7 +72,7 @@ def _train(
     check_state(config)
     tokenizer = tokenizer.to(device)
     horizon, size = tokenizer.config.horizon, config.drafter.image_size
-    parts = split(load_folders(config.data, image_size=size), config.validation_every)
+    parts = split(held_against(tokenizer, load_folders(config.data, image_size=size)), config.validation_every)
     dataset, validation = (FrameDataset(part, horizon, device, size, paired=False) for part in parts)
     dataset.check(config.loop.batch_size, None, config.augment)
     print(f"{dataset.episodes} rollouts, {len(dataset)} frames; held out {validation.episodes}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,9 @@ def demonstration_chunks(data: Sequence[Path], horizon: int) -> tuple[np.ndarray
     widths = sorted({label.shape[1] for label in labels})
     if len(widths) > 1:
         raise RsdError(f"{where}: expected actions of one size, found {' and '.join(map(str, widths))} numbers")
+    if (longest := max(map(len, labels))) < horizon:
+        padded = f"every chunk repeats its demonstration's last action: none has more than {longest} steps"
+        print(f"warning: --tokenizer.horizon {horizon}: {padded}", file=sys.stderr)
     every = -(-sum(map(len, labels)) // MOST_CHUNKS)
     return np.concatenate([chunk_targets(label, horizon)[::every] for label in labels]), len(labels)
 
@@ -45,8 +49,6 @@ def train_tokenizer(config: TrainTokenizerConfig) -> ActionTokenizer:
     refuse_to_replace(config.output / FILE_NAME, config.overwrite)
     chunks, demonstrations = demonstration_chunks(config.data, config.tokenizer.horizon)
     tokenizer = ActionTokenizer.fit(chunks, config.tokenizer)
-    with writing(config.output, SafetensorError):
-        tokenizer.save(config.output)
     chunk = torch.from_numpy(chunks[:: max(1, len(chunks) // 20_000)])
     tokens = tokenizer.encode(chunk)
     print(f"{demonstrations} demonstrations, {len(chunks)} chunks; first step {tokenizer.first_step:.4f}")
@@ -58,6 +60,8 @@ def train_tokenizer(config: TrainTokenizerConfig) -> ActionTokenizer:
         error = (tokenizer.decode(tokens, levels) - chunk).index_select(-1, tokenizer.motion_index).abs()
         mean, worst = float(error.mean()), float(error.max())
         print(f"levels 1..{levels}: mean error {mean:.5f}, max {worst:.4f} (action units)")
+    with writing(config.output, SafetensorError):  # only what has encoded and decoded
+        tokenizer.save(config.output)
     clipped = tokenizer.calibration
     print(f"beyond the code's reach: {100 * clipped.clipped_share:.4f} % of the coefficients, clipped")
     print(f"tokenizer: {config.output}; next: rsd train policy --tokenizer {config.output} --data DIR")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rsd.models.config import LoraConfig
+from rsd.pt_files import save_tensors
 from rsd.targets.openvla.loading import Slot, slots
 from rsd.targets.openvla.model import OpenVlaModel
 from rsd.targets.openvla.published import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -99,7 +99,7 @@ class Adapter:
                 targets.append(module)
                 tensors[f"base_model.model.{module}.lora_A.weight"] = a.clone()
                 tensors[f"base_model.model.{module}.lora_B.weight"] = b[slot.start : slot.start + slot.shape[0]].clone()
-        save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         settings = {
             "peft_type": "LORA",
             "base_model_name_or_path": base,

@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rsd.checkpoint import BACKBONE, OPENVLA, WEIGHTS_FILE, load_weights, parse_config, require_finite, write_content
@@ -29,6 +28,7 @@ from rsd.models.text import word_ids
 from rsd.models.visual_drafter import VisualDrafterConfig
 from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions
 from rsd.policy import SpeculativePolicy, TextCache
+from rsd.pt_files import save_tensors
 from rsd.targets.openvla.images import tower_pixels
 from rsd.targets.openvla.loading import load_openvla, merge_adapter
 from rsd.targets.openvla.lora import Adapter
@@ -233,7 +233,7 @@ def save_openvla_rsd(
     weights = {name: value.detach().float().cpu().contiguous() for name, value in added.state_dict().items()}
     updates = {f"{ADAPTER_DIR} {name}": value for name, value in adapter.updates.state_dict().items()}
     require_finite({**weights, **updates}, directory)
-    save_file(weights, directory / WEIGHTS_FILE)
+    save_tensors(weights, directory / WEIGHTS_FILE)
     adapter.save(directory / ADAPTER_DIR, named)
     tokenizer.save(directory)
     files = (WEIGHTS_FILE, TOKENIZER_FILE, f"{ADAPTER_DIR}/{ADAPTER_CONFIG}", f"{ADAPTER_DIR}/{ADAPTER_WEIGHTS}")

@@ -1,0 +1,145 @@
+"""Options that contradict themselves or do nothing where they stand: refused before anything begins.
+
+A new fault of the kind is a new row.
+"""
+
+import errno
+import json
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refusals import check, tree
+from rsd import manifest
+from rsd.data.demonstrations import ActionEpisode
+from rsd.decoding.calibration import FILE_NAME, SkipCalibration
+from rsd.evaluation.progress import last_line
+from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.training.tokenizer import demonstration_chunks
+from rsd.types import RsdError
+
+COUNTERFACTUAL = "--loss.counterfactual 0.3 --tokenizer t --output out"
+OPTIONS = {
+    "expert run --seeds 1 1": "--seeds to name each once, found 1 1",
+    "expert run --video v.txt": "--video to name a file that ends in .mp4, found v.txt",
+    "demos collect --out out --states-only --image-size 64": "--image-size without --states-only, which draws nothing",
+    "train policy --loop.steps 0 --output out": "--loop.steps of at least 1 without --init, found 0",
+    f"train policy {COUNTERFACTUAL}": "--policy.target.whole-block with --loss.counterfactual",
+    "serve --statistics nothing --port 0": "--statistics: expected a checkpoint in OpenVLA's format beside it, found",
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_refused_at_the_start(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(command.replace(" out", f" {tmp_path}/out").split(), OPTIONS[command], tmp_path, capsys)
+
+
+OTHERS = ["tokenizer.json", "config.json", "episodes.jsonl", "open_it_demo.hdf5"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("training", ["policy", "drafter"])
+def test_a_training_among_files_of_something_else(
+    training: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).touch()
+    command = ["train", training, "--output", tmp_path, "--device", "cpu"]
+    check(command, f"expected a folder of its own, found {name} in it", tmp_path, capsys)
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_what_was_there(
+    tokenizer: ActionTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text[:100].encode())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    tokenizer.save(tmp_path)
+    before = tree(tmp_path)
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(RsdError, match="cannot be written"):
+        tokenizer.save(tmp_path)
+    assert tree(tmp_path) == before
+
+
+CALIBRATION: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "suites": (lambda c: c.update(suites=""), "suites: expected names with commas between, found ''"),
+    "suites-gap": (lambda c: c.update(suites="libero_10,,x"), "suites: expected"),
+    "score": (lambda c: c.update(score="entropy"), "score: expected one of expected_deviation_mm, found 'entropy'"),
+}
+
+
+@pytest.mark.parametrize("case", CALIBRATION)
+def test_a_calibration_of_something_else(case: str, tmp_path: Path) -> None:
+    change, expected = CALIBRATION[case]
+    content = json.loads(Path("checkpoints/libero_spatial", FILE_NAME).read_text())
+    change(content)
+    (tmp_path / FILE_NAME).write_text(json.dumps(content))
+    with pytest.raises(RsdError, match=expected):
+        SkipCalibration.load(tmp_path)
+
+
+def test_a_folder_in_the_place_of_a_checkpoints_file_is_not_overlooked(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    manifest.seal(tmp_path)
+    (tmp_path / FILE_NAME).mkdir()
+    with pytest.raises(RsdError, match=f"{FILE_NAME}: came later than manifest.json"):
+        manifest.verify(tmp_path)
+    with pytest.raises(RsdError, match=f"{FILE_NAME}: expected a file, found a folder"):
+        manifest.seal(tmp_path)
+
+
+def test_a_run_has_no_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.json", "episodes.jsonl"):
+        (tmp_path / name).touch()
+    check(["inspect", tmp_path, "--keys"], "--keys: expected a checkpoint beside it, found the run", tmp_path, capsys)
+
+
+@pytest.mark.parametrize(("field", "value"), [("channels", -16), ("channels", "16"), ("learn", 3)])
+def test_unused_fields_of_a_tokenizer_are_what_they_were(
+    field: str, value: Any, tokenizer: ActionTokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["config"][field] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(RsdError, match=f"field config.{field}: expected"):
+        ActionTokenizer.load(tmp_path)
+
+
+def raised(error: Exception) -> str:
+    try:
+        raise error
+    except type(error):
+        return traceback.format_exc()
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (raised(ValueError("a\nb\nTraceback (most recent call last): x")), "ValueError: a b Traceback (most"),
+        (raised(RsdError("one line")), "RsdError: one line"),
+        ("the worker died", "the worker died"),
+        ("", "error"),
+    ],
+)
+def test_an_attempt_is_told_with_its_type_and_all_that_it_says(log: str, expected: str) -> None:
+    assert expected in last_line(log)
+    assert "\n" not in last_line(log)
+
+
+def test_chunks_longer_than_all_demonstrations_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "rsd.training.tokenizer.action_episodes", lambda _: [ActionEpisode("x", np.zeros((40, 7), np.float32))]
+    )
+    demonstration_chunks([tmp_path], 60)
+    assert "none has more than 40 steps" in capsys.readouterr().err
+    demonstration_chunks([tmp_path], 8)
+    assert "warning" not in capsys.readouterr().err
