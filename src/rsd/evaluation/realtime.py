@@ -75,8 +75,8 @@ class Pace:
     """One episode's turns, as fast as possible: the simulator rests while the policy computes, and the other way round.
 
     A context: leaving it, nothing is under way any more. stats: one a chunk, complete as soon as what was left of it is
-    done. motions: one a chunk, if known. executed: a chunk's actions, float32 [n, 7]; seen: the images before it; sources:
-    whose each of them is, letters of `decoding.course`, where time counts.
+    done. motions: one a chunk, if known. executed: a chunk's actions, float32 [n, 7]; seen: the images before it;
+    sources: whose each of them is, letters of `decoding.course`, where time counts.
     """
 
     def __init__(self) -> None:
