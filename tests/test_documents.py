@@ -9,7 +9,6 @@ import pytest
 
 from rsd import former
 from studies import permuted_suites_page
-from studies.permuted_page import permuted_table
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMER = {new: old for old, new in former.DECODERS.items()}  # in these raw results
@@ -55,10 +54,9 @@ def test_a_table_of_successes_is_that_of_the_raw_results(name: str) -> None:
 
 def test_the_tables_of_the_permuted_scenes_are_rows_of_those_made_from_the_raw_results() -> None:
     text = (ROOT / "docs" / "results.md").read_text().split("## Permuted scenes")[1].split("\n## ")[0]
-    _, driven, third, suites, _ = re.split(r"^### .*$", text, flags=re.MULTILINE)
+    _, driven, _, suites, _ = re.split(r"^### .*$", text, flags=re.MULTILINE)
     made = {
         driven: permuted_suites_page.table(ROOT / "results" / "permuted_dagger", ("after", "after_more")),
-        third: permuted_table(ROOT / "results" / "permuted_object_3"),
         suites: permuted_suites_page.table(ROOT / "results" / "permuted_suites"),
     }
     for section, table in made.items():
