@@ -117,7 +117,7 @@ def test_a_checkpoint_is_shown(checkpoint: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_run_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    directory = write_run(tmp_path / "run", "rsd", {2}, 40.0, range(3))
+    directory = write_run(tmp_path / "run", "rsd", {2}, 40.0, range(3), trials=2)
     failed = episode(2, 1, success=False, failure="step limit", failure_detail="never moved")
     append_episode(directory / "episodes.jsonl", failed)
     append_episode(directory / "episodes.jsonl", episode(1, 1, success=False, failure="error: worker hung"))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -98,6 +99,27 @@ def test_a_run_is_no_shard_of_itself_and_no_shard_counts_twice(whole: Path, shar
         with pytest.raises(RsdError, match="output and shards: expected each once"):
             merge_shards(whole, shards)
     assert (whole / "episodes.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "message"),
+    [
+        ("shard-1-of-2", "shard-x-of-y", "x-of-y: expected the shard that its name says, found --shard 1/2; name what"),
+        ("whole", "shard-0-of-3", "shard-0-of-3: expected the shard that its name says, found a whole run"),
+        ("shard-0-of-1", "shard-0-of-1", "expected shards of one division, found of 1 and of 2"),
+    ],
+)
+def test_shards_are_what_their_names_say(
+    config: EvalConfig, whole: Path, sharded: Path, part: str, name: str, message: str
+) -> None:
+    if part == "shard-0-of-1":
+        (only,) = shard_configs(replace(config, output=str(sharded)), 1)
+        write(only)
+    else:
+        shutil.copytree(whole if part == "whole" else sharded / part, sharded / name)
+    with pytest.raises(RsdError, match=message):
+        merge_shards(sharded)
+    assert not (sharded / EPISODES_FILE).exists()
 
 
 def test_an_error_gives_way_to_a_result_from_wherever(whole: Path, sharded: Path) -> None:

@@ -43,12 +43,26 @@ def merge_shards(output: Path, shards: Sequence[Path] = (), backend: Backend = L
     """
     output = checked(Path, output, "merge: output")
     shards = checked(list[Path] | tuple[Path, ...], shards, "merge: shards")
-    shards = shards or [part for part in sorted(output.glob(SHARD_PATTERN)) if (part / CONFIG_FILE).exists()]
+    shards = shards or begun_shards(output)
     if not shards:
         raise RsdError(f"{output}: holds no {SHARD_PATTERN} with results; name the shards' directories")
     each_once("output and shards", (output, *shards))
     with exclusive(output):
         return merge_locked(output, shards, backend)
+
+
+def begun_shards(output: Path) -> list[Path]:
+    """All `shard-i-of-n` directories in `output` that have begun; raises RsdError where one is not what its name says,
+    or they are parts of different divisions."""
+    found = [part for part in sorted(output.glob(SHARD_PATTERN)) if (part / CONFIG_FILE).exists()]
+    for part in found:
+        shard = str(read_run_record(part).config.get("shard", ""))
+        if part.name != f"shard-{shard.replace('/', '-of-')}":
+            is_of = f"--shard {shard}" if shard else "a whole run"
+            raise RsdError(f"{part}: expected the shard that its name says, found {is_of}; name what to merge")
+    if len(counts := {part.name.rpartition("-")[2] for part in found}) > 1:
+        raise RsdError(f"{output}: expected shards of one division, found of {' and of '.join(sorted(counts))}")
+    return found
 
 
 def missing_parts(output: Path, backend: Backend = LIBERO) -> str:
