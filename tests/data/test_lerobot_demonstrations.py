@@ -149,8 +149,22 @@ EXPORTS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "there-already": (lambda folder: hdf5(folder.parent / "out") and hdf5(folder), [], "out: exists already"),
     "twice": (hdf5, ["lerobot:DATA"], "expected each once"),
     "odd-size": (lambda folder: hdf5(folder, side=65), ["--images", "mp4"], "with an even number of pixels, found 65"),
+    "lerobot:": (lambda folder: hdf5(folder), ["lerobot:"], "lerobot:: expected the folder of a LeRobot data set"),
+    "open-wide": (lambda folder: opened(hdf5(folder)), [], ": expected the state to be position 3 (m)"),
     "another-size": (lambda folder: hdf5(folder) and hdf5(folder.parent / "b", side=16), ["B"], "64 px as before"),
 }
+
+
+def opened(folder: Path) -> None:
+    """Fingers further apart than LIBERO's reach."""
+    with h5py.File(min(folder.iterdir()), "a") as file:
+        next(iter(file["data"].values()))["obs/gripper_states"][:] = 0.3
+
+
+def test_an_output_has_no_address(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = hdf5(tmp_path / "data")
+    command = ["demos", "export", "--data", str(source), "--output", f"lerobot:{tmp_path}/out"]
+    check(command, "expected --output of a folder whose path has no colon, found 'lerobot:", tmp_path, capsys)
 
 
 @pytest.mark.parametrize("case", EXPORTS)

@@ -56,6 +56,8 @@ class Rows:
 def located(path: str | Path) -> tuple[Path, bool]:
     """The folder that an option names, and whether it is to be read as a LeRobot data set."""
     text = str(path)
+    if text == PREFIX:
+        raise RsdError(f"{PREFIX}: expected the folder of a LeRobot data set behind it, found nothing")
     folder = Path(text.removeprefix(PREFIX)).expanduser()
     return folder, text.startswith(PREFIX) or (folder / INFO).is_file()
 

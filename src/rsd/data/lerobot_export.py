@@ -27,7 +27,7 @@ from rsd.conventions import CONTROL_HZ
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
 from rsd.data.lerobot import EPISODE, FRAME, INFO, OWN, TASK, TASKS, located
 from rsd.data.lerobot_images import VIDEO
-from rsd.data.lerobot_libero import CAMERA_KEYS, EXECUTED, STATE_KEYS
+from rsd.data.lerobot_libero import CAMERA_KEYS, EXECUTED, STATE_KEYS, check_state
 from rsd.data.lerobot_stats import Statistics
 from rsd.extras import extra
 from rsd.json_files import write_atomically
@@ -63,6 +63,7 @@ class ExportConfig(Checked):
 
     def rules(self) -> Rules:
         yield self.data, "at least one folder of --data", "none"
+        yield ":" not in str(self.output), "--output of a folder whose path has no colon", self.output
 
 
 def export(config: ExportConfig) -> Path:
@@ -97,6 +98,7 @@ def survey(folders: Iterable[Path]) -> bool:
             if each.image_every != 1:
                 found = f"images of every {each.image_every}. step; render again with --every 1"
                 raise RsdError(f"{each.source}, {each.episode}: a LeRobot data set has an image a step, found {found}")
+            check_state(f"{each.source}, {each.episode}: expected the state", each.state)
             differs |= not np.array_equal(each.actions, each.labels)
     return differs
 

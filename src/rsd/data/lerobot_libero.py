@@ -90,7 +90,7 @@ def read_episodes(folder: Path, images: bool, image_size: int = 0, most: int | N
     instructions = instructions_of(folder, rows)
     state, labels = rows.columns[layout.state], rows.columns[layout.action]
     actions = rows.columns[layout.executed] if layout.executed else labels
-    check_state(folder, layout.state, state)
+    check_state(f"LeRobot data set {folder}: expected {layout.state}", state)
     sense = gripper_sense(rows, labels, state)
     check_actions(folder, layout.action, labels, sense)
     read = Pictures(folder, info, rows, layout, image_size) if images else None
@@ -169,10 +169,11 @@ def state_fault(state: NDArray[np.float32]) -> str:
     return "a quaternion in numbers 3 to 6" if quaternion else f"{np.round(state[0], 3).tolist()} in the first frame"
 
 
-def check_state(folder: Path, key: str, state: NDArray[np.float32]) -> None:
+def check_state(expected: str, state: NDArray[np.float32]) -> None:
+    """expected: whose it is, as the error begins."""
     if found := state_fault(state):
-        expected = "position 3 (m), axis-angle 3 (rad) and the gripper's two joint positions (m, within 0.05)"
-        raise RsdError(f"LeRobot data set {folder}: expected {key} to be {expected}, found {found}; convert it")
+        numbers = "position 3 (m), axis-angle 3 (rad) and the gripper's two joint positions (m, within 0.05)"
+        raise RsdError(f"{expected} to be {numbers}, found {found}; convert it")
 
 
 def gripper_sense(rows: Rows, labels: NDArray[np.float32], state: NDArray[np.float32]) -> tuple[float, float] | None:
