@@ -236,6 +236,7 @@ def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
         (OSError("Multiple exceptions: [Errno 111] a, [Errno -2] b"), "Multiple exceptions: a, b"),
         (RuntimeError("IoError: No space left on device (os error 28)"), "IoError: No space left on device"),
         (ValueError("a\n  b"), "a b"),
+        (ValueError("\x1b[31mred"), "?[31mred"),
         (TimeoutError(), "TimeoutError"),
     ],
     ids=str,

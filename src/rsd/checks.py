@@ -161,8 +161,13 @@ def shown(value: Any, most: int = SHOWN) -> str:
 
 def told(error: BaseException, most: int = 300) -> str:
     """What an error of a library says, on one line and without the numbers that the operating system gives them."""
-    text = re.sub(r"\[Errno -?\d+\] | ?\(os error \d+\)", "", " ".join(str(error).split()))
+    text = re.sub(r"\[Errno -?\d+\] | ?\(os error \d+\)", "", one_line(str(error)))
     return text[:most] or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """Somebody else's words, for a terminal: on one line, without codes that would steer it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
 def each_once(what: str, paths: Iterable[str | Path]) -> None:

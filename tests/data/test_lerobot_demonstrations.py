@@ -139,6 +139,12 @@ def test_the_statistics_are_those_of_all_frames(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.ravel(stats["observation.images.image"]["q90"]), lower)
 
 
+def test_another_rate_than_liberos_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "data", replace(ONE, info={"fps": 10}))
+    assert list(load_demonstrations(tmp_path / "data"))
+    assert "10 frames a second, LIBERO's control rate is 20; every frame is taken for a step" in capsys.readouterr().err
+
+
 # what cannot be exported
 
 
@@ -151,6 +157,8 @@ EXPORTS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "odd-size": (lambda folder: hdf5(folder, side=65), ["--images", "mp4"], "with an even number of pixels, found 65"),
     "lerobot:": (lambda folder: hdf5(folder), ["lerobot:"], "lerobot:: expected the folder of a LeRobot data set"),
     "open-wide": (lambda folder: opened(hdf5(folder)), [], ": expected the state to be position 3 (m)"),
+    "radians": (lambda folder: spoilt(hdf5(folder), 0, 3.14), [], "expected actions within +-1 and a gripper of"),
+    "gripper": (lambda folder: spoilt(hdf5(folder), 6, 0.0), [], "expected actions within +-1 and a gripper of"),
     "another-size": (lambda folder: hdf5(folder) and hdf5(folder.parent / "b", side=16), ["B"], "64 px as before"),
 }
 
@@ -159,6 +167,11 @@ def opened(folder: Path) -> None:
     """Fingers further apart than LIBERO's reach."""
     with h5py.File(min(folder.iterdir()), "a") as file:
         next(iter(file["data"].values()))["obs/gripper_states"][:] = 0.3
+
+
+def spoilt(folder: Path, dimension: int, value: float) -> None:
+    with h5py.File(min(folder.iterdir()), "a") as file:
+        next(iter(file["data"].values()))["expert_actions"][2, dimension] = value
 
 
 def test_an_output_has_no_address(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,7 +304,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "video-empty": (file(VIDEO, lambda _: b"", MP4), "file-000.mp4: expected a video that FFmpeg can decode, found"),
     "video-pointer": (file(VIDEO, lambda _: b"version https://git-lfs", MP4), "a video that FFmpeg can decode, found"),
     "video-short": (shorter_film, "expected frames 24..53 for episode 1, found 0 of these 30; download it again"),
-    "video-fps": (lambda folder: write(folder, replace(MP4, info={"fps": 0})), "expected fps in meta/info.json from 1"),
+    "video-fps": (lambda folder: write(folder, replace(MP4, info={"fps": 0})), "expected fps from 1 to 1000000, found"),
     "video-other-fps": (lambda folder: write(folder, replace(MP4, info={"fps": 30})), "as 30 frames a second have it"),
     "episodes-missing": (file(EPISODES, None, MP4), "expected episode 0 in meta/epi"),
     "episodes-odd": (no_time, "file-000.parquet: expected where episode 1 is in the videos, found (1, 0, 0, nan)"),

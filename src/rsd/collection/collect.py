@@ -269,6 +269,7 @@ def collect(config: CollectConfig) -> dict[str, int]:
         have = _made_alike(config, names, faults)
         batches = workers.batched(config.num_demos, have, BATCH)
         total, left = config.num_demos * len(have), sum(len(indices) for _, indices in batches)
+        print(f"{config.suite}: {left} of {total} demonstrations to collect, starting workers", file=sys.stderr)
         merged = {task: len(indices) for task, indices in have.items()}
 
         def merge_of(task: int) -> int:

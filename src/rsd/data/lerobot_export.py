@@ -99,6 +99,10 @@ def survey(folders: Iterable[Path]) -> bool:
                 found = f"images of every {each.image_every}. step; render again with --every 1"
                 raise RsdError(f"{each.source}, {each.episode}: a LeRobot data set has an image a step, found {found}")
             check_state(f"{each.source}, {each.episode}: expected the state", each.state)
+            if not (np.abs(each.labels) <= 1.001).all() or not np.isin(each.labels[:, -1], (-1, 1)).all():
+                found = f"{np.abs(each.labels).max():g} and {np.unique(each.labels[:, -1])[:4].tolist()}"
+                expected = "actions within +-1 and a gripper of -1 or 1"
+                raise RsdError(f"{each.source}, {each.episode}: expected {expected}, found {found}; convert them")
             differs |= not np.array_equal(each.actions, each.labels)
     return differs
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
-from rsd.data.lerobot import EPISODE, TASK, Rows, action_feature, features_of, read_info, read_rows, read_tasks
+from rsd.conventions import CONTROL_HZ, GRIPPER_CLOSE, GRIPPER_OPEN
+from rsd.data.lerobot import EPISODE, INFO, TASK, Rows, action_feature, features_of, read_info, read_rows, read_tasks
 from rsd.data.lerobot_images import KINDS, camera, reduced
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 
@@ -86,6 +86,7 @@ def read_episodes(folder: Path, images: bool, image_size: int = 0, most: int | N
     Raises RsdError for another layout than LIBERO's, data that do not fit it, and damaged files."""
     info = read_info(folder)
     layout = recognise(folder, info)
+    check_rate(folder, info, images)
     rows = read_rows(folder, info, layout.widths)
     instructions = instructions_of(folder, rows)
     state, labels = rows.columns[layout.state], rows.columns[layout.action]
@@ -104,6 +105,16 @@ def read_episodes(folder: Path, images: bool, image_size: int = 0, most: int | N
             pictures = read(part) if read is not None else None
             made = [converted(values[part], sense) for values in (actions, labels)]
             yield LiberoEpisode(int(rows.columns[EPISODE][part.start]), instruction, pictures, state[part], *made)
+
+
+def check_rate(folder: Path, info: Mapping[str, Any], warn: bool) -> None:
+    """RsdError where the rate of frames is no rate; a warning where it is not LIBERO's."""
+    rate = info.get("fps")
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 1 <= rate <= 1e6:
+        raise RsdError(f"{folder / INFO}: expected fps from 1 to 1000000, found {rate!r:.80}; fetch it again")
+    if warn and rate != CONTROL_HZ:
+        said = f"{rate:g} frames a second, LIBERO's control rate is {CONTROL_HZ:g}; every frame is taken for a step"
+        print(f"warning: LeRobot data set {folder}: {said}", file=sys.stderr)
 
 
 def instructions_of(folder: Path, rows: Rows) -> list[str]:

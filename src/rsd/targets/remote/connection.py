@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from rsd.checks import told
+from rsd.checks import one_line, told
 from rsd.extras import extra
 from rsd.types import RsdError
 
@@ -54,7 +54,7 @@ class Connection:
             raise RsdError(f"{self.address}: the connection was lost; a new episode (`reset`) connects anew")
         answer = self._receive()
         if isinstance(answer, str):
-            raise RsdError(f"{self.address}: {answer:.1000}")
+            raise RsdError(f"{self.address}: {one_line(answer):.1000}")
         return answer
 
     def close(self) -> None:
