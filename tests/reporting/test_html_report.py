@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from test_report import write_run
 
 from evaluation.scripted import episode
 from rsd.cli import dispatch
 from rsd.evaluation.results import append_episode
 from rsd.evaluation.video import VIDEOS_DIR, video_name
-from rsd.reporting.figures import INK, MUTED, SERIES, STAGE_COLOURS, STAGES, latency_figure, stage_colour
+from rsd.reporting.figures import INK, MUTED, SERIES, STAGE_COLOURS, STAGES, latency_figure, save, stage_colour
 from rsd.reporting.html_report import DARK_STAGES, write_report
 from rsd.reporting.tables import load_runs
 from rsd.types import RsdError
@@ -239,3 +240,13 @@ def test_a_browser_shows_it(browser: Any, page_file: Path, width: int, scheme: s
     stray = page.evaluate(OVERLAPS, width)
     assert stray == []
     page.close()
+
+
+def test_a_figure_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    other = tmp_path / "episodes.jsonl"
+    other.write_text("theirs")
+    (tmp_path / "success.svg").symlink_to(other)
+    save(Figure(), tmp_path / "success.svg")
+    assert other.read_text() == "theirs"
+    assert not (tmp_path / "success.svg").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"episodes.jsonl", "success.svg", "success.pdf"}

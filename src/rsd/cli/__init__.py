@@ -219,7 +219,7 @@ def find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def print_help(group: str = "") -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(emoji=False, highlight=False, soft_wrap=True)
     names = [name for name in COMMANDS if not group or name.startswith(group + " ")]
     width = max(len(name) for name in names)
     if not group:

@@ -28,7 +28,7 @@ def inspect(arguments: Sequence[str], prog: str) -> int:
     options = parse(InspectArguments, arguments, prog)
     from rsd.reporting import inspection
 
-    inspection.inspect(options.path, Console(highlight=False), options.keys, options.provenance)
+    inspection.inspect(options.path, Console(emoji=False, highlight=False), options.keys, options.provenance)
     return 0
 
 

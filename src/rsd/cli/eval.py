@@ -49,10 +49,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
     from rsd.evaluation.pools import Crew
     from rsd.evaluation.results import write_atomically
-    from rsd.evaluation.tables import plural
+    from rsd.evaluation.tables import plural, say
     from rsd.reporting.tables import load_runs, markdown_table, print_runs
 
-    console = Console(stderr=True)
+    console = Console(emoji=False, stderr=True)
     summaries = []
     warned: set[str] = set()
     with Crew([config for config, _ in planned]) as crew:
@@ -62,16 +62,13 @@ def run(arguments: Sequence[str], prog: str) -> int:
             summaries.append(summary)
             if summary.errors:
                 again = " without --overwrite" if anew else ""
-                console.print(
-                    f"{summary.errors} of {plural(summary.episodes, 'episode')} ended in an error, not counted: see "
-                    f"{config.output_dir / ERRORS_FILE}; the same command{again} runs what is missing",
-                    style="red",
-                    soft_wrap=True,
-                )
+                counted = f"{summary.errors} of {plural(summary.episodes, 'episode')} ended in an error, not counted"
+                where = f"see {config.output_dir / ERRORS_FILE}"
+                say(console, f"{counted}: {where}; the same command{again} runs what is missing", "red")
     directories = [config.output_dir for config, _ in planned]
     if all(summary.success.n for summary in summaries):
         runs = load_runs(directories)
-        print_runs(Console(), runs)
+        print_runs(Console(emoji=False), runs)
         if options.compare and options.config.output:
             write_atomically(options.config.output_dir / COMPARISON_FILE, markdown_table(runs))
     console.print("results: " + ", ".join(map(str, directories)), soft_wrap=True, highlight=False)

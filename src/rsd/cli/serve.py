@@ -108,7 +108,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         raise UsageError(f"--statistics: {expected}, found {config.policy}, which has its own; leave it out")
     if options.threads:
         torch.set_num_threads(options.threads)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     if note:
         console.print(note)
 
@@ -163,7 +163,7 @@ def run_proxy(options: ServeArguments) -> int:
     metadata = metadata_at(address)
     drafter.check_belongs(identity_of(metadata))
     skip = drafter.skip_rule(*(getattr(options, name) for name in OF_THE_GATE))
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
 
     def listening(address: str) -> None:
         console.print(f"{options.drafter} drafts for {options.policy} at {address}; Ctrl-C stops")

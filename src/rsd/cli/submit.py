@@ -57,7 +57,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if options.partition:
         parameters["slurm_partition"] = options.partition
     jobs = submit_shards(config, options.shards, options.cluster, parameters)
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
     if chosen:
         console.print(chosen)
     for caution in cautions(config):

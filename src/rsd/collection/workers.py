@@ -60,7 +60,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def progress_bar(visible: bool = True) -> Progress:
     """The bar of collection and rendering."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not visible)
+    return Progress(*columns, console=Console(emoji=False, stderr=True), disable=not visible)
 
 
 _kept: dict[tuple[str, int, int, bool], LiberoEnv] = {}  # one at most

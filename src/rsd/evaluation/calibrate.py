@@ -104,7 +104,7 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     install = config.overwrite or not (directory / FILE_NAME).exists()
     if install:
         calibration.save(directory)
-    tell = partial(say, Console())
+    tell = partial(say, Console(emoji=False))
     if summary.errors:
         tell(f"{summary.errors} of {summary.episodes} rollouts ended in an error and are left out")
     for suite, one in fitted.items():

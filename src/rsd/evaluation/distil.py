@@ -83,7 +83,7 @@ class Run:
     ) -> None:
         self.config, self.target, self.identity, self.tasks = config, target, identity, tasks
         self.make_target = MakeTarget(target)
-        self.console = Console(stderr=True)
+        self.console = Console(emoji=False, stderr=True)
 
     def folder(self, name: str) -> Path:
         return self.config.output / ROLLOUTS / name

@@ -322,7 +322,7 @@ def run_doctor(config: DoctorConfig) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(emoji=False, highlight=False, soft_wrap=True)
     checks, policy = diagnose(config)
     width = max(len(check.name) for check in checks)
     marks = {"ok": "[green]ok  [/green]", "warn": "[yellow]note[/yellow]", "fail": "[red]RED [/red]"}

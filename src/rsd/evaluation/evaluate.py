@@ -72,7 +72,7 @@ def evaluate(
     config, overwrite = checked(EvalConfig, config, "evaluate: config"), checked(bool, overwrite, "evaluate: overwrite")
     if time_limit_s != math.inf:
         time_limit_s = checked(Time, time_limit_s, "evaluate: time_limit_s")
-    console = console or Console(stderr=True)
+    console = console or Console(emoji=False, stderr=True)
     start = time.perf_counter()
     config, chosen = settle(config, backend)
     plan = plan_episodes(config, backend)

@@ -115,7 +115,7 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     found = {name: asdict(acceptance_of(policies[name].acceptance, chunks)) for name, chunks in drafted.items()}
     record = LatencyRecord(FORMAT, settings, versions(), machine, times, asdict(ceiling), counted, found)
     write_atomically(config.output, encode_record(record) + "\n")
-    print_latencies(Console(), record)
+    print_latencies(Console(emoji=False), record)
     print(f"results: {config.output}")
     return record
 

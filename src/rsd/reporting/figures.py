@@ -230,8 +230,10 @@ def draw_all(runs: Sequence[Run]) -> dict[str, Figure]:
 def save(figure: Figure, path: Path) -> None:
     """As SVG and PDF beside each other, without a date: the same results give the same files."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": path.stem}):
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None}, transparent=True, bbox_inches="tight")
-        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None}, bbox_inches="tight")
+        for suffix, dated, transparent in ((".svg", "Date", True), (".pdf", "CreationDate", None)):
+            whole, temporary = path.with_suffix(suffix), path.with_name(f".{path.stem}{suffix}")
+            figure.savefig(temporary, metadata={dated: None}, transparent=transparent, bbox_inches="tight")
+            temporary.replace(whole)  # itself, if it is a link, and not what it leads to
 
 
 def themed_svg(figure: Figure, name: str, title: str) -> str:

@@ -82,7 +82,7 @@ def inspect_tokenizer(config: InspectConfig) -> list[LevelStatistics]:
     number = config.chunk if config.chunk >= 0 else int(spread.argmax())
     statistics = level_statistics(tokenizer, torch.from_numpy(chunks[:: max(1, len(chunks) // MOST_CHUNKS)]))
     seen = tokenizer.statistics
-    console = Console()
+    console = Console(emoji=False)
     print_statistics(console, statistics)
     console.print(
         f"{seen.chunks} chunks; {seen.clipped_chunks} of them reach beyond the code "

@@ -63,6 +63,8 @@ def address_of(asked: Asked) -> str:
 
 def command(asked: Asked) -> list[str]:
     """What starts the server, in LeRobot's environment; `RsdError` where there is none."""
+    if (name := asked.spec.removeprefix(PREFIX)).startswith("-") or not name:
+        raise RsdError(f"{asked.spec}: expected a LeRobot policy's directory or hub id behind {PREFIX}, found {name!r}")
     python = Path(variable(LEROBOT_PYTHON, str(USUAL_PYTHON)))
     if not python.is_file():
         expected = f"LeRobot's own environment at {USUAL_PYTHON}, or its python in {LEROBOT_PYTHON}"
