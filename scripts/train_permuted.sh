@@ -2,8 +2,8 @@
 # A policy for the three permuted suites and its evaluation, on one machine with a GPU: the expert's demonstrations, a
 # training, a round of DAgger in which rsd-skip drives (what its skips lead into is what the target and the drafter have to
 # learn), a training on everything. Every step continues where it was interrupted.
-# Usage: train_permuted.sh [RUN_FOLDER]; INIT may name a checkpoint to begin from; WORKERS, NUM_DEMOS, NUM_DAGGER, FIRST_MINUTES,
-# SECOND_MINUTES, NUM_STATES, BATCH and DEVICE may be set.
+# Usage: train_permuted.sh [RUN_FOLDER]; INIT may name a checkpoint to begin from; WORKERS, NUM_DEMOS, NUM_DAGGER,
+# FIRST_MINUTES, SECOND_MINUTES, NUM_STATES, BATCH and DEVICE may be set.
 set -euo pipefail
 run=${1:-runs/permuted}
 rsd=${BIN:-.venv/bin}/rsd
@@ -22,7 +22,8 @@ collect() { # kind, suite, demonstrations a task, further options
 train() { # output, minutes, further options
     local output=$1 minutes=$2
     shift 2
-    "$rsd" train policy --output "$run/$output" --device "$device" --loop.minutes "$minutes" --loop.steps 100000 --loop.save-every 500 \
+    "$rsd" train policy --output "$run/$output" --device "$device" --loop.minutes "$minutes" \
+        --loop.steps 100000 --loop.save-every 500 \
         --loop.batch-size "${BATCH:-512}" --loop.learning-rate 3e-4 --loop.warmup 60 --validation-every 200 \
         --loss.blind 0.3 --loss.counterfactual 0.3 --loss.grounding 1.0 --loss.forecast-every 5 "$@" \
         --remembered-chunks 6 --policy.execute 8 --policy.acceptance "blind(0.95,moving)" \
@@ -52,7 +53,7 @@ train second "${SECOND_MINUTES:-10}" --data "${expert[@]}" "$run"/driven_{object
 evaluate() { # name, options
     local name=$1
     shift
-    "$rsd" eval --policy "$run/second/checkpoint" --task-suite "$(printf 'libero_%s_permuted,' "${suites[@]:0:2}")libero_goal_permuted" \
+    "$rsd" eval --policy "$run/second/checkpoint" --task-suite libero_object_permuted,libero_spatial_permuted,libero_goal_permuted \
         --tasks "libero_goal_permuted:0,1,2,4,6,7,8,9" --num-trials "${NUM_STATES:-20}" --device "$device" --batch 16 \
         --num-workers "$workers" --output "$run/eval/$name" "$@"
 }

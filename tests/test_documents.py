@@ -9,6 +9,7 @@ import pytest
 
 from rsd import former
 from studies import permuted_suites_page
+from studies.permuted_page import ROWS, permuted_table
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMER = {new: old for old, new in former.DECODERS.items()}  # in these raw results
@@ -64,3 +65,16 @@ def test_the_tables_of_the_permuted_scenes_are_rows_of_those_made_from_the_raw_r
         assert shown[:2] == table.splitlines()[:2]
         assert len(shown) > 5
         assert set(shown) <= set(table.splitlines())
+
+
+def test_successes_of_the_policies_before_are_those_of_the_raw_results() -> None:
+    text = (ROOT / "docs" / "results.md").read_text()
+    for heading, folder, runs in (
+        ("### libero_object alone", "permuted_object_3", "l1 alone fused_blind skip_reset_3 skip_forecast_100"),
+        ("### The first policies", "permuted_object", "l1 alone skip_reset_3"),
+    ):
+        section, table = text.split(heading)[1].split("\n#")[0], permuted_table(ROOT / "results" / folder)
+        for name in runs.split():
+            counted = re.search(rf"^\| {re.escape(ROWS[name])} \| (\d+)/", table, re.MULTILINE)
+            assert counted, (name, table)
+            assert re.search(rf"\b{counted[1]}\b", section), (heading, name, counted[1])

@@ -12,9 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rsd.checks import RsdError, told
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -39,6 +42,14 @@ OF_THE_SYSTEM = {
     errno.EISDIR: "expected a file there, not a folder",
     errno.ENOENT: "check the path",
 }
+
+
+def terminal(stderr: bool = False, highlight: bool = True, soft_wrap: bool = False) -> Console:
+    """Where a command prints; names of others stay as they are: no `:key:` in a path becomes a picture."""
+    # start-up time: a policy is loaded without it
+    from rich.console import Console
+
+    return Console(emoji=False, stderr=stderr, highlight=highlight, soft_wrap=soft_wrap)
 
 
 def reason(error: BaseException) -> str:

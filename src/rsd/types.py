@@ -20,6 +20,7 @@ CAMERAS = ("agentview", "wrist")
 AUTO, EAGER, CUDA_GRAPHS, COMPILED, ONNX = ENGINES = "auto", "eager", "cuda-graphs", "compiled", "onnx"
 MAX_SKIPS, MEMORY_CHUNKS = 6, 2  # of `decoding.gate.SkipRule`; here, where nothing loads torch
 TARGET_ONLY = "target-only"  # how a policy of somebody else's decodes: its own way
+LEROBOT = "lerobot:"  # before the folder of a LeRobot data set or policy, or a policy's hub id
 DRAFTER_ONLY = "drafter-only"  # the drafter as a policy, without a target
 BEST = "best"  # in the place of a decoder's name: the best proven one that the checkpoint supports
 Deviation = Annotated[float, between(0, 1e300)]

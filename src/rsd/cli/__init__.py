@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.markup import escape
 
 from rsd import former
+from rsd.checks import one_line
 from rsd.cli.parsing import UsageError, parse
 from rsd.environment import DEBUG, check_environment
-from rsd.output import Unfinished, reason
+from rsd.output import Unfinished, reason, terminal
 from rsd.types import RsdError
 
 
@@ -185,7 +185,7 @@ def all_printed() -> Iterator[None]:
 def warnings_of_one_line() -> Iterator[None]:
     """Python's own hold a place in the source and a line of it."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
+    warnings.formatwarning = lambda message, *_: f"warning: {one_line(str(message))}\n"
     try:
         yield
     finally:
@@ -194,9 +194,8 @@ def warnings_of_one_line() -> Iterator[None]:
 
 def say(text: str) -> None:
     """One line on stderr without control characters, which files and servers could send to a terminal."""
-    line = "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
     with contextlib.suppress(OSError):  # stderr itself may be closed or full
-        print(line, file=sys.stderr)
+        print(one_line(text), file=sys.stderr)
 
 
 def find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -219,7 +218,7 @@ def find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def print_help(group: str = "") -> None:
-    console = Console(emoji=False, highlight=False, soft_wrap=True)
+    console = terminal(highlight=False, soft_wrap=True)
     names = [name for name in COMMANDS if not group or name.startswith(group + " ")]
     width = max(len(name) for name in names)
     if not group:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
 from rsd.cli.parsing import parse
+from rsd.output import terminal
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def inspect(arguments: Sequence[str], prog: str) -> int:
     options = parse(InspectArguments, arguments, prog)
     from rsd.reporting import inspection
 
-    inspection.inspect(options.path, Console(emoji=False, highlight=False), options.keys, options.provenance)
+    inspection.inspect(options.path, terminal(highlight=False), options.keys, options.provenance)
     return 0
 
 

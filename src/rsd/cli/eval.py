@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from rsd.cli.parsing import UsageError, check_choice, parse
 from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule, option, stored_config
+from rsd.output import terminal
 from rsd.types import BEST, DRAFTER_ONLY, TARGET_ONLY, RsdError
 
 BASELINE = "ar"
@@ -52,23 +52,24 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from rsd.evaluation.tables import plural, say
     from rsd.reporting.tables import load_runs, markdown_table, print_runs
 
-    console = Console(emoji=False, stderr=True)
+    console = terminal(stderr=True)
     summaries = []
     warned: set[str] = set()
     with Crew([config for config, _ in planned]) as crew:
         for config, note in planned:
-            anew = options.overwrite
-            summary = evaluate(config, overwrite=anew, console=console, note=note, warned=warned, crew=crew)
+            summary = evaluate(
+                config, overwrite=options.overwrite, console=console, note=note, warned=warned, crew=crew
+            )
             summaries.append(summary)
             if summary.errors:
-                again = " without --overwrite" if anew else ""
+                again = " without --overwrite" if options.overwrite else ""
                 counted = f"{summary.errors} of {plural(summary.episodes, 'episode')} ended in an error, not counted"
-                where = f"see {config.output_dir / ERRORS_FILE}"
-                say(console, f"{counted}: {where}; the same command{again} runs what is missing", "red")
+                missing = f"the same command{again} runs what is missing"
+                say(console, f"{counted}: see {config.output_dir / ERRORS_FILE}; {missing}", "red")
     directories = [config.output_dir for config, _ in planned]
     if all(summary.success.n for summary in summaries):
         runs = load_runs(directories)
-        print_runs(Console(emoji=False), runs)
+        print_runs(terminal(), runs)
         if options.compare and options.config.output:
             write_atomically(options.config.output_dir / COMPARISON_FILE, markdown_table(runs))
     console.print("results: " + ", ".join(map(str, directories)), soft_wrap=True, highlight=False)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
 
 from rsd.cli.parsing import UsageError, parse
+from rsd.output import terminal
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def compare(arguments: Sequence[str], prog: str) -> int:
     if options.markdown:
         print(markdown_table(runs), end="")
     else:
-        print_runs(Console(emoji=False), runs)
+        print_runs(terminal(), runs)
     return 0
 
 
@@ -86,7 +86,7 @@ def merge(arguments: Sequence[str], prog: str) -> int:
 
     summary = merge_shards(options.output, options.shards)
     if summary.success.n:
-        print_runs(Console(emoji=False), load_runs([options.output]))
+        print_runs(terminal(), load_runs([options.output]))
     print(f"results: {options.output}")
     if missing := missing_parts(options.output):
         print(f"warning: {missing}; run them and merge again", file=sys.stderr)

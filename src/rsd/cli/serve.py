@@ -8,14 +8,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
-
 from rsd.checks import Millimetres, between
 from rsd.cli.eval import check_names
 from rsd.cli.parsing import UsageError, parse
 from rsd.evaluation.config import EvalConfig, option
-from rsd.targets.remote.lerobot import PREFIX, Asked, address_of, command
-from rsd.types import Chunks, Engine, Steps, Threads
+from rsd.output import terminal
+from rsd.targets.remote.lerobot import Asked, address_of, command
+from rsd.types import LEROBOT, Chunks, Engine, Steps, Threads
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SHARED = (  # with `rsd eval`
@@ -85,11 +84,11 @@ class ServeArguments:
 
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(ServeArguments, arguments, prog)
-    if options.policy.startswith(PREFIX) and not options.drafter:
+    if options.policy.startswith(LEROBOT) and not options.drafter:
         refuse_others(options, ("execute", "device"), f"with --policy {options.policy}")
         line = [*command(Asked(options.policy, options.device, options.execute)), "--host", options.host]
         os.execv(line[0], [*line, "--port", str(options.port)])
-    if options.drafter and options.policy.startswith(("ws://", "wss://", PREFIX)):
+    if options.drafter and options.policy.startswith(("ws://", "wss://", LEROBOT)):
         return run_proxy(options)
     asked = options.evaluated
 
@@ -108,7 +107,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         raise UsageError(f"--statistics: {expected}, found {config.policy}, which has its own; leave it out")
     if options.threads:
         torch.set_num_threads(options.threads)
-    console = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
+    console = terminal(stderr=True, highlight=False, soft_wrap=True)
     if note:
         console.print(note)
 
@@ -158,12 +157,12 @@ def run_proxy(options: ServeArguments) -> int:
         torch.set_num_threads(options.threads)
     drafter = load_drafter(Path(options.drafter), options.device)
     address = options.policy
-    if address.startswith(PREFIX):
+    if address.startswith(LEROBOT):
         address = address_of(Asked(options.policy, options.device, drafter.horizon))
     metadata = metadata_at(address)
     drafter.check_belongs(identity_of(metadata))
     skip = drafter.skip_rule(*(getattr(options, name) for name in OF_THE_GATE))
-    console = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
+    console = terminal(stderr=True, highlight=False, soft_wrap=True)
 
     def listening(address: str) -> None:
         console.print(f"{options.drafter} drafts for {options.policy} at {address}; Ctrl-C stops")

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from rsd.checks import between
 from rsd.cli.eval import check_names
 from rsd.cli.parsing import UsageError, parse
 from rsd.cli.runs import merge
 from rsd.evaluation.config import EvalConfig
+from rsd.output import terminal
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if options.partition:
         parameters["slurm_partition"] = options.partition
     jobs = submit_shards(config, options.shards, options.cluster, parameters)
-    console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
+    console = terminal(stderr=True, soft_wrap=True, highlight=False)
     if chosen:
         console.print(chosen)
     for caution in cautions(config):

@@ -13,12 +13,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rsd.checks import between
 from rsd.data.schema import FILE_SUFFIX, DamagedFile, Episode, atomic_file, open_file, stored_names, write_episode
-from rsd.output import Faults, attempt, writing
+from rsd.output import Faults, attempt, terminal, writing
 from rsd.sim.libero import LiberoEnv
 from rsd.types import RsdError
 
@@ -60,7 +59,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def progress_bar(visible: bool = True) -> Progress:
     """The bar of collection and rendering."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(emoji=False, stderr=True), disable=not visible)
+    return Progress(*columns, console=terminal(stderr=True), disable=not visible)
 
 
 _kept: dict[tuple[str, int, int, bool], LiberoEnv] = {}  # one at most

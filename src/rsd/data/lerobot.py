@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from rsd.checks import told
 from rsd.extras import extra
 from rsd.json_files import parse_object, read_object
-from rsd.types import RsdError
+from rsd.types import LEROBOT, RsdError
 
 if TYPE_CHECKING:
     import pyarrow
 
-PREFIX = "lerobot:"  # before a folder: it has to be a LeRobot data set
 INFO = Path("meta/info.json")
 ACTION_KEYS = ("action", "actions")  # LeRobot's name; openpi's LIBERO conversion writes the plural
 FORMATS = ("v2.0", "v2.1", "v3.0")
@@ -56,10 +55,10 @@ class Rows:
 def located(path: str | Path) -> tuple[Path, bool]:
     """The folder that an option names, and whether it is to be read as a LeRobot data set."""
     text = str(path)
-    if text == PREFIX:
-        raise RsdError(f"{PREFIX}: expected the folder of a LeRobot data set behind it, found nothing")
-    folder = Path(text.removeprefix(PREFIX)).expanduser()
-    return folder, text.startswith(PREFIX) or (folder / INFO).is_file()
+    if text == LEROBOT:
+        raise RsdError(f"{LEROBOT}: expected the folder of a LeRobot data set behind it, found nothing")
+    folder = Path(text.removeprefix(LEROBOT)).expanduser()
+    return folder, text.startswith(LEROBOT) or (folder / INFO).is_file()
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     path = folder / INFO
     if not folder.is_dir():
         remedy = "`hf download ID --repo-type dataset --local-dir DIR` gets one from the hub"
-        raise RsdError(f"{PREFIX}{folder}: expected the folder of a LeRobot data set, found none; {remedy}")
+        raise RsdError(f"{LEROBOT}{folder}: expected the folder of a LeRobot data set, found none; {remedy}")
     info = read_object(path, "a LeRobot data set")
     found = info.get("codebase_version")
     if found not in FORMATS:
@@ -128,9 +127,8 @@ def read_info(folder: Path) -> dict[str, Any]:
 def features_of(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The features by name, those that are described."""
     features = info.get("features")
-    return (
-        {name: each for name, each in features.items() if isinstance(each, dict)} if isinstance(features, dict) else {}
-    )
+    named = features if isinstance(features, dict) else {}
+    return {name: each for name, each in named.items() if isinstance(each, dict)}
 
 
 def action_feature(folder: Path, info: Mapping[str, Any]) -> tuple[str, int]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
 from rsd.checkpoint import facts_of, read_content, weights_hash
 from rsd.decoding.calibration import (
@@ -34,6 +33,7 @@ from rsd.evaluation.evaluate import ERRORS_FILE, evaluate
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes, scored
 from rsd.evaluation.tables import say
 from rsd.options import DecodeOptions, resolve
+from rsd.output import terminal
 from rsd.sim.failures import WatchedLibero
 from rsd.types import RsdError
 
@@ -104,7 +104,7 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     install = config.overwrite or not (directory / FILE_NAME).exists()
     if install:
         calibration.save(directory)
-    tell = partial(say, Console(emoji=False))
+    tell = partial(say, terminal())
     if summary.errors:
         tell(f"{summary.errors} of {summary.episodes} rollouts ended in an error and are left out")
     for suite, one in fitted.items():

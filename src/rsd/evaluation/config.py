@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, above, between, from_json, shown
-from rsd.targets.remote.lerobot import PREFIX
 from rsd.types import (
     AUTO,
     BEST,
@@ -19,6 +18,7 @@ from rsd.types import (
     CUDA_GRAPHS,
     DRAFT_FIRST,
     DRAFTER_ONLY,
+    LEROBOT,
     ONNX,
     RSD_ASYNC,
     Batch,
@@ -227,7 +227,7 @@ class EvalConfig(Checked):
     @property
     def lerobot(self) -> bool:
         """Whether the policy is LeRobot's, in a process of its own behind a port."""
-        return self.policy.startswith(PREFIX)
+        return self.policy.startswith(LEROBOT)
 
     @property
     def custom(self) -> bool:

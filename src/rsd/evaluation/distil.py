@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
 
 from rsd.collection.target_rollouts import Look, RolloutConfig, roll_out
 from rsd.data.demonstrations import demonstration_files
@@ -24,7 +23,7 @@ from rsd.evaluation.distil_config import DistilConfig
 from rsd.evaluation.tables import say
 from rsd.manifest import MANIFEST_FILE, file_sha256
 from rsd.models.standalone_drafter import StandaloneDrafter
-from rsd.output import writing
+from rsd.output import terminal, writing
 from rsd.targets.drafter_files import (
     WEIGHTS_FILE,
     SelfDeviation,
@@ -83,7 +82,7 @@ class Run:
     ) -> None:
         self.config, self.target, self.identity, self.tasks = config, target, identity, tasks
         self.make_target = MakeTarget(target)
-        self.console = Console(emoji=False, stderr=True)
+        self.console = terminal(stderr=True)
 
     def folder(self, name: str) -> Path:
         return self.config.output / ROLLOUTS / name

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rsd.devices import check_device
-from rsd.output import reason, shown
+from rsd.output import reason, shown, terminal
 from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Observation, RsdError
 
 if TYPE_CHECKING:
@@ -319,10 +319,9 @@ def statistic(value: Any) -> str:
 
 def run_doctor(config: DoctorConfig) -> int:
     """Print the findings; returns the exit status."""
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(emoji=False, highlight=False, soft_wrap=True)
+    console = terminal(highlight=False, soft_wrap=True)
     checks, policy = diagnose(config)
     width = max(len(check.name) for check in checks)
     marks = {"ok": "[green]ok  [/green]", "warn": "[yellow]note[/yellow]", "fail": "[red]RED [/red]"}

@@ -39,7 +39,7 @@ from rsd.evaluation.tables import plural, say
 from rsd.evaluation.video import VIDEOS_DIR
 from rsd.evaluation.workers import Ready
 from rsd.locks import exclusive
-from rsd.output import Faults, writing
+from rsd.output import Faults, terminal, writing
 from rsd.types import RsdError
 
 ERRORS_FILE = "errors.log"
@@ -72,7 +72,7 @@ def evaluate(
     config, overwrite = checked(EvalConfig, config, "evaluate: config"), checked(bool, overwrite, "evaluate: overwrite")
     if time_limit_s != math.inf:
         time_limit_s = checked(Time, time_limit_s, "evaluate: time_limit_s")
-    console = console or Console(emoji=False, stderr=True)
+    console = console or terminal(stderr=True)
     start = time.perf_counter()
     config, chosen = settle(config, backend)
     plan = plan_episodes(config, backend)

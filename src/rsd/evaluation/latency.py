@@ -24,7 +24,7 @@ from rsd.evaluation.rollout import sum_per_level
 from rsd.evaluation.roofline import Ceiling, Work, measure_ceiling, work_of
 from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.tables import ABSENT, print_table
-from rsd.output import refuse_to_replace, shown
+from rsd.output import refuse_to_replace, shown, terminal
 from rsd.policy import RsdPolicy
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.suites import SuiteTask, suite_tasks
@@ -115,7 +115,7 @@ def measure_latency(config: LatencyConfig) -> LatencyRecord:
     found = {name: asdict(acceptance_of(policies[name].acceptance, chunks)) for name, chunks in drafted.items()}
     record = LatencyRecord(FORMAT, settings, versions(), machine, times, asdict(ceiling), counted, found)
     write_atomically(config.output, encode_record(record) + "\n")
-    print_latencies(Console(emoji=False), record)
+    print_latencies(terminal(), record)
     print(f"results: {config.output}")
     return record
 

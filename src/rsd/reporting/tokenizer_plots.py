@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from rsd.evaluation.tables import print_table
-from rsd.output import refuse_to_replace, writing
+from rsd.output import refuse_to_replace, terminal, writing
 from rsd.reporting.config import InspectConfig
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.tokenizer import demonstration_chunks
@@ -82,7 +82,7 @@ def inspect_tokenizer(config: InspectConfig) -> list[LevelStatistics]:
     number = config.chunk if config.chunk >= 0 else int(spread.argmax())
     statistics = level_statistics(tokenizer, torch.from_numpy(chunks[:: max(1, len(chunks) // MOST_CHUNKS)]))
     seen = tokenizer.statistics
-    console = Console(emoji=False)
+    console = terminal()
     print_statistics(console, statistics)
     console.print(
         f"{seen.chunks} chunks; {seen.clipped_chunks} of them reach beyond the code "

@@ -3,6 +3,7 @@ of them jumps aside once; or the thing is taken out of the gripper once and stan
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -56,7 +57,7 @@ class Thing:
         self.pose[:3], self.pose[3:], self.velocity[:] = place, self.start[3:], 0.0
 
 
-class Mover:
+class Mover(ABC):
     """What moves in one episode."""
 
     def __init__(self, env: LiberoEnv, motion: Motion, rng: np.random.Generator) -> None:
@@ -68,9 +69,9 @@ class Mover:
         roots = [int(env.model.body_rootid[env.simulation.obj_body_id[name]]) for name in objects]
         self.floor = min((float(extents[root][0, 2]) for root in roots), default=0.0)  # on which something stands
 
+    @abstractmethod
     def step(self) -> None:
         """Before each control step."""
-        raise NotImplementedError
 
     def touched(self, thing: Thing) -> bool:
         simulation = self._env.simulation

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from rsd.environment import LEROBOT_PYTHON, variable
-from rsd.types import RsdError
+from rsd.types import LEROBOT, RsdError
 
-PREFIX = "lerobot:"
 USUAL_PYTHON = Path(".venv-lerobot/bin/python")
 HOW_TO_MAKE = (
     "python3 -m venv .venv-lerobot && .venv-lerobot/bin/pip install lerobot==0.4.4 '.[serve]' "
@@ -36,9 +35,13 @@ class Asked(NamedTuple):
     execute: int | None
 
     @property
+    def name(self) -> str:
+        return self.spec.removeprefix(LEROBOT)
+
+    @property
     def options(self) -> list[str]:
         more = [] if self.execute is None else ["--execute", str(self.execute)]
-        return [self.spec.removeprefix(PREFIX), "--device", self.device, *more]
+        return [self.name, "--device", self.device, *more]
 
 
 class Running(NamedTuple):
@@ -63,8 +66,9 @@ def address_of(asked: Asked) -> str:
 
 def command(asked: Asked) -> list[str]:
     """What starts the server, in LeRobot's environment; `RsdError` where there is none."""
-    if (name := asked.spec.removeprefix(PREFIX)).startswith("-") or not name:
-        raise RsdError(f"{asked.spec}: expected a LeRobot policy's directory or hub id behind {PREFIX}, found {name!r}")
+    if not asked.name or asked.name.startswith("-"):
+        expected = f"a LeRobot policy's directory or hub id behind {LEROBOT}"
+        raise RsdError(f"{asked.spec}: expected {expected}, found {asked.name!r}")
     python = Path(variable(LEROBOT_PYTHON, str(USUAL_PYTHON)))
     if not python.is_file():
         expected = f"LeRobot's own environment at {USUAL_PYTHON}, or its python in {LEROBOT_PYTHON}"
