@@ -25,7 +25,7 @@ from rsd.types import RsdError
 
 COUNTERFACTUAL = "--loss.counterfactual 0.3 --tokenizer t --output out"
 OPTIONS = {
-    "expert run --seeds 1 1": "--seeds to name each once, found 1 1",
+    "expert run --seeds 1 1": "--seeds: expected each once, found 1 twice in",
     "expert run --video v.txt": "--video to name a file that ends in .mp4, found v.txt",
     "demos collect --out out --states-only --image-size 64": "--image-size without --states-only, which draws nothing",
     "train policy --loop.steps 0 --output out": "--loop.steps of at least 1 without --init, found 0",

@@ -39,6 +39,8 @@ At = tuple[str, ...]  # names of fields from the outermost one on, and "[3]" for
 Name = Callable[[At], str]
 Rules = Iterator[tuple[object, str, object]]
 Shape = Sequence[int | str | Any]  # a number, a name for any size, and `...` in front for any number of sizes
+LISTS = "numbers and ranges such as 0,3,10-19"
+MOST_LISTED = 1_000_000  # numbers in a range: more is a slip, and would take minutes and gigabytes
 SHOWN = 60  # characters of an odd value in a message
 KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
@@ -168,6 +170,29 @@ def told(error: BaseException, most: int = 300) -> str:
 def one_line(text: str) -> str:
     """Somebody else's words, for a terminal: on one line, without codes that would steer it."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
+def number(text: str) -> int | None:
+    """Digits -> a number; None for anything else, such as more digits than anything here has."""
+    digits = text.strip()
+    return int(digits) if digits.isdecimal() and digits.isascii() and len(digits) < 12 else None
+
+
+def listed(text: str, option: str = "", most: int = 10**12, words: str = LISTS) -> list[int]:
+    """"0,3,10-12" -> 0, 3, 10, 11, 12; `RsdError` for anything else, for numbers from `most` on and for one twice."""
+    found: dict[int, None] = {}
+    where = f"{option}: " if option else ""
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        low, high = number(first), number(last if dash else first)
+        if low is None or high is None or low > high:
+            raise RsdError(f"{where}expected {words}, found {shown(text)}")
+        if high >= most or high - low >= MOST_LISTED:
+            raise RsdError(f"{where}expected at most {MOST_LISTED} numbers, all below {most}, found {shown(text)}")
+        if again := found.keys() & {*range(low, high + 1)}:
+            raise RsdError(f"{where}expected each once, found {min(again)} twice in {shown(text)}")
+        found.update(dict.fromkeys(range(low, high + 1)))
+    return list(found)
 
 
 def each_once(what: str, paths: Iterable[str | Path]) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from rsd.cli import COMMANDS, dispatch
 from rsd.cli.eval import EvalArguments, check_names, plan_runs
+from rsd.cli.expert import ExpertRunConfig
 from rsd.cli.parsing import UsageError, check_choice, one_line, parse
-from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.config import EvalConfig, planned_tasks
 from rsd.models.bundle import RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -48,7 +49,13 @@ HUGE_OF_EVAL = ("--batch", "--threads", "--num-workers", "--seed", "--num-trials
         (["train", "polcy"], "rsd: error: 'train polcy': expected train policy or drafter"),
         (["eval", "--num-trials", "x"], "rsd eval: error: --num-trials: expected an integer, found 'x'"),
         (["eval", "--num-trials", "0"], "rsd eval: error: --num-trials: expected an integer from 1 to 1000000, found"),
-        (["eval", "--tasks", "0,x"], "rsd eval: error: --tasks '0,x': expected all or numbers such as 0,3,5"),
+        (["eval", "--tasks", "0,x"], "rsd eval: error: --tasks: expected all, numbers such as 0,3 or 0-4, or"),
+        (["eval", "--tasks", "0", "1"], "rsd eval: error: expected values behind options, lists with commas, found 1"),
+        (["tokenizer", "inspect", "DIR"], "rsd tokenizer inspect: error: expected values behind options such as --tok"),
+        (["inspect", "a", "b"], "rsd inspect: error: expected values behind options"),
+        (["expert", "run", "--seeds", "1", "x"], "rsd expert run: error: --seeds: expected numbers and ranges such as"),
+        (["expert", "run", "--seeds", "0-9999999"], "rsd expert run: error: --seeds: expected at most 1000000 numbers"),
+        (["calibrate", "--tasks", "3-1"], "rsd calibrate: error: --tasks: expected all, numbers such as 0,3 or 0-4"),
         (
             ["eval", "--num-workers", "many"],
             "rsd eval: error: --num-workers: expected auto or a number from 1 to 4096, found 'many'",
@@ -79,14 +86,15 @@ HUGE_OF_EVAL = ("--batch", "--threads", "--num-workers", "--seed", "--num-trials
         (["train", "drafter", "--loss.blind", "nan"], "rsd train drafter: error: --loss.blind: expected a number from"),
         (["demos", "render", "--source", "x", "--num-workers", "0"], "rsd demos render: error: --num-workers: expec"),
         (["demos", "collect", "--out", "x", "--seed", "-1"], "rsd demos collect: error: --seed: expected an int"),
-        (["demos", "collect", "--out", "x", "--tasks", "0", "0"], "rsd demos collect: error: expected --tasks to"),
+        (["demos", "collect", "--out", "x", "--tasks", "0", "0"], "rsd demos collect: error: --tasks: expected ea"),
+        (["demos", "collect", "--out", "x", "--tasks", "0,a"], "rsd demos collect: error: --tasks: expected numbers a"),
         (["eval", "--output", "checkpoints/libero_spatial/x"], "rsd eval: error: --output checkpoints/libero"),
         (["serve", "--policy", "x", "--host", "x" * 300], "rsd serve: error: cannot listen at xxx"),
         (["tokenizer", "fit", "--tokenizer.rho", "nan"], "rsd tokenizer fit: error: --tokenizer.rho: expected a numbe"),
         (["eval", "--num-trials", "100000000"], "rsd eval: error: --num-trials: expected an integer from 1 to 1000000"),
-        (["eval", "--init-states", "0-99999999999"], "rsd eval: error: --init-states '0-99999999999': expected number"),
-        (["eval", "--init-states", "9" * 5000], "rsd eval: error: --init-states '9999"),
-        (["eval", "--tasks", "9" * 5000], "rsd eval: error: --tasks '9999"),
+        (["eval", "--init-states", "0-99999999999"], "rsd eval: error: --init-states: expected at most 1000000 numbers, a"),
+        (["eval", "--init-states", "9" * 5000], "rsd eval: error: --init-states: expected numbers and"),
+        (["eval", "--tasks", "9" * 5000], "rsd eval: error: --tasks: expected all, numbers"),
         (["calibrate", "--num-trials", "1000000000"], "rsd calibrate: error: --num-trials: expected an integer from 1"),
         (
             ["eval", "--temperature", "1", "--decode", "l1"],
@@ -107,7 +115,7 @@ HUGE_OF_EVAL = ("--batch", "--threads", "--num-workers", "--seed", "--num-trials
         (["eval", "--max-skips", "x"], "rsd eval: error: --max-skips: expected {None}|INT, found ['x']"),
         (["eval", "--seed", "1", "--seed=2"], "rsd eval: error: --seed: expected once, found 2 times"),
         (["eval", "--task-suite", "a", "--task_suite", "b"], "rsd eval: error: --task-suite: expected once, found 2"),
-        (["eval", "--tasks", "0,3,0"], "rsd eval: error: --tasks '0,3,0': expected each task once"),
+        (["eval", "--tasks", "0,3,0"], "rsd eval: error: --tasks: expected each once, found 0 twice"),
         (["eval", "--task-suite", "a,b,a"], "rsd eval: error: expected --task-suite to name LIBERO suites, each once"),
         (["eval", "--engine", "compiled"], "rsd eval: error: expected --device cuda with --engine compiled, found cpu"),
         (["bench", "latency", "--engine", "cuda-graphs"], "rsd bench latency: error: expected --device cuda with"),
@@ -120,7 +128,7 @@ HUGE_OF_EVAL = ("--batch", "--threads", "--num-workers", "--seed", "--num-trials
         (["train", "policy", "--augment.brightness", "-1"], "rsd train policy: error: --augment.brightness: expected"),
         (["train", "policy", "--policy.target.heads", "7"], "rsd train policy: error: --policy.target: expected heads"),
         (["train", "policy", "--init-matching"], "rsd train policy: error: expected --init with --init-matching, foun"),
-        (["tokenizer", "fit", "--tokenizer.binary", "a"], "rsd tokenizer fit: error: --tokenizer.binary: expected oth"),
+        (["tokenizer", "fit", "--tokenizer.binary", "a"], "rsd tokenizer fit: error: --tokenizer.binary: expected num"),
         (["compare"], "rsd compare: error: expected at least one results directory"),
     ],
 )
@@ -242,6 +250,12 @@ def test_what_is_on_by_default_is_turned_off_by_name() -> None:
     openvla = parse(TrainOpenVlaConfig, ["--from", "there", "--checkpointing", "False"], "")
     assert (openvla.checkpointing, openvla.loop.cuda_graph) == (False, False)
     assert list(METHODS) == list(bench_methods.METHODS)  # what help names is what there is
+
+
+@pytest.mark.parametrize("words", ["0 1 2 5", "0,1,2,5", "0-2,5", "0, 1-2 5"])
+def test_a_list_of_numbers_is_written_as_one_likes(words: str) -> None:
+    assert parse(ExpertRunConfig, ["--seeds", *words.split()], "").seeds == (0, 1, 2, 5)
+    assert " " in words or planned_tasks(f"libero_10:{words}") == {"libero_10": [0, 1, 2, 5]}
 
 
 def arguments(config: EvalConfig | None = None, **options: bool) -> EvalArguments:

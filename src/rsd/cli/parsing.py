@@ -11,16 +11,17 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from rsd import former
-from rsd.checks import At, RsdError, check, checked_later, shown
+from rsd.checks import At, RsdError, check, checked_later, listed, shown
 
 Result = TypeVar("Result")
 REGISTRY = ConstructorRegistry()
+UNKNOWN = "Unrecognized options: "  # how tyro's sentence begins
 NARROWEST = 20  # columns; in fewer, tyro's help never ends
 OUTPUTS = {"output": "", "out": "folder"}  # names of options, and what is written where none has a default
 
@@ -44,6 +45,25 @@ def plain_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | Non
         raise ValueError(f"expected {words}, found {shown(texts[0])}")
 
     return PrimitiveConstructorSpec(1, kind.__name__.upper(), number, lambda x: type(x) is kind, lambda x: [str(x)])
+
+
+@REGISTRY.primitive_rule
+def list_of_integers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """As `rsd eval --tasks` takes them, with commas and ranges, and as the shell separates them."""
+    kinds = get_args(info.type)
+    if info.type_origin is not tuple or kinds[1:] != (...,) or (get_args(kinds[0]) or kinds)[0] is not int:
+        return None
+
+    def integers(texts: list[str]) -> tuple[int, ...]:
+        try:
+            return tuple(listed(",".join(text.removesuffix(",") for text in texts))) if texts else ()
+        except RsdError as error:
+            raise ValueError(str(error)) from None
+
+    def is_one(value: Any) -> bool:
+        return isinstance(value, tuple) and all(type(number) is int for number in value)
+
+    return PrimitiveConstructorSpec("*", "[INT|INT-INT ...]", integers, is_one, lambda x: [str(number) for number in x])
 
 
 def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str, writes: bool = True) -> Result:
@@ -70,7 +90,17 @@ def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str, wr
             raise
     except RsdError as error:
         raise UsageError(str(error)) from error
-    raise UsageError(one_line(messages.getvalue()))
+    said = one_line(messages.getvalue())
+    raise UsageError(stray(said.removeprefix(UNKNOWN), target, prog) if said.startswith(UNKNOWN) else said)
+
+
+def stray(found: str, target: Any, prog: str) -> str:
+    """The message about what is no option of `target`, such as a path without one."""
+    if found.startswith("-"):
+        return UNKNOWN + found
+    first = fields(target)[0]
+    such = f" such as --{first.name}" if first.type in ("str", "Path") else ""
+    return f"expected values behind options{such}, lists with commas, found {found}; {prog} --help lists the options"
 
 
 def named(at: At) -> str:

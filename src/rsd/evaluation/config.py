@@ -10,7 +10,22 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, above, between, from_json, shown
+from rsd.checks import (
+    MOST_LISTED,
+    Checked,
+    Count,
+    Millimetres,
+    RsdError,
+    Rules,
+    Seed,
+    Where,
+    above,
+    between,
+    from_json,
+    listed,
+    number,
+    shown,
+)
 from rsd.types import (
     AUTO,
     BEST,
@@ -35,8 +50,8 @@ UNHASHED_FIELDS = (
     *("num_workers", "videos", "max_videos", "output", "batch_wait_ms", "episode_timeout"),
     *("launcher", "shard"),
 )
+TASK_LISTS = "all, numbers such as 0,3 or 0-4, or suite by suite libero_goal:1,2;libero_10:0"
 # Left out of the hash where they are what they were before they existed, so that older runs keep theirs.
-MOST_STATES = 1_000_000  # a number above is a slip, and would take minutes and gigabytes to plan
 DEFAULT = "default"  # of --acceptance: nothing is asked for
 NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "engine": AUTO, "target_at_reset": False}
 # of `decoding.gate.SkipRule`, which has their defaults
@@ -47,12 +62,6 @@ NEUTRAL["drafter"] = ""
 OF_ONES_OWN = re.compile(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")  # module:Class or file.py:Class
 
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
-
-
-def number(text: str) -> int | None:
-    """Digits -> a number; None for anything else, such as more digits than anything here has."""
-    digits = text.strip()
-    return int(digits) if digits.isdecimal() and digits.isascii() and len(digits) < 12 else None
 
 
 def engine_rule(engine: str, device: str) -> tuple[bool, str, str]:
@@ -81,10 +90,10 @@ class EvalConfig(Checked):
     task_suite: str = "libero_spatial"
     """LIBERO suite, or several with commas between: libero_spatial, libero_object, libero_goal, libero_10, libero_90,
     and LIBERO-PRO's variants of them, such as libero_spatial_swap."""
-    num_trials: Annotated[int, between(1, MOST_STATES)] = 50
+    num_trials: Annotated[int, between(1, MOST_LISTED)] = 50
     """Episodes per task at most, one for each of the benchmark's fixed initial states; 3 gives a quick look."""
     tasks: str = "all"
-    """Task numbers of each suite, such as 0,3,5; or suite by suite, libero_goal:1,2;libero_10:0 (of others all)."""
+    """Task numbers of each suite, such as 0,3 or 0-4; or suite by suite, libero_goal:1,2;libero_10:0 (of others all)."""
     init_states: str = "0"
     """Initial states: a list such as 0,3,10-19, of which the first num_trials are taken; a single number is the first
     of num_trials in a row."""
@@ -272,7 +281,8 @@ class EvalConfig(Checked):
         missing = [task for task in wanted if task not in available]
         if missing:
             there = f"{min(available)} to {max(available)}"
-            raise RsdError(f"--tasks {','.join(map(str, missing))}: {suite} has tasks {there}")
+            found = ",".join([*map(str, missing[:9]), *["..."][: len(missing) > 9]])
+            raise RsdError(f"--tasks {found}: {suite} has tasks {there}")
         return wanted
 
 
@@ -297,14 +307,9 @@ def planned_tasks(tasks: str) -> dict[str, list[int]]:
     planned: dict[str, list[int]] = {}
     for part in [] if tasks == "all" else tasks.split(";"):
         suite, _, numbers = part.rpartition(":")
-        listed = [number(text) for text in numbers.split(",")]
-        found = [task for task in listed if task is not None]
-        if len(found) < len(listed) or (";" in tasks and not suite) or suite.strip() in planned:
-            by_suite = "suite by suite libero_goal:1,2;libero_10:0"
-            raise RsdError(f"--tasks {shown(tasks)}: expected all or numbers such as 0,3,5, or {by_suite}")
-        if len(set(found)) < len(found):
-            raise RsdError(f"--tasks {shown(tasks)}: expected each task once")
-        planned[suite.strip()] = found
+        if (";" in tasks and not suite) or suite.strip() in planned:
+            raise RsdError(f"--tasks: expected {TASK_LISTS}, found {shown(tasks)}")
+        planned[suite.strip()] = listed(numbers, "--tasks", MOST_LISTED, TASK_LISTS)
     return planned
 
 
@@ -312,20 +317,9 @@ def planned_states(init_states: str | int, num_trials: int) -> Sequence[int]:
     """`--init-states` and `--num-trials` -> numbers; raises RsdError for what is neither number nor list."""
     text = str(init_states).strip()
     start = number(text)
-    if start is not None and start < MOST_STATES:
+    if start is not None and start < MOST_LISTED:
         return range(start, start + num_trials)
-    states: dict[int, None] = {}
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        low, high = number(first), number(last if dash else first)
-        if low is None or high is None or low > high:
-            raise RsdError(f"--init-states {shown(text)}: expected numbers and ranges such as 0,3,10-19")
-        if high >= MOST_STATES:
-            raise RsdError(f"--init-states {shown(text)}: expected numbers below {MOST_STATES}")
-        if again := states.keys() & {*range(low, high + 1)}:
-            raise RsdError(f"--init-states {shown(text)}: expected each initial state once, found {min(again)} twice")
-        states.update(dict.fromkeys(range(low, high + 1)))
-    return list(states)[:num_trials]
+    return listed(text, "--init-states", MOST_LISTED)[:num_trials]
 
 
 def option(field_name: str) -> str:
