@@ -51,6 +51,10 @@ class RsdError(Exception):
     """An error the user can act on: the message names what was expected, what was found and what to do."""
 
 
+class WrongOption(RsdError):
+    """Options that no episode can be run with: another attempt would end in the same way."""
+
+
 class Where(NamedTuple):
     """What a value has to be beside its type; words: follow those of the type, "from 1 to 64"."""
 

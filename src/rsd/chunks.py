@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.checks import between, check, check_shape, checked, dotted, shown
-from rsd.types import ACTION_DIM, VERIFY_PENDING, ActionChunk, ChunkStats, RsdError, real_array
+from rsd.types import ACTION_DIM, VERIFY_PENDING, ActionChunk, ChunkStats, RsdError, WrongOption, real_array
 
 MOST_STAGES = 100  # of a chunk's latency
 MOST_STEPS = 1000  # of a chunk
@@ -61,7 +61,8 @@ def check_stats(stats: ChunkStats) -> None:
 
 def environment_ready(actions: Any, where: str, steps: int | None = None) -> NDArray[np.float32]:
     """What somebody else's policy gave, [n, 7] or one action [7] -> the first `steps` of it, float32, clipped to
-    [-1, 1] as LIBERO's controller clips; `RsdError` for other shapes, and for numbers that are in other units."""
+    [-1, 1] as LIBERO's controller clips; `RsdError` for other shapes, and for numbers that are in other units,
+    `WrongOption` for fewer than `steps`."""
     if not isinstance(actions, np.ndarray) and (odd := no_actions(actions)):
         remedy = f"predict has to return the actions themselves, [n, {ACTION_DIM}]"
         raise RsdError(f"{where}: expected actions [n, {ACTION_DIM}], found {odd}; {remedy}")
@@ -73,6 +74,9 @@ def environment_ready(actions: Any, where: str, steps: int | None = None) -> NDA
     if (largest := np.abs(found).max()) > OVERSHOOT:
         expected = "actions as LIBERO's controller takes them, in [-1, 1], gripper -1 = open"
         raise RsdError(f"{where}: expected {expected}, found one of {largest:.4g}; de-normalise or scale them")
+    if steps is not None and len(found) < steps:
+        asked = f"{where}: expected chunks of the {steps} steps that are to be executed, or of more, found {len(found)}"
+        raise WrongOption(f"{asked}; --execute {len(found)} executes as many")
     return np.clip(found[:steps], -1.0, 1.0)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 from rsd.checks import Count, RsdError, Share, Time, Where, Word, between, check_shape, checked, one_of
+from rsd.checks import WrongOption as WrongOption
 from rsd.checks import real_array as real_array
 
 if TYPE_CHECKING:  # half of the time that `rsd --help` would take

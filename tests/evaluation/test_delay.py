@@ -19,7 +19,7 @@ from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, read_episodes
 from rsd.evaluation.rollout import Rollout, run_episode
 from rsd.reporting.tables import load_runs, table_rows
-from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import ActionChunk, ChunkStats, Observation, RsdError, WrongOption
 
 STEPS = 20  # until success, in which nothing is lost to a limit
 
@@ -217,9 +217,9 @@ def test_what_was_held_drafted_and_replaced_is_counted() -> None:
 
 
 @pytest.mark.parametrize("policy", [Spelling("l1"), Spelling("rsd-async")])
-def test_a_chunk_of_which_nothing_could_be_used_ends_the_episode(policy: Any) -> None:
-    failure = roll(policy, 8, tail=True)[1].result.failure
-    assert "expected fewer steps than the policy's chunk has, found 8, after which nothing" in failure
+def test_a_chunk_of_which_nothing_could_be_used_ends_the_run(policy: Any) -> None:
+    with pytest.raises(WrongOption, match="fewer steps than the policy's chunk has, found 8, after which nothing"):
+        roll(policy, 8, tail=True)
 
 
 @pytest.mark.parametrize("decode", ["rsd", "rsd-async"])
@@ -289,3 +289,11 @@ def test_a_delay_beyond_the_chunk_is_refused_before_anything_is_started(
         with pytest.raises(RsdError, match=r"expected at most 7, found 8: the chunks of .* have 8 steps"):
             ready(beyond)
     ready(replace(config, delay=8, meanwhile="hold"))
+
+
+def test_a_delay_beyond_a_policys_own_chunk_ends_the_run_at_once(tmp_path: Path) -> None:
+    config = EvalConfig(policy="good", num_trials=2, tasks="0", delay=4, meanwhile="tail", num_workers="1")
+    with pytest.raises(RsdError, match=r"^--delay: expected fewer steps than the policy's chunk has, found 4"):
+        evaluate(replace(config, output=str(tmp_path)), backend=SCRIPTED, console=Console(quiet=True))
+    assert not (tmp_path / EPISODES_FILE).exists()
+    assert not (tmp_path / "errors.log").exists()

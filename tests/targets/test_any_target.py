@@ -2,6 +2,7 @@
 
 import re
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from rsd.targets.black_box import Drafter, SpeculatingPolicy
 from rsd.targets.custom import CustomPolicy, identity
 from rsd.targets.remote.openpi import OpenpiPolicy, served_at
 from rsd.targets.remote.wire import pack, unpack
-from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import ActionChunk, ChunkStats, Observation, RsdError, WrongOption
 
 PAGE = Path(__file__).parents[2] / "docs/your_policy.md"
 SEEN = Observation(np.zeros((2, 64, 64, 3), np.uint8), np.zeros(8, np.float32), "pick up the bowl")
@@ -94,9 +95,28 @@ def test_a_file_that_is_no_policy_is_found_at_once(here: Path, source: str, expe
 def test_actions_are_clipped_or_in_other_units() -> None:
     assert environment_ready([1.5] * 7, "x").tolist() == [[1.0] * 7]
     assert environment_ready(torch.zeros(9, 7), "x", 4).shape == (4, 7)
+    with pytest.raises(WrongOption, match="^x: expected chunks of the 9 steps .* found 8; --execute 8 executes as many"):
+        environment_ready(np.zeros((8, 7)), "x", 9)
     for odd in (np.full((8, 7), 30.0), np.zeros((8, 14)), np.zeros((0, 7)), np.full((1, 7), np.nan)):
         with pytest.raises(RsdError, match=r"^x"):
             environment_ready(odd, "x")
+
+
+@pytest.mark.parametrize("name", ["numpy", "rsd"])
+def test_a_file_that_would_hide_a_package_is_to_be_renamed(here: Path, name: str) -> None:
+    (here / f"{name}.py").write_text(OWN)
+    with pytest.raises(RsdError, match=f"would hide the package {name} from whatever imports it; rename the file"):
+        CustomPolicy(f"{name}.py:P")
+
+
+@pytest.mark.parametrize("name", ["json", "wave"])  # one that is loaded already, one that is not
+def test_a_file_named_like_a_module_of_python_hides_nothing(here: Path, name: str) -> None:
+    (here / f"{name}.py").write_text(OWN)
+    assert CustomPolicy(f"{name}.py:P").policy is not CustomPolicy(f"{name}.py:P").policy
+    code = f"import sys; sys.path[:] = {sys.path}; import {name}; print({name}.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert str(here) not in done.stdout
+    assert getattr(sys.modules.get(name), "__file__", None) != str(here / f"{name}.py")
 
 
 async def awaited() -> None: ...

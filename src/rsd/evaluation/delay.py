@@ -25,7 +25,7 @@ from rsd.chunks import checked_chunk
 from rsd.decoding.correction import rest_of_chunk
 from rsd.decoding.course import DRAFTED, NOTHING, OWN, REPLACED, Actions, Course, agreed, apart_mm, letter
 from rsd.evaluation.realtime import Meanwhile, Pace, Stepped
-from rsd.types import DRAFT_FIRST, ActionChunk, Completes, Observation, Policy, RsdError
+from rsd.types import DRAFT_FIRST, ActionChunk, Completes, Observation, Policy, WrongOption
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
@@ -110,7 +110,7 @@ class VirtualDelay(Pace):
         wait = self.drafter_delay if chunk.stats.decode == DRAFT_FIRST else busy
         if tail and wait >= len(chunk.actions):
             found = f"{wait}, after which nothing of an answer of {len(chunk.actions)} steps could be used"
-            raise RsdError(f"--delay: expected fewer steps than the policy's chunk has, found {found}")
+            raise WrongOption(f"--delay: expected fewer steps than the policy's chunk has, found {found}")
         if tail and self._done:
             start, steps, self._motion.tail_steps = len(self._done), max(due, busy), min(wait, len(self._left))
             yield self._filled(self._left, wait), steps == wait

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rsd.checks import told
 from rsd.evaluation.realtime import Meanwhile, Motion, Pace
 from rsd.evaluation.results import ERROR_PREFIX, STEP_LIMIT, EpisodeResult
-from rsd.types import ChunkStats, Observation, Policy
+from rsd.types import ChunkStats, Observation, Policy, WrongOption
 
 WARMUP_PREDICTIONS = 2  # first predictions pay for lazy initialisation, allocation and compilation
 
@@ -90,7 +90,7 @@ def run_episode(
     warmup: predictions made and thrown away before the first step, so that they are in no latency.
     pace: how policy and simulator take turns, as fast as possible by default; a new one for each episode.
     An exception of policy or simulator ends the episode and is recorded as an error, which is not a failure
-    of the policy: no other action is ever executed in place of a prediction.
+    of the policy: no other action is ever executed in place of a prediction. Raises WrongOption: no episode can be run.
     """
     start = time.perf_counter()
     success, failure, trace = False, "", ""
@@ -108,6 +108,8 @@ def run_episode(
                 _, _, terminated, truncated, _ = pace.turn(policy, env)
                 success, done = bool(terminated), bool(terminated or truncated)
         failure = "" if success else STEP_LIMIT
+    except WrongOption:
+        raise
     except Exception as error:
         success, trace = False, traceback.format_exc()
         failure = f"{ERROR_PREFIX}{type(error).__name__}: {told(error, 1000)}"

@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 import time
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -25,6 +26,7 @@ from rsd.types import TARGET_ONLY, ActionChunk, ChunkStats, Observation, RsdErro
 SPEC = re.compile(r"(?P<where>(?:.*\.py)|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
 RENDER_SIZE = 256  # pixels a side, what LIBERO's published evaluations render
 CPU = "cpu"
+OWN_NAME = "_rsd_policy_"  # in front of a file's, where another module has that
 
 
 class CustomPolicy:
@@ -33,7 +35,7 @@ class CustomPolicy:
     decode = TARGET_ONLY
 
     def __init__(self, spec: str, device: str = CPU, steps: int | None = None) -> None:
-        """steps: of each chunk at most so many are executed, None: all."""
+        """steps: of each chunk so many are executed, None: all."""
         self.spec, self._steps = spec, steps
         kind = find_class(spec)
         takes_device = "device" in inspect.signature(kind).parameters
@@ -95,13 +97,18 @@ def identity(spec: str) -> dict[str, Any]:
 
 
 def _module(where: str) -> ModuleType:
-    """Of a file, whose folder its own imports see first as Python's scripts do, or by name from the current one."""
+    """Of a file, or by name from the current folder. What it imports comes from its folder before any that was
+    installed, but nothing of Python's own: the worker processes import from there, too."""
     path = Path(where)
     if where.endswith(".py") and not path.is_file():
         raise RsdError(f"policy {where}: expected a file, found none in {Path.cwd()}")
     folder = str(path.resolve().parent if where.endswith(".py") else Path.cwd())
+    installed = [place for place in sys.path if place.endswith("-packages")]
+    hidden = PathFinder.find_spec(path.stem, installed) if where.endswith(".py") else None
+    if path.name == "rsd.py" or (hidden is not None and hidden.origin not in (None, str(path.resolve()))):
+        raise RsdError(f"policy {where}: would hide the package {path.stem} from whatever imports it; rename the file")
     if folder not in sys.path:
-        sys.path.insert(0, folder)
+        sys.path.insert(sys.path.index(installed[0]) if installed else len(sys.path), folder)
     try:
         if not where.endswith(".py"):
             return importlib.import_module(where)
@@ -114,9 +121,10 @@ def _module(where: str) -> ModuleType:
 def _of_file(path: Path) -> ModuleType:
     """A module is made once, under its file's name, so that what it pickles or defines stays one and the same."""
     known = sys.modules.get(path.stem)
-    if known is not None and getattr(known, "__file__", None) == str(path):
-        return known
-    name = path.stem if known is None else f"_rsd_policy_{path.stem}"
+    for module in (known, sys.modules.get(OWN_NAME + path.stem)):
+        if module is not None and getattr(module, "__file__", None) == str(path):
+            return module
+    name = path.stem if known is None and path.stem not in sys.stdlib_module_names else OWN_NAME + path.stem
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise RsdError("not a file that Python imports")

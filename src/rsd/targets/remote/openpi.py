@@ -31,7 +31,7 @@ class OpenpiPolicy:
     decode, image_size = TARGET_ONLY, RENDER_SIZE
 
     def __init__(self, address: str, steps: int | None = None, timeout_s: float = 60.0) -> None:
-        """steps: of each answer so many actions are executed, by default as openpi's client does."""
+        """steps: so many actions of each answer are executed, by default as openpi's client does; of fewer none."""
         self.address, self._steps = address, steps or REPLAN_STEPS
         self._connection = Connection(address, timeout_s, WANTED)
         self.metadata, self._used = read_metadata(address, self._connection.open()), False
