@@ -44,7 +44,7 @@ def test_known_axis_angles(quat: tuple[float, ...], expected: tuple[float, ...])
     assert quat_to_axis_angle(np.array(quat)) == pytest.approx(expected, abs=2e-3)
 
 
-@pytest.mark.parametrize("quat", [(0.0, 0.0, 1.0), (np.nan, 0.0, 0.0, 1.0)])
+@pytest.mark.parametrize("quat", [(0.0, 0.0, 1.0), (np.nan, 0.0, 0.0, 1.0), (0.0,) * 4, (2.0, 0.0, 0.0, 0.0)])
 def test_odd_quaternions_are_refused(quat: tuple[float, ...]) -> None:
     with pytest.raises(RsdError, match="quaternion x, y, z, w: expected"):
         quat_to_axis_angle(np.array(quat))
@@ -58,3 +58,5 @@ def test_layout_of_the_state() -> None:
 
 def test_sign_of_the_gripper() -> None:
     assert openvla_gripper_to_env(np.array([0.0, 0.4, 0.6, 1.0])).tolist() == [1.0, 1.0, -1.0, -1.0]
+    with pytest.raises(RsdError, match=r"gripper: expected 0 \(closed\) to 1 \(open\), found 5"):
+        openvla_gripper_to_env(np.array([1.0, 5.0]))

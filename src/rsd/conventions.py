@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.checks import check_shape
-from rsd.types import real_array
+from rsd.types import RsdError, real_array
 
 CONTROL_HZ = 20  # actions a second, in LIBERO's demonstrations and its simulator
 CHUNK_SIZE = 8  # steps predicted and executed open loop; a policy of longer chunks has a tail (`ActionChunk`)
@@ -22,6 +22,7 @@ MAX_STEPS = {  # after the wait steps
     "libero_10": 520,
     "libero_90": 400,
 }
+GRIPPER_LIMIT = 2.0  # a regression leaves [0, 1] a little; what is larger is in other units
 GRIPPER_OPEN, GRIPPER_CLOSE = -1.0, 1.0
 # an action of 1.0 moves the goal of LIBERO's controller, robosuite's OSC_POSE, by this much in one step
 ACTION_METRES, ACTION_RADIANS = 0.05, 0.5
@@ -43,6 +44,8 @@ def quat_to_axis_angle(quat: NDArray[np.floating]) -> NDArray[np.float64]:
     quat = real_array("quaternion x, y, z, w", quat, "float64", (4,))
     # robosuite takes sqrt(1 - w * w) and arccos(w): the same number, but lost to rounding where w is near +-1
     sine = np.linalg.norm(quat[:3])
+    if not 0.9 < np.linalg.norm(quat) < 1.1:
+        raise RsdError(f"quaternion x, y, z, w: expected one of length 1, found {np.round(quat, 4).tolist()}")
     if np.isclose(sine, 0.0):
         return np.zeros(3)
     return quat[:3] * (2.0 * np.arctan2(sine, quat[3]) / sine)
@@ -58,5 +61,7 @@ def state_vector(
 
 def openvla_gripper_to_env(gripper: NDArray[np.floating]) -> NDArray[np.floating]:
     """OpenVLA checkpoints: [0, 1] with 1 = open -> environment: -1 = open, +1 = close."""
-    real_array("gripper", gripper, "float64")
+    found = real_array("gripper", gripper, "float64")
+    if found.size and np.abs(found).max() > GRIPPER_LIMIT:
+        raise RsdError(f"gripper: expected 0 (closed) to 1 (open), found {found[np.abs(found) > GRIPPER_LIMIT][0]:g}")
     return -np.sign(2.0 * np.asarray(gripper) - 1.0)

@@ -342,6 +342,11 @@ def test_turns_that_cannot_be_told_are_said(tmp_path: Path, capsys: pytest.Captu
     write(tmp_path, ONE, episodes)
     assert len(list(load_demonstrations(tmp_path))) == 3
     said = capsys.readouterr().err
+    export(ExportConfig((tmp_path,), tmp_path / "own"))
+    capsys.readouterr()
+    back = list(load_demonstrations(tmp_path / "own"))  # an export says it itself
+    assert np.array_equal(back[0].images, episodes[0].images)
+    assert capsys.readouterr().err == ""
     assert re.search(
         r"^warning: .*observation.images.image and .*image2 stand could not be told; taken as upright", said
     )

@@ -53,6 +53,9 @@ def test_an_error_episode_makes_the_exit_status_1(output: Path, capsys: pytest.C
     [
         ("--tasks", "9", "--tasks 9: libero_spatial has tasks 0 to 5"),
         ("--num-trials", "11", "--num-trials 11 from --init-states 0: task 1"),
+        ("--shard", "3/4", "--shard 3/4: expected at most 2 parts, as there are episodes"),
+        ("--max-videos", "3", "--max-videos 3: expected --videos with it, found none"),
+        ("--batch-wait-ms", "5", "--batch-wait-ms 5.0: expected --batch with it, found none"),
         ("--init-states", "10", "--num-trials 2 from --init-states 10: task 1"),
     ],
 )

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +97,15 @@ def test_demonstrations_without_images_or_none_at_all_are_refused(states_only: P
         FrameDataset(load_demonstrations(states_only), 8, CPU)
     with pytest.raises(RsdError, match="found no demonstrations"):
         FrameDataset([], 8, CPU)
+
+
+@pytest.mark.parametrize("text", ["lift " * 40, "lift the \u7897", "!"])
+def test_an_instruction_that_cannot_be_read_is_told_with_its_demonstration(demonstrations: Path, text: str) -> None:
+    everything = list(load_demonstrations(demonstrations))
+    everything[1] = odd = replace(everything[1], instruction=text)
+    where = re.escape(f"{odd.source}, {odd.episode}: instruction: expected ")
+    with pytest.raises(RsdError, match=f"{where}.*; reword it, or leave that demonstration out"):
+        FrameDataset(everything, 8, CPU)
 
 
 def coordinates(batch: int, side: int) -> Tensor:

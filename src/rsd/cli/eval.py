@@ -16,6 +16,7 @@ from rsd.types import BEST, DRAFTER_ONLY, TARGET_ONLY, RsdError
 
 BASELINE = "ar"
 TARGET_ALONE, DRAFTER_ALONE = "l1", DRAFTER_ONLY  # what --compare runs beside the checkpoint's best
+IDLE = {"batch_wait_ms": "batch", "max_videos": "videos"}
 COMPARISON_FILE = "comparison.md"
 
 
@@ -88,6 +89,7 @@ def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
     from rsd.evaluation.foreign import is_foreign
 
     config, speculative = options.config, options.use_speculative_decoding
+    check_idle(config)
     if options.compare and (config.decode != BEST or speculative is not None):
         runs_all = f"--compare runs {TARGET_ALONE}, the checkpoint's best and {DRAFTER_ALONE}"
         raise UsageError(f"{runs_all}: leave --decode and --use-... out")
@@ -118,6 +120,13 @@ def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
     if not config.output:
         return runs
     return [(replace(run, output=str(config.output_dir / run.decode)), note) for run, note in runs]
+
+
+def check_idle(config: EvalConfig) -> None:
+    """Raises UsageError for an option that does nothing without another one (older runs may have been given it)."""
+    for name, needed in IDLE.items():
+        if getattr(config, name) != getattr(EvalConfig, name) and getattr(config, needed) == getattr(EvalConfig, needed):
+            raise UsageError(f"{option(name)} {getattr(config, name)}: expected {option(needed)} with it, found none")
 
 
 def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:

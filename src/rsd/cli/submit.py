@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rsd.checks import between
-from rsd.cli.eval import check_names
+from rsd.cli.eval import check_idle, check_names
 from rsd.cli.parsing import UsageError, parse
 from rsd.cli.runs import merge
 from rsd.evaluation.config import EvalConfig
@@ -42,12 +42,18 @@ def run(arguments: Sequence[str], prog: str) -> int:
     config = options.config
     if config.shard:
         raise UsageError("--shard is what the jobs get; ask for a number of --shards")
-    from rsd.evaluation.backend import settle
+    check_idle(config)
+    if options.partition and options.cluster == "local":
+        raise UsageError(f"--partition {options.partition}: expected --cluster slurm with it, found local")
+    from rsd.evaluation.backend import LIBERO, settle
     from rsd.evaluation.cautions import cautions
+    from rsd.evaluation.evaluate import plan_episodes
     from rsd.evaluation.launchers import submit_shards, wait_for
 
     config, chosen = settle(config)
     check_names(config)
+    if options.shards > (planned := len(plan_episodes(config, LIBERO))):
+        raise UsageError(f"--shards {options.shards}: expected at most {planned}, as there are episodes")
 
     parameters: dict[str, object] = {
         "timeout_min": options.minutes,

@@ -64,7 +64,12 @@ def located(path: str | Path) -> tuple[Path, bool]:
 def provenance(folder: Path) -> dict[str, Any]:
     """What is known of a data set's making: more where `rsd demos export` has written it."""
     found = {"recorded_by": "a LeRobot data set", "format": read_info(folder)["codebase_version"]}
-    return {**found, **(read_object(folder / OWN, "an export") if (folder / OWN).is_file() else {})}
+    return {**found, **own_words(folder)}
+
+
+def own_words(folder: Path) -> dict[str, Any]:
+    """What `rsd demos export` says of a data set that it has written; nothing of others."""
+    return read_object(folder / OWN, "an export") if (folder / OWN).is_file() else {}
 
 
 def read_rows(folder: Path, info: Mapping[str, Any], columns: Mapping[str, int]) -> Rows:
@@ -143,7 +148,9 @@ def action_feature(folder: Path, info: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def vector_size(folder: Path, key: str, feature: Mapping[str, Any]) -> int:
-    shape = feature.get("shape")
+    shape, kind = feature.get("shape"), feature.get("dtype", "float32")
+    if not str(kind).startswith(("float", "int")):
+        raise RsdError(f"LeRobot data set {folder}: expected {key} to be of numbers, found the dtype {kind!r:.80}")
     if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
         raise RsdError(f"LeRobot data set {folder}: expected {key} to be a vector, found the shape {shape!r:.80}")
     return shape[0]

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rsd.checks import Checked, Rules, each_once
-from rsd.conventions import CONTROL_HZ
+from rsd.conventions import CONTROL_HZ, GRIPPER_CLOSE, GRIPPER_OPEN
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
 from rsd.data.lerobot import EPISODE, FRAME, INFO, OWN, TASK, TASKS, located
 from rsd.data.lerobot_images import VIDEO
-from rsd.data.lerobot_libero import CAMERA_KEYS, EXECUTED, STATE_KEYS, check_state
+from rsd.data.lerobot_libero import CAMERA_KEYS, EXECUTED, STATE_KEYS, UPRIGHT, check_state
 from rsd.data.lerobot_stats import Statistics
 from rsd.extras import extra
 from rsd.json_files import write_atomically
@@ -214,6 +214,7 @@ class Writer:
             "features": features_of(self.side, self.videos, self.executed),
         }
         own = {"recorded_by": "`rsd demos export`", "versions": versions(), "sources": sources}
+        own |= {"pictures": UPRIGHT, "gripper": [GRIPPER_OPEN, GRIPPER_CLOSE]}  # no reader has to find them out
         for path, content in ((INFO, info), (Path("meta/stats.json"), self._statistics.total()), (OWN, own)):
             write_atomically(self.folder / path, json.dumps(content, indent=4, ensure_ascii=False))
 

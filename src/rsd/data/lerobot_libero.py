@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.conventions import CONTROL_HZ, GRIPPER_CLOSE, GRIPPER_OPEN
-from rsd.data.lerobot import EPISODE, INFO, TASK, Rows, action_feature, features_of, read_info, read_rows, read_tasks
+from rsd.data.lerobot import EPISODE, INFO, TASK, Rows, action_feature, features_of, own_words, read_info, read_rows, read_tasks
 from rsd.data.lerobot_images import KINDS, camera, reduced
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 
@@ -42,8 +42,9 @@ HAND_SHARE, HAND_GREY, HAND_DEVIATION = 0.1, 90, 4
 # with y, its row grows with x and falls with z. In 38 demonstrations of three suites, turned each of four ways, that
 # told the right way in 36; the other two open a drawer, and are left to the next episode.
 MOTION_GREY, FRAMES_COMPARED, LEAST_CORRELATION, CLOSING = 12, 30, 0.6, 0.005
+UPRIGHT = "upright"
 TURNS: dict[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {  # [T, S, S, 3] as stored -> upright
-    "upright": lambda pictures: pictures,
+    UPRIGHT: lambda pictures: pictures,
     "turned by 180 degrees": lambda pictures: pictures[:, ::-1, ::-1],
     "upside down": lambda pictures: pictures[:, ::-1],
     "mirrored": lambda pictures: pictures[:, :, ::-1],
@@ -92,7 +93,7 @@ def read_episodes(folder: Path, images: bool, image_size: int = 0, most: int | N
     state, labels = rows.columns[layout.state], rows.columns[layout.action]
     actions = rows.columns[layout.executed] if layout.executed else labels
     check_state(f"LeRobot data set {folder}: expected {layout.state}", state)
-    sense = gripper_sense(rows, labels, state)
+    sense = told_sense(folder) or gripper_sense(rows, labels, state)
     check_actions(folder, layout.action, labels, sense)
     read = Pictures(folder, info, rows, layout, image_size) if images else None
     if read is not None:
@@ -138,7 +139,7 @@ def read_actions(folder: Path) -> list[NDArray[np.float32]]:
     rows = read_rows(folder, info, {action: width, **({state: STATE_DIM} if state else {})})
     actions = rows.columns[action]
     if state and width == ACTION_DIM and not state_fault(rows.columns[state]):
-        sense = gripper_sense(rows, actions, rows.columns[state])
+        sense = told_sense(folder) or gripper_sense(rows, actions, rows.columns[state])
         if sense not in (None, (GRIPPER_OPEN, GRIPPER_CLOSE)):
             print(f"LeRobot data set {folder}: gripper {told_gripper(sense)}")
         actions = converted(actions, sense)
@@ -207,6 +208,12 @@ def gripper_sense(rows: Rows, labels: NDArray[np.float32], state: NDArray[np.flo
     return None if abs(low - high) < FINGERS_MOVE else (opens, closes)
 
 
+def told_sense(folder: Path) -> tuple[float, float] | None:
+    """The same of an export of this package, which says it."""
+    told = own_words(folder).get("gripper")
+    return (GRIPPER_OPEN, GRIPPER_CLOSE) if told == [GRIPPER_OPEN, GRIPPER_CLOSE] else None
+
+
 def check_actions(folder: Path, key: str, labels: NDArray[np.float32], sense: tuple[float, float] | None) -> None:
     if (most := abs(labels[:, :GRIPPER]).max()) > 1.001:
         raise RsdError(f"LeRobot data set {folder}: expected LIBERO's commands in {key}, within +-1, found {most:.4g}")
@@ -235,15 +242,19 @@ class Pictures:
     """Both cameras' pictures of an episode, upright, once `learn` knows how they stand."""
 
     def __init__(self, folder: Path, info: Mapping[str, Any], rows: Rows, layout: Layout, image_size: int) -> None:
-        self._where, self._size, self._keys = f"LeRobot data set {folder}", image_size, layout.cameras
-        self._rows, self._turn = rows, "upright"
+        self._folder, self._where = folder, f"LeRobot data set {folder}"
+        self._size, self._keys = image_size, layout.cameras
+        self._rows, self._turn = rows, UPRIGHT
         self._cameras = [camera(folder, info, rows, key) for key in layout.cameras]
 
     def learn(self, state: NDArray[np.float32]) -> str:
         """Find out from the first episodes how the pictures stand, both cameras' alike -> words for it."""
-        hand = found = None
+        hand, found, told = None, None, str(own_words(self._folder).get("pictures"))
         for part in self._rows.episodes()[:EPISODES_TRIED]:
             third, wrist = self._stored(part)
+            if told in TURNS:
+                self._turn = told
+                break
             hand, found = hand or wrist_turn(wrist), third_turn(third, state[part])
             if found and hand in (None, "upside down" if found in DOWN else "upright"):
                 self._turn = found

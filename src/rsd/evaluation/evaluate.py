@@ -113,7 +113,8 @@ def sum_up(directory: Path, workers: int, wall_time_s: float) -> RunSummary:
 
 
 def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
-    """All episodes of a run, trial by trial; raises RsdError for an unknown suite, task or state."""
+    """All episodes of a run, trial by trial; raises RsdError for an unknown suite, task or state,
+    and for a shard that would be empty."""
     jobs: list[Job] = []
     states = config.states
     order = {state: trial for trial, state in enumerate(states)}
@@ -132,6 +133,8 @@ def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
             jobs.extend(Job(suite, task_id, *tasks[task_id], state) for state in states)
     jobs.sort(key=lambda job: order[job.init_state])  # stable: trial by trial, the suites' own order within
     part, parts = config.shard_of()
+    if part >= len(jobs):
+        raise RsdError(f"--shard {config.shard}: expected at most {plural(len(jobs), 'part')}, as there are episodes")
     return jobs[part::parts]
 
 

@@ -92,10 +92,10 @@ class FrameDataset:
             images.append(torch.from_numpy(demonstration.images).to(device))
             states.append(demonstration.state[::every])
             chunks.append(chunk_targets(demonstration.labels, horizon)[::every])
-            index = instructions.setdefault(demonstration.instruction, len(instructions))
+            index = numbered(demonstration.instruction, demonstration, instructions)
             tasks.append(np.full(count, index))
             if asking:
-                numbers = [instructions.setdefault(sentence, len(instructions)) for sentence, _ in demonstration.asks]
+                numbers = [numbered(sentence, demonstration, instructions) for sentence, _ in demonstration.asks]
                 asks.append(np.tile(np.resize(numbers or [index], MOST_ASKED), (count, 1)))
                 seen, spot = demonstration.spots, np.full((count, MOST_ASKED, 2), np.nan, np.float32)
                 if seen is not None and seen.shape[1]:
@@ -219,6 +219,17 @@ def held_against(tokenizer: ActionTokenizer, demonstrations: Iterable[Demonstrat
             expected = f"{which} to be {low[column]:g} or {high[column]:g}, as the tokenizer has it"
             raise _unfit(demonstration, expected, f"{float(binary[row, column]):g}")
         yield demonstration
+
+
+def numbered(text: str, demonstration: Demonstration, known: dict[str, int]) -> int:
+    """An instruction's number among those that are known, which it joins; `RsdError` where it cannot be read."""
+    if text not in known:
+        try:
+            word_ids([text])
+        except RsdError as error:
+            where = f"{demonstration.source}, {demonstration.episode}"
+            raise RsdError(f"{where}: {error}; reword it, or leave that demonstration out") from None
+    return known.setdefault(text, len(known))
 
 
 def _unfit(demonstration: Demonstration, expected: str, found: str) -> RsdError:
