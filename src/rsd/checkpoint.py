@@ -29,7 +29,7 @@ from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.decoders import DECODERS
-from rsd.json_files import from_json, read_versioned, write_atomically
+from rsd.json_files import from_json, read_versioned, section, write_atomically
 from rsd.manifest import file_sha256
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.options import Checkpoint, DecodeOptions, Fine, resolve
@@ -157,7 +157,9 @@ def seal(directory: Path) -> list[str]:
     else:
         load_model(directory, raw, tokenizer)
     if (directory / CALIBRATION_FILE).exists():
-        SkipCalibration.load(directory)  # may be of other weights: the next step then is to calibrate these
+        # may be of other weights: the next step then is to calibrate these
+        for caution in long_memory(raw, SkipCalibration.load(directory).memory_chunks):
+            LOG.warning("%s: %s", directory / CALIBRATION_FILE, caution)
     settled = {**raw, "policy": former.parts(content.policy), "sha256": hashes}
     resolve(facts_of(directory, settled), DecodeOptions())
     before = manifest.read_manifest(directory)
@@ -258,6 +260,15 @@ def load_calibration(directory: Path, weights_sha256: str | None = None) -> Skip
     calibration = SkipCalibration.load(directory)
     calibration.check_belongs(weights_sha256 or file_sha256(directory / WEIGHTS_FILE))
     return calibration
+
+
+def long_memory(content: dict[str, Any], asked: int) -> list[str]:
+    """A sentence where `rsd-skip` would let the drafter attend to what is older than anything it was trained to
+    remember. content: config.json; asked: chunks."""
+    trained = section(content, "provenance", "training").get("remembered_chunks")
+    if not isinstance(trained, int) or asked <= trained:
+        return []
+    return [f"its drafter was trained to remember 1 to {trained} chunks, asked to remember {asked}"]
 
 
 def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] | None:

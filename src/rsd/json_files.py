@@ -73,3 +73,10 @@ def write_atomically(path: Path, text: str) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def section(record: Any, *names: str) -> dict[str, Any]:
+    """A part of a free-form record by its path; empty where there is none."""
+    for name in names:
+        record = record.get(name) if isinstance(record, dict) else None
+    return record if isinstance(record, dict) else {}

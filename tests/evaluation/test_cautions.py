@@ -4,17 +4,20 @@ import io
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from scripted import SCRIPTED
 from test_backend import calibrate
 
-from rsd.checkpoint import CONFIG_FILE
+from rsd.checkpoint import CALIBRATION_FILE, CONFIG_FILE, seal
 from rsd.cli.eval import EvalArguments, plan_runs
 from rsd.cli.parsing import parse
+from rsd.collection import collect
 from rsd.evaluation.backend import LIBERO
 from rsd.evaluation.cautions import cautions
 from rsd.evaluation.config import EvalConfig
@@ -60,6 +63,25 @@ def test_what_was_not_taught_or_promised_is_said(options: dict[str, object], exp
     found = cautions(EvalConfig(**{"decode": "l1", **options}))  # type: ignore[arg-type]
     assert len(found) == len(expected), found
     assert all(part in caution for part, caution in zip(expected, found, strict=True)), found
+
+
+def test_collecting_sealing_and_serving_say_what_the_drafter_does_not_remember(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = "its drafter was trained to remember 1 to 4 chunks, asked to remember 99"
+    monkeypatch.setattr(collect, "driving_policy", lambda config: SimpleNamespace(image_size=128))
+    driven = collect.CollectConfig(tmp_path, policy=SPATIAL, policy_decode="rsd-skip", image_size=128)
+    collect._check_policy(driven)
+    assert capsys.readouterr().err == ""
+    collect._check_policy(replace(driven, policy_skip_threshold_mm=20.0, policy_memory_chunks=99))
+    assert capsys.readouterr().err == f"warning: {SPATIAL}: {expected}\n"
+    shutil.copytree(SPATIAL, tmp_path / "copy")
+    path = tmp_path / "copy" / CALIBRATION_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "memory_chunks": 99}))
+    seal(tmp_path / "copy")
+    assert expected in caplog.text
+    served = EvalConfig(policy=str(tmp_path / "copy"), task_suite="libero_goal", decode="rsd-skip")
+    assert cautions(served, suites=False) == [f"{tmp_path / 'copy'}: {expected}"]
 
 
 def test_an_image_size_that_the_data_did_not_have(checkpoint: Path) -> None:

@@ -95,6 +95,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     import torch
 
     from rsd.evaluation.backend import describe_checkpoint, settle
+    from rsd.evaluation.cautions import cautions
     from rsd.serving.server import PolicyServer, reserve, serve_until_signal, until_signal
     from rsd.serving.service import load_served, versions_on
     from rsd.targets.openvla.published import locate_openvla
@@ -108,8 +109,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     console = terminal(stderr=True, highlight=False, soft_wrap=True)
-    if note:
-        console.print(note)
+    for line in [*filter(None, [note]), *(f"warning: {caution}" for caution in cautions(config, suites=False))]:
+        console.print(line)
 
     def listening(address: str) -> None:
         console.print(f"{config.policy} decoding with {config.decode} on {config.device} at {address}; Ctrl-C stops")

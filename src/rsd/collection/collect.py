@@ -367,6 +367,15 @@ def _check_policy(config: CollectConfig) -> None:
     size = driving_policy(config).image_size
     if not config.states_only and config.image_size != size:
         raise RsdError(f"collect: the policy {config.policy} needs images of {size} px, found {config.image_size} px")
+    if config.policy_decode == "rsd-skip":
+        # start-up time: most collections need no torch
+        from rsd.checkpoint import load_calibration, locate_checkpoint, long_memory, read_content
+
+        directory = locate_checkpoint(config.policy)
+        calibrated = config.policy_skip_threshold_mm is None
+        asked = load_calibration(directory).memory_chunks if calibrated else config.policy_memory_chunks
+        for caution in long_memory(read_content(directory), asked):
+            print(f"warning: {config.policy}: {caution}", file=sys.stderr)
 
 
 def _made_alike(config: CollectConfig, names: Mapping[int, str], faults: Faults) -> dict[int, set[int]]:

@@ -9,20 +9,27 @@ from typing import Any
 
 from rsd.conventions import CONTROL_HZ
 from rsd.evaluation.config import EvalConfig, planned_tasks
+from rsd.json_files import section
+from rsd.types import MEMORY_CHUNKS
 
 
-def cautions(config: EvalConfig) -> list[str]:
+def cautions(config: EvalConfig, suites: bool = True) -> list[str]:
     """One sentence each, none where all is as it was trained and calibrated; none of a policy that is served or
-    the user's own, or of a published OpenVLA checkpoint, whose statistics have to name the suite anyway."""
-    from rsd.checkpoint import CONFIG_FILE, locate_checkpoint
+    the user's own, or of a published OpenVLA checkpoint, whose statistics have to name the suite anyway. suites: also
+    about those of the run."""
+    from rsd.checkpoint import CONFIG_FILE, load_calibration, locate_checkpoint, long_memory
     from rsd.targets.openvla.published import locate_openvla
 
     if config.served or config.custom or config.drafter or locate_openvla(config.policy) is not None:
         return []
     directory = locate_checkpoint(config.policy)
     content = json.loads((directory / CONFIG_FILE).read_text())
-    found = [*unseen_tasks(config, content), *odd_sizes(content), *unpromised_suites(config, directory)]
-    found += long_memory(config, content, directory)
+    found = [*unseen_tasks(config, content), *unpromised_suites(config, directory)] if suites else []
+    found += odd_sizes(content)
+    if config.decode == "rsd-skip":
+        calibrated = config.skip_threshold_mm is None
+        asked = load_calibration(directory).memory_chunks if calibrated else config.memory_chunks or MEMORY_CHUNKS
+        found += long_memory(content, asked)
     if config.control_hz not in (0.0, CONTROL_HZ):
         taught = f"it was taught at {CONTROL_HZ:g} actions a second"
         found.append(f"--control-hz {config.control_hz:g}: {taught}, which is LIBERO's rate")
@@ -41,13 +48,6 @@ def trained_on(content: dict[str, Any]) -> tuple[set[str], set[str], set[int]]:
     told = data.get("instructions")
     instructions = {str(text) for text in told} if isinstance(told, list) else set()
     return set() if "" in suites else suites, instructions, {size for size in sizes if isinstance(size, int)}
-
-
-def section(record: Any, *names: str) -> dict[str, Any]:
-    """A part of a free-form record by its path; empty where there is none."""
-    for name in names:
-        record = record.get(name) if isinstance(record, dict) else None
-    return record if isinstance(record, dict) else {}
 
 
 def unseen_tasks(config: EvalConfig, content: dict[str, Any]) -> Iterable[str]:
@@ -87,16 +87,3 @@ def unpromised_suites(config: EvalConfig, directory: Path) -> Iterable[str]:
     if beyond := [suite for suite in config.suites if suite not in calibrated]:
         found = f"calibrated for {', '.join(calibrated)}, not for {', '.join(beyond)}, where it promises nothing"
         yield f"rsd-skip: {found}; --audit tells the risk there, `rsd calibrate` makes a promise"
-
-
-def long_memory(config: EvalConfig, content: dict[str, Any], directory: Path) -> Iterable[str]:
-    """Where `rsd-skip` lets the drafter attend to what is older than anything it was trained to remember."""
-    from rsd.checkpoint import load_calibration
-
-    trained = section(content, "provenance", "training").get("remembered_chunks")
-    if config.decode != "rsd-skip" or not isinstance(trained, int):
-        return
-    calibrated = config.skip_threshold_mm is None
-    asked = load_calibration(directory).memory_chunks if calibrated else config.memory_chunks
-    if asked is not None and asked > trained:
-        yield f"its drafter was trained to remember 1 to {trained} chunks, asked to remember {asked}"
