@@ -6,6 +6,7 @@ fault of a kind is a new row. Demonstrations: `data/test_bad_demonstrations.py`.
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -200,6 +201,13 @@ def test_a_report_replaces_what_a_report_wrote_alone(tmp_path: Path, capsys: pyt
         (tmp_path / place).write_text("somebody's")
         check(["report", run, "--output", tmp_path / "page.html"], f"{place}: exists already", tmp_path, capsys)
         (tmp_path / place).unlink()
+    again = ["report", run, "--output", tmp_path / "page.html", "--overwrite"]
+    (tmp_path / "figures/success.svg").mkdir()
+    check(again, "figures/success.svg: expected a file, or nothing yet, found a folder", tmp_path, capsys)
+    shutil.rmtree(tmp_path / "figures")
+    (tmp_path / "figures").touch()
+    check(again, "figures: expected a folder, or nothing yet, found a file", tmp_path, capsys)
+    (tmp_path / "figures").unlink()
     (tmp_path / "page.html").write_text("somebody's")
     for more in (["--overwrite"], []):  # the second time it is its own
         assert dispatch(["report", run, "--videos", "none", "--output", str(tmp_path / "page.html"), *more]) == 0

@@ -87,9 +87,12 @@ def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
 
 
 def refuse_to_replace(path: Path, overwrite: bool, mark: bytes = b"") -> None:
-    """Raises RsdError where `path` exists already, unless it may be overwritten: call it before the work begins.
+    """Raises RsdError where `path` exists already, unless it is a file that may be overwritten: call it before the work
+    begins.
 
     mark: what an earlier file of the same kind holds, which may always be overwritten."""
+    if path.is_dir():
+        raise RsdError(f"{path}: expected a file, or nothing yet, found a folder; choose another --output")
     same_kind = mark and path.is_file() and mark in path.read_bytes()
     if path.exists() and not overwrite and not same_kind:
         raise RsdError(f"{path}: exists already; choose another --output, or --overwrite to replace it")

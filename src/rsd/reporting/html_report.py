@@ -86,11 +86,13 @@ def write_report(
     elif output.suffix.lower() not in (".html", ".htm"):
         raise RsdError(f"--output {output}: expected a name that ends in .html; another file would be written over")
     refuse_to_replace(output, overwrite, WRITTEN_BY)
-    figures = draw_all(runs)
     folder = output.parent / FIGURES_DIR
-    for name in figures:
+    if folder.exists() and not folder.is_dir():
+        raise RsdError(f"{folder}: expected a folder, or nothing yet, found a file; choose another --output")
+    for name in FIGURES:
         for suffix in (".svg", ".pdf"):
             refuse_to_replace(folder / f"{name}{suffix}", overwrite, MADE_BY)
+    figures = draw_all(runs)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
