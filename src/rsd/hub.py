@@ -9,6 +9,7 @@ from pathlib import Path
 
 import rsd
 from rsd.checks import RsdError, checked, shown, told
+from rsd.types import LEROBOT
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LONGEST_PATH = 1000  # characters of one in a message
@@ -30,6 +31,8 @@ def locate(path_or_hub_id: str | Path, kind: str, directory: str, files: Sequenc
         elsewhere = None
     if "://" in str(path_or_hub_id):
         raise RsdError(f"{kind} {name}: expected {directory}, a hub id, or a server's address ws://HOST:PORT")
+    if str(path_or_hub_id).startswith(LEROBOT):
+        raise RsdError(f"{kind} {name}: expected {directory} or a hub id; LeRobot's own are for rsd eval, serve, doctor")
     if not elsewhere:
         raise RsdError(f"{kind} {name}: expected {directory} or a hub id like owner/name")
     if path.parts[0] in OWN_FOLDERS or path.parent.is_dir():  # a slip in a path: nobody else has to know of it

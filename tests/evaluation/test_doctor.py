@@ -1,6 +1,7 @@
 """`rsd doctor` and `rsd inspect`: what they find in good and in damaged places."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from scripted import episode
 
 import rsd.evaluation.doctor as doctor
+from foreign_server import foreign
 from reporting.test_report import write_run
 from rsd.cli import dispatch
 from rsd.evaluation.config import EvalConfig
@@ -64,6 +66,15 @@ def test_a_checkpoint_that_does_not_belong_together_is_red_and_stops_an_evaluati
 def test_a_sound_checkpoint_passes_the_cheap_checks(checkpoint: Path, tmp_path: Path) -> None:
     preflight(EvalConfig(policy=str(checkpoint), output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("policy", ["lerobot:", "lerobot:--help", "ws://127.0.0.1:1", "json:JSONDecoder", "no.py:P"])
+def test_a_policy_of_somebody_elses_is_reached_and_no_checkpoint_is_looked_for(policy: str, tmp_path: Path) -> None:
+    assert "checkpoint files" not in found(doctor.cheap_checks(policy, "cpu", tmp_path))
+    check = doctor.guarded("policy", partial(doctor.reach, EvalConfig(policy=policy)))
+    assert (check.status, "expected" in check.found) == ("fail", True), check.found
+    with foreign({}) as (address, _):
+        assert doctor.reach(EvalConfig(policy=address)).status == "ok"
 
 
 def test_red_lines_say_what_to_do(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rsd.devices import check_device
+from rsd.evaluation import foreign
+from rsd.evaluation.config import EvalConfig
 from rsd.output import reason, shown, terminal
 from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Observation, RsdError
 
 if TYPE_CHECKING:
-    from rsd.evaluation.config import EvalConfig
     from rsd.policy import RsdPolicy
 
 # Other versions move objects in the first steps, and with them the success rates.
@@ -36,7 +37,7 @@ class DoctorConfig:
     """Check this machine and a checkpoint for an evaluation; exit status 1 if anything is red."""
 
     policy: str = "checkpoints/libero_spatial"
-    """Checkpoint directory or hub id."""
+    """Everything that `rsd eval --policy` takes."""
     device: str = "cpu"
     """Where the policy shall run: cpu, cuda, cuda:1."""
     output: Path = Path("results")
@@ -233,16 +234,31 @@ def cheap_checks(policy: str, device_name: str, output: Path) -> list[Check]:
             **{package: partial(pinned, package) for package in PINNED},
             "OpenGL": gl_library,
             "disk": lambda: disk(output),
-            "checkpoint files": lambda: checkpoint_files(policy),
+            **({} if is_elsewhere(policy) else {"checkpoint files": lambda: checkpoint_files(policy)}),
         }
     )
+
+
+def is_elsewhere(policy: str) -> bool:
+    """Whether it is no checkpoint of this package's or OpenVLA's."""
+    config = EvalConfig(policy=policy)
+    return config.served or config.custom
+
+
+def reach(config: EvalConfig) -> Check:
+    """The class of one's own can be used, the server answers, LeRobot's environment loads its policy."""
+    choice = foreign.choice(config)
+    assert choice is not None
+    foreign.identity(replace(config, decode=choice.decode))
+    if config.custom:
+        foreign.custom(config)
+    return Check("policy", "ok", f"{config.policy} {choice}")
 
 
 def preflight(config: EvalConfig) -> None:
     """The cheap checks before an evaluation; raises RsdError naming every red one and what to do."""
     checks = cheap_checks(config.policy, config.device, config.output_dir)
-    elsewhere = config.served or config.custom
-    bad = [c for c in checks if c.status == "fail" and not (elsewhere and c.name == "checkpoint files")]
+    bad = [check for check in checks if check.status == "fail"]
     if bad:
         lines = "; ".join(f"{check.name}: {check.found}{f' ({check.remedy})' if check.remedy else ''}" for check in bad)
         raise RsdError(f"{lines}; `rsd doctor` checks everything")
@@ -252,6 +268,8 @@ def diagnose(config: DoctorConfig) -> tuple[list[Check], RsdPolicy | None]:
     """All checks, and the policy if it loads."""
     loaded: list[RsdPolicy] = []
     policy = partial(load_and_predict, config.policy, config.device, loaded)
+    if is_elsewhere(config.policy):
+        policy = partial(reach, EvalConfig(policy=config.policy, device=config.device))
     checks = cheap_checks(config.policy, config.device, config.output)
     checks += checked({"LIBERO": libero_assets, "rendering": render_frame, "policy": policy})
     for one in loaded:

@@ -68,7 +68,8 @@ def command(asked: Asked) -> list[str]:
     """What starts the server, in LeRobot's environment; `RsdError` where there is none."""
     if not asked.name or asked.name.startswith("-"):
         expected = f"a LeRobot policy's directory or hub id behind {LEROBOT}"
-        raise RsdError(f"{asked.spec}: expected {expected}, found {asked.name!r}")
+        found = repr(asked.name) if asked.name else "nothing"
+        raise RsdError(f"--policy {asked.spec}: expected {expected}, found {found}")
     python = Path(variable(LEROBOT_PYTHON, str(USUAL_PYTHON)))
     if not python.is_file():
         expected = f"LeRobot's own environment at {USUAL_PYTHON}, or its python in {LEROBOT_PYTHON}"
