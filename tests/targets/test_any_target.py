@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.foreign import check_foreign
 from rsd.targets.black_box import Drafter, SpeculatingPolicy
 from rsd.targets.custom import CustomPolicy, identity
+from rsd.targets.remote import connection
 from rsd.targets.remote.openpi import OpenpiPolicy, served_at
 from rsd.targets.remote.wire import pack, unpack
 from rsd.types import ActionChunk, ChunkStats, Observation, RsdError, WrongOption
@@ -149,8 +151,28 @@ def test_any_openpi_server_is_asked_as_its_own_client_asks() -> None:
         policy.close()
     assert set(asked[0]) == {"observation/image", "observation/wrist_image", "observation/state", "prompt"}
     assert asked[0]["observation/image"].shape == (224, 224, 3)
+    for nonsense in (b"\xc1", b"\x81" * 3000):  # msgpack's errors say nothing
+        with running(lambda connection, said=nonsense: connection.send(said)) as address:  # type: ignore[misc]
+            with pytest.raises(RsdError, match=f"^{address}: expected msgpack .*Error\\)$"):
+                served_at(address)
     with foreign(["a list"]) as (address, _), pytest.raises(RsdError, match="says its metadata first"):
         served_at(address)
+
+
+def test_a_server_that_says_nothing_is_waited_for_aloud(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(connection, "SILENCE", 0.05)
+    done = threading.Event()
+    with running(lambda _: done.wait() and None) as address:
+        with pytest.raises(RsdError, match=f"{address}: the connection was lost \\(no answer for 0.2 s\\)"):
+            OpenpiPolicy(address, timeout_s=0.2)
+        done.set()
+        assert capsys.readouterr().err == f"{address}: connected; waiting for it to say what it serves\n"
+    with foreign({}) as (address, _):
+        assert OpenpiPolicy(address, 10).predict(SEEN).actions.shape == (10, 7)
+        with pytest.raises(WrongOption, match="expected chunks of the 11 steps"):
+            OpenpiPolicy(address, 11).predict(SEEN)
 
 
 @pytest.fixture(scope="module")

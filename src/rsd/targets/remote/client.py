@@ -96,7 +96,7 @@ class RemotePolicy:
         return read_welcome(self.address, self._connection.open())
 
     def _ask(self, content: dict[str, Any]) -> Any:
-        return unpack(self._connection.ask(pack(content)))
+        return unpack(self._connection.ask(pack(content)), whose=self.address)
 
 
 class CorrectedPolicy(RemotePolicy):
@@ -125,7 +125,7 @@ class CorrectedPolicy(RemotePolicy):
         chunk, self._chunk = self._chunk, None
         if chunk is None:
             return None
-        message = unpack(self._connection.receive())
+        message = unpack(self._connection.receive(), whose=self.address)
         try:
             found = self._chunk_of(message["correction"])
             checked(bool, found.stats.stood, "stood")
@@ -140,7 +140,7 @@ class CorrectedPolicy(RemotePolicy):
 
 
 def read_welcome(address: str, message: bytes | str) -> Welcome:
-    content: Any = unpack(message) if isinstance(message, bytes) else message
+    content: Any = unpack(message, whose=address) if isinstance(message, bytes) else message
     with suppress(RsdError, TypeError):  # keys of any kind may have been sent
         welcome = from_json(Welcome, content if isinstance(content, dict) else {}, address)
         steps = welcome.chunk[0] if len(welcome.chunk) == 2 and welcome.chunk[1] == ACTION_DIM else 0

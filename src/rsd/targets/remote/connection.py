@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, suppress
 
 from rsd.checks import one_line, told
 from rsd.extras import extra
@@ -11,6 +12,8 @@ from rsd.types import RsdError
 with extra("serve"):
     from websockets.exceptions import WebSocketException
     from websockets.sync.client import ClientConnection, connect
+
+SILENCE = 2.0  # seconds of a server that has not said anything, until that is told
 
 
 class Connection:
@@ -31,7 +34,7 @@ class Connection:
         try:
             opening = connect(self.address, compression=None, max_size=None, open_timeout=self.timeout_s)
             self._connection = self._stack.enter_context(opening)
-            return self._receive()
+            return self._receive(first=True)
         # ValueError and OverflowError for a port that is none
         except (OSError, ValueError, OverflowError, WebSocketException) as error:
             expected = f"expected {self.expected} at ws://HOST:PORT, found none that answers"
@@ -61,9 +64,13 @@ class Connection:
         self._connection = None
         self._stack.close()
 
-    def _receive(self) -> bytes | str:
+    def _receive(self, first: bool = False) -> bytes | str:
         assert self._connection is not None
         try:
+            if first and self.timeout_s > SILENCE:
+                with suppress(TimeoutError):
+                    return self._connection.recv(SILENCE)
+                print(f"{self.address}: connected; waiting for it to say what it serves", file=sys.stderr)
             return self._connection.recv(self.timeout_s)
         except (TimeoutError, WebSocketException) as error:
             self.close()  # a late answer must not be taken for the next one

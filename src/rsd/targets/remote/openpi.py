@@ -52,7 +52,7 @@ class OpenpiPolicy:
         start = time.perf_counter()
         message = pack(openpi_message(observation))
         self._used = True
-        answer = unpack(self._connection.ask(message))
+        answer = unpack(self._connection.ask(message), whose=self.address)
         total = 1e3 * (time.perf_counter() - start)
         if not isinstance(answer, dict) or "actions" not in answer:
             found = ", ".join(map(str, answer)) if isinstance(answer, dict) else type(answer).__name__
@@ -82,7 +82,7 @@ def _resized(view: np.ndarray) -> np.ndarray:
 
 def read_metadata(address: str, message: bytes | str) -> dict[str, Any]:
     """What the server said first; `RsdError` unless it is a map."""
-    content = unpack(message) if isinstance(message, bytes) else message
+    content = unpack(message, whose=address) if isinstance(message, bytes) else message
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise RsdError(f"{address}: expected {WANTED}, which says its metadata first, found {content!r:.200}")
     return content

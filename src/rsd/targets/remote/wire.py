@@ -43,8 +43,9 @@ def pack(content: Mapping[str, Any]) -> bytes:
     return packed
 
 
-def unpack(message: bytes, limits: Limits = ANSWER) -> Any:
-    """The inverse of `pack`; arrays are read-only. `RsdError` for anything that is no such message."""
+def unpack(message: bytes, limits: Limits = ANSWER, whose: str = "message") -> Any:
+    """The inverse of `pack`; arrays are read-only. `RsdError` for anything that is no such message; whose: begins it,
+    a server's address."""
     elements = 0
 
     def counted(part: Any) -> Any:
@@ -66,8 +67,8 @@ def unpack(message: bytes, limits: Limits = ANSWER) -> Any:
             max_ext_len=0,
         )
     except Exception as error:  # whatever numpy and msgpack make of it: the message's fault
-        found = f"{type(error).__name__}: {error!s:.160}"
-        raise RsdError(f"message: expected msgpack with arrays as openpi-client packs them ({found})") from error
+        found = f"{type(error).__name__}: {error!s:.160}".rstrip(": ")
+        raise RsdError(f"{whose}: expected msgpack with arrays as openpi-client packs them ({found})") from error
 
 
 def _encode(value: Any) -> Any:
