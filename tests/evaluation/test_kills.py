@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from scripted import SCRIPTED
 
@@ -27,8 +28,11 @@ def timeless(result: EpisodeResult) -> EpisodeResult:
     return replace(result, wall_s=0.0, latency_ms={}, attempts=0)
 
 
-def test_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
-    config = EvalConfig(num_trials=4, policy="slow", num_workers="2", output=str(tmp_path / "killed"))
+@pytest.mark.parametrize("batch", [0, 2])
+def test_kills_lose_nothing_and_repeat_nothing(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    config = EvalConfig(num_trials=4, policy="slow", num_workers="2", batch=batch, output=str(tmp_path / "killed"))
     undisturbed = replace(config, output=str(tmp_path / "undisturbed"))
     run(undisturbed)
     choose = random.Random(3)
@@ -56,6 +60,7 @@ def test_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
         process.join()
         assert gone(workers), "workers outlived the evaluation"
     assert seen > 0
+    assert not list((tmp_path / "tmp").iterdir()), "a killed run leaves nothing behind"
     run(config)
     expected = {key: timeless(result) for key, result in read_episodes(undisturbed.output_dir / EPISODES_FILE).items()}
     assert {key: timeless(result) for key, result in read_episodes(episodes_file).items()} == expected
