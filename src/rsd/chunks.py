@@ -89,6 +89,8 @@ def no_actions(answer: Any) -> str:
         return f"a dictionary with {', '.join(map(shown, answer)) or 'nothing'}"[:200]
     if isinstance(answer, Iterator):
         return f"a {type(answer).__name__}"
+    if isinstance(answer, str | bytes):
+        return "text"
     return "nothing" if answer is None else "one number" if np.ndim(answer) == 0 and np.isscalar(answer) else ""
 
 

@@ -25,7 +25,7 @@ from rsd.targets.drafter_files import read_drafter
 from rsd.targets.remote.openpi import openpi_message
 from rsd.targets.remote.wire import pack, unpack
 from rsd.training.config import LoopConfig
-from rsd.types import Observation, RsdError
+from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
 
 LIMIT, HORIZON = 12, 4
 LEVELS = DrafterConfig(levels=2, dim=16, layers=1, heads=2)
@@ -199,3 +199,33 @@ def test_a_target_that_never_answers_alike_sets_epsilon_and_drafters_lead_elsewh
     drove = [look["drove"] for look in looks]
     assert len(looks) == 2 * 2 * LIMIT // HORIZON
     assert 0.4 < np.mean(drove) <= 1.0
+
+
+class Failing:
+    """A policy of one's own, whose third episode raises, or every one."""
+
+    image_size = 64
+
+    def __init__(self, always: bool) -> None:
+        self.always, self.episodes = always, 0
+
+    def reset(self, seed: int | None = None) -> None:
+        self.episodes += 1
+
+    def predict(self, observation: Observation) -> ActionChunk:
+        if self.always or self.episodes == 3:
+            raise KeyError("state")
+        return ActionChunk(np.zeros((HORIZON, 7), np.float32), ChunkStats("target-only"))
+
+
+@pytest.mark.parametrize(
+    ("always", "expected"),
+    [
+        (False, r"^1 of 30 rollouts .* task_0 episode 2 \(the target's predict: KeyError: 'state'\); finished episodes"),
+        (True, r"^the target's predict: KeyError: 'state' \(8 times in a row, so the run stops here\); finished epis"),
+    ],
+)
+def test_what_a_target_raises_costs_its_episode_until_it_lasts(always: bool, expected: str, tmp_path: Path) -> None:
+    config = target_rollouts.RolloutConfig(tmp_path / "out", "libero_spatial", (0,), 30, "target", {}, 64, HORIZON)
+    with pytest.raises(RsdError, match=expected):
+        target_rollouts.roll_out(config, lambda: Failing(always))

@@ -132,6 +132,7 @@ async def awaited() -> None: ...
         (lambda: {"actions": np.zeros((8, 7))}, "a dictionary with 'actions'"),
         (dict, "a dictionary with nothing"),
         (lambda: None, "nothing"),
+        (lambda: "up", "text"),
         (lambda: np.float32(0), "one number"),
     ],
 )

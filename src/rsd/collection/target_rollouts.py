@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.checks import Checked, ImageSize, Millimetres, Seed, Share, Some
+from rsd.checks import Checked, ImageSize, Millimetres, Seed, Share, Some, told
 from rsd.collection import workers
 from rsd.collection.collect import CollectConfig, EpisodeRecorder, libero_attributes
 from rsd.collection.workers import Workers
@@ -34,9 +34,10 @@ from rsd.sim.libero import LiberoEnv, simulator_versions
 from rsd.sim.suites import suite_task
 from rsd.targets.black_box import Drafter, load_drafter, shrunk
 from rsd.tokenizer.config import Horizon
-from rsd.types import ActionChunk, Policy, RsdError
+from rsd.types import ActionChunk, Observation, Policy, RsdError
 
 ASKED_TWICE = 4  # every so many chunks a target that drives itself is asked again: how far is it from itself?
+MAX_EQUAL_FAULTS = 8  # episodes in a row that end alike: a target that is gone
 BATCH = 2  # episodes a worker makes of one task before the next
 Driver = Literal["target", "drafter", "gate"]
 MakeTarget = Callable[[], Policy]
@@ -89,7 +90,7 @@ def roll_out(config: RolloutConfig, make_target: MakeTarget) -> dict[str, int]:
     names = {task: suite_task(config.suite, task).name for task in config.tasks}
     with exclusive(config.out):
         check_settings(config)
-        faults = Faults(f"finished episodes are kept in {config.out}; the same command goes on")
+        faults = Faults(f"finished episodes are kept in {config.out}; the same command goes on", MAX_EQUAL_FAULTS)
         have = workers.finished_by_task(config.out, names, faults)
         batches = workers.batched(config.episodes, have, BATCH)
         total = config.episodes * len(have)
@@ -99,6 +100,8 @@ def roll_out(config: RolloutConfig, make_target: MakeTarget) -> dict[str, int]:
             jobs = {pool.submit(batch_of, config, make_target, task, part): task for task, part in batches}
             for job in as_completed(jobs):
                 done, failed = job.result()
+                if done:
+                    faults.worked()
                 for index, fault in failed:
                     faults.failed(f"{names[jobs[job]]} episode {index}", fault)
                 bar.advance(shown, done)
@@ -175,11 +178,11 @@ class Rollout:
         """The target's actions [H, 7] for the present observation, and those that are executed."""
         config, drafter, seen = self.config, self.drafter, self.env.observation()
         self.images.append(rotate_180(shrunk(seen.images, config.image_size)))
-        label = self.labelled(self.target.predict(seen))
+        label = self.labelled(self.asked(seen))
         if drafter is None:
             self.answers += 1
             if self.answers % ASKED_TWICE == 1:
-                again = self.labelled(self.target.predict(seen))
+                again = self.labelled(self.asked(seen))
                 differs = bool((again[:, -1] != label[:, -1]).any())
                 self.apart.append((float(fingertip_deviation(again, label)), differs))
             return label, label
@@ -192,6 +195,15 @@ class Rollout:
         executed = proposal.actions if drove else label
         self.state = drafter.after(self.state, executed, None if drove else found.stood)
         return label, executed
+
+    def asked(self, seen: Observation) -> ActionChunk:
+        """The target's answer; whatever a policy of one's own raises costs this episode, as in an evaluation."""
+        try:
+            return self.target.predict(seen)
+        except RsdError:
+            raise
+        except Exception as error:
+            raise RsdError(f"the target's predict: {type(error).__name__}: {told(error)}") from error
 
     def labelled(self, chunk: ActionChunk) -> NDArray[np.float32]:
         """The actions that are executed, with the gripper as its controller takes it: the sign alone."""
