@@ -30,7 +30,7 @@ OPTIONS = {
     "demos collect --out out --states-only --image-size 64": "--image-size without --states-only, which draws nothing",
     "train policy --loop.steps 0 --output out": "--loop.steps of at least 1 without --init, found 0",
     f"train policy {COUNTERFACTUAL}": "--policy.target.whole-block with --loss.counterfactual",
-    "submit --cluster local --shards 9 --num-trials 2 --tasks 0 --decode l1": "--shards 9: expected at most 2, as there",
+    "submit --cluster local --shards 9 --num-trials 2 --tasks 0 --decode l1": "--shards 9: expected at most 2, as the",
     "submit --cluster local --partition gpu": "--partition gpu: expected --cluster slurm with it, found local",
     "serve --statistics nothing --port 0": "--statistics: expected a checkpoint in OpenVLA's format beside it, found",
 }

@@ -183,7 +183,7 @@ def number(text: str) -> int | None:
 
 
 def listed(text: str, option: str = "", most: int = 10**12, words: str = LISTS) -> list[int]:
-    """"0,3,10-12" -> 0, 3, 10, 11, 12; `RsdError` for anything else, for numbers from `most` on and for one twice."""
+    """Of "0,3,10-12" 0, 3, 10, 11, 12; `RsdError` for anything else, for numbers from `most` on and for one twice."""
     found: dict[int, None] = {}
     where = f"{option}: " if option else ""
     for part in text.split(","):

@@ -32,7 +32,7 @@ def locate(path_or_hub_id: str | Path, kind: str, directory: str, files: Sequenc
     if "://" in str(path_or_hub_id):
         raise RsdError(f"{kind} {name}: expected {directory}, a hub id, or a server's address ws://HOST:PORT")
     if str(path_or_hub_id).startswith(LEROBOT):
-        raise RsdError(f"{kind} {name}: expected {directory} or a hub id; LeRobot's own are for rsd eval, serve, doctor")
+        raise RsdError(f"{kind} {name}: expected {directory} or a hub id; LeRobot's are for rsd eval, serve, doctor")
     if not elsewhere:
         raise RsdError(f"{kind} {name}: expected {directory} or a hub id like owner/name")
     if path.parts[0] in OWN_FOLDERS or path.parent.is_dir():  # a slip in a path: nobody else has to know of it

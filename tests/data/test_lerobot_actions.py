@@ -140,7 +140,7 @@ def test_what_a_fit_needs_to_be_told(tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"features": {"observation.state": {}}}, "expected the feature action, found observation.state"),
         ({"features": {"action": {"shape": [2, 7]}}}, r"a vector, found the shape \[2, 7\]"),
         ({"features": {"action": {"shape": [13]}}}, "expected 13 numbers in every action, found 14 in one"),
-        ({"features": {"action": {"shape": [14], "dtype": "image"}}}, "action to be of numbers, found the dtype 'image'"),
+        ({"features": {"action": {"shape": [14], "dtype": "image"}}}, "to be of numbers, found the dtype 'image'"),
         ({"total_frames": 999}, "expected 999 frames as meta/info.json says, found 150"),
     ],
 )

@@ -66,7 +66,10 @@ def test_what_was_not_taught_or_promised_is_said(options: dict[str, object], exp
 
 
 def test_collecting_sealing_and_serving_say_what_the_drafter_does_not_remember(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     expected = "its drafter was trained to remember 1 to 4 chunks, asked to remember 99"
     monkeypatch.setattr(collect, "driving_policy", lambda config: SimpleNamespace(image_size=128))

@@ -221,7 +221,7 @@ class Failing:
 @pytest.mark.parametrize(
     ("always", "expected"),
     [
-        (False, r"^1 of 30 rollouts .* task_0 episode 2 \(the target's predict: KeyError: 'state'\); finished episodes"),
+        (False, r"^1 of 30 rollouts .* task_0 episode 2 \(the target's predict: KeyError: 'state'\); finished"),
         (True, r"^the target's predict: KeyError: 'state' \(8 times in a row, so the run stops here\); finished epis"),
     ],
 )

@@ -1,5 +1,6 @@
 """Policies of somebody else's: a class, any openpi server, and a drafter and a proxy in front of it."""
 
+import functools
 import re
 import socket
 import subprocess
@@ -97,7 +98,7 @@ def test_a_file_that_is_no_policy_is_found_at_once(here: Path, source: str, expe
 def test_actions_are_clipped_or_in_other_units() -> None:
     assert environment_ready([1.5] * 7, "x").tolist() == [[1.0] * 7]
     assert environment_ready(torch.zeros(9, 7), "x", 4).shape == (4, 7)
-    with pytest.raises(WrongOption, match="^x: expected chunks of the 9 steps .* found 8; --execute 8 executes as many"):
+    with pytest.raises(WrongOption, match=r"^x: expected chunks of the 9 steps .* found 8; --execute 8 executes as"):
         environment_ready(np.zeros((8, 7)), "x", 9)
     for odd in (np.full((8, 7), 30.0), np.zeros((8, 14)), np.zeros((0, 7)), np.full((1, 7), np.nan)):
         with pytest.raises(RsdError, match=r"^x"):
@@ -153,9 +154,9 @@ def test_any_openpi_server_is_asked_as_its_own_client_asks() -> None:
     assert set(asked[0]) == {"observation/image", "observation/wrist_image", "observation/state", "prompt"}
     assert asked[0]["observation/image"].shape == (224, 224, 3)
     for nonsense in (b"\xc1", b"\x81" * 3000):  # msgpack's errors say nothing
-        with running(lambda connection, said=nonsense: connection.send(said)) as address:  # type: ignore[misc]
-            with pytest.raises(RsdError, match=f"^{address}: expected msgpack .*Error\\)$"):
-                served_at(address)
+        say: Callable[[ServerConnection], None] = functools.partial(ServerConnection.send, message=nonsense)
+        with running(say) as address, pytest.raises(RsdError, match=f"^{address}: expected msgpack .*Error\\)$"):
+            served_at(address)
     with foreign(["a list"]) as (address, _), pytest.raises(RsdError, match="says its metadata first"):
         served_at(address)
 

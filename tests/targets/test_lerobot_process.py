@@ -131,7 +131,7 @@ def test_why_it_does_not_start_is_one_line(python: Callable[[str], None], progra
         (["eval", "--policy", "lerobot:x", "--batch", "2"], "--batch: not with --policy lerobot:x"),
         (["eval", "--policy", "lerobot:x", "--decode", "l1"], "lerobot:x decodes its own way, target-only"),
         (["eval", "--policy", "lerobot:"], "--policy lerobot:: expected a LeRobot policy's directory or hub id behind"),
-        (["inspect", "lerobot:x"], "or a hub id; LeRobot's own are for rsd eval, serve, doctor"),
+        (["inspect", "lerobot:x"], "or a hub id; LeRobot's are for rsd eval, serve, doctor"),
         (["eval", "--policy", "lerobot:--help"], "directory or hub id behind lerobot:, found '--help'"),
         (["serve", "--policy", "lerobot:x", "--engine", "onnx"], "--engine: not with --policy lerobot:x"),
     ],

@@ -87,6 +87,7 @@ def test_train_tokenizer_fits_the_labels_and_saves(
     loaded = ActionTokenizer.load(tmp_path / "new" / "folder")
     assert loaded.to_json() == tokenizer.to_json() == expected.to_json()
     printed = capsys.readouterr().out
+    assert "; next: rsd train policy --tokenizer " in printed
     assert "6 demonstrations, 144 chunks" in printed
     assert printed.count("mean error") == 5
 
@@ -196,7 +197,9 @@ def test_what_matches_is_taken_over_from_a_checkpoint_of_another_size(
     source = RsdPolicy.from_pretrained(trained).model.state_dict()
     assert all(torch.equal(grown[name], value) for name, value in source.items())
     assert grown.keys() - source.keys()
-    assert "start afresh: target.trunk" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "start afresh: target.trunk" in printed
+    assert re.search(r"^checkpoint: .*; next: rsd eval --policy ", printed, re.MULTILINE)
 
 
 def test_deviation_from_the_baseline_is_measured_on_held_out_frames(

@@ -125,8 +125,9 @@ def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
 def check_idle(config: EvalConfig) -> None:
     """Raises UsageError for an option that does nothing without another one (older runs may have been given it)."""
     for name, needed in IDLE.items():
-        if getattr(config, name) != getattr(EvalConfig, name) and getattr(config, needed) == getattr(EvalConfig, needed):
-            raise UsageError(f"{option(name)} {getattr(config, name)}: expected {option(needed)} with it, found none")
+        given, without = getattr(config, name), getattr(config, needed) == getattr(EvalConfig, needed)
+        if without and given != getattr(EvalConfig, name):
+            raise UsageError(f"{option(name)} {given}: expected {option(needed)} with it, found none")
 
 
 def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:

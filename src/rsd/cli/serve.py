@@ -109,8 +109,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     console = terminal(stderr=True, highlight=False, soft_wrap=True)
-    for line in [*filter(None, [note]), *(f"warning: {caution}" for caution in cautions(config, suites=False))]:
-        console.print(line)
+    if note:
+        console.print(note)
+    for caution in cautions(config, suites=False):
+        console.print(f"warning: {caution}", style="yellow", markup=False)
 
     def listening(address: str) -> None:
         console.print(f"{config.policy} decoding with {config.decode} on {config.device} at {address}; Ctrl-C stops")

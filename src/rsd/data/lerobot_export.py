@@ -213,7 +213,7 @@ class Writer:
             else None,
             "features": features_of(self.side, self.videos, self.executed),
         }
-        own = {"recorded_by": "`rsd demos export`", "versions": versions(), "sources": sources}
+        own: dict[str, Any] = {"recorded_by": "`rsd demos export`", "versions": versions(), "sources": sources}
         own |= {"pictures": UPRIGHT, "gripper": [GRIPPER_OPEN, GRIPPER_CLOSE]}  # no reader has to find them out
         for path, content in ((INFO, info), (Path("meta/stats.json"), self._statistics.total()), (OWN, own)):
             write_atomically(self.folder / path, json.dumps(content, indent=4, ensure_ascii=False))

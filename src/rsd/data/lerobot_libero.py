@@ -17,7 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.conventions import CONTROL_HZ, GRIPPER_CLOSE, GRIPPER_OPEN
-from rsd.data.lerobot import EPISODE, INFO, TASK, Rows, action_feature, features_of, own_words, read_info, read_rows, read_tasks
+from rsd.data.lerobot import (
+    EPISODE,
+    INFO,
+    TASK,
+    Rows,
+    action_feature,
+    features_of,
+    own_words,
+    read_info,
+    read_rows,
+    read_tasks,
+)
 from rsd.data.lerobot_images import KINDS, camera, reduced
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 

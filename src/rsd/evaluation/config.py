@@ -93,7 +93,7 @@ class EvalConfig(Checked):
     num_trials: Annotated[int, between(1, MOST_LISTED)] = 50
     """Episodes per task at most, one for each of the benchmark's fixed initial states; 3 gives a quick look."""
     tasks: str = "all"
-    """Task numbers of each suite, such as 0,3 or 0-4; or suite by suite, libero_goal:1,2;libero_10:0 (of others all)."""
+    """Task numbers of each suite, such as 0,3 or 0-4; or by suite, libero_goal:1,2;libero_10:0 (of others all)."""
     init_states: str = "0"
     """Initial states: a list such as 0,3,10-19, of which the first num_trials are taken; a single number is the first
     of num_trials in a row."""

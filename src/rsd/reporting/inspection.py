@@ -15,8 +15,8 @@ from rsd.evaluation.results import CONFIG_FILE as RUN_CONFIG
 from rsd.evaluation.results import EPISODES_FILE, by_task
 from rsd.evaluation.summary import summarize_tasks
 from rsd.evaluation.tables import ABSENT, print_table, say
-from rsd.reporting.tables import load_runs, print_runs, run_directories, task_labels
 from rsd.json_files import section
+from rsd.reporting.tables import load_runs, print_runs, run_directories, task_labels
 from rsd.types import RsdError
 
 Rows = list[tuple[str, str]]
