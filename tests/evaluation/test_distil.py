@@ -206,26 +206,41 @@ class Failing:
 
     image_size = 64
 
-    def __init__(self, always: bool) -> None:
-        self.always, self.episodes = always, 0
+    def __init__(self, always: bool, raised: BaseException) -> None:
+        self.always, self.raised, self.episodes = always, raised, 0
 
     def reset(self, seed: int | None = None) -> None:
         self.episodes += 1
 
     def predict(self, observation: Observation) -> ActionChunk:
         if self.always or self.episodes == 3:
-            raise KeyError("state")
+            raise self.raised
         return ActionChunk(np.zeros((HORIZON, 7), np.float32), ChunkStats("target-only"))
 
 
 @pytest.mark.parametrize(
-    ("always", "expected"),
+    ("always", "raised", "expected"),
     [
-        (False, r"^1 of 30 rollouts .* task_0 episode 2 \(the target's predict: KeyError: 'state'\); finished"),
-        (True, r"^the target's predict: KeyError: 'state' \(8 times in a row, so the run stops here\); finished epis"),
+        (
+            False,
+            SystemExit(0),
+            r"^1 of 30 rollouts .* task_0 episode 2 \(the target's predict: SystemExit: 0\); finished",
+        ),
+        (
+            False,
+            KeyError("state"),
+            r"^1 of 30 rollouts .* task_0 episode 2 \(the target's predict: KeyError: 'state'\); finished",
+        ),
+        (
+            True,
+            KeyError("state"),
+            r"^the target's predict: KeyError: 'state' \(8 times in a row, so the run stops here\); finished epis",
+        ),
     ],
 )
-def test_what_a_target_raises_costs_its_episode_until_it_lasts(always: bool, expected: str, tmp_path: Path) -> None:
+def test_what_a_target_raises_costs_its_episode_until_it_lasts(
+    always: bool, raised: BaseException, expected: str, tmp_path: Path
+) -> None:
     config = target_rollouts.RolloutConfig(tmp_path / "out", "libero_spatial", (0,), 30, "target", {}, 64, HORIZON)
     with pytest.raises(RsdError, match=expected):
-        target_rollouts.roll_out(config, lambda: Failing(always))
+        target_rollouts.roll_out(config, lambda: Failing(always, raised))

@@ -1,13 +1,16 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from scripted import STEP_LIMIT, CountingEnv, ScriptedPolicy
+from scripted import SCRIPTED, STEP_LIMIT, CountingEnv, ScriptedPolicy
 
 from rsd.chunks import checked_chunk
+from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.episodes import EpisodeRunner, Job
 from rsd.evaluation.realtime import Pace, RealTime
 from rsd.evaluation.results import EpisodeResult, decode_record, encode_record
 from rsd.evaluation.rollout import Rollout, episode_seed, run_episode
@@ -41,6 +44,17 @@ def test_a_success_stops_inside_its_chunk_and_counts_only_executed_steps() -> No
     assert result.accepted_levels == [0, 1]
     assert (result.prefills, result.target_passes, result.acceptance) == (2, 2, "margin")
     result.check("here")
+
+
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt])
+def test_a_policy_that_would_end_its_worker_costs_an_attempt(raised: type[BaseException], tmp_path: Path) -> None:
+    runner = EpisodeRunner(EvalConfig(decode="rsd"), SCRIPTED, ScriptedPolicy(), tmp_path)
+    job = Job("any", 0, "a task", "do it", 0, attempt=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptedPolicy, "predict", lambda *_: (_ for _ in ()).throw(raised(0)))
+        outcome = runner.run(job)
+    assert (outcome.result.failure, outcome.result.attempts) == (f"error: {raised.__name__}, raised by the policy", 2)
+    assert runner.run(job).result.success
 
 
 class Fresh(ScriptedPolicy):

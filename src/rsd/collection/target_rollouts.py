@@ -202,7 +202,7 @@ class Rollout:
             return self.target.predict(seen)
         except RsdError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RsdError(f"the target's predict: {type(error).__name__}: {told(error)}") from error
 
     def labelled(self, chunk: ActionChunk) -> NDArray[np.float32]:

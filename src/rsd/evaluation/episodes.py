@@ -115,18 +115,22 @@ class EpisodeRunner:
             self._env, self._task = self._backend.make_env(*job.task, self._policy.image_size), job.task
             if self._config.motion != "none":
                 self._env.motion = Motion(self._config.motion, self._config.motion_speed, self._config.seed)
-        rollout = run_episode(
-            self._env,
-            self._policy,
-            suite=job.suite,
-            task_id=job.task_id,
-            task_name=job.task_name,
-            init_state=job.init_state,
-            seed=self._config.seed,
-            decode=self._config.decode,
-            warmup=self._warmup,
-            pace=pace_of(self._config),
-        )
+        try:
+            rollout = run_episode(
+                self._env,
+                self._policy,
+                suite=job.suite,
+                task_id=job.task_id,
+                task_name=job.task_name,
+                init_state=job.init_state,
+                seed=self._config.seed,
+                decode=self._config.decode,
+                warmup=self._warmup,
+                pace=pace_of(self._config),
+            )
+        except (SystemExit, KeyboardInterrupt) as error:  # the policy's own: Ctrl-C does not reach a worker
+            self.close()
+            return broken_off(self._config, job, f"{type(error).__name__}, raised by the policy")
         self._warmup, log, video = 0, rollout.traceback, None
         result = replace(rollout.result, attempts=job.attempt)
         if not result.is_error and wants_video(job.video, result):

@@ -45,7 +45,7 @@ class CustomPolicy:
             self.policy = kind(device=device) if takes_device else kind()
         except RsdError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RsdError(f"{spec}: cannot be made ({type(error).__name__}: {error!s:.300})") from error
         size = getattr(self.policy, "image_size", RENDER_SIZE)
         self.image_size: int = checked(ImageSize, size, f"{spec}: image_size")
