@@ -120,7 +120,8 @@ def measure_throughput(config: ThroughputConfig, fast: Backend = LIBERO, plain: 
             summary = evaluate(side, backend=backend, console=console, time_limit_s=limit or math.inf)
             wall, cpu = time.perf_counter() - start, cpu_seconds() - cpu
             if summary.errors:
-                raise RsdError(f"{name}: {summary.errors} of {summary.episodes} episodes ended in an error, see above")
+                of = plural(summary.episodes, "episode")
+                raise RsdError(f"{name}: {summary.errors} of {of} ended in an error, see above")
             found = outcomes[name] = read_episodes(side.output_dir / EPISODES_FILE)
             steps = sum(episode.steps for episode in found.values())
             measured[name] = Measured(wall, summary.episode_time_s, cpu, summary.num_workers, len(found), steps)

@@ -194,6 +194,7 @@ def test_the_shipped_runs_by_tasks_hold_zero_and_the_counts_of_the_page() -> Non
     assert rows["drafts beyond epsilon"][2] == "405 of 4,275 (75 mm)"
     assert rows["drafts whose gripper alone differs"][2] == "34 of 4,275"
     assert "speed-up of p50" not in rows
+    assert not [label for label in rows if "_" in label]  # words for people, no keys of a record
 
 
 def test_a_folder_of_runs_is_all_of_them(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_what_is_done_is_kept_where_the_plain_loop_breaks(tmp_path: Path) -> Non
 
 def test_a_comparison_with_errors_is_none(tmp_path: Path) -> None:
     config = ThroughputConfig(tasks="0", policy="raises", num_workers="1", output=tmp_path / "throughput.json")
-    with pytest.raises(RsdError, match="1 of 1 episodes ended in an error"):
+    with pytest.raises(RsdError, match="1 of 1 episode ended in an error"):
         measure_throughput(config, fast=SCRIPTED, plain=SCRIPTED)
     assert not config.output.exists()
 
