@@ -57,6 +57,4 @@ def test_layout_of_the_state() -> None:
 
 
 def test_sign_of_the_gripper() -> None:
-    assert openvla_gripper_to_env(np.array([0.0, 0.4, 0.6, 1.0])).tolist() == [1.0, 1.0, -1.0, -1.0]
-    with pytest.raises(RsdError, match=r"gripper: expected 0 \(closed\) to 1 \(open\), found 5"):
-        openvla_gripper_to_env(np.array([1.0, 5.0]))
+    assert openvla_gripper_to_env(np.array([-5.0, 0.0, 0.4, 0.6, 1.0, 5.0])).tolist() == [1.0] * 3 + [-1.0] * 3

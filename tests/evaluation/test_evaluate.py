@@ -436,7 +436,7 @@ def test_tasks_may_be_named_suite_by_suite(config: EvalConfig) -> None:
     with pytest.raises(RsdError, match="expected --tasks of the suites in --task-suite, found libero_90"):
         replace(three, tasks="libero_90:1")
     for odd in ("1;2", "libero_goal:1;libero_goal:2", "libero_goal:", "libero_goal:x", "0,", "", "\u0663"):
-        with pytest.raises(RsdError, match="expected all or numbers such as 0,3,5, or suite by suite"):
+        with pytest.raises(RsdError, match="expected all, numbers such as 0,3 or 0-4, or suite by suite"):
             replace(three, tasks=odd)
 
 
