@@ -122,6 +122,7 @@ VARIABLES = [
     ("OMP_NUM_THREADS", "x", "OMP_NUM_THREADS='x': expected a number of threads"),
     ("OMP_NUM_THREADS", "4,0", "OMP_NUM_THREADS='4,0': expected a number of threads"),
     ("NUMBA_NUM_THREADS", "1.5", "NUMBA_NUM_THREADS='1.5': expected a number of threads"),
+    ("NUMBA_DISABLE_JIT", "x", "NUMBA_DISABLE_JIT='x': expected a number such as"),
     ("LP_NUM_THREADS", "many", "LP_NUM_THREADS='many': expected a number such as"),
 ]
 

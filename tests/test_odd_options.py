@@ -16,9 +16,9 @@ import pytest
 
 from refusals import check, tree
 from rsd import manifest
+from rsd.checks import last_line
 from rsd.data.demonstrations import ActionEpisode
 from rsd.decoding.calibration import FILE_NAME, SkipCalibration
-from rsd.evaluation.progress import last_line
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.tokenizer import demonstration_chunks
 from rsd.types import RsdError

@@ -176,6 +176,13 @@ def one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
+def last_line(log: str) -> str:
+    """What a traceback says in the end: all that follows its last line of source, on one line."""
+    lines = log.strip().splitlines()
+    ends = [number for number, line in enumerate(lines, 1) if line.startswith("  ")]
+    return one_line(" ".join(lines[ends[-1] if ends else -1 :]))[:500] or "error"
+
+
 def number(text: str) -> int | None:
     """Digits -> a number; None for anything else, such as more digits than anything here has."""
     digits = text.strip()

@@ -19,7 +19,7 @@ VARIABLES: dict[str, Where] = {
     LEROBOT_PYTHON: Where(os.path.isfile, "the python of an environment with LeRobot"),
     "WORLD_SIZE": Where(re.compile("0*[1-9][0-9]{0,5}").fullmatch, "a number of processes such as 1"),
     "MASTER_PORT": Where(lambda text: text.isdecimal() and 0 < int(text[:9]) < 65536, "a port such as 29500"),
-    **dict.fromkeys(("RANK", "LOCAL_RANK", "LP_NUM_THREADS"), WHOLE),
+    **dict.fromkeys(("RANK", "LOCAL_RANK", "LP_NUM_THREADS", "NUMBA_DISABLE_JIT", "NUMBA_DEBUG_CACHE"), WHOLE),
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), THREADS),
 }
 

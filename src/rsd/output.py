@@ -10,11 +10,12 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rsd.checks import RsdError, told
+from rsd.checks import RsdError, one_line, told
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +51,11 @@ def terminal(stderr: bool = False, highlight: bool = True, soft_wrap: bool = Fal
     from rich.console import Console
 
     return Console(emoji=False, stderr=stderr, highlight=highlight, soft_wrap=soft_wrap)
+
+
+def warn_in_one_line() -> None:
+    """Python's own warnings hold a place in the source and a line of it; from now on what they say alone."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
 
 
 def reason(error: BaseException) -> str:

@@ -116,6 +116,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a-list": ([1], "not the answer of this version"),
     "no-msgpack": (b"\xc1", "expected msgpack"),
     "text": ("rsd serve: something odd\n\x1b[31mred\x1b[0m", "something odd"),
+    "traceback": (
+        'Traceback (most recent call last):\n  File "x", line 3\n    y()\nKeyError: "state"',
+        '[0-9]: KeyError: "state"$',
+    ),
     "long-text": ("x" * 100_000, "x" * 100),
 }
 

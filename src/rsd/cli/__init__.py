@@ -17,7 +17,7 @@ from rsd import former
 from rsd.checks import one_line
 from rsd.cli.parsing import UsageError, parse
 from rsd.environment import DEBUG, check_environment
-from rsd.output import Unfinished, reason, terminal
+from rsd.output import Unfinished, reason, terminal, warn_in_one_line
 from rsd.types import RsdError
 
 
@@ -183,9 +183,8 @@ def all_printed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def warnings_of_one_line() -> Iterator[None]:
-    """Python's own hold a place in the source and a line of it."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_: f"warning: {one_line(str(message))}\n"
+    warn_in_one_line()
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rsd.checks import between
 from rsd.data.schema import FILE_SUFFIX, DamagedFile, Episode, atomic_file, open_file, stored_names, write_episode
-from rsd.output import Faults, attempt, terminal, writing
+from rsd.output import Faults, attempt, terminal, warn_in_one_line, writing
 from rsd.sim.libero import LiberoEnv
 from rsd.types import RsdError
 
@@ -137,3 +137,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    warn_in_one_line()

@@ -13,13 +13,13 @@ from typing import Any
 
 from rich.console import Console
 
-from rsd.checks import Time, checked
+from rsd.checks import Time, checked, last_line
 from rsd.evaluation.backend import LIBERO, Backend, settle
 from rsd.evaluation.config import NEUTRAL, EvalConfig
 from rsd.evaluation.episodes import Job, JobQueue, Outcome
 from rsd.evaluation.lerobot import EVAL_INFO_FILE, write_eval_info
 from rsd.evaluation.pools import Crew, Retry, worker_count
-from rsd.evaluation.progress import EpisodeProgress, last_line
+from rsd.evaluation.progress import EpisodeProgress
 from rsd.evaluation.results import (
     CONFIG_FILE,
     EPISODES_FILE,

@@ -8,18 +8,11 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rsd.checks import one_line
+from rsd.checks import last_line
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.episodes import Job
 from rsd.evaluation.results import EpisodeResult
 from rsd.evaluation.tables import plural, say
-
-
-def last_line(log: str) -> str:
-    """What a traceback says in the end: all that follows its last line of source, on one line."""
-    lines = log.strip().splitlines()
-    ends = [number for number, line in enumerate(lines, 1) if line.startswith("  ")]
-    return one_line(" ".join(lines[ends[-1] if ends else -1 :]))[:500] or "error"
 
 
 class EpisodeProgress:

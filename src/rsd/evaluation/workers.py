@@ -17,7 +17,7 @@ from typing import Any
 from rsd.evaluation.backend import Backend
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.episodes import EpisodeRunner
-from rsd.output import reason
+from rsd.output import reason, warn_in_one_line
 from rsd.types import ActionChunk, Observation, RsdError
 
 
@@ -66,6 +66,7 @@ def prepare_process(threads: int) -> None:
     # Ctrl-C reaches the whole process group; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
+    warn_in_one_line()
     # Without it OSMesa draws with as many threads as there are cores, in every worker.
     os.environ.setdefault("LP_NUM_THREADS", str(threads))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack, suppress
 
-from rsd.checks import one_line, told
+from rsd.checks import last_line, one_line, told
 from rsd.extras import extra
 from rsd.types import RsdError
 
@@ -57,7 +57,8 @@ class Connection:
             raise RsdError(f"{self.address}: the connection was lost; a new episode (`reset`) connects anew")
         answer = self._receive()
         if isinstance(answer, str):
-            raise RsdError(f"{self.address}: {one_line(answer):.1000}")
+            text = last_line(answer) if answer.lstrip().startswith("Traceback") else one_line(answer)
+            raise RsdError(f"{self.address}: {text:.1000}")
         return answer
 
     def close(self) -> None:
