@@ -59,7 +59,6 @@ def state_vector(
 
 
 def openvla_gripper_to_env(gripper: NDArray[np.floating]) -> NDArray[np.floating]:
-    """OpenVLA checkpoints: [0, 1] with 1 = open -> environment: -1 = open, +1 = close. A regression leaves [0, 1]: what
-    lies beyond, as far as it may be, is its nearer end, as published."""
+    """OpenVLA checkpoints: [0, 1] with 1 = open -> environment: -1 = open, +1 = close; beyond [0, 1] its end."""
     real_array("gripper", gripper, "float64")
     return -np.sign(2.0 * np.asarray(gripper) - 1.0)

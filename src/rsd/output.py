@@ -93,8 +93,7 @@ def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
 
 
 def refuse_to_replace(path: Path, overwrite: bool, mark: bytes = b"") -> None:
-    """Raises RsdError where `path` exists already, unless it is a file that may be overwritten: call it before the work
-    begins.
+    """Raises RsdError where `path` is there, unless it is a file that may be overwritten: call it before any work.
 
     mark: what an earlier file of the same kind holds, which may always be overwritten."""
     if path.is_dir():

@@ -36,7 +36,6 @@ class ExpertRunConfig(Checked):
 
     def rules(self) -> Rules:
         yield bool(self.seeds), "--seeds to be at least one placement seed", "none"
-        yield len({*self.seeds}) == len(self.seeds), "--seeds to name each once", " ".join(map(str, self.seeds))
         mp4 = self.video is None or self.video.suffix.lower() == ".mp4"
         yield mp4, "--video to name a file that ends in .mp4", str(self.video)
 

@@ -60,10 +60,8 @@ def list_of_integers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] |
         except RsdError as error:
             raise ValueError(str(error)) from None
 
-    def is_one(value: Any) -> bool:
-        return isinstance(value, tuple) and all(type(number) is int for number in value)
-
-    return PrimitiveConstructorSpec("*", "[INT|INT-INT ...]", integers, is_one, lambda x: [str(number) for number in x])
+    form = "[INT|INT-INT ...]"
+    return PrimitiveConstructorSpec("*", form, integers, lambda x: isinstance(x, tuple), lambda x: list(map(str, x)))
 
 
 def parse(target: Callable[..., Result], arguments: Sequence[str], prog: str, writes: bool = True) -> Result:

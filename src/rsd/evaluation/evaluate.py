@@ -113,8 +113,7 @@ def sum_up(directory: Path, workers: int, wall_time_s: float) -> RunSummary:
 
 
 def plan_episodes(config: EvalConfig, backend: Backend) -> list[Job]:
-    """All episodes of a run, trial by trial; raises RsdError for an unknown suite, task or state,
-    and for a shard that would be empty."""
+    """All episodes of a run, trial by trial; raises RsdError for an unknown suite, task or state, an empty shard."""
     jobs: list[Job] = []
     states = config.states
     order = {state: trial for trial, state in enumerate(states)}

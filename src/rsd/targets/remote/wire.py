@@ -44,8 +44,7 @@ def pack(content: Mapping[str, Any]) -> bytes:
 
 
 def unpack(message: bytes, limits: Limits = ANSWER, whose: str = "message") -> Any:
-    """The inverse of `pack`; arrays are read-only. `RsdError` for anything that is no such message; whose: begins it,
-    a server's address."""
+    """The inverse of `pack`; arrays are read-only. `RsdError`, which `whose` begins, for what is no such message."""
     elements = 0
 
     def counted(part: Any) -> Any:
