@@ -102,9 +102,12 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
 
 def test_nothing_is_replaced_unless_asked_for(tmp_path: Path) -> None:
     refuse_to_replace(tmp_path / "new", overwrite=False)
+    (tmp_path / "old").touch()
     with pytest.raises(RsdError, match="exists already; choose another --output, or --overwrite"):
-        refuse_to_replace(tmp_path, overwrite=False)
-    refuse_to_replace(tmp_path, overwrite=True)
+        refuse_to_replace(tmp_path / "old", overwrite=False)
+    refuse_to_replace(tmp_path / "old", overwrite=True)
+    with pytest.raises(RsdError, match="expected a file, or nothing yet, found a folder"):
+        refuse_to_replace(tmp_path, overwrite=True)
 
 
 MAX_EQUAL_FAULTS = 5

@@ -235,7 +235,7 @@ def test_nothing_is_printed_or_written_into_the_home_directory_but_a_cache(tmp_p
     )
     unset = ("NUMBA_CACHE_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")
     variables = {key: value for key, value in os.environ.items() if key not in unset}
-    variables.update(HOME=str(home), TMPDIR=str(scratch))
+    variables.update(HOME=str(home), TMPDIR=str(scratch), PYTHONWARNINGS="error")  # of the libraries nothing is said
     done = subprocess.run(
         [sys.executable, "-c", code], env=variables, cwd=home, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )

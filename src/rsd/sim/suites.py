@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -51,8 +52,9 @@ class SuiteTask(NamedTuple):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Swallows what LIBERO, robosuite and bddl print while they load and reset."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    """Swallows what LIBERO, robosuite and bddl print and warn of while they load and reset."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PYTHONWARNINGS=error is not about them
         yield
 
 
