@@ -52,7 +52,7 @@ class RsdError(Exception):
 
 
 class WrongOption(RsdError):
-    """Options that no episode can be run with: another attempt would end in the same way."""
+    """What keeps every episode from being run, an option or a folder: another attempt would end in the same way."""
 
 
 class Where(NamedTuple):

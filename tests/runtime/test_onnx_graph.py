@@ -23,7 +23,7 @@ from rsd.policy import RsdPolicy
 from rsd.runtime import onnx_graph
 from rsd.runtime.onnx_graph import WEIGHTS, OnnxGraphs, graph_folder
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import EAGER, ONNX, ActionChunk, Observation, RsdError
+from rsd.types import EAGER, ONNX, ActionChunk, Observation, RsdError, WrongOption
 
 MakePolicy = Callable[..., RsdPolicy]
 MakeObservation = Callable[..., Observation]
@@ -210,7 +210,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(RsdError, match=r"file/rsd-vla/graphs/.* not written .*XDG_CACHE_HOME.* 'eager'"):
+    with pytest.raises(WrongOption, match=r"file/rsd-vla/graphs/.* not written .*XDG_CACHE_HOME.* 'eager'"):
         record(decoder)
 
 

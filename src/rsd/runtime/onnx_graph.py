@@ -33,7 +33,7 @@ from rsd.checks import told
 from rsd.decoding.primitives import Primitives, Step
 from rsd.locks import first_or_after
 from rsd.nested import tensors_of, with_tensors
-from rsd.types import RsdError
+from rsd.types import RsdError, WrongOption
 
 PACKAGES = ("onnxruntime", "onnx")
 CODE = ("models/*.py", "decoding/*.py", "runtime/*.py", "tokenizer/*.py", "nested.py")  # of an exported graph
@@ -212,7 +212,7 @@ def export(path: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence
         raise RsdError(f"ONNX graph {path.stem}: not exported ({told(error)}); take the engine 'eager'") from error
     except OSError as error:
         remedy = "set XDG_CACHE_HOME to a folder with room that may be written to, or take the engine 'eager'"
-        raise RsdError(f"ONNX graph {path}: not written ({told(error)}); {remedy}") from error
+        raise WrongOption(f"ONNX graph {path}: not written ({told(error)}); {remedy}") from error
     finally:
         ops.checks = earlier
     say(f"exporting {step.name} for ONNX Runtime, once for this policy: {time.monotonic() - begun:.0f} s")
