@@ -297,3 +297,5 @@ def test_a_delay_beyond_a_policys_own_chunk_ends_the_run_at_once(tmp_path: Path)
         evaluate(replace(config, output=str(tmp_path)), backend=SCRIPTED, console=Console(quiet=True))
     assert not (tmp_path / EPISODES_FILE).exists()
     assert not (tmp_path / "errors.log").exists()
+    again = replace(config, delay=3, output=str(tmp_path))  # what holds no episode is in nobody's way
+    assert evaluate(again, backend=SCRIPTED, console=Console(quiet=True)).episodes == 2

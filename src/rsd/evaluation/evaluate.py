@@ -147,6 +147,8 @@ def open_run(config: EvalConfig, directory: Path, overwrite: bool, console: Cons
             raise RsdError(f"{directory}: {EPISODES_FILE} without {CONFIG_FILE}; {REMEDY}")
         return {}
     record = read_run_record(directory)
+    if not (episodes_file.exists() and episodes_file.stat().st_size):
+        return {}  # it ended before its first episode: nothing of it can be mixed in
     if record.config_hash != config.hash:
         changed = differences({**NEUTRAL, **record.config}, asdict(config), {**NEUTRAL, **config.identity})
         raise RsdError(f"{directory} holds another run ({changed}); {REMEDY}")
@@ -209,6 +211,7 @@ def run_missing(
     kept = f"finished episodes are kept in {directory}; the same command without --overwrite goes on"
     faults = Faults(kept, MAX_EQUAL_FAULTS + workers - 1)
     planned = len(queue) + sum(not result.is_error for result in finished.values())
+    begun = bool(finished)
     videos = len(list((directory / VIDEOS_DIR).glob("*.mp4")))
     with (
         told(f"interrupted: {kept}", console),
@@ -217,6 +220,9 @@ def run_missing(
     ):
         for message in pool.run(queue, videos_left=config.max_videos - videos):
             if isinstance(message, Ready):
+                if not begun:
+                    (directory / CONFIG_FILE).unlink(missing_ok=True)  # of one that ended before its first episode
+                begun = True
                 record_run(config, directory, message, planned)
             elif isinstance(message, Retry):
                 log_error(directory, message.job, message.log)
