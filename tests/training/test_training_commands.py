@@ -251,7 +251,7 @@ def test_images_of_another_size_are_refused_before_the_training_wherever_they_ar
 
 @pytest.mark.parametrize(
     ("column", "value", "said"),
-    [(2, 3.14, "actions within .-1, the tokenizer's limit, found 3.14"), (6, 0.0, "dimension 6 to be -1 or 1, .* 0")],
+    [(2, 3.14, "actions within .-1, the tokenizer's limit, found 3"), (6, 0.0, "dimension 6 to be -1 or 1, found 0")],
 )
 def test_labels_that_the_tokenizer_cannot_say_are_refused(
     column: int, value: float, said: str, config: TrainPolicyConfig, demonstrations: Path, tmp_path: Path

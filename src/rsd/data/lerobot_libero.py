@@ -7,6 +7,7 @@ whatever openpi's converter makes), and LIBERO-plus.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from rsd.conventions import CONTROL_HZ, GRIPPER_CLOSE, GRIPPER_OPEN
 from rsd.data.lerobot import EPISODE, INFO, TASK, Rows, action_feature, features_of, read_info, read_rows, read_tasks
 from rsd.data.lerobot_images import KINDS, camera, reduced
+from rsd.data.schema import Demonstration, check_actions
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 
 CAMERA_KEYS = (  # third person, wrist: the order of rsd.types.CAMERAS
@@ -66,20 +68,7 @@ class Layout:
         return {self.action: ACTION_DIM, self.state: STATE_DIM, **extra, TASK: 0}
 
 
-@dataclass(frozen=True)
-class LiberoEpisode:
-    """images: uint8 [T, 2, S, S, 3] upright, or None; state [T, 8]; actions [T, 7] executed, labels [T, 7], both
-    float32 with a gripper of -1 = open."""
-
-    number: int
-    instruction: str
-    images: NDArray[np.uint8] | None
-    state: NDArray[np.float32]
-    actions: NDArray[np.float32]
-    labels: NDArray[np.float32]
-
-
-def read_episodes(folder: Path, images: bool, image_size: int = 0, most: int | None = None) -> Iterator[LiberoEpisode]:
+def read_episodes(folder: Path, images: bool, image_size: int = 0, most: int | None = None) -> Iterator[Demonstration]:
     """The episodes, one at a time, in order; images=False leaves the pictures out, image_size reduces larger ones (0:
     as they are), most: only so many of each task. Says in a line what was found of the conventions.
 
@@ -93,7 +82,7 @@ def read_episodes(folder: Path, images: bool, image_size: int = 0, most: int | N
     actions = rows.columns[layout.executed] if layout.executed else labels
     check_state(f"LeRobot data set {folder}: expected {layout.state}", state)
     sense = gripper_sense(rows, labels, state)
-    check_actions(folder, layout.action, labels, sense)
+    check_commands(f"LeRobot data set {folder}", layout.action, labels, sense)
     read = Pictures(folder, info, rows, layout, image_size) if images else None
     if read is not None:
         said = f"pictures {read.learn(state)}; state: position, axis-angle, two fingers; gripper {told_gripper(sense)}"
@@ -103,8 +92,20 @@ def read_episodes(folder: Path, images: bool, image_size: int = 0, most: int | N
         taken[instruction] = taken.get(instruction, 0) + 1
         if most is None or taken[instruction] <= most:
             pictures = read(part) if read is not None else None
-            made = [converted(values[part], sense) for values in (actions, labels)]
-            yield LiberoEpisode(int(rows.columns[EPISODE][part.start]), instruction, pictures, state[part], *made)
+            executed, expected = (converted(values[part], sense) for values in (actions, labels))
+            yield Demonstration(
+                task=re.sub(r"\W+", "_", instruction.strip()),
+                episode=f"episode_{rows.columns[EPISODE][part.start]}",
+                instruction=instruction,
+                images=pictures,
+                state=state[part],
+                actions=executed,
+                labels=expected,
+                success_step=len(executed) - 1,
+                target_object="",
+                placement_seed=-1,
+                source=folder,
+            )
 
 
 def check_rate(folder: Path, info: Mapping[str, Any], warn: bool) -> None:
@@ -207,13 +208,12 @@ def gripper_sense(rows: Rows, labels: NDArray[np.float32], state: NDArray[np.flo
     return None if abs(low - high) < FINGERS_MOVE else (opens, closes)
 
 
-def check_actions(folder: Path, key: str, labels: NDArray[np.float32], sense: tuple[float, float] | None) -> None:
-    if (most := abs(labels[:, :GRIPPER]).max()) > 1.001:
-        raise RsdError(f"LeRobot data set {folder}: expected LIBERO's commands in {key}, within +-1, found {most:.4g}")
+def check_commands(where: str, key: str, labels: NDArray[np.float32], sense: tuple[float, float] | None) -> None:
+    check_actions(f"{where}: {key}", labels[:, :GRIPPER], 1.0, "+-1, LIBERO's commands", {}, "convert them")
     if sense is None:
         found = np.unique(labels[:, GRIPPER])[:4].tolist()
         expected = f"commands for the gripper in {key}, one that opens and one that closes its fingers"
-        raise RsdError(f"LeRobot data set {folder}: expected {expected}, found {found} and fingers that do not tell")
+        raise RsdError(f"{where}: expected {expected}, found {found} and fingers that do not tell")
 
 
 def converted(actions: NDArray[np.float32], sense: tuple[float, float] | None) -> NDArray[np.float32]:

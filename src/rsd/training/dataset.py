@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rsd.data.demonstrations import Demonstration
 from rsd.data.paraphrase import paraphrases
+from rsd.data.schema import check_actions
 from rsd.models.target import state_features
 from rsd.models.text import word_ids
 from rsd.models.vision import unit_images
@@ -200,30 +201,21 @@ class FrameDataset:
 
 def held_against(tokenizer: ActionTokenizer, demonstrations: Iterable[Demonstration]) -> Iterator[Demonstration]:
     """The demonstrations; `RsdError` for labels that the code could only clip, and gripper symbols it would guess."""
-    tokenizer = tokenizer.to("cpu")
-    limit = tokenizer.config.limit * 1.001 or MOST_BEYOND  # LeRobot data sets of LIBERO hold 1.0002
-    for demonstration in demonstrations:
-        labels = torch.from_numpy(demonstration.labels)
-        if labels.shape[1] != tokenizer.action_dim:
-            raise _unfit(demonstration, f"{tokenizer.action_dim} numbers an action", str(labels.shape[1]))
-        motion, binary = (labels[:, index] for index in (tokenizer.motion_index, tokenizer.binary_index))
-        size = motion if tokenizer.config.limit else (motion - tokenizer.centre) / tokenizer.scale
-        if (beyond := size.abs() > limit).any():
-            given = tokenizer.config.limit
-            whose = f"+-{given:g}, the tokenizer's limit" if given else f"{limit} times the tokenizer's range"
-            raise _unfit(demonstration, f"actions within {whose}", f"{float(size[beyond][0]):g}")
-        low, high = tokenizer.binary_low, tokenizer.binary_high
-        if (odd := (binary != low) & (binary != high)).any():
-            row, column = odd.nonzero()[0].tolist()
-            which = f"dimension {int(tokenizer.binary_index[column])}"
-            expected = f"{which} to be {low[column]:g} or {high[column]:g}, as the tokenizer has it"
-            raise _unfit(demonstration, expected, f"{float(binary[row, column]):g}")
-        yield demonstration
-
-
-def _unfit(demonstration: Demonstration, expected: str, found: str) -> RsdError:
+    tokenizer, limit = tokenizer.to("cpu"), tokenizer.config.limit
+    motion, centre, scale = (value.numpy() for value in (tokenizer.motion_index, tokenizer.centre, tokenizer.scale))
+    whose = f"+-{limit:g}, the tokenizer's limit" if limit else f"{MOST_BEYOND} times the tokenizer's range"
+    binary = tokenizer.binary_index.tolist()
+    pairs = list(zip(tokenizer.binary_low.tolist(), tokenizer.binary_high.tolist(), strict=True))
     remedy = "they are in other units, or need a tokenizer of their own (rsd tokenizer fit)"
-    return RsdError(f"{demonstration.source}, {demonstration.episode}: expected {expected}, found {found}; {remedy}")
+    for demonstration in demonstrations:
+        labels, where = demonstration.labels, f"{demonstration.source}, {demonstration.episode}"
+        if labels.shape[1] != tokenizer.action_dim:
+            found = f"{tokenizer.action_dim} numbers an action, found {labels.shape[1]}"
+            raise RsdError(f"{where}: expected {found}; {remedy}")
+        size = labels[:, motion] if limit else (labels[:, motion] - centre) / scale
+        held = {dimension: (labels[:, dimension], pair) for dimension, pair in zip(binary, pairs, strict=True)}
+        check_actions(where, size, limit or MOST_BEYOND, whose, held, remedy)
+        yield demonstration
 
 
 def memory_bytes(device: torch.device) -> int:
