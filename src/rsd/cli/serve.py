@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from rsd.checks import Millimetres, between
 from rsd.cli.eval import check_names
-from rsd.cli.parsing import UsageError, parse
+from rsd.cli.parsing import UsageError
 from rsd.evaluation.config import EvalConfig, option
 from rsd.output import terminal
 from rsd.targets.remote.lerobot import Asked, address_of, command
@@ -82,14 +82,14 @@ class ServeArguments:
         return config
 
 
-def run(arguments: Sequence[str], prog: str) -> int:
-    options = parse(ServeArguments, arguments, prog)
+def run(options: ServeArguments) -> None:
     if options.policy.startswith(LEROBOT) and not options.drafter:
         refuse_others(options, ("execute", "device"), f"with --policy {options.policy}")
         line = [*command(Asked(options.policy, options.device, options.execute)), "--host", options.host]
         os.execv(line[0], [*line, "--port", str(options.port)])
     if options.drafter and options.policy.startswith(("ws://", "wss://", LEROBOT)):
-        return run_proxy(options)
+        run_proxy(options)
+        return
     asked = options.evaluated
 
     import torch
@@ -127,7 +127,6 @@ def run(arguments: Sequence[str], prog: str) -> int:
         described = PolicyServer(policy, describe_checkpoint(config), versions_on(config.device), door)
         serve_until_signal(described, listening)
     console.print("stopped")
-    return 0
 
 
 def refuse_others(options: ServeArguments, known: Sequence[str], where: str) -> None:
@@ -137,7 +136,7 @@ def refuse_others(options: ServeArguments, known: Sequence[str], where: str) -> 
             raise UsageError(f"{option(entry.name)}: not {where}; leave it out")
 
 
-def run_proxy(options: ServeArguments) -> int:
+def run_proxy(options: ServeArguments) -> None:
     """Speculate in front of somebody else's server."""
     from rsd.evaluation.foreign import OF_THE_GATE
 
@@ -173,4 +172,3 @@ def run_proxy(options: ServeArguments) -> int:
     proxy = SpeculatingProxy(address, metadata, drafter, skip, door, passes_reset=known)
     until_signal(lambda stop: proxy.serve(stop, listening))
     console.print("stopped")
-    return 0
