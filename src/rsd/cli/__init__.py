@@ -25,8 +25,8 @@ from rsd.types import RsdError
 @dataclass(frozen=True)
 class Command:
     """What to call: `module:function`, with the options of the dataclass `config` (`module:name`, or a name of the same
-    module). An integer that it returns is the exit status. A module that names a config loads no torch, so that help and
-    mistakes in the command line are quick. Without a config, `function(arguments, prog)` reads its command line itself.
+    module). An integer that it returns is the exit status. The module of a config loads no torch, so that help and
+    mistakes in the command line are quick. Without one, `function(arguments, prog)` reads its command line itself.
     """
 
     help: str
