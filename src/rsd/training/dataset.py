@@ -131,11 +131,9 @@ class FrameDataset:
         """`RsdError` for what `draw` and `batch` cannot do, before anything is trained. most_chunks: None where no
         pairs of frames are to be drawn."""
         side = self.images.shape[2]
-        if not 0 <= augment.shift < side:
+        if augment.shift >= side:
             raise RsdError(f"--augment.shift {augment.shift}: expected 0 to {side - 1} pixels of images of {side}")
         if most_chunks is not None:
-            if most_chunks < 1:
-                raise RsdError(f"--remembered-chunks {most_chunks}: expected at least 1")
             if batch_size % 2:
                 raise RsdError(f"--loop.batch-size {batch_size}: expected an even number, half of it is remembered")
             self.earlier(torch.zeros(1, dtype=torch.long, device=self.first.device), most_chunks)
@@ -179,24 +177,32 @@ class FrameDataset:
     ) -> Batch:
         """frames int [B] (see `draw`) -> a batch; without `augment` the images as they are and the original wording;
         asking: with `asked`."""
-        images, state = self.images[frames], self.state[frames]
-        wording = torch.zeros_like(frames)
+        images, state, wording = self.images[frames].to(self.device), self.state[frames], torch.zeros_like(frames)
         if augment is not None:
             images = random_shift(images, augment.shift)
             # half the time the original sentence, which is what the benchmark says
             wording = torch.randint(0, WORDINGS, frames.shape, device=frames.device)
             wording *= torch.randint(0, 2, frames.shape, device=frames.device)
-        pixels = unit_images(images)
+        pixels = self._pixels(images, augment)
         if augment is not None:
-            pixels = random_colour(pixels, augment)
             state = state + augment.state_noise * self.state_std * torch.randn_like(state)
         asked = None
         if asking:
             even = frames[::2]
             which = torch.randint(0, MOST_ASKED, even.shape, device=frames.device)
             asked = self.words[self.asks[even, which], wording[::2]], self.spots[even, which]
-        words, chunk = self.words[self.task[frames], wording], self.chunk[frames]
-        return Batch(pixels, state, words, chunk, paired, asked, self.execute, self.episode[frames])
+        known = state, self._words(self.task[frames], wording), self.chunk[frames]
+        state, words, chunk = (value.to(self.device) for value in known)
+        return Batch(pixels, state, words, chunk, paired, asked, self.execute, self.episode[frames].to(self.device))
+
+    def _pixels(self, images: Tensor, augment: Augmentation | None) -> Tensor:
+        """uint8 [B, 2, S, S, 3], shifted, -> as a batch has them."""
+        pixels = unit_images(images)
+        return pixels if augment is None else random_colour(pixels, augment)
+
+    def _words(self, task: Tensor, wording: Tensor) -> Tensor:
+        """Instructions and wordings of them, int [B] each -> as a batch has them."""
+        return self.words[task, wording]
 
 
 def held_against(tokenizer: ActionTokenizer, demonstrations: Iterable[Demonstration]) -> Iterator[Demonstration]:
