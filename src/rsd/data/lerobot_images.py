@@ -151,10 +151,3 @@ def frames_of(path: Path, fps: float) -> Iterator[NDArray[np.uint8]]:
     except (OSError, ValueError, IndexError, av.FFmpegError) as error:
         expected = "a video that FFmpeg can decode"
         raise RsdError(f"{path}: expected {expected}, found {told(error, 120)}; download it again") from None
-
-
-def reduced(pictures: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """uint8 [T, S, S, 3] -> [T, side, side, 3], every new pixel the mean of those that it covers."""
-    if pictures.shape[1] == side:
-        return pictures
-    return np.stack([np.asarray(Image.fromarray(each).resize((side, side), Image.Resampling.BOX)) for each in pictures])

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.conventions import CONTROL_HZ, GRIPPER_CLOSE, GRIPPER_OPEN
+from rsd.conventions import CONTROL_HZ, GRIPPER_CLOSE, GRIPPER_OPEN, shrunk
 from rsd.data.lerobot import EPISODE, INFO, TASK, Rows, action_feature, features_of, read_info, read_rows, read_tasks
-from rsd.data.lerobot_images import KINDS, camera, reduced
+from rsd.data.lerobot_images import KINDS, camera
 from rsd.data.schema import Demonstration, check_actions
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 
@@ -258,7 +258,7 @@ class Pictures:
     def __call__(self, part: slice) -> NDArray[np.uint8]:
         """The rows of one episode -> uint8 [T, 2, S, S, 3]."""
         turn = TURNS[self._turn]
-        views = [reduced(turn(pictures), self._size or pictures.shape[1]) for pictures in self._stored(part)]
+        views = [shrunk(turn(pictures), self._size or pictures.shape[1]) for pictures in self._stored(part)]
         if views[0].shape != views[1].shape:
             found = " and ".join(f"{view.shape[1]} px" for view in views)
             raise RsdError(f"{self._where}: expected pictures of one size from both cameras, found {found}")

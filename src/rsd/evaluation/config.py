@@ -290,8 +290,6 @@ def stored_config(options: dict[str, Any], where: str, *, older: bool = False) -
     first = options.get("init_states", EvalConfig.init_states)
     known = {**options, "init_states": str(first) if type(first) is int else first}  # before there were lists
     known.setdefault("target_at_reset", options.get("decode") != "rsd-skip")  # before it was an option
-    if known.get("skip_threshold_mm") == -1:  # as the calibration's own was written before it was None
-        known |= dict.fromkeys(("skip_threshold_mm", *OF_THE_RULE))
     unknown = known.keys() - {field.name for field in fields(EvalConfig)}
     return from_json(EvalConfig, known, f"{where}: config", ignore=unknown if older else ())
 

@@ -205,8 +205,8 @@ class PolicyService:
         return session.found
 
 
-def in_words(error: Exception) -> str:
+def in_words(error: Exception, who: str = "policy") -> str:
     """What a client is told of an error."""
     if isinstance(error, RsdError):
         return f"rsd serve: {' '.join(str(error).split()):.{LONGEST_TEXT}}"
-    return f"rsd serve: the policy failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"
+    return f"rsd serve: the {who} failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"

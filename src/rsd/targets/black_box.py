@@ -15,9 +15,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from rsd.checks import Millimetres
+from rsd.conventions import shrunk
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import fingertip_deviation, most_skips
 from rsd.decoding.decoders import proposed
@@ -153,14 +153,6 @@ def load_drafter(directory: Path, device: str = "cpu") -> Drafter:
     stored = read_drafter(directory)
     model, tokenizer = load_models(directory, stored)
     return Drafter(model.to(device), tokenizer, stored, str(directory))
-
-
-def shrunk(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """uint8 [n, S, S, 3] -> [n, size, size, 3]: each pixel is the mean of what it covers."""
-    if images.shape[1] == size:
-        return np.ascontiguousarray(images)
-    views = [Image.fromarray(view).resize((size, size), Image.Resampling.BOX) for view in images]
-    return np.stack([np.asarray(view) for view in views])
 
 
 class SpeculatingPolicy:
