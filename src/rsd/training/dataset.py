@@ -66,10 +66,8 @@ class FrameDataset:
         chunk apart may be asked for, so all must be rendered with one spacing.
 
         Raises RsdError for a demonstration without images, or with others than that, or of other steps."""
-        images, states, chunks, tasks, firsts, instructions = [], [], [], [], [], dict[str, int]()
-        episodes: list[np.ndarray] = []
-        asks, spots = [], []
-        frames, spacing, self.device = 0, 0, device
+        images, states, chunks, tasks, asks, spots = [], [], [], [], [], []
+        instructions, spacing, self.device = dict[str, int](), 0, device
         for demonstration in demonstrations:
             if demonstration.images is None:
                 raise RsdError(
@@ -94,7 +92,7 @@ class FrameDataset:
             states.append(demonstration.state[::every])
             chunks.append(chunk_targets(demonstration.labels, horizon)[::every])
             index = instructions.setdefault(demonstration.instruction, len(instructions))
-            tasks.append(np.full(count, index))
+            tasks.append(index)
             if asking:
                 numbers = [instructions.setdefault(sentence, len(instructions)) for sentence, _ in demonstration.asks]
                 asks.append(np.tile(np.resize(numbers or [index], MOST_ASKED), (count, 1)))
@@ -102,9 +100,6 @@ class FrameDataset:
                 if seen is not None and seen.shape[1]:
                     spot = seen[:, np.resize(np.arange(seen.shape[1]), MOST_ASKED)]
                 spots.append(spot)
-            firsts.append(np.full(count, frames))
-            episodes.append(np.full(count, len(episodes)))
-            frames += count
         if not images:
             raise RsdError("training data: found no demonstrations; collect some with `rsd demos collect`")
         self.episodes = len(images)
@@ -112,9 +107,10 @@ class FrameDataset:
         self.state = state_features(torch.from_numpy(np.concatenate(states)).to(device))
         self.state_std = self.state.std(0)
         self.chunk = torch.from_numpy(np.concatenate(chunks)).to(device)
-        self.task = torch.from_numpy(np.concatenate(tasks)).to(device)
-        self.first = torch.from_numpy(np.concatenate(firsts)).to(device)  # of the frame's own episode
-        self.episode = torch.from_numpy(np.concatenate(episodes)).to(device)  # its number
+        counts = torch.tensor([len(each) for each in images], device=device)
+        self.task = torch.tensor(tasks, device=device).repeat_interleave(counts)
+        self.first = (counts.cumsum(0) - counts).repeat_interleave(counts)  # of the frame's own episode
+        self.episode = torch.arange(len(counts), device=device).repeat_interleave(counts)  # its number
         if asking:
             self.asks = torch.from_numpy(np.concatenate(asks)).to(device)  # instructions [N, MOST_ASKED], some repeated
             self.spots = torch.from_numpy(np.concatenate(spots)).to(device)  # of the things that they ask for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
         made = {**provenance, "init": start.provenance if start else {}}
         save_checkpoint(ema, tokenizer, config.policy, made, directory)
 
-    def check(ema: RsdModel) -> dict[str, object]:
-        return validate(ema, tokenizer, validation)
-
+    check = partial(validate, tokenizer=tokenizer, dataset=validation)
     return train_and_save(config, model, losses, device, save, check, data_provenance(config.data, dataset))
 
 
@@ -209,9 +208,7 @@ def train_drafter(config: TrainDrafterConfig) -> Path:
     def save(ema: RsdModel, made: dict[str, Any], directory: Path) -> None:
         save_checkpoint(ema, tokenizer, policy, {**source.provenance, f"{config.kind}_drafter": made}, directory)
 
-    def check(ema: RsdModel) -> dict[str, object]:
-        return validate(ema, tokenizer, validation)
-
+    check = partial(validate, tokenizer=tokenizer, dataset=validation)
     return train_and_save(config, model, losses, device, save, check, data_provenance(config.data, dataset))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,7 @@ def train_standalone(
         batch = dataset.draw_batch(config.loop.batch_size, 0, config.augment)
         return losses_of(model, tokenizer, batch, config.loss)[0]
 
-    def check(ema: StandaloneDrafter) -> dict[str, object]:
-        return validate(ema, tokenizer, validation, config.loss)
-
+    check = partial(validate, tokenizer=tokenizer, dataset=validation, config=config.loss)
     return train_and_save(config, model, losses, device, save, check, data_provenance(config.data, dataset))
 
 
