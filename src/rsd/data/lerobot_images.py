@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,15 +26,8 @@ VIDEO = "videos/{key}/chunk-{chunk:03d}/file-{file:03d}.mp4"
 OLD_VIDEO = "videos/chunk-{chunk:03d}/{key}/episode_{episode:06d}.mp4"  # of format 2
 
 
-class Camera(Protocol):
-    """One camera's pictures, read by episode; quick where episodes are asked for in order."""
-
-    def read(self, part: slice) -> NDArray[np.uint8]:
-        """The rows of one episode -> uint8 [T, H, W, 3]."""
-        ...
-
-
-def camera(folder: Path, info: Mapping[str, Any], rows: Rows, key: str) -> Camera:
+def camera(folder: Path, info: Mapping[str, Any], rows: Rows, key: str) -> StoredCamera | VideoCamera:
+    """One camera's pictures, read by episode -> uint8 [T, H, W, 3]; quick where episodes are asked for in order."""
     kind = info["features"][key]["dtype"]
     return StoredCamera(folder, rows, key) if kind == "image" else VideoCamera(folder, info, rows, key)
 

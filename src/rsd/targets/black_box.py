@@ -66,7 +66,8 @@ class Drafter:
         target, unused = cast(BlockTarget, model), cast(FeatureDrafter, None)  # of a target only what `draft` reads
         self.ops = Primitives(target, unused, rule, visual_drafter=model.visual)
         self.ops.engine = make_engine(choose_engine(AUTO, str(self.device), recordable=True))
-        self._texts = TextCache()
+        device = self.device
+        self._texts = TextCache(lambda text: model.encode_text(word_ids([text]).to(device)))
 
     @torch.inference_mode()
     def propose(self, observation: Observation, state: EpisodeState, skip: SkipRule) -> Proposal:
@@ -144,9 +145,7 @@ class Drafter:
     def _seen(self, observation: Observation) -> PolicyInput:
         pixels = torch.from_numpy(shrunk(observation.images, self.stored.config.image_size)[None]).to(self.device)
         state = state_features(torch.from_numpy(observation.state[None])).to(self.device)
-        encode = self.model.encode_text
-        text = observation.instruction
-        return PolicyInput(pixels, state, self._texts.get(text, lambda: encode(word_ids([text]).to(self.device))))
+        return PolicyInput(pixels, state, self._texts(observation.instruction))
 
 
 def load_drafter(directory: Path, device: str = "cpu") -> Drafter:
