@@ -39,8 +39,10 @@ class Connection:
 
     def ask(self, message: bytes) -> bytes:
         """A text is the server's way to say what went wrong."""
+        if self._connection is None:
+            raise RsdError(f"{self.address}: the connection was lost; a new episode (`reset`) connects anew")
         try:
-            self._opened.send(message)
+            self._connection.send(message)
         except WebSocketException as error:
             self.close()
             raise RsdError(f"{self.address}: the connection was lost ({told(error)})") from error
@@ -48,6 +50,8 @@ class Connection:
 
     def receive(self) -> bytes:
         """Another message that the server sends, as `ask` takes it."""
+        if self._connection is None:
+            raise RsdError(f"{self.address}: the connection was lost; a new episode (`reset`) connects anew")
         answer = self._receive()
         if isinstance(answer, str):
             raise RsdError(f"{self.address}: {one_line(answer):.1000}")
@@ -57,15 +61,10 @@ class Connection:
         self._connection = None
         self._stack.close()
 
-    @property
-    def _opened(self) -> ClientConnection:
-        if self._connection is None:
-            raise RsdError(f"{self.address}: the connection was lost; a new episode (`reset`) connects anew")
-        return self._connection
-
     def _receive(self) -> bytes | str:
+        assert self._connection is not None
         try:
-            return self._opened.recv(self.timeout_s)
+            return self._connection.recv(self.timeout_s)
         except (TimeoutError, WebSocketException) as error:
             self.close()  # a late answer must not be taken for the next one
             reason = f"no answer for {self.timeout_s:g} s" if isinstance(error, TimeoutError) else told(error)
