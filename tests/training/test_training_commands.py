@@ -273,7 +273,7 @@ def test_images_of_another_size_than_the_models_are_refused(config: TrainPolicyC
 def test_a_validation_that_fails_costs_no_training(
     trained: Path, config: TrainPolicyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    def failing(*_: object) -> None:
+    def failing(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(training_policy, "validate", failing)
