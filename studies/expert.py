@@ -20,16 +20,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TextIO
 
+import numpy as np
+
 from rsd.checks import Checked, Rules, above, between, from_json
 from rsd.collection.workers import Workers, worker_pool
 from rsd.evaluation.config import EvalConfig, Moving
 from rsd.expert.expert import ExpertResult, run
 from rsd.expert.failures import failure_class
-from rsd.expert.goals import goals_of
+from rsd.expert.goals import goals_of, swapped_goals, task_goals
+from rsd.expert.noise import ActionNoise, NoiseConfig
 from rsd.output import writing
 from rsd.sim.libero import LiberoEnv, simulator_versions
 from rsd.sim.motion import Motion
-from rsd.sim.suites import MAIN_SUITES, scene_file, step_limit, suite_task, suite_tasks
+from rsd.sim.suites import MAIN_SUITES, scene_file, step_limit, suite_task, suite_tasks, swapped_instruction
 from rsd.types import RsdError
 
 FIRST_SEED = 2**31  # demonstrations draw their placement seeds below
@@ -62,6 +65,10 @@ class CountExpertConfig(Checked):
     """The scene moves, as of `rsd eval`."""
     motion_speed: Annotated[float, above(0, 0.2)] = 0.02
     """The same, m/s."""
+    noisy: bool = False
+    """Disturb every episode, its level drawn between 0 and the highest that demonstrations have."""
+    swapped: bool = False
+    """Move the scene's other bowl instead of the task's own, in the tasks where it could be asked for."""
     minutes: Annotated[float, between(0.1, 100_000.0)] = 100_000.0
     """After so long no further episode begins; the same command goes on later."""
 
@@ -69,11 +76,17 @@ class CountExpertConfig(Checked):
         yield self.out.suffix == ".json", "--out to be a file whose name ends in .json", self.out
         yield bool(self.suites), "--suites to be at least one suite", "none"
 
+    @property
+    def kind(self) -> str:
+        """What sets its episodes apart from others of the same placements."""
+        moving = "" if self.motion == "none" else f"{self.motion} at {self.motion_speed:g} m/s"
+        return ", ".join(filter(None, ["noisy" * self.noisy, "swapped" * self.swapped, moving]))
+
 
 @dataclass(frozen=True)
 class Episode(Checked):
     """One placement of a task. steps: until success, or until it gave up; attempts: grasps; seconds: with the reset;
-    why: what kept it from success."""
+    why: what kept it from success; kind: see `CountExpertConfig`."""
 
     suite: str
     task: int
@@ -83,6 +96,7 @@ class Episode(Checked):
     attempts: int
     seconds: float
     why: str
+    kind: str = ""
 
 
 @contextlib.contextmanager
@@ -101,29 +115,31 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run_batch(
-    suite: str, task: int, seeds: tuple[int, ...], seconds: float, until: float, motion: Motion | None = None
-) -> list[Episode]:
+def run_batch(suite: str, task: int, seeds: tuple[int, ...], config: CountExpertConfig, until: float) -> list[Episode]:
     """One episode a placement seed; those that have not begun by `until` (time.time()) are left out."""
-    episodes, env = list[Episode](), None
+    episodes, env, seconds = list[Episode](), None, config.episode_seconds
+    motion = None if config.motion == "none" else Motion(config.motion, config.motion_speed, EvalConfig.seed)
+    goals = swapped_goals(suite, task) if config.swapped else None
     for seed in seeds:
         if time.time() > until:
             break
         result, why, started = ExpertResult(False, 0, 0), "", time.perf_counter()
+        rng = np.random.default_rng(seed)
+        noise = ActionNoise(NoiseConfig(), float(rng.random()), rng) if config.noisy else None
         try:
             env = env or LiberoEnv(suite, task, 64, cameras=False)
             env.motion = motion
             started = time.perf_counter()
             with time_limit(seconds):
                 env.reset(options={"placement_seed": seed})
-                result = run(env, tail_steps=0)
+                result = run(env, goals, rng=rng, noise=noise, tail_steps=0)
                 why = "" if result.success else failure_class(env, result.steps)
         except TooLong:
             why, env = f"took longer than {seconds:g} s", None  # what it was in the middle of is unknown
         except Exception as error:  # the expert's own mistakes are failures like any other
             why = f"{type(error).__name__}: {error}".split("\n")[0][:200]
         took = round(time.perf_counter() - started, 2)
-        episodes.append(Episode(suite, task, seed, **asdict(result), seconds=took, why=why))
+        episodes.append(Episode(suite, task, seed, **asdict(result), seconds=took, why=why, kind=config.kind))
     if env is not None:
         env.close()
     return episodes
@@ -136,9 +152,15 @@ def refusal(suite: str, task: int) -> str:
     return "" if goals_of(scene.goal, scene.start) else f"beyond the expert: {wanted}"
 
 
-def read_episodes(path: Path) -> list[Episode]:
+def could_be_swapped(suite: str, task: int) -> bool:
+    """Whether a sentence of the suite asks for the scene's other bowl."""
+    (goal, *_), other = task_goals(suite, task), swapped_goals(suite, task)
+    return other is not None and swapped_instruction(suite, task, goal.target, other[0].target) is not None
+
+
+def read_episodes(path: Path, kind: str = "") -> list[Episode]:
     """The finished episodes of an earlier run; a last line that was cut off does not count. Raises RsdError for a file
-    of something else."""
+    of something else, and for episodes of another kind."""
     episodes = list[Episode]()
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else (), 1):
         try:
@@ -148,11 +170,14 @@ def read_episodes(path: Path) -> list[Episode]:
         if not isinstance(content, dict):
             raise RsdError(f"{path} line {number}: expected an episode; remove the file or name another --out")
         episodes.append(from_json(Episode, content, f"{path} line {number}"))
+        if (found := episodes[-1].kind) != kind:
+            expected = f"episodes that are {kind or 'plain'}, found {found or 'plain'} ones"
+            raise RsdError(f"{path} line {number}: expected {expected}; name another --out")
     return episodes
 
 
 def summary(episodes: Sequence[Episode], placements: int) -> dict[str, Any]:
-    """By suite and task: solved, n, mean steps of the solved, mean seconds, how often it failed for which reason."""
+    """By suite and task: solved, n, mean steps and attempts, seconds, how often it failed for which reason."""
     suites = dict[str, Any]()
     for suite in dict.fromkeys(each.suite for each in episodes):
         rows = {
@@ -171,6 +196,7 @@ def summary(episodes: Sequence[Episode], placements: int) -> dict[str, Any]:
     total = {key: sum(s[key] for s in suites.values()) for key in ("tasks_at_90_percent", "of_tasks", "solved", "n")}
     return {
         "what": "scripted expert on random placements, from privileged state",
+        "kind": episodes[0].kind if episodes else "",
         "placements_per_task": placements,
         "first_placement_seed": FIRST_SEED,
         "versions": simulator_versions(),
@@ -188,6 +214,7 @@ def task_summary(instruction: str, episodes: Sequence[Episode]) -> dict[str, Any
         "solved": len(solved),
         "n": len(episodes),
         "mean_steps": round(sum(each.steps for each in solved) / len(solved), 1) if solved else None,
+        "mean_attempts": round(sum(each.attempts for each in episodes) / len(episodes), 3),
         "mean_seconds": round(sum(run_at_all) / len(run_at_all), 2) if run_at_all else None,
         "failures": dict(Counter(each.why for each in episodes if not each.success).most_common()),
         "failed_seeds": [each.seed for each in episodes if not each.success and each.seconds],
@@ -197,7 +224,7 @@ def task_summary(instruction: str, episodes: Sequence[Episode]) -> dict[str, Any
 def count_expert(config: CountExpertConfig) -> None:
     """Runs what is missing; writes the summary every few seconds, at the end, and prints it."""
     until, lines_file = time.time() + 60.0 * config.minutes, config.out.with_suffix(".jsonl")
-    episodes = read_episodes(lines_file)
+    episodes = read_episodes(lines_file, config.kind)
     done = {(each.suite, each.task, each.seed) for each in episodes}
     batches = list[tuple[str, int, tuple[int, ...]]]()
     for suite in config.suites:
@@ -207,17 +234,17 @@ def count_expert(config: CountExpertConfig) -> None:
             seeds = range(FIRST_SEED, FIRST_SEED + config.num_placements)
             missing = tuple(seed for seed in seeds if (suite, task, seed) not in done)
             if why := refusal(suite, task):
-                episodes += [Episode(suite, task, seed, False, 0, 0, 0.0, why) for seed in missing]
+                episodes += [Episode(suite, task, seed, False, 0, 0, 0.0, why, config.kind) for seed in missing]
                 continue  # not noted: a later expert may do it
+            if config.swapped and not could_be_swapped(suite, task):
+                continue
             batches += [(suite, task, missing[i : i + BATCH]) for i in range(0, len(missing), BATCH)]
     batches.sort(key=lambda batch: -step_limit(batch[0]))  # long episodes first, so that no worker ends with them
     with writing(config.out):
         config.out.parent.mkdir(parents=True, exist_ok=True)
         cut_off_line(lines_file)
         with lines_file.open("a", encoding="utf-8") as lines, worker_pool(config.num_workers) as pool:
-            motion = None if config.motion == "none" else Motion(config.motion, config.motion_speed, EvalConfig.seed)
-            limits = config.episode_seconds, until, motion
-            jobs: set[Future[list[Episode]]] = {pool.submit(run_batch, *batch, *limits) for batch in batches}
+            jobs: set[Future[list[Episode]]] = {pool.submit(run_batch, *batch, config, until) for batch in batches}
             while jobs:
                 ended, jobs = wait(jobs, timeout=SHOW_EVERY)
                 for job in ended:

@@ -81,21 +81,6 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Substitution:
-    """What a rule makes of right and wrong drafts, over all observations.
-
-    draft_pull: 0 for a verifier that is not led astray, 1 for one that copies. own_stand, wrong_stand: shares of the
-    drafted tokens that stand. apart: |draft - own chunk| of the wrong drafts; observations: how many.
-    """
-
-    draft_pull: float
-    own_stand: float
-    wrong_stand: float
-    apart: float
-    observations: int
-
-
-@dataclass(frozen=True)
 class SubstitutionRecord:
     """judged: rule -> kind of draft -> what it makes of it."""
 
@@ -343,26 +328,6 @@ def print_judgements(console: Console, record: SubstitutionRecord) -> None:
 def written(one: Cell) -> str:
     shares = (one.chunks_stand, one.tokens_stand, one.executed_beyond)
     return " / ".join(ABSENT if share is None else f"{100 * share:.0f}" for share in shares)
-
-
-def substitution(
-    policy: RsdPolicy, observations: Sequence[Observation], other_instructions: Sequence[str]
-) -> Substitution:
-    """Give the target of a policy (decoder `rsd-fused`, engine eager) the draft of its visual drafter under another
-    instruction, one for each observation, all of it without memory; by the policy's own rule.
-
-    Raises RsdError for another decoder or engine, and where an instruction is the observation's own."""
-    if policy.decode != "rsd-fused" or policy.engine != EAGER:
-        raise RsdError(f"substitution: expected rsd-fused on engine eager, found {policy.decode} on {policy.engine}")
-    pairs = list(zip(map(Moment, observations), other_instructions, strict=True))
-    if same := [other for own, other in pairs if own.now.instruction == other]:
-        raise RsdError(f"substitution: expected another instruction than the observation's own, found {same[0]!r}")
-    frames = [{OWN: own, INSTRUCTION: own.asking(other)} for own, other in pairs]
-    (columns,) = judge_all(policy.core, frames, [policy.acceptance], len(frames)).values()
-    own_drafts, wrong = columns[OWN], columns[INSTRUCTION]
-    found = judgement(wrong, 0.0)
-    own_stand, wrong_stand = float(own_drafts.tokens.mean()), float(wrong.tokens.mean())
-    return Substitution(found.draft_pull, own_stand, wrong_stand, found.apart, len(frames))
 
 
 if __name__ == "__main__":

@@ -348,9 +348,7 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight / scale.view(shape)).to(torch.int8).contiguous(), scale
 
 
-def write_content(
-    directory: Path, fields: dict[str, Any], files: Iterable[str], provenance: dict[str, Any]
-) -> None:
+def write_content(directory: Path, fields: dict[str, Any], files: Iterable[str], provenance: dict[str, Any]) -> None:
     """config.json, of the fields and the hashes of the files that belong to it, written before; and the manifest."""
     content = {
         "format_version": FORMAT_VERSION,

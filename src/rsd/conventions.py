@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from rsd.checks import check_shape
 from rsd.types import RsdError, real_array
@@ -32,6 +33,14 @@ def rotate_180(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     image = np.asarray(image)
     check_shape("image", image.shape, (..., "H", "W", "C"))
     return np.ascontiguousarray(image[..., ::-1, ::-1, :])
+
+
+def shrunk(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """uint8 [n, S, S, 3] -> [n, size, size, 3]: each pixel is the mean of what it covers."""
+    if images.shape[1] == size:
+        return np.ascontiguousarray(images)
+    views = [Image.fromarray(view).resize((size, size), Image.Resampling.BOX) for view in images]
+    return np.stack([np.asarray(view) for view in views])
 
 
 def quat_to_axis_angle(quat: NDArray[np.floating]) -> NDArray[np.float64]:

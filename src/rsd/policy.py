@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -68,21 +69,13 @@ class Body(Protocol):
 
 
 class TextCache:
-    """What instructions were encoded to, of the last TEXT_CACHE short ones."""
+    """What instructions are encoded to, kept of the last TEXT_CACHE short ones."""
 
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+    def __init__(self, encode: Callable[[str], tuple[Tensor, Tensor]]) -> None:
+        self._encode, self._kept = encode, lru_cache(TEXT_CACHE)(encode)
 
-    def get(self, instruction: str, encode: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """What it was encoded to, or `encode()`, which is kept for the next chunks."""
-        found = self._known.get(instruction)
-        if found is None:
-            found = encode()
-            if len(self._known) >= TEXT_CACHE:
-                self._known.clear()
-            if len(instruction) <= CACHED_CHARACTERS:
-                self._known[instruction] = found
-        return found
+    def __call__(self, instruction: str) -> tuple[Tensor, Tensor]:
+        return (self._kept if len(instruction) <= CACHED_CHARACTERS else self._encode)(instruction)
 
 
 class CompactBody:
@@ -94,8 +87,8 @@ class CompactBody:
         self, model: RsdModel, tokenizer: ActionTokenizer, config: PolicyConfig, provenance: dict[str, Any]
     ) -> None:
         self.model, self.tokenizer, self.config, self.provenance = model, tokenizer, config, provenance
-        self.image_size = config.target.image_size
-        self._texts = TextCache()
+        self.image_size, target = config.target.image_size, model.target
+        self._texts = TextCache(lambda text: target.encode_text(word_ids([text]).to(target.state_mean.device)))
 
     def __call__(self, observations: Sequence[Observation]) -> PolicyInput:
         size, device = self.image_size, self.model.target.state_mean.device
@@ -105,12 +98,8 @@ class CompactBody:
                 raise RsdError(f"observation images: expected {size} x {size} pixels, found {found}")
         pixels = torch.from_numpy(np.stack([o.images for o in observations])).to(device)
         state = state_features(torch.from_numpy(np.stack([o.state for o in observations]))).to(device)
-        texts = [self._encode(o.instruction, device) for o in observations]
+        texts = [self._texts(o.instruction) for o in observations]
         return PolicyInput(pixels, state, (torch.cat([t for t, _ in texts]), torch.cat([c for _, c in texts])))
-
-    def _encode(self, instruction: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        encode = self.model.target.encode_text
-        return self._texts.get(instruction, lambda: encode(word_ids([instruction]).to(device)))
 
     def save(self, directory: Path) -> None:
         save_checkpoint(self.model, self.tokenizer, self.config, self.provenance, directory)

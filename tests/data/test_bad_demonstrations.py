@@ -371,7 +371,7 @@ def test_images_of_another_size_than_the_models(
 
 UNFIT: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
     "radians": (lambda a: a * ([6.28] * 6 + [1.0]), "actions within +-1, the tokenizer's limit"),
-    "gripper-0-1": (lambda a: np.c_[a[:, :6], a[:, 6:] > 0], "dimension 6 to be -1 or 1, as the tokenizer has it"),
+    "gripper-0-1": (lambda a: np.c_[a[:, :6], a[:, 6:] > 0], "dimension 6 to be -1 or 1, found 0"),
     "gripper-continuous": (lambda a: np.c_[a[:, :6], a[:, 6:] * 0.7], "dimension 6 to be -1 or 1"),
 }
 

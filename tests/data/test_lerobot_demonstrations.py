@@ -157,8 +157,8 @@ EXPORTS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "odd-size": (lambda folder: hdf5(folder, side=65), ["--images", "mp4"], "with an even number of pixels, found 65"),
     "lerobot:": (lambda folder: hdf5(folder), ["lerobot:"], "lerobot:: expected the folder of a LeRobot data set"),
     "open-wide": (lambda folder: opened(hdf5(folder)), [], ": expected the state to be position 3 (m)"),
-    "radians": (lambda folder: spoilt(hdf5(folder), 0, 3.14), [], "expected actions within +-1 and a gripper of"),
-    "gripper": (lambda folder: spoilt(hdf5(folder), 6, 0.0), [], "expected actions within +-1 and a gripper of"),
+    "radians": (lambda folder: spoilt(hdf5(folder), 0, 3.14), [], "expected actions within +-1, found 3.14; convert"),
+    "gripper": (lambda folder: spoilt(hdf5(folder), 6, 0.0), [], "expected dimension 6 to be -1 or 1, found 0"),
     "another-size": (lambda folder: hdf5(folder) and hdf5(folder.parent / "b", side=16), ["B"], "64 px as before"),
 }
 
@@ -310,7 +310,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "episodes-odd": (no_time, "file-000.parquet: expected where episode 1 is in the videos, found (1, 0, 0, nan)"),
     "quaternion": (written(ONE, state=quaternion), "found a quaternion in numbers 3 to 6; convert it"),
     "state-of-joints": (written(ONE, state=lambda state: state * 9), "axis-angle 3 (rad) and the gripper's two joint"),
-    "degrees": (written(ONE, actions=lambda actions: actions * 90), "expected LIBERO's commands in action, within +-1"),
+    "degrees": (written(ONE, actions=lambda actions: actions * 90), "action: expected actions within +-1, LIBERO's"),
     "gripper-still": (written(ONE, actions=gripper(1.0)), "commands for the gripper in action"),
     "not-square": (
         written(ONE, images=lambda images: images[:, :, :, :48]),

@@ -205,6 +205,11 @@ def make_patient_batch_policy(config: EvalConfig) -> ScriptedBatchPolicy:
     return ScriptedBatchPolicy(config)
 
 
+def nothing(config: EvalConfig) -> list[str]:
+    """To check, or to be warned of."""
+    return []
+
+
 SCRIPTED = Backend(
     list_tasks,
     count_init_states,
@@ -215,6 +220,8 @@ SCRIPTED = Backend(
     choose_decode,
     make_batch_policy,
     prepare,
+    preflight=nothing,
+    cautions=nothing,
 )
 
 

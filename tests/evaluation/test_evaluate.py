@@ -464,7 +464,6 @@ def test_a_run_of_before_the_target_ran_at_reset_goes_on_as_it_was_begun() -> No
         assert "target_at_reset" not in found.identity
         assert (found.hash == now.hash) == (decode != "rsd-skip")  # only a gate can tell
         assert stored_config(asdict(now), "there") == now
-        assert stored_config({**older, "skip_threshold_mm": -1.0, "max_skips": 4, "memory_chunks": 2}, "there") == found
     with pytest.raises(RsdError, match="expected a --skip-threshold-mm with --max-skips, as the calibration has its o"):
         stored_config({**asdict(EvalConfig()), "max_skips": 4}, "there")
 

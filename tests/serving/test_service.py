@@ -218,9 +218,9 @@ def test_long_instructions_are_not_kept(
         for length in (1, 60_000):
             policy.predict(make_observation(1, instruction=f"open{' ' * length}{number}"))
     assert isinstance(policy.core.body, CompactBody)
-    kept = policy.core.body._texts._known
-    assert 0 < sum(map(len, kept)) < 100 * TEXT_CACHE
-    assert len(kept) <= TEXT_CACHE
+    kept = policy.core.body._texts._kept.cache_info()
+    assert kept.misses == 70
+    assert kept.currsize == TEXT_CACHE
 
 
 def test_warming_up_leaves_no_memory_and_tells_the_shape(

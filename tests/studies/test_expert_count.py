@@ -34,12 +34,14 @@ class FakeEnv:
 
 def test_an_episode_that_hangs_or_breaks_is_a_failure_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert, "LiberoEnv", FakeEnv)
-    hung, broken = run_batch("libero_goal", 0, (0, 1), 0.1, time.time() + 60)
-    assert (hung.why, broken.why) == ("took longer than 0.1 s", "ValueError: a mistake")
+    config = CountExpertConfig(episode_seconds=1.0, noisy=True)
+    hung, broken = run_batch("libero_goal", 0, (0, 1), config, time.time() + 60)
+    assert (hung.why, broken.why) == ("took longer than 1 s", "ValueError: a mistake")
+    assert hung.kind == "noisy"
     assert not hung.success
     assert not broken.success
     assert hung.seconds < 2.0
-    assert run_batch("libero_goal", 0, (0, 1), 0.1, time.time() - 1) == []  # the minutes are over
+    assert run_batch("libero_goal", 0, (0, 1), config, time.time() - 1) == []  # the minutes are over
 
 
 def test_a_count_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +56,8 @@ def test_a_count_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytes
     assert found["total"] == {"tasks_at_90_percent": 1, "of_tasks": 2, "solved": 1, "n": 3}
     assert "beyond the expert" in next(iter(found["suites"]["libero_goal"]["tasks"]["3"]["failures"]))
     assert read_episodes(out.with_suffix(".jsonl")) == [SOLVED]  # what it refused is asked anew
+    with pytest.raises(RsdError, match="line 1: expected episodes that are swapped, found plain ones; name another"):
+        count_expert(CountExpertConfig(out, ("libero_spatial",), swapped=True))
     out.with_suffix(".jsonl").write_text("[]\n")
     with pytest.raises(RsdError, match="line 1: expected an episode"):
         read_episodes(out.with_suffix(".jsonl"))

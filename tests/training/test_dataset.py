@@ -215,7 +215,6 @@ def test_pairs_lie_whole_chunks_apart_in_one_episode(demonstrations: Path, every
     ("batch_size", "most_chunks", "shift", "said"),
     [
         (7, 2, 4, "--loop.batch-size 7: expected an even number"),
-        (8, 0, 4, "--remembered-chunks 0: expected at least 1"),
         (8, None, 32, "--augment.shift 32: expected 0 to 31 pixels"),
         (10**9, None, 4, r"--loop.batch-size 1000000000: its images alone need 24576.0 GB, the device has"),
     ],

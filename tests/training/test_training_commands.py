@@ -254,7 +254,7 @@ def test_images_of_another_size_are_refused_before_the_training_wherever_they_ar
 
 @pytest.mark.parametrize(
     ("column", "value", "said"),
-    [(2, 3.14, "actions within .-1, the tokenizer's limit, found 3.14"), (6, 0.0, "dimension 6 to be -1 or 1, .* 0")],
+    [(2, 3.14, "actions within .-1, the tokenizer's limit, found 3"), (6, 0.0, "dimension 6 to be -1 or 1, found 0")],
 )
 def test_labels_that_the_tokenizer_cannot_say_are_refused(
     column: int, value: float, said: str, config: TrainPolicyConfig, demonstrations: Path, tmp_path: Path
@@ -276,7 +276,7 @@ def test_images_of_another_size_than_the_models_are_refused(config: TrainPolicyC
 def test_a_validation_that_fails_costs_no_training(
     trained: Path, config: TrainPolicyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    def failing(*_: object) -> None:
+    def failing(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(training_policy, "validate", failing)
@@ -449,9 +449,6 @@ def test_impossible_splits_are_refused(demonstrations: Path) -> None:
     everything = list(load_demonstrations(demonstrations))
     with pytest.raises(RsdError, match="at least 2 demonstrations, found 1"):
         split(everything[:1], 40)
-    for every in (0, 1):
-        with pytest.raises(RsdError, match=f"--validation-every {every}: expected 2 or more"):
-            split(everything, every)
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

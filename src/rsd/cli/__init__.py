@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.markup import escape
 
@@ -23,94 +24,95 @@ from rsd.types import RsdError
 
 @dataclass(frozen=True)
 class Command:
-    """A module and what to call in it.
-
-    With `config`, a dataclass as `module:name`, the command line fills that and `function` gets it: its module loads
-    no torch, so that help and mistakes in the command line are quick. Without, the module is a command's own and
-    `function(arguments, prog)` returns the exit status.
+    """What to call: `module:function`, with the options of the dataclass `config` (`module:name`, or a name of the same
+    module). An integer that it returns is the exit status. The module of a config loads no torch, so that help and
+    mistakes in the command line are quick. Without one, `function(arguments, prog)` reads its command line itself.
     """
 
     help: str
-    module: str
-    function: str = "run"
+    function: str
     config: str = ""
+    writes: bool = True  # see `parse`
 
     def run(self, arguments: list[str], prog: str) -> int:
+        module = self.function.partition(":")[0]
         if not self.config:
-            return int(getattr(importlib.import_module(self.module), self.function)(arguments, prog))
-        where, _, name = self.config.partition(":")
-        config = parse(getattr(importlib.import_module(where), name), arguments, prog)
-        getattr(importlib.import_module(self.module), self.function)(config)
-        return 0
+            return int(named(self.function)(arguments, prog))
+        config = self.config if ":" in self.config else f"{module}:{self.config}"
+        options = parse(named(config), arguments, prog, self.writes)  # before the function's module
+        status = named(self.function)(options)
+        return status if isinstance(status, int) else 0
+
+
+def named(path: str) -> Any:
+    """What a module has under a name, `module:name`."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 COMMANDS = {
-    "eval": Command("run a policy in LIBERO and measure success, latency and acceptance", "rsd.cli.eval"),
-    "compare": Command("one table from several results directories", "rsd.cli.runs", "compare"),
-    "report": Command("one HTML page about runs: success, latency, acceptance, failures", "rsd.cli.runs", "report"),
-    "merge": Command("bring shards of one run together", "rsd.cli.runs", "merge"),
-    "submit": Command("run an evaluation as SLURM jobs, a shard each", "rsd.cli.submit"),
-    "inspect": Command("what a checkpoint or a results directory holds", "rsd.cli.checkpoints", "inspect"),
-    "checkpoint seal": Command("vouch for a checkpoint that was edited on purpose", "rsd.cli.checkpoints", "seal"),
-    "doctor": Command("check this machine and a checkpoint before an evaluation", "rsd.cli.doctor"),
-    "serve": Command("put a policy behind a network port, in openpi's protocol", "rsd.cli.serve"),
+    "eval": Command("run a policy in LIBERO and measure success, latency and acceptance", "rsd.cli.eval:run"),
+    "compare": Command("one table from several results directories", "rsd.cli.runs:compare", "CompareArguments"),
+    "report": Command(
+        "one HTML page about runs: success, latency, acceptance, failures", "rsd.cli.runs:report", "ReportArguments"
+    ),
+    "merge": Command("bring shards of one run together", "rsd.cli.runs:merge", "MergeArguments"),
+    "submit": Command("run an evaluation as SLURM jobs, a shard each", "rsd.cli.submit:run", "SubmitArguments"),
+    "inspect": Command(
+        "what a checkpoint or a results directory holds", "rsd.cli.checkpoints:inspect", "InspectArguments"
+    ),
+    "checkpoint seal": Command(
+        "vouch for a checkpoint that was edited on purpose", "rsd.cli.checkpoints:seal", "SealArguments"
+    ),
+    "doctor": Command(
+        "check this machine and a checkpoint before an evaluation",
+        "rsd.evaluation.doctor:run_doctor",
+        "DoctorConfig",
+        writes=False,  # it tells of outputs itself
+    ),
+    "serve": Command("put a policy behind a network port, in openpi's protocol", "rsd.cli.serve:run", "ServeArguments"),
     "bench latency": Command(
         "milliseconds per chunk of several decoders, in one run",
-        "rsd.evaluation.latency",
-        "measure_latency",
+        "rsd.evaluation.latency:measure_latency",
         "rsd.evaluation.bench_config:LatencyConfig",
     ),
     "calibrate": Command(
         "fit when rsd-skip may skip the target",
-        "rsd.evaluation.calibrate",
-        "calibrate",
+        "rsd.evaluation.calibrate:calibrate",
         "rsd.evaluation.bench_config:CalibrateConfig",
     ),
     "tokenizer fit": Command(
         "calibrate the residual action tokenizer",
-        "rsd.training.tokenizer",
-        "train_tokenizer",
+        "rsd.training.tokenizer:train_tokenizer",
         "rsd.training.config:TrainTokenizerConfig",
     ),
     "tokenizer inspect": Command(
         "plot a chunk from 1..L levels, symbols, entropy and utilisation",
-        "rsd.reporting.tokenizer_plots",
-        "inspect_tokenizer",
+        "rsd.reporting.tokenizer_plots:inspect_tokenizer",
         "rsd.reporting.config:InspectConfig",
     ),
-    "expert run": Command("the scripted expert on placements of one task", "rsd.cli.expert"),
+    "expert run": Command("the scripted expert on placements of one task", "rsd.cli.expert:run", "ExpertRunConfig"),
     "demos collect": Command(
-        "record demonstrations of the scripted expert",
-        "rsd.collection.collect",
-        "collect",
-        "rsd.collection.collect:CollectConfig",
+        "record demonstrations of the scripted expert", "rsd.collection.collect:collect", "CollectConfig"
     ),
     "demos render": Command(
-        "add camera images to demonstrations recorded without them",
-        "rsd.collection.render",
-        "render",
-        "rsd.collection.render:RenderConfig",
+        "add camera images to demonstrations recorded without them", "rsd.collection.render:render", "RenderConfig"
     ),
     "demos export": Command(
-        "write demonstrations as a LeRobot data set",
-        "rsd.data.lerobot_export",
-        "export",
-        "rsd.data.lerobot_export:ExportConfig",
+        "write demonstrations as a LeRobot data set", "rsd.data.lerobot_export:export", "ExportConfig"
     ),
-    "train policy": Command("train the target and its drafts, compact or on OpenVLA", "rsd.cli.train_policy"),
+    "train policy": Command("train the target and its drafts, compact or on OpenVLA", "rsd.cli.train_policy:run"),
     "train drafter": Command(
-        "train a drafter alone", "rsd.training.policy", "train_drafter", "rsd.training.config:TrainDrafterConfig"
+        "train a drafter alone", "rsd.training.policy:train_drafter", "rsd.training.config:TrainDrafterConfig"
     ),
     "drafter distil": Command(
         "distil a drafter for any policy, from its rollouts",
-        "rsd.evaluation.distil",
-        "distil",
+        "rsd.evaluation.distil:distil",
         "rsd.evaluation.distil_config:DistilConfig",
     ),
     "import-legacy": Command(
         "read the original experiment's checkpoints",
-        "rsd.legacy.run",
-        "import_legacy",
+        "rsd.legacy.run:import_legacy",
         "rsd.legacy.config:ImportLegacyConfig",
     ),
 }

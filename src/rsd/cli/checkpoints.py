@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from rsd.cli.parsing import parse
 from rsd.output import terminal
 
 
@@ -24,12 +22,10 @@ class InspectArguments:
     """Show all that the checkpoint knows of its making: data, settings, versions, validation."""
 
 
-def inspect(arguments: Sequence[str], prog: str) -> int:
-    options = parse(InspectArguments, arguments, prog)
+def inspect(options: InspectArguments) -> None:
     from rsd.reporting import inspection
 
     inspection.inspect(options.path, terminal(highlight=False), options.keys, options.provenance)
-    return 0
 
 
 @dataclass(frozen=True)
@@ -43,10 +39,8 @@ class SealArguments:
     """The checkpoint directory."""
 
 
-def seal(arguments: Sequence[str], prog: str) -> int:
-    options = parse(SealArguments, arguments, prog)
+def seal(options: SealArguments) -> None:
     from rsd import checkpoint
 
     changed = checkpoint.seal(options.directory)
     print(f"{options.directory}: sealed; other than before or new: {', '.join(changed) or 'nothing'}")
-    return 0

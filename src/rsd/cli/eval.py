@@ -179,9 +179,6 @@ def check_names(config: EvalConfig) -> None:
         if acceptance is not None:
             acceptance_rule(acceptance, RfsqConfig())
         check_sampling(config.temperature, config.decode, acceptance, None)
-    except RsdError as error:
-        raise UsageError(f"--{error}") from error
-    try:
         check_device(config.device)
     except RsdError as error:
         raise UsageError(f"--{error}") from error

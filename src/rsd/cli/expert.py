@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rsd.checks import Checked, Rules, Seed, between
-from rsd.cli.parsing import check_output, parse
+from rsd.cli.parsing import check_output
 from rsd.output import shown, writing
 from rsd.types import RsdError
 
@@ -40,8 +39,7 @@ class ExpertRunConfig(Checked):
         yield mp4, "--video to name a file that ends in .mp4", str(self.video)
 
 
-def run(arguments: Sequence[str], prog: str) -> int:
-    config = parse(ExpertRunConfig, arguments, prog)
+def run(config: ExpertRunConfig) -> int:
     from rsd.expert.goals import task_goals
     from rsd.sim.libero import LiberoEnv
 

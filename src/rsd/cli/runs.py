@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from rsd.cli.parsing import UsageError, parse
+from rsd.cli.parsing import UsageError
 from rsd.output import terminal
 
 
@@ -32,8 +31,7 @@ class CompareArguments(Runs):
     """Print the table as Markdown."""
 
 
-def compare(arguments: Sequence[str], prog: str) -> int:
-    options = parse(CompareArguments, arguments, prog)
+def compare(options: CompareArguments) -> None:
     from rsd.reporting.tables import load_runs, markdown_table, print_runs
 
     runs = load_runs(options.directories)
@@ -41,7 +39,6 @@ def compare(arguments: Sequence[str], prog: str) -> int:
         print(markdown_table(runs), end="")
     else:
         print_runs(terminal(), runs)
-    return 0
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,7 @@ class ReportArguments(Runs):
     """Replace a page or a figure that `rsd report` has not written."""
 
 
-def report(arguments: Sequence[str], prog: str) -> int:
-    options = parse(ReportArguments, arguments, prog)
+def report(options: ReportArguments) -> None:
     from rsd.reporting.html_report import write_report
     from rsd.reporting.strips import corrections
     from rsd.reporting.tables import load_runs
@@ -66,7 +62,6 @@ def report(arguments: Sequence[str], prog: str) -> int:
     for run in load_runs(options.directories):
         if said := corrections(run):
             print(f"{run.name}: {said}")
-    return 0
 
 
 @dataclass(frozen=True)
@@ -79,8 +74,7 @@ class MergeArguments:
     """The shards' directories; default all shard-i-of-n in the output."""
 
 
-def merge(arguments: Sequence[str], prog: str) -> int:
-    options = parse(MergeArguments, arguments, prog)
+def merge(options: MergeArguments) -> int:
     from rsd.evaluation.merging import merge_shards, missing_parts
     from rsd.reporting.tables import load_runs, print_runs
 

@@ -8,57 +8,33 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rsd.checks import Millimetres, between
+from rsd.checks import between
 from rsd.cli.eval import check_names
-from rsd.cli.parsing import UsageError, parse
-from rsd.evaluation.config import EvalConfig, option
+from rsd.cli.parsing import UsageError
+from rsd.evaluation.config import EvalConfig, PolicyOptions, option
 from rsd.output import terminal
 from rsd.targets.remote.lerobot import Asked, address_of, command
-from rsd.types import LEROBOT, Chunks, Engine, Steps, Threads
+from rsd.types import LEROBOT, Steps, Threads
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-SHARED = (  # with `rsd eval`
-    *("policy", "decode", "acceptance", "skip_threshold_mm", "max_skips", "memory_chunks"),
-    *("skips_per_agreement", "target_at_reset", "execute", "device", "engine"),
-)
 
 
 @dataclass(frozen=True)
-class ServeArguments:
+class ServeArguments(PolicyOptions):
     """Serve a policy over a WebSocket in openpi's protocol: its published client works unchanged.
 
     There is no authentication: who reaches the port drives the robot. Ctrl-C stops.
     """
 
-    policy: str = EvalConfig.policy
+    policy: str = PolicyOptions.policy
     """Checkpoint directory or Hugging Face hub id: everything that `rsd eval --policy` takes."""
     drafter: str = ""
     """With --policy ws://HOST:PORT, anybody's server in openpi's protocol, or lerobot:DIR_OR_ID: a speculating proxy in
     front of it with this drafter (`rsd drafter distil`)."""
-    decode: str = EvalConfig.decode
-    """Decoder, as of `rsd eval`."""
-    acceptance: str = EvalConfig.acceptance
-    """Rule for drafted levels, as of `rsd eval`; default: the checkpoint's."""
-    execute: Steps | None = EvalConfig.execute
+    execute: Steps | None = PolicyOptions.execute
     """Steps of a chunk that its client executes, as of `rsd eval`; an answer holds the whole chunk."""
-    skip_threshold_mm: Millimetres | None = EvalConfig.skip_threshold_mm
-    """For rsd-skip: skip the target where the draft expects to deviate less; by default what was calibrated."""
-    max_skips: Chunks | None = EvalConfig.max_skips
-    """For rsd-skip with a threshold of its own: chunks in a row without the target, at most."""
-    memory_chunks: Chunks | None = EvalConfig.memory_chunks
-    """The same: how many chunks the draft attends to what the target left behind."""
-    skips_per_agreement: Chunks | None = EvalConfig.skips_per_agreement
-    """The same: after k runs of the target in a row at which the draft stood, at most k times so many chunks go without
-    it; by default there is no such limit."""
-    target_at_reset: bool = EvalConfig.target_at_reset
-    """With --no-target-at-reset, an ablation of rsd-skip, the gate decides on an episode's first observation, too;
-    otherwise the target always runs there."""
     statistics: str = EvalConfig.task_suite
     """Data set whose statistics scale a published OpenVLA checkpoint's actions, where its own files do not say."""
-    device: str = EvalConfig.device
-    """Where the policy runs: cpu, cuda, cuda:1."""
-    engine: Engine = EvalConfig.engine
-    """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager, cuda-graphs, compiled (before recording) or onnx."""
     threads: Threads = 0
     """Torch's threads on a CPU; 0 takes its own default, about one per core."""
     protocol: Literal["openpi", "vla-eval"] = "openpi"
@@ -71,7 +47,7 @@ class ServeArguments:
     @property
     def evaluated(self) -> EvalConfig:
         """The evaluation whose policy this is."""
-        own = {name: getattr(self, name) for name in SHARED}
+        own = {entry.name: getattr(self, entry.name) for entry in fields(PolicyOptions)}
         config = EvalConfig(**own, task_suite=self.statistics)
         if config.served:
             remedy = "expected a checkpoint directory or hub id, or a --drafter to speculate in front of it"
@@ -82,14 +58,14 @@ class ServeArguments:
         return config
 
 
-def run(arguments: Sequence[str], prog: str) -> int:
-    options = parse(ServeArguments, arguments, prog)
+def run(options: ServeArguments) -> None:
     if options.policy.startswith(LEROBOT) and not options.drafter:
         refuse_others(options, ("execute", "device"), f"with --policy {options.policy}")
         line = [*command(Asked(options.policy, options.device, options.execute)), "--host", options.host]
         os.execv(line[0], [*line, "--port", str(options.port)])
     if options.drafter and options.policy.startswith(("ws://", "wss://", LEROBOT)):
-        return run_proxy(options)
+        run_proxy(options)
+        return
     asked = options.evaluated
 
     import torch
@@ -130,7 +106,6 @@ def run(arguments: Sequence[str], prog: str) -> int:
         described = PolicyServer(policy, describe_checkpoint(config), versions_on(config.device), door)
         serve_until_signal(described, listening)
     console.print("stopped")
-    return 0
 
 
 def refuse_others(options: ServeArguments, known: Sequence[str], where: str) -> None:
@@ -140,7 +115,7 @@ def refuse_others(options: ServeArguments, known: Sequence[str], where: str) -> 
             raise UsageError(f"{option(entry.name)}: not {where}; leave it out")
 
 
-def run_proxy(options: ServeArguments) -> int:
+def run_proxy(options: ServeArguments) -> None:
     """Speculate in front of somebody else's server."""
     from rsd.evaluation.foreign import OF_THE_GATE
 
@@ -176,4 +151,3 @@ def run_proxy(options: ServeArguments) -> int:
     proxy = SpeculatingProxy(address, metadata, drafter, skip, door, passes_reset=known)
     until_signal(lambda stop: proxy.serve(stop, listening))
     console.print("stopped")
-    return 0

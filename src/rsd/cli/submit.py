@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -10,8 +9,8 @@ import tyro
 
 from rsd.checks import between
 from rsd.cli.eval import check_idle, check_names
-from rsd.cli.parsing import UsageError, parse
-from rsd.cli.runs import merge
+from rsd.cli.parsing import UsageError
+from rsd.cli.runs import MergeArguments, merge
 from rsd.evaluation.config import EvalConfig
 from rsd.output import terminal
 
@@ -37,8 +36,7 @@ class SubmitArguments:
     """Wait for the jobs and merge their results."""
 
 
-def run(arguments: Sequence[str], prog: str) -> int:
-    options = parse(SubmitArguments, arguments, prog)
+def run(options: SubmitArguments) -> int:
     config = options.config
     if config.shard:
         raise UsageError("--shard is what the jobs get; ask for a number of --shards")
@@ -73,4 +71,4 @@ def run(arguments: Sequence[str], prog: str) -> int:
         console.print(f"when they are done: rsd merge {config.output_dir}")
         return 0
     wait_for(jobs)
-    return merge([str(config.output_dir)], prog)
+    return merge(MergeArguments(config.output_dir))

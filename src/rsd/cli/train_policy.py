@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 
-from rsd.cli.parsing import UsageError, check_choice, parse
-from rsd.training.config import TrainOpenVlaConfig, TrainPolicyConfig
+from rsd.cli import Command
+from rsd.cli.parsing import UsageError, check_choice
 
 OPTION = "--backbone"
-BACKBONES: dict[str, tuple[str, str, type]] = {
-    "compact": ("rsd.training.policy", "train_policy", TrainPolicyConfig),
-    "openvla": ("rsd.training.openvla", "train_openvla", TrainOpenVlaConfig),
+BACKBONES = {
+    "compact": Command("", "rsd.training.policy:train_policy", "rsd.training.config:TrainPolicyConfig"),
+    "openvla": Command("", "rsd.training.openvla:train_openvla", "rsd.training.config:TrainOpenVlaConfig"),
 }
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
     backbone, rest = take_backbone(arguments)
-    module, function, config = BACKBONES[backbone]
-    options: object = parse(config, rest, f"{prog} {OPTION} {backbone}")  # before the module, which loads torch
-    getattr(importlib.import_module(module), function)(options)
-    return 0
+    return BACKBONES[backbone].run(rest, f"{prog} {OPTION} {backbone}")
 
 
 def take_backbone(arguments: Sequence[str]) -> tuple[str, list[str]]:

@@ -23,16 +23,16 @@ from rsd.checks import Checked, ImageSize, Millimetres, Seed, Share, Some, told
 from rsd.collection import workers
 from rsd.collection.collect import CollectConfig, EpisodeRecorder, libero_attributes
 from rsd.collection.workers import Workers
-from rsd.conventions import rotate_180
+from rsd.conventions import rotate_180, shrunk
 from rsd.data.schema import FILE_SUFFIX, Episode, merge, stored_names
 from rsd.decoding.calibration import fingertip_deviation
 from rsd.decoding.state import EpisodeState
 from rsd.json_files import read_object, write_atomically
 from rsd.locks import exclusive
-from rsd.output import Faults, writing
+from rsd.output import Faults
 from rsd.sim.libero import LiberoEnv, simulator_versions
 from rsd.sim.suites import suite_task
-from rsd.targets.black_box import Drafter, load_drafter, shrunk
+from rsd.targets.black_box import Drafter, load_drafter
 from rsd.tokenizer.config import Horizon
 from rsd.types import ActionChunk, Observation, Policy, RsdError
 
@@ -252,6 +252,4 @@ def check_settings(config: RolloutConfig) -> None:
         changed = [name for name in wanted if found.get(name) != wanted[name]]
         other = ", ".join(f"{name} {found.get(name)!s:.60} there, {wanted[name]!s:.60} here" for name in changed)
         raise RsdError(f"{config.out}: rollouts made otherwise ({other}); choose another --output")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(wanted, indent=1) + "\n")

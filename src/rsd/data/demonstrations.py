@@ -4,7 +4,6 @@ data sets, of any robot the actions."""
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from rsd.data.schema import (
     FILE_SUFFIX,
     IMAGE_KEYS,
     SPOTS,
+    Demonstration,
     asked_things,
     demo_names,
     member,
@@ -36,38 +36,6 @@ from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 
 MOST_SPOT = 1e6  # pictures away from the picture: what is behind the camera's side
 FINGERS = 2  # joint positions of the gripper, at the end of a state
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """One episode of T steps as a learner takes it; row t is what was seen before action t.
-
-    images: uint8 [T, 2, S, S, 3], cameras in the order of rsd.types.CAMERAS, upright; None in a states-only file. With
-    image_every = n they show the steps 0, n, 2n, ... only.
-    state: float32 [T, 8], position, axis-angle, gripper. actions: float32 [T, 7] executed; labels: float32 [T, 7] what
-    the expert would have done at the visited state (equal to actions in files without noise).
-    asks: sentences that would ask for a thing of this scene, with that thing; spots: float32 [frames, n, 2], where the
-    first camera sees those things (x to the right, y down, shares of the picture), None where that is not stored.
-    placement_seed is -1 where the file does not know it. success_step is the first step after which the goal held.
-    """
-
-    task: str
-    episode: str
-    instruction: str
-    images: NDArray[np.uint8] | None
-    state: NDArray[np.float32]
-    actions: NDArray[np.float32]
-    labels: NDArray[np.float32]
-    success_step: int
-    target_object: str
-    placement_seed: int
-    source: Path
-    image_every: int = 1
-    asks: tuple[tuple[str, str], ...] = ()
-    spots: NDArray[np.float32] | None = None
-
-    def __len__(self) -> int:
-        return len(self.actions)
 
 
 def demonstration_files(path: str | Path) -> list[Path]:
@@ -113,7 +81,7 @@ def load_demonstrations(
     image_size = checked(Annotated[int, between(0, 4096)], image_size, "demonstrations: image_size")
     folder, is_lerobot = located(path)
     if is_lerobot:
-        yield from _of_lerobot(folder, images, image_size, max_per_task)
+        yield from lerobot_libero.read_episodes(folder, images, image_size, max_per_task)
         return
     size: tuple[int, Path] | None = None
     for file_path in demonstration_files(path):
@@ -158,23 +126,6 @@ def action_episodes(path: str | Path) -> Iterator[ActionEpisode]:
     else:
         for demonstration in load_demonstrations(folder, images=False):
             yield ActionEpisode(demonstration.task, demonstration.labels)
-
-
-def _of_lerobot(folder: Path, images: bool, image_size: int, most: int | None) -> Iterator[Demonstration]:
-    for episode in lerobot_libero.read_episodes(folder, images, image_size, most):
-        yield Demonstration(
-            task=re.sub(r"\W+", "_", episode.instruction.strip()),
-            episode=f"episode_{episode.number}",
-            instruction=episode.instruction,
-            images=episode.images,
-            state=episode.state,
-            actions=episode.actions,
-            labels=episode.labels,
-            success_step=len(episode.actions) - 1,
-            target_object="",
-            placement_seed=-1,
-            source=folder,
-        )
 
 
 def _read(data: h5py.Group, name: str, path: Path, images: bool) -> Demonstration:

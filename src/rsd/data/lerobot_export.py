@@ -29,6 +29,7 @@ from rsd.data.lerobot import EPISODE, FRAME, INFO, OWN, TASK, TASKS, located
 from rsd.data.lerobot_images import VIDEO
 from rsd.data.lerobot_libero import CAMERA_KEYS, EXECUTED, STATE_KEYS, UPRIGHT, check_state
 from rsd.data.lerobot_stats import Statistics
+from rsd.data.schema import check_actions
 from rsd.extras import extra
 from rsd.json_files import write_atomically
 from rsd.output import shown, writing
@@ -99,10 +100,8 @@ def survey(folders: Iterable[Path]) -> bool:
                 found = f"images of every {each.image_every}. step; render again with --every 1"
                 raise RsdError(f"{each.source}, {each.episode}: a LeRobot data set has an image a step, found {found}")
             check_state(f"{each.source}, {each.episode}: expected the state", each.state)
-            if not (np.abs(each.labels) <= 1.001).all() or not np.isin(each.labels[:, -1], (-1, 1)).all():
-                found = f"{np.abs(each.labels).max():g} and {np.unique(each.labels[:, -1])[:4].tolist()}"
-                expected = "actions within +-1 and a gripper of -1 or 1"
-                raise RsdError(f"{each.source}, {each.episode}: expected {expected}, found {found}; convert them")
+            gripper = {ACTION_DIM - 1: (each.labels[:, -1], (-1.0, 1.0))}
+            check_actions(f"{each.source}, {each.episode}", each.labels[:, :-1], 1.0, "+-1", gripper, "convert them")
             differs |= not np.array_equal(each.actions, each.labels)
     return differs
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,15 +26,8 @@ VIDEO = "videos/{key}/chunk-{chunk:03d}/file-{file:03d}.mp4"
 OLD_VIDEO = "videos/chunk-{chunk:03d}/{key}/episode_{episode:06d}.mp4"  # of format 2
 
 
-class Camera(Protocol):
-    """One camera's pictures, read by episode; quick where episodes are asked for in order."""
-
-    def read(self, part: slice) -> NDArray[np.uint8]:
-        """The rows of one episode -> uint8 [T, H, W, 3]."""
-        ...
-
-
-def camera(folder: Path, info: Mapping[str, Any], rows: Rows, key: str) -> Camera:
+def camera(folder: Path, info: Mapping[str, Any], rows: Rows, key: str) -> StoredCamera | VideoCamera:
+    """One camera's pictures, read by episode -> uint8 [T, H, W, 3]; quick where episodes are asked for in order."""
     kind = info["features"][key]["dtype"]
     return StoredCamera(folder, rows, key) if kind == "image" else VideoCamera(folder, info, rows, key)
 
@@ -151,10 +144,3 @@ def frames_of(path: Path, fps: float) -> Iterator[NDArray[np.uint8]]:
     except (OSError, ValueError, IndexError, av.FFmpegError) as error:
         expected = "a video that FFmpeg can decode"
         raise RsdError(f"{path}: expected {expected}, found {told(error, 120)}; download it again") from None
-
-
-def reduced(pictures: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """uint8 [T, S, S, 3] -> [T, side, side, 3], every new pixel the mean of those that it covers."""
-    if pictures.shape[1] == side:
-        return pictures
-    return np.stack([np.asarray(Image.fromarray(each).resize((side, side), Image.Resampling.BOX)) for each in pictures])

@@ -7,6 +7,7 @@ whatever openpi's converter makes), and LIBERO-plus.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.conventions import CONTROL_HZ, GRIPPER_CLOSE, GRIPPER_OPEN
+from rsd.conventions import CONTROL_HZ, GRIPPER_CLOSE, GRIPPER_OPEN, shrunk
 from rsd.data.lerobot import (
     EPISODE,
     INFO,
@@ -29,7 +30,8 @@ from rsd.data.lerobot import (
     read_rows,
     read_tasks,
 )
-from rsd.data.lerobot_images import KINDS, camera, reduced
+from rsd.data.lerobot_images import KINDS, camera
+from rsd.data.schema import Demonstration, check_actions
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 
 CAMERA_KEYS = (  # third person, wrist: the order of rsd.types.CAMERAS
@@ -78,20 +80,7 @@ class Layout:
         return {self.action: ACTION_DIM, self.state: STATE_DIM, **extra, TASK: 0}
 
 
-@dataclass(frozen=True)
-class LiberoEpisode:
-    """images: uint8 [T, 2, S, S, 3] upright, or None; state [T, 8]; actions [T, 7] executed, labels [T, 7], both
-    float32 with a gripper of -1 = open."""
-
-    number: int
-    instruction: str
-    images: NDArray[np.uint8] | None
-    state: NDArray[np.float32]
-    actions: NDArray[np.float32]
-    labels: NDArray[np.float32]
-
-
-def read_episodes(folder: Path, images: bool, image_size: int = 0, most: int | None = None) -> Iterator[LiberoEpisode]:
+def read_episodes(folder: Path, images: bool, image_size: int = 0, most: int | None = None) -> Iterator[Demonstration]:
     """The episodes, one at a time, in order; images=False leaves the pictures out, image_size reduces larger ones (0:
     as they are), most: only so many of each task. Says in a line what was found of the conventions.
 
@@ -105,7 +94,7 @@ def read_episodes(folder: Path, images: bool, image_size: int = 0, most: int | N
     actions = rows.columns[layout.executed] if layout.executed else labels
     check_state(f"LeRobot data set {folder}: expected {layout.state}", state)
     sense = told_sense(folder) or gripper_sense(rows, labels, state)
-    check_actions(folder, layout.action, labels, sense)
+    check_commands(f"LeRobot data set {folder}", layout.action, labels, sense)
     read = Pictures(folder, info, rows, layout, image_size) if images else None
     if read is not None:
         said = f"pictures {read.learn(state)}; state: position, axis-angle, two fingers; gripper {told_gripper(sense)}"
@@ -115,8 +104,20 @@ def read_episodes(folder: Path, images: bool, image_size: int = 0, most: int | N
         taken[instruction] = taken.get(instruction, 0) + 1
         if most is None or taken[instruction] <= most:
             pictures = read(part) if read is not None else None
-            made = [converted(values[part], sense) for values in (actions, labels)]
-            yield LiberoEpisode(int(rows.columns[EPISODE][part.start]), instruction, pictures, state[part], *made)
+            executed, expected = (converted(values[part], sense) for values in (actions, labels))
+            yield Demonstration(
+                task=re.sub(r"\W+", "_", instruction.strip()),
+                episode=f"episode_{rows.columns[EPISODE][part.start]}",
+                instruction=instruction,
+                images=pictures,
+                state=state[part],
+                actions=executed,
+                labels=expected,
+                success_step=len(executed) - 1,
+                target_object="",
+                placement_seed=-1,
+                source=folder,
+            )
 
 
 def check_rate(folder: Path, info: Mapping[str, Any], warn: bool) -> None:
@@ -225,13 +226,12 @@ def told_sense(folder: Path) -> tuple[float, float] | None:
     return (GRIPPER_OPEN, GRIPPER_CLOSE) if told == [GRIPPER_OPEN, GRIPPER_CLOSE] else None
 
 
-def check_actions(folder: Path, key: str, labels: NDArray[np.float32], sense: tuple[float, float] | None) -> None:
-    if (most := abs(labels[:, :GRIPPER]).max()) > 1.001:
-        raise RsdError(f"LeRobot data set {folder}: expected LIBERO's commands in {key}, within +-1, found {most:.4g}")
+def check_commands(where: str, key: str, labels: NDArray[np.float32], sense: tuple[float, float] | None) -> None:
+    check_actions(f"{where}: {key}", labels[:, :GRIPPER], 1.0, "+-1, LIBERO's commands", {}, "convert them")
     if sense is None:
         found = np.unique(labels[:, GRIPPER])[:4].tolist()
         expected = f"commands for the gripper in {key}, one that opens and one that closes its fingers"
-        raise RsdError(f"LeRobot data set {folder}: expected {expected}, found {found} and fingers that do not tell")
+        raise RsdError(f"{where}: expected {expected}, found {found} and fingers that do not tell")
 
 
 def converted(actions: NDArray[np.float32], sense: tuple[float, float] | None) -> NDArray[np.float32]:
@@ -280,7 +280,7 @@ class Pictures:
     def __call__(self, part: slice) -> NDArray[np.uint8]:
         """The rows of one episode -> uint8 [T, 2, S, S, 3]."""
         turn = TURNS[self._turn]
-        views = [reduced(turn(pictures), self._size or pictures.shape[1]) for pictures in self._stored(part)]
+        views = [shrunk(turn(pictures), self._size or pictures.shape[1]) for pictures in self._stored(part)]
         if views[0].shape != views[1].shape:
             found = " and ".join(f"{view.shape[1]} px" for view in views)
             raise RsdError(f"{self._where}: expected pictures of one size from both cameras, found {found}")

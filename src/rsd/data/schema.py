@@ -34,6 +34,8 @@ FILE_SUFFIX = "_demo.hdf5"
 ANEW = "Copy it anew, or move it away and run the collection again (finished parts are kept)."
 SPOTS = "obs/spots"  # float32 [frames, n, 2]: where the third-person camera sees the things of the attribute `asks`
 LARGEST = 1e6  # of an action or a state, whatever its unit
+ROUNDED = 1.001  # LeRobot data sets of LIBERO hold 1.0002
+Binary = tuple[NDArray[np.float32], tuple[float, float]]  # what an action holds in a dimension [T], and may hold
 IMAGE_KEYS = ("agentview_rgb", "eye_in_hand_rgb")  # in the order of rsd.types.CAMERAS
 
 
@@ -58,6 +60,51 @@ class Episode:
     body_pos: NDArray[np.float64]  # [nbody, 3]
     body_quat: NDArray[np.float64]  # [nbody, 4] w, x, y, z
     images: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One episode of T steps as a learner takes it; row t is what was seen before action t.
+
+    images: uint8 [T, 2, S, S, 3], cameras in the order of rsd.types.CAMERAS, upright; None in a states-only file. With
+    image_every = n they show the steps 0, n, 2n, ... only.
+    state: float32 [T, 8], position, axis-angle, gripper. actions: float32 [T, 7] executed; labels: float32 [T, 7] what
+    the expert would have done at the visited state (equal to actions in files without noise).
+    asks: sentences that would ask for a thing of this scene, with that thing; spots: float32 [frames, n, 2], where the
+    first camera sees those things (x to the right, y down, shares of the picture), None where that is not stored.
+    placement_seed is -1 where the file does not know it. success_step is the first step after which the goal held.
+    """
+
+    task: str
+    episode: str
+    instruction: str
+    images: NDArray[np.uint8] | None
+    state: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    labels: NDArray[np.float32]
+    success_step: int
+    target_object: str
+    placement_seed: int
+    source: Path
+    image_every: int = 1
+    asks: tuple[tuple[str, str], ...] = ()
+    spots: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+def check_actions(
+    where: str, motion: NDArray[np.float32], limit: float, whose: str, binary: Mapping[int, Binary], remedy: str
+) -> None:
+    """`RsdError` unless a motion [T, M] is within +-limit, which `whose` words, and every binary dimension holds one of
+    its two values in each step."""
+    if (beyond := np.abs(motion) > limit * ROUNDED).any():
+        raise RsdError(f"{where}: expected actions within {whose}, found {motion[beyond][0]:g}; {remedy}")
+    for dimension, (found, (low, high)) in binary.items():
+        if (odd := ~np.isin(found, (low, high))).any():
+            expected = f"dimension {dimension} to be {low:g} or {high:g}"
+            raise RsdError(f"{where}: expected {expected}, found {found[odd][0]:g}; {remedy}")
 
 
 def write_episode(group: h5py.Group, episode: Episode) -> None:

@@ -21,34 +21,6 @@ if TYPE_CHECKING:
     from rsd.options import Choice, DecodeOptions
 
 
-@dataclass(frozen=True)
-class Backend:
-    """Module-level functions, importable by workers; torch and simulator load when called."""
-
-    list_tasks: Callable[[str], list[tuple[int, str, str]]]
-    """suite -> (task number, name, instruction) of each task; RsdError for an unknown suite."""
-    count_init_states: Callable[[str, int], int]
-    """suite, task number -> how many fixed initial states the benchmark has."""
-    make_env: Callable[[str, int, int], Environment]
-    """suite, task number, image size (pixels) -> simulator."""
-    make_policy: Callable[[EvalConfig], Policy]
-    """On as many of torch's threads as the options say."""
-    describe_policy: Callable[[EvalConfig], dict[str, Any]]
-    """What names the weights beyond doubt: a run is never continued with others."""
-    versions: Callable[[str], dict[str, str]]
-    """device -> versions of everything a result may depend on."""
-    choose_decode: Callable[[EvalConfig], Choice]
-    """What --decode best is for this policy and these options."""
-    make_batch_policy: Callable[[EvalConfig], ChunkPolicy] | None = None
-    """A policy for `--batch`, on as many threads; None where there is none."""
-    prepare: Callable[[str, int], None] | None = None
-    """suite, task number -> what a simulator's process can do of `make_env` while its policy still loads elsewhere."""
-    preflight: Callable[[EvalConfig], None] | None = None
-    """Raises RsdError where the machine lacks something; cheap, run before anything is started."""
-    cautions: Callable[[EvalConfig], list[str]] | None = None
-    """What a user should know before a run that asks more of the policy than it was made for, a sentence each."""
-
-
 def libero_tasks(suite: str) -> list[tuple[int, str, str]]:
     from rsd.sim.suites import suite_tasks
 
@@ -302,19 +274,34 @@ def engine_of(config: EvalConfig, directory: Path | None) -> str:
     return f"{engine} {metadata.version('onnxruntime')}" if engine == ONNX else engine
 
 
-LIBERO = Backend(
-    list_tasks=libero_tasks,
-    count_init_states=libero_init_states,
-    make_env=libero_env,
-    make_policy=worker_policy,
-    describe_policy=describe_checkpoint,
-    versions=libero_versions,
-    choose_decode=best_of_checkpoint,
-    make_batch_policy=batched_rsd_policy,
-    prepare=prepare_libero,
-    preflight=ready,
-    cautions=cautions,
-)
+@dataclass(frozen=True)
+class Backend:
+    """Module-level functions, importable by workers; torch and simulator load when called."""
+
+    list_tasks: Callable[[str], list[tuple[int, str, str]]] = libero_tasks
+    """suite -> (task number, name, instruction) of each task; RsdError for an unknown suite."""
+    count_init_states: Callable[[str, int], int] = libero_init_states
+    """suite, task number -> how many fixed initial states the benchmark has."""
+    make_env: Callable[[str, int, int], Environment] = libero_env
+    """suite, task number, image size (pixels) -> simulator."""
+    make_policy: Callable[[EvalConfig], Policy] = worker_policy
+    describe_policy: Callable[[EvalConfig], dict[str, Any]] = describe_checkpoint
+    """What names the weights beyond doubt: a run is never continued with others."""
+    versions: Callable[[str], dict[str, str]] = libero_versions
+    """device -> versions of everything a result may depend on."""
+    choose_decode: Callable[[EvalConfig], Choice] = best_of_checkpoint
+    """What --decode best is for this policy and these options."""
+    make_batch_policy: Callable[[EvalConfig], ChunkPolicy] = batched_rsd_policy
+    """A policy for `--batch`; RsdError where there is none."""
+    prepare: Callable[[str, int], None] = prepare_libero
+    """suite, task number -> what a simulator's process can do of `make_env` while its policy still loads elsewhere."""
+    preflight: Callable[[EvalConfig], None] = ready
+    """Raises RsdError where something is lacking; cheap, run before anything is started."""
+    cautions: Callable[[EvalConfig], list[str]] = cautions
+    """What a user should know before a run that asks more of the policy than it was made for, a sentence each."""
+
+
+LIBERO = Backend()
 
 
 def settle(config: EvalConfig, backend: Backend = LIBERO) -> tuple[EvalConfig, str]:

@@ -18,7 +18,7 @@ from rsd.checks import told
 from rsd.evaluation.backend import Backend
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.workers import Ready, failed, prepare_process
-from rsd.types import ActionChunk, ChunkPolicy, Observation, RsdError
+from rsd.types import ActionChunk, ChunkPolicy, Observation
 
 
 class BatchServer:
@@ -87,8 +87,6 @@ def policy_main(connection: Connection, config: EvalConfig, backend: Backend, th
     """Body of the policy's process: says Ready or Failed, then serves until it is ended."""
     prepare_process(threads)
     try:
-        if backend.make_batch_policy is None:
-            raise RsdError(f"--batch {config.batch}: this policy cannot predict in batches")
         policy = backend.make_batch_policy(config)
         ready = Ready(backend.versions(config.device), backend.describe_policy(config), policy.image_size)
         connection.send(ready)

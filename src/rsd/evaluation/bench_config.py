@@ -12,6 +12,7 @@ from rsd.types import AUTO, MAX_SKIPS, MEMORY_CHUNKS, Batch, Chunks, Engine, Ste
 
 Tries = Annotated[int, between(1, 10_000)]
 
+
 @dataclass(frozen=True)
 class LatencyConfig(Checked):
     """Time decoders of a policy, the first one being the baseline."""

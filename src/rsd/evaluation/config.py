@@ -84,24 +84,12 @@ def asked_rule(acceptance: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class EvalConfig(Checked):
-    """One run: a policy, a way to decode, and the initial states it is tried on."""
+class PolicyOptions(Checked):
+    """A policy and how it decodes, of every command that runs one."""
 
-    task_suite: str = "libero_spatial"
-    """LIBERO suite, or several with commas between: libero_spatial, libero_object, libero_goal, libero_10, libero_90,
-    and LIBERO-PRO's variants of them, such as libero_spatial_swap."""
-    num_trials: Annotated[int, between(1, MOST_LISTED)] = 50
-    """Episodes per task at most, one for each of the benchmark's fixed initial states; 3 gives a quick look."""
-    tasks: str = "all"
-    """Task numbers of each suite, such as 0,3 or 0-4; or by suite, libero_goal:1,2;libero_10:0 (of others all)."""
-    init_states: str = "0"
-    """Initial states: a list such as 0,3,10-19, of which the first num_trials are taken; a single number is the first
-    of num_trials in a row."""
     policy: str = "checkpoints/libero_spatial"
     """Checkpoint directory, Hugging Face hub id, module:Class or file.py:Class of a policy of your own, or ws://HOST:PORT
     of any server in openpi's protocol, or lerobot:DIR_OR_ID of a LeRobot policy, which runs in its own environment."""
-    drafter: str = ""
-    """Directory of a drafter that `rsd drafter distil` made for this very policy, whatever kind it is of."""
     decode: str = BEST
     """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, rsd-async, draft-first,
     coarse-only, drafter-only; target-only, of a policy of your own or an openpi server; best: what was proven best of
@@ -110,11 +98,6 @@ class EvalConfig(Checked):
     """Rule for drafted levels: exact, margin, residual, blind(0.95), distance(1), typical(0.09), agreement(0.7);
     default: the checkpoint's (for residual blind(0.95)), with rsd-skip its calibration's, with a --temperature
     exact."""
-    temperature: Temperature = 0.0
-    """Above 0, ar, parallel, rsd and rsd-fused draw motion tokens from softmax(logits / temperature); 0 takes the
-    likeliest."""
-    seed: Seed = 7
-    """Seed of what is drawn at a temperature; the simulator is always seeded by 0, as the published protocol does."""
     execute: Steps | None = None
     """Steps of a chunk that are executed before the next one is predicted; by default what the checkpoint says, all of
     a policy of your own, 5 of an openpi server as its client does, with a --drafter what it drafts."""
@@ -130,14 +113,37 @@ class EvalConfig(Checked):
     target_at_reset: bool = True
     """With --no-target-at-reset, an ablation of rsd-skip, the gate decides on an episode's first observation, too;
     otherwise the target always runs there."""
-    audit: bool = False
-    """With a visual drafter: record how far its chunks lead away from the target's; for that the target is run beside
-    every skipped chunk (not timed), and the realised risk is known."""
     device: str = "cpu"
     """Where the policy runs: cpu, cuda, cuda:1."""
     engine: Engine = AUTO
     """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager (PyTorch operation by operation), cuda-graphs, compiled
     (cuda-graphs of fewer, larger kernels; takes a minute or two to begin), onnx."""
+
+
+@dataclass(frozen=True)
+class EvalConfig(PolicyOptions):
+    """One run: a policy, a way to decode, and the initial states it is tried on."""
+
+    task_suite: str = "libero_spatial"
+    """LIBERO suite, or several with commas between: libero_spatial, libero_object, libero_goal, libero_10, libero_90,
+    and LIBERO-PRO's variants of them, such as libero_spatial_swap."""
+    num_trials: Annotated[int, between(1, MOST_LISTED)] = 50
+    """Episodes per task at most, one for each of the benchmark's fixed initial states; 3 gives a quick look."""
+    tasks: str = "all"
+    """Task numbers of each suite, such as 0,3 or 0-4; or by suite, libero_goal:1,2;libero_10:0 (of others all)."""
+    init_states: str = "0"
+    """Initial states: a list such as 0,3,10-19, of which the first num_trials are taken; a single number is the first
+    of num_trials in a row."""
+    drafter: str = ""
+    """Directory of a drafter that `rsd drafter distil` made for this very policy, whatever kind it is of."""
+    temperature: Temperature = 0.0
+    """Above 0, ar, parallel, rsd and rsd-fused draw motion tokens from softmax(logits / temperature); 0 takes the
+    likeliest."""
+    seed: Seed = 7
+    """Seed of what is drawn at a temperature; the simulator is always seeded by 0, as the published protocol does."""
+    audit: bool = False
+    """With a visual drafter: record how far its chunks lead away from the target's; for that the target is run beside
+    every skipped chunk (not timed), and the realised risk is known."""
     control_hz: Hertz = 0.0
     """Run in real time: an action every 1/hz seconds (LIBERO's own is 20), the target's pending verification meanwhile;
     how long the robot stands still between chunks is recorded. 0: as fast as possible, simulator and policy in turn.
@@ -294,8 +300,6 @@ def stored_config(options: dict[str, Any], where: str, *, older: bool = False) -
     first = options.get("init_states", EvalConfig.init_states)
     known = {**options, "init_states": str(first) if type(first) is int else first}  # before there were lists
     known.setdefault("target_at_reset", options.get("decode") != "rsd-skip")  # before it was an option
-    if known.get("skip_threshold_mm") == -1:  # as the calibration's own was written before it was None
-        known |= dict.fromkeys(("skip_threshold_mm", *OF_THE_RULE))
     unknown = known.keys() - {field.name for field in fields(EvalConfig)}
     return from_json(EvalConfig, known, f"{where}: config", ignore=unknown if older else ())
 

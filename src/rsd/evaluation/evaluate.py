@@ -79,7 +79,7 @@ def evaluate(
     if note or chosen:
         say(console, note or chosen)
     warned = set() if warned is None else warned
-    for caution in backend.cautions(config) if backend.cautions else []:
+    for caution in backend.cautions(config):
         if caution not in warned:
             say(console, f"warning: {caution}", "yellow")
             warned.add(caution)
@@ -92,8 +92,7 @@ def evaluate(
         alone = config.control_hz and config.num_workers == "auto"  # robots on one machine would wait for each other
         workers = worker_count("1" if alone else config.num_workers, len(pending))
         if pending:
-            if backend.preflight is not None:
-                backend.preflight(config)
+            backend.preflight(config)
             if done:
                 whole = plural(len(plan), "episode")
                 say(console, f"{directory}: {len(done)} of {whole} done, {len(pending)} to go")

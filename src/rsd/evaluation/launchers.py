@@ -97,5 +97,5 @@ def cloud_config(
     if decode is None:
         raise RsdError(f"--use-speculative-decoding '{use_speculative_decoding}': expected True or False")
     options: dict[str, Any] = {"policy": policy, "decode": decode, "videos": videos, "device": "cuda"}
-    config = EvalConfig(task_suite, num_trials, **options)
+    config = EvalConfig(task_suite=task_suite, num_trials=num_trials, **options)
     return replace(config, output=str(root / f"{'+'.join(config.suites)}-{decode}"))

@@ -20,7 +20,7 @@ from rsd.evaluation.results import (
     RunRecord,
     encode_record,
     read_episodes,
-    read_run,
+    read_episodes_of,
     read_run_record,
     scored,
     write_atomically,
@@ -43,26 +43,29 @@ def merge_shards(output: Path, shards: Sequence[Path] = (), backend: Backend = L
     """
     output = checked(Path, output, "merge: output")
     shards = checked(list[Path] | tuple[Path, ...], shards, "merge: shards")
-    shards = shards or begun_shards(output)
-    if not shards:
+    begun = (part for part in sorted(output.glob(SHARD_PATTERN)) if (part / CONFIG_FILE).exists())
+    parts = list(shards) or list(begun)
+    if not parts:
         raise RsdError(f"{output}: holds no {SHARD_PATTERN} with results; name the shards' directories")
-    each_once("output and shards", (output, *shards))
+    each_once("output and shards", (output, *parts))
     with exclusive(output):
-        return merge_locked(output, shards, backend)
+        records = {part: read_run_record(part) for part in parts}
+        if not shards:
+            require_named(output, records)
+        return merge_locked(output, records, backend)
 
 
-def begun_shards(output: Path) -> list[Path]:
-    """All `shard-i-of-n` directories in `output` that have begun; raises RsdError where one is not what its name says,
-    or they are parts of different divisions."""
-    found = [part for part in sorted(output.glob(SHARD_PATTERN)) if (part / CONFIG_FILE).exists()]
-    for part in found:
-        shard = str(read_run_record(part).config.get("shard", ""))
+def require_named(output: Path, records: dict[Path, RunRecord]) -> None:
+    """Raises RsdError where one of the shards is not what its name says, or they are of different divisions."""
+    counts = set[str]()
+    for part, record in records.items():
+        shard = str(record.config.get("shard", ""))
         if part.name != f"shard-{shard.replace('/', '-of-')}":
             is_of = f"--shard {shard}" if shard else "a whole run"
             raise RsdError(f"{part}: expected the shard that its name says, found {is_of}; name what to merge")
-    if len(counts := {part.name.rpartition("-")[2] for part in found}) > 1:
+        counts.add(shard.rpartition("/")[2])
+    if len(counts) > 1:
         raise RsdError(f"{output}: expected shards of one division, found of {' and of '.join(sorted(counts))}")
-    return found
 
 
 def missing_parts(output: Path, backend: Backend = LIBERO) -> str:
@@ -91,21 +94,19 @@ def planned_episodes(record: RunRecord, backend: Backend) -> list[EpisodeKey]:
     return [(*job.task, job.init_state) for job in plan_episodes(config, backend)]
 
 
-def merge_locked(output: Path, shards: Sequence[Path], backend: Backend) -> RunSummary:
-    records = [read_run_record(shard) for shard in shards]
-    for shard, other in zip(shards[1:], records[1:], strict=True):
-        require_same(records[0], other, shards[0], shard)
-    record = replace(records[0], config={**records[0].config, "shard": "", "output": str(output)}, planned=0)
+def merge_locked(output: Path, records: dict[Path, RunRecord], backend: Backend) -> RunSummary:
+    begin, first = next(iter(records.items()))
+    for shard, other in records.items():
+        require_same(first, other, begin, shard)
+    record = replace(first, config={**first.config, "shard": "", "output": str(output)}, planned=0)
     with contextlib.suppress(RsdError):  # `missing_parts` tells it
         record = replace(record, planned=len(planned_episodes(record, backend)))
-    sources = [*shards]
     if (output / CONFIG_FILE).exists():
-        existing = read_run_record(output)
-        require_same(existing, record, output, shards[0])
-        sources.insert(0, output)
+        records = {output: read_run_record(output), **records}
+        require_same(records[output], record, output, begin)
     merged: dict[EpisodeKey, EpisodeResult] = {}
-    for source in sources:
-        for key, result in read_run(source)[1].items():
+    for source, kept in records.items():
+        for key, result in read_episodes_of(kept, source).items():
             earlier = merged.get(key)
             if earlier is None or earlier.is_error:
                 merged[key] = result
@@ -115,12 +116,12 @@ def merge_locked(output: Path, shards: Sequence[Path], backend: Backend) -> RunS
                     "another result than in a directory before it; these are not parts of one run"
                 )
     if not merged:
-        raise RsdError(f"{output}: no episode in {', '.join(shard.name for shard in shards)}; nothing to merge yet")
+        raise RsdError(f"{output}: no episode in {', '.join(source.name for source in records)}; nothing to merge yet")
     # the order in which one uninterrupted process would have begun them
     ordered = sorted(merged.values(), key=lambda e: (e.init_state, e.suite, e.task_id))
     write_atomically(output / CONFIG_FILE, encode_record(record, indent=2) + "\n")
     write_atomically(output / EPISODES_FILE, "".join(encode_record(result) + "\n" for result in ordered))
-    for source in sources:
+    for source in records:
         if source != output:
             with writing(output):
                 copy_rest(source, output)

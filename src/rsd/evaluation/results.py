@@ -229,9 +229,15 @@ def read_episodes(path: Path) -> dict[EpisodeKey, EpisodeResult]:
 
 def read_run(directory: Path) -> tuple[RunRecord, dict[EpisodeKey, EpisodeResult]]:
     """A run's record and its episodes, held against each other; raises RsdError."""
-    record, episodes = read_run_record(directory), read_episodes(directory / EPISODES_FILE)
+    record = read_run_record(directory)
+    return record, read_episodes_of(record, directory)
+
+
+def read_episodes_of(record: RunRecord, directory: Path) -> dict[EpisodeKey, EpisodeResult]:
+    """A run's episodes, held against its record; raises RsdError."""
+    episodes = read_episodes(directory / EPISODES_FILE)
     record.check(episodes.values(), directory)
-    return record, episodes
+    return episodes
 
 
 def drop_cut_off_line(path: Path) -> None:

@@ -117,9 +117,8 @@ def worker_main(
 
 def prepare_first_task(config: EvalConfig, backend: Backend) -> None:
     """Whatever task comes first in the end: most of what a scene takes is the same for all."""
-    if backend.prepare is not None:
-        suite = config.suites[0]
-        backend.prepare(suite, config.task_ids(suite, [number for number, *_ in backend.list_tasks(suite)])[0])
+    suite = config.suites[0]
+    backend.prepare(suite, config.task_ids(suite, [number for number, *_ in backend.list_tasks(suite)])[0])
 
 
 class RemotePolicy:

@@ -102,9 +102,7 @@ def print_statistics(console: Console, statistics: list[LevelStatistics]) -> Non
     print_table(console, "levels", header, rows, "rows")
 
 
-def draw(
-    tokenizer: ActionTokenizer, chunk: Tensor, statistics: list[LevelStatistics], number: int, path: Path
-) -> None:
+def draw(tokenizer: ActionTokenizer, chunk: Tensor, statistics: list[LevelStatistics], number: int, path: Path) -> None:
     """Left: every motion dimension of chunk [1, H, A] and its prefixes. Right: each level's symbols."""
     import matplotlib
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,15 +22,10 @@ CUDA = {CUDA_GRAPHS: cuda_graph, COMPILED: compiled_graph}
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 Call = Callable[[Sequence[Tensor]], Any]
+# makes of a call on tensors of fixed shapes another one that gives the same; the step names it among all calls with the
+# models and the rule of these primitives
+Recorder = Callable[[Step, Primitives, Call, Sequence[Tensor]], Call]
 KEPT = 128  # recordings of other shapes, as prompts of other lengths have them; the one used longest ago gives way
-
-
-class Recorder(Protocol):
-    """Makes of a call on tensors of fixed shapes another one that gives the same; see `cuda_graph` and `OnnxGraphs`."""
-
-    def __call__(self, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> Call:
-        """step: names the call among all calls with the models and the rule of these primitives."""
-        ...
 
 
 class Recordings:

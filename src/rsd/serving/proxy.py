@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 
 from rsd.chunks import environment_ready
+from rsd.conventions import shrunk
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.state import EpisodeState
 from rsd.extras import extra
 from rsd.serving.server import serve_until
-from rsd.targets.black_box import Drafter, Proposal, shrunk
+from rsd.serving.service import in_words
+from rsd.targets.black_box import Drafter, Proposal
 from rsd.targets.remote.openpi import SPECULATION, read_metadata, same
 from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, RESET, STATE, square
 from rsd.targets.remote.wire import pack, unpack
@@ -36,7 +38,6 @@ with extra("serve"):
     from websockets.asyncio.server import ServerConnection
     from websockets.exceptions import ConnectionClosed, WebSocketException
 
-LONGEST_TEXT = 1000  # characters of an answer that says what was wrong
 DECODE = "rsd-skip"
 WARMUP = 2
 
@@ -103,13 +104,11 @@ class Session:
             if isinstance(message, str):
                 raise RsdError("message: expected msgpack in a binary frame, found a text frame")
             return await self._answer(message, begin)
-        except RsdError as error:
-            self.state = EpisodeState()
-            return f"rsd serve: {' '.join(str(error).split()):.{LONGEST_TEXT}}"
         except Exception as error:  # of the drafter: the others' connections must not end with it
-            traceback.print_exc()
+            if not isinstance(error, RsdError):
+                traceback.print_exc()
             self.state = EpisodeState()
-            return f"rsd serve: the proxy failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"
+            return in_words(error, "proxy")
 
     async def _answer(self, message: bytes, begin: float) -> bytes:
         proxy, content = self.proxy, unpack(message, LIMITS)

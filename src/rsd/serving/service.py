@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,35 +20,18 @@ from rsd.chunks import checked_chunk
 from rsd.decoding.course import NOTHING, OWN, Course, agreed
 from rsd.evaluation.backend import cpu_model, rsd_policy
 from rsd.evaluation.config import EvalConfig
-from rsd.policy import RsdPolicy
+from rsd.policy import RsdPolicy, SpeculativePolicy
 from rsd.targets.remote.request import CORRECTIONS, IMAGES, LIMITS, PROMPT, STATE, read_request
 from rsd.targets.remote.wire import pack, unpack
-from rsd.types import RSD_ASYNC, STATE_DIM, ActionChunk, ChunkPolicy, Observation, RsdError
+from rsd.types import RSD_ASYNC, STATE_DIM, ActionChunk, Observation, RsdError
 from rsd.versions import versions
 
 LONGEST_TEXT = 1000  # characters of an answer that says what was wrong
 WARMUP_PREDICTIONS = 3  # on a GPU a decoder that remembers takes another way from the second chunk on
 
 
-class Servable(ChunkPolicy, Protocol):
-    """What serving needs of a policy beyond its predictions."""
-
-    @property
-    def decode(self) -> str: ...
-
-    @property
-    def execute(self) -> int:
-        """How many steps of a chunk a client is to execute."""
-        ...
-
-    @property
-    def cameras(self) -> int:
-        """How many of an observation's cameras it looks at, the first ones."""
-        ...
-
-
 class Memoryless:
-    """A published OpenVLA policy, which remembers nothing, as a `Servable`."""
+    """A published OpenVLA policy, which remembers nothing, for a server."""
 
     def __init__(self, policy: Any) -> None:
         """policy: an `OpenVlaPolicy`, which is of an extra."""
@@ -62,6 +45,9 @@ class Memoryless:
 
     def verify_pending(self, pending: None) -> tuple[list[ActionChunk], list[None]]:
         raise RsdError("a published OpenVLA policy leaves nothing pending")
+
+
+Servable = SpeculativePolicy | Memoryless
 
 
 @dataclass
@@ -205,8 +191,8 @@ class PolicyService:
         return session.found
 
 
-def in_words(error: Exception) -> str:
+def in_words(error: Exception, who: str = "policy") -> str:
     """What a client is told of an error."""
     if isinstance(error, RsdError):
         return f"rsd serve: {' '.join(str(error).split()):.{LONGEST_TEXT}}"
-    return f"rsd serve: the policy failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"
+    return f"rsd serve: the {who} failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"

@@ -248,7 +248,6 @@ def _alike(one: str, other: str) -> bool:
     return any(_kind(one) in family and _kind(other) in family for family in LOOK_ALIKES)
 
 
-
 # -- libero_spatial ---------------------------------------------------------------------------------------------------
 
 BOWL, OTHER_BOWL = "akita_black_bowl_1", "akita_black_bowl_2"

@@ -15,9 +15,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from rsd.checks import Millimetres
+from rsd.conventions import shrunk
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import fingertip_deviation, most_skips
 from rsd.decoding.decoders import proposed
@@ -66,7 +66,8 @@ class Drafter:
         target, unused = cast(BlockTarget, model), cast(FeatureDrafter, None)  # of a target only what `draft` reads
         self.ops = Primitives(target, unused, rule, visual_drafter=model.visual)
         self.ops.engine = make_engine(choose_engine(AUTO, str(self.device), recordable=True))
-        self._texts = TextCache()
+        device = self.device
+        self._texts = TextCache(lambda text: model.encode_text(word_ids([text]).to(device)))
 
     @torch.inference_mode()
     def propose(self, observation: Observation, state: EpisodeState, skip: SkipRule) -> Proposal:
@@ -144,23 +145,13 @@ class Drafter:
     def _seen(self, observation: Observation) -> PolicyInput:
         pixels = torch.from_numpy(shrunk(observation.images, self.stored.config.image_size)[None]).to(self.device)
         state = state_features(torch.from_numpy(observation.state[None])).to(self.device)
-        encode = self.model.encode_text
-        text = observation.instruction
-        return PolicyInput(pixels, state, self._texts.get(text, lambda: encode(word_ids([text]).to(self.device))))
+        return PolicyInput(pixels, state, self._texts(observation.instruction))
 
 
 def load_drafter(directory: Path, device: str = "cpu") -> Drafter:
     stored = read_drafter(directory)
     model, tokenizer = load_models(directory, stored)
     return Drafter(model.to(device), tokenizer, stored, str(directory))
-
-
-def shrunk(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """uint8 [n, S, S, 3] -> [n, size, size, 3]: each pixel is the mean of what it covers."""
-    if images.shape[1] == size:
-        return np.ascontiguousarray(images)
-    views = [Image.fromarray(view).resize((size, size), Image.Resampling.BOX) for view in images]
-    return np.stack([np.asarray(view) for view in views])
 
 
 class SpeculatingPolicy:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from rsd import manifest
-from rsd.checkpoint import check_fit, read_weights, require_finite
+from rsd.checkpoint import load_weights, require_finite
 from rsd.checks import Checked, Millimetres, Share, above
 from rsd.decoding.calibration import SkipCalibration
 from rsd.json_files import from_json, read_versioned, write_atomically
@@ -72,10 +72,9 @@ def read_drafter(directory: Path) -> StoredDrafter:
 
 def load_models(directory: Path, stored: StoredDrafter) -> tuple[StandaloneDrafter, ActionTokenizer]:
     """The drafter, on the CPU, and its tokenizer."""
-    tokenizer, path = ActionTokenizer.load(directory), directory / WEIGHTS_FILE
-    model, weights = StandaloneDrafter(stored.config, *code_sizes(tokenizer)), read_weights(path)
-    check_fit(weights, model, path)
-    model.load_state_dict(weights)
+    tokenizer = ActionTokenizer.load(directory)
+    model = StandaloneDrafter(stored.config, *code_sizes(tokenizer))
+    load_weights(model, directory / WEIGHTS_FILE)
     return model.eval(), tokenizer
 
 

@@ -19,9 +19,11 @@ Rho = Annotated[float, above(1, 1023)]
 MOST_REDUCED = 1e30  # the first step by the last, which float32 has to hold
 
 
-def finest_step(code: RfsqConfig | TokenizerConfig) -> bool:
-    """Whether the last level's step is a number that float32 has."""
-    return (code.levels - 1) * math.log(code.rho) <= math.log(MOST_REDUCED)
+def code_rules(code: RfsqConfig | TokenizerConfig) -> Rules:
+    """Fine enough by no more than float32 can tell."""
+    yield code.rho <= code.symbols, f"rho of at most {code.symbols}, the symbols", code.rho
+    finest = (code.levels - 1) * math.log(code.rho) <= math.log(MOST_REDUCED)
+    yield finest, f"levels and rho with rho**(levels - 1) of at most {MOST_REDUCED:g}", code.levels
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,7 @@ class RfsqConfig(Checked):
     rho: Rho = 2.0
 
     def rules(self) -> Rules:
-        yield self.rho <= self.symbols, f"rho of at most {self.symbols}, the symbols", self.rho
-        yield finest_step(self), f"levels and rho with rho**(levels - 1) of at most {MOST_REDUCED:g}", self.levels
+        yield from code_rules(self)
 
     @property
     def half(self) -> int:
@@ -93,8 +94,7 @@ class TokenizerConfig(Checked):
 
     def rules(self) -> Rules:
         pairs, count = self.binary_values, len(self.binary)
-        yield self.rho <= self.symbols, f"rho of at most {self.symbols}, the symbols", self.rho
-        yield finest_step(self), f"levels and rho with rho**(levels - 1) of at most {MOST_REDUCED:g}", self.levels
+        yield from code_rules(self)
         yield len(pairs) in (0, count), f"{count} pairs of binary values, or none", len(pairs)
         yield all(low < high for low, high in pairs), "the lower binary value first", pairs
         largest = max((abs(value) for pair in pairs for value in pair), default=0.0)

@@ -128,6 +128,8 @@ class TrainPolicyConfig(Training):
         yield self.init or self.loop.steps, "--loop.steps of at least 1 without --init", "0"
         doubts = "--policy.target.whole-block with --loss.counterfactual, which judges whole drafts"
         yield self.policy.target.whole_block or not self.loss.counterfactual, doubts, "none"
+        grounded = "--policy.target.grounded with --loss.grounding"
+        yield self.policy.target.grounded or not self.loss.grounding, grounded, "none"
         yield self.init or not self.init_matching, "--init with --init-matching", "none"
         yield self.init_matching or not self.init_fresh, "--init-matching with --init-fresh", "none"
 

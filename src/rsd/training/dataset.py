@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rsd.data.demonstrations import Demonstration
 from rsd.data.paraphrase import paraphrases
+from rsd.data.schema import check_actions
 from rsd.models.target import state_features
 from rsd.models.text import word_ids
 from rsd.models.vision import unit_images
@@ -65,10 +66,8 @@ class FrameDataset:
         chunk apart may be asked for, so all must be rendered with one spacing.
 
         Raises RsdError for a demonstration without images, or with others than that, or of other steps."""
-        images, states, chunks, tasks, firsts, instructions = [], [], [], [], [], dict[str, int]()
-        episodes: list[np.ndarray] = []
-        asks, spots = [], []
-        frames, spacing, self.device = 0, 0, device
+        images, states, chunks, tasks, asks, spots = [], [], [], [], [], []
+        instructions, spacing, self.device = dict[str, int](), 0, device
         for demonstration in demonstrations:
             if demonstration.images is None:
                 raise RsdError(
@@ -93,7 +92,7 @@ class FrameDataset:
             states.append(demonstration.state[::every])
             chunks.append(chunk_targets(demonstration.labels, horizon)[::every])
             index = numbered(demonstration.instruction, demonstration, instructions)
-            tasks.append(np.full(count, index))
+            tasks.append(index)
             if asking:
                 numbers = [numbered(sentence, demonstration, instructions) for sentence, _ in demonstration.asks]
                 asks.append(np.tile(np.resize(numbers or [index], MOST_ASKED), (count, 1)))
@@ -101,9 +100,6 @@ class FrameDataset:
                 if seen is not None and seen.shape[1]:
                     spot = seen[:, np.resize(np.arange(seen.shape[1]), MOST_ASKED)]
                 spots.append(spot)
-            firsts.append(np.full(count, frames))
-            episodes.append(np.full(count, len(episodes)))
-            frames += count
         if not images:
             raise RsdError("training data: found no demonstrations; collect some with `rsd demos collect`")
         self.episodes = len(images)
@@ -111,9 +107,10 @@ class FrameDataset:
         self.state = state_features(torch.from_numpy(np.concatenate(states)).to(device))
         self.state_std = self.state.std(0)
         self.chunk = torch.from_numpy(np.concatenate(chunks)).to(device)
-        self.task = torch.from_numpy(np.concatenate(tasks)).to(device)
-        self.first = torch.from_numpy(np.concatenate(firsts)).to(device)  # of the frame's own episode
-        self.episode = torch.from_numpy(np.concatenate(episodes)).to(device)  # its number
+        counts = torch.tensor([len(each) for each in images], device=device)
+        self.task = torch.tensor(tasks, device=device).repeat_interleave(counts)
+        self.first = (counts.cumsum(0) - counts).repeat_interleave(counts)  # of the frame's own episode
+        self.episode = torch.arange(len(counts), device=device).repeat_interleave(counts)  # its number
         if asking:
             self.asks = torch.from_numpy(np.concatenate(asks)).to(device)  # instructions [N, MOST_ASKED], some repeated
             self.spots = torch.from_numpy(np.concatenate(spots)).to(device)  # of the things that they ask for
@@ -130,11 +127,9 @@ class FrameDataset:
         """`RsdError` for what `draw` and `batch` cannot do, before anything is trained. most_chunks: None where no
         pairs of frames are to be drawn."""
         side = self.images.shape[2]
-        if not 0 <= augment.shift < side:
+        if augment.shift >= side:
             raise RsdError(f"--augment.shift {augment.shift}: expected 0 to {side - 1} pixels of images of {side}")
         if most_chunks is not None:
-            if most_chunks < 1:
-                raise RsdError(f"--remembered-chunks {most_chunks}: expected at least 1")
             if batch_size % 2:
                 raise RsdError(f"--loop.batch-size {batch_size}: expected an even number, half of it is remembered")
             self.earlier(torch.zeros(1, dtype=torch.long, device=self.first.device), most_chunks)
@@ -178,46 +173,50 @@ class FrameDataset:
     ) -> Batch:
         """frames int [B] (see `draw`) -> a batch; without `augment` the images as they are and the original wording;
         asking: with `asked`."""
-        images, state = self.images[frames], self.state[frames]
-        wording = torch.zeros_like(frames)
+        images, state, wording = self.images[frames].to(self.device), self.state[frames], torch.zeros_like(frames)
         if augment is not None:
             images = random_shift(images, augment.shift)
             # half the time the original sentence, which is what the benchmark says
             wording = torch.randint(0, WORDINGS, frames.shape, device=frames.device)
             wording *= torch.randint(0, 2, frames.shape, device=frames.device)
-        pixels = unit_images(images)
+        pixels = self._pixels(images, augment)
         if augment is not None:
-            pixels = random_colour(pixels, augment)
             state = state + augment.state_noise * self.state_std * torch.randn_like(state)
         asked = None
         if asking:
             even = frames[::2]
             which = torch.randint(0, MOST_ASKED, even.shape, device=frames.device)
             asked = self.words[self.asks[even, which], wording[::2]], self.spots[even, which]
-        words, chunk = self.words[self.task[frames], wording], self.chunk[frames]
-        return Batch(pixels, state, words, chunk, paired, asked, self.execute, self.episode[frames])
+        known = state, self._words(self.task[frames], wording), self.chunk[frames]
+        state, words, chunk = (value.to(self.device) for value in known)
+        return Batch(pixels, state, words, chunk, paired, asked, self.execute, self.episode[frames].to(self.device))
+
+    def _pixels(self, images: Tensor, augment: Augmentation | None) -> Tensor:
+        """uint8 [B, 2, S, S, 3], shifted, -> as a batch has them."""
+        pixels = unit_images(images)
+        return pixels if augment is None else random_colour(pixels, augment)
+
+    def _words(self, task: Tensor, wording: Tensor) -> Tensor:
+        """Instructions and wordings of them, int [B] each -> as a batch has them."""
+        return self.words[task, wording]
 
 
 def held_against(tokenizer: ActionTokenizer, demonstrations: Iterable[Demonstration]) -> Iterator[Demonstration]:
     """The demonstrations; `RsdError` for labels that the code could only clip, and gripper symbols it would guess."""
-    tokenizer = tokenizer.to("cpu")
-    limit = tokenizer.config.limit * 1.001 or MOST_BEYOND  # LeRobot data sets of LIBERO hold 1.0002
+    tokenizer, limit = tokenizer.to("cpu"), tokenizer.config.limit
+    motion, centre, scale = (value.numpy() for value in (tokenizer.motion_index, tokenizer.centre, tokenizer.scale))
+    whose = f"+-{limit:g}, the tokenizer's limit" if limit else f"{MOST_BEYOND} times the tokenizer's range"
+    binary = tokenizer.binary_index.tolist()
+    pairs = list(zip(tokenizer.binary_low.tolist(), tokenizer.binary_high.tolist(), strict=True))
+    remedy = "they are in other units, or need a tokenizer of their own (rsd tokenizer fit)"
     for demonstration in demonstrations:
-        labels = torch.from_numpy(demonstration.labels)
+        labels, where = demonstration.labels, f"{demonstration.source}, {demonstration.episode}"
         if labels.shape[1] != tokenizer.action_dim:
-            raise _unfit(demonstration, f"{tokenizer.action_dim} numbers an action", str(labels.shape[1]))
-        motion, binary = (labels[:, index] for index in (tokenizer.motion_index, tokenizer.binary_index))
-        size = motion if tokenizer.config.limit else (motion - tokenizer.centre) / tokenizer.scale
-        if (beyond := size.abs() > limit).any():
-            given = tokenizer.config.limit
-            whose = f"+-{given:g}, the tokenizer's limit" if given else f"{limit} times the tokenizer's range"
-            raise _unfit(demonstration, f"actions within {whose}", f"{float(size[beyond][0]):g}")
-        low, high = tokenizer.binary_low, tokenizer.binary_high
-        if (odd := (binary != low) & (binary != high)).any():
-            row, column = odd.nonzero()[0].tolist()
-            which = f"dimension {int(tokenizer.binary_index[column])}"
-            expected = f"{which} to be {low[column]:g} or {high[column]:g}, as the tokenizer has it"
-            raise _unfit(demonstration, expected, f"{float(binary[row, column]):g}")
+            found = f"{tokenizer.action_dim} numbers an action, found {labels.shape[1]}"
+            raise RsdError(f"{where}: expected {found}; {remedy}")
+        size = labels[:, motion] if limit else (labels[:, motion] - centre) / scale
+        held = {dimension: (labels[:, dimension], pair) for dimension, pair in zip(binary, pairs, strict=True)}
+        check_actions(where, size, limit or MOST_BEYOND, whose, held, remedy)
         yield demonstration
 
 
@@ -230,11 +229,6 @@ def numbered(text: str, demonstration: Demonstration, known: dict[str, int]) -> 
             where = f"{demonstration.source}, {demonstration.episode}"
             raise RsdError(f"{where}: {error}; reword it, or leave that demonstration out") from None
     return known.setdefault(text, len(known))
-
-
-def _unfit(demonstration: Demonstration, expected: str, found: str) -> RsdError:
-    remedy = "they are in other units, or need a tokenizer of their own (rsd tokenizer fit)"
-    return RsdError(f"{demonstration.source}, {demonstration.episode}: expected {expected}, found {found}; {remedy}")
 
 
 def memory_bytes(device: torch.device) -> int:

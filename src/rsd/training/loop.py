@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -324,6 +324,7 @@ def describe(config: Any) -> dict[str, Any]:
 
 
 Config = TypeVar("Config")
+P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
@@ -350,16 +351,16 @@ def stop_asked() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def one_run_a_folder(train: Callable[[Config], Result]) -> Callable[[Config], Result]:
+def one_run_a_folder(train: Callable[Concatenate[Config, P], Result]) -> Callable[Concatenate[Config, P], Result]:
     """A training that has its `config.output` for itself; of the processes of `torchrun` the first one holds it."""
 
     @functools.wraps(train)
-    def alone(config: Config) -> Result:
+    def alone(config: Config, /, *args: P.args, **kwargs: P.kwargs) -> Result:
         output: Path = config.output  # type: ignore[attr-defined]
         first = not parallel.launched() or int(variable("RANK", "0")) == 0
         with exclusive(output) if first else contextlib.nullcontext():
             if (output / CHECKPOINT).exists() and not (output / STATE_FILE).exists():
                 raise RsdError(f"{output / CHECKPOINT}: a checkpoint of another run; choose another --output")
-            return train(config)
+            return train(config, *args, **kwargs)
 
     return alone

@@ -167,23 +167,42 @@ def visual_drafter_losses(
     state, condition = target.normalise(batch.state[later]), run.condition.detach()[later]
     known = torch.rand(len(state), device=state.device) >= config.blind
     features = visual_drafter.perceive(batch.images[later], state, condition, memory, known)
-    code, goal, grip = Rfsq(target.code), truth[later], gripper[later]
-    everywhere = torch.ones(len(goal), 1, dtype=torch.bool, device=goal.device)
-    trains, forecasts = shares_of(batch, len(goal), config)
-    digits, losses = draft_losses(visual_drafter.levels, features, goal, grip, everywhere, code, trains)
+    meant = target.residual(run.features[later], 1).detach().float() * tokenizer.first_step
+    reference = tokenizer.to_actions(meant, gripper[later])[:, : batch.execute]
+    shares = shares_of(batch, len(state), config)
+    digits, losses, _ = drafter_losses(
+        visual_drafter, tokenizer, features, truth[later], gripper[later], reference, *shares
+    )
+    return digits, losses
+
+
+def drafter_losses(
+    drafter: VisualDrafter,
+    tokenizer: ActionTokenizer,
+    features: Tensor,
+    goal: Tensor,
+    gripper: Tensor,
+    reference: Tensor,
+    trains: Tensor | None = None,
+    forecasts: Tensor | None = None,
+) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
+    """A visual drafter's features [B, H, d], what it is to draft [B, P] and [B, H], the target's actions [B, n, 7] ->
+    its digits per level [B, P]; losses of tokens and gripper, of the chunk, and of the forecast of its deviation from
+    the target's; that deviation, mm [B]. trains, forecasts: see `shares_of`."""
+    code, unit = Rfsq(drafter.code), tokenizer.first_step
+    own = torch.ones(len(goal), 1, dtype=torch.bool, device=goal.device)
+    digits, losses = draft_losses(drafter.levels, features, goal, gripper, own, code, trains)
     coarse = sum((digit * code.step(level) for level, digit in enumerate(digits, start=1)), torch.zeros_like(goal))
-    value = coarse + visual_drafter.remainder(features, coarse, grip).float()
-    unit = tokenizer.first_step
+    value = coarse + drafter.remainder(features, coarse, gripper).float()
     wanted, found = tokenizer.to_normalised(goal * unit), tokenizer.to_normalised(value * unit)
-    reference_values = target.residual(run.features[later], 1).float()
-    own, reference = (tokenizer.to_actions(chunk.detach() * unit, grip) for chunk in (value, reference_values))
-    apart = fingertip_deviation(own[:, : batch.execute], reference[:, : batch.execute])
-    forecast = visual_drafter.log_deviation(features.detach()).float()
-    return digits, {
+    drafted = tokenizer.to_actions(value.detach() * unit, gripper)[:, : reference.shape[1]]
+    apart, forecast = fingertip_deviation(drafted, reference), drafter.log_deviation(features.detach()).float()
+    named = {
         "visual": losses["draft"],
         "visual_regress": weighted((found - wanted).abs().flatten(1).mean(1), trains),
         "deviation": weighted(F.smooth_l1_loss(forecast, torch.log1p(apart), reduction="none"), forecasts),
     }
+    return digits, named, apart
 
 
 def shares_of(batch: Batch, rows: int, config: LossConfig) -> tuple[Tensor | None, Tensor | None]:

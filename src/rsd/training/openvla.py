@@ -34,7 +34,7 @@ from rsd.targets.openvla.statistics import Bounds, Statistics
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
 from rsd.training.config import TrainOpenVlaConfig
-from rsd.training.dataset import Augmentation, Batch, FrameDataset, held_against, random_colour, random_shift
+from rsd.training.dataset import Augmentation, FrameDataset, held_against, random_colour
 from rsd.training.loop import check_state, one_run_a_folder, train_and_save
 from rsd.training.losses import policy_losses
 from rsd.training.policy import episode_numbers, join, load_folders
@@ -112,28 +112,20 @@ class OpenVlaFrames(FrameDataset):
         lengths = self.length[frames]
         return [part for length in lengths.unique() for part in frames[lengths == length].split(size)]
 
-    def batch(
-        self, frames: Tensor, paired: bool = False, augment: Augmentation | None = None, asking: bool = False
-    ) -> Batch:
-        """As `FrameDataset.batch`, never `asking`; the crop takes the place of a shift's border: with `center_crop` it
-        moves by up to augment.shift pixels (5 stay inside the image), without it the image itself is shifted."""
-        images, state, task = self.images[frames].to(self.device), self.state[frames], self.task[frames]
-        wording = torch.zeros_like(frames)
-        if augment is not None:
-            images = random_shift(images, augment.shift)
-            wording = torch.randint(0, self.words.shape[1], frames.shape) * torch.randint(0, 2, frames.shape)
-            state = state + augment.state_noise * self.state_std * torch.randn_like(state)
+    def _pixels(self, images: Tensor, augment: Augmentation | None) -> Tensor:
+        """The crop takes the place of a shift's border: with `center_crop` it moves by up to augment.shift pixels (5
+        stay inside the image), without it the image itself is shifted."""
         pixels = images.permute(0, 1, 4, 2, 3).float()
         if self.center_crop:
             pixels = crop(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
         pixels = pixels / 255.0
         if augment is not None:
             pixels = random_colour(pixels - 0.5, augment) + 0.5
-        pixels = (pixels.repeat(1, 1, 2, 1, 1) - self.mean) / self.std
+        return (pixels.repeat(1, 1, 2, 1, 1) - self.mean) / self.std
+
+    def _words(self, task: Tensor, wording: Tensor) -> Tensor:
         prompts = torch.stack([self.prompts[index] for index in task.tolist()])
-        words = torch.cat([self.words[task, wording], prompts], dim=1)
-        state, words, chunk = (value.to(self.device) for value in (state, words, self.chunk[frames]))
-        return Batch(pixels, state, words, chunk, paired, execute=self.execute)
+        return torch.cat([super()._words(task, wording), prompts], dim=1)
 
 
 def prepared(
@@ -199,8 +191,6 @@ def finish(trainee: Trainee) -> OpenVlaRsdModel:
 def train_openvla(config: TrainOpenVlaConfig) -> Path:
     """Run the training; returns the policy's directory. Prints the offline validation of every decoder."""
     device = join(config.device)
-    if config.validation_frames < 1:
-        raise RsdError(f"--validation-frames {config.validation_frames}: expected at least 1")
     base = locate_openvla(config.source)
     if base is None:
         raise RsdError(f"--from {config.source}: expected a checkpoint in OpenVLA's format (docs/openvla.md)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,15 +37,11 @@ from rsd.types import EAGER, RsdError
 def train_policy(config: TrainPolicyConfig) -> Path:
     """Run the training; returns the checkpoint directory. Prints the offline validation of every decoder."""
     acceptance_rule(config.policy.acceptance, RfsqConfig())  # or a whole training could not be loaded
-    if config.loss.grounding and not config.policy.target.grounded:
-        raise RsdError("--loss.grounding: expected --policy.target.grounded beside it")
     device = join(config.device)
     check_state(config)
     start = RsdPolicy.from_pretrained(config.init, decode="ar", engine=EAGER) if config.init else None
     if start and not start.core.body.compact:
         raise RsdError(f"--init {config.init}: expected a compact policy, found one on OpenVLA")
-    if config.init_fresh and not (start and config.init_matching):
-        raise RsdError(f"--init-fresh {' '.join(config.init_fresh)}: expected --init and --init-matching beside it")
     tokenizer = choose_tokenizer(config, start).to(device)
     execute = executed_steps(config.policy.execute, tokenizer.config.horizon, "--policy.execute")
     visual, side = config.policy.visual_drafter is not None, config.policy.target.image_size
@@ -67,9 +64,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
         made = {**provenance, "init": start.provenance if start else {}}
         save_checkpoint(ema, tokenizer, config.policy, made, directory)
 
-    def check(ema: RsdModel) -> dict[str, object]:
-        return validate(ema, tokenizer, validation)
-
+    check = partial(validate, tokenizer=tokenizer, dataset=validation)
     return train_and_save(config, model, losses, device, save, check, data_provenance(config.data, dataset))
 
 
@@ -158,8 +153,6 @@ def episode_numbers(episodes: int, every: int, rank: int = 0, world: int = 1) ->
     """Numbers of the demonstrations that this process trains on, and of those held out: every `every`-th one."""
     if episodes < 2:
         raise RsdError(f"training data: expected at least 2 demonstrations, found {episodes}")
-    if every < 2:
-        raise RsdError(f"--validation-every {every}: expected 2 or more; that leaves no training data")
     every = min(every, episodes)
     training = [number for number in range(episodes) if (number + 1) % every]
     if len(training) < world:
@@ -215,9 +208,7 @@ def train_drafter(config: TrainDrafterConfig) -> Path:
     def save(ema: RsdModel, made: dict[str, Any], directory: Path) -> None:
         save_checkpoint(ema, tokenizer, policy, {**source.provenance, f"{config.kind}_drafter": made}, directory)
 
-    def check(ema: RsdModel) -> dict[str, object]:
-        return validate(ema, tokenizer, validation)
-
+    check = partial(validate, tokenizer=tokenizer, dataset=validation)
     return train_and_save(config, model, losses, device, save, check, data_provenance(config.data, dataset))
 
 

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rsd.data.demonstrations import load_demonstrations
-from rsd.decoding.calibration import fingertip_deviation
 from rsd.models.bundle import code_sizes
 from rsd.models.config import StandaloneDrafterConfig
 from rsd.models.standalone_drafter import StandaloneDrafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.config import TokenizerConfig
-from rsd.tokenizer.rfsq import Rfsq
 from rsd.training.config import Augmentation, LoopConfig, LossConfig
 from rsd.training.dataset import Batch, FrameDataset, chunk_targets, held_against
 from rsd.training.loop import check_state, one_run_a_folder, train_and_save
-from rsd.training.losses import draft_losses, visual_total
+from rsd.training.losses import drafter_losses, visual_total
 from rsd.training.policy import data_provenance, load_folders, resolve_device, split
 
 MAX_FRAMES, ROWS = 2048, 128  # of the validation: frames at most, and of them at once
@@ -53,21 +51,11 @@ def fit_tokenizer(folder: Path, horizon: int) -> ActionTokenizer:
     return ActionTokenizer.fit(np.concatenate(chunks), TokenizerConfig(horizon=horizon))
 
 
+@one_run_a_folder
 def train_standalone(
     config: TrainStandaloneConfig, tokenizer: ActionTokenizer, init: StandaloneDrafter | None, save: Save
 ) -> Path:
     """-> the checkpoint's directory, written by `save`; init: weights to start from."""
-
-    @one_run_a_folder
-    def alone(asked: TrainStandaloneConfig) -> Path:
-        return _train(asked, tokenizer, init, save)
-
-    return alone(config)
-
-
-def _train(
-    config: TrainStandaloneConfig, tokenizer: ActionTokenizer, init: StandaloneDrafter | None, save: Save
-) -> Path:
     device = resolve_device(config.device)
     check_state(config)
     tokenizer = tokenizer.to(device)
@@ -87,35 +75,21 @@ def _train(
 
     def losses() -> dict[str, Tensor]:
         batch = dataset.draw_batch(config.loop.batch_size, 0, config.augment)
-        return drafter_losses(model, tokenizer, batch, config.loss)[0]
+        return losses_of(model, tokenizer, batch, config.loss)[0]
 
-    def check(ema: StandaloneDrafter) -> dict[str, object]:
-        return validate(ema, tokenizer, validation, config.loss)
-
+    check = partial(validate, tokenizer=tokenizer, dataset=validation, config=config.loss)
     return train_and_save(config, model, losses, device, save, check, data_provenance(config.data, dataset))
 
 
-def drafter_losses(
+def losses_of(
     model: StandaloneDrafter, tokenizer: ActionTokenizer, batch: Batch, config: LossConfig
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Tokens and gripper, the chunk, the forecast of its deviation; `total`. -> losses, and how far each row's chunk
     leads the fingertip away from the target's, mm [B]."""
-    drafter, unit, code = model.visual, tokenizer.first_step, Rfsq(model.code)
-    goal, grip = tokenizer.to_coefficients(batch.chunk) / unit, tokenizer.gripper_symbols(batch.chunk)
+    goal, grip = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step, tokenizer.gripper_symbols(batch.chunk)
     condition = model.encode_text(batch.words)[1]
-    features = drafter.perceive(batch.images, model.normalise(batch.state), condition, None)
-    own = torch.ones(len(goal), 1, dtype=torch.bool, device=goal.device)
-    digits, losses = draft_losses(drafter.levels, features, goal, grip, own, code)
-    steps = (digit * code.step(level) for level, digit in enumerate(digits, start=1))
-    coarse = sum(steps, torch.zeros_like(goal))
-    value = coarse + drafter.remainder(features, coarse, grip).float()
-    apart = fingertip_deviation(tokenizer.to_actions(value.detach() * unit, grip), batch.chunk)
-    wanted, found = tokenizer.to_normalised(goal * unit), tokenizer.to_normalised(value * unit)
-    values = {
-        "visual": losses["draft"],
-        "visual_regress": (found - wanted).abs().mean(),
-        "deviation": F.smooth_l1_loss(drafter.log_deviation(features.detach()).float(), torch.log1p(apart)),
-    }
+    features = model.visual.perceive(batch.images, model.normalise(batch.state), condition, None)
+    _, values, apart = drafter_losses(model.visual, tokenizer, features, goal, grip, batch.chunk)
     return {**values, "total": visual_total(values, config)}, apart
 
 
@@ -125,7 +99,7 @@ def validate(
 ) -> dict[str, object]:
     """On held-out rollouts: mean error (normalised), and quantiles of the fingertip's deviation from the target, mm."""
     batches = [dataset.batch(frames) for frames in dataset.spread(MAX_FRAMES, ROWS)]
-    found = [drafter_losses(model.eval(), tokenizer, batch, config) for batch in batches]
+    found = [losses_of(model.eval(), tokenizer, batch, config) for batch in batches]
     apart = torch.cat([each for _, each in found]).cpu().numpy()
     weights = [len(each) / len(apart) for _, each in found]
     error = sum(float(values["visual_regress"]) * weight for (values, _), weight in zip(found, weights, strict=True))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -140,10 +141,10 @@ class OpenVlaBody:
         directory: Path | None = None,
     ) -> None:
         """normalisation: see `OpenVlaPolicy`; directory: where the policy was loaded from."""
-        self.model, self.config, self.prompt, self.directory = model, config, prompt, directory
+        self.model, self.config, self.directory = model, config, directory
         self.cameras = config.views
         self._mean, self._std = (value.to(model.target.state_mean.device) for value in normalisation)
-        self._texts = TextCache()
+        self._texts = TextCache(partial(read_text, model, prompt))
 
     def __call__(self, observations: Sequence[Observation]) -> PolicyInput:
         if len({observation.instruction for observation in observations}) > 1:
@@ -154,15 +155,9 @@ class OpenVlaBody:
         raw = np.stack([observation.state for observation in observations])
         given = torch.from_numpy(config.bounds.normalise(raw)).float()
         state = torch.cat([given, state_features(torch.from_numpy(raw))], dim=1).to(device)
-        instruction = observations[0].instruction
-        prompt, words = self._texts.get(instruction, lambda: self._read_text(instruction, device))
+        prompt, words = self._texts(observations[0].instruction)
         text = prompt.expand(count, -1), words.expand(count, -1)
         return PolicyInput(pixels.unflatten(0, (count, -1)), state, text)
-
-    def _read_text(self, instruction: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        words = word_ids([instruction]).to(device)
-        prompt = torch.tensor([self.prompt.ids(instruction)], device=device)
-        return prompt, words if self.model.visual_drafter is None else self.model.visual_drafter.encode(words)
 
     def save(self, directory: Path) -> None:
         """Copy the directory that the policy was loaded from: its adapter is merged and cannot be taken out again."""
@@ -170,6 +165,14 @@ class OpenVlaBody:
             raise RsdError("OpenVLA: this policy was not loaded from a directory; `save_openvla_rsd` writes one")
         ignored = shutil.ignore_patterns(BASE_LINK)
         shutil.copytree(self.directory, directory, ignore=ignored, dirs_exist_ok=True)
+
+
+def read_text(model: OpenVlaRsdModel, prompt: Prompt, instruction: str) -> tuple[Tensor, Tensor]:
+    """Prompt ids [1, T] and the drafter's condition [1, Dt]."""
+    device, drafter = model.target.state_mean.device, model.visual_drafter
+    words = word_ids([instruction]).to(device)
+    ids = torch.tensor([prompt.ids(instruction)], device=device)
+    return ids, words if drafter is None else drafter.encode(words)
 
 
 def load_openvla_policy(
