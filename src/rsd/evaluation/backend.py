@@ -244,15 +244,11 @@ def openvla_chunk(config: EvalConfig, directory: Path) -> int:
 
 def check_motion(config: EvalConfig) -> None:
     """Raises RsdError where a planned task's thing or destination cannot slide: every worker would find out."""
-    from rsd.sim.motion import moving
-    from rsd.sim.suites import is_permuted, scene_file
+    from rsd.sim.motion import check_task
 
     for suite in config.suites:
-        if is_permuted(suite):  # asks for another thing at every reset
-            continue
         for task in config.task_ids(suite, [number for number, _, _ in libero_tasks(suite)]):
-            scene = scene_file(suite, task)
-            moving(config.motion, scene.goal[0], scene.objects, f"{suite} task {task}")
+            check_task(config.motion, suite, task)
 
 
 def ready(config: EvalConfig) -> None:

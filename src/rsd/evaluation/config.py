@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, above, between, from_json, shown
+from rsd.checks import Checked, Count, Millimetres, RsdError, Rules, Seed, Where, between, from_json, shown
 from rsd.types import (
     AUTO,
     BEST,
@@ -21,11 +21,15 @@ from rsd.types import (
     LEROBOT,
     ONNX,
     RSD_ASYNC,
+    SPEED,
     Batch,
     Chunks,
     Engine,
+    Moving,
+    Speed,
     Steps,
     Temperature,
+    speed_rule,
 )
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
@@ -42,7 +46,7 @@ NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "eng
 # of `decoding.gate.SkipRule`, which has their defaults
 OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", *OF_THE_RULE))
-NEUTRAL |= {"delay": 0, "drafter_delay": 0, "draft_after": "agreement", "motion": "none", "motion_speed": 0.02}
+NEUTRAL |= {"delay": 0, "drafter_delay": 0, "draft_after": "agreement", "motion": "none", "motion_speed": SPEED}
 NEUTRAL["drafter"] = ""
 OF_ONES_OWN = re.compile(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")  # module:Class or file.py:Class
 
@@ -63,7 +67,6 @@ def engine_rule(engine: str, device: str) -> tuple[bool, str, str]:
 
 Hertz = Annotated[float, Where(lambda hz: hz == 0 or 0.01 <= hz <= 1000, "that is 0 or from 0.01 to 1000")]
 Delay = Annotated[int, between(0, 1000)]
-Moving = Literal["none", "thing", "destination", "jump", "push-out"]  # `sim.motion.Motion.what`
 Workers = Annotated[
     str, Where(lambda text: text == "auto" or 0 < (number(text) or 0) < 4097, "that is auto or a number from 1 to 4096")
 ]
@@ -148,7 +151,7 @@ class EvalConfig(Checked):
     """The scene moves: the asked-for thing slides along a line until the gripper has touched it, or the destination
     does all the time, 8 cm to one side of where it stood, then to the other; jump: one of the two stands 6 to 12 cm
     aside from a drawn step on, the thing if untouched; push-out: the thing, once it is lifted."""
-    motion_speed: Annotated[float, above(0, 0.2)] = 0.02
+    motion_speed: Speed = SPEED
     """Metres a second of what slides; what is drawn of a --motion comes from --seed, task and initial state. The expert
     solves 90 % up to 0.1 in libero_object_permuted; in libero_spatial_permuted to 0.02 (thing), 0.1 (destination)."""
     num_workers: Workers = "auto"
@@ -186,8 +189,7 @@ class EvalConfig(Checked):
         alone = "--control-hz without --batch, in which robots would wait for each other"
         yield not (self.control_hz and self.batch), alone, f"--batch {self.batch}"
         yield from self._delays()
-        slides = self.motion in ("thing", "destination") or self.motion_speed == EvalConfig.motion_speed
-        yield slides, "a --motion of thing or destination with --motion-speed", f"--motion {self.motion}"
+        yield speed_rule(self.motion, self.motion_speed)
         ray, given = self.launcher == "ray", f"--batch {self.batch} and --videos {self.videos}"
         apart = "--launcher ray without --batch and --videos: a policy in every actor and no videos"
         yield not (ray and (self.batch or self.videos != "none")), apart, given

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rsd.checks import RsdError
 from rsd.conventions import CONTROL_HZ
+from rsd.sim.suites import fixed_layout, is_permuted, scene_file
 
 if TYPE_CHECKING:
     from rsd.sim.libero import LiberoEnv
@@ -25,6 +26,7 @@ FREE = np.array([0.03, 0.03, 0.0])  # m to the sides of what is put down: the fi
 BEYOND = 0.05  # m outside the places where things stand
 LIFTED, HELD_STEPS = 0.02, (1, 6)  # m; so high, for so many steps, before the thing is out of the gripper
 TRIES = 200
+LAYOUTS = 50  # of a permuted task, looked at for one that can move
 CORNERS = 2.0 * np.array(list(np.ndindex(2, 2, 2))) - 1.0  # of a box
 Vector = NDArray[np.float64]
 
@@ -168,6 +170,21 @@ def moving(what: str, goal: Sequence[str], objects: Collection[str], where: str)
         found = f"{asked} of {where}, which is fixed to the scene"
         raise RsdError(f"--motion {what}: expected something that can slide, found {found}; leave the task out")
     return thing, destination
+
+
+def check_task(what: str, suite: str, task_id: int) -> None:
+    """Raises RsdError where what a motion is to move is fixed to the scene of a task, whatever its layouts ask for."""
+    scene, where = scene_file(suite, task_id), f"{suite} task {task_id}"
+    goals = [scene.goal]
+    if is_permuted(suite):  # another one at every reset
+        goals = [fixed_layout(suite, task_id, k).goal for k in range(LAYOUTS)]
+    for last, goal in enumerate(goals, start=1):
+        try:
+            moving(what, goal[0], scene.objects, where)
+            return
+        except RsdError:
+            if last == len(goals):
+                raise
 
 
 def offset(motion: Motion, steps: int) -> float:
