@@ -281,7 +281,7 @@ def collect(config: CollectConfig) -> dict[str, int]:
         check_gl()
     if config.policy:
         _check_policy(config)
-    tasks = _tasks(config)
+    tasks = chosen_tasks(config)
     names = {task: suite_task(config.suite, task).name for task in tasks}
     with exclusive(config.out):
         faults = Faults(f"finished demonstrations are kept in {config.out}; the same command tries the others again")
@@ -320,7 +320,7 @@ def collect(config: CollectConfig) -> dict[str, int]:
     return counts
 
 
-def _tasks(config: CollectConfig) -> list[int]:
+def chosen_tasks(config: CollectConfig) -> list[int]:
     """Those asked for, each of which the expert can do and something moves in; by default all such."""
     tasks, reason = [], "the expert cannot do them" + (", or nothing moves in them" if config.motion != "none" else "")
     for task in config.tasks or solvable_tasks(config.suite):
