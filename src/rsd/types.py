@@ -188,6 +188,14 @@ class VerifiesLater(Protocol):
         ...
 
 
+class Corrects(Policy, Protocol):
+    """A policy that corrects its chunks at every control step from the newest observation."""
+
+    def correct(self, observation: Observation, index: int, before: bool) -> NDArray[np.float32]:
+        """The action [7] of now, which is number `index` of the last chunk, or of the one before it."""
+        ...
+
+
 @runtime_checkable
 class Completes(Protocol):
     """A `VerifiesLater` that also says what it has found."""

@@ -47,7 +47,7 @@ NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "eng
 OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", *OF_THE_RULE))
 NEUTRAL |= {"delay": 0, "drafter_delay": 0, "draft_after": "agreement", "motion": "none", "motion_speed": SPEED}
-NEUTRAL["drafter"] = ""
+NEUTRAL["drafter"] = NEUTRAL["corrector"] = ""
 OF_ONES_OWN = re.compile(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")  # module:Class or file.py:Class
 
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
@@ -141,10 +141,12 @@ class EvalConfig(Checked):
     world moves on meanwhile. Exact: outcomes hang on no clock and no load."""
     drafter_delay: Delay = 0
     """The same of the drafter's chunk, where it is executed before or without the target's answer."""
-    meanwhile: Literal["hold", "tail", "corrected"] | None = None
+    meanwhile: Literal["hold", "tail", "corrected", "a2c2"] | None = None
     """What the robot does while it waits for a delayed answer: hold (stand still, the default), tail (go on with the
     chunk before, whose steps beyond --execute are there for that), or corrected (a tail, and what was missed of the
-    answer is made up for); rsd-async has its own way."""
+    answer is made up for), a2c2 (a tail, every action corrected by the --corrector); rsd-async has its own way."""
+    corrector: str = ""
+    """With --meanwhile a2c2 and l1: directory of what `rsd train corrector` made for this very policy."""
     draft_after: Literal["agreement", "always"] = "agreement"
     """For rsd-async: a draft begins only if the target let the one before stand, or always (an ablation)."""
     motion: Moving = "none"
@@ -214,6 +216,11 @@ class EvalConfig(Checked):
         yield self.meanwhile is None or delayed or self.control_hz > 0, asks, f"--meanwhile {self.meanwhile} alone"
         own = f"no --meanwhile with --decode {RSD_ASYNC}, which goes on with its draft"
         yield self.decode != RSD_ASYNC or self.meanwhile is None, own, f"--meanwhile {self.meanwhile}"
+        heads = (self.meanwhile == "a2c2") == bool(self.corrector)
+        yield heads, "--meanwhile a2c2 and --corrector together", f"--meanwhile {self.meanwhile or 'hold'}"
+        plain = not (self.control_hz or self.batch or self.drafter) and self.decode == "l1"
+        alone = "--corrector with --decode l1 and --delay, without --batch and --drafter"
+        yield not self.corrector or plain, alone, f"--decode {self.decode}, --batch {self.batch}"
         drafts = self.draft_after == "agreement" or self.decode == RSD_ASYNC
         yield drafts, f"--decode {RSD_ASYNC} with --draft-after", f"--decode {self.decode}"
 
