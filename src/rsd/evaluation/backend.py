@@ -276,6 +276,8 @@ def ready(config: EvalConfig) -> None:
     from rsd.targets.openvla.published import locate_openvla
 
     openvla = locate_openvla(config.policy)
+    if config.corrector and openvla:
+        raise RsdError(f"--corrector: expected a checkpoint of a compact policy, found {config.policy} on OpenVLA")
     directory = None if openvla else locate_checkpoint(config.policy)
     if directory is not None:
         engine_of(config, directory)

@@ -213,7 +213,8 @@ class EvalConfig(Checked):
         both = self.decode in (DRAFT_FIRST, RSD_ASYNC, "rsd-skip")
         yield not both or self.drafter_delay <= self.delay, "--drafter-delay of at most --delay", delays
         asks = "a --delay, --drafter-delay or --control-hz with --meanwhile"
-        yield self.meanwhile is None or delayed or self.control_hz > 0, asks, f"--meanwhile {self.meanwhile} alone"
+        free = self.meanwhile in (None, "a2c2")
+        yield free or delayed or self.control_hz > 0, asks, f"--meanwhile {self.meanwhile} alone"
         own = f"no --meanwhile with --decode {RSD_ASYNC}, which goes on with its draft"
         yield self.decode != RSD_ASYNC or self.meanwhile is None, own, f"--meanwhile {self.meanwhile}"
         heads = (self.meanwhile == "a2c2") == bool(self.corrector)

@@ -38,10 +38,8 @@ def train_corrector(config: TrainCorrectorConfig) -> Path:
         raise RsdError(f"train corrector: expected a compact policy, found {config.policy} on OpenVLA")
     everything = held_against(tokenizer, load_folders(config.data, image_size=target.config.image_size))
     tokenizer = tokenizer.to(device)
-    parts, horizon = split(everything, config.validation_every), tokenizer.config.horizon
-    dataset, validation = (
-        FrameDataset(part, horizon, device, target.config.image_size, asking=False) for part in parts
-    )
+    parts, horizon, side = split(everything, config.validation_every), target.horizon, target.config.image_size
+    dataset, validation = (FrameDataset(part, horizon, device, side, asking=False) for part in parts)
     dataset.check(config.loop.batch_size, None, config.augment)
     print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
     torch.manual_seed(config.loop.seed)
@@ -75,13 +73,14 @@ def corrector_losses(
     back = torch.randint(0, (model.horizon - 1) // dataset.spacing + 1, frames.shape, device=frames.device)
     seen = torch.maximum(frames - back, dataset.first[frames])
     batch = dataset.batch(torch.cat([frames, seen]), augment=augment)
-    now, before = (slice(None, len(frames)), slice(len(frames), None))
-    text = target.encode_text(batch.words)
-    stale = stale_run(target, tokenizer, batch.images[before], batch.state[before], tuple(t[before] for t in text))
+    now, before = slice(None, len(frames)), slice(len(frames), None)
+    tokens, condition = target.encode_text(batch.words)
+    asked = tokens[before], condition[before]
+    stale = stale_run(target, tokenizer, batch.images[before], batch.state[before], asked)
     index = (frames - seen) * dataset.spacing
     rest = rest_of(stale.chunk, index)
     state, wanted = target.normalise(batch.state[now]), batch.chunk[now]
-    motion, closing = model(batch.images[now], state, text[1][now], stale.read, rest, index)
+    motion, closing = model(batch.images[now], state, condition[now], stale.read, rest, index)
     weights = torch.full((model.horizon,), 0.5 / (model.horizon - 1), device=frames.device)
     weights[0] = 0.5
     apart, before_it = ((each - wanted[..., :-1]).abs() / tokenizer.scale for each in (motion, rest[..., :-1]))
