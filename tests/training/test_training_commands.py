@@ -493,8 +493,8 @@ def test_a_corrector_corrects_stale_chunks_of_its_own_policy_alone(
     assert np.array_equal(now, corrected.correct(observations[5], 5, False))
     with pytest.raises(RsdError, match="expected one of this policy, found one trained on the chunks of another"):
         CorrectedPolicy(policy, fresh, "0" * 64)
-    with pytest.raises(RsdError, match="expected a directory with corrector.json .*, found one without"):
+    with pytest.raises(RsdError, match=r"expected a directory with corrector\.json .*, found one without"):
         CorrectedPolicy(policy, trained, target)
     (fresh / "model.safetensors").write_bytes((fresh / "model.safetensors").read_bytes()[:-1])
-    with pytest.raises(RsdError, match="model.safetensors"):
+    with pytest.raises(RsdError, match=r"model\.safetensors"):
         CorrectedPolicy(policy, fresh, target)
