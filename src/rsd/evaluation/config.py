@@ -220,8 +220,9 @@ class EvalConfig(Checked):
         heads = (self.meanwhile == "a2c2") == bool(self.corrector)
         yield heads, "--meanwhile a2c2 and --corrector together", f"--meanwhile {self.meanwhile or 'hold'}"
         plain = not (self.control_hz or self.batch or self.drafter) and self.decode == "l1"
-        alone = "--corrector with --decode l1 and --delay, without --batch and --drafter"
-        yield not self.corrector or plain, alone, f"--decode {self.decode}, --batch {self.batch}"
+        alone = "--corrector with --decode l1 and --delay, without --batch, --drafter and --control-hz"
+        found = f"--decode {self.decode}, --batch {self.batch}, --control-hz {self.control_hz:g}"
+        yield not self.corrector or plain, alone, found
         drafts = self.draft_after == "agreement" or self.decode == RSD_ASYNC
         yield drafts, f"--decode {RSD_ASYNC} with --draft-after", f"--decode {self.decode}"
 
