@@ -97,7 +97,9 @@ def validate(
     """On held-out demonstrations: mean losses, with and without the correction."""
     model.eval()
     batches = dataset.spread(MAX_FRAMES, ROWS)
-    found = [(len(part), corrector_losses(model, target, tokenizer, dataset, part, None)) for part in batches]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same ages whenever it is asked
+        found = [(len(part), corrector_losses(model, target, tokenizer, dataset, part, None)) for part in batches]
     frames = sum(count for count, _ in found)
     means = {name: sum(count * float(values[name]) for count, values in found) / frames for name in found[0][1]}
     return {"frames": frames, **{name: round(value, 4) for name, value in means.items() if name != "total"}}
