@@ -93,7 +93,7 @@ def test_other_settings_are_refused(config: CollectConfig, collected: list[Demon
         collect(replace(config, motion="thing"))
 
 
-@pytest.mark.parametrize(("what", "indices"), [("thing", (0, 1, 0)), ("destination", (1,))])
+@pytest.mark.parametrize(("what", "indices"), [("thing", (0, 1, 0)), ("destination", (0,))])
 def test_what_an_instruction_asks_for_moves_in_its_demonstration(
     config: CollectConfig, what: Any, indices: tuple[int, ...]
 ) -> None:
@@ -114,7 +114,7 @@ def test_what_an_instruction_asks_for_moves_in_its_demonstration(
                 before = env.data.xpos[env.simulation.obj_body_id[name], :2].copy()
                 env.restore(demo.states[8], demo.body_pos, demo.body_quat)
                 places[name] = np.linalg.norm(env.data.xpos[env.simulation.obj_body_id[name], :2] - before)
-            assert places.pop(first) == pytest.approx(0.05 * 8 / 20, rel=0.15)  # others stand in its way
+            assert places.pop(first) == pytest.approx(0.05 * 8 / 20, rel=0.1)
             assert max(places.values()) < 1e-3
         np.testing.assert_array_equal(made[0].states, made.get(2, made[0]).states)
     finally:
