@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
-from rsd.checks import Count, RsdError, Share, Time, Where, Word, between, check_shape, checked, one_of
+from rsd.checks import Count, RsdError, Share, Time, Where, Word, above, between, check_shape, checked, one_of
 from rsd.checks import WrongOption as WrongOption
 from rsd.checks import real_array as real_array
 
@@ -31,9 +31,18 @@ Batch = Annotated[int, between(0, 4096)]
 Steps = Annotated[int, between(1, 1000)]
 Threads = Annotated[int, between(0, 4096)]
 Engine = Annotated[str, one_of(ENGINES)]
+Moving = Literal["none", "thing", "destination", "jump", "push-out"]  # `sim.motion.Motion.what`
+Speed = Annotated[float, above(0, 0.2)]  # m/s of what slides
+SPEED = 0.02
 VERIFY_PENDING = "verify-pending"  # the stage of what is done while the chunk is executed, beside `total`
 DRAFT_FIRST, RSD_ASYNC = "draft-first", "rsd-async"
 VERIFYING = "rsd", "rsd-fused", "rsd-skip", DRAFT_FIRST, RSD_ASYNC  # decoders whose draft the target judges
+
+
+def speed_rule(motion: Moving, speed: float) -> tuple[bool, str, str]:
+    """Only what slides has a speed."""
+    slides = motion in ("thing", "destination") or speed == SPEED
+    return slides, "a --motion of thing or destination with --motion-speed", f"--motion {motion}"
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,14 @@ class VerifiesLater(Protocol):
 
     def verify(self) -> ChunkStats | None:
         """The last chunk's statistics, complete now; None if nothing was left."""
+        ...
+
+
+class Corrects(Policy, Protocol):
+    """A policy that corrects its chunks at every control step from the newest observation."""
+
+    def correct(self, observation: Observation, index: int, before: bool) -> NDArray[np.float32]:
+        """The action [7] of now, which is number `index` of the last chunk, or of the one before it."""
         ...
 
 

@@ -46,7 +46,7 @@ HUGE_OF_EVAL = ("--batch", "--threads", "--num-workers", "--seed", "--num-trials
             ["evl"],
             "rsd: error: unknown command 'evl': expected one of eval, compare, report, ",
         ),
-        (["train", "polcy"], "rsd: error: 'train polcy': expected train policy or drafter"),
+        (["train", "polcy"], "rsd: error: 'train polcy': expected train policy or drafter or corrector"),
         (["eval", "--num-trials", "x"], "rsd eval: error: --num-trials: expected an integer, found 'x'"),
         (["eval", "--num-trials", "0"], "rsd eval: error: --num-trials: expected an integer from 1 to 1000000, found"),
         (["eval", "--tasks", "0,x"], "rsd eval: error: --tasks: expected all, numbers such as 0,3 or 0-4, or"),

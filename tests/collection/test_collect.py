@@ -26,6 +26,7 @@ from rsd.expert.scene import Scene
 from rsd.locks import exclusive
 from rsd.output import Unfinished
 from rsd.sim.libero import LiberoEnv
+from rsd.sim.motion import Motion
 from rsd.sim.suites import suite_task
 from rsd.types import RsdError
 
@@ -87,6 +88,47 @@ def test_other_settings_are_refused(config: CollectConfig, collected: list[Demon
         collect(replace(config, swapped_fraction=0.1))
     with pytest.raises(RsdError, match="libero_spatial"):
         collect(replace(config, suite="libero_object"))
+    with pytest.raises(RsdError, match=r"motion = None, found 'thing', motion_speed = None, found 0\.02"):
+        collect(replace(config, motion="thing"))
+
+
+@pytest.mark.parametrize(("what", "indices"), [("thing", (0, 1, 0)), ("destination", (0,))])
+def test_what_an_instruction_asks_for_moves_in_its_demonstration(
+    config: CollectConfig, what: Any, indices: tuple[int, ...]
+) -> None:
+    """The other bowl's, too; and what is stored says where it was at each step."""
+    env = LiberoEnv("libero_spatial", 0, cameras=False)
+    job = replace(config, motion=what, motion_speed=0.05)
+    names = [f"akita_black_bowl_{number}" for number in (1, 2)]
+    try:
+        made = {number: make_demonstration(env, job, index) for number, index in enumerate(indices)}
+        for demo, index in zip(made.values(), indices, strict=True):
+            asked = names[index]
+            first = asked if what == "thing" else "plate_1"
+            assert demo.attributes["target_object"] == asked
+            assert demo.attributes["motion"] == what
+            places = {}
+            for name in (*names, "plate_1"):
+                env.restore(demo.states[0], demo.body_pos, demo.body_quat)
+                before = env.data.xpos[env.simulation.obj_body_id[name], :2].copy()
+                env.restore(demo.states[8], demo.body_pos, demo.body_quat)
+                places[name] = np.linalg.norm(env.data.xpos[env.simulation.obj_body_id[name], :2] - before)
+            assert places.pop(first) == pytest.approx(0.05 * 8 / 20, rel=0.1)
+            assert max(places.values()) < 1e-3
+        np.testing.assert_array_equal(made[0].states, made.get(2, made[0]).states)
+    finally:
+        env.close()
+
+
+def test_tasks_in_which_nothing_moves_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = CollectConfig(tmp_path / "none", "libero_goal", motion="destination", states_only=True)
+    assert collecting.chosen_tasks(job) == [6, 8]
+    assert re.search("left out, .*nothing moves in them: open the middle drawer.*wine bottle", capsys.readouterr().err)
+    with pytest.raises(RsdError, match="--motion destination: expected something that can slide, found flat_stove_1"):
+        collect(replace(job, tasks=(6, 1)))
+    with pytest.raises(RsdError, match="found wooden_cabinet_1_middle_region of libero_goal_permuted task 0, which"):
+        collect(replace(job, tasks=(0,), suite="libero_goal_permuted", motion="thing"))
+    assert not job.out.exists()
 
 
 def test_a_floor_scene_is_collected_under_its_own_names(tmp_path: Path) -> None:
@@ -365,6 +407,7 @@ def test_rendering_adds_images_once(config: CollectConfig, collected: list[Demon
 
 def test_rendered_images_are_those_of_a_live_recording_but_for_one_substep() -> None:
     env = LiberoEnv("libero_spatial", 0, image_size=64)
+    env.motion = Motion("thing", 0.1)
     env.reset(options={"placement_seed": 1})
     fixtures = env.fixture_poses()
     recorder = EpisodeRecorder(images=True)
@@ -375,8 +418,11 @@ def test_rendered_images_are_those_of_a_live_recording_but_for_one_substep() -> 
         env.advance(action, draw=True)
     rows = recorder.arrays()
     env.reset(options={"placement_seed": 2})
-    rendered, live = render_frames(env, rows["states"], *fixtures)[0].astype(int), rows["images"]
+    drawn, spots = render_frames(env, rows["states"], *fixtures, things=["akita_black_bowl_1", "plate_1"])
+    rendered, live = drawn.astype(int), rows["images"]
     env.close()
+    assert (np.abs(np.diff(spots[1:, 0], axis=0)).max(axis=1) > 1e-3).all()  # it slides at every step
+    assert np.abs(np.diff(spots[:, 1], axis=0)).max() < 1e-4
     near = np.abs(rendered - live).mean(axis=(1, 2, 3, 4))
     next_step = np.abs(rendered[1:] - live[:-1]).mean(axis=(1, 2, 3, 4))
     assert near.max() < 3.0

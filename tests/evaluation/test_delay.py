@@ -14,7 +14,7 @@ from scripted import SCRIPTED, CountingEnv
 from rsd.collection.collect import CollectConfig
 from rsd.evaluation.backend import ready
 from rsd.evaluation.config import EvalConfig
-from rsd.evaluation.delay import VirtualDelay
+from rsd.evaluation.delay import StepByStep, VirtualDelay
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, read_episodes
 from rsd.evaluation.rollout import Rollout, run_episode
@@ -78,6 +78,23 @@ class Spelling:
         return actions
 
 
+class Correcting(Spelling):
+    """Corrects nothing; asked: the steps at which it could."""
+
+    def reset(self, seed: int | None = None) -> None:
+        super().reset(seed)
+        self.kept, self.asked = list[np.ndarray](), list[int]()
+
+    def predict(self, observation: Observation) -> ActionChunk:
+        chunk = super().predict(observation)
+        self.kept = [*self.kept[-1:], chunk.actions]
+        return chunk
+
+    def correct(self, observation: Observation, index: int, before: bool) -> np.ndarray:
+        self.asked.append(int(observation.state[2]))
+        return self.kept[0 if before else -1][index]
+
+
 def spell(action: np.ndarray) -> str:
     """`t12.3`: the target's action 3 for observation 12; `-` for standing still; with a `!` if the gripper closes."""
     word = "-"
@@ -86,10 +103,12 @@ def spell(action: np.ndarray) -> str:
     return word + "!" * int(action[6] > 0)
 
 
-def roll(policy: Any, delay: int, early: int = 0, **options: Any) -> tuple[Seen, Rollout]:
+def roll(
+    policy: Any, delay: int, early: int = 0, pace: VirtualDelay | None = None, **options: Any
+) -> tuple[Seen, Rollout]:
     env = Seen()
     names: dict[str, Any] = {"suite": "any", "task_id": 5, "task_name": "a task", "init_state": 0, "seed": 7}
-    pace = VirtualDelay(delay, early, **options)
+    pace = pace or VirtualDelay(delay, early, **options)
     return env, run_episode(env, policy, **names, decode=policy.decode, pace=pace)
 
 
@@ -196,6 +215,20 @@ def test_each_step_executes_what_its_mode_says(policy: Any, options: dict[str, A
     check_sources(rollout, env)
 
 
+@pytest.mark.parametrize("delay", [0, 2, 6])
+def test_a_corrector_is_asked_at_every_step_of_a_tail(delay: int) -> None:
+    policy = Correcting("l1", switches=[(4, 1, "t")])
+    env, rollout = roll(policy, delay, pace=StepByStep(delay))
+    words = [spell(action) for action in env.executed]
+    plain, same = roll(Spelling("l1", switches=[(4, 1, "t")]), delay, tail=True)
+    assert words == [spell(action) for action in plain.executed]
+    assert rollout.result.sources == same.result.sources
+    assert policy.asked == [step for step, word in enumerate(words) if word[0] != "-"]
+    assert rollout.result.chunk_stats == same.result.chunk_stats
+    assert env.drawn == [0, *range(1, len(words) + 1)]
+    assert "found 8 of 8" in roll(Correcting("l1"), 8, pace=StepByStep(8))[1].result.failure
+
+
 def check_sources(rollout: Rollout, env: Seen) -> None:
     """What is recorded of each step is whose it was."""
     allowed = {"-": "h", "d": "d", "t": "rt"}
@@ -266,6 +299,15 @@ def test_a_delay_is_part_of_what_a_run_is() -> None:
         ({"decode": "rsd-skip", "delay": 2, "drafter_delay": 3}, "expected --drafter-delay of at most --delay"),
         ({"meanwhile": "tail"}, "expected a --delay, --drafter-delay or --control-hz with"),
         ({"decode": "rsd-async", "delay": 2, "meanwhile": "hold"}, "expected no --meanwhile with --decode rsd-async"),
+        (
+            {"delay": 2, "meanwhile": "a2c2"},
+            "expected --meanwhile a2c2 and --corrector together, found --meanwhile a2c2",
+        ),
+        ({"delay": 2, "corrector": "x"}, "expected --meanwhile a2c2 and --corrector together, found --meanwhile hold"),
+        (
+            {"meanwhile": "a2c2", "corrector": "x", "batch": 2},
+            "expected --corrector with --decode l1 and --delay, with",
+        ),
         ({"draft_after": "always"}, "expected --decode rsd-async with --draft-after"),
     ],
 )

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import rsd.training.policy as training_policy
+from rsd.checkpoint import weights_hash
 from rsd.data.demonstrations import load_demonstrations
 from rsd.locks import exclusive
 from rsd.models.bundle import PolicyConfig
@@ -21,7 +22,10 @@ from rsd.models.feature_drafter import DrafterConfig
 from rsd.models.target import BlockTarget
 from rsd.models.trunk import KVCache
 from rsd.policy import RsdPolicy
+from rsd.targets.corrector import CorrectedPolicy, read_corrector
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
+from rsd.training.config import TrainCorrectorConfig
+from rsd.training.corrector import train_corrector
 from rsd.training.dataset import FrameDataset, chunk_targets
 from rsd.training.loop import STATE_FILE, LoopConfig
 from rsd.training.losses import LossConfig
@@ -460,3 +464,37 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert resolve_device("auto").type == "cuda"
+
+
+# corrector
+
+
+def test_a_corrector_corrects_stale_chunks_of_its_own_policy_alone(
+    trained: Path, config: TrainPolicyConfig, demonstrations: Path, tmp_path: Path
+) -> None:
+    assert config.policy.visual_drafter is not None
+    sizes = {"policy": str(trained), "data": (demonstrations,), "device": "cpu", "validation_every": 4}
+    job = TrainCorrectorConfig(**sizes, output=tmp_path / "run", corrector=config.policy.visual_drafter, loop=LOOP)
+    policy, target = RsdPolicy.from_pretrained(trained, decode="l1"), weights_hash(trained)
+    fresh = train_corrector(replace(job, output=tmp_path / "fresh", loop=replace(LOOP, steps=0)))
+    alone, corrected = (CorrectedPolicy(policy, path, target) for path in (fresh, train_corrector(job)))
+    report = read_corrector(tmp_path / "run" / "checkpoint", target).provenance["validation"]
+    assert 0.0 < report["motion"] < 0.95 * report["uncorrected"]
+    episode = list(load_demonstrations(demonstrations))[3]  # held out
+    assert episode.images is not None
+    observations = [Observation(*seen, episode.instruction) for seen in zip(episode.images, episode.state, strict=True)]
+    chunks = [alone.predict(observations[0]).actions, alone.predict(observations[2]).actions]
+    for index, before in ((2, True), (0, False), (5, False)):
+        now = alone.correct(observations[index], index, before)
+        assert now == pytest.approx(chunks[not before][index], abs=1e-6)
+    corrected.predict(observations[0])
+    now = corrected.correct(observations[5], 5, False)
+    assert np.abs(now - chunks[0][5]).max() > 1e-4
+    assert np.array_equal(now, corrected.correct(observations[5], 5, False))
+    with pytest.raises(RsdError, match="expected one of this policy, found one trained on the chunks of another"):
+        CorrectedPolicy(policy, fresh, "0" * 64)
+    with pytest.raises(RsdError, match=r"expected a directory with corrector\.json .*, found one without"):
+        CorrectedPolicy(policy, trained, target)
+    (fresh / "model.safetensors").write_bytes((fresh / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(RsdError, match=r"model\.safetensors"):
+        CorrectedPolicy(policy, fresh, target)

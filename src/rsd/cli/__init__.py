@@ -105,6 +105,11 @@ COMMANDS = {
     "train drafter": Command(
         "train a drafter alone", "rsd.training.policy:train_drafter", "rsd.training.config:TrainDrafterConfig"
     ),
+    "train corrector": Command(
+        "train a head that corrects a policy's late chunks",
+        "rsd.training.corrector:train_corrector",
+        "rsd.training.config:TrainCorrectorConfig",
+    ),
     "drafter distil": Command(
         "distil a drafter for any policy, from its rollouts",
         "rsd.evaluation.distil:distil",

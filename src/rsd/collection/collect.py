@@ -45,10 +45,24 @@ from rsd.locks import exclusive
 from rsd.output import Faults
 from rsd.sim import permuted
 from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
+from rsd.sim.motion import Motion, check_task
 from rsd.sim.physics import mujoco
 from rsd.sim.rendering import check_gl
 from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
-from rsd.types import CAMERAS, MAX_SKIPS, MEMORY_CHUNKS, RSD_ASYNC, Chunks, Policy, RsdError, Steps
+from rsd.types import (
+    CAMERAS,
+    MAX_SKIPS,
+    MEMORY_CHUNKS,
+    RSD_ASYNC,
+    SPEED,
+    Chunks,
+    Moving,
+    Policy,
+    RsdError,
+    Speed,
+    Steps,
+    speed_rule,
+)
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", *permuted.SUITES)  # the expert is measured
 BATCH = 5  # demonstrations a worker makes of one task before the next: balanced, few environments built
@@ -86,6 +100,11 @@ class CollectConfig(Checked):
     """Share of demonstrations without any noise; the others draw their level between 0 and noise.max_level."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     """Disturbance of the executed actions; labels stay clean."""
+    motion: Moving = "none"
+    """What moves, as `--motion` of `rsd eval`; what is drawn of it comes from --seed, task and placement. The expert is
+    ahead of what slides. Tasks whose thing or destination is fixed to the scene are left out."""
+    motion_speed: Speed = SPEED
+    """Metres a second of what slides."""
     policy: str = ""
     """Checkpoint directory or hub id: this policy drives part of each episode and the expert labels every state
     (DAgger). Recorded images must have the policy's size."""
@@ -116,6 +135,7 @@ class CollectConfig(Checked):
         yield gated, "--policy-skip-threshold-mm with --policy-decode rsd-skip", self.policy_decode
         limited = self.policy_skip_threshold_mm is not None or self._limits() == (MAX_SKIPS, MEMORY_CHUNKS)
         yield limited, "--policy-max-skips and --policy-memory-chunks with --policy-skip-threshold-mm", "none"
+        yield speed_rule(self.motion, self.motion_speed)
 
     def _limits(self) -> tuple[int, int]:
         return self.policy_max_skips, self.policy_memory_chunks
@@ -205,6 +225,9 @@ def _try_placement(
     alike: what must not hold at the start, for the instruction to describe the scene."""
     placement_seed = int(rng.integers(2**31))
     level = 0.0 if rng.random() < config.clean_fraction else float(rng.random())
+    if len(goals) == 1:  # the bowl that this instruction asks for moves, not the scene file's
+        env.goal = (goals[0].words,)
+    env.motion = None if config.motion == "none" else Motion(config.motion, config.motion_speed, config.seed)
     _, info = env.reset(options={"placement_seed": placement_seed})
     if permuted.is_permuted(config.suite):
         goals, instruction = expert.asked_goals(env), env.instruction
@@ -232,6 +255,7 @@ def _try_placement(
         "asks": json.dumps(env.asks),
         "noise_level": level * config.noise.max_level,
         "attempts": result.attempts,
+        "motion": config.motion,
         "success": True,
     }
     return Episode(
@@ -257,12 +281,7 @@ def collect(config: CollectConfig) -> dict[str, int]:
         check_gl()
     if config.policy:
         _check_policy(config)
-    tasks = config.tasks or solvable_tasks(config.suite)
-    for task in tasks:
-        task_goals(config.suite, task)
-    left_out = [task.language for task in suite_tasks(config.suite) if task.task_id not in tasks]
-    if left_out and not config.tasks:
-        print(f"{config.suite}: left out, the expert cannot do them: {', '.join(left_out)}", file=sys.stderr)
+    tasks = chosen_tasks(config)
     names = {task: suite_task(config.suite, task).name for task in tasks}
     with exclusive(config.out):
         faults = Faults(f"finished demonstrations are kept in {config.out}; the same command tries the others again")
@@ -299,6 +318,25 @@ def collect(config: CollectConfig) -> dict[str, int]:
         print(f"{sum(counts.values())} demonstrations in {config.out}; next: rsd {following}", file=sys.stderr)
     faults.raise_any(f"of {total} demonstrations or their files", sum(counts.values()))
     return counts
+
+
+def chosen_tasks(config: CollectConfig) -> list[int]:
+    """Those asked for, each of which the expert can do and something moves in; by default all such."""
+    tasks, reason = [], "the expert cannot do them" + (", or nothing moves in them" if config.motion != "none" else "")
+    for task in config.tasks or solvable_tasks(config.suite):
+        task_goals(config.suite, task)
+        try:
+            if config.motion != "none":
+                check_task(config.motion, config.suite, task)
+        except RsdError:
+            if config.tasks:
+                raise
+            continue
+        tasks.append(task)
+    left_out = [task.language for task in suite_tasks(config.suite) if task.task_id not in tasks]
+    if left_out and not config.tasks:
+        print(f"{config.suite}: left out, {reason}: {', '.join(left_out)}", file=sys.stderr)
+    return tasks
 
 
 @functools.lru_cache(maxsize=1)
@@ -360,6 +398,8 @@ def _that_matter(everything: dict[str, Any]) -> dict[str, Any]:
     unused = set() if everything.get("policy") else {"policy", "policy_decode", "policy_share"}
     if everything.get("policy_skip_threshold_mm") is None:
         unused |= {"policy_skip_threshold_mm", "policy_max_skips", "policy_memory_chunks"}
+    if everything.get("motion", "none") not in ("thing", "destination"):
+        unused |= {"motion_speed"} | ({"motion"} if everything.get("motion") == "none" else set())
     return {k: v for k, v in everything.items() if k not in unused and (k, v) != ("execute", None)}
 
 

@@ -74,7 +74,13 @@ def rsd_policy(config: EvalConfig) -> Policy:
         graphs = engine_of(config, None) == CUDA_GRAPHS
         options: dict[str, Any] = {"suite": config.task_suite, "graphs": graphs, "execute": config.execute}
         return OpenVlaPolicy.from_pretrained(openvla, device=config.device, decode=config.decode, **options)
-    return RsdPolicy(load_policy(config.policy, decode_options(config), RuntimeOptions(config.device, config.engine)))
+    policy = RsdPolicy(load_policy(config.policy, decode_options(config), RuntimeOptions(config.device, config.engine)))
+    if config.corrector:
+        from rsd.checkpoint import weights_hash
+        from rsd.targets.corrector import CorrectedPolicy
+
+        return CorrectedPolicy(policy, Path(config.corrector), weights_hash(config.policy))
+    return policy
 
 
 def speculating_policy(config: EvalConfig) -> Policy:
@@ -175,9 +181,9 @@ def available_cores() -> int:
 
 def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     """What names the weights beyond doubt, with their provenance; of a served policy also what it runs on."""
-    if config.drafter:
-        from rsd.manifest import MANIFEST_FILE, file_sha256
+    from rsd.manifest import MANIFEST_FILE, file_sha256
 
+    if config.drafter:
         target = describe_checkpoint(settle(foreign.alone(config))[0])
         return {**target, "drafter": config.drafter, "drafter_sha256": file_sha256(Path(config.drafter, MANIFEST_FILE))}
     if (found := foreign.identity(config)) is not None:
@@ -200,6 +206,11 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         "checkpoint_sha256": checkpoint_hash(config.policy),
         "provenance": content.get("provenance", {}),
     }
+    if config.corrector:
+        from rsd.targets.corrector import read_corrector
+
+        read_corrector(Path(config.corrector), content["sha256"]["model.safetensors"])
+        known["corrector_sha256"] = file_sha256(Path(config.corrector, MANIFEST_FILE))
     if config.decode == "rsd-skip" and config.skip_threshold_mm is None:
         known["skip_calibration"] = load_calibration(directory).to_json()
     return known
@@ -216,15 +227,11 @@ def openvla_chunk(config: EvalConfig, directory: Path) -> int:
 
 def check_motion(config: EvalConfig) -> None:
     """Raises RsdError where a planned task's thing or destination cannot slide: every worker would find out."""
-    from rsd.sim.motion import moving
-    from rsd.sim.suites import is_permuted, scene_file
+    from rsd.sim.motion import check_task
 
     for suite in config.suites:
-        if is_permuted(suite):  # asks for another thing at every reset
-            continue
         for task in config.task_ids(suite, [number for number, _, _ in libero_tasks(suite)]):
-            scene = scene_file(suite, task)
-            moving(config.motion, scene.goal[0], scene.objects, f"{suite} task {task}")
+            check_task(config.motion, suite, task)
 
 
 def ready(config: EvalConfig) -> None:
@@ -241,11 +248,13 @@ def ready(config: EvalConfig) -> None:
     from rsd.targets.openvla.published import locate_openvla
 
     openvla = locate_openvla(config.policy)
+    if config.corrector and openvla:
+        raise RsdError(f"--corrector: expected a checkpoint of a compact policy, found {config.policy} on OpenVLA")
     directory = None if openvla else locate_checkpoint(config.policy)
     if directory is not None:
         engine_of(config, directory)
     late = max(config.delay, config.drafter_delay)
-    if not late or not (config.meanwhile in ("tail", "corrected") or config.decode == RSD_ASYNC):
+    if not late or not (config.meanwhile in ("tail", "corrected", "a2c2") or config.decode == RSD_ASYNC):
         return
     if openvla:
         horizon = openvla_chunk(config, openvla)

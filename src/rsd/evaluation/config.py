@@ -19,7 +19,6 @@ from rsd.checks import (
     Rules,
     Seed,
     Where,
-    above,
     between,
     from_json,
     listed,
@@ -36,11 +35,15 @@ from rsd.types import (
     LEROBOT,
     ONNX,
     RSD_ASYNC,
+    SPEED,
     Batch,
     Chunks,
     Engine,
+    Moving,
+    Speed,
     Steps,
     Temperature,
+    speed_rule,
 )
 
 # What does not change an episode's outcome: it may differ between an interrupted run and its continuation.
@@ -57,8 +60,8 @@ NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "eng
 # of `decoding.gate.SkipRule`, which has their defaults
 OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", *OF_THE_RULE))
-NEUTRAL |= {"delay": 0, "drafter_delay": 0, "draft_after": "agreement", "motion": "none", "motion_speed": 0.02}
-NEUTRAL["drafter"] = ""
+NEUTRAL |= {"delay": 0, "drafter_delay": 0, "draft_after": "agreement", "motion": "none", "motion_speed": SPEED}
+NEUTRAL["drafter"] = NEUTRAL["corrector"] = ""
 OF_ONES_OWN = re.compile(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")  # module:Class or file.py:Class
 
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
@@ -72,7 +75,6 @@ def engine_rule(engine: str, device: str) -> tuple[bool, str, str]:
 
 Hertz = Annotated[float, Where(lambda hz: hz == 0 or 0.01 <= hz <= 1000, "that is 0 or from 0.01 to 1000")]
 Delay = Annotated[int, between(0, 1000)]
-Moving = Literal["none", "thing", "destination", "jump", "push-out"]  # `sim.motion.Motion.what`
 Workers = Annotated[
     str, Where(lambda text: text == "auto" or 0 < (number(text) or 0) < 4097, "that is auto or a number from 1 to 4096")
 ]
@@ -153,17 +155,19 @@ class EvalConfig(PolicyOptions):
     world moves on meanwhile. Exact: outcomes hang on no clock and no load."""
     drafter_delay: Delay = 0
     """The same of the drafter's chunk, where it is executed before or without the target's answer."""
-    meanwhile: Literal["hold", "tail", "corrected"] | None = None
+    meanwhile: Literal["hold", "tail", "corrected", "a2c2"] | None = None
     """What the robot does while it waits for a delayed answer: hold (stand still, the default), tail (go on with the
     chunk before, whose steps beyond --execute are there for that), or corrected (a tail, and what was missed of the
-    answer is made up for); rsd-async has its own way."""
+    answer is made up for), a2c2 (a tail, every action corrected by the --corrector); rsd-async has its own way."""
+    corrector: str = ""
+    """With --meanwhile a2c2 and l1: directory of what `rsd train corrector` made for this very policy."""
     draft_after: Literal["agreement", "always"] = "agreement"
     """For rsd-async: a draft begins only if the target let the one before stand, or always (an ablation)."""
     motion: Moving = "none"
     """The scene moves: the asked-for thing slides along a line until the gripper has touched it, or the destination
     does all the time, 8 cm to one side of where it stood, then to the other; jump: one of the two stands 6 to 12 cm
     aside from a drawn step on, the thing if untouched; push-out: the thing, once it is lifted."""
-    motion_speed: Annotated[float, above(0, 0.2)] = 0.02
+    motion_speed: Speed = SPEED
     """Metres a second of what slides; what is drawn of a --motion comes from --seed, task and initial state. The expert
     solves 90 % up to 0.1 in libero_object_permuted; in libero_spatial_permuted to 0.02 (thing), 0.1 (destination)."""
     num_workers: Workers = "auto"
@@ -201,8 +205,7 @@ class EvalConfig(PolicyOptions):
         alone = "--control-hz without --batch, in which robots would wait for each other"
         yield not (self.control_hz and self.batch), alone, f"--batch {self.batch}"
         yield from self._delays()
-        slides = self.motion in ("thing", "destination") or self.motion_speed == EvalConfig.motion_speed
-        yield slides, "a --motion of thing or destination with --motion-speed", f"--motion {self.motion}"
+        yield speed_rule(self.motion, self.motion_speed)
         ray, given = self.launcher == "ray", f"--batch {self.batch} and --videos {self.videos}"
         apart = "--launcher ray without --batch and --videos: a policy in every actor and no videos"
         yield not (ray and (self.batch or self.videos != "none")), apart, given
@@ -224,9 +227,16 @@ class EvalConfig(PolicyOptions):
         both = self.decode in (DRAFT_FIRST, RSD_ASYNC, "rsd-skip")
         yield not both or self.drafter_delay <= self.delay, "--drafter-delay of at most --delay", delays
         asks = "a --delay, --drafter-delay or --control-hz with --meanwhile"
-        yield self.meanwhile is None or delayed or self.control_hz > 0, asks, f"--meanwhile {self.meanwhile} alone"
+        free = self.meanwhile in (None, "a2c2")
+        yield free or delayed or self.control_hz > 0, asks, f"--meanwhile {self.meanwhile} alone"
         own = f"no --meanwhile with --decode {RSD_ASYNC}, which goes on with its draft"
         yield self.decode != RSD_ASYNC or self.meanwhile is None, own, f"--meanwhile {self.meanwhile}"
+        heads = (self.meanwhile == "a2c2") == bool(self.corrector)
+        yield heads, "--meanwhile a2c2 and --corrector together", f"--meanwhile {self.meanwhile or 'hold'}"
+        plain = not (self.control_hz or self.batch or self.drafter) and self.decode == "l1"
+        alone = "--corrector with --decode l1 and --delay, without --batch, --drafter and --control-hz"
+        found = f"--decode {self.decode}, --batch {self.batch}, --control-hz {self.control_hz:g}"
+        yield not self.corrector or plain, alone, found
         drafts = self.draft_after == "agreement" or self.decode == RSD_ASYNC
         yield drafts, f"--decode {RSD_ASYNC} with --draft-after", f"--decode {self.decode}"
 

@@ -8,6 +8,7 @@ the last is there. What the robot does meanwhile is the mode's matter:
 - `tail`: it goes on with the chunk before, and the answer begins with its action d, those before it being late. Where
   nothing is left it stands still.
 - `corrected`: a tail, but what was missed of an answer is made up for (`decoding.correction`).
+- `a2c2`: a tail, of which every action is corrected from the newest observation (`models.corrector`).
 - a decoder with answers (`rsd-async`): the draft begins at once if the target let the one before stand; its answer
   overrules what is left of a draft that does not.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from rsd.chunks import checked_chunk
 from rsd.decoding.correction import rest_of_chunk
 from rsd.decoding.course import DRAFTED, NOTHING, OWN, REPLACED, Actions, Course, agreed, apart_mm, letter
 from rsd.evaluation.realtime import Meanwhile, Pace, Stepped
-from rsd.types import DRAFT_FIRST, ActionChunk, Completes, Observation, Policy, WrongOption
+from rsd.types import DRAFT_FIRST, ActionChunk, Completes, Corrects, Observation, Policy, RsdError, WrongOption
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
@@ -148,3 +149,32 @@ class VirtualDelay(Pace):
 
     def _filled(self, course: Course, steps: int) -> Course:
         return course.filled(steps, self._done)
+
+
+class StepByStep(VirtualDelay):
+    """`tail`, but a policy that `Corrects` says each action anew from what is seen at its step."""
+
+    def __init__(self, delay: int) -> None:
+        super().__init__(delay, tail=True)
+        self._next = 0  # action of the chunk before that is due
+
+    def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped:
+        self.motions.append(Meanwhile())
+        start, begins, length = len(self._done), not self._done, len(chunk.actions)
+        if self.delay >= length:
+            raise RsdError(f"--delay: expected fewer steps than the policy's chunk has, found {self.delay} of {length}")
+        late = self.delay if begins else 0  # an episode's first chunk is waited for
+        for step in range(max(late + len(chunk.executed), self.delay)):
+            before = step < self.delay
+            index = length if before and begins else self._next + step if before else step - late
+            course = NOTHING.filled(1, self._done)
+            if index < length:
+                course = Course.of(cast(Corrects, policy).correct(env.observation(), index, before)[None], OWN)
+                self._motion.tail_steps += before
+            stepped = env.step_chunk(course.actions, lambda: self._poses.append(env.proprio()))
+            self._went(course)
+            if stepped[2] or stepped[3]:
+                break
+        self._next = step + 1 - late
+        self._ended_turn(start)
+        return stepped

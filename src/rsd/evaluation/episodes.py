@@ -13,7 +13,7 @@ from typing import Any
 
 from rsd.evaluation.backend import Backend
 from rsd.evaluation.config import EvalConfig
-from rsd.evaluation.delay import VirtualDelay
+from rsd.evaluation.delay import StepByStep, VirtualDelay
 from rsd.evaluation.realtime import Pace, RealTime
 from rsd.evaluation.results import ERROR_PREFIX, EpisodeResult
 from rsd.evaluation.rollout import WARMUP_PREDICTIONS, decoded, run_episode
@@ -153,6 +153,8 @@ def pace_of(config: EvalConfig) -> Pace:
     """How policy and robot take turns in one episode of a run."""
     tail, corrected = (config.meanwhile == mode for mode in ("tail", "corrected"))
     always = config.draft_after == "always"
+    if config.corrector:
+        return StepByStep(config.delay)
     if config.control_hz and (config.meanwhile is not None or config.decode == RSD_ASYNC):
         return WallClock(config.control_hz, tail=tail, corrected=corrected, always=always)
     if config.control_hz:

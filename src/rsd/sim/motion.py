@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rsd.checks import RsdError
 from rsd.conventions import CONTROL_HZ
+from rsd.sim.suites import scene_file
 
 if TYPE_CHECKING:
     from rsd.sim.libero import LiberoEnv
@@ -168,6 +169,13 @@ def moving(what: str, goal: Sequence[str], objects: Collection[str], where: str)
         found = f"{asked} of {where}, which is fixed to the scene"
         raise RsdError(f"--motion {what}: expected something that can slide, found {found}; leave the task out")
     return thing, destination
+
+
+def check_task(what: str, suite: str, task_id: int) -> None:
+    """Raises RsdError where what a motion is to move is fixed to the scene of a task, as its scene file asks; layouts
+    of a permuted suite may ask for something else, too."""
+    scene = scene_file(suite, task_id)
+    moving(what, scene.goal[0], scene.objects, f"{suite} task {task_id}")
 
 
 def offset(motion: Motion, steps: int) -> float:

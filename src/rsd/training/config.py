@@ -156,6 +156,26 @@ class TrainDrafterConfig(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainCorrectorConfig(Checked):
+    """Train a residual head that corrects a policy's stale chunks at every control step (a baseline, A2C2)."""
+
+    policy: str = "checkpoints/libero_spatial"
+    """Checkpoint directory or hub id of the policy whose chunks it corrects."""
+    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
+    """Folders of rendered demonstrations; a chunk's age is drawn from the multiples of --every of their rendering."""
+    output: Path = Path("runs/corrector")
+    """Run folder; the corrector goes to `checkpoint/` in it."""
+    device: str = "auto"
+    """cuda, cpu or auto."""
+    validation_every: Every = 40
+    """Every n-th episode is kept out of training for the offline validation."""
+    corrector: VisualDrafterConfig = field(default_factory=VisualDrafterConfig)
+    """Sizes, as of a visual drafter, of which only the trunk is used."""
+    augment: Augmentation = field(default_factory=Augmentation)
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5_000))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainOpenVlaConfig(Training):
     """Train residual tokens and drafts on an OpenVLA or OpenVLA-OFT checkpoint."""
 
