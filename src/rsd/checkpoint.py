@@ -39,7 +39,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.config import RfsqConfig
 from rsd.tokenizer.files import WEIGHTS_FILE as MATRIX_FILE
 from rsd.tokenizer.files import read_tokenizer_json
-from rsd.types import RsdError, Steps
+from rsd.types import Chunks, RsdError, Steps
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, PROVEN_FILE = "config.json", "model.safetensors", "proven.json"
@@ -84,6 +84,7 @@ class OwnDecoding(Checked):
     acceptance: str = PolicyConfig.acceptance
     fine: Fine = PolicyConfig.fine
     execute: Steps | None = None
+    max_skips: Chunks | None = None
 
     def rules(self) -> Rules:
         acceptance_rule(self.acceptance, RfsqConfig())  # raises for what is none
@@ -260,6 +261,17 @@ def load_calibration(directory: Path, weights_sha256: str | None = None) -> Skip
     return calibration
 
 
+def gate_of(directory: Path) -> dict[str, Any]:
+    """What a record says of how `rsd-skip` decides unless it is told a threshold: `skip_calibration`, or
+    `skip_schedule`, chunks in a row; `RsdError` where the checkpoint has neither."""
+    facts = facts_of(directory, read_content(directory))
+    if isinstance(facts.calibration, str):
+        raise RsdError(facts.calibration)
+    if facts.calibration is None:
+        return {"skip_schedule": facts.max_skips}
+    return {"skip_calibration": facts.calibration.to_json()}
+
+
 def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] | None:
     """The decoder that evaluations of this very checkpoint proved best and what they found; None if it does not say.
 
@@ -280,13 +292,14 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
 def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
     """What of a checkpoint decides how it may decode; content: its config.json, checked."""
     policy: dict[str, Any] = content["policy"]
-    sizes = policy.keys() - {"acceptance", "fine", "execute"}  # are checked where the weights are read
+    sizes = policy.keys() - {"acceptance", "fine", "execute", "max_skips"}  # are checked where the weights are read
     own = from_json(OwnDecoding, policy, f"{directory / CONFIG_FILE}: policy", ignore=sizes)
-    calibration: SkipCalibration | str
-    try:
-        calibration = load_calibration(directory, content["sha256"][WEIGHTS_FILE])
-    except RsdError as error:  # to be raised where `rsd-skip` is asked for
-        calibration = str(error)
+    calibration: SkipCalibration | str | None = None
+    if own.max_skips is None or (directory / CALIBRATION_FILE).exists():
+        try:
+            calibration = load_calibration(directory, content["sha256"][WEIGHTS_FILE])
+        except RsdError as error:  # to be raised where `rsd-skip` is asked for
+            calibration = str(error)
     return Checkpoint(
         visual_drafter=bool(policy.get("visual_drafter")),
         acceptance=own.acceptance,
@@ -296,6 +309,7 @@ def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
         compact=BACKBONE not in content,
         horizon=read_tokenizer_json(directory / TOKENIZER_FILE).config.horizon,
         execute=own.execute,
+        max_skips=own.max_skips,
     )
 
 
@@ -337,9 +351,7 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight / scale.view(shape)).to(torch.int8).contiguous(), scale
 
 
-def write_content(
-    directory: Path, fields: dict[str, Any], files: Iterable[str], provenance: dict[str, Any]
-) -> None:
+def write_content(directory: Path, fields: dict[str, Any], files: Iterable[str], provenance: dict[str, Any]) -> None:
     """config.json, of the fields and the hashes of the files that belong to it, written before; and the manifest."""
     content = {
         "format_version": FORMAT_VERSION,

@@ -347,11 +347,11 @@ def settings(config: CollectConfig) -> dict[str, Any]:
     everything = {key: value for key, value in dataclasses.asdict(config).items() if key not in unused}
     if config.policy:  # its path may come to hold another one
         # start-up time: most collections need no torch
-        from rsd.checkpoint import checkpoint_hash, load_calibration, locate_checkpoint
+        from rsd.checkpoint import checkpoint_hash, gate_of, locate_checkpoint
 
         everything["policy_sha256"] = checkpoint_hash(config.policy)
         if config.policy_decode == "rsd-skip" and config.skip_rule() is None:
-            everything["skip_calibration"] = load_calibration(locate_checkpoint(config.policy)).to_json()
+            everything |= gate_of(locate_checkpoint(config.policy))
     return _that_matter(json.loads(json.dumps(everything)))
 
 

@@ -79,11 +79,12 @@ def odd_sizes(content: dict[str, Any]) -> Iterable[str]:
 
 def unpromised_suites(config: EvalConfig, directory: Path) -> Iterable[str]:
     """Where `rsd-skip` goes by a calibration of other suites."""
-    from rsd.checkpoint import load_calibration
+    from rsd.checkpoint import gate_of
 
     if config.decode != "rsd-skip" or config.skip_threshold_mm is not None:
         return
-    calibrated = load_calibration(directory).suites.split(",")
+    made = gate_of(directory).get("skip_calibration")
+    calibrated = made["suites"].split(",") if made else config.suites  # a schedule promises nothing anywhere
     if beyond := [suite for suite in config.suites if suite not in calibrated]:
         found = f"calibrated for {', '.join(calibrated)}, not for {', '.join(beyond)}, where it promises nothing"
         yield f"rsd-skip: {found}; --audit tells the risk there, `rsd calibrate` makes a promise"
@@ -91,12 +92,14 @@ def unpromised_suites(config: EvalConfig, directory: Path) -> Iterable[str]:
 
 def long_memory(config: EvalConfig, content: dict[str, Any], directory: Path) -> Iterable[str]:
     """Where `rsd-skip` lets the drafter attend to what is older than anything it was trained to remember."""
-    from rsd.checkpoint import load_calibration
+    from rsd.checkpoint import gate_of
 
     trained = section(content, "provenance", "training").get("remembered_chunks")
     if config.decode != "rsd-skip" or not isinstance(trained, int):
         return
-    calibrated = config.skip_threshold_mm is None
-    asked = load_calibration(directory).memory_chunks if calibrated else config.memory_chunks
+    asked = config.memory_chunks
+    if config.skip_threshold_mm is None:
+        gate = gate_of(directory)
+        asked = gate["skip_calibration"]["memory_chunks"] if "skip_calibration" in gate else gate["skip_schedule"]
     if asked is not None and asked > trained:
         yield f"its drafter was trained to remember 1 to {trained} chunks, asked to remember {asked}"
