@@ -28,7 +28,7 @@ from studies.substitution import (
     substitution,
 )
 
-CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
+CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "libero"
 
 
 @pytest.fixture(scope="module")

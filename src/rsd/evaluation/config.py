@@ -88,7 +88,7 @@ class EvalConfig(Checked):
     init_states: str = "0"
     """Initial states: a list such as 0,3,10-19, of which the first num_trials are taken; a single number is the first
     of num_trials in a row."""
-    policy: str = "checkpoints/libero_spatial"
+    policy: str = "checkpoints/libero"
     """Checkpoint directory, Hugging Face hub id, module:Class or file.py:Class of a policy of your own, or ws://HOST:PORT
     of any server in openpi's protocol, or lerobot:DIR_OR_ID of a LeRobot policy, which runs in its own environment."""
     drafter: str = ""

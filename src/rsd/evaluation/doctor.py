@@ -35,7 +35,7 @@ DISK_MIB = 500
 class DoctorConfig:
     """Check this machine and a checkpoint for an evaluation; exit status 1 if anything is red."""
 
-    policy: str = "checkpoints/libero_spatial"
+    policy: str = "checkpoints/libero"
     """Checkpoint directory or hub id."""
     device: str = "cpu"
     """Where the policy shall run: cpu, cuda, cuda:1."""

@@ -136,7 +136,7 @@ class TrainPolicyConfig(Training):
 class TrainDrafterConfig(Training):
     """Train another draft for a finished target."""
 
-    policy: str = "checkpoints/libero_spatial"
+    policy: str = "checkpoints/libero"
     """Checkpoint directory or hub id whose target is kept."""
     output: Path = Path("runs/draft")
     """Run folder; the checkpoint with the new draft goes to `checkpoint/` in it."""
