@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rsd import manifest
-from rsd.checkpoint import CONFIG_FILE, LARGE, PROVEN_FILE, WEIGHTS_FILE, load_weights, seal
+from rsd.checkpoint import CONFIG_FILE, LARGE, PROVEN_FILE, WEIGHTS_FILE, gate_of, load_weights, seal
 from rsd.cli import dispatch
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
+from rsd.decoding.gate import SkipRule
 from rsd.json_files import from_json
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
@@ -52,6 +53,16 @@ def test_defaults_come_with_the_checkpoint(policy: RsdPolicy, tmp_path: Path) ->
     assert (loaded.acceptance, loaded.core.decoding.fine) == ("agreement(0.5)", "sequential")
     loaded = RsdPolicy.from_pretrained(tmp_path, acceptance="exact", fine="regress")
     assert (loaded.acceptance, loaded.core.decoding.fine) == ("exact", "regress")
+
+
+def test_a_checkpoint_may_skip_by_a_schedule(policy: RsdPolicy, tmp_path: Path) -> None:
+    RsdPolicy.of(policy.model, policy.tokenizer, replace(policy.config, max_skips=3)).save_pretrained(tmp_path)
+    assert gate_of(tmp_path) == {"skip_schedule": 3}
+    assert RsdPolicy.from_pretrained(tmp_path, decode="rsd-skip").core.decoding.skip == SkipRule.schedule(3)
+    (tmp_path / CALIBRATION_FILE).write_text("{}")  # a damaged one is not passed over
+    manifest.seal(tmp_path)
+    with pytest.raises(RsdError, match=CALIBRATION_FILE):
+        RsdPolicy.from_pretrained(tmp_path, decode="rsd-skip")
 
 
 def sign(checkpoint: Path) -> None:
@@ -150,6 +161,7 @@ CHECKPOINT_DAMAGE: dict[str, tuple[Damage, str]] = {
         "target.layers: expected an integer from 1 to 256, found None",
     ),
     "number": (edited_config(lambda c: c["policy"].update(acceptance=3)), "field acceptance: expected text, found 3"),
+    "no schedule": (edited_config(lambda c: c["policy"].update(max_skips=0)), "field max_skips: expected an integer"),
     "heads": (edited_config(lambda c: c["policy"]["target"].update(heads=3)), "field target: expected heads that divi"),
     "no channels": (edited_config(lambda c: c["policy"]["visual_drafter"].update(channels=[0] * 4)), "channels.0.: ex"),
     "no shrink": (

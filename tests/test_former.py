@@ -21,7 +21,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ROOT / "checkpoints/libero_spatial"
+SHIPPED = ROOT / "checkpoints/libero_object_goal_10"
 ARCHIVED = ROOT / "results/libero_pro"
 
 

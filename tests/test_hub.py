@@ -27,12 +27,12 @@ def test_the_shipped_checkpoints_are_found_from_anywhere(
     asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = locate_checkpoint("checkpoints/libero_spatial")
+    found = locate_checkpoint("checkpoints/libero")
     assert (found / "manifest.json").is_file()
-    (tmp_path / "checkpoints" / "libero_spatial").mkdir(parents=True)  # what lies here comes first
-    assert locate_checkpoint("checkpoints/libero_spatial") == Path("checkpoints/libero_spatial")
+    (tmp_path / "checkpoints" / "libero").mkdir(parents=True)  # what lies here comes first
+    assert locate_checkpoint("checkpoints/libero") == Path("checkpoints/libero")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert locate_checkpoint("~/checkpoints/libero_spatial") == tmp_path / "checkpoints" / "libero_spatial"
+    assert locate_checkpoint("~/checkpoints/libero") == tmp_path / "checkpoints" / "libero"
     assert asked == []
 
 

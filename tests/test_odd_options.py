@@ -18,7 +18,7 @@ from refusals import check, tree
 from rsd import manifest
 from rsd.checks import last_line
 from rsd.data.demonstrations import ActionEpisode
-from rsd.decoding.calibration import FILE_NAME, SkipCalibration
+from rsd.decoding.calibration import FILE_NAME, FORMAT_VERSION, SkipCalibration
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.tokenizer import demonstration_chunks
 from rsd.types import RsdError
@@ -69,6 +69,12 @@ def test_a_tokenizer_that_cannot_be_written_leaves_what_was_there(
     assert tree(tmp_path) == before
 
 
+PROMISED: dict[str, Any] = {
+    **{"threshold": 20.0, "max_skips": 3, "memory_chunks": 1, "score": "expected_deviation_mm", "epsilon_mm": 50.0},
+    **{"alpha": 0.1, "delta": 0.1, "loss": "share", "test": "betting", "p_value": 0.05, "empirical_risk": 0.05},
+    **{"skip_share": 0.5, "episodes": 9, "chunks": 90, "suites": "s", "acceptance": "margin"},
+    "weights_sha256": "0" * 64,
+}
 CALIBRATION: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "suites": (lambda c: c.update(suites=""), "suites: expected names with commas between, found ''"),
     "suites-gap": (lambda c: c.update(suites="libero_10,,x"), "suites: expected"),
@@ -79,7 +85,7 @@ CALIBRATION: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 @pytest.mark.parametrize("case", CALIBRATION)
 def test_a_calibration_of_something_else(case: str, tmp_path: Path) -> None:
     change, expected = CALIBRATION[case]
-    content = json.loads(Path("checkpoints/libero_spatial", FILE_NAME).read_text())
+    content = {**PROMISED, "format_version": FORMAT_VERSION}
     change(content)
     (tmp_path / FILE_NAME).write_text(json.dumps(content))
     with pytest.raises(RsdError, match=expected):

@@ -7,7 +7,7 @@ import pytest
 
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.decoders import DECODERS, names
-from rsd.decoding.gate import SkipRule
+from rsd.decoding.gate import ANY_MM, SkipRule
 from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions, options_of, resolve
 from rsd.types import BEST, RsdError
 
@@ -41,6 +41,15 @@ def test_a_calibration_brings_its_rule_and_a_given_threshold_goes_without_it() -
     assert resolve(missing, DecodeOptions("rsd-fused")).decode == "rsd-fused"  # others need none
     with pytest.raises(RsdError, match="calibrated with acceptance margin and fine regress, found acceptance exact"):
         resolve(CHECKPOINT, DecodeOptions("rsd-skip", acceptance="exact"))
+
+
+def test_without_a_calibration_a_checkpoint_may_keep_a_schedule() -> None:
+    scheduled = replace(CHECKPOINT, calibration=None, max_skips=3)
+    skip = resolve(scheduled, DecodeOptions("rsd-skip")).skip
+    assert skip == SkipRule(ANY_MM, 3, memory_chunks=3)
+    assert skip.target_at_reset
+    assert resolve(scheduled, DecodeOptions("rsd-skip", skip=SkipRule(5.0))).skip == SkipRule(5.0)
+    assert resolve(replace(CHECKPOINT, max_skips=3), DecodeOptions("rsd-skip")).skip == SkipRule(20.0, 3, 1)
 
 
 def test_made_up_acceptance_is_for_measuring_time_alone() -> None:

@@ -13,7 +13,7 @@ from rsd.sim.suites import suite_tasks
 from rsd.types import EAGER, ONNX, Observation
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
-CHECKPOINT, SUITES = CHECKPOINTS / "libero_spatial", CHECKPOINTS / "libero_object_goal_10"
+CHECKPOINT, SUITES = CHECKPOINTS / "libero", CHECKPOINTS / "libero_object_goal_10"
 MAX_BYTES = 65e6  # int8, 57 M parameters
 
 
@@ -105,7 +105,7 @@ def test_exact_acceptance_gives_the_tokens_of_ar_along_an_episode() -> None:
 def test_skipping_solves_a_task_with_less_than_a_pass_a_chunk() -> None:
     """The easiest task (50 of 50 where it was measured); one of two states, since renderers differ in the last bits."""
     env, policy = LiberoEnv("libero_spatial", task_number("between the plate"), image_size=128), load(decode="rsd-skip")
-    assert (load().decode, load().acceptance) == ("rsd-fused", "blind(0.95)")
+    assert (load().decode, load().acceptance) == ("rsd-fused", "blind(0.95,moving)")
     solved, prefills = list[bool](), list[int]()
     try:
         for state in range(2):
@@ -122,7 +122,7 @@ def test_skipping_solves_a_task_with_less_than_a_pass_a_chunk() -> None:
     finally:
         env.close()
     assert any(solved)
-    assert sum(prefills) < 0.5 * len(prefills)  # 0.25 over all tasks
+    assert sum(prefills) < 0.75 * len(prefills)  # 0.4 over all tasks
 
 
 @pytest.mark.simulator

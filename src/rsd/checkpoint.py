@@ -39,7 +39,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.config import RfsqConfig
 from rsd.tokenizer.files import WEIGHTS_FILE as MATRIX_FILE
 from rsd.tokenizer.files import read_tokenizer_json
-from rsd.types import RsdError, Steps
+from rsd.types import Chunks, RsdError, Steps
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, PROVEN_FILE = "config.json", "model.safetensors", "proven.json"
@@ -84,6 +84,7 @@ class OwnDecoding(Checked):
     acceptance: str = PolicyConfig.acceptance
     fine: Fine = PolicyConfig.fine
     execute: Steps | None = None
+    max_skips: Chunks | None = None
 
     def rules(self) -> Rules:
         acceptance_rule(self.acceptance, RfsqConfig())  # raises for what is none
@@ -271,6 +272,23 @@ def long_memory(content: dict[str, Any], asked: int) -> list[str]:
     return [f"its drafter was trained to remember 1 to {trained} chunks, asked to remember {asked}"]
 
 
+def gate_of(directory: Path) -> dict[str, Any]:
+    """What a record says of how `rsd-skip` decides unless it is told a threshold: `skip_calibration`, or
+    `skip_schedule`, chunks in a row; `RsdError` where the checkpoint has neither."""
+    facts = facts_of(directory, read_content(directory))
+    if isinstance(facts.calibration, str):
+        raise RsdError(facts.calibration)
+    if facts.calibration is None:
+        return {"skip_schedule": facts.max_skips}
+    return {"skip_calibration": facts.calibration.to_json()}
+
+
+def gate_memory(directory: Path) -> int:
+    """For how many chunks `rsd-skip` lets the drafter attend to what the target left, unless it is told a threshold."""
+    gate = gate_of(directory)
+    return gate["skip_calibration"]["memory_chunks"] if "skip_calibration" in gate else gate["skip_schedule"]
+
+
 def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] | None:
     """The decoder that evaluations of this very checkpoint proved best and what they found; None if it does not say.
 
@@ -291,13 +309,14 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
 def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
     """What of a checkpoint decides how it may decode; content: its config.json, checked."""
     policy: dict[str, Any] = content["policy"]
-    sizes = policy.keys() - {"acceptance", "fine", "execute"}  # are checked where the weights are read
+    sizes = policy.keys() - {"acceptance", "fine", "execute", "max_skips"}  # are checked where the weights are read
     own = from_json(OwnDecoding, policy, f"{directory / CONFIG_FILE}: policy", ignore=sizes)
-    calibration: SkipCalibration | str
-    try:
-        calibration = load_calibration(directory, content["sha256"][WEIGHTS_FILE])
-    except RsdError as error:  # to be raised where `rsd-skip` is asked for
-        calibration = str(error)
+    calibration: SkipCalibration | str | None = None
+    if own.max_skips is None or (directory / CALIBRATION_FILE).exists():
+        try:
+            calibration = load_calibration(directory, content["sha256"][WEIGHTS_FILE])
+        except RsdError as error:  # to be raised where `rsd-skip` is asked for
+            calibration = str(error)
     return Checkpoint(
         visual_drafter=bool(policy.get("visual_drafter")),
         acceptance=own.acceptance,
@@ -307,6 +326,7 @@ def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
         compact=BACKBONE not in content,
         horizon=read_tokenizer_json(directory / TOKENIZER_FILE).config.horizon,
         execute=own.execute,
+        max_skips=own.max_skips,
     )
 
 

@@ -71,9 +71,10 @@ class Checkpoint:
     """What of a checkpoint decides how it may decode.
 
     visual_drafter: whether it has one. acceptance, fine: its own. proven: the decoder that its own evaluations proved
-    best, and what they found. calibration: for `rsd-skip`; a text says why there is none, None that no directory was
-    asked. code: of its tokens. compact: its models are the compact ones, and not OpenVLA's. horizon: steps of a chunk;
-    execute: how many of them its config.json says are executed, None: all.
+    best, and what they found. calibration: for `rsd-skip`; a text says why there is none, None that none is needed.
+    max_skips: of the schedule that `rsd-skip` keeps then. code: of its tokens. compact: its models are the compact
+    ones, and not OpenVLA's. horizon: steps of a chunk; execute: how many of them its config.json says are executed,
+    None: all.
     """
 
     visual_drafter: bool
@@ -81,6 +82,7 @@ class Checkpoint:
     fine: str
     proven: tuple[str, str] | None = None
     calibration: SkipCalibration | str | None = None
+    max_skips: int | None = None
     code: RfsqConfig = field(default_factory=RfsqConfig)
     compact: bool = True
     horizon: int = CHUNK_SIZE
@@ -118,7 +120,9 @@ def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
         raise RsdError(f"decode {decode!r}: this checkpoint has no visual drafter; use rsd, l1 or ar, or train one")
     acceptance, fine, skip = options.acceptance, options.fine, options.skip
     execute = executed_steps(options.execute or checkpoint.execute, checkpoint.horizon)
-    if DECODERS[decode].gated and skip is None and checkpoint.calibration is not None:
+    if DECODERS[decode].gated and skip is None and checkpoint.max_skips and checkpoint.calibration is None:
+        skip = SkipRule.schedule(checkpoint.max_skips)
+    elif DECODERS[decode].gated and skip is None and checkpoint.calibration is not None:
         skip, acceptance = calibrated(checkpoint.calibration, options)
         check_calibrated_steps(checkpoint, execute)
         fine = "regress"  # every calibration is of that

@@ -149,7 +149,11 @@ class SpeculativePolicy:
         """body: None takes the compact models'; facts: what of the checkpoint decides, None where none was read."""
         runtime = runtime or RuntimeOptions()
         facts = facts or Checkpoint(
-            model.visual_drafter is not None, config.acceptance, config.fine, execute=config.execute
+            model.visual_drafter is not None,
+            config.acceptance,
+            config.fine,
+            execute=config.execute,
+            max_skips=config.max_skips,
         )
         facts = replace(facts, code=tokenizer.config.rfsq, horizon=tokenizer.config.horizon)
         self.decoding = decoding = resolve(facts, options or DecodeOptions())

@@ -88,7 +88,7 @@ HUGE_OF_EVAL = ("--batch", "--threads", "--num-workers", "--seed", "--num-trials
         (["demos", "collect", "--out", "x", "--seed", "-1"], "rsd demos collect: error: --seed: expected an int"),
         (["demos", "collect", "--out", "x", "--tasks", "0", "0"], "rsd demos collect: error: --tasks: expected ea"),
         (["demos", "collect", "--out", "x", "--tasks", "0,a"], "rsd demos collect: error: --tasks: expected numbe"),
-        (["eval", "--output", "checkpoints/libero_spatial/x"], "rsd eval: error: --output checkpoints/libero"),
+        (["eval", "--output", "checkpoints/libero/x"], "rsd eval: error: --output checkpoints/libero"),
         (["serve", "--policy", "x", "--host", "x" * 300], "rsd serve: error: cannot listen at xxx"),
         (["tokenizer", "fit", "--tokenizer.rho", "nan"], "rsd tokenizer fit: error: --tokenizer.rho: expected a numbe"),
         (["eval", "--num-trials", "100000000"], "rsd eval: error: --num-trials: expected an integer from 1 to 1000000"),
@@ -281,7 +281,7 @@ def test_speculative_decoding_is_the_best_mode_of_the_checkpoint_unless_decode_n
 def test_the_best_mode_follows_from_the_options_given() -> None:
     ((run, note),) = plan_runs(arguments(EvalConfig(acceptance="exact")))
     assert run.decode == "rsd-fused"
-    assert note == "checkpoints/libero_spatial decodes by rsd-fused: the best that verifies every chunk"
+    assert note == "checkpoints/libero decodes by rsd-fused: the best that verifies every chunk"
     assert decoder(EvalConfig(skip_threshold_mm=50.0)) == "rsd-skip"
     assert decoder(EvalConfig(temperature=0.5)) == "rsd-fused"
 

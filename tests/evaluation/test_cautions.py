@@ -23,8 +23,8 @@ from rsd.evaluation.cautions import cautions
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate, plan_episodes
 
-SPATIAL, OTHERS = "checkpoints/libero_spatial", "checkpoints/libero_object_goal_10"
-SPATIAL_ONLY, UNSEEN = "trained on libero_spatial, not on ", "its training data holds no demonstration of "
+SHIPPED, OTHERS = "checkpoints/libero", "checkpoints/libero_object_goal_10"
+TAUGHT, UNSEEN = "trained on libero_10, libero_goal, libero_goal_permuted, ", "its training data holds no demonstration of "
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,13 @@ SPATIAL_ONLY, UNSEEN = "trained on libero_spatial, not on ", "its training data 
         ({"control_hz": 20.0}, []),
         ({"policy": OTHERS, "task_suite": "libero_object"}, []),
         ({"policy": OTHERS, "task_suite": "libero_10", "tasks": "0,1"}, []),
-        ({"task_suite": "libero_goal"}, [f"{SPATIAL}: {SPATIAL_ONLY}libero_goal; expect it to fail there"]),
-        ({"task_suite": "libero_spatial_swap"}, [f"{SPATIAL}: {SPATIAL_ONLY}libero_spatial_swap"]),
+        ({"task_suite": "libero_spatial_permuted,libero_object"}, []),
+        ({"decode": "rsd-skip", "task_suite": "libero_object"}, []),  # by a schedule, which promises nothing anywhere
+        (
+            {"policy": OTHERS, "task_suite": "libero_spatial"},
+            [f"{OTHERS}: trained on libero_10, libero_goal, libero_object, not on libero_spatial; expect it to fail"],
+        ),
+        ({"task_suite": "libero_90"}, [f"{SHIPPED}: {TAUGHT}"]),
         (
             {"policy": OTHERS, "task_suite": "libero_10"},
             [f"{OTHERS}: {UNSEEN}tasks 3, 5, 9 of libero_10; --tasks 0,1,2,4,6,7,8"],
@@ -45,16 +50,12 @@ SPATIAL_ONLY, UNSEEN = "trained on libero_spatial, not on ", "its training data 
             {"policy": OTHERS, "task_suite": "libero_10,libero_goal", "tasks": "libero_10:3;libero_goal:1"},
             [f"{OTHERS}: {UNSEEN}task 3 of libero_10"],
         ),
-        ({"control_hz": 10.0}, [f"{SPATIAL}: --control-hz 10: it was taught at 20 actions a second"]),
-        (
-            {"decode": "rsd-skip", "task_suite": "libero_goal"},
-            [f"{SPATIAL_ONLY}libero_goal", "calibrated for libero_spatial, not for libero_goal"],
-        ),
+        ({"control_hz": 10.0}, [f"{SHIPPED}: --control-hz 10: it was taught at 20 actions a second"]),
         ({"decode": "rsd-skip", "skip_threshold_mm": 20.0, "max_skips": 2}, []),
         ({"decode": "rsd-skip", "skip_threshold_mm": 20.0, "memory_chunks": 4}, []),
         (
             {"decode": "rsd-skip", "skip_threshold_mm": 20.0, "memory_chunks": 99},
-            [f"{SPATIAL}: its drafter was trained to remember 1 to 4 chunks, asked to remember 99"],
+            [f"{SHIPPED}: its drafter was trained to remember 1 to 6 chunks, asked to remember 99"],
         ),
         ({"policy": "ws://127.0.0.1:1", "task_suite": "libero_goal"}, []),  # the server's own affair
     ],
@@ -71,14 +72,15 @@ def test_collecting_sealing_and_serving_say_what_the_drafter_does_not_remember(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    expected = "its drafter was trained to remember 1 to 4 chunks, asked to remember 99"
+    expected = "its drafter was trained to remember 1 to 6 chunks, asked to remember 99"
     monkeypatch.setattr(collect, "driving_policy", lambda config: SimpleNamespace(image_size=128))
-    driven = collect.CollectConfig(tmp_path, policy=SPATIAL, policy_decode="rsd-skip", image_size=128)
+    driven = collect.CollectConfig(tmp_path, policy=SHIPPED, policy_decode="rsd-skip", image_size=128)
     collect._check_policy(driven)
     assert capsys.readouterr().err == ""
     collect._check_policy(replace(driven, policy_skip_threshold_mm=20.0, policy_memory_chunks=99))
-    assert capsys.readouterr().err == f"warning: {SPATIAL}: {expected}\n"
-    shutil.copytree(SPATIAL, tmp_path / "copy")
+    assert capsys.readouterr().err == f"warning: {SHIPPED}: {expected}\n"
+    shutil.copytree(SHIPPED, tmp_path / "copy")
+    calibrate(tmp_path / "copy", "libero_goal")
     path = tmp_path / "copy" / CALIBRATION_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "memory_chunks": 99}))
     seal(tmp_path / "copy")

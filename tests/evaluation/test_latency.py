@@ -63,7 +63,7 @@ def one_observation(suite: str, tasks: int, policy: RsdPolicy) -> list[Observati
 
 def test_every_decoder_is_timed_equally_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "observations", one_observation)
-    checkpoint = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
+    checkpoint = Path(__file__).parents[2] / "checkpoints" / "libero"
     output = tmp_path / "latency.json"
     record = measure_latency(LatencyConfig(policy=str(checkpoint), rounds=2, warmup=1, threads=1, output=output))
     assert {name: len(by_stage["total"]) for name, by_stage in record.milliseconds.items()} == dict.fromkeys(
@@ -106,7 +106,7 @@ def test_made_up_acceptance_sets_how_many_passes_are_timed(
 
 def test_the_roofline_is_of_the_work_that_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "observations", one_observation)
-    checkpoint = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
+    checkpoint = Path(__file__).parents[2] / "checkpoints" / "libero"
     config = LatencyConfig(
         policy=str(checkpoint), decode=("l1", "draft-first", "drafter-only"), engine="eager", rounds=2, threads=1
     )
@@ -138,7 +138,7 @@ def test_a_larger_main_takes_longer_and_its_draft_does_not_grow(
 ) -> None:
     monkeypatch.setattr(scaling, "observations", one_observation)
     monkeypatch.setattr(scaling, "available_cores", lambda: 1)  # two threads wait for each other on a busy machine
-    checkpoint, output = Path(__file__).parents[2] / "checkpoints" / "libero_spatial", tmp_path / "scaling.json"
+    checkpoint, output = Path(__file__).parents[2] / "checkpoints" / "libero", tmp_path / "scaling.json"
     config = ScalingConfig(str(checkpoint), sizes=("10M", "32M"), rounds=3, warmup=1, output=output)
     record = measure_scaling(config)
     small, large = record.sizes.values()
@@ -162,7 +162,7 @@ def test_scaling_verifies_as_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.
         return latency.take_turns(policies, *options)
 
     monkeypatch.setattr(scaling, "take_turns", turns)
-    checkpoint = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
+    checkpoint = Path(__file__).parents[2] / "checkpoints" / "libero"
     config = ScalingConfig(str(checkpoint), sizes=("10M",), rounds=1, warmup=1, output=tmp_path / "scaling.json")
     assert measure_scaling(replace(config, acceptance="residual")).config["engine"] == "eager"
     assert verified == {"ar": "", "l1": "", "rsd": "residual", "rsd-fused": "residual", SKIPPED: "residual"}

@@ -110,7 +110,7 @@ def test_a_cluster_that_is_not_there_or_refuses_is_a_line(
 
 
 def test_the_cloud_run_is_the_one_that_was_asked_for() -> None:
-    config = cloud_config("libero_spatial", 3, "False", "checkpoints/libero_spatial", "none", Path("/results"))
+    config = cloud_config("libero_spatial", 3, "False", "checkpoints/libero", "none", Path("/results"))
     assert (config.decode, config.num_trials, str(config.output_dir)) == ("ar", 3, "/results/libero_spatial-ar")
     parts = shard_configs(config, 2)
     assert [str(part.output_dir) for part in parts] == [
@@ -119,7 +119,7 @@ def test_the_cloud_run_is_the_one_that_was_asked_for() -> None:
     ]
     assert {part.hash for part in parts} == {config.hash}
     with pytest.raises(RsdError, match="expected True or False"):
-        cloud_config("libero_spatial", 3, "maybe", "checkpoints/libero_spatial", "none", Path("/results"))
+        cloud_config("libero_spatial", 3, "maybe", "checkpoints/libero", "none", Path("/results"))
     with pytest.raises(RsdError, match="--shards 0"):
         shard_configs(config, 0)
 

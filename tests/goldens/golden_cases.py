@@ -31,7 +31,7 @@ from rsd.training.losses import LossConfig, policy_losses
 from rsd.types import Observation
 
 FOLDER = Path(__file__).parent
-CHECKPOINT = FOLDER.parents[1] / "checkpoints" / "libero_spatial"
+CHECKPOINT = FOLDER.parents[1] / "checkpoints" / "libero"
 OBSERVATIONS, CHUNKS, STATISTICS, TRAINING = (
     FOLDER / name for name in ("observations.npz", "chunks.npz", "statistics.json", "training.json")
 )
@@ -48,7 +48,7 @@ class Case:
 
 
 DECODERS = ("ar", "parallel", "l1", "rsd", "rsd-fused", "rsd-skip", "draft-first", "coarse-only", "drafter-only")
-TOLD = {"acceptance": "residual"}  # the shipped checkpoint's own, which a draft has to be given by name
+TOLD = {"acceptance": "residual"}  # not the shipped own, which is blind(0.95,moving)
 CASES = {name: Case(name, TOLD if name in names(drafts=True) else {}) for name in DECODERS} | {
     "rsd blind": Case("rsd"),  # what is taken unless another is asked for
     "rsd-fused blind": Case("rsd-fused"),

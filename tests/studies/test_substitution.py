@@ -29,7 +29,7 @@ from studies.substitution import (
     spread_frames,
 )
 
-CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "libero_spatial"
+CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "libero"
 
 
 @pytest.fixture(scope="module")

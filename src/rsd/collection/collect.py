@@ -385,11 +385,11 @@ def settings(config: CollectConfig) -> dict[str, Any]:
     everything = {key: value for key, value in dataclasses.asdict(config).items() if key not in unused}
     if config.policy:  # its path may come to hold another one
         # start-up time: most collections need no torch
-        from rsd.checkpoint import checkpoint_hash, load_calibration, locate_checkpoint
+        from rsd.checkpoint import checkpoint_hash, gate_of, locate_checkpoint
 
         everything["policy_sha256"] = checkpoint_hash(config.policy)
         if config.policy_decode == "rsd-skip" and config.skip_rule() is None:
-            everything["skip_calibration"] = load_calibration(locate_checkpoint(config.policy)).to_json()
+            everything |= gate_of(locate_checkpoint(config.policy))
     return _that_matter(json.loads(json.dumps(everything)))
 
 
@@ -409,11 +409,11 @@ def _check_policy(config: CollectConfig) -> None:
         raise RsdError(f"collect: the policy {config.policy} needs images of {size} px, found {config.image_size} px")
     if config.policy_decode == "rsd-skip":
         # start-up time: most collections need no torch
-        from rsd.checkpoint import load_calibration, locate_checkpoint, long_memory, read_content
+        from rsd.checkpoint import gate_memory, locate_checkpoint, long_memory, read_content
 
         directory = locate_checkpoint(config.policy)
         calibrated = config.policy_skip_threshold_mm is None
-        asked = load_calibration(directory).memory_chunks if calibrated else config.policy_memory_chunks
+        asked = gate_memory(directory) if calibrated else config.policy_memory_chunks
         for caution in long_memory(read_content(directory), asked):
             print(f"warning: {config.policy}: {caution}", file=sys.stderr)
 

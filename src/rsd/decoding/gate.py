@@ -9,6 +9,8 @@ from rsd.decoding.calibration import may_skip, most_skips
 from rsd.decoding.state import Draft, EpisodeState, Forecast
 from rsd.types import MAX_SKIPS, MEMORY_CHUNKS, Chunks
 
+ANY_MM = 1e9  # a threshold that whatever is forecast lies below
+
 
 @dataclass(frozen=True)
 class SkipRule(Checked):
@@ -25,6 +27,11 @@ class SkipRule(Checked):
     memory_chunks: Chunks = MEMORY_CHUNKS
     target_at_reset: bool = True
     skips_per_agreement: Chunks | None = None
+
+    @classmethod
+    def schedule(cls, max_skips: int) -> SkipRule:
+        """No gate: the target runs after every max_skips chunks, at resets and where the gripper switches."""
+        return cls(ANY_MM, max_skips, memory_chunks=max_skips)
 
     def forces(self, draft: Draft, state: EpisodeState) -> tuple[bool, ...]:
         """Rows for which the target has to run whatever is forecast."""

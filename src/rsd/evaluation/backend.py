@@ -188,7 +188,7 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         return {**target, "drafter": config.drafter, "drafter_sha256": file_sha256(Path(config.drafter, MANIFEST_FILE))}
     if (found := foreign.identity(config)) is not None:
         return found
-    from rsd.checkpoint import checkpoint_hash, facts_of, load_calibration, locate_checkpoint, read_content
+    from rsd.checkpoint import checkpoint_hash, facts_of, gate_of, locate_checkpoint, read_content
     from rsd.options import executed_steps, resolve
     from rsd.targets.openvla.published import fingerprint, locate_openvla
 
@@ -212,7 +212,7 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         read_corrector(Path(config.corrector), content["sha256"]["model.safetensors"])
         known["corrector_sha256"] = file_sha256(Path(config.corrector, MANIFEST_FILE))
     if config.decode == "rsd-skip" and config.skip_threshold_mm is None:
-        known["skip_calibration"] = load_calibration(directory).to_json()
+        known |= gate_of(directory)
     return known
 
 

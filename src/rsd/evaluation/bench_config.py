@@ -17,7 +17,7 @@ Tries = Annotated[int, between(1, 10_000)]
 class LatencyConfig(Checked):
     """Time decoders of a policy, the first one being the baseline."""
 
-    policy: str = "checkpoints/libero_spatial"
+    policy: str = "checkpoints/libero"
     """Checkpoint directory or hub id."""
     decode: tuple[str, ...] = ("ar", "l1", "parallel", "rsd", "rsd-fused")
     """Decoders, in the order of the columns; any but rsd-skip."""
@@ -57,7 +57,7 @@ class LatencyConfig(Checked):
 class CalibrateConfig(Checked):
     """Fit the skip threshold of a checkpoint: the risk that an executed draft chunk deviates stays under alpha."""
 
-    policy: str = "checkpoints/libero_spatial"
+    policy: str = "checkpoints/libero"
     """Checkpoint directory; the calibration is written into it, if it has none yet or with `overwrite`."""
     task_suite: str = "libero_spatial"
     """Suite of the rollouts, or several with commas between. Each is fitted by itself and the strictest threshold is

@@ -17,7 +17,7 @@ def cautions(config: EvalConfig, suites: bool = True) -> list[str]:
     """One sentence each, none where all is as it was trained and calibrated; none of a policy that is served or
     the user's own, or of a published OpenVLA checkpoint, whose statistics have to name the suite anyway. suites: also
     about those of the run."""
-    from rsd.checkpoint import CONFIG_FILE, load_calibration, locate_checkpoint, long_memory
+    from rsd.checkpoint import CONFIG_FILE, gate_memory, locate_checkpoint, long_memory
     from rsd.targets.openvla.published import locate_openvla
 
     if config.served or config.custom or config.drafter or locate_openvla(config.policy) is not None:
@@ -28,7 +28,7 @@ def cautions(config: EvalConfig, suites: bool = True) -> list[str]:
     found += odd_sizes(content)
     if config.decode == "rsd-skip":
         calibrated = config.skip_threshold_mm is None
-        asked = load_calibration(directory).memory_chunks if calibrated else config.memory_chunks or MEMORY_CHUNKS
+        asked = gate_memory(directory) if calibrated else config.memory_chunks or MEMORY_CHUNKS
         found += long_memory(content, asked)
     if config.control_hz not in (0.0, CONTROL_HZ):
         taught = f"it was taught at {CONTROL_HZ:g} actions a second"
@@ -79,11 +79,12 @@ def odd_sizes(content: dict[str, Any]) -> Iterable[str]:
 
 def unpromised_suites(config: EvalConfig, directory: Path) -> Iterable[str]:
     """Where `rsd-skip` goes by a calibration of other suites."""
-    from rsd.checkpoint import load_calibration
+    from rsd.checkpoint import gate_of
 
     if config.decode != "rsd-skip" or config.skip_threshold_mm is not None:
         return
-    calibrated = load_calibration(directory).suites.split(",")
+    made = gate_of(directory).get("skip_calibration")
+    calibrated = made["suites"].split(",") if made else config.suites  # a schedule promises nothing anywhere
     if beyond := [suite for suite in config.suites if suite not in calibrated]:
         found = f"calibrated for {', '.join(calibrated)}, not for {', '.join(beyond)}, where it promises nothing"
         yield f"rsd-skip: {found}; --audit tells the risk there, `rsd calibrate` makes a promise"

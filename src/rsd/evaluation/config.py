@@ -89,7 +89,7 @@ def asked_rule(acceptance: str) -> str | None:
 class PolicyOptions(Checked):
     """A policy and how it decodes, of every command that runs one."""
 
-    policy: str = "checkpoints/libero_spatial"
+    policy: str = "checkpoints/libero"
     """Checkpoint directory, Hugging Face hub id, module:Class or file.py:Class of a policy of your own, or ws://HOST:PORT
     of any server in openpi's protocol, or lerobot:DIR_OR_ID of a LeRobot policy, which runs in its own environment."""
     decode: str = BEST

@@ -36,7 +36,7 @@ DISK_MIB = 500
 class DoctorConfig:
     """Check this machine and a checkpoint for an evaluation; exit status 1 if anything is red."""
 
-    policy: str = "checkpoints/libero_spatial"
+    policy: str = "checkpoints/libero"
     """Everything that `rsd eval --policy` takes."""
     device: str = "cpu"
     """Where the policy shall run: cpu, cuda, cuda:1."""
@@ -280,10 +280,13 @@ def diagnose(config: DoctorConfig) -> tuple[list[Check], RsdPolicy | None]:
 
 def calibrated(name: str) -> Check:
     """Whether `rsd-skip` can be used: its threshold has to be of these very weights."""
-    from rsd.checkpoint import load_calibration, locate_checkpoint
+    from rsd.checkpoint import load_calibration, locate_checkpoint, read_content
     from rsd.decoding.calibration import FILE_NAME
 
     directory = locate_checkpoint(name)
+    if not (directory / FILE_NAME).is_file() and (most := read_content(directory)["policy"].get("max_skips")):
+        said = f"a plain schedule: rsd-skip takes at most {most} chunks in a row without the target, nothing promised"
+        return Check("skip calibration", "ok", said)
     if not (directory / FILE_NAME).is_file():
         return Check("skip calibration", "warn", "none: rsd-skip is not available", "rsd calibrate makes one")
     found = load_calibration(directory)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from rsd.checks import Checked, Rules, above, between, multiple
-from rsd.types import CAMERAS, Steps
+from rsd.types import CAMERAS, Chunks, Steps
 
 GROUPS = 8  # of GroupNorm in the cameras' encoders
 TEXT_HEADS = 4
@@ -86,8 +86,9 @@ class StandaloneDrafterConfig(Checked):
 @dataclass(frozen=True)
 class PolicyConfig(Checked):
     """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.decoders.rsd`); execute: steps of a
-    chunk that are executed before the next, None: all; without a visual drafter the decoders that need one are
-    refused."""
+    chunk that are executed before the next, None: all; max_skips: chunks in a row for which `rsd-skip` does without the
+    target, whatever is forecast, where nothing is calibrated, None: it needs a calibration; without a visual drafter
+    the decoders that need one are refused."""
 
     target: TargetConfig = field(default_factory=TargetConfig)
     feature_drafter: DrafterConfig = field(default_factory=DrafterConfig)
@@ -95,6 +96,7 @@ class PolicyConfig(Checked):
     acceptance: str = "margin"
     fine: Literal["regress", "sequential"] = "regress"
     execute: Steps | None = None
+    max_skips: Chunks | None = None
 
 
 @dataclass(frozen=True)

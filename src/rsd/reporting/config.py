@@ -16,7 +16,7 @@ SUFFIXES = (".svg", ".png", ".pdf")
 class InspectConfig(Checked):
     """Plot a chunk reconstructed from 1..L levels, and each level's symbols, entropy and utilisation."""
 
-    tokenizer: str = "checkpoints/libero_spatial"
+    tokenizer: str = "checkpoints/libero"
     """Directory with tokenizer.json (a checkpoint is one) or hub id."""
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of demonstrations: HDF5 files (states suffice) or LeRobot data sets."""

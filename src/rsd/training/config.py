@@ -138,7 +138,7 @@ class TrainPolicyConfig(Training):
 class TrainDrafterConfig(Training):
     """Train another draft for a finished target."""
 
-    policy: str = "checkpoints/libero_spatial"
+    policy: str = "checkpoints/libero"
     """Checkpoint directory or hub id whose target is kept."""
     output: Path = Path("runs/draft")
     """Run folder; the checkpoint with the new draft goes to `checkpoint/` in it."""
@@ -159,7 +159,7 @@ class TrainDrafterConfig(Training):
 class TrainCorrectorConfig(Checked):
     """Train a residual head that corrects a policy's stale chunks at every control step (a baseline, A2C2)."""
 
-    policy: str = "checkpoints/libero_spatial"
+    policy: str = "checkpoints/libero"
     """Checkpoint directory or hub id of the policy whose chunks it corrects."""
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of rendered demonstrations; a chunk's age is drawn from the multiples of --every of their rendering."""

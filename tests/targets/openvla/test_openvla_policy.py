@@ -164,7 +164,7 @@ def test_the_image_self_test_finds_a_blind_policy(oft: OpenVlaPolicy, oft_direct
 
 
 def test_the_image_self_test_takes_policies_without_features() -> None:
-    shipped = RsdPolicy.from_pretrained(Path(__file__).parents[3] / "checkpoints" / "libero_spatial", decode="l1")
+    shipped = RsdPolicy.from_pretrained(Path(__file__).parents[3] / "checkpoints" / "libero", decode="l1")
     report = image_self_test(shipped)
     assert (report.passed, report.compared) == (True, "actions")
     assert set(report.relative_change) == {"agentview", "wrist"}
@@ -239,7 +239,7 @@ def test_a_temperature_is_refused(ar_directory: Path) -> None:
 
 
 def test_other_checkpoints_are_not_taken_for_openvla() -> None:
-    assert locate_openvla(Path(__file__).parents[3] / "checkpoints" / "libero_spatial") is None
+    assert locate_openvla(Path(__file__).parents[3] / "checkpoints" / "libero") is None
 
 
 def test_a_hub_checkpoint_is_fetched_with_all_its_files(oft_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
