@@ -24,7 +24,8 @@ from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate, plan_episodes
 
 SHIPPED, OTHERS = "checkpoints/libero", "checkpoints/libero_object_goal_10"
-TAUGHT, UNSEEN = "trained on libero_10, libero_goal, libero_goal_permuted, ", "its training data holds no demonstration of "
+TAUGHT = "trained on libero_10, libero_goal, libero_goal_permuted, "
+UNSEEN = "its training data holds no demonstration of "
 
 
 @pytest.mark.parametrize(
