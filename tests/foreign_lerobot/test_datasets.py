@@ -7,12 +7,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from lerobot.configs.types import FeatureType
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import dataset_to_policy_features
 
 from lerobot_data import FPS, SIDE, episode
 from rsd.data.demonstrations import load_demonstrations
 from rsd.data.lerobot_export import ExportConfig, export
+from rsd.data.lerobot_libero import WORDS
+from rsd.models.text import word_flags
 
 KEYS = ("observation.images.image", "observation.images.image2")
 EPISODES = [episode(number) for number in range(3)]
@@ -39,7 +42,7 @@ def hdf5(folder: Path) -> Path:
 
 @pytest.mark.parametrize("images", ["png", "mp4"])
 def test_lerobots_loader_opens_an_export(images: Literal["png", "mp4"], tmp_path: Path) -> None:
-    output = export(ExportConfig((hdf5(tmp_path / "hdf5"),), tmp_path / "lerobot", images=images))
+    output = export(ExportConfig((hdf5(tmp_path / "hdf5"),), tmp_path / "lerobot", images=images, words=True))
     # torchcodec, the loader's default, wants the system's FFmpeg
     found = LeRobotDataset("local", root=output, video_backend="pyav")
     assert (found.num_episodes, found.num_frames, found.fps) == (3, sum(len(each.state) for each in EPISODES), FPS)
@@ -52,11 +55,13 @@ def test_lerobots_loader_opens_an_export(images: Literal["png", "mp4"], tmp_path
                 np.testing.assert_array_equal(item["observation.state"].numpy(), seen.state[step])
                 np.testing.assert_array_equal(item["action"].numpy(), seen.actions[step])
                 np.testing.assert_array_equal(item["executed_action"].numpy(), seen.actions[step] / 2)
+                np.testing.assert_array_equal(item[WORDS].numpy(), word_flags(seen.task))
                 assert item["task"] == seen.task
                 off = [abs(pixels(item[key]).astype(int) - seen.images[step, i]).mean() for i, key in enumerate(KEYS)]
                 assert max(off) < MOST_OFF[images]
     features = dataset_to_policy_features(found.features)
-    assert set(features) == {*KEYS, "observation.state", "action"}  # what was executed is no input
+    assert set(features) == {*KEYS, "observation.state", WORDS, "action"}  # what was executed is no input
+    assert features[WORDS].type is FeatureType.ENV  # ACT and diffusion take it
     assert features[KEYS[0]].shape == (3, SIDE, SIDE)
     states = np.concatenate([seen.state for seen in EPISODES])
     np.testing.assert_allclose(found.meta.stats["observation.state"]["mean"], states.mean(0), atol=1e-5)

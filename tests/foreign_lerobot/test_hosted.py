@@ -15,6 +15,7 @@ from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot_policy_rsd.hosted import HostedPolicy
 from rsd.evaluation.backend import LIBERO, settle
 from rsd.evaluation.config import EvalConfig
+from rsd.models.text import FLAGS, word_flags
 from rsd.targets.remote.lerobot import RUNNING, Asked, address_of, end
 from rsd.types import Observation, RsdError
 
@@ -24,6 +25,7 @@ INPUTS = {
     **{key: PolicyFeature(FeatureType.VISUAL, (3, SIDE, SIDE)) for key in CAMERAS},
     "observation.state": PolicyFeature(FeatureType.STATE, (8,)),
 }
+WORDS = {"observation.environment_state": PolicyFeature(FeatureType.ENV, (FLAGS,))}
 OUTPUTS = {"action": PolicyFeature(FeatureType.ACTION, (7,))}
 STATS: dict[str, Any] = {
     **{key: {"mean": torch.full((3, 1, 1), 0.4), "std": torch.full((3, 1, 1), 0.2)} for key in CAMERAS},
@@ -36,7 +38,8 @@ STATS["observation.state"]["max"], STATS["action"]["max"] = -STATS["observation.
 def act(**more: Any) -> ACTConfig:
     small = {"dim_model": 32, "n_heads": 2, "dim_feedforward": 32, "n_encoder_layers": 1, "n_vae_encoder_layers": 1}
     options = {"chunk_size": 12, "n_action_steps": 6, "pretrained_backbone_weights": None, **small, **more}
-    return ACTConfig(input_features=INPUTS, output_features=OUTPUTS, device="cpu", push_to_hub=False, **options)
+    inputs = {"input_features": INPUTS, **options}
+    return ACTConfig(**inputs, output_features=OUTPUTS, device="cpu", push_to_hub=False)
 
 
 def diffusion(**more: Any) -> DiffusionConfig:
@@ -59,10 +62,10 @@ def saved(config: Any, directory: Path) -> Path:
     return directory
 
 
-def seen(seed: int, size: int = SIDE) -> Observation:
+def seen(seed: int, size: int = SIDE, instruction: str = "pick up the bowl") -> Observation:
     rng = np.random.default_rng(seed)
     views = rng.integers(1, 256, (2, size, size, 3), dtype=np.uint8)
-    return Observation(views, rng.normal(size=8).astype(np.float32), "pick up the bowl")
+    return Observation(views, rng.normal(size=8).astype(np.float32), instruction)
 
 
 def by_lerobot(directory: Path, observations: list[Observation]) -> np.ndarray:
@@ -79,6 +82,7 @@ def by_lerobot(directory: Path, observations: list[Observation]) -> np.ndarray:
         views = torch.from_numpy(each.images).permute(0, 3, 1, 2).float() / 255
         batch = {key: view[None] for key, view in zip(CAMERAS, views, strict=True)}
         batch |= {"observation.state": torch.from_numpy(each.state)[None], "task": [each.instruction]}
+        batch[next(iter(WORDS))] = torch.from_numpy(word_flags(each.instruction))[None]
         with torch.inference_mode():
             actions.append(after(policy.select_action(before(batch)))[0].numpy())
     return np.stack(actions)
@@ -93,6 +97,18 @@ def test_a_chunk_is_lerobots_own(tmp_path: Path) -> None:
     assert chunk.stats.prefills == 1
     with pytest.raises(RsdError, match="expected at most 12"):
         HostedPolicy(str(tmp_path / "act"), "cpu", 13)
+
+
+def test_one_that_takes_words_is_told_them(tmp_path: Path) -> None:
+    directory = saved(act(input_features={**INPUTS, **WORDS}), tmp_path / "act")
+    policy, asked = HostedPolicy(str(directory), "cpu"), [seen(0), seen(0, instruction="open the drawer")]
+    chunks = [policy.predict([each], [None])[0][0].executed for each in asked]
+    for each, chunk in zip(asked, chunks, strict=True):
+        np.testing.assert_allclose(chunk, by_lerobot(directory, [each] * 6), atol=1e-5)
+    assert abs(chunks[0] - chunks[1]).max() > 1e-4
+    other = {**INPUTS, next(iter(WORDS)): PolicyFeature(FeatureType.ENV, (7,))}
+    with pytest.raises(RsdError, match=r"found observation.environment_state \[7\]"):
+        HostedPolicy(str(saved(act(input_features=other), tmp_path / "other")), "cpu")
 
 
 @pytest.mark.parametrize("kind", ["averaged", "two steps", "one step"])

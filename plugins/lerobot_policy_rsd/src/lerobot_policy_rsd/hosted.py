@@ -18,7 +18,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from lerobot.utils.import_utils import register_third_party_plugins
 from torch import nn
 
@@ -26,6 +26,7 @@ from rsd import hub
 from rsd.checks import ImageSize, checked, told
 from rsd.chunks import environment_ready
 from rsd.manifest import file_sha256
+from rsd.models.text import FLAGS, word_flags
 from rsd.types import ACTION_DIM, STATE_DIM, TARGET_ONLY, ActionChunk, ChunkStats, Observation, RsdError
 
 RENDERED = 256  # pixels a side, of a policy without cameras
@@ -122,6 +123,8 @@ class HostedPolicy:
             if key
         }
         seen |= {OBS_STATE: torch.from_numpy(observation.state.copy())[None], "task": [observation.instruction]}
+        if OBS_ENV_STATE in self.config.input_features:
+            seen[OBS_ENV_STATE] = torch.from_numpy(word_flags(observation.instruction))[None]
         batch = self.before(seen)
         if self.whole:
             chosen = policy.predict_action_chunk(batch)[0]
@@ -181,10 +184,12 @@ def image_size(config: PreTrainedConfig, name: str) -> int:
 
 def check_features(config: PreTrainedConfig, name: str) -> None:
     """`RsdError` for what LIBERO does not have."""
-    known = config.input_features or {}
-    others = [key for key, feature in known.items() if feature.type is not FeatureType.VISUAL and key != OBS_STATE]
-    state, action = known.get(OBS_STATE), (config.output_features or {}).get(ACTION)
-    if others or (state and tuple(state.shape) != (STATE_DIM,)) or not action or tuple(action.shape) != (ACTION_DIM,):
-        found = f"{', '.join(others) or 'none'}, {state and list(state.shape)} and {action and list(action.shape)}"
-        expected = f"no inputs but cameras and a state [{STATE_DIM}], actions [{ACTION_DIM}]"
-        raise RsdError(f"policy {name}: expected {expected}, found other inputs {found}")
+    known, mine = config.input_features or {}, {OBS_STATE: (STATE_DIM,), OBS_ENV_STATE: (FLAGS,)}
+    numbers = {key: tuple(feature.shape) for key, feature in known.items() if feature.type is not FeatureType.VISUAL}
+    others = [f"{key} {list(shape)}" for key, shape in numbers.items() if mine.get(key) != shape]
+    action = (config.output_features or {}).get(ACTION)
+    if others or not action or tuple(action.shape) != (ACTION_DIM,):
+        found = f"{', '.join(others) or 'no others'}, and actions {action and list(action.shape)}"
+        words = f"words [{FLAGS}] ({OBS_ENV_STATE}, of `rsd demos export --words`)"
+        expected = f"cameras, a state [{STATE_DIM}] and {words} at most, actions [{ACTION_DIM}]"
+        raise RsdError(f"policy {name}: expected {expected}, found {found}")
