@@ -62,7 +62,7 @@ class ExportConfig(Checked):
     images: Literal["png", "mp4"] = "png"
     """png: lossless, in the parquet files; mp4: a tenth of the size, 2 grey levels off in the mean."""
     words: bool = False
-    """Also, as observation.environment_state, which words the instruction has: LeRobot's ACT and diffusion read none."""
+    """Also, as observation.environment_state, which words the instruction has, for LeRobot's ACT and diffusion."""
 
     def rules(self) -> Rules:
         yield self.data, "at least one folder of --data", "none"
