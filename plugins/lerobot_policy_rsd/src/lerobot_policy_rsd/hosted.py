@@ -71,9 +71,9 @@ class HostedPolicy:
             raise RsdError(f"policy {name}: LeRobot cannot load it ({type(error).__name__}: {told(error)})") from error
         self.keys, self.image_size = camera_keys(self.config, name), image_size(self.config, name)
         check_features(self.config, name)
-        self.whole = not has_history(self.policy)
+        self.whole = not has_queue(self.policy)
         most = int(getattr(self.config, "n_action_steps", 1))
-        self.horizon = execute or (most if self.whole else 1)
+        self.horizon = execute or (1 if needs_every_step(self.policy) else most)
         self.execute = self.horizon
         longest = int(getattr(self.config, "chunk_size", most)) if self.whole else most
         if self.execute > longest:
@@ -156,11 +156,16 @@ def load(directory: Path, device: str) -> tuple[PreTrainedPolicy, PreTrainedConf
     return policy, config
 
 
-def has_history(policy: PreTrainedPolicy) -> bool:
-    """Whether it has to see every control step: it looks at several, keeps what it saw in a queue, or averages."""
-    config, queues = policy.config, getattr(policy, "_queues", None) or {}
-    averages = getattr(config, "temporal_ensemble_coeff", None) is not None
-    return averages or getattr(config, "n_obs_steps", 1) > 1 or any(key != ACTION for key in queues)
+def needs_every_step(policy: PreTrainedPolicy) -> bool:
+    """Whether it has to see every control step: it looks at several, or averages."""
+    config = policy.config
+    return getattr(config, "temporal_ensemble_coeff", None) is not None or getattr(config, "n_obs_steps", 1) > 1
+
+
+def has_queue(policy: PreTrainedPolicy) -> bool:
+    """Whether it predicts from what its own queue keeps of the observations."""
+    queues = getattr(policy, "_queues", None) or {}
+    return needs_every_step(policy) or any(key != ACTION for key in queues)
 
 
 def camera_keys(config: PreTrainedConfig, name: str) -> tuple[str, str]:
