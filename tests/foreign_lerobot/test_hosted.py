@@ -146,7 +146,7 @@ def test_one_that_remembers_is_asked_every_step_and_sessions_are_apart(tmp_path:
 def test_rsd_starts_it_and_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RSD_LEROBOT_PYTHON", sys.executable)
     directory = saved(act(), tmp_path / "act")
-    config = settle(EvalConfig(policy=f"lerobot:{directory}"))[0]
+    config = settle(EvalConfig(policy=f"lerobot:{directory}", threads=2))[0]
     policy = LIBERO.make_policy(config)
     policy.reset()
     assert policy.image_size == SIDE
@@ -155,7 +155,8 @@ def test_rsd_starts_it_and_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     known = LIBERO.describe_policy(config)
     assert known["type"] == "act"
     assert known["server"]["lerobot"]
-    asked = Asked(config.policy, "cpu", None)
+    assert known["server"]["torch_threads"] == "2"
+    asked = Asked(config.policy, "cpu", None, 2)
     process = RUNNING[asked].process
     assert address_of(asked) == RUNNING[asked].address  # the same one
     policy.close()

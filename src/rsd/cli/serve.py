@@ -85,9 +85,9 @@ class ServeArguments:
 def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(ServeArguments, arguments, prog)
     if options.policy.startswith(LEROBOT) and not options.drafter:
-        refuse_others(options, ("execute", "device"), f"with --policy {options.policy}")
-        line = [*command(Asked(options.policy, options.device, options.execute)), "--host", options.host]
-        os.execv(line[0], [*line, "--port", str(options.port)])
+        refuse_others(options, ("execute", "device", "threads"), f"with --policy {options.policy}")
+        line = command(Asked(options.policy, options.device, options.execute, options.threads))
+        os.execv(line[0], [*line, "--host", options.host, "--port", str(options.port)])
     if options.drafter and options.policy.startswith(("ws://", "wss://", LEROBOT)):
         return run_proxy(options)
     asked = options.evaluated
@@ -158,7 +158,7 @@ def run_proxy(options: ServeArguments) -> int:
     drafter = load_drafter(Path(options.drafter), options.device)
     address = options.policy
     if address.startswith(LEROBOT):
-        address = address_of(Asked(options.policy, options.device, drafter.horizon))
+        address = address_of(Asked(options.policy, options.device, drafter.horizon, options.threads))
     metadata = metadata_at(address)
     drafter.check_belongs(identity_of(metadata))
     skip = drafter.skip_rule(*(getattr(options, name) for name in OF_THE_GATE))
