@@ -19,7 +19,8 @@ from refusals import check
 from rsd.data import lerobot_export
 from rsd.data.demonstrations import action_episodes, folder_provenance, load_demonstrations
 from rsd.data.lerobot_export import ExportConfig, export
-from rsd.data.lerobot_libero import CAMERA_KEYS, TURNS
+from rsd.data.lerobot_libero import CAMERA_KEYS, TURNS, WORDS
+from rsd.models.text import word_flags
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.dataset import FrameDataset
 
@@ -106,7 +107,7 @@ def hdf5(folder: Path, noise: float = 0.0, every: int = 1, side: int = 64, image
 def test_there_and_back(images: str, noise: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lerobot_export, "MEGABYTE", 20)  # several files
     source, output = hdf5(tmp_path / "hdf5", noise), tmp_path / "lerobot"
-    export(ExportConfig((source,), output, images=images))  # type: ignore[arg-type]
+    export(ExportConfig((source,), output, images=images, words=noise > 0))  # type: ignore[arg-type]
     assert len(list(output.glob("data/*/*"))) == 3
     assert (len(list(output.glob("videos/*/*/*"))) > 2) == (images == "mp4")
     before, after = (list(load_demonstrations(folder)) for folder in (source, output))
@@ -114,6 +115,10 @@ def test_there_and_back(images: str, noise: float, tmp_path: Path, monkeypatch: 
         for name in ("state", "actions", "labels"):
             np.testing.assert_array_equal(getattr(again, name), getattr(demo, name))
         assert again.instruction == demo.instruction
+    if noise:
+        said = parquet.read_table(output / "data")[WORDS].to_pylist()
+        expected = [word_flags(demo.instruction) for demo in before for _ in range(len(demo))]
+        np.testing.assert_array_equal(said, expected)
     frames, back = (FrameDataset(demos, 8, torch.device("cpu")) for demos in (before, after))
     assert torch.equal(frames.state, back.state)
     assert torch.equal(frames.chunk, back.chunk)

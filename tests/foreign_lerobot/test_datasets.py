@@ -1,5 +1,8 @@
 """Data sets in both directions: LeRobot's loader opens our export, and we read what LeRobot's own code has written."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,12 +10,17 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from lerobot.configs.types import FeatureType
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import dataset_to_policy_features
 
 from lerobot_data import FPS, SIDE, episode
+from lerobot_policy_rsd.hosted import HostedPolicy
 from rsd.data.demonstrations import load_demonstrations
 from rsd.data.lerobot_export import ExportConfig, export
+from rsd.data.lerobot_libero import WORDS
+from rsd.models.text import word_flags
+from rsd.types import Observation
 
 KEYS = ("observation.images.image", "observation.images.image2")
 EPISODES = [episode(number) for number in range(3)]
@@ -39,7 +47,7 @@ def hdf5(folder: Path) -> Path:
 
 @pytest.mark.parametrize("images", ["png", "mp4"])
 def test_lerobots_loader_opens_an_export(images: Literal["png", "mp4"], tmp_path: Path) -> None:
-    output = export(ExportConfig((hdf5(tmp_path / "hdf5"),), tmp_path / "lerobot", images=images))
+    output = export(ExportConfig((hdf5(tmp_path / "hdf5"),), tmp_path / "lerobot", images=images, words=True))
     # torchcodec, the loader's default, wants the system's FFmpeg
     found = LeRobotDataset("local", root=output, video_backend="pyav")
     assert (found.num_episodes, found.num_frames, found.fps) == (3, sum(len(each.state) for each in EPISODES), FPS)
@@ -52,11 +60,13 @@ def test_lerobots_loader_opens_an_export(images: Literal["png", "mp4"], tmp_path
                 np.testing.assert_array_equal(item["observation.state"].numpy(), seen.state[step])
                 np.testing.assert_array_equal(item["action"].numpy(), seen.actions[step])
                 np.testing.assert_array_equal(item["executed_action"].numpy(), seen.actions[step] / 2)
+                np.testing.assert_array_equal(item[WORDS].numpy(), word_flags(seen.task))
                 assert item["task"] == seen.task
                 off = [abs(pixels(item[key]).astype(int) - seen.images[step, i]).mean() for i, key in enumerate(KEYS)]
                 assert max(off) < MOST_OFF[images]
     features = dataset_to_policy_features(found.features)
-    assert set(features) == {*KEYS, "observation.state", "action"}  # what was executed is no input
+    assert set(features) == {*KEYS, "observation.state", WORDS, "action"}  # what was executed is no input
+    assert features[WORDS].type is FeatureType.ENV  # ACT and diffusion take it
     assert features[KEYS[0]].shape == (3, SIDE, SIDE)
     states = np.concatenate([seen.state for seen in EPISODES])
     np.testing.assert_allclose(found.meta.stats["observation.state"]["mean"], states.mean(0), atol=1e-5)
@@ -94,3 +104,18 @@ def test_what_lerobot_has_written_is_read(kind: str, turned: bool, tmp_path: Pat
         assert demo.instruction == seen.task
         assert demo.images is not None
         assert abs(demo.images.astype(int) - seen.images).mean() < MOST_OFF[kind]
+
+
+def test_lerobots_trainer_takes_an_export_and_rsd_its_policy(tmp_path: Path) -> None:
+    data = export(ExportConfig((hdf5(tmp_path / "hdf5"),), tmp_path / "lerobot", words=True))
+    small = {"dim_model": 32, "n_heads": 2, "dim_feedforward": 32, "n_encoder_layers": 1, "use_vae": "false"}
+    options = {"chunk_size": 12, "n_action_steps": 6, "pretrained_backbone_weights": "null", **small}
+    policy = {"type": "act", "device": "cpu", "push_to_hub": "false", **options}
+    run = {"dataset.repo_id": "local", "dataset.root": data, "output_dir": tmp_path / "run", "steps": 1}
+    run |= {"batch_size": 2, "num_workers": 0, **{f"policy.{key}": value for key, value in policy.items()}}
+    line = [sys.executable, "-m", "lerobot.scripts.lerobot_train", *(f"--{key}={value}" for key, value in run.items())]
+    subprocess.run(line, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
+    trained = HostedPolicy(str(tmp_path / "run/checkpoints/last/pretrained_model"), "cpu")
+    seen = EPISODES[0]
+    (chunk,), _, _ = trained.predict([Observation(seen.images[0], seen.state[0], seen.task)], [None])
+    assert (chunk.actions.shape, chunk.execute, trained.image_size) == ((12, 7), 6, SIDE)

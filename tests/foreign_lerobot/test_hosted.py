@@ -15,6 +15,7 @@ from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot_policy_rsd.hosted import HostedPolicy
 from rsd.evaluation.backend import LIBERO, settle
 from rsd.evaluation.config import EvalConfig
+from rsd.models.text import FLAGS, word_flags
 from rsd.targets.remote.lerobot import RUNNING, Asked, address_of, end
 from rsd.types import Observation, RsdError
 
@@ -24,6 +25,7 @@ INPUTS = {
     **{key: PolicyFeature(FeatureType.VISUAL, (3, SIDE, SIDE)) for key in CAMERAS},
     "observation.state": PolicyFeature(FeatureType.STATE, (8,)),
 }
+WORDS = {"observation.environment_state": PolicyFeature(FeatureType.ENV, (FLAGS,))}
 OUTPUTS = {"action": PolicyFeature(FeatureType.ACTION, (7,))}
 STATS: dict[str, Any] = {
     **{key: {"mean": torch.full((3, 1, 1), 0.4), "std": torch.full((3, 1, 1), 0.2)} for key in CAMERAS},
@@ -36,7 +38,8 @@ STATS["observation.state"]["max"], STATS["action"]["max"] = -STATS["observation.
 def act(**more: Any) -> ACTConfig:
     small = {"dim_model": 32, "n_heads": 2, "dim_feedforward": 32, "n_encoder_layers": 1, "n_vae_encoder_layers": 1}
     options = {"chunk_size": 12, "n_action_steps": 6, "pretrained_backbone_weights": None, **small, **more}
-    return ACTConfig(input_features=INPUTS, output_features=OUTPUTS, device="cpu", push_to_hub=False, **options)
+    inputs = {"input_features": INPUTS, **options}
+    return ACTConfig(**inputs, output_features=OUTPUTS, device="cpu", push_to_hub=False)
 
 
 def diffusion(**more: Any) -> DiffusionConfig:
@@ -59,10 +62,10 @@ def saved(config: Any, directory: Path) -> Path:
     return directory
 
 
-def seen(seed: int, size: int = SIDE) -> Observation:
+def seen(seed: int, size: int = SIDE, instruction: str = "pick up the bowl") -> Observation:
     rng = np.random.default_rng(seed)
     views = rng.integers(1, 256, (2, size, size, 3), dtype=np.uint8)
-    return Observation(views, rng.normal(size=8).astype(np.float32), "pick up the bowl")
+    return Observation(views, rng.normal(size=8).astype(np.float32), instruction)
 
 
 def by_lerobot(directory: Path, observations: list[Observation]) -> np.ndarray:
@@ -79,6 +82,7 @@ def by_lerobot(directory: Path, observations: list[Observation]) -> np.ndarray:
         views = torch.from_numpy(each.images).permute(0, 3, 1, 2).float() / 255
         batch = {key: view[None] for key, view in zip(CAMERAS, views, strict=True)}
         batch |= {"observation.state": torch.from_numpy(each.state)[None], "task": [each.instruction]}
+        batch[next(iter(WORDS))] = torch.from_numpy(word_flags(each.instruction))[None]
         with torch.inference_mode():
             actions.append(after(policy.select_action(before(batch)))[0].numpy())
     return np.stack(actions)
@@ -95,10 +99,31 @@ def test_a_chunk_is_lerobots_own(tmp_path: Path) -> None:
         HostedPolicy(str(tmp_path / "act"), "cpu", 13)
 
 
-@pytest.mark.parametrize("kind", ["averaged", "two steps", "one step"])
+def test_one_that_takes_words_is_told_them(tmp_path: Path) -> None:
+    directory = saved(act(input_features={**INPUTS, **WORDS}), tmp_path / "act")
+    policy, asked = HostedPolicy(str(directory), "cpu"), [seen(0), seen(0, instruction="open the drawer")]
+    chunks = [policy.predict([each], [None])[0][0].executed for each in asked]
+    for each, chunk in zip(asked, chunks, strict=True):
+        np.testing.assert_allclose(chunk, by_lerobot(directory, [each] * 6), atol=1e-5)
+    assert abs(chunks[0] - chunks[1]).max() > 1e-4
+    other = {**INPUTS, next(iter(WORDS)): PolicyFeature(FeatureType.ENV, (7,))}
+    with pytest.raises(RsdError, match=r"found observation.environment_state \[7\]"):
+        HostedPolicy(str(saved(act(input_features=other), tmp_path / "other")), "cpu")
+
+
+def test_one_with_a_queue_of_the_present_alone_gives_its_chunk(tmp_path: Path) -> None:
+    directory = saved(diffusion(n_obs_steps=1), tmp_path / "policy")
+    policy, asked = HostedPolicy(str(directory), "cpu"), [seen(0)] * 4
+    torch.manual_seed(0)
+    (chunk,), _, _ = policy.predict([seen(0)], [None])
+    np.testing.assert_allclose(chunk.executed, by_lerobot(directory, asked), atol=1e-5)
+    assert chunk.stats.prefills == 1
+
+
+@pytest.mark.parametrize("kind", ["averaged", "two steps"])
 def test_one_that_remembers_is_asked_every_step_and_sessions_are_apart(tmp_path: Path, kind: str) -> None:
     averaged = act(n_action_steps=1, temporal_ensemble_coeff=0.01)
-    kinds = {"averaged": averaged, "two steps": diffusion(), "one step": diffusion(n_obs_steps=1)}
+    kinds = {"averaged": averaged, "two steps": diffusion()}
     directory = saved(kinds[kind], tmp_path / "policy")
     policy, steps = HostedPolicy(str(directory), "cpu"), 5
     assert policy.execute == 1
@@ -121,7 +146,7 @@ def test_one_that_remembers_is_asked_every_step_and_sessions_are_apart(tmp_path:
 def test_rsd_starts_it_and_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RSD_LEROBOT_PYTHON", sys.executable)
     directory = saved(act(), tmp_path / "act")
-    config = settle(EvalConfig(policy=f"lerobot:{directory}"))[0]
+    config = settle(EvalConfig(policy=f"lerobot:{directory}", threads=2))[0]
     policy = LIBERO.make_policy(config)
     policy.reset()
     assert policy.image_size == SIDE
@@ -130,7 +155,8 @@ def test_rsd_starts_it_and_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     known = LIBERO.describe_policy(config)
     assert known["type"] == "act"
     assert known["server"]["lerobot"]
-    asked = Asked(config.policy, "cpu", None)
+    assert known["server"]["torch_threads"] == "2"
+    asked = Asked(config.policy, "cpu", None, 2)
     process = RUNNING[asked].process
     assert address_of(asked) == RUNNING[asked].address  # the same one
     policy.close()

@@ -1,9 +1,10 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from rsd.models.text import MAX_WORDS, TextEncoder, word_ids
+from rsd.models.text import FLAGS, MAX_WORDS, TextEncoder, word_flags, word_ids
 from rsd.types import RsdError
 
 
@@ -26,6 +27,15 @@ def test_words_their_order_and_their_number_matter() -> None:
     texts = ["open the drawer", "close the drawer", "the drawer open", "open the drawer drawer", "open"]
     rows = {tuple(row) for row in word_ids(texts).tolist()}
     assert len(rows) == len(texts)
+
+
+def test_flags_say_which_words_are_there() -> None:
+    near, far = (word_flags(f"pick up the bowl {where} the stove") for where in ("next to", "on"))
+    assert near.shape == (FLAGS,)
+    assert (near.sum(), far.sum(), abs(near - far).sum()) == (7, 6, 3)
+    np.testing.assert_array_equal(near, word_flags("Pick up the BOWL, the bowl next to the stove!"))
+    with pytest.raises(RsdError, match="found 0"):
+        word_flags("!")
 
 
 def test_the_same_in_every_process() -> None:

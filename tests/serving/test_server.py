@@ -250,7 +250,7 @@ def test_options_that_belong_to_the_server_are_refused(address: str, tmp_path: P
     assert rsd_policy(served).image_size == 32
     with pytest.raises(RsdError, match="decodes with rsd-skip, asked for is --decode ar"):
         rsd_policy(replace(served, decode="ar"))
-    others = ({"acceptance": "exact"}, {"audit": True}, {"skip_threshold_mm": 5.0}, {"device": "cuda"}, {"batch": 2})
+    others = ({"acceptance": "exact"}, {"audit": True}, {"skip_threshold_mm": 5.0}, {"device": "cuda"}, {"threads": 2})
     for changes in others:
         named = "--" + next(iter(changes)).replace("_", "-")
         with pytest.raises(RsdError, match=f"{named} cannot be chosen here; give it to `rsd serve`"):

@@ -92,6 +92,12 @@ def test_it_is_started_once_and_ends_with_its_parent(python: Callable[[str], Non
     assert address_of(asked) != running.address  # one that died is started anew
 
 
+def test_on_a_cpu_it_is_told_how_many_threads(python: Callable[[str], None]) -> None:
+    python(SERVER.format(python=sys.executable))
+    known = LIBERO.describe_policy(settle(EvalConfig(policy="lerobot:here/act", threads=3))[0])
+    assert known["asked"][2:7] == ["here/act", "--device", "cpu", "--threads", "3"]
+
+
 def test_a_drafter_for_it_decides_with_the_same_process(python: Callable[[str], None], drafter: Drafter) -> None:
     python(SERVER.format(python=sys.executable))
     asked = EvalConfig(policy="lerobot:here/act", drafter=drafter.where)

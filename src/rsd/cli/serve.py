@@ -60,9 +60,9 @@ class ServeArguments(PolicyOptions):
 
 def run(options: ServeArguments) -> None:
     if options.policy.startswith(LEROBOT) and not options.drafter:
-        refuse_others(options, ("execute", "device"), f"with --policy {options.policy}")
-        line = [*command(Asked(options.policy, options.device, options.execute)), "--host", options.host]
-        os.execv(line[0], [*line, "--port", str(options.port)])
+        refuse_others(options, ("execute", "device", "threads"), f"with --policy {options.policy}")
+        line = command(Asked(options.policy, options.device, options.execute, options.threads))
+        os.execv(line[0], [*line, "--host", options.host, "--port", str(options.port)])
     if options.drafter and options.policy.startswith(("ws://", "wss://", LEROBOT)):
         run_proxy(options)
         return
@@ -136,7 +136,7 @@ def run_proxy(options: ServeArguments) -> None:
     drafter = load_drafter(Path(options.drafter), options.device)
     address = options.policy
     if address.startswith(LEROBOT):
-        address = address_of(Asked(options.policy, options.device, drafter.horizon))
+        address = address_of(Asked(options.policy, options.device, drafter.horizon, options.threads))
     metadata = metadata_at(address)
     drafter.check_belongs(identity_of(metadata))
     skip = drafter.skip_rule(*(getattr(options, name) for name in OF_THE_GATE))

@@ -27,11 +27,12 @@ from rsd.conventions import CONTROL_HZ, GRIPPER_CLOSE, GRIPPER_OPEN
 from rsd.data.demonstrations import Demonstration, folder_provenance, load_demonstrations
 from rsd.data.lerobot import EPISODE, FRAME, INFO, OWN, TASK, TASKS, located
 from rsd.data.lerobot_images import VIDEO
-from rsd.data.lerobot_libero import CAMERA_KEYS, EXECUTED, STATE_KEYS, UPRIGHT, check_state
+from rsd.data.lerobot_libero import CAMERA_KEYS, EXECUTED, STATE_KEYS, UPRIGHT, WORDS, check_state
 from rsd.data.lerobot_stats import Statistics
 from rsd.data.schema import check_actions
 from rsd.extras import extra
 from rsd.json_files import write_atomically
+from rsd.models.text import FLAGS, word_flags
 from rsd.output import shown, writing
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 from rsd.versions import versions
@@ -61,6 +62,8 @@ class ExportConfig(Checked):
     """LeRobotDataset v3.0."""
     images: Literal["png", "mp4"] = "png"
     """png: lossless, in the parquet files; mp4: a tenth of the size, 2 grey levels off in the mean."""
+    words: bool = False
+    """Also, as observation.environment_state, which words the instruction has, for LeRobot's ACT and diffusion."""
 
     def rules(self) -> Rules:
         yield self.data, "at least one folder of --data", "none"
@@ -77,7 +80,7 @@ def export(config: ExportConfig) -> Path:
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with writing(output):
-            writer = Writer(temporary, config.images == "mp4", executed)
+            writer = Writer(temporary, config.images == "mp4", executed, config.words)
             everything = (each for folder in config.data for each in load_demonstrations(folder))
             for demonstration in shown(everything, "demonstrations written"):
                 writer.add(demonstration)
@@ -106,7 +109,7 @@ def survey(folders: Iterable[Path]) -> bool:
     return differs
 
 
-def features_of(side: int, videos: bool, executed: bool) -> dict[str, dict[str, Any]]:
+def features_of(side: int, videos: bool, executed: bool, words: bool) -> dict[str, dict[str, Any]]:
     """`features` of info.json, in the order of the columns."""
     picture: dict[str, Any] = {
         "dtype": "video" if videos else "image",
@@ -123,6 +126,7 @@ def features_of(side: int, videos: bool, executed: bool) -> dict[str, dict[str, 
     return {
         **dict.fromkeys(CAMERAS, picture),
         STATE: state,
+        **({WORDS: {"dtype": "float32", "shape": [FLAGS], "names": None}} if words else {}),
         ACTION: action,
         **({EXECUTED: action} if executed else {}),
         "timestamp": {"dtype": "float32", "shape": [1], "names": None},
@@ -132,11 +136,12 @@ def features_of(side: int, videos: bool, executed: bool) -> dict[str, dict[str, 
 
 @dataclass
 class Writer:
-    """Files of a data set, episode by episode. executed: with the feature of that name."""
+    """Files of a data set, episode by episode. executed, words: with the features of these names."""
 
     folder: Path
     videos: bool
     executed: bool
+    words: bool
     episodes: int = 0
     frames: int = 0
     side: int = 0
@@ -166,6 +171,7 @@ class Writer:
         task = self.tasks.setdefault(demonstration.instruction, len(self.tasks))
         values: dict[str, NDArray[Any]] = {
             STATE: demonstration.state,
+            **({WORDS: np.tile(word_flags(demonstration.instruction), (steps, 1))} if self.words else {}),
             ACTION: demonstration.labels,
             **({EXECUTED: demonstration.actions} if self.executed else {}),
             "timestamp": (np.arange(steps) / CONTROL_HZ).astype(np.float32),
@@ -210,7 +216,7 @@ class Writer:
             "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
             if self.videos
             else None,
-            "features": features_of(self.side, self.videos, self.executed),
+            "features": features_of(self.side, self.videos, self.executed, self.words),
         }
         own: dict[str, Any] = {"recorded_by": "`rsd demos export`", "versions": versions(), "sources": sources}
         own |= {"pictures": UPRIGHT, "gripper": [GRIPPER_OPEN, GRIPPER_CLOSE]}  # no reader has to find them out

@@ -41,6 +41,7 @@ CAMERA_KEYS = (  # third person, wrist: the order of rsd.types.CAMERAS
     ("image", "wrist_image"),
 )
 STATE_KEYS = ("observation.state", "state")
+WORDS = "observation.environment_state"  # of `rsd demos export --words`: `word_flags` of the instruction
 EXECUTED = "executed_action"  # of `rsd demos export`: where that is not the label; LeRobot takes no notice of it
 GRIPPER = ACTION_DIM - 1
 FINGERS = slice(STATE_DIM - 2, STATE_DIM)

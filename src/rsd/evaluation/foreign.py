@@ -19,6 +19,7 @@ SKIPPING = "rsd-skip"
 WITH_DRAFTER = (TARGET_ONLY, SKIPPING, DRAFTER_ONLY)
 MINE = ("acceptance", "temperature", "engine", "batch")  # of this package's own models
 OF_THE_GATE = ("skip_threshold_mm", "max_skips", "skips_per_agreement")  # of a distilled drafter's, and an audit
+OF_A_MACHINE = ("device", "threads")  # a server has its own
 OF_A_MEMORY = ("memory_chunks", "target_at_reset")  # of it: a distilled drafter has none, and always looks at reset
 
 
@@ -55,7 +56,7 @@ def served(config: EvalConfig) -> RemotePolicy | OpenpiPolicy:
     remote = served_at(address(config), config.execute)
     theirs = isinstance(remote, OpenpiPolicy)
     mine = MINE if theirs else (*MINE, *OF_THE_GATE, *OF_A_MEMORY, "audit")
-    mine = mine if config.lerobot else (*mine, "device")
+    mine = mine if config.lerobot else (*mine, *OF_A_MACHINE)
     if given := [option(name) for name in mine if getattr(config, name) != getattr(EvalConfig, name)]:
         remote.close()
         remedy = "that server does not know of it" if theirs or config.lerobot else "give it to `rsd serve`"
@@ -72,7 +73,7 @@ def address(config: EvalConfig) -> str:
         return config.policy
     from rsd.targets.remote.lerobot import Asked, address_of
 
-    return address_of(Asked(config.policy, config.device, config.execute))
+    return address_of(Asked(config.policy, config.device, config.execute, config.threads))
 
 
 def custom(config: EvalConfig) -> Policy:
@@ -127,6 +128,6 @@ def alone(config: EvalConfig) -> EvalConfig:
         raise RsdError(f"{found}; leave it out, or distil another")
     mine = [*OF_THE_GATE, "audit"]
     if config.served and not config.lerobot:  # a server has its own
-        mine.append("device")
+        mine += OF_A_MACHINE
     given: dict[str, Any] = {name: getattr(EvalConfig, name) for name in mine}
     return replace(config, drafter="", decode=BEST, execute=horizon, **given)

@@ -18,7 +18,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from lerobot.utils.import_utils import register_third_party_plugins
 from torch import nn
 
@@ -26,6 +26,7 @@ from rsd import hub
 from rsd.checks import ImageSize, checked, told
 from rsd.chunks import environment_ready
 from rsd.manifest import file_sha256
+from rsd.models.text import FLAGS, word_flags
 from rsd.types import ACTION_DIM, STATE_DIM, TARGET_ONLY, ActionChunk, ChunkStats, Observation, RsdError
 
 RENDERED = 256  # pixels a side, of a policy without cameras
@@ -70,9 +71,9 @@ class HostedPolicy:
             raise RsdError(f"policy {name}: LeRobot cannot load it ({type(error).__name__}: {told(error)})") from error
         self.keys, self.image_size = camera_keys(self.config, name), image_size(self.config, name)
         check_features(self.config, name)
-        self.whole = not has_history(self.policy)
+        self.whole = not has_queue(self.policy)
         most = int(getattr(self.config, "n_action_steps", 1))
-        self.horizon = execute or (most if self.whole else 1)
+        self.horizon = execute or (1 if needs_every_step(self.policy) else most)
         self.execute = self.horizon
         longest = int(getattr(self.config, "chunk_size", most)) if self.whole else most
         if self.execute > longest:
@@ -122,6 +123,8 @@ class HostedPolicy:
             if key
         }
         seen |= {OBS_STATE: torch.from_numpy(observation.state.copy())[None], "task": [observation.instruction]}
+        if OBS_ENV_STATE in self.config.input_features:
+            seen[OBS_ENV_STATE] = torch.from_numpy(word_flags(observation.instruction))[None]
         batch = self.before(seen)
         if self.whole:
             chosen = policy.predict_action_chunk(batch)[0]
@@ -153,11 +156,16 @@ def load(directory: Path, device: str) -> tuple[PreTrainedPolicy, PreTrainedConf
     return policy, config
 
 
-def has_history(policy: PreTrainedPolicy) -> bool:
-    """Whether it has to see every control step: it looks at several, keeps what it saw in a queue, or averages."""
-    config, queues = policy.config, getattr(policy, "_queues", None) or {}
-    averages = getattr(config, "temporal_ensemble_coeff", None) is not None
-    return averages or getattr(config, "n_obs_steps", 1) > 1 or any(key != ACTION for key in queues)
+def needs_every_step(policy: PreTrainedPolicy) -> bool:
+    """Whether it has to see every control step: it looks at several, or averages."""
+    config = policy.config
+    return getattr(config, "temporal_ensemble_coeff", None) is not None or getattr(config, "n_obs_steps", 1) > 1
+
+
+def has_queue(policy: PreTrainedPolicy) -> bool:
+    """Whether it predicts from what its own queue keeps of the observations."""
+    queues = getattr(policy, "_queues", None) or {}
+    return needs_every_step(policy) or any(key != ACTION for key in queues)
 
 
 def camera_keys(config: PreTrainedConfig, name: str) -> tuple[str, str]:
@@ -181,10 +189,12 @@ def image_size(config: PreTrainedConfig, name: str) -> int:
 
 def check_features(config: PreTrainedConfig, name: str) -> None:
     """`RsdError` for what LIBERO does not have."""
-    known = config.input_features or {}
-    others = [key for key, feature in known.items() if feature.type is not FeatureType.VISUAL and key != OBS_STATE]
-    state, action = known.get(OBS_STATE), (config.output_features or {}).get(ACTION)
-    if others or (state and tuple(state.shape) != (STATE_DIM,)) or not action or tuple(action.shape) != (ACTION_DIM,):
-        found = f"{', '.join(others) or 'none'}, {state and list(state.shape)} and {action and list(action.shape)}"
-        expected = f"no inputs but cameras and a state [{STATE_DIM}], actions [{ACTION_DIM}]"
-        raise RsdError(f"policy {name}: expected {expected}, found other inputs {found}")
+    known, mine = config.input_features or {}, {OBS_STATE: (STATE_DIM,), OBS_ENV_STATE: (FLAGS,)}
+    numbers = {key: tuple(feature.shape) for key, feature in known.items() if feature.type is not FeatureType.VISUAL}
+    others = [f"{key} {list(shape)}" for key, shape in numbers.items() if mine.get(key) != shape]
+    action = (config.output_features or {}).get(ACTION)
+    if others or not action or tuple(action.shape) != (ACTION_DIM,):
+        found = f"{', '.join(others) or 'no others'}, and actions {action and list(action.shape)}"
+        words = f"words [{FLAGS}] ({OBS_ENV_STATE}, of `rsd demos export --words`)"
+        expected = f"cameras, a state [{STATE_DIM}] and {words} at most, actions [{ACTION_DIM}]"
+        raise RsdError(f"policy {name}: expected {expected}, found {found}")

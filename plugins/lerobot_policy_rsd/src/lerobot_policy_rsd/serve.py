@@ -19,6 +19,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m lerobot_policy_rsd.serve", description=__doc__)
     parser.add_argument("policy", help="a LeRobot policy's directory or hub id")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
+    parser.add_argument("--threads", type=int, help="torch's on a CPU; default: its own, about one a core")
     parser.add_argument("--execute", type=int, help="actions of a chunk to execute; default: its n_action_steps")
     parser.add_argument("--host", default="127.0.0.1", help="who reaches the port drives the robot")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
@@ -29,6 +30,8 @@ def main() -> int:
     try:
         if given.execute is not None and given.execute < 1:
             raise RsdError(f"--execute {given.execute}: expected a number of actions, 1 or more")
+        if given.threads is not None and given.threads < 1:
+            raise RsdError(f"--threads {given.threads}: expected a number of threads, 1 or more")
         serve(given)
     except RsdError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -38,6 +41,8 @@ def main() -> int:
 
 def serve(given: argparse.Namespace) -> None:
     # after --help and the thread that ends it: seconds
+    import torch
+
     from lerobot_policy_rsd.hosted import HostedPolicy
     from rsd.serving.server import PolicyServer, reserve, serve_until_signal
     from rsd.serving.service import versions_on
@@ -45,6 +50,8 @@ def serve(given: argparse.Namespace) -> None:
     print_address = partial(print, file=sys.stdout, flush=True)
     with contextlib.redirect_stdout(sys.stderr):  # what LeRobot prints is not the address
         door = reserve(given.host, given.port)
+        if given.threads:
+            torch.set_num_threads(given.threads)
         policy = HostedPolicy(given.policy, given.device, given.execute)
         versions = {**versions_on(given.device), "lerobot": version("lerobot")}
         serve_until_signal(PolicyServer(policy, policy.identity, versions, door), print_address)

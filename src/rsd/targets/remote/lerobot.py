@@ -28,11 +28,13 @@ ENDS_WITHIN = 10  # seconds, before it is killed
 
 
 class Asked(NamedTuple):
-    """spec: lerobot:DIR_OR_ID; execute: actions of a chunk, None: what the policy says."""
+    """spec: lerobot:DIR_OR_ID; execute: actions of a chunk, None: what the policy says; threads: on a CPU, 0: torch's
+    own default."""
 
     spec: str
     device: str
     execute: int | None
+    threads: int = 0
 
     @property
     def name(self) -> str:
@@ -41,6 +43,7 @@ class Asked(NamedTuple):
     @property
     def options(self) -> list[str]:
         more = [] if self.execute is None else ["--execute", str(self.execute)]
+        more += ["--threads", str(self.threads)] if self.threads and self.device == "cpu" else []
         return [self.name, "--device", self.device, *more]
 
 
