@@ -1,7 +1,8 @@
 """The feedback laws that push: closed fingers in front of a drawer or a door, then along the way it moves; fingers
 that drag a plate along the table.
 
-Nothing is remembered: each action follows from where the hand and the moving part are now.
+Each action follows from where the hand and the moving part are now. Remembered is only how often the arm was kept from
+the place before the push, which then is nearer.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ LEAN = np.radians(35)
 TRAVEL_CLEARANCE = 0.08  # m under the hand, which is thicker when it leans
 EDGE_BELOW, EDGE_IN = 0.02, 0.02  # m of a door's contact under its top and inside its far edge
 MAX_STEPS = 300
+SLOW, SLOW_STEPS, NEARER = 0.0012, 8, 0.6  # m a step, steps; the arm is blocked, this share of the stand-off remains
 PLATE_FLOOR, PRESSED = 0.008, 0.05  # m over the plate's origin, m off its middle
 PRESS, DRAG = 0.005, 0.03  # m that the hand is sent down and along
 
@@ -44,6 +46,10 @@ class Pushing:
 class PushPart(Pushing):
     """The law for one episode of a goal `close` of a drawer's region or of a microwave."""
 
+    def __init__(self, scene: Scene, goal: Goal) -> None:
+        super().__init__(scene, goal)
+        self._stand_off, self._slow_steps, self._last_eef = STAND_OFF, 0, scene.eef
+
     def action(self) -> Vector:
         """The clean action [7] at the present state."""
         if self.scene.env.holds(*self.goal.words):
@@ -56,13 +62,22 @@ class PushPart(Pushing):
         off = float(np.linalg.norm(error - along * way))
         if off < IN_LINE and -BEHIND < along < STAND_OFF + BEHIND and turn_left(scene, rotation) < TURNED:
             return step_towards(scene, error + PAST * way, rotation, GRIPPER_CLOSE)
-        before = error - STAND_OFF * way
-        goal = contact - STAND_OFF * way
+        self._come_nearer()
+        before = error - self._stand_off * way
+        goal = contact - self._stand_off * way
         free = scene.corridor_top(scene.eef, goal, ignore=()) + TRAVEL_CLEARANCE
         away = float(np.linalg.norm(before[:2]))
         before[2] = funnel(away, goal[2], max(free, goal[2]), IN_LINE / 2, 3.0) - scene.eef[2]
         before[:2] *= np.clip(1.0 - (before[2] - 0.010) / 0.030, 0.0, 1.0)
         return step_towards(scene, before, rotation, GRIPPER_CLOSE)
+
+    def _come_nearer(self) -> None:
+        """Shortens the stand-off once the hand no longer moves: something behind holds the arm."""
+        eef = self.scene.eef
+        self._slow_steps = self._slow_steps + 1 if np.linalg.norm(eef - self._last_eef) < SLOW else 0
+        self._last_eef = eef
+        if self._slow_steps >= SLOW_STEPS:
+            self._stand_off, self._slow_steps = NEARER * self._stand_off, 0
 
     def leave(self) -> Vector:
         """The clean action [7] that takes the hand back and up."""
