@@ -39,6 +39,7 @@ OVER_WALLS, SQUARE = 0.01, 0.8  # m of the palm over a compartment's walls; side
 WALL, WALL_DISTANCES = 0.03, np.arange(0.02, 0.09, 0.002)  # m over the floor, m from a point inside
 FROM_ABOVE = 0.018  # m before the middle of a low drawer: the handles above are in the palm's way
 FOOT = 0.02  # m; what is put down touches the highest point within so much of the middle
+ROOM, INSIDE = 0.02, 0.015  # m between a thing and a fixture, of a thing's middle inside the edge of a region
 OPEN_PLACES = (  # what something can be put on or into from above
     "akita_black_bowl",
     "basket_contain_region",
@@ -183,6 +184,8 @@ def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
         return centre, float(centre[2] + PLATE_SURFACE)
     centre = scene.position(name) if name in scene.bodies else scene.site(name)
     centre[0] += goal.ahead
+    if TABLE_REGION.fullmatch(kind(name)):
+        centre[:2] += beside_fixtures(scene, goal, centre[:2])
     if DRAWER.fullmatch(kind(name)) and "_top_" not in name:
         centre -= FROM_ABOVE * scene.moving_part(name).axis
     holder = name if name in scene.bodies else scene.owner(name)
@@ -194,6 +197,22 @@ def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:
         if DRAWER.fullmatch(kind(name)):
             surface = max(surface, _over_drawer(scene, goal))
     return np.array([centre[0], centre[1], surface]), surface
+
+
+def beside_fixtures(scene: Scene, goal: Goal, middle: Vector) -> Vector:
+    """Way [2] from the middle [2] of a region of the table, within the region, to where the target as it is turned now
+    has room beside the fixtures."""
+    outline = scene.vertices(goal.target)[:, :2] - scene.position(goal.target)[:2]
+    low, high = middle + outline.min(axis=0) - ROOM, middle + outline.max(axis=0) + ROOM
+    way = np.zeros(2)
+    for name in (name for name in scene.bodies if name not in scene.movable):
+        box = scene.vertices(name)[:, :2]
+        up, down = box.max(axis=0) - low, high - box.min(axis=0)  # [2] how far to move along each axis, either way
+        least = int(np.argmin(np.minimum(up, down)))
+        if min(up[least], down[least]) > 0.0:
+            way[least] += up[least] if up[least] < down[least] else -down[least]
+    most = np.maximum(scene.region_size(goal.destination)[:2] - INSIDE, 0.0)
+    return np.clip(way, -most, most)
 
 
 def _over_drawer(scene: Scene, goal: Goal) -> float:

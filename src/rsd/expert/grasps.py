@@ -44,6 +44,7 @@ POINTING_DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])  
 SHOULDER_HEIGHT = 0.333  # m above the robot's base
 WRIST_BACK, WRIST_UP = 0.088, 0.204  # m from grip site to wrist, pointing down
 COMFORTABLE_REACH = 0.65  # m shoulder to wrist; beyond, the straight arm is near-singular
+FOLDED_REACH = 0.22  # m; nearer, the elbow is folded to its limit
 MAX_LEAN = np.radians(30)
 MAX_SIDEWAYS_LEAN = np.radians(8)
 
@@ -197,7 +198,11 @@ def wrist_reach(base: Vector, point: Vector, lean: float) -> float:
 
 
 def lean_angle(base: Vector, point: Vector, limit: float) -> float:
-    """How far to lean the fingers outward at `point` so that the wrist stays in comfortable reach (rad)."""
+    """How far to lean the fingers outward at `point` so that the wrist stays in comfortable reach (rad); below 0 inward
+    close to the robot, whatever the limit, so that the elbow is not folded too far."""
+    if wrist_reach(base, point, 0.0) < FOLDED_REACH:
+        inward = -np.arange(0.0, MAX_LEAN, np.radians(1.0))
+        return next((float(lean) for lean in inward if wrist_reach(base, point, lean) >= FOLDED_REACH), -MAX_LEAN)
     leans = np.arange(0.0, limit + 1e-9, np.radians(1.0))
     return next((float(lean) for lean in leans if wrist_reach(base, point, lean) <= COMFORTABLE_REACH), float(limit))
 
