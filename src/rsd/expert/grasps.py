@@ -35,6 +35,7 @@ SPAN_ABOVE_FLOOR = 0.013  # m, grip site; tips off the floor
 SPAN_DIRECTIONS = 72  # candidate angles on the half circle
 WIDTH_STEP = 0.004  # m; widths that differ by less are one to choose from
 WIDEST_SPAN = 0.07
+ALONG_HANDLE = (0.0, -0.02, 0.02, -0.04, -0.06, -0.08)  # m
 LOST = 0.03  # m between the grip site and what it held
 ALLOWED_OVERLAP = 0.004  # m summed over the checked points
 DIRECTIONS = 72  # candidate angles; open bowls try every third
@@ -46,6 +47,7 @@ WRIST_BACK, WRIST_UP = 0.088, 0.204  # m from grip site to wrist, pointing down
 COMFORTABLE_REACH = 0.65  # m shoulder to wrist; beyond, the straight arm is near-singular
 FOLDED_REACH = 0.22  # m; nearer, the elbow is folded to its limit
 MAX_LEAN = np.radians(30)
+LAST_JOINT = 2.75  # rad; its limit is 2.897
 MAX_SIDEWAYS_LEAN = np.radians(8)
 
 
@@ -159,10 +161,12 @@ WHOLE = Span()
 
 @dataclass(frozen=True)
 class SpanGrasp(Grasp):
-    """The fingers on both sides of an object. above: grip site over its lowest point (m)."""
+    """The fingers on both sides of an object. above: grip site over its lowest point (m); along: of the middle along the
+    object's own x axis (m)."""
 
     above: float = SPAN_ABOVE_FLOOR
     span: Span = WHOLE
+    along: float = 0.0
 
     def point(self, scene: Scene, target: str, opening: float = FINGER_OPENING) -> Vector:
         """Over the middle of the outline, as deep as palm and floor allow."""
@@ -172,7 +176,8 @@ class SpanGrasp(Grasp):
         along = vertices[:, :2] @ np.stack([self.direction, across], axis=1)
         middle = (along.min(axis=0) + along.max(axis=0)) / 2
         height = max(high[2] - self.span.below, low[2] + SPAN_ABOVE_FLOOR)
-        return np.array([*(middle[0] * self.direction + middle[1] * across), height])
+        spot = middle[0] * self.direction + middle[1] * across + self.along * scene.rotation(target)[:2, 0]
+        return np.array([*spot, height])
 
     def release_point(self, centre: Vector) -> Vector:
         return centre + np.array([0.0, 0.0, self.above])
@@ -229,6 +234,13 @@ def rotation_vector(rotation: NDArray[np.float64]) -> Vector:
     return vector
 
 
+def turned_back(base: Vector, points: Iterable[Vector], yaw: float) -> bool:
+    """The last joint would reach its limit with the hand, pointing down, at one of the points [3] at that yaw (rad).
+    Half a turn less closes the fingers along the same axis."""
+    bearings = [float(np.arctan2(*(point - base)[1::-1])) for point in points]
+    return max(bearings) + np.pi / 4 - yaw > LAST_JOINT
+
+
 def rim_grasps(rim: Rim = BOWL, walled: bool = False, avoid: tuple[float, ...] = ()) -> Iterator[Grasp]:
     """Grasps of a bowl's or mug's rim in the order of preference.
 
@@ -249,7 +261,8 @@ def rim_grasps(rim: Rim = BOWL, walled: bool = False, avoid: tuple[float, ...] =
 
 
 def span_grasps(scene: Scene, target: str, span: Span = WHOLE, avoid: tuple[float, ...] = ()) -> Iterator[Grasp]:
-    """Grasps across an object: across its narrowest side first, and of those with the least wrist rotation.
+    """Grasps across an object: across its narrowest side first, and of those with the least wrist rotation; across a
+    handle also before and behind its middle.
 
     avoid: as in `rim_grasps`. Raises RsdError for an object that is wider than the hand.
     """
@@ -260,14 +273,16 @@ def span_grasps(scene: Scene, target: str, span: Span = WHOLE, avoid: tuple[floa
     if widths.min() > WIDEST_SPAN:
         raise RsdError(f"{target}: expected something at most {WIDEST_SPAN} m wide, found {widths.min():.3f} m")
 
-    def preference(k: int) -> tuple[bool, int, float, float]:
+    def preference(place: tuple[int, float]) -> tuple[bool, int, float, float, float]:
+        k, along = place
         failed = any(abs(np.cos(angles[k] - other)) > 0.99 for other in avoid)
         grade = int((widths[k] - widths.min()) / WIDTH_STEP)
-        return failed, grade, round(abs(yaw_of(float(angles[k]))), 3), float(angles[k])
+        return failed, grade, abs(along), round(abs(yaw_of(float(angles[k]))), 3), float(angles[k])
 
     above = SpanGrasp(0.0, span=span).point(scene, target)[2] - float(scene.vertices(target)[:, 2].min())
-    ordered = sorted((k for k in range(SPAN_DIRECTIONS) if widths[k] <= WIDEST_SPAN), key=preference)
-    return (SpanGrasp(float(angles[k]), above, span) for k in ordered)
+    narrow = [k for k in range(SPAN_DIRECTIONS) if widths[k] <= WIDEST_SPAN]
+    ordered = sorted(itertools.product(narrow, ALONG_HANDLE if np.isfinite(span.tail) else (0.0,)), key=preference)
+    return (SpanGrasp(float(angles[k]), above, span, along) for k, along in ordered)
 
 
 def choose_grasp(
@@ -312,7 +327,9 @@ def _overlap(scene: Scene, target: str, grasp: Grasp, destination: Vector) -> fl
 
     sides = [side * (FINGER_OPENING / 2 + out) for side in (-1, 1) for out in np.linspace(0.001, 0.027, 7)]
     fingers = grid(sides, np.linspace(-FINGER_HALF_WIDTH, FINGER_HALF_WIDTH, 7))  # dense: drawer walls are thin
-    palm = grid(np.linspace(-PALM_HALF_LENGTH, PALM_HALF_LENGTH, 9), (-PALM_HALF_WIDTH, 0.0, PALM_HALF_WIDTH))
+    dense = isinstance(grasp, SpanGrasp) and np.isfinite(grasp.span.tail)  # beside a pot's spout, thinner than the grid
+    across_palm = np.linspace(-PALM_HALF_WIDTH, PALM_HALF_WIDTH, 9 if dense else 3)
+    palm = grid(np.linspace(-PALM_HALF_LENGTH, PALM_HALF_LENGTH, 17 if dense else 9), across_palm)
     tips, palm_height = centre[2] - TIP_BELOW_SITE, centre[2] + PALM_ABOVE_SITE
     others = scene.heights(np.concatenate([fingers, palm]) + centre[:2], ignore=(target,))
     own = scene.heights(fingers + centre[:2])  # the bowl's floor under the inner finger

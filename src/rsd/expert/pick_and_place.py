@@ -29,6 +29,7 @@ from rsd.expert.grasps import (
     lean_limit,
     rim_grasps,
     span_grasps,
+    turned_back,
 )
 from rsd.expert.motion import Leading, funnel, step_towards, turn_left
 from rsd.expert.scene import Scene, Vector
@@ -68,6 +69,7 @@ class PickAndPlace:
         self._failed: list[float] = []
         self._grasp: Grasp | None = None
         self._walled, self._into_slot, self._turn = False, bool(SLOT.fullmatch(kind(goal.destination))), 0.0
+        self._half_turn = 0.0  # rad, of the hand
         self._grasped_steps = self._closed_steps = self._slow_steps = 0
         self._last_eef, self._aside = scene.eef, 0.0  # m that it moved sideways in the last step
         self._ahead, self._ahead_there = Leading(), Leading()  # of the object, of its destination
@@ -221,6 +223,9 @@ class PickAndPlace:
         there, surface = destination(scene, self.goal)
         spot = np.array([*there[:2], surface])
         self._grasp = choose_grasp(scene, self.target, self._candidates(), spot, self._mode, self._rng)
+        here = self._grasp.point(scene, self.target)
+        points = (here, here + there - scene.position(self.target))
+        self._half_turn = np.pi if turned_back(scene.base, points, self._grasp.yaw) else 0.0
         if self._into_slot:
             self._turn = slot_turn(scene, self.goal, self._grasp.angle)
 
@@ -266,7 +271,7 @@ class PickAndPlace:
         grasp, base = self._grasp, self.scene.base
         # with an object in hand the fingers' heights no longer matter, the reach over its destination does
         limit = MAX_LEAN if grasp is None or self.closed else lean_limit(base, point, grasp.direction)
-        yaw = 0.0 if grasp is None else grasp.yaw
+        yaw = 0.0 if grasp is None else grasp.yaw + self._half_turn
         if grasp is not None and self._into_slot and self._grasped_steps >= GRASPED_STEPS:
             yaw += self._turn
         return hand_rotation(base, point, yaw, limit)
