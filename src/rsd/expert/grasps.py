@@ -161,8 +161,8 @@ WHOLE = Span()
 
 @dataclass(frozen=True)
 class SpanGrasp(Grasp):
-    """The fingers on both sides of an object. above: grip site over its lowest point (m); along: of the middle along the
-    object's own x axis (m)."""
+    """The fingers on both sides of an object. above: grip site over its lowest point (m); along: of the middle, along
+    the object's own x axis (m)."""
 
     above: float = SPAN_ABOVE_FLOOR
     span: Span = WHOLE
