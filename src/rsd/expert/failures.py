@@ -22,5 +22,5 @@ def failure_class(env: LiberoEnv, steps: int) -> str:
         return f"{' '.join(goal.words)}: not moved far enough, {ended}"
     if scene.grasped(goal.target):
         return f"{' '.join(goal.words)}: still held, {ended}"
-    fallen = goal.hold is not WHOLE and scene.rotation(goal.target)[2, 2] < FALLEN_UP
+    fallen = not goal.dragged and goal.hold is not WHOLE and scene.rotation(goal.target)[2, 2] < FALLEN_UP
     return f"{' '.join(goal.words)}: {'fallen over' if fallen else 'not in its place'}, {ended}"
