@@ -23,6 +23,7 @@ EDGE_BELOW, EDGE_IN = 0.02, 0.02  # m of a door's contact under its top and insi
 MAX_STEPS = 300
 SLOW, SLOW_STEPS, NEARER = 0.0012, 8, 0.6  # m a step, steps; the arm is blocked, this share of the stand-off remains
 PLATE_FLOOR, PRESSED = 0.008, 0.05  # m over the plate's origin, m off its middle
+PLATE_RADIUS = 0.07  # m
 PRESS, DRAG = 0.005, 0.03  # m that the hand is sent down and along
 
 
@@ -114,7 +115,8 @@ class PushPart(Pushing):
 
 
 class DragPlate(Pushing):
-    """The law for one goal `on` of a plate and a region of the table: closed fingers press on it and take it along."""
+    """The law for one goal `on` of a plate and a region of the table: closed fingers press on it and take it along,
+    around what stands in the way."""
 
     def action(self) -> Vector:
         """The clean action [7] at the present state."""
@@ -123,7 +125,7 @@ class DragPlate(Pushing):
             return self.leave()
         self._steps += 1
         middle, eef = scene.position(plate), scene.eef
-        left = (scene.site(self.goal.destination) - middle)[:2]
+        left = self._left(middle[:2])
         floor = float(middle[2]) + PLATE_FLOOR + TIP_BELOW_SITE
         rotation = hand_rotation(scene.base, middle, 0.0, MAX_LEAN)
         error = middle - eef
@@ -135,6 +137,20 @@ class DragPlate(Pushing):
         height = funnel(off + 0.1 * turn_left(scene, rotation), floor - 0.005, max(free, floor), IN_LINE, 3.0)
         error[2] = height - eef[2]
         return step_towards(scene, error, rotation, GRIPPER_CLOSE)
+
+    def _left(self, middle: Vector) -> Vector:
+        """Way [2] from the plate's middle [2] to its place, or to beside the first thing that stands before it."""
+        scene, way = self.scene, self.scene.site(self.goal.destination)[:2] - middle
+        nearest = float(np.linalg.norm(way))
+        along, across = way / nearest, np.array([-way[1], way[0]]) / nearest
+        for name in (name for name in scene.movable if name != self.goal.target):
+            outline = scene.vertices(name)[:, :2]
+            thing = (outline.min(axis=0) + outline.max(axis=0)) / 2 - middle
+            room = float(np.ptp(outline, axis=0).max()) / 2 + PLATE_RADIUS
+            if 0.0 < thing @ along < nearest and abs(thing @ across) < room:
+                nearest = float(thing @ along)
+                way = thing - room * float(np.sign(thing @ across)) * across
+        return way
 
     def leave(self) -> Vector:
         """The clean action [7] that lifts the hand off."""
