@@ -23,7 +23,7 @@ EDGE_BELOW, EDGE_IN = 0.02, 0.02  # m of a door's contact under its top and insi
 MAX_STEPS = 300
 SLOW, SLOW_STEPS, NEARER = 0.0012, 8, 0.6  # m a step, steps; the arm is blocked, this share of the stand-off remains
 PLATE_FLOOR, PRESSED = 0.008, 0.05  # m over the plate's origin, m off its middle
-PLATE_RADIUS = 0.07  # m
+PLATE_ROOM = 0.085  # m from the middle of a plate, whose radius is 0.07, to what it goes around
 PRESS, DRAG = 0.005, 0.03  # m that the hand is sent down and along
 
 
@@ -146,7 +146,7 @@ class DragPlate(Pushing):
         for name in (name for name in scene.movable if name != self.goal.target):
             outline = scene.vertices(name)[:, :2]
             thing = (outline.min(axis=0) + outline.max(axis=0)) / 2 - middle
-            room = float(np.ptp(outline, axis=0).max()) / 2 + PLATE_RADIUS
+            room = float(np.ptp(outline, axis=0).max()) / 2 + PLATE_ROOM
             if 0.0 < thing @ along < nearest and abs(thing @ across) < room:
                 nearest = float(thing @ along)
                 way = thing - room * float(np.sign(thing @ across)) * across
