@@ -17,7 +17,7 @@ $(VENV)/.complete: requirements.lock pyproject.toml scripts/make_env.sh
 	@touch $@
 
 eval: env  ## run the shipped policy in LIBERO, target alone, speculative, drafter alone: results/make-eval/report.html
-	$(BIN)/rsd eval --compare --task-suite libero_spatial --num-trials 1 --videos all --max-videos 3 \
+	$(BIN)/rsd eval --compare --task-suite libero_spatial,libero_object_permuted --tasks 0-4 --num-trials 1 --videos all --max-videos 3 \
 		--report --output results/make-eval --overwrite
 
 # These start no simulator and no browser, and need no network.

@@ -63,7 +63,7 @@ def main(
     task_suite: str = "libero_spatial",
     num_trials: int = 50,
     use_speculative_decoding: str = "True",
-    policy: str = "checkpoints/libero_spatial",
+    policy: str = "checkpoints/libero",
     videos: str = "failures",
     shards: int = 4,
 ) -> None:

@@ -32,7 +32,7 @@ class KillTest:
     kills: int = 20
     tasks: str = "0,6"
     num_trials: int = 3
-    policy: str = "checkpoints/libero_spatial"
+    policy: str = "checkpoints/libero"
     num_workers: int = 2
     shortest: float = 3.0
     """Seconds from a start, or from the last kill, to the next kill: at least this."""

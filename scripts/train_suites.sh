@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # A checkpoint like checkpoints/libero_object_goal_10 and its evaluation, on one machine with a GPU: demonstrations of
-# three suites, then one training from the weights of libero_spatial's policy (the one that ships now is larger than the
-# one of then: of its weights those of cameras and words fit). Every step continues where it was
-# interrupted. Usage: train_suites.sh [RUN_FOLDER]; WORKERS, GPUS and MINUTES may be set. The one that ships had two GPUs,
-# each with the batch below.
+# three suites, then one training from the weights of another policy (of those of checkpoints/libero cameras and words
+# fit). Every step continues where it was interrupted. Usage: train_suites.sh [RUN_FOLDER]; WORKERS, GPUS and MINUTES may
+# be set. The one that ships had two GPUs, each with the batch below.
 set -euo pipefail
 run=${1:-runs/suites}
 bin=${BIN:-.venv/bin}
@@ -22,7 +21,7 @@ collect libero_10 100 60
 [ -e "$run/tokenizer/tokenizer.json" ] || "$bin/rsd" tokenizer fit --data "$run"/libero_{goal,object,10}_states --output "$run/tokenizer"
 # shellcheck disable=SC2086
 "$bin/torchrun" --nproc-per-node "${GPUS:-1}" -m rsd train policy --data "$run"/libero_{goal,object,10} \
-    --tokenizer "$run/tokenizer" --init checkpoints/libero_spatial --init-matching --init-fresh $afresh \
+    --tokenizer "$run/tokenizer" --init checkpoints/libero --init-matching --init-fresh $afresh \
     --output "$run/policy" --loop.steps 100000 --loop.minutes "${MINUTES:-4.2}" --loop.batch-size 512 \
     --loop.learning-rate 7e-4 --loop.save-every 500 --loss.blind 0.3
 

@@ -24,7 +24,7 @@ TRUNKS = {  # dim, layers, heads; cameras and words are those of the checkpoint
 class ScalingConfig:
     """Time the decoders with targets of several sizes, random weights."""
 
-    policy: str = "checkpoints/libero_spatial"
+    policy: str = "checkpoints/libero"
     """Checkpoint whose tokenizer, cameras and visual drafter are taken."""
     sizes: tuple[str, ...] = tuple(TRUNKS)
     """Sizes of the target, smallest first."""
@@ -58,7 +58,7 @@ class DeviationConfig:
 
     data: tuple[Path, ...]
     """Folders of rendered demonstrations (HDF5); every n-th episode is taken, as the training held it out."""
-    policy: str = "checkpoints/libero_spatial"
+    policy: str = "checkpoints/libero"
     """Checkpoint directory or hub id."""
     frames: int = 256
     """Frames, evenly spread; one at a time."""

@@ -1,6 +1,6 @@
-"""The tables of several permuted suites and seeds in docs/results.md, from raw results.
+"""The tables of several suites and seeds in docs/results.md, from raw results.
 
-    python -m studies.permuted_suites_page [--results results/permuted_suites] [--parts A B]
+    python -m studies.permuted_suites_page [--results results/permuted_suites] [--parts A B] [--suites libero_10 ...]
 
 A part is a folder of the results: a policy (of one seed) on some states, with one for each decoder. The first table
 is of all parts asked for, the others of one each. Pairs are states that a decoder shares with the target alone in the
@@ -25,7 +25,7 @@ from rsd.reporting.tables import load_run
 from studies.permuted_page import ROWS, against_cell, passes, success_cell
 
 SUITES = tuple(f"libero_{name}_permuted" for name in ("object", "spatial", "goal"))
-HEADER = ["", "object", "spatial", "goal", "together [Wilson 95 %]", "against the target alone", "kept", "passes"]
+TOGETHER = ["together [Wilson 95 %]", "against the target alone", "kept", "passes"]
 
 Key = tuple[str, str, int, int]  # part, suite, task, initial state
 Episodes = dict[Key, EpisodeResult]
@@ -39,6 +39,8 @@ class PermutedSuitesPageConfig:
     """Folder of the parts, or what its archive was made of."""
     parts: tuple[str, ...] = ()
     """Which of them; empty: all."""
+    suites: tuple[str, ...] = SUITES
+    """The columns."""
 
 
 def parts_of(folder: Path) -> tuple[str, ...]:
@@ -67,7 +69,7 @@ def cell(run: Episodes, suite: str, skipping: bool) -> str:
     return f"{solved(some, some)}/{len(some)}" + (f" at {passes(some.values()):.2f}" if skipping else "")
 
 
-def row(name: str, run: Episodes, target: Episodes, drafter: Episodes) -> list[str]:
+def row(name: str, run: Episodes, target: Episodes, drafter: Episodes, suites: tuple[str, ...]) -> list[str]:
     rate, skipping = success_rate(list(run.values())), name.startswith("skip")
     against = kept = ABSENT
     if run is not target:
@@ -76,18 +78,20 @@ def row(name: str, run: Episodes, target: Episodes, drafter: Episodes) -> list[s
     if common := run.keys() & drafter.keys() & target.keys():
         floor = solved(drafter, common)
         kept = f"{(solved(run, common) - floor) / (solved(target, common) - floor):.2f}"
-    suites = [cell(run, suite, skipping) for suite in SUITES]
-    return [ROWS[name], *suites, success_cell(rate), against, kept, f"{passes(run.values()):.2f}"]
+    columns = [cell(run, suite, skipping) for suite in suites]
+    return [ROWS[name], *columns, success_cell(rate), against, kept, f"{passes(run.values()):.2f}"]
 
 
-def table(folder: Path, parts: tuple[str, ...] = ()) -> str:
-    """Of these parts together; without any, of all."""
+def table(folder: Path, parts: tuple[str, ...] = (), suites: tuple[str, ...] = SUITES) -> str:
+    """Of these parts together; without any, of all. suites: its columns."""
     runs = load(folder, parts or parts_of(folder))
-    return markdown(HEADER, [row(name, run, runs["l1"], runs.get("alone", {})) for name, run in runs.items()])
+    header = ["", *(suite.removeprefix("libero_").removesuffix("_permuted") for suite in suites), *TOGETHER]
+    target, drafter = runs["l1"], runs.get("alone", {})
+    return markdown(header, [row(name, run, target, drafter, suites) for name, run in runs.items()])
 
 
 if __name__ == "__main__":
     config = tyro.cli(PermutedSuitesPageConfig)
-    print(table(config.results, config.parts))
+    print(table(config.results, config.parts, config.suites))
     for part in config.parts or parts_of(config.results):
-        print(f"part {part}", table(config.results, (part,)), sep="\n\n")
+        print(f"part {part}", table(config.results, (part,), config.suites), sep="\n\n")

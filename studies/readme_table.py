@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -23,30 +24,28 @@ from rsd.types import RsdError
 from studies.page_tables import latency_record, totals_of
 from studies.permuted_suites_page import load
 
-HEADER = ["`--decode`", "permuted scenes", "stock libero_spatial", "target passes a chunk", "2 CPU cores, ms"]
-HEADER.append("H100, ms (compiled)")
-PARTS = ("after", "after_more")  # of the runs in permuted scenes: one policy, other states
+HEADER = ["`--decode`", "permuted scenes", "stock suites", "target passes a chunk", "2 CPU cores, ms"]
 NOT_MEASURED = "not measured"
+APART = "libero_10"  # too few demonstrations: told beside the table
 
 
 @dataclass(frozen=True)
 class Row:
-    """permuted, stock: its runs, "" for none; timed: the decoder whose p50 counts, "" for the mean of closed loop.
-    notes: behind the cells of success in both, and of the times."""
+    """run: of both parts, "" for none; timed: the decoder whose p50 counts, "" for the mean of closed loop. notes:
+    behind the cells of success in both, and of the times."""
 
     name: str
-    permuted: str
-    stock: str
+    run: str
     timed: str
     notes: tuple[str, str, str] = ("", "", "")
 
 
 ROWS = (
-    Row("`l1`: the target alone, one pass", "l1", "l1", "l1"),
-    Row("`drafter-only`", "alone", "drafter-only", "draft-first", ("", "", " (d)")),
-    Row("`rsd-fused`", "fused_moving", "rsd-fused", "rsd-fused", ("", " (a)", " (a)")),
-    Row("`rsd-skip`", "skip_reset_3", "rsd-skip", "", (" (b)", " (c)", " (c)")),
-    Row("`ar`: the target alone, level by level", "", "ar", "ar"),
+    Row("`l1`: the target alone, one pass", "l1", "l1"),
+    Row("`drafter-only`", "alone", "draft-first", ("", "", " (a)")),
+    Row("`rsd-fused`", "fused_moving", "rsd-fused"),
+    Row("`rsd-skip`", "skip_reset_3", "", ("", " (b)", "")),
+    Row("`ar`: the target alone, level by level", "", "ar"),
 )
 
 
@@ -54,10 +53,8 @@ ROWS = (
 class ReadmeTableConfig:
     """Print the table, or write it."""
 
-    permuted: Path = Path("results/permuted_dagger")
-    """Folder of the parts with runs in permuted scenes, or what its archive was made of."""
-    stock: Path = Path("results/libero_spatial_57M")
-    """The same of the shipped policy's runs."""
+    results: Path = Path("results/one_policy")
+    """Folder with the parts `permuted`, `stock` and `cpu`, or what its archive was made of."""
     readme: Path = Path("README.md")
     """Where the table is."""
     write: bool = False
@@ -70,22 +67,22 @@ def passes(run: list[EpisodeResult]) -> str:
     return f"{sum(episode.prefills + episode.target_passes for episode in run) / chunks:.2g}"
 
 
-def readme_table(permuted: Path, stock: Path) -> str:
+def readme_table(results: Path) -> str:
     """The table, in Markdown. Raises RsdError where a raw result is not there."""
-    records = [latency_record(stock / name) for name in ("cpu/latency.json", "h100/latency-compiled.json")]
-    rows, permuted_runs = [], load(permuted, PARTS)
+    times, rows = dict[str, Any](), list[list[str]]()
+    for name in ("latency", "latency-draft-first"):
+        times |= latency_record(results / f"cpu/{name}.json").milliseconds
+    parts = [load(results, (part,)) for part in ("permuted", "stock")]
     for row in ROWS:
-        runs = [list(permuted_runs[row.permuted].values()) if row.permuted else []]
-        runs.append(list(load_run(stock / "h100" / row.stock).episodes))
+        found = [part[row.run].values() if row.run else [] for part in parts]
+        runs = [[episode for episode in episodes if episode.suite != APART] for episodes in found]
         successes = [success_cell(success_rate(run)) if run else NOT_MEASURED for run in runs]
+        shares = "; ".join(dict.fromkeys(passes(run) for run in runs if run)) or "8"  # a prefill and seven levels
         if row.timed:
-            p50s = [percentiles(record.milliseconds[row.timed]["total"])[0] for record in records]
-            times = [f"{p50:.1f}{row.notes[2]}" for p50 in p50s]
+            time = f"{percentiles(times[row.timed]['total'])[0]:.1f}{row.notes[2]}"
         else:
-            mean = float(np.mean(totals_of(load_run(stock / "cpu" / f"timed-{row.stock}"))))
-            times = [f"mean {mean:.1f}{row.notes[2]}", NOT_MEASURED]
-        found = "; ".join(dict.fromkeys(passes(run) for run in runs if run))
-        rows.append([row.name, successes[0] + row.notes[0], successes[1] + row.notes[1], found, *times])
+            time = f"mean {np.mean(totals_of(load_run(results / 'cpu' / row.run))):.1f}{row.notes[2]}"
+        rows.append([row.name, successes[0] + row.notes[0], successes[1] + row.notes[1], shares, time])
     return markdown(HEADER, rows)
 
 
@@ -99,7 +96,7 @@ def replaced(readme: str, new: str) -> str:
 
 
 def main(config: ReadmeTableConfig) -> None:
-    made = readme_table(config.permuted, config.stock)
+    made = readme_table(config.results)
     if config.write:
         config.readme.write_text(replaced(config.readme.read_text(), made))
     else:

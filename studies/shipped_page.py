@@ -115,7 +115,7 @@ class ShippedPageConfig:
     """Directories in two_sided_late/; the first two are compared against."""
     smaller: Path = Path("results/whole_block/32M")
     """Folder of the smaller target's runs."""
-    checkpoint: Path = Path("checkpoints/libero_spatial/config.json")
+    checkpoint: Path = Path("results/libero_spatial_57M.checkpoint.json")
     """The policy's own record."""
     output: Path = Path("runs/pages/decoding.md")
     """The page."""

@@ -43,7 +43,7 @@ class ThroughputConfig:
     """Episodes per task."""
     init_states: str = "0"
     """As in `rsd eval`: the first initial state, or a list."""
-    policy: str = "checkpoints/libero_spatial"
+    policy: str = "checkpoints/libero"
     """Checkpoint directory or hub id."""
     decode: str = BEST
     """Decoding strategy, as in `rsd eval`."""

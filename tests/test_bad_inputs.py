@@ -172,7 +172,7 @@ COMMANDS_LINE: dict[str, tuple[list[str], str]] = {
     "rho": (["tokenizer", "fit", "--data", "x", "--tokenizer.levels", "60", "--tokenizer.rho", "7"], "levels and rho"),
     "pushes": (["demos", "collect", "--out", "OUT", "--noise.push-steps", "6", "3"], "--noise.push-steps with the"),
     "push-sizes": (["demos", "collect", "--out", "OUT", "--noise.push-size", "1", "0.4"], "--noise.push-size with the"),
-    "seeds": (["expert", "run", "--seeds", "1", "1"], "--seeds to name each once, found 1 1"),
+    "seeds": (["expert", "run", "--seeds", "1", "1"], "--seeds: expected each once, found 1 twice in"),
     "drafter-delay": (["eval", "--decode", "l1", "--drafter-delay", "2", "--output", "OUT"], "unverified drafts with"),
     "motion": (
         ["eval", "--decode", "l1", "--task-suite", "libero_goal", "--motion", "destination", "--output", "OUT"],

@@ -142,7 +142,7 @@ def test_what_is_neither_is_refused(tmp_path: Path) -> None:
     assert dispatch(["inspect", str(tmp_path)]) == 2
 
 
-@pytest.mark.parametrize("name", ["libero_spatial", "libero_object_goal_10"])
+@pytest.mark.parametrize("name", ["libero", "libero_object_goal_10"])
 def test_a_shipped_checkpoint_is_shown_on_one_screen(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["inspect", f"checkpoints/{name}"]) == 0
     printed = capsys.readouterr().out

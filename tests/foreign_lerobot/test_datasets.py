@@ -19,8 +19,8 @@ from lerobot_policy_rsd.hosted import HostedPolicy
 from rsd.data.demonstrations import load_demonstrations
 from rsd.data.lerobot_export import ExportConfig, export
 from rsd.data.lerobot_libero import WORDS
-from rsd.models.text import word_flags
 from rsd.types import Observation
+from rsd.words import word_flags
 
 KEYS = ("observation.images.image", "observation.images.image2")
 EPISODES = [episode(number) for number in range(3)]

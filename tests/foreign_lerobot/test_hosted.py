@@ -15,9 +15,9 @@ from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot_policy_rsd.hosted import HostedPolicy
 from rsd.evaluation.backend import LIBERO, settle
 from rsd.evaluation.config import EvalConfig
-from rsd.models.text import FLAGS, word_flags
 from rsd.targets.remote.lerobot import RUNNING, Asked, address_of, end
 from rsd.types import Observation, RsdError
+from rsd.words import FLAGS, word_flags
 
 SIDE = 64
 CAMERAS = ("observation.images.image", "observation.images.image2")

@@ -32,10 +32,10 @@ from rsd.data.lerobot_stats import Statistics
 from rsd.data.schema import check_actions
 from rsd.extras import extra
 from rsd.json_files import write_atomically
-from rsd.models.text import FLAGS, word_flags
 from rsd.output import shown, writing
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 from rsd.versions import versions
+from rsd.words import FLAGS, word_flags
 
 if TYPE_CHECKING:
     import pyarrow

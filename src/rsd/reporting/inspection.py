@@ -109,8 +109,8 @@ def decoding_rows(directory: Path, content: dict[str, Any], config: Any) -> Rows
         found = load_calibration(directory)
         promise = f"risk <= {found.alpha:g} at confidence {1 - found.delta:g}, epsilon {found.epsilon_mm:g} mm"
         rows.append(("rsd-skip calibrated for", f"{found.suites.replace(',', ', ')}: {promise}"))
-    elif config.max_skips:
-        rows.append(("rsd-skip", f"at most {config.max_skips} chunks in a row without the target, nothing promised"))
+    elif most := content["policy"].get("max_skips"):
+        rows.append(("rsd-skip", f"at most {most} chunks in a row without the target, nothing promised"))
     return rows
 
 

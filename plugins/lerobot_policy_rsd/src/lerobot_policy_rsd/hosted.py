@@ -26,8 +26,8 @@ from rsd import hub
 from rsd.checks import ImageSize, checked, told
 from rsd.chunks import environment_ready
 from rsd.manifest import file_sha256
-from rsd.models.text import FLAGS, word_flags
 from rsd.types import ACTION_DIM, STATE_DIM, TARGET_ONLY, ActionChunk, ChunkStats, Observation, RsdError
+from rsd.words import FLAGS, word_flags
 
 RENDERED = 256  # pixels a side, of a policy without cameras
 FILES = ["*.json", "*.safetensors"]

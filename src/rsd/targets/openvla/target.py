@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from rsd.models.config import TargetConfig, VisualDrafterConfig
 from rsd.models.target import BlockTarget
-from rsd.models.text import MAX_WORDS, TextEncoder
+from rsd.models.text import TextEncoder
 from rsd.models.trunk import KVCache
 from rsd.models.visual_drafter import Memory, VisualDrafter
 from rsd.targets.openvla.llama import Attend, Llama, StaticCache
 from rsd.targets.openvla.model import OpenVlaModel
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import STATE_DIM
+from rsd.words import MAX_WORDS
 
 IMAGE_SIZE = 128  # pixels a side of the visual drafter before the configuration's `shrink`, as in the compact policy
 
