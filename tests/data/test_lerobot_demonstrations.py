@@ -20,9 +20,9 @@ from rsd.data import lerobot_export
 from rsd.data.demonstrations import action_episodes, folder_provenance, load_demonstrations
 from rsd.data.lerobot_export import ExportConfig, export
 from rsd.data.lerobot_libero import CAMERA_KEYS, TURNS, WORDS
-from rsd.models.text import word_flags
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.dataset import FrameDataset
+from rsd.words import word_flags
 
 HALF, FLIPPED, MIRRORED = (TURNS[name] for name in ("turned by 180 degrees", "upside down", "mirrored"))
 ONE, MP4 = Kind(), Kind(images="video")

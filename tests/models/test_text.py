@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from rsd.models.text import FLAGS, MAX_WORDS, TextEncoder, word_flags, word_ids
+from rsd.models.text import TextEncoder, word_ids
 from rsd.types import RsdError
+from rsd.words import FLAGS, MAX_WORDS, word_flags
 
 
 def test_case_punctuation_and_spaces_do_not_matter() -> None:
