@@ -12,7 +12,7 @@ import torch
 
 from rsd.conventions import CHUNK_SIZE
 from rsd.models.target import STATE_FEATURES
-from rsd.models.text import BUCKETS, MAX_WORDS
+from rsd.models.text import BUCKETS
 from rsd.targets.openvla.lora import LoraConfig
 from rsd.targets.openvla.model import OpenVlaModel
 from rsd.targets.openvla.rsd_policy import OpenVlaRsdConfig
@@ -22,6 +22,7 @@ from rsd.training.dataset import Batch
 from rsd.training.loop import LoopConfig, optimiser_of
 from rsd.training.losses import LossConfig, policy_losses
 from rsd.training.openvla import Trainee, prepare
+from rsd.words import MAX_WORDS
 from studies.openvla.bench_cases import MOTION_DIM, Case, Inputs, Pass, full_config, ideal_ms, random_model
 
 if TYPE_CHECKING:
