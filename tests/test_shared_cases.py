@@ -103,7 +103,7 @@ def test_what_strangers_brought(
         )
         size = tiny_config.target.image_size
         with pytest.raises(RsdError, match=f"^[^\n]*{re.escape(expected)}") if expected else contextlib.nullcontext():
-            training, held_out = load_frames(config, tokenizer, torch.device("cpu"), size, 8, paired=False)
+            training, held_out = load_frames(config, tokenizer, torch.device("cpu"), size, 8)
             assert len(training) + len(held_out) > 200
         return
     command = ["tokenizer", "fit", "--data", str(data), "--output", str(tmp_path / "out")]

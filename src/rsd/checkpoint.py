@@ -283,9 +283,8 @@ def gate_of(directory: Path) -> dict[str, Any]:
     return {"skip_calibration": facts.calibration.to_json()}
 
 
-def gate_memory(directory: Path) -> int:
-    """For how many chunks `rsd-skip` lets the drafter attend to what the target left, unless it is told a threshold."""
-    gate = gate_of(directory)
+def gate_memory(gate: dict[str, Any]) -> int:
+    """`gate_of` -> for how many chunks the drafter attends to what the target left."""
     return gate["skip_calibration"]["memory_chunks"] if "skip_calibration" in gate else gate["skip_schedule"]
 
 

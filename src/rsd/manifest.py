@@ -88,6 +88,14 @@ def verify(directory: Path) -> Manifest | None:
     return manifest
 
 
+def verify_made(directory: Path, name: str, said: str, command: str) -> None:
+    """`verify` of a directory with the file `name` that a command writes; said: what a message calls the directory."""
+    if not (directory / name).is_file():
+        found = "one without" if directory.is_dir() else "none"
+        raise RsdError(f"{said}: expected a directory with {name} ({command}), found {found}")
+    verify(directory)
+
+
 def seal(directory: Path, only: Iterable[str] | None = None) -> Manifest:
     """Write the manifest of the files as they are; only: of these alone, the others stay as the manifest has them."""
     names = set(checkpoint_files(directory) if only is None else only)

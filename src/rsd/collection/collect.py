@@ -409,11 +409,11 @@ def _check_policy(config: CollectConfig) -> None:
         raise RsdError(f"collect: the policy {config.policy} needs images of {size} px, found {config.image_size} px")
     if config.policy_decode == "rsd-skip":
         # start-up time: most collections need no torch
-        from rsd.checkpoint import gate_memory, locate_checkpoint, long_memory, read_content
+        from rsd.checkpoint import gate_memory, gate_of, locate_checkpoint, long_memory, read_content
 
         directory = locate_checkpoint(config.policy)
         calibrated = config.policy_skip_threshold_mm is None
-        asked = gate_memory(directory) if calibrated else config.policy_memory_chunks
+        asked = gate_memory(gate_of(directory)) if calibrated else config.policy_memory_chunks
         for caution in long_memory(read_content(directory), asked):
             print(f"warning: {config.policy}: {caution}", file=sys.stderr)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from rsd.conventions import CONTROL_HZ
@@ -17,19 +16,19 @@ def cautions(config: EvalConfig, suites: bool = True) -> list[str]:
     """One sentence each, none where all is as it was trained and calibrated; none of a policy that is served or
     the user's own, or of a published OpenVLA checkpoint, whose statistics have to name the suite anyway. suites: also
     about those of the run."""
-    from rsd.checkpoint import CONFIG_FILE, gate_memory, locate_checkpoint, long_memory
+    from rsd.checkpoint import CONFIG_FILE, gate_memory, gate_of, locate_checkpoint, long_memory
     from rsd.targets.openvla.published import locate_openvla
 
     if config.served or config.custom or config.drafter or locate_openvla(config.policy) is not None:
         return []
     directory = locate_checkpoint(config.policy)
     content = json.loads((directory / CONFIG_FILE).read_text())
-    found = [*unseen_tasks(config, content), *unpromised_suites(config, directory)] if suites else []
+    # read once: the weights are hashed for it
+    gate = gate_of(directory) if config.decode == "rsd-skip" and config.skip_threshold_mm is None else {}
+    found = [*unseen_tasks(config, content), *unpromised_suites(config, gate)] if suites else []
     found += odd_sizes(content)
     if config.decode == "rsd-skip":
-        calibrated = config.skip_threshold_mm is None
-        asked = gate_memory(directory) if calibrated else config.memory_chunks or MEMORY_CHUNKS
-        found += long_memory(content, asked)
+        found += long_memory(content, gate_memory(gate) if gate else config.memory_chunks or MEMORY_CHUNKS)
     if config.control_hz not in (0.0, CONTROL_HZ):
         taught = f"it was taught at {CONTROL_HZ:g} actions a second"
         found.append(f"--control-hz {config.control_hz:g}: {taught}, which is LIBERO's rate")
@@ -77,13 +76,9 @@ def odd_sizes(content: dict[str, Any]) -> Iterable[str]:
         yield f"looks at images of {size} pixels, trained on {', '.join(map(str, sorted(trained)))}"
 
 
-def unpromised_suites(config: EvalConfig, directory: Path) -> Iterable[str]:
-    """Where `rsd-skip` goes by a calibration of other suites."""
-    from rsd.checkpoint import gate_of
-
-    if config.decode != "rsd-skip" or config.skip_threshold_mm is not None:
-        return
-    made = gate_of(directory).get("skip_calibration")
+def unpromised_suites(config: EvalConfig, gate: dict[str, Any]) -> Iterable[str]:
+    """Where `rsd-skip` goes by a calibration of other suites; gate: see `gate_of`, empty where it does not."""
+    made = gate.get("skip_calibration")
     calibrated = made["suites"].split(",") if made else config.suites  # a schedule promises nothing anywhere
     if beyond := [suite for suite in config.suites if suite not in calibrated]:
         found = f"calibrated for {', '.join(calibrated)}, not for {', '.join(beyond)}, where it promises nothing"

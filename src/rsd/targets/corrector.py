@@ -47,11 +47,7 @@ def save_corrector(model: ChunkCorrector, stored: StoredCorrector, directory: Pa
 
 def read_corrector(directory: Path, target_sha256: str) -> StoredCorrector:
     """What its corrector.json says; `RsdError` for anything but such a directory, whole and of that target."""
-    if not (directory / FILE_NAME).is_file():
-        found = "one without" if directory.is_dir() else "none"
-        expected = f"a directory with {FILE_NAME} (rsd train corrector)"
-        raise RsdError(f"--corrector {directory}: expected {expected}, found {found}")
-    manifest.verify(directory)
+    manifest.verify_made(directory, FILE_NAME, f"--corrector {directory}", "rsd train corrector")
     content = read_versioned(directory / FILE_NAME, "corrector", FORMAT_VERSION, "train it again")
     stored = from_json(StoredCorrector, content, str(directory / FILE_NAME), ignore=("format_version",))
     if stored.target_sha256 != target_sha256:

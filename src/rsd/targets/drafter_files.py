@@ -58,11 +58,7 @@ class StoredDrafter(Checked):
 
 def read_drafter(directory: Path) -> StoredDrafter:
     """What its drafter.json says; `RsdError` for anything but such a directory, whole and unchanged."""
-    if not (directory / FILE_NAME).is_file():
-        found = "one without" if directory.is_dir() else "none"
-        expected = f"a directory with {FILE_NAME} (rsd drafter distil)"
-        raise RsdError(f"drafter {directory}: expected {expected}, found {found}")
-    manifest.verify(directory)
+    manifest.verify_made(directory, FILE_NAME, f"drafter {directory}", "rsd drafter distil")
     content = read_versioned(directory / FILE_NAME, "drafter", FORMAT_VERSION, "distil it again")
     stored = from_json(StoredDrafter, content, str(directory / FILE_NAME), ignore=("format_version",))
     if stored.calibration is not None:

@@ -15,11 +15,10 @@ from rsd.models.target import TargetModel
 from rsd.policy import RsdPolicy
 from rsd.targets.corrector import StoredCorrector, save_corrector
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.training import parallel
 from rsd.training.config import Augmentation, TrainCorrectorConfig
-from rsd.training.dataset import FrameDataset, held_against
+from rsd.training.dataset import FrameDataset
 from rsd.training.loop import check_state, one_run_a_folder, train_and_save
-from rsd.training.policy import data_provenance, load_folders, resolve_device, split
+from rsd.training.policy import data_provenance, in_one_process, load_frames
 from rsd.types import EAGER, RsdError
 
 MAX_FRAMES, ROWS = 1024, 128  # of the validation: frames at most, and of them at once
@@ -28,20 +27,13 @@ MAX_FRAMES, ROWS = 1024, 128  # of the validation: frames at most, and of them a
 @one_run_a_folder
 def train_corrector(config: TrainCorrectorConfig) -> Path:
     """Run the training; returns the corrector's directory."""
-    if parallel.launched():
-        raise RsdError("train corrector: runs in one process; drop torchrun")
-    device = resolve_device(config.device)
+    device = in_one_process("train corrector", config.device)
     check_state(config)
     source = RsdPolicy.from_pretrained(config.policy, decode="l1", engine=EAGER)
     target, tokenizer = source.model.target.to(device).requires_grad_(False), source.tokenizer.to(device)
     if not isinstance(target, TargetModel):
         raise RsdError(f"train corrector: expected a compact policy, found {config.policy} on OpenVLA")
-    everything = held_against(tokenizer, load_folders(config.data, image_size=target.config.image_size))
-    tokenizer = tokenizer.to(device)
-    parts, horizon, side = split(everything, config.validation_every), target.horizon, target.config.image_size
-    dataset, validation = (FrameDataset(part, horizon, device, side, asking=False) for part in parts)
-    dataset.check(config.loop.batch_size, None, config.augment)
-    print(f"{dataset.episodes} demonstrations, {len(dataset)} frames; held out {validation.episodes}")
+    dataset, validation = load_frames(config, tokenizer, device, target.config.image_size, target.horizon)
     torch.manual_seed(config.loop.seed)
     model = ChunkCorrector(config.corrector, target).to(device)
 

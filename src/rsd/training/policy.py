@@ -25,7 +25,7 @@ from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
 from rsd.training import parallel
-from rsd.training.config import DEFAULT_TOKENIZER, TrainDrafterConfig, TrainPolicyConfig
+from rsd.training.config import DEFAULT_TOKENIZER, TrainCorrectorConfig, TrainDrafterConfig, TrainPolicyConfig
 from rsd.training.dataset import Batch, FrameDataset, held_against
 from rsd.training.loop import check_state, one_run_a_folder, train_and_save
 from rsd.training.losses import TargetRun, draft_losses, policy_losses, visual_drafter_losses, visual_total
@@ -45,7 +45,8 @@ def train_policy(config: TrainPolicyConfig) -> Path:
     tokenizer = choose_tokenizer(config, start).to(device)
     execute = executed_steps(config.policy.execute, tokenizer.config.horizon, "--policy.execute")
     visual, side = config.policy.visual_drafter is not None, config.policy.target.image_size
-    dataset, validation = load_frames(config, tokenizer, device, side, execute, paired=visual)
+    remembered, asking = config.remembered_chunks if visual else None, config.loss.grounding > 0
+    dataset, validation = load_frames(config, tokenizer, device, side, execute, remembered, asking)
 
     torch.manual_seed(config.loop.seed)
     model = RsdModel.of(config.policy, tokenizer).to(device)
@@ -56,8 +57,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
         model.target.state_std.copy_(dataset.state.std(0) + 1e-3)
 
     def losses() -> dict[str, Tensor]:
-        remembered, asking = config.remembered_chunks if visual else 0, config.loss.grounding > 0
-        batch = dataset.draw_batch(config.loop.batch_size, remembered, config.augment, asking)
+        batch = dataset.draw_batch(config.loop.batch_size, remembered or 0, config.augment, asking)
         return policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, config.loss)
 
     def save(ema: RsdModel, provenance: dict[str, Any], directory: Path) -> None:
@@ -124,20 +124,20 @@ def load_folders(folders: Iterable[Path], images: bool = True, image_size: int =
 
 
 def load_frames(
-    config: TrainPolicyConfig | TrainDrafterConfig,
+    config: TrainPolicyConfig | TrainDrafterConfig | TrainCorrectorConfig,
     tokenizer: ActionTokenizer,
     device: torch.device,
     image_size: int,
     execute: int,
-    paired: bool,
+    remembered: int | None = None,
+    asking: bool = False,
 ) -> tuple[FrameDataset, FrameDataset]:
-    """What is trained on and what is held out, all of it checked; paired: batches will be of pairs of frames,
-    a number of chunks apart of which `execute` steps are executed."""
+    """What is trained on and what is held out, all of it checked; remembered: batches will be of pairs of frames, up to
+    so many chunks apart of which `execute` steps are executed, None: of single ones; asking: see `FrameDataset`."""
     everything = held_against(tokenizer, load_folders(config.data, image_size=image_size))
     parts, horizon = split(everything, config.validation_every), tokenizer.config.horizon
-    asking = config.loss.grounding > 0
     training, validation = (FrameDataset(part, horizon, device, image_size, execute, asking) for part in parts)
-    training.check(config.loop.batch_size, config.remembered_chunks if paired else None, config.augment)
+    training.check(config.loop.batch_size, remembered, config.augment)
     print(f"{training.episodes} demonstrations, {len(training)} frames; held out {validation.episodes}")
     return training, validation
 
@@ -177,12 +177,17 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(f"cuda:{parallel.local_rank()}" if name == "cuda" else name)
 
 
+def in_one_process(command: str, device: str) -> torch.device:
+    """The device of a training that `torchrun` cannot spread; `RsdError` if it has started this one."""
+    if parallel.launched():
+        raise RsdError(f"{command}: runs in one process; drop torchrun")
+    return resolve_device(device)
+
+
 @one_run_a_folder
 def train_drafter(config: TrainDrafterConfig) -> Path:
     """Run the training; returns the checkpoint directory."""
-    if parallel.launched():
-        raise RsdError("train drafter: runs in one process; drop torchrun")
-    device = resolve_device(config.device)
+    device = in_one_process("train drafter", config.device)
     check_state(config)
     source = RsdPolicy.from_pretrained(config.policy, decode="ar", engine=EAGER)
     if not source.core.body.compact:
@@ -191,12 +196,13 @@ def train_drafter(config: TrainDrafterConfig) -> Path:
     torch.manual_seed(config.loop.seed)
     model, policy = with_draft(source, config)
     side = source.config.target.image_size
-    dataset, validation = load_frames(config, tokenizer, device, side, source.execute, paired=visual)
+    remembered, asking = config.remembered_chunks if visual else None, config.loss.grounding > 0
+    dataset, validation = load_frames(config, tokenizer, device, side, source.execute, remembered, asking)
     model.to(device).requires_grad_(False)
     model.get_submodule(f"{config.kind}_drafter").requires_grad_(True)
 
     def losses() -> dict[str, Tensor]:
-        batch = dataset.draw_batch(config.loop.batch_size, config.remembered_chunks if visual else 0, config.augment)
+        batch = dataset.draw_batch(config.loop.batch_size, remembered or 0, config.augment)
         model.target.eval()  # `train` puts the whole model in training mode
         with torch.no_grad():
             text = model.target.encode_text(batch.words)
