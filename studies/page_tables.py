@@ -19,7 +19,7 @@ from rsd.evaluation.statistics import PairedDifference, percentiles
 from rsd.evaluation.summary import success_rate, summarize_decoding
 from rsd.evaluation.tables import level_cell, markdown
 from rsd.reporting.tables import Run, difference_cell, interval_cell, paired, success_cell, task_labels
-from rsd.types import COMPILED, CUDA_GRAPHS, EAGER, ONNX, VERIFY_PENDING, VERIFYING
+from rsd.types import COMPILED, CUDA_GRAPHS, EAGER, ONNX, VERIFY_PENDING
 from studies.archive import read_json
 from studies.deviation import UNITS, DeviationRecord
 
@@ -177,8 +177,8 @@ def deviation_section(record: DeviationRecord, path: Path) -> str:
     rows = [
         [
             f"`{FORMER.get(row.decode, row.decode)}`",
-            row.acceptance if row.decode in VERIFYING else ABSENT,
-            row.fine if row.decode in VERIFYING else ABSENT,
+            row.acceptance if DECODERS[former.decoder(row.decode)].drafts else ABSENT,
+            row.fine if DECODERS[former.decoder(row.decode)].drafts else ABSENT,
             *(" / ".join(f"{x:.2f}" for x in row.from_ar[unit]) for unit in UNITS),
             f"{row.gripper_differs_from_ar:.1%}",
             " / ".join(f"{x:.2f}" for x in row.from_expert["mm"]),

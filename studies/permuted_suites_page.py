@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from rsd.evaluation.results import EpisodeResult
+from rsd.evaluation.results import EPISODES_FILE, EpisodeResult
 from rsd.evaluation.statistics import paired_difference
 from rsd.evaluation.summary import success_rate
 from rsd.evaluation.tables import ABSENT, markdown
@@ -53,10 +53,18 @@ def load(folder: Path, parts: tuple[str, ...]) -> dict[str, Episodes]:
     found: dict[str, Episodes] = {}
     for part in parts:
         for name in ROWS:
-            if located(folder / part / name).is_dir():
-                episodes = load_run(folder / part / name).episodes
-                found.setdefault(name, {}).update({(part, e.suite, e.task_id, e.init_state): e for e in episodes})
+            for run in runs_in(folder / part / name):
+                keyed = {(part, e.suite, e.task_id, e.init_state): e for e in load_run(run).episodes}
+                found.setdefault(name, {}).update(keyed)
     return {name: found[name] for name in ROWS if name in found}
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folder, where it is a run, or those in it."""
+    there = located(folder)
+    if not there.is_dir() or (there / EPISODES_FILE).is_file():
+        return [folder] if there.is_dir() else []
+    return [folder / path.name for path in sorted(there.iterdir()) if (path / EPISODES_FILE).is_file()]
 
 
 def solved(episodes: Episodes, keys: Iterable[Key]) -> int:

@@ -52,6 +52,17 @@ def test_without_a_calibration_a_checkpoint_may_keep_a_schedule() -> None:
     assert resolve(replace(CHECKPOINT, max_skips=3), DecodeOptions("rsd-skip")).skip == SkipRule(20.0, 3, 1)
 
 
+def test_by_a_schedule_the_target_is_not_told_the_draft_at_its_looks() -> None:
+    blind = replace(CHECKPOINT, calibration=None, max_skips=3, acceptance="blind(0.9,moving)")
+    assert resolve(blind, DecodeOptions("rsd-skip")).rule.name == "own(0.9,moving)"
+    assert resolve(blind, DecodeOptions("rsd-skip", "margin")).rule.name == "margin"
+    assert resolve(blind, DecodeOptions("rsd-fused")).rule.name == "blind(0.9,moving)"
+    assert resolve(blind, DecodeOptions("rsd-skip", skip=SkipRule(5.0))).rule.name == "blind(0.9,moving)"
+    assert resolve(replace(blind, acceptance="margin"), DecodeOptions("rsd-skip")).rule.name == "margin"
+    with pytest.raises(RsdError, match="the target is told nothing that rsd could verify; take l1"):
+        resolve(blind, DecodeOptions("rsd", "own(0.9)"))
+
+
 def test_made_up_acceptance_is_for_measuring_time_alone() -> None:
     asked = DecodeOptions("rsd-fused", "synthetic(0.5)")
     with pytest.raises(RsdError, match="makes up what the target says, expected in rsd bench latency alone"):
@@ -104,12 +115,12 @@ def test_exact_is_sequential_unless_told_otherwise() -> None:
     assert not resolve(CHECKPOINT, DecodeOptions("rsd", "margin")).recordable(False, "cpu")  # OpenVLA
 
 
-@pytest.mark.parametrize("rule", ["residual", "blind(0.95)"])
+@pytest.mark.parametrize("rule", ["residual", "blind(0.95)", "own(0.95)"])
 def test_a_rule_that_judges_a_draft_as_a_whole_is_for_compact_models_and_regressed_levels(rule: str) -> None:
     with pytest.raises(RsdError, match="not for OpenVLA"):
-        resolve(replace(CHECKPOINT, compact=False), DecodeOptions("rsd", rule))
+        resolve(replace(CHECKPOINT, compact=False), DecodeOptions("rsd-fused", rule))
     with pytest.raises(RsdError, match="expected fine 'regress', found 'sequential'"):
-        resolve(CHECKPOINT, DecodeOptions("rsd", rule, "sequential"))
+        resolve(CHECKPOINT, DecodeOptions("rsd-fused", rule, "sequential"))
 
 
 def test_a_checkpoint_without_a_visual_drafter_has_none_of_its_decoders() -> None:

@@ -337,9 +337,7 @@ def save_checkpoint(
     directory: Path,
 ) -> None:
     """Write `config.json`, `model.safetensors` and `tokenizer.json` into `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    halves = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
-    require_finite(halves, directory)
+    halves = finite_halves(model, directory)
     weights: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         half = halves[name]
@@ -350,6 +348,14 @@ def save_checkpoint(
     save_tensors(weights, directory / WEIGHTS_FILE)
     tokenizer.save(directory)
     write_content(directory, {"policy": asdict(config)}, (WEIGHTS_FILE, TOKENIZER_FILE), provenance)
+
+
+def finite_halves(model: nn.Module, directory: Path) -> dict[str, Tensor]:
+    """Its weights in fp16, for a folder that is made; `RsdError` unless all are finite."""
+    directory.mkdir(parents=True, exist_ok=True)
+    halves = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
+    require_finite(halves, directory)
+    return halves
 
 
 def require_finite(weights: Mapping[str, Tensor], directory: Path) -> None:

@@ -36,7 +36,6 @@ Speed = Annotated[float, above(0, 0.2)]  # m/s of what slides
 SPEED = 0.02
 VERIFY_PENDING = "verify-pending"  # the stage of what is done while the chunk is executed, beside `total`
 DRAFT_FIRST, RSD_ASYNC = "draft-first", "rsd-async"
-VERIFYING = "rsd", "rsd-fused", "rsd-skip", DRAFT_FIRST, RSD_ASYNC  # decoders whose draft the target judges
 
 
 def speed_rule(motion: Moving, speed: float) -> tuple[bool, str, str]:

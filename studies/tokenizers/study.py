@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from rsd.checks import each_once
-from rsd.data.demonstrations import ActionEpisode, action_episodes, recorded_by
+from rsd.data.demonstrations import ActionEpisode, action_episodes, folder_provenance
 from rsd.evaluation.backend import available_cores, cpu_model
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.output import Faults, refuse_to_replace, shown
@@ -158,7 +158,7 @@ def load_chunks(config: BenchConfig) -> tuple[Chunks, dict[str, Any]]:
         scale,
     )
     described = {
-        "recorded_by": sorted({recorded_by(folder) for folder in config.data}),
+        "recorded_by": sorted({str(folder_provenance(folder)["recorded_by"]) for folder in config.data}),
         "tasks": sorted({episode.task for episode in episodes}),
         "train_episodes": len(parts[False]),
         "held_out_episodes": len(parts[True]),
@@ -180,7 +180,7 @@ def load_others(config: BenchConfig, chunks: Chunks, described: dict[str, Any]) 
         normalised = chunks.scale.normalise(motion)
         found[name(folder)] = replace(chunks, held_out=normalised)
         described.setdefault("others", {})[name(folder)] = {
-            "recorded_by": recorded_by(folder),
+            "recorded_by": str(folder_provenance(folder)["recorded_by"]),
             "tasks": sorted({episode.task for episode in episodes}),
             "episodes": len(episodes),
             "chunks": len(motion),

@@ -240,7 +240,7 @@ def test_rules_by_name() -> None:
 def test_a_rule_names_its_settings_and_reads_that_name_again() -> None:
     written = {"distance": "distance(1)", "typical": "typical(0.09)", "typical(.3, 1)": "typical(0.3,1)"}
     written |= {"agreement": "agreement(0.7)", "exact": "exact", "margin": "margin", "residual": "residual"}
-    written |= {"blind": "blind(0.95)", "blind(.9, moving)": "blind(0.9,moving)"}
+    written |= {"blind": "blind(0.95)", "blind(.9, moving)": "blind(0.9,moving)", "own": "own(0.95)"}
     for name, full in written.items():
         assert acceptance_rule(name, CODE).name == full
         assert acceptance_rule(full, CODE).name == full
@@ -271,6 +271,7 @@ def test_a_rule_names_its_settings_and_reads_that_name_again() -> None:
         "blind(0)",
         "blind(1.1)",
         "blind(0.9,still)",
+        "own(0)",
         "agreement()",
         "agreement(0)",
         "agreement(1.01)",
@@ -284,7 +285,7 @@ def test_a_rule_names_its_settings_and_reads_that_name_again() -> None:
     ],
 )
 def test_unknown_rules_and_shares_are_refused(name: Any) -> None:
-    expected = r"expected exact, margin, residual, blind\(SHARE\), distance\(D\), typical\(EPSILON\), agreement\(SHAR"
+    expected = r"expected exact, margin, residual, blind\(SHARE\), own\(SHARE\), distance\(D\), typical\(EPSILON\), agr"
     with pytest.raises(RsdError, match=expected):
         acceptance_rule(name, CODE)
 

@@ -128,6 +128,29 @@ def test_blind_a_draft_that_means_the_same_stands_and_another_gives_way(whole: R
     assert ((found.value - own).abs()[inside] <= LAST_STEP / 2 + 1e-5).all()
 
 
+@pytest.mark.parametrize("moving", ["", ",moving"])
+def test_own_executes_the_targets_chunk_and_judges_the_draft_as_blind_does(whole: RsdModel, moving: str) -> None:
+    scene = seen(whole, 0)
+    own, blind = (decoder_of(whole, f"{rule}(0.95{moving})") for rule in ("own", "blind"))
+    alone = run("l1", own, scene)
+    span, reach = whole.target.code.span(), whole.target.code.reach(C)
+    verdicts = set[bool]()
+    for shift in (0.0, 4 * reach):
+        given = draft_of(whole, alone.value.clamp(-span, span) + shift)
+        with torch.no_grad():
+            found, expected = look(own, scene, given), look(blind, scene, given)
+        inside = alone.value.abs() <= span
+        assert ((found.value - alone.value).abs()[inside] <= LAST_STEP / 2 + 1e-5).all()
+        assert torch.equal(found.gripper, alone.gripper)
+        assert found.accepted is not None
+        assert torch.equal(found.accepted, expected.accepted)
+        assert found.memory is not None
+        pairs = zip(found.memory.keys, expected.memory.keys, strict=True)
+        assert all(torch.allclose(a, b, atol=1e-9) for a, b in pairs)
+        verdicts.add(bool(found.accepted.all()))
+    assert verdicts == {True, False}
+
+
 # a batch
 
 

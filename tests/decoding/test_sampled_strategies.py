@@ -20,7 +20,6 @@ from rsd.models.feature_drafter import DrafterConfig, FeatureDrafter
 from rsd.models.target import TargetConfig, TargetModel
 from rsd.models.visual_drafter import VisualDrafter, VisualDrafterConfig
 from rsd.tokenizer.rfsq import RfsqConfig
-from rsd.types import VERIFYING
 
 K, DIM, TEMPERATURE = 3, 16, 1.5  # not 1: a forgotten temperature has to show
 RUNS = {"ar": 20_000, "parallel": 20_000, "rsd": 1_000, "rsd-fused": 1_000}  # `rsd` goes sample by sample
@@ -75,7 +74,7 @@ def decide(name: str, ops: Primitives, seen: PolicyInput) -> DecodeResult:
 @torch.no_grad()
 def draw(name: str, decoder: Primitives, runs: int) -> Tensor:
     """-> motion tokens [runs, L, P] of one and the same observation."""
-    batch = 1 if name in VERIFYING else runs
+    batch = 1 if DECODERS[name].drafts else runs
     rounds = runs // batch
     decoded = [decide(name, decoder, given(PREFIX.expand(batch, -1, -1))) for _ in range(rounds)]
     decoder.check()

@@ -61,7 +61,7 @@ CASES = {name: Case(name, TOLD if name in names(drafts=True) else {}) for name i
     "rsd-fused margin": Case("rsd-fused", {"acceptance": "margin"}),
     "rsd-fused distance": Case("rsd-fused", {"acceptance": "distance(1)"}),
     "draft-first audited": Case("draft-first", TOLD | {"audit": True}),
-    "rsd-skip audited": Case("rsd-skip", {"audit": True}),
+    "rsd-skip audited": Case("rsd-skip", {"audit": True, "acceptance": "blind(0.95,moving)"}),
     "ar drawn": Case("ar", {"temperature": 1.0}, seed=5),
     "rsd-fused drawn": Case("rsd-fused", {"temperature": 1.0}, seed=5),
 }

@@ -112,11 +112,6 @@ class ActionEpisode:
     actions: NDArray[np.float32]
 
 
-def recorded_by(folder: str | Path) -> str:
-    """Who made the demonstrations of a folder, as far as it says."""
-    return str(folder_provenance(folder)["recorded_by"])
-
-
 def action_episodes(path: str | Path) -> Iterator[ActionEpisode]:
     """The episodes of a folder, one at a time, in a fixed order. Raises RsdError for anything missing or damaged."""
     folder, is_lerobot = located(checked(str | Path, path, "demonstrations"))

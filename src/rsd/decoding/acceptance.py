@@ -44,13 +44,15 @@ class Synthetic:
 class AcceptanceRule:
     """accept(drafted, logits) -> bool [B, c, P]; see the module's docstring. None: the draft is judged as a whole, by
     what the target finds that it misses (`accept_as_a_whole`), or, with a `share`, by what the target
-    means without having been told of it (`within_reach`). synthetic: what the target says is made up (`made_up`)."""
+    means without having been told of it (`within_reach`). untold: it is never told of a draft, its own estimate is
+    executed, and the verdict is only counted. synthetic: what the target says is made up (`made_up`)."""
 
     name: str
     accept: Callable[[Tensor, Tensor], Tensor] | None
     per_scalar: bool = False
     share: float | None = None
     moving: bool = False
+    untold: bool = False
     synthetic: Synthetic | None = None
 
     @property
@@ -120,7 +122,8 @@ def made_up(draft: Draft, of: Synthetic, turn: int) -> Tensor:
 
 
 ACCEPTANCE_RULES = (
-    *("exact", "margin", "residual", "blind(SHARE)", "distance(D)", "typical(EPSILON)", "agreement(SHARE)"),
+    *("exact", "margin", "residual", "blind(SHARE)", "own(SHARE)"),
+    *("distance(D)", "typical(EPSILON)", "agreement(SHARE)"),
 )
 NUMBER = r"([0-9]{1,9}\.?[0-9]{0,9}|\.[0-9]{1,9})"
 
@@ -129,10 +132,11 @@ def acceptance_rule(name: str, code: RfsqConfig, timed_only: bool = False) -> Ac
     """The rule of that name for a code; a setting left out takes the default named here.
 
     `exact`; `margin`; `residual`; `blind(SHARE)`, 0 < SHARE <= 1 (0.95) of the chunk's scalars within the code's reach
-    of block 1's own estimate, or `blind(SHARE,moving)` of those that carry motion; `distance(D)`, D >= 0 bins (1);
-    `typical(EPSILON)` or `typical(EPSILON,DELTA)`, both in (0, 1] (Medusa's 0.09, and the root of EPSILON as its
-    authors advise); `agreement(SHARE)`, 0 < SHARE <= 1 (0.7). timed_only: nobody will execute the chunks, so that also
-    `synthetic(RATE)` or `synthetic(RATE,SEED)` may be asked for, 0 <= RATE <= 1, SEED a whole number (0)."""
+    of block 1's own estimate, or `blind(SHARE,moving)` of those that carry motion; `own(SHARE)`, `own(SHARE,moving)`,
+    which judge alike and execute that estimate in any case; `distance(D)`, D >= 0 bins (1); `typical(EPSILON)` or
+    `typical(EPSILON,DELTA)`, both in (0, 1] (Medusa's 0.09, and the root of EPSILON as its authors advise);
+    `agreement(SHARE)`, 0 < SHARE <= 1 (0.7). timed_only: nobody will execute the chunks, so that also `synthetic(RATE)`
+    or `synthetic(RATE,SEED)` may be asked for, 0 <= RATE <= 1, SEED a whole number (0)."""
     text = name if isinstance(name, str) else ""
     code = checked(RfsqConfig, code, "acceptance: code")
     if text == "exact":
@@ -141,11 +145,11 @@ def acceptance_rule(name: str, code: RfsqConfig, timed_only: bool = False) -> Ac
         return AcceptanceRule(name, lambda d, logits: margin(d, logits, code), per_scalar=True)
     if text == "residual":
         return AcceptanceRule(name, None, per_scalar=True)
-    if match := re.fullmatch(rf"blind(?:\({NUMBER}(, ?moving)?\))?", text):
-        share = float(match[1] or 0.95)
+    if match := re.fullmatch(rf"(blind|own)(?:\({NUMBER}(, ?moving)?\))?", text):
+        share = float(match[2] or 0.95)
         if 0.0 < share <= 1.0:
-            name = f"blind({share:g}{',moving' if match[2] else ''})"
-            return AcceptanceRule(name, None, share=share, moving=bool(match[2]))
+            name = f"{match[1]}({share:g}{',moving' if match[3] else ''})"
+            return AcceptanceRule(name, None, share=share, moving=bool(match[3]), untold=match[1] == "own")
     if match := re.fullmatch(r"distance(?:\(([0-9]{1,4})\))?", text):
         bins = int(match[1] or 1)
         return AcceptanceRule(f"distance({bins})", lambda d, logits: distance(d, logits, bins), per_scalar=True)
@@ -208,11 +212,15 @@ def accept_as_a_whole(ops: Primitives, draft: Draft, blocks: list[Tensor]) -> Ve
     elsewhere block 1's own estimate is executed, or, if there is no block 1, the tokens follow the correction alone.
 
     A scalar's draft stands if what is missing is within what the finer levels take out. Under `blind` block 1, which
-    was told nothing, has the first word, on the chunk as a whole."""
+    was told nothing, has the first word, on the chunk as a whole; under `own` there is no other and it has the last."""
     count, rule, told = draft.motion.shape[1], ops.rule, draft.prefixes[-1]
     reach = ops.target.code.reach(count)
-    missing = ops.finite(ops.target.residual(blocks[-1], count + 1))
-    own = ops.finite(ops.target.residual(blocks[0], 1)) if len(blocks) > 1 else told + missing
+    if rule.untold:
+        own = ops.finite(ops.target.residual(blocks[0], 1))
+        missing = own - told
+    else:
+        missing = ops.finite(ops.target.residual(blocks[-1], count + 1))
+        own = ops.finite(ops.target.residual(blocks[0], 1)) if len(blocks) > 1 else told + missing
     stands = near = missing.abs() <= reach  # [B, P]
     if rule.share is not None:
         stands = within_reach(told, own, reach, rule.share, rule.moving)[:, None].expand_as(near)

@@ -187,6 +187,8 @@ class Primitives:
         if self.telling in ("levels", "last"):
             told, level = self._told(draft)
             features, cache = self.target.prefill_blocks(prefix, told, draft.gripper, level)
+        elif self.telling == "nothing":
+            features, cache = self.target.prefill_blocks(prefix, [], None)
         elif self.telling == "blind":
             features, cache = self.target.prefill_blind(prefix, draft.prefixes[-1])
         else:
@@ -214,9 +216,11 @@ class Primitives:
     @property
     def telling(self) -> str:
         """How the target is told of a draft: `levels`, a block a level; `last`, the last of these alone; or, if it is
-        trained for that, a block that sees the prefix alone, `in-place` of block 1 or `blind`, beside it."""
+        trained for that, a block that sees the prefix alone, `in-place` of block 1 or `blind`, beside it; `nothing`."""
         if not self.rule.as_a_whole:
             return "levels"
+        if self.rule.untold:
+            return "nothing"
         if not self.target.whole_block:
             return "last"
         return "blind" if self.rule.blind else "in-place"

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from rsd import manifest
-from rsd.checkpoint import load_weights, require_finite
+from rsd.checkpoint import finite_halves, load_weights
 from rsd.checks import Checked, Sha256
 from rsd.json_files import from_json, read_versioned, write_atomically
 from rsd.models.config import VisualDrafterConfig
@@ -36,10 +36,7 @@ class StoredCorrector(Checked):
 
 def save_corrector(model: ChunkCorrector, stored: StoredCorrector, directory: Path) -> None:
     """Write the whole directory: fp16 weights."""
-    directory.mkdir(parents=True, exist_ok=True)
-    halves = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
-    require_finite(halves, directory)
-    save_tensors(halves, directory / WEIGHTS_FILE)
+    save_tensors(finite_halves(model, directory), directory / WEIGHTS_FILE)
     content = {"format_version": FORMAT_VERSION, **asdict(stored)}
     write_atomically(directory / FILE_NAME, json.dumps(content, indent=1, default=str) + "\n")
     manifest.seal(directory)

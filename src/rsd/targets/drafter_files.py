@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from rsd import manifest
-from rsd.checkpoint import load_weights, require_finite
+from rsd.checkpoint import finite_halves, load_weights
 from rsd.checks import Checked, Millimetres, Share, above
 from rsd.decoding.calibration import SkipCalibration
 from rsd.json_files import from_json, read_versioned, write_atomically
@@ -76,10 +76,7 @@ def load_models(directory: Path, stored: StoredDrafter) -> tuple[StandaloneDraft
 
 def save_models(model: StandaloneDrafter, tokenizer: ActionTokenizer, stored: StoredDrafter, directory: Path) -> None:
     """Write the whole directory: fp16 weights."""
-    directory.mkdir(parents=True, exist_ok=True)
-    halves = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
-    require_finite(halves, directory)
-    save_tensors(halves, directory / WEIGHTS_FILE)
+    save_tensors(finite_halves(model, directory), directory / WEIGHTS_FILE)
     tokenizer.save(directory)
     stored.save(directory)
 

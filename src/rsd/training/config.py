@@ -25,7 +25,7 @@ class LoopConfig(Checked):
     batch_size: per process; accumulate: batches whose gradients make one step; save_every: steps between resumable
     states (0 = only at the end); log_every: the same for TensorBoard; cuda_graph: record forward and backward once
     and replay them, which spares a GPU the launches of thousands of small kernels (the losses must not look at a
-    tensor's content)."""
+    tensor's content). compiled: on a GPU, PyTorch's compiler fuses what it can (minutes before the first step)."""
 
     steps: Count = 20_000
     minutes: Annotated[float, between(0, 1e6)] = 0.0
@@ -38,6 +38,7 @@ class LoopConfig(Checked):
     save_every: Count = 0
     log_every: Some = 50
     cuda_graph: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    compiled: bool = False
     seed: Seed = 0
 
 

@@ -25,6 +25,7 @@ from rsd.data.schema import FILE_SUFFIX
 from rsd.environment import variable
 from rsd.extras import extra
 from rsd.locks import exclusive
+from rsd.models.fusing import fusing
 from rsd.output import writing
 from rsd.pt_files import read_pt
 from rsd.runtime.cuda_graph import capture
@@ -120,9 +121,11 @@ def train(
 
     def forward_backward() -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
+        cuda = device.type == "cuda"
         for _ in range(config.accumulate):
             # no cache of cast weights: one made for a detached use would cut the gradient of a later one
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda, cache_enabled=False)
+            with autocast, fusing() if config.compiled and cuda else contextlib.nullcontext():
                 values = losses()
             (values["total"] / config.accumulate).backward()
             for name, value in values.items():
