@@ -54,9 +54,10 @@ def test_a_table_of_successes_is_that_of_the_raw_results(name: str) -> None:
 
 def test_the_tables_of_the_permuted_scenes_are_rows_of_those_made_from_the_raw_results() -> None:
     text = (ROOT / "docs" / "results.md").read_text().split("## Permuted scenes")[1].split("\n## ")[0]
-    _, shipped, driven, _, suites, _ = re.split(r"^### .*$", text, flags=re.MULTILINE)
+    _, shipped, two, driven, _, suites, _ = re.split(r"^### .*$", text, flags=re.MULTILINE)
     made = {
         shipped: permuted_suites_page.table(ROOT / "results" / "one_policy", ("permuted",)),
+        two: permuted_suites_page.table(ROOT / "results" / "two_trainings", ("first", "second")),
         driven: permuted_suites_page.table(ROOT / "results" / "permuted_dagger", ("after", "after_more")),
         suites: permuted_suites_page.table(ROOT / "results" / "permuted_suites"),
     }

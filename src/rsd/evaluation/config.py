@@ -97,9 +97,9 @@ class PolicyOptions(Checked):
     coarse-only, drafter-only; target-only, of a policy of your own or an openpi server; best: what was proven best of
     this checkpoint, else rsd-fused, with a skip threshold or a --drafter rsd-skip, without a visual drafter rsd."""
     acceptance: str = DEFAULT
-    """Rule for drafted levels: exact, margin, residual, blind(0.95), distance(1), typical(0.09), agreement(0.7);
-    default: the checkpoint's (for residual blind(0.95)), with rsd-skip its calibration's, with a --temperature
-    exact."""
+    """Rule for drafted levels: exact, margin, residual, blind(0.95), own(0.95), distance(1), typical(0.09),
+    agreement(0.7); default: the checkpoint's (for residual blind(0.95)), with rsd-skip its calibration's, by a schedule
+    own for blind, with a --temperature exact."""
     execute: Steps | None = None
     """Steps of a chunk that are executed before the next one is predicted; by default what the checkpoint says, all of
     a policy of your own, 5 of an openpi server as its client does, with a --drafter what it drafts."""

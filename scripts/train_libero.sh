@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# One policy for libero_spatial, object, goal and 10 and for the three permuted suites, and its evaluation, on one machine
+# with GPUs: the expert's demonstrations, a round of DAgger in which rsd-skip drives (what its skips lead into is what target
+# and drafter have to learn), a training of each seed, a GPU each, the runs in the tables of docs/results.md. Every step
+# continues where it was interrupted.
+# Usage: train_libero.sh [RUN_FOLDER]. INIT: a checkpoint to begin from, which also drives; without one a policy is trained
+# on the expert's demonstrations first. Of two GPUs and 32 cores, from checkpoints/libero: 2,266 demonstrations gathered and
+# rendered in 9 minutes, 2,800 steps of each of two seeds in 10 (and 1.5 of compiling), 4,600 episodes in 8.
+# Further: SEEDS, SUITES, NUM_DEMOS, NUM_DAGGER (a task), MAX_SKIPS, FIRST_MINUTES, MINUTES, STEPS, BATCH, NUM_STATES,
+# WORKERS, DEVICE, and BIN, the folder of the commands.
+set -euo pipefail
+run=${1:-runs/libero}
+rsd=${BIN:-.venv/bin}/rsd
+device=${DEVICE:-cuda}
+workers=${WORKERS:-$(nproc)}
+skips=${MAX_SKIPS:-5}
+read -ra seeds <<< "${SEEDS:-1 2}"
+read -ra suites <<< "${SUITES:-libero_10 libero_spatial_permuted libero_goal_permuted libero_object_permuted libero_spatial libero_goal libero_object}"
+
+gather() { # kind, suite, demonstrations a task, further options: collected, then rendered
+    local kind=$1 suite=$2 number=$3
+    shift 3
+    "$rsd" demos collect --suite "$suite" --out "$run/states/$kind-$suite" --num-demos "$number" --states-only \
+        --num-workers "$workers" "$@"
+    "$rsd" demos render --source "$run/states/$kind-$suite" --out "$run/data/$kind-$suite" --image-size 128 --every 4 \
+        --num-workers "$workers"
+}
+train() { # name, seed, GPU, minutes, further options
+    local name=$1 seed=$2 gpu=$3 minutes=$4
+    shift 4
+    CUDA_VISIBLE_DEVICES=$gpu "$rsd" train policy --output "$run/$name" --device "$device" --loop.minutes "$minutes" \
+        --loop.steps "${STEPS:-100000}" --loop.seed "$seed" --loop.compiled --loop.batch-size "${BATCH:-512}" \
+        --loop.learning-rate 3e-4 --loop.warmup 60 --validation-every 200 \
+        --loss.blind 0.3 --loss.counterfactual 0.3 --loss.grounding 1.0 --loss.forecast-every 5 "$@" \
+        --remembered-chunks 6 --policy.execute 8 --policy.acceptance "blind(0.95,moving)" --policy.max-skips "$skips" \
+        --policy.target.dim 576 --policy.target.layers 12 --policy.target.heads 9 --policy.target.merge 1 2 \
+        --policy.target.whole-block --policy.target.grounded policy.visual-drafter:visual-drafter-config \
+        --policy.visual-drafter.depth 1 --policy.visual-drafter.layers 2 --policy.visual-drafter.channels 16 48 96 128
+}
+
+for suite in "${suites[@]}"; do gather expert "$suite" "${NUM_DEMOS:-60}"; done
+if [ -z "${INIT:-}" ]; then
+    [ -e "$run/tokenizer/tokenizer.json" ] || "$rsd" tokenizer fit --data "$run"/states/expert-* \
+        --tokenizer.horizon 16 --output "$run/tokenizer"
+    train first 0 0 "${FIRST_MINUTES:-20}" --data "$run"/data/expert-* --tokenizer "$run/tokenizer"
+    INIT=$run/first/checkpoint
+fi
+for suite in "${suites[@]}"; do
+    gather driven "$suite" "${NUM_DAGGER:-20}" --seed 201 --policy "$INIT" --policy-decode rsd-skip \
+        --policy-skip-threshold-mm 1e9 --policy-max-skips "$skips" --policy-memory-chunks "$((skips + 1))"
+done
+trainings=()
+for index in "${!seeds[@]}"; do
+    train "seed-${seeds[$index]}" "${seeds[$index]}" "$index" "${MINUTES:-10}" --data "$run"/data/* --init "$INIT" \
+        --init-matching &
+    trainings+=($!)
+done
+for training in "${trainings[@]}"; do wait "$training"; done
+
+tasks=()
+[[ " ${suites[*]} " != *" libero_goal_permuted "* ]] || tasks=(--tasks "libero_goal_permuted:0,1,2,4,6,7,8,9")
+evaluate() { # seed, name, options
+    local policy=$run/seed-$1/checkpoint out=$run/eval/seed-$1 name=$2
+    shift 2
+    "$rsd" eval --policy "$policy" --task-suite "$(IFS=,; echo "${suites[*]}")" "${tasks[@]}" --num-trials "${NUM_STATES:-20}" \
+        --device "$device" --batch 16 --num-workers "$workers" --output "$out/$name" "$@"
+}
+for seed in "${seeds[@]}"; do
+    evaluate "$seed" l1 --decode l1
+    evaluate "$seed" skip_own_5 --decode rsd-skip
+    evaluate "$seed" fused_moving --decode rsd-fused
+    evaluate "$seed" alone --decode drafter-only
+    "$rsd" compare "$run/eval/seed-$seed"/{l1,skip_own_5,fused_moving,alone}
+done
