@@ -87,7 +87,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         libero = load_libero()
         compile_maths()
         with quiet(), kept_scenes() if fast else contextlib.nullcontext():
-            self._control = libero.env_wrapper.ControlEnv(
+            self._control = libero.ControlEnv(
                 bddl_file_name=str(bddl_file(suite, task_id)),
                 use_camera_obs=cameras,
                 has_offscreen_renderer=cameras,
