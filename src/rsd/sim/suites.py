@@ -59,10 +59,7 @@ def quiet() -> Iterator[None]:
 
 @functools.cache
 def load_benchmark() -> Any:
-    """LIBERO's lists of tasks, without robosuite, MuJoCo and OpenGL, whose import takes most of a second.
-
-    Raises RsdError if the distribution is missing.
-    """
+    """LIBERO's lists of tasks, without robosuite, MuJoCo and OpenGL. Raises RsdError if it is not installed."""
     try:
         metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
