@@ -237,7 +237,8 @@ class Sampling:
 
     def __init__(self, simulation: Any, kept: Sequence[NDArray[np.float64]] = ()) -> None:
         """kept: the arrays that sensors read, of which copies are kept instead of a sample taken; none: it is taken."""
-        self._simulation, self._kept, self._copies = simulation, kept, list[NDArray[np.float64]]()
+        self._simulation, self._kept = simulation, kept
+        self._copies: list[NDArray[np.float64]] = []
         self._observables = [each for each in simulation._observables.values() if each._enabled]
         self._timestep: float = simulation.model_timestep
         self._read()
