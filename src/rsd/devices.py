@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from rsd.types import RsdError
@@ -20,3 +21,14 @@ def check_device(name: str) -> str:
         if (count := torch.cuda.device_count()) <= int(found[1] or 0):
             raise RsdError(f"device {name}: {count} CUDA devices are visible here, the last is cuda:{count - 1}")
     return name
+
+
+def visible_gpus(name: str) -> list[str | None]:
+    """Of the device `cuda`, which is every GPU of this host, what CUDA_VISIBLE_DEVICES is for each; else [None]."""
+    if name != "cuda":
+        return [None]
+    import torch
+
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return [*given.split(",")[:count]] if count > 1 else [None]

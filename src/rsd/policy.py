@@ -174,16 +174,9 @@ class SpeculativePolicy:
         if self.temperature:
             sampler = Sampler(self.temperature, torch.Generator(self.device).manual_seed(0))
         self.ops = Primitives(
-            model.target,
-            model.feature_drafter,
-            decoding.rule,
-            decoding.fine,
-            model.visual_drafter,
-            skip=decoding.skip,
-            sampler=sampler,
-            engine=make_engine(self.engine),
-            rows=runtime.batch,
-            execute=self.execute,
+            model.target, model.feature_drafter, decoding.rule, decoding.fine, model.visual_drafter,
+            skip=decoding.skip, sampler=sampler, engine=make_engine(self.engine), rows=runtime.batch,
+            execute=self.execute
         )
         self._decode = DECODERS[self.decode].decode
         self._rehearsed = self.ops.engine is None

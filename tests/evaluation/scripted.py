@@ -192,7 +192,12 @@ def make_batch_policy(config: EvalConfig) -> ScriptedBatchPolicy:
 def prepare(suite: str, task_id: int) -> None:
     """Leaves a file a process, where a test says so."""
     if folder := os.environ.get("SCRIPTED_PREPARED"):
-        (Path(folder) / f"{suite} {task_id} {os.getpid()}").touch()
+        (Path(folder) / f"{suite} {task_id} {os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}").touch()
+
+
+def make_prepared_batch_policy(config: EvalConfig) -> ScriptedBatchPolicy:
+    prepare("policy", 0)
+    return ScriptedBatchPolicy(config)
 
 
 def make_patient_batch_policy(config: EvalConfig) -> ScriptedBatchPolicy:

@@ -1,14 +1,21 @@
-"""Workers that go on with the next run of a comparison, on the scripted backend."""
+"""Workers that go on with the next run of a comparison, and that share several GPUs, on the scripted backend."""
 
+import io
 import multiprocessing
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
+from scripted import SCRIPTED, make_prepared_batch_policy
 from test_evaluate import outcomes, run
 
+from rsd.devices import visible_gpus
 from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.pools import Crew, ProcessPool
 from rsd.types import RsdError
 
@@ -49,3 +56,34 @@ def test_a_run_of_a_comparison_that_cannot_begin_ends_the_workers(tmp_path: Path
         with pytest.raises(RsdError, match="missing: expected a checkpoint"):
             run(missing, crew=crew)
         assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_cuda_is_every_gpu_of_the_host(dies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy each, the workers shared out; where one dies, its workers alone begin anew. Episodes are the same."""
+    alone = replace(CONFIG, output=str(tmp_path / "alone"))
+    run(alone)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,9")
+    (prepared := tmp_path / "prepared").mkdir()
+    monkeypatch.setenv("SCRIPTED_PREPARED", str(prepared))
+    policy = f"once:{tmp_path / 'dead'}:dies:2.1" if dies else "good"
+    shared = replace(CONFIG, device="cuda", policy=policy, batch=2, num_workers="4", output=str(tmp_path / "shared"))
+    backend = replace(SCRIPTED, make_batch_policy=make_prepared_batch_policy)
+    assert evaluate(shared, backend=backend, console=Console(file=io.StringIO())).errors == 0
+    assert {k: replace(e, chunk_stats={}, attempts=1) for k, e in outcomes(shared).items()} == outcomes(alone)
+    policies = Counter(path.name.split()[3] for path in prepared.glob("policy *"))
+    workers = Counter(path.name.split()[3] for path in prepared.glob("libero_spatial *"))
+    assert sorted(policies.values()) == ([1, 2] if dies else [1, 1])
+    assert set(policies) == set(workers) == {"5", "7"}
+    assert dies or set(workers.values()) == {2}
+    assert min(workers.values()) == 2  # those of the other GPU's policy have gone on
+
+
+def test_gpus_are_named_as_the_environment_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert visible_gpus("cuda") == ["0", "1", "2"]
+    assert visible_gpus("cuda:1") == visible_gpus("cpu") == [None]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert visible_gpus("cuda") == [None]

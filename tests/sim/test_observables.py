@@ -25,9 +25,9 @@ def observing(rates: list[float], delays: list[float], offset: float = 0.0) -> A
     from robosuite.environments.base import MujocoEnv
     from robosuite.utils.observables import Observable, sensor
 
-    simulation = SimpleNamespace(model_timestep=0.002, _observables={}, _obs_cache={}, substep=0, updates=0)
+    simulation = SimpleNamespace(model_timestep=0.002, _observables={}, _obs_cache={}, substep=np.zeros(1), updates=0)
     for i, (rate, delay) in enumerate(zip(rates, delays, strict=True)):
-        read = sensor(modality="test")(lambda cache, i=i: np.array([i, simulation.substep, len(cache)]))
+        read = sensor(modality="test")(lambda cache, i=i: np.array([i, simulation.substep[0], len(cache)]))
         made = Observable(str(i), read, delayer=lambda delay=delay: delay, sampling_rate=rate)
         made._time_since_last_sample = offset
         simulation._observables[str(i)] = made
@@ -43,9 +43,9 @@ def observing(rates: list[float], delays: list[float], offset: float = 0.0) -> A
 @pytest.mark.parametrize(
     ("rates", "delays", "offset", "updates"),
     [
-        ([20.0] * 3, [0.0] * 3, 0.004, 2 * 60),  # as LIBERO: a sample and a new period in each control step
-        ([20.0] * 3, [0.011] * 3, 0.0, 2 * 60),
-        ([19.0, 19.0], [0.0] * 2, 0.0, 115),  # the sample's substep wanders through the control step
+        ([20.0] * 3, [0.0] * 3, 0.004, 60),  # as LIBERO: a sample in each control step
+        ([20.0] * 3, [0.011] * 3, 0.0, 60),
+        ([19.0, 19.0], [0.0] * 2, 0.0, 58),  # the sample's substep wanders through the control step
         ([20.0, 19.0], [0.0] * 2, 0.0, SUBSTEPS * 60),  # clocks of their own: each substep is robosuite's
         ([20.0, 20.0], [0.0, 0.011], 0.0, SUBSTEPS * 60),
     ],
@@ -69,6 +69,30 @@ def test_samples_and_clocks_are_robosuites(
             assert found._sampled == expected._sampled
     assert plain.updates == SUBSTEPS * 60
     assert abs(fast.updates - updates) <= 2
+
+
+@pytest.mark.parametrize("offset", [0.004, 0.002, 0.0])  # the sample comes in the last substep but one, in the last
+def test_a_sample_that_is_made_up_for_is_the_same(offset: float) -> None:
+    plain, fast = observing([20.0] * 3, [0.0] * 3, offset), observing([20.0] * 3, [0.0] * 3, offset)
+    for each in (plain, fast):
+        each._obs_cache.update(dict.fromkeys(each._observables))  # as after a reset
+    for step in range(60):
+        sampling = Sampling(fast, [fast.substep])
+        for _ in range(SUBSTEPS):
+            plain._update_observables()
+            sampling.substep()
+            plain.substep += 1
+            fast.substep += 1
+        sampling.finish()
+        if looked_at := step % 3 == 2:
+            sampling.sample_owed()
+        assert fast.substep == plain.substep
+        for name, expected in plain._observables.items():
+            found = fast._observables[name]
+            assert found._time_since_last_sample == expected._time_since_last_sample
+            assert found._sampled == expected._sampled
+            assert np.array_equal(found.obs, expected.obs) == looked_at
+    assert fast.updates == 0
 
 
 @pytest.mark.parametrize(("suite", "task"), [("libero_object", 2), ("libero_goal", 7)])

@@ -72,13 +72,17 @@ def test_a_backend_that_does_not_draw_is_one_line(
     if number is not None:
         undecided.setenv("MUJOCO_EGL_DEVICE_ID", number)
     undecided.setattr(ctypes.util, "find_library", lambda name: "found")
+    rendering._drawing_error.cache_clear()
     undecided.setattr(rendering, "_PROBE", "raise RuntimeError('must be in [0, 3)')")
-    asked = f"_ID={number}" if number else f"MUJOCO_GL={backend}"
-    with pytest.raises(RsdError, match=rf"{asked}: expected .*, found: RuntimeError: must be in \[0, 3\); unset it"):
-        rendering.check_gl.__wrapped__()
-    undecided.setattr(rendering, "_PROBE", "")
+    asked = (f"_ID={number}" if number else f"MUJOCO_GL={backend}") + ": expected"
+    for _ in range(2):  # the answer is kept: asking takes seconds
+        with pytest.raises(RsdError, match=rf"{asked} .*, found: RuntimeError: must be in \[0, 3\); unset it"):
+            rendering.check_gl.__wrapped__()
+        undecided.setattr(rendering, "_PROBE", "")
+    rendering._drawing_error.cache_clear()
     rendering.check_gl.__wrapped__()
     assert rendering.gl_backend() == backend
+    rendering._drawing_error.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,8 @@ def test_an_environment_in_which_mujoco_cannot_be_imported_is_one_line(
     done = subprocess.run(program, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    lines = done.stderr.strip().splitlines()
+    assert [line for line in lines if "decodes by" not in line] == lines[-1:]
     assert not (tmp_path / "out").exists()
 
 

@@ -83,9 +83,9 @@ class BatchServer:
         return chunks
 
 
-def policy_main(connection: Connection, config: EvalConfig, backend: Backend, threads: int) -> None:
+def policy_main(connection: Connection, config: EvalConfig, backend: Backend, threads: int, gpu: str | None) -> None:
     """Body of the policy's process: says Ready or Failed, then serves until it is ended."""
-    prepare_process(threads)
+    prepare_process(threads, gpu)
     try:
         policy = backend.make_batch_policy(config)
         ready = Ready(backend.versions(config.device), backend.describe_policy(config), policy.image_size)

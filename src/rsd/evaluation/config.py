@@ -116,7 +116,7 @@ class PolicyOptions(Checked):
     """With --no-target-at-reset, an ablation of rsd-skip, the gate decides on an episode's first observation, too;
     otherwise the target always runs there."""
     device: str = "cpu"
-    """Where the policy runs: cpu, cuda, cuda:1."""
+    """Where the policy runs: cpu, cuda (every GPU of this host), cuda:1."""
     engine: Engine = AUTO
     """auto (CUDA graphs on a GPU, ONNX Runtime on a CPU), eager (PyTorch operation by operation), cuda-graphs, compiled
     (cuda-graphs of fewer, larger kernels; takes a minute or two to begin), onnx."""

@@ -127,19 +127,11 @@ class Run:
     def rollouts(self, name: str, driver: Any, episodes: int, drafter: Path | None, **more: Any) -> None:
         config = self.config
         asked = RolloutConfig(
-            out=self.folder(name),
-            suite=config.task_suite,
-            tasks=self.tasks,
-            episodes=episodes,
-            driver=driver,
-            target=json.loads(json.dumps(self.identity, default=str)),
-            image_size=config.drafter.image_size,
-            horizon=self.tokenizer().config.horizon if drafter else config.execute or 0,
-            drafter=drafter,
+            out=self.folder(name), suite=config.task_suite, tasks=self.tasks, episodes=episodes, driver=driver,
+            target=json.loads(json.dumps(self.identity, default=str)), image_size=config.drafter.image_size,
+            horizon=self.tokenizer().config.horizon if drafter else config.execute or 0, drafter=drafter,
             drafter_sha256=file_sha256(drafter / MANIFEST_FILE) if drafter else "",
-            seed=config.seed + sum(name.encode()),
-            num_workers=config.num_workers,
-            **more,
+            seed=config.seed + sum(name.encode()), num_workers=config.num_workers, **more
         )
         counts = roll_out(asked, self.make_target)
         solved = [attribute["success"] for attribute in attributes_of(self.folder(name))]
@@ -208,17 +200,9 @@ class Run:
         order = np.random.default_rng(config.seed).permutation(len(episodes))
         episodes = [episodes[place] for place in order]  # the betting test needs exchangeable ones
         promise = SkipPromise(
-            alpha=config.alpha,
-            delta=config.delta,
-            test=TEST,
-            epsilon_mm=stored.epsilon_mm,
-            max_skips=config.max_skips,
-            memory_chunks=1,
-            skips_per_agreement=config.max_skips,
-            score=SCORE,
-            suites=config.task_suite,
-            acceptance="margin",
-            weights_sha256=sha256,
+            alpha=config.alpha, delta=config.delta, test=TEST, epsilon_mm=stored.epsilon_mm,
+            max_skips=config.max_skips, memory_chunks=1, skips_per_agreement=config.max_skips, score=SCORE,
+            suites=config.task_suite, acceptance="margin", weights_sha256=sha256
         )
         return fit_threshold(
             [np.array([look.expected_mm for look in looks]) for looks in episodes],

@@ -116,18 +116,8 @@ class EpisodeRunner:
             if self._config.motion != "none":
                 self._env.motion = Motion(self._config.motion, self._config.motion_speed, self._config.seed)
         try:
-            rollout = run_episode(
-                self._env,
-                self._policy,
-                suite=job.suite,
-                task_id=job.task_id,
-                task_name=job.task_name,
-                init_state=job.init_state,
-                seed=self._config.seed,
-                decode=self._config.decode,
-                warmup=self._warmup,
-                pace=pace_of(self._config),
-            )
+            names, pace = names_of(self._config, job), pace_of(self._config)
+            rollout = run_episode(self._env, self._policy, **names, warmup=self._warmup, pace=pace)
         except (SystemExit, KeyboardInterrupt) as error:  # the policy's own: Ctrl-C does not reach a worker
             self.close()
             return broken_off(self._config, job, f"{type(error).__name__}, raised by the policy")
@@ -201,19 +191,13 @@ class VideoBudget:
 
 def broken_off(config: EvalConfig, job: Job, reason: str) -> Outcome:
     """What is recorded of an episode whose worker left nothing: an error, never a failure of the policy."""
-    result = EpisodeResult(
-        suite=job.suite,
-        task_id=job.task_id,
-        task_name=job.task_name,
-        instruction=job.instruction,
-        init_state=job.init_state,
-        seed=config.seed,
-        decode=config.decode,
-        success=False,
-        steps=0,
-        failure=f"{ERROR_PREFIX}{reason}",
-        wall_s=0.0,
-        attempts=job.attempt,
-        **decoded([]),
-    )
+    ended: dict[str, Any] = {"success": False, "steps": 0, "wall_s": 0.0, **decoded([])}
+    ended |= {"instruction": job.instruction, "failure": f"{ERROR_PREFIX}{reason}", "attempts": job.attempt}
+    result = EpisodeResult(**names_of(config, job), **ended)
     return Outcome(job, result, reason)
+
+
+def names_of(config: EvalConfig, job: Job) -> dict[str, Any]:
+    """What a result says of its episode from the beginning."""
+    own = {name: getattr(job, name) for name in ("suite", "task_id", "task_name", "init_state")}
+    return {**own, "seed": config.seed, "decode": config.decode}

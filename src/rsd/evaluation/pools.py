@@ -16,6 +16,7 @@ from multiprocessing.reduction import send_handle
 from pathlib import Path
 from typing import Any
 
+from rsd.devices import visible_gpus
 from rsd.evaluation.backend import Backend, available_cores
 from rsd.evaluation.batching import policy_main
 from rsd.evaluation.config import EvalConfig
@@ -28,6 +29,7 @@ from rsd.types import RsdError
 START_PATIENCE = 120.0  # seconds for a process to load its policy, at least
 POLICY_DIED = "the policy's process died"
 PARTING = 5.0  # seconds for a process to tidy up after itself
+Server = tuple[BaseProcess, Connection]  # a process, and the connection to it
 MAX_FAILED_STARTS = 3  # processes in a row that die before they are ready
 
 
@@ -42,11 +44,12 @@ class Retry:
 @dataclass
 class Worker:
     """handle: its process or actor; channel: where it speaks next; deadline: when it is taken for hung
-    (time.monotonic)."""
+    (time.monotonic); gpu: which of the run's it uses."""
 
     handle: Any
     channel: Any
     deadline: float
+    gpu: int = 0
     ready: bool = False
     job: Job | None = None
     task: tuple[str, int] | None = None
@@ -214,21 +217,22 @@ class Pool(ABC):
 
 
 class ProcessPool(Pool):
-    """Processes of this machine; with --batch one more, which owns the policy."""
+    """Processes of this machine; with --batch one more for each GPU, which owns a policy."""
 
     noun = "worker process"
-    _server: tuple[BaseProcess, Connection] | None = None
 
     def __enter__(self) -> ProcessPool:
         self.goes_on = not self.config.batch  # a policy's own process serves one run
+        self._gpus, self._servers = visible_gpus(self.config.device)[: self.count], list[Server]()
         try:
             if self.config.batch:
-                self._server = self._spawn(policy_main)
-            self._workers = [self._start() for _ in range(self.count)]
-            if self.config.batch:
-                self._await_server()  # the workers make ready meanwhile
-                for worker in self._workers:
-                    worker.deadline = time.monotonic() + self._start_patience
+                self._servers += [self._spawn(policy_main, gpu) for gpu in range(len(self._gpus))]
+            for _ in range(self.count):
+                self._workers.append(self._start())
+            for server in self._servers:
+                self._await_server(server)  # the workers make ready meanwhile
+            for worker in self._workers:
+                worker.deadline = time.monotonic() + self._start_patience
         except BaseException as error:
             self.__exit__(type(error))
             raise
@@ -243,20 +247,19 @@ class ProcessPool(Pool):
             for process in processes:
                 process.join(max(0.0, deadline - time.monotonic()))
         finally:
-            if self._server is not None:
-                processes.append(self._server[0])
+            processes += [server for server, _ in self._servers]
             for process in processes:
                 process.kill()  # a hung one ignores a polite request
             for process in processes:
                 process.join()
 
-    def _spawn(self, body: Any, *arguments: Any) -> tuple[BaseProcess, Connection]:
-        """A process that runs body(connection, config, backend, threads, *arguments), and the connection to it."""
+    def _spawn(self, body: Any, gpu: int, *arguments: Any) -> Server:
+        """A process that runs body(connection, config, backend, threads, its GPU, *arguments)."""
         # spawn: a forked process would share the parent's GL and torch state, which neither survives.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         threads = max(1, available_cores() // self.count)
-        arguments = (theirs, self.config, self.backend, threads, *arguments)
+        arguments = (theirs, self.config, self.backend, threads, self._gpus[gpu], *arguments)
         process = context.Process(target=body, args=arguments, daemon=True)
         process.start()
         theirs.close()
@@ -264,14 +267,15 @@ class ProcessPool(Pool):
 
     def _start(self) -> Worker:
         deadline = time.monotonic() + self._start_patience
-        if self._server is None:
-            return Worker(*self._spawn(worker_main, self.videos, None), deadline)
-        server, control = self._server
+        gpu = min(range(len(self._gpus)), key=[worker.gpu for worker in self._workers].count)
+        if not self._servers:
+            return Worker(*self._spawn(worker_main, gpu, self.videos, None), deadline, gpu)
+        server, control = self._servers[gpu]
         policys, simulators = multiprocessing.Pipe()
         with policys, simulators:  # they live on in the two processes
             with contextlib.suppress(OSError):  # the policy died just now: the next round notices
                 send_handle(control, policys.fileno(), server.pid)
-            return Worker(*self._spawn(worker_main, self.videos, simulators), deadline)
+            return Worker(*self._spawn(worker_main, gpu, self.videos, simulators), deadline, gpu)
 
     def _end(self, worker: Worker) -> None:
         worker.handle.kill()
@@ -283,8 +287,8 @@ class ProcessPool(Pool):
             worker.channel.send(order)
 
     def _wait(self, channels: Sequence[Any], patience: float) -> Sequence[Any]:
-        """Nothing where the policy's process ended, which matters more."""
-        ends = [] if self._server is None else [self._server[0].sentinel]
+        """Nothing where a policy's process ended, which matters more."""
+        ends = [server.sentinel for server, _ in self._servers]
         spoke = multiprocessing.connection.wait([*channels, *ends], patience)
         return [] if any(end in spoke for end in ends) else spoke
 
@@ -297,20 +301,21 @@ class ProcessPool(Pool):
             return f"worker process died with exit code {worker.handle.exitcode}"
 
     def _messages(self, busy: list[Worker]) -> Iterator[tuple[Worker, Ready | Failed | Outcome | str]]:
-        if self._server is None or self._server[0].is_alive():
+        dead = [gpu for gpu, (server, _) in enumerate(self._servers) if not server.is_alive()]
+        if not dead:
             yield from super()._messages(busy)
             return
         self._count_failed_start("the policy's process", "died")
-        self._server[1].close()
-        self._server = self._spawn(policy_main)
-        self._await_server()
-        for worker in list(busy):
+        for gpu in dead:
+            self._servers[gpu][1].close()
+            self._servers[gpu] = self._spawn(policy_main, gpu)
+            self._await_server(self._servers[gpu])
+        for worker in [worker for worker in busy if worker.gpu in dead]:
             yield worker, POLICY_DIED
 
-    def _await_server(self) -> None:
+    def _await_server(self, server: Server) -> None:
         """Waits until it is ready. Raises RsdError where the policy cannot be loaded, or cannot be batched."""
-        assert self._server is not None
-        process, connection = self._server
+        process, connection = server
         try:
             message = connection.recv() if connection.poll(self._start_patience) else None
         except (EOFError, OSError):

@@ -140,16 +140,8 @@ def describe(numbers: Sequence[float]) -> dict[str, float]:
 def summarize(record: RunRecord, episodes: Sequence[EpisodeResult], num_workers: int, wall_time_s: float) -> RunSummary:
     counted = scored(episodes)
     return RunSummary(
-        config=record.config,
-        config_hash=record.config_hash,
-        versions=record.versions,
-        policy=record.policy,
-        episodes=len(episodes),
-        errors=len(episodes) - len(counted),
-        success=success_rate(counted),
-        tasks=summarize_tasks(episodes),
-        decoding=summarize_decoding(counted),
-        num_workers=num_workers,
-        wall_time_s=wall_time_s,
-        episode_time_s=sum(episode.wall_s for episode in episodes),
+        config=record.config, config_hash=record.config_hash, versions=record.versions, policy=record.policy,
+        episodes=len(episodes), errors=len(episodes) - len(counted), success=success_rate(counted),
+        tasks=summarize_tasks(episodes), decoding=summarize_decoding(counted), num_workers=num_workers,
+        wall_time_s=wall_time_s, episode_time_s=sum(episode.wall_s for episode in episodes)
     )

@@ -62,13 +62,16 @@ def die_with_parent() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def prepare_process(threads: int) -> None:
+def prepare_process(threads: int, gpu: str | None) -> None:
+    """gpu: the one that this process sees, as CUDA_VISIBLE_DEVICES names it, and where robosuite draws by EGL."""
     # Ctrl-C reaches the whole process group; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     warn_in_one_line()
     # Without it OSMesa draws with as many threads as there are cores, in every worker.
     os.environ.setdefault("LP_NUM_THREADS", str(threads))
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
 def make_runner(config: EvalConfig, backend: Backend, videos: Path) -> tuple[Ready, EpisodeRunner]:
@@ -83,6 +86,7 @@ def worker_main(
     config: EvalConfig,
     backend: Backend,
     threads: int,
+    gpu: str | None,
     videos: Path,
     policy_process: Connection | None,
 ) -> None:
@@ -90,7 +94,7 @@ def worker_main(
     it is ready for another run; imports, compiled scene and drawing context stay.
 
     policy_process: with --batch, where the policy answers."""
-    prepare_process(threads)
+    prepare_process(threads, gpu)
     try:
         if policy_process is None:
             ready, runner = make_runner(config, backend, videos)

@@ -113,31 +113,17 @@ def render(runs: Sequence[Run], drawings: dict[str, Markup], base: Path, videos:
     failures = [shown for shown in episodes(runs, labels) if not shown.episode.success]
     failures.sort(key=lambda shown: (*shown.episode.key, shown.colour))
     return environment.get_template("report.html.jinja").render(
-        title=title(runs),
-        names=[run.name for run in runs],
-        tiles=[tile(runs[0], run, len(runs) > 1) for run in runs],
-        rows=table_rows(runs),
-        queued=any(run.queued for run in runs),
-        real_time=any("pause_ms" in episode.chunk_stats for run in runs for episode in run.episodes),
-        figures=drawings,
-        figure_titles={name: heading for name, (heading, _) in FIGURES.items()},
-        strips=drawn,
-        many_strips=sum(len(listed) for _, listed in drawn) > strips.MOST_OPEN,
-        unrecorded=strips.unrecorded(runs),
-        legend=strips.LEGEND,
-        strip_height=strips.HEIGHT,
-        bar_heights=strips.BARS,
-        tasks=tasks,
+        title=title(runs), names=[run.name for run in runs], tiles=[tile(runs[0], run, len(runs) > 1) for run in runs],
+        rows=table_rows(runs), queued=any(run.queued for run in runs),
+        real_time=any("pause_ms" in episode.chunk_stats for run in runs for episode in run.episodes), figures=drawings,
+        figure_titles={name: heading for name, (heading, _) in FIGURES.items()}, strips=drawn,
+        many_strips=sum(len(listed) for _, listed in drawn) > strips.MOST_OPEN, unrecorded=strips.unrecorded(runs),
+        legend=strips.LEGEND, strip_height=strips.HEIGHT, bar_heights=strips.BARS, tasks=tasks,
         gaps=any(e is None for task in tasks for cell in task["cells"] for _, e in cell["episodes"]),
-        clips=clips(runs, labels, base, videos),
-        failures=failures,
-        reasons=failure_reasons(runs),
-        broken=episodes([replace(run, episodes=run.broken) for run in runs], labels),
-        provenance=provenance(runs),
-        commands=[command(run) for run in runs],
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        light=palette(SERIES, STAGE_COLOURS),
-        dark=palette(DARK_SERIES, DARK_STAGES),
+        clips=clips(runs, labels, base, videos), failures=failures, reasons=failure_reasons(runs),
+        broken=episodes([replace(run, episodes=run.broken) for run in runs], labels), provenance=provenance(runs),
+        commands=[command(run) for run in runs], written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        light=palette(SERIES, STAGE_COLOURS), dark=palette(DARK_SERIES, DARK_STAGES)
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class ArmControl:
         self.position = data.site_xpos[self.site]  # [3] m
         self.rotation = data.site_xmat[self.site].reshape(3, 3)
         arm = _span(controller.qvel_index)
+        self.sensed = (data.qpos, data.qvel, data.xpos, data.xquat, data.site_xpos, data.site_xmat)  # of observables
         self.velocities, self.joint_velocities = data.qvel, data.qvel[arm]  # [nv], [7] rad/s
         self.joint_positions = data.qpos[_span(controller.qpos_index)]  # [7] rad
         self.bias = data.qfrc_bias[arm]  # [7] N m
@@ -65,6 +66,37 @@ class ArmControl:
         self.finger_controls = data.ctrl[fingers]  # [2]
         low, high = model.actuator_ctrlrange[fingers].T  # m
         self.finger_middle, self.finger_reach = 0.5 * (high + low), 0.5 * (high - low)
+
+    def step(self, action: NDArray[np.float64], observe: bool = True) -> None:
+        """robosuite's `step` without its repeated work, its reward, and what it returns: see `observed`.
+
+        Per substep robosuite runs `forward`, the controller (which runs `forward` again) and `mj_step`: three full
+        evaluations of one state. The second (in `apply`) and the third need only what depends on the controls;
+        the solver still runs three times, since each run warm-starts the next and so reaches the result's last bits.
+        """
+        simulation, model, data = self.simulation, self.model, self.data
+        simulation.timestep += 1
+        substeps = int(simulation.control_timestep / simulation.model_timestep)
+        self._sampling = Sampling(simulation, () if observe else self.sensed)
+        enabled = model.opt.disableflags
+        model.opt.disableflags = enabled | mujoco.mjtDisableBit.mjDSBL_SENSOR
+        for substep in range(substeps):
+            if substep == substeps - 1:  # sensors do not act on the physics: the last substep's are enough
+                model.opt.disableflags = enabled
+            mujoco.mj_forward(model, data)
+            self.apply(action, first=substep == 0)
+            mujoco.mj_checkPos(model, data)
+            mujoco.mj_checkVel(model, data)
+            mujoco.mj_step2(model, data)
+            self._sampling.substep()
+        self._sampling.finish()
+        simulation.cur_time += simulation.control_timestep
+        simulation._post_process()
+
+    def observed(self) -> Mapping[str, Any]:
+        """The observables as of the last `step`."""
+        self._sampling.sample_owed()
+        return dict(self.simulation._get_observations())
 
     def apply(self, action: NDArray[np.float64], first: bool) -> None:
         """Every substep, after `mj_forward`: writes the torques of the arm and the targets of the fingers.
@@ -194,7 +226,8 @@ class Sampling:
     `finish`.
 
     robosuite asks each of the 30 or so observables in each of the 25 substeps whether it is to take a sample. They all
-    follow the same clock, and in 23 of the substeps the answer is that only the clock goes on.
+    follow the same clock, and in 24 of the substeps the answer is that only the clock goes on. The one sample is looked
+    at in a chunk's last control step alone, or where success ends the chunk early: in others what it is of is kept.
     """
 
     _time: float
@@ -202,19 +235,23 @@ class Sampling:
     _period: float
     _last_moment: float  # to sample at
 
-    def __init__(self, simulation: Any) -> None:
-        self._simulation = simulation
+    def __init__(self, simulation: Any, kept: Sequence[NDArray[np.float64]] = ()) -> None:
+        """kept: the arrays that sensors read, of which copies are kept instead of a sample taken; none: it is taken."""
+        self._simulation, self._kept = simulation, kept
+        self._copies: list[NDArray[np.float64]] = []
         self._observables = [each for each in simulation._observables.values() if each._enabled]
         self._timestep: float = simulation.model_timestep
         self._read()
 
     def substep(self) -> None:
-        """Where all observables share their clock, and it neither asks for a sample nor starts anew, it alone goes on;
-        otherwise this is robosuite's own update."""
+        """Where all observables share their clock, it alone goes on; a sample that is taken is robosuite's update."""
         if self._shared:
             time = self._time + self._timestep
-            if time < self._period and (self._sampled or time > self._last_moment):
-                self._time = time
+            over, due = time >= self._period, not self._sampled and time <= self._last_moment
+            if (self._kept and not over) if due else (self._sampled or not over):
+                self._time, self._sampled = (time % self._period, False) if over else (time, self._sampled or due)
+                if due:
+                    self._copies = [array.copy() for array in self._kept]
                 return
         self.finish()
         self._simulation._update_observables()
@@ -224,7 +261,18 @@ class Sampling:
         """Sets the observables' own clocks."""
         if self._shared:
             for observable in self._observables:
-                observable._time_since_last_sample = self._time
+                observable._time_since_last_sample, observable._sampled = self._time, self._sampled
+
+    def sample_owed(self) -> None:
+        """The sample that was not taken, after `finish`: for it the arrays are once more what they were."""
+        present = [array.copy() for array in self._kept]
+        for content in (self._copies, present) if self._copies else ():
+            for array, values in zip(self._kept, content, strict=True):
+                array[:] = values
+            for observable in self._observables if content is self._copies else ():
+                observable.update(timestep=0.0, obs_cache=self._simulation._obs_cache, force=True)
+        self._copies = []
+        self.finish()
 
     def _read(self) -> None:
         clocks: set[Clock] = {

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 import rsd
 from rsd.checks import ImageSize, Seed, checked, shown
 from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
-from rsd.sim.fast_path import ArmControl, Contacts, Sampling, compile_maths
+from rsd.sim.fast_path import ArmControl, Contacts, compile_maths
 from rsd.sim.motion import Motion, Mover, mover
 from rsd.sim.permuted import Layout, Predicate, is_permuted
 from rsd.sim.physics import mujoco
@@ -87,7 +87,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         libero = load_libero()
         compile_maths()
         with quiet(), kept_scenes() if fast else contextlib.nullcontext():
-            self._control = libero.env_wrapper.ControlEnv(
+            self._control = libero.ControlEnv(
                 bddl_file_name=str(bddl_file(suite, task_id)),
                 use_camera_obs=cameras,
                 has_offscreen_renderer=cameras,
@@ -163,9 +163,11 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             last = executed == len(chunk)
             if before_step is not None:
                 before_step()
-            self._control_step(action, draw=last and draw)
+            self._control_step(action, draw=last and draw, observe=last or before_step is not None)
             terminated = self.success()
             if terminated:
+                if not last and self._arm_control is not None:
+                    self._latest = self._arm_control.observed()
                 if not last and draw and self.draws_end:
                     self.redraw()
                 break
@@ -424,52 +426,30 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         bodies = [self.simulation.obj_body_id[name] for name in self.simulation.objects_dict]
         before = self.data.xpos[bodies, :2].copy()
         for i in range(WAIT_STEPS):
-            self._control_step(np.asarray(WAIT_ACTION), draw=i == WAIT_STEPS - 1)
+            self._control_step(np.asarray(WAIT_ACTION), i == WAIT_STEPS - 1, observe=i == WAIT_STEPS - 1)
         return float(np.linalg.norm(self.data.xpos[bodies, :2] - before, axis=1).max())
 
-    def _control_step(self, action: NDArray[np.float64], draw: bool) -> None:
+    def _control_step(self, action: NDArray[np.float64], draw: bool, observe: bool = True) -> None:
+        """Without `observe`, `latest` and the observation stay what they were."""
         if self._mover is not None:
             self._mover.step()
         if draw or not self.fast:
             self._make_current()
         for camera in self._armed.values():
             camera.armed = draw
-        if self.fast:
-            self._latest = self._fast_step(action)
-        else:
+        if not self.fast:
             self._latest = self.simulation.step(action)[0]
+            return
+        if self._arm_control is None:
+            raise RsdError("step: expected a reset before the first step")
+        self._arm_control.step(action, observe)
+        if observe:
+            self._latest = self._arm_control.observed()
 
     def _make_current(self) -> None:
         """Selects this environment's GL context. robosuite never does: of two environments one draws black."""
         if self.cameras:
             self.simulation.sim._render_context_offscreen.gl_ctx.make_current()
-
-    def _fast_step(self, action: NDArray[np.float64]) -> Mapping[str, Any]:
-        """robosuite's `step` without its repeated work.
-
-        Per substep robosuite runs `forward`, the controller (which runs `forward` again) and `mj_step`: three full
-        evaluations of one state. The second (in `ArmControl`) and the third need only what depends on the controls;
-        the solver still runs three times, since each run warm-starts the next and so reaches the result's last bits.
-        """
-        simulation, control = self.simulation, self._arm_control
-        if control is None:
-            raise RsdError("step: expected a reset before the first step")
-        model, data = self.model, self.data
-        simulation.timestep += 1
-        substeps = int(simulation.control_timestep / simulation.model_timestep)
-        sampling = Sampling(simulation)
-        for substep in range(substeps):
-            # sensors do not act on the physics: the last substep's are enough
-            mujoco.mj_forwardSkip(model, data, mujoco.mjtStage.mjSTAGE_NONE, int(substep < substeps - 1))
-            control.apply(action, first=substep == 0)
-            mujoco.mj_checkPos(model, data)
-            mujoco.mj_checkVel(model, data)
-            mujoco.mj_step2(model, data)
-            sampling.substep()
-        sampling.finish()
-        simulation.cur_time += simulation.control_timestep
-        simulation._post_action(action)
-        return dict(simulation._get_observations())
 
     def _observation_dict(self) -> dict[str, NDArray[Any]]:
         latest = self.latest()

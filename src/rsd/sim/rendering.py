@@ -63,7 +63,7 @@ def check_gl() -> None:
     worker would fail. Costs a second where it is another than OSMesa."""
     backend = gl_backend()
     # robosuite draws with EGL where GLFW is asked for
-    if backend in ("egl", "glx") and (error := _drawing_error(backend)):
+    if backend in ("egl", "glx") and (error := _drawing_error(backend, os.environ.get(EGL_NUMBER))):
         asked = f"MUJOCO_GL={backend}: expected a backend that draws here"
         if backend == "egl" and EGL_NUMBER in os.environ:
             asked = f"{EGL_NUMBER}={os.environ[EGL_NUMBER]}: expected the number of an EGL device that draws"
@@ -76,11 +76,12 @@ def _nvidia_egl_works() -> bool:
     if ctypes.util.find_library("EGL") is None:
         return False
     # a number that was asked for is no reason to draw elsewhere
-    return EGL_NUMBER in os.environ or not _drawing_error("egl")
+    return EGL_NUMBER in os.environ or not _drawing_error("egl", None)
 
 
-def _drawing_error(backend: str) -> str:
-    """Why a GL backend does not draw here, "" if it does."""
+@functools.cache
+def _drawing_error(backend: str, number: str | None) -> str:
+    """Why a GL backend does not draw here, on the EGL device of that number, "" if it does: asked once, in seconds."""
     probe = dict(os.environ, MUJOCO_GL=backend, PYOPENGL_PLATFORM=backend)
     try:
         # a broken driver may abort the process: ask a child

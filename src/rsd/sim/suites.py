@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import sys
-import types
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
@@ -59,20 +58,27 @@ def quiet() -> Iterator[None]:
 
 
 @functools.cache
-def load_libero() -> types.SimpleNamespace:
-    """Imports LIBERO and robosuite once: `benchmark`, `env_wrapper`, `get_libero_path`.
-
-    Chooses the GL backend first (robosuite reads it at import), prints nothing, writes nothing into the home
-    directory but a cache of compiled code (`rsd.cache`), and none of robosuite's /tmp/robosuite.log, whose owner locks
-    every other user out.
-    Raises RsdError if the distribution is missing.
-    """
+def load_benchmark() -> Any:
+    """LIBERO's lists of tasks, without robosuite, MuJoCo and OpenGL. Raises RsdError if it is not installed."""
     try:
         metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         raise RsdError(
             f"LIBERO: expected the distribution {DISTRIBUTION}, found none. Install it: pip install {DISTRIBUTION}"
         ) from None
+    with quiet():
+        return importlib.import_module("libero.libero.benchmark")
+
+
+@functools.cache
+def load_libero() -> Any:
+    """Imports LIBERO and robosuite once: the module of `ControlEnv`.
+
+    Chooses the GL backend first (robosuite reads it at import), prints nothing, writes nothing into the home
+    directory but a cache of compiled code (`rsd.cache`), and none of robosuite's /tmp/robosuite.log, whose owner locks
+    every other user out.
+    """
+    load_benchmark()
     gl_backend()
     importlib.import_module("rsd.sim.physics")  # robosuite imports MuJoCo, whose failure is a line there
     for variable, folder in (("NUMBA_CACHE_DIR", "numba"), ("MPLCONFIGDIR", "matplotlib")):
@@ -85,15 +91,10 @@ def load_libero() -> types.SimpleNamespace:
         try:
             if visible is not None and os.environ.get("MUJOCO_EGL_DEVICE_ID", "") not in visible:
                 del os.environ["CUDA_VISIBLE_DEVICES"]  # robosuite asserts that it lists the device, UUIDs never do
-            loaded = types.SimpleNamespace(
-                benchmark=importlib.import_module("libero.libero.benchmark"),
-                env_wrapper=importlib.import_module("libero.libero.envs.env_wrapper"),
-                get_libero_path=importlib.import_module("libero.libero").get_libero_path,
-            )
+            return importlib.import_module("libero.libero.envs.env_wrapper")
         finally:
             if visible is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    return loaded
 
 
 def _quiet_robosuite_macros() -> None:
@@ -119,18 +120,18 @@ def suite_names() -> tuple[str, ...]:
 
     The installed package names more suites (`..._ood`, `..._env`, `..._temp`) than it has scene files for.
     """
-    listed = load_libero().benchmark.get_benchmark_dict()
+    listed = load_benchmark().get_benchmark_dict()
     return tuple(sorted([*(name for name in listed if _has_files(name)), *permuted.SUITES]))
 
 
 @functools.cache
 def _listed(suite: str) -> Any:
     with quiet():
-        return load_libero().benchmark.get_benchmark_dict()[suite]()
+        return load_benchmark().get_benchmark_dict()[suite]()
 
 
 def _scene_path(task: Any) -> Path:
-    return Path(load_libero().get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+    return Path(load_benchmark().get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
 
 
 def _has_files(suite: str) -> bool:
@@ -141,7 +142,7 @@ def _has_files(suite: str) -> bool:
 @functools.cache
 def _benchmark(suite: str) -> Any:
     suite = base_suite(suite)
-    listed = load_libero().benchmark.get_benchmark_dict()
+    listed = load_benchmark().get_benchmark_dict()
     if suite in listed and _has_files(suite):
         return _listed(suite)
     near = difflib.get_close_matches(suite, suite_names(), n=5, cutoff=0.4) or MAIN_SUITES
