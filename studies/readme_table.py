@@ -44,7 +44,7 @@ ROWS = (
     Row("`l1`: the target alone, one pass", "l1", "l1"),
     Row("`drafter-only`", "alone", "draft-first", ("", "", " (a)")),
     Row("`rsd-fused`", "fused_moving", "rsd-fused"),
-    Row("`rsd-skip`", "skip_reset_3", "", ("", " (b)", "")),
+    Row("`rsd-skip`", "skip_own_3", "", ("", " (b)", "")),
     Row("`ar`: the target alone, level by level", "", "ar"),
 )
 
