@@ -39,7 +39,7 @@ OPTIONS = {
     "drafter distil --target p:P --loop.steps 0": "expected --loop.steps of at least 1, found 0",
     "drafter distil --target p:P --loss.grounding 1": "expected no --loss.counterfactual, --loss.grounding, which",
     "study scaling --sizes 10M 10M": "--sizes 10M: expected some of 10M, 18M, 32M, 104M, 312M, each once",
-    "study scaling --rounds 0": "--rounds, --num-tasks, --warmup: expected 1 or more, and one of --sizes, found 0, 2, 3",
+    "study scaling --rounds 0": "--warmup: expected 1 or more, and one of --sizes, found 0, 2, 3",
     "merge ws://127.0.0.1:8000 runs/a": "expected a path, found an address",
     "eval --output https://host/runs": "expected a path, found an address",
     "serve --statistics nothing --port 0": "--statistics: expected a checkpoint in OpenVLA's format beside it, found",
@@ -57,7 +57,7 @@ def test_an_output_of_an_unset_variable_is_not_the_current_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for empty in ("", " "):
-        check([*option.split(), empty], "--output: expected a path, found an empty one", tmp_path, capsys)
+        check([*option.split(), empty], f"{option.split()[-1]}: expected a path, found an empty one", tmp_path, capsys)
 
 
 def test_a_policy_of_an_unset_variable_is_not_the_current_folder(

@@ -378,7 +378,7 @@ def test_what_the_expert_cannot_do_is_refused_before_anything_is_written(tmp_pat
 
 
 @pytest.mark.parametrize("command", ["collect --num-demos 1", "render --source SOURCE"])
-@pytest.mark.parametrize(("place", "holds"), [("policy", "config.json"), ("policy", "tokenizer.json"), ("", "x.py")])
+@pytest.mark.parametrize(("place", "holds"), [("policy", "config.json"), ("policy", "tokenizer.json"), (".", "x.py")])
 def test_demonstrations_do_not_come_among_the_files_of_something_else(
     command: str,
     place: str,

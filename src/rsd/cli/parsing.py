@@ -110,8 +110,8 @@ def named(at: At) -> str:
 def refuse_twice(arguments: Sequence[str]) -> None:
     """Raises UsageError for an option that is given twice: the first one would go without a word."""
     names = [text.partition("=")[0].replace("_", "-") for text in arguments if re.match("--[a-z]", text)]
-    if any(name in ("--output", "--out") and not value.strip() for name, value in itertools.pairwise(arguments)):
-        raise UsageError("--output: expected a path, found an empty one; leave the option out, or say where")
+    if empty := [a for a, b in itertools.pairwise(arguments) if a in ("--output", "--out") and not b.strip()]:
+        raise UsageError(f"{empty[0]}: expected a path, found an empty one")
     if again := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"{again}: expected once, found {names.count(again)} times")
 
