@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def read_json(path: Path) -> Any:
 def pack(folder: Path) -> Path:
     """folder -> its archive, the same bytes for the same content; the folder is removed. Returns the archive."""
     archive = folder.with_name(folder.name + SUFFIX)
+    if archive.exists():
+        raise RsdError(f"{archive}: exists already; unpack it into {folder} first, and move it away")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
         raise RsdError(f"{folder}: expected a folder with raw results, found no file in it")
@@ -55,6 +58,16 @@ def _run(path: Path) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name not in ("format", "tasks")}
 
 
-if __name__ == "__main__":
-    for argument in sys.argv[1:]:
+def pack_all(arguments: Sequence[str], prog: str) -> int:
+    """Of the command line: every folder."""
+    if not arguments:
+        raise RsdError(f"{prog}: expected folders with raw results, found none")
+    for argument in arguments:
         print(pack(Path(argument)))
+    return 0
+
+
+if __name__ == "__main__":
+    from rsd.cli import Command, dispatch
+
+    sys.exit(dispatch(sys.argv[1:], Command("", "studies.archive:pack_all"), "python -m studies.archive"))

@@ -46,10 +46,11 @@ class ScalingConfig:
 
     def __post_init__(self) -> None:
         for size in self.sizes:
-            if size not in TRUNKS:
-                raise RsdError(f"--sizes {size}: expected some of {', '.join(TRUNKS)}")
+            if size not in TRUNKS or self.sizes.count(size) > 1:
+                raise RsdError(f"--sizes {size}: expected some of {', '.join(TRUNKS)}, each once")
         if min(self.rounds, self.num_tasks) < 1 or self.warmup < 1 or not self.sizes:
-            raise RsdError(f"scaling: expected rounds, num_tasks and warmup >= 1 and a size; found {self}")
+            found = f"{self.rounds}, {self.num_tasks}, {self.warmup} and {len(self.sizes)} sizes"
+            raise RsdError(f"--rounds, --num-tasks, --warmup: expected 1 or more, and one of --sizes, found {found}")
 
 
 @dataclass(frozen=True)

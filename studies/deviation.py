@@ -80,8 +80,9 @@ def measure_deviation(config: DeviationConfig) -> list[Row]:
     """Run the measurement, print the table, write the JSON."""
     shown = {}
     first = RsdPolicy.from_pretrained(config.policy, device=config.device, decode="ar", engine=EAGER)
-    _, held_out = split(load_folders(config.data), config.validation_every)
-    dataset = FrameDataset(held_out, first.tokenizer.config.horizon, first.device)
+    size = first.image_size
+    _, held_out = split(load_folders(config.data, image_size=size), config.validation_every)
+    dataset = FrameDataset(held_out, first.tokenizer.config.horizon, first.device, size)
     frames = torch.linspace(0, len(dataset) - 1, min(config.frames, len(dataset)), device=first.device).long()
     expert = dataset.batch(frames).chunk.float().cpu().numpy()
     for variant in VARIANTS:

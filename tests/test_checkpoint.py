@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from refusals import tree
 from rsd import manifest
 from rsd.checkpoint import CONFIG_FILE, LARGE, PROVEN_FILE, WEIGHTS_FILE, gate_of, load_weights, seal
 from rsd.cli import dispatch
@@ -44,6 +45,16 @@ def test_weights_that_are_not_finite_are_not_saved(policy: RsdPolicy, tmp_path: 
     with pytest.raises(RsdError, match=r"target.level_head.weight is not finite as float16; .* nothing was saved"):
         policy.save_pretrained(tmp_path / "new")
     assert not list((tmp_path / "new").glob("*"))
+
+
+@pytest.mark.parametrize("name", ["episodes.jsonl", "training_state.pt", "drafter.json", "corrector.json", "a.hdf5"])
+def test_a_checkpoint_does_not_come_among_files_of_something_else(name: str, policy: RsdPolicy, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    (tmp_path / "config.json").write_text("somebody's")
+    before = tree(tmp_path)
+    with pytest.raises(RsdError, match=f"expected a checkpoint, or nothing yet, found {name} in it"):
+        policy.save_pretrained(tmp_path)
+    assert tree(tmp_path) == before
 
 
 def test_defaults_come_with_the_checkpoint(policy: RsdPolicy, tmp_path: Path) -> None:

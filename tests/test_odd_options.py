@@ -32,6 +32,16 @@ OPTIONS = {
     f"train policy {COUNTERFACTUAL}": "--policy.target.whole-block with --loss.counterfactual",
     "submit --cluster local --shards 9 --num-trials 2 --tasks 0 --decode l1": "--shards 9: expected at most 2, as the",
     "submit --cluster local --partition gpu": "--partition gpu: expected --cluster slurm with it, found local",
+    "eval --shard 01/4": "--shard '01/4': expected i/n with 0 <= i < n, such as 0/4",
+    "eval --videos all --max-videos 0": "--max-videos: expected an integer from 1 to",
+    "bench latency --decode l1 --acceptance synthetic(0.5)": "a decoder that drafts among --decode with --acceptance",
+    "drafter distil --target p:P --drafter.image-size 96 --drafter.visual.shrink 4": "a multiple of 16 x --drafter",
+    "drafter distil --target p:P --loop.steps 0": "expected --loop.steps of at least 1, found 0",
+    "drafter distil --target p:P --loss.grounding 1": "expected no --loss.counterfactual, --loss.grounding, which",
+    "study scaling --sizes 10M 10M": "--sizes 10M: expected some of 10M, 18M, 32M, 104M, 312M, each once",
+    "study scaling --rounds 0": "--warmup: expected 1 or more, and one of --sizes, found 0, 2, 3",
+    "merge ws://127.0.0.1:8000 runs/a": "expected a path, found an address",
+    "eval --output https://host/runs": "expected a path, found an address",
     "serve --statistics nothing --port 0": "--statistics: expected a checkpoint in OpenVLA's format beside it, found",
 }
 
@@ -39,6 +49,33 @@ OPTIONS = {
 @pytest.mark.parametrize("command", OPTIONS)
 def test_refused_at_the_start(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(command.replace(" out", f" {tmp_path}/out").split(), OPTIONS[command], tmp_path, capsys)
+
+
+@pytest.mark.parametrize("option", ["eval --output", "train policy --output", "merge --output", "demos collect --out"])
+def test_an_output_of_an_unset_variable_is_not_the_current_folder(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for empty in ("", " "):
+        check([*option.split(), empty], f"{option.split()[-1]}: expected a path, found an empty one", tmp_path, capsys)
+
+
+def test_a_policy_of_an_unset_variable_is_not_the_current_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["inspect", ""], ["bench", "latency", "--policy", ""]):
+        check(command, "policy '': expected a checkpoint directory or a hub id", tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["episodes.jsonl", "config.json", "open_it_demo.hdf5"])
+def test_a_tokenizer_among_files_of_something_else(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).touch()
+    for more in ([], ["--overwrite"]):
+        command = ["tokenizer", "fit", "--output", tmp_path, "--data", "nothing", *more]
+        check(command, f"expected a folder of its own, found {name} in it", tmp_path, capsys)
 
 
 OTHERS = ["tokenizer.json", "config.json", "episodes.jsonl", "open_it_demo.hdf5"]

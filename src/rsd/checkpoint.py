@@ -330,11 +330,7 @@ def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
 
 
 def save_checkpoint(
-    model: RsdModel,
-    tokenizer: ActionTokenizer,
-    config: PolicyConfig,
-    provenance: dict[str, Any],
-    directory: Path,
+    model: RsdModel, tokenizer: ActionTokenizer, config: PolicyConfig, provenance: dict[str, Any], directory: Path
 ) -> None:
     """Write `config.json`, `model.safetensors` and `tokenizer.json` into `directory`."""
     halves = finite_halves(model, directory)

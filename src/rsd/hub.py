@@ -43,7 +43,7 @@ def locate(path_or_hub_id: str | Path, kind: str, directory: str, files: Sequenc
 def local(path_or_hub_id: str | Path) -> Path | None:
     """The directory itself; of the checkpoints that ship, also that of the source tree, from wherever one works."""
     path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
+    if path.is_dir() and path_or_hub_id != "":
         return path
     shipped = Path(rsd.__file__).parents[2] / path
     return shipped if path.parts[:1] == ("checkpoints",) and shipped.is_dir() else None

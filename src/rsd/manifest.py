@@ -71,8 +71,11 @@ def read_manifest(directory: Path) -> Manifest | None:
     return from_json(Manifest, content, str(path), ignore=("format_version",))
 
 
-def verify(directory: Path) -> Manifest | None:
-    """The manifest; `RsdError` if a file is another than it says, is gone or came later. None of an unsealed one."""
+def verify(directory: Path, remedy: str = "") -> Manifest | None:
+    """The manifest; `RsdError` if a file is another than it says, is gone or came later. None of an unsealed one.
+
+    remedy: of what is no checkpoint, which could be sealed again."""
+    remedy = remedy or f"{REMEDY} {directory}"
     manifest = read_manifest(directory)
     if manifest is None:
         return None
@@ -82,9 +85,9 @@ def verify(directory: Path) -> Manifest | None:
             raise RsdError(f"{directory / name}: not found; the checkpoint is incomplete, copy it again")
         if file_sha256(directory / name) != expected:
             why = f"is not what {MANIFEST_FILE} names (sha256 differs)"
-            raise RsdError(f"{directory / name}: {why}; {REMEDY} {directory}")
+            raise RsdError(f"{directory / name}: {why}; {remedy}")
     if later := [name for name in found if name not in manifest.sha256]:
-        raise RsdError(f"{directory / later[0]}: came later than {MANIFEST_FILE}, take it out; or {REMEDY} {directory}")
+        raise RsdError(f"{directory / later[0]}: came later than {MANIFEST_FILE}, take it out; or {remedy}")
     return manifest
 
 
@@ -93,7 +96,8 @@ def verify_made(directory: Path, name: str, said: str, command: str) -> None:
     if not (directory / name).is_file():
         found = "one without" if directory.is_dir() else "none"
         raise RsdError(f"{said}: expected a directory with {name} ({command}), found {found}")
-    verify(directory)
+    if verify(directory, remedy := f"copy the directory again, or make it anew: {command}") is None:
+        raise RsdError(f"{directory / MANIFEST_FILE}: not found; {remedy}")
 
 
 def seal(directory: Path, only: Iterable[str] | None = None) -> Manifest:

@@ -27,8 +27,7 @@ LITTLE = 1 << 20  # bytes left on a disk that is full
 AGAIN = "then run the command again (without --overwrite, if it had that)"
 KEPT = "what was written before is kept"
 REMEDIES = {
-    errno.ENOSPC: f"{KEPT}; make room, {AGAIN}",
-    errno.EDQUOT: f"{KEPT}; make room, {AGAIN}",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), f"{KEPT}; make room, {AGAIN}"),
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "something else is in its place: choose another one"),
     errno.ENOENT: f"its folder is not there, or not any more: put it back, {AGAIN}",
 }
@@ -43,6 +42,11 @@ OF_THE_SYSTEM = {
     errno.EISDIR: "expected a file there, not a folder",
     errno.ENOENT: "check the path",
 }
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 episode`, `2 episodes`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def terminal(stderr: bool = False, highlight: bool = True, soft_wrap: bool = False) -> Console:

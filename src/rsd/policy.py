@@ -43,6 +43,7 @@ from rsd.runtime.engines import choose_engine, make_engine
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import VERIFY_PENDING, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
+OF_OTHERS = ("episodes.jsonl", "training_state.pt", "drafter.json", "corrector.json")  # in folders of something else
 TEXT_CACHE = 64  # instructions whose encoding is kept
 CACHED_CHARACTERS = 1000  # longer instructions are encoded every time: a client could send 64 of any length
 LOG = logging.getLogger(__name__)
@@ -349,6 +350,8 @@ class SpeculativePolicy:
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the checkpoint directory; a skip calibration is of one weights file, so make it anew there."""
         target: Path = checked(Path, directory, "checkpoint directory")
+        if odd := [p.name for p in sorted(target.glob("*")) if p.name in OF_OTHERS or p.suffix == ".hdf5"]:
+            raise RsdError(f"{target}: expected a checkpoint, or nothing yet, found {odd[0]} in it; choose another one")
         with writing(target, SafetensorError):
             self.body.save(target)
 

@@ -92,6 +92,26 @@ def test_other_settings_are_refused(config: CollectConfig, collected: list[Demon
         collect(replace(config, motion="thing"))
 
 
+def test_other_settings_are_seen_in_the_files_of_other_tasks(
+    config: CollectConfig, collected: list[Demonstration], tmp_path: Path
+) -> None:
+    """Copied without the folder of parts, which says them, too."""
+    shutil.copy(config.out / f"{NAME}{FILE_SUFFIX}", tmp_path)
+    with pytest.raises(RsdError, match=r"motion = None, found 'thing', motion_speed = None, found 0\.02"):
+        collect(replace(config, out=tmp_path, tasks=(1,), motion="thing"))
+
+
+def test_files_without_demonstrations_are_not_rendered(
+    config: CollectConfig, collected: list[Demonstration], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(config.out / f"{NAME}{FILE_SUFFIX}", tmp_path)
+    with h5py.File(tmp_path / f"{NAME}{FILE_SUFFIX}", "r+") as file:
+        for name in list(file["data"]):
+            del file["data"][name]
+    assert dispatch(["demos", "render", "--source", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "expected demonstrations, found none; collect them again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("what", "indices"), [("thing", (0, 1, 0)), ("destination", (0,))])
 def test_what_an_instruction_asks_for_moves_in_its_demonstration(
     config: CollectConfig, what: Any, indices: tuple[int, ...]
@@ -358,7 +378,7 @@ def test_what_the_expert_cannot_do_is_refused_before_anything_is_written(tmp_pat
 
 
 @pytest.mark.parametrize("command", ["collect --num-demos 1", "render --source SOURCE"])
-@pytest.mark.parametrize(("place", "holds"), [("policy", "config.json"), ("policy", "tokenizer.json"), ("", "x.py")])
+@pytest.mark.parametrize(("place", "holds"), [("policy", "config.json"), ("policy", "tokenizer.json"), (".", "x.py")])
 def test_demonstrations_do_not_come_among_the_files_of_something_else(
     command: str,
     place: str,

@@ -19,6 +19,7 @@ from rsd.evaluation.backend import describe_checkpoint, rsd_policy, settle
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.distil import ROLLOUTS, attributes_of, distil
 from rsd.evaluation.distil_config import DistilConfig
+from rsd.locks import exclusive
 from rsd.models.config import DrafterConfig, StandaloneDrafterConfig, VisualDrafterConfig
 from rsd.targets.black_box import load_drafter
 from rsd.targets.drafter_files import read_drafter
@@ -125,6 +126,16 @@ def episodes(config: DistilConfig, last: int = 10**6) -> int:
     with pytest.raises(KeyboardInterrupt) if last < 10**6 else nullcontext():
         distil(config)
     return PointEnv.made
+
+
+def test_a_distillation_has_its_folder_for_itself(tmp_path: Path) -> None:
+    config = asked("ws://127.0.0.1:1", tmp_path / "run")
+    with exclusive(config.output), pytest.raises(RsdError, match="another run is writing here"):
+        distil(config)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "episodes.jsonl").touch()
+    with pytest.raises(RsdError, match=r"expected a folder of its own, found episodes\.jsonl"):
+        distil(config)
 
 
 def test_a_drafter_for_a_server_goes_on_evaluates_and_serves(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from refusals import tree
 from rsd.reporting.archive import located
 from rsd.types import RsdError
 from studies.archive import pack, read_json
@@ -30,6 +31,12 @@ def test_an_archive_is_read_by_the_paths_of_its_folder(tmp_path: Path) -> None:
     assert summary["other_files"] == ["latency.json"]
     again = study(tmp_path / "again")
     assert pack(again).read_bytes() == archive.read_bytes()
+    before = tree(tmp_path)
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "more.json").write_text("{}")
+    with pytest.raises(RsdError, match=r"again.tar.xz: exists already; unpack it"):
+        pack(again)
+    assert tree(tmp_path) == before | {"again": None, "again/more.json": b"{}"}
 
 
 def test_what_is_no_archive_or_empty_is_refused(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from rsd.chunks import environment_ready
 from rsd.decoding.state import EpisodeState
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.foreign import check_foreign
-from rsd.targets.black_box import Drafter, SpeculatingPolicy
+from rsd.targets.black_box import Drafter, SpeculatingPolicy, load_drafter
 from rsd.targets.custom import CustomPolicy, identity
+from rsd.targets.drafter_files import read_drafter
 from rsd.targets.remote import connection
 from rsd.targets.remote.openpi import OpenpiPolicy, served_at
 from rsd.targets.remote.wire import pack, unpack
@@ -273,6 +274,25 @@ def test_a_drafter_of_another_target_is_refused(drafter: Drafter) -> None:
     drafter.check_belongs({"policy": "ws://elsewhere", "metadata": {}})
     with pytest.raises(RsdError, match="distilled from another target"):
         drafter.check_belongs({"policy": "ws://elsewhere", "metadata": {"name": "pi0"}})
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "unsealed", "later"])
+def test_a_damaged_drafter_is_made_anew_and_not_sealed(drafter: Drafter, tmp_path: Path, damage: str) -> None:
+    place = tmp_path / "drafter"
+    path = place / {"unsealed": "manifest.json", "later": "more.json"}.get(damage, "model.safetensors")
+    path.write_bytes(b"{}") if damage in ("cut", "later") else path.unlink()
+    with pytest.raises(RsdError, match=rf"{path.name}: .*; .*copy") as refused:
+        read_drafter(place)
+    assert "seal" not in str(refused.value)
+    assert damage == "gone" or "make it anew: rsd drafter distil" in str(refused.value)
+
+
+def test_a_drafters_folder_may_be_text_and_its_device_must_be_one(drafter: Drafter, tmp_path: Path) -> None:
+    assert load_drafter(str(tmp_path / "drafter")).stored == drafter.stored  # type: ignore[arg-type]
+    odd = (None, "cpu", "drafter directory: expected"), (tmp_path / "drafter", "tpu", "device 'tpu': expected")
+    for folder, device, expected in odd:
+        with pytest.raises(RsdError, match=expected):
+            load_drafter(folder, device)  # type: ignore[arg-type]
 
 
 def test_the_proxy_outlives_the_server_behind_it(drafter: Drafter) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import itertools
 import os
 import re
 import shutil
@@ -109,6 +110,8 @@ def named(at: At) -> str:
 def refuse_twice(arguments: Sequence[str]) -> None:
     """Raises UsageError for an option that is given twice: the first one would go without a word."""
     names = [text.partition("=")[0].replace("_", "-") for text in arguments if re.match("--[a-z]", text)]
+    if empty := [a for a, b in itertools.pairwise(arguments) if a in ("--output", "--out") and not b.strip()]:
+        raise UsageError(f"{empty[0]}: expected a path, found an empty one")
     if again := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"{again}: expected once, found {names.count(again)} times")
 
@@ -150,6 +153,8 @@ def check_outputs(options: Any) -> None:
 
 def check_output(option: str, path: Path, wanted: str) -> None:
     """wanted: "file", "folder", or "" for either."""
+    if re.match("[a-z]+:/", str(path)):
+        raise UsageError(f"{option}: expected a path, found an address; choose a folder here")
     standing = next(place for place in (path, *path.parents) if place.exists())
     found = "folder" if standing.is_dir() else "file" if standing.is_file() else "device"
     if standing != path and found != "folder":

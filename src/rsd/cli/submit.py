@@ -53,11 +53,8 @@ def run(options: SubmitArguments) -> int:
     if options.shards > (planned := len(plan_episodes(config, LIBERO))):
         raise UsageError(f"--shards {options.shards}: expected at most {planned}, as there are episodes")
 
-    parameters: dict[str, object] = {
-        "timeout_min": options.minutes,
-        "cpus_per_task": options.cpus,
-        "gpus_per_node": options.gpus,
-    }
+    parameters: dict[str, object] = {"timeout_min": options.minutes, "cpus_per_task": options.cpus}
+    parameters["gpus_per_node"] = options.gpus
     if options.partition:
         parameters["slurm_partition"] = options.partition
     jobs = submit_shards(config, options.shards, options.cluster, parameters)

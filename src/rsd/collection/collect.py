@@ -7,6 +7,7 @@ share a file, and a killed run continues where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -42,7 +43,7 @@ from rsd.expert.grasps import GraspMode
 from rsd.expert.noise import ActionNoise, Disturbance, NoiseConfig
 from rsd.json_files import read_object, write_atomically
 from rsd.locks import exclusive
-from rsd.output import Faults
+from rsd.output import Faults, plural
 from rsd.sim import permuted
 from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
 from rsd.sim.motion import Motion, check_task
@@ -315,7 +316,8 @@ def collect(config: CollectConfig) -> dict[str, int]:
         counts = {names[task]: merge_of(task) for task in have}
     following = f"demos render --source {config.out}" if config.states_only else f"tokenizer fit --data {config.out}"
     if any(counts.values()):
-        print(f"{sum(counts.values())} demonstrations in {config.out}; next: rsd {following}", file=sys.stderr)
+        made = plural(sum(counts.values()), "demonstration")
+        print(f"{made} in {config.out}; next: rsd {following}", file=sys.stderr)
     faults.raise_any(f"of {total} demonstrations or their files", sum(counts.values()))
     return counts
 
@@ -442,6 +444,10 @@ def _made_alike(config: CollectConfig, names: Mapping[int, str], faults: Faults)
 
     if stored.exists():
         compare(stored, read_object(stored, "a folder of parts"))
+    own = {f"{name}{FILE_SUFFIX}" for name in names.values()}
+    for other in (path for path in sorted(config.out.glob(f"*{FILE_SUFFIX}")) if path.name not in own):
+        with contextlib.suppress(DamagedFile):  # it costs itself only
+            check(other)
     have = workers.finished_by_task(config.out, names, faults, check)
     write_atomically(stored, json.dumps(wanted, indent=1))
     return have

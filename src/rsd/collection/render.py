@@ -38,7 +38,7 @@ from rsd.data.schema import (
     write_images,
 )
 from rsd.locks import exclusive
-from rsd.output import Faults, attempt, writing
+from rsd.output import Faults, attempt, plural, writing
 from rsd.sim.libero import LiberoEnv, simulator_versions
 from rsd.sim.rendering import check_gl
 from rsd.sim.suites import suite_tasks
@@ -109,7 +109,8 @@ def render(config: RenderConfig) -> dict[str, int]:
         for path in demonstration_files(config.source):
             try:
                 suite, task_id = _task_of(path, config)
-                wanted = stored_names(path)[: config.max_per_task]
+                if not (wanted := stored_names(path)[: config.max_per_task]):
+                    raise RsdError(f"{path}: expected demonstrations, found none; collect them again")
                 made = (config.image_size, config.every)
                 parts = [part for part in part_files(_folder(out, path)) if _images_of(part) == made]
                 have = _rendered(out / path.name, config) | {part.stem for part in parts}
@@ -132,7 +133,7 @@ def render(config: RenderConfig) -> dict[str, int]:
                 bar.advance(shown, done)
         counts = {path.name.removesuffix(FILE_SUFFIX): _merge(config, out, path) for path in files}
     faults.raise_any(f"of the demonstrations or files in {config.source}", sum(counts.values()))
-    told = f"{sum(counts.values())} demonstrations with images in {out}"
+    told = f"{plural(sum(counts.values()), 'demonstration')} with images in {out}"
     print(f"{told}; next: rsd train policy --data {out}", file=sys.stderr)
     return counts
 

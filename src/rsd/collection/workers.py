@@ -23,7 +23,7 @@ from rsd.types import RsdError
 
 Workers = Annotated[int, between(1, 4096)]
 PARTS = ".parts"  # folder of part files, in the one of the demonstrations
-FILES_OF_OTHERS = ("config.json", "manifest.json", "tokenizer.json", "training_state.pt", "episodes.jsonl")
+FILES_OF_OTHERS = ("config.json", "manifest.json", "tokenizer.json", "training_state.pt", "episodes.jsonl", "meta")
 
 
 class OtherSettings(RsdError):

@@ -32,7 +32,7 @@ from rsd.data.lerobot_stats import Statistics
 from rsd.data.schema import check_actions
 from rsd.extras import extra
 from rsd.json_files import write_atomically
-from rsd.output import shown, writing
+from rsd.output import plural, shown, writing
 from rsd.types import ACTION_DIM, STATE_DIM, RsdError
 from rsd.versions import versions
 from rsd.words import FLAGS, word_flags
@@ -88,7 +88,8 @@ def export(config: ExportConfig) -> Path:
             os.replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{writer.episodes} demonstrations, {writer.frames} frames, {len(writer.tasks)} tasks: {output}")
+    counts = (writer.episodes, "demonstration"), (writer.frames, "frame"), (len(writer.tasks), "task")
+    print(f"{', '.join(plural(*each) for each in counts)}: {output}")
     print(f"next: rsd train policy --data lerobot:{output}, or LeRobotDataset('local', root='{output}')")
     return output
 
@@ -111,11 +112,8 @@ def survey(folders: Iterable[Path]) -> bool:
 
 def features_of(side: int, videos: bool, executed: bool, words: bool) -> dict[str, dict[str, Any]]:
     """`features` of info.json, in the order of the columns."""
-    picture: dict[str, Any] = {
-        "dtype": "video" if videos else "image",
-        "shape": [side, side, 3],
-        "names": ["height", "width", "channel"],
-    }
+    picture: dict[str, Any] = {"dtype": "video" if videos else "image", "shape": [side, side, 3]}
+    picture["names"] = ["height", "width", "channel"]
     if videos:
         kind = {"codec": "h264", "pix_fmt": PIXELS, "is_depth_map": False, "fps": CONTROL_HZ, "channels": 3}
         size = {"video.height": side, "video.width": side}

@@ -50,6 +50,8 @@ class LatencyConfig(Checked):
         known, asked = [name for name in DECODERS if name not in names(gated=True)], set(self.decode)
         of_them = f"--decode to be some of {', '.join(known)}, each once (when rsd-skip skips depends on the episode)"
         yield asked and asked <= {*known} and len(asked) == len(self.decode), of_them, " ".join(self.decode)
+        judged = self.acceptance == DEFAULT or any(DECODERS[name].drafts for name in asked)
+        yield judged, "a decoder that drafts among --decode with --acceptance", " ".join(self.decode)
         yield engine_rule(self.engine, self.device)
 
 

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 from rsd.checks import (
     MOST_LISTED,
     Checked,
-    Count,
     Millimetres,
     RsdError,
     Rules,
@@ -50,8 +49,7 @@ from rsd.types import (
 # (`batch` is not among them: a batch rounds otherwise than a single observation. Nor is `control_hz`: outcomes are
 # the same, but a run's latencies are to be of one kind.)
 UNHASHED_FIELDS = (
-    *("num_workers", "videos", "max_videos", "output", "batch_wait_ms", "episode_timeout"),
-    *("launcher", "shard"),
+    *("num_workers", "videos", "max_videos", "output", "batch_wait_ms", "episode_timeout", "launcher", "shard"),
 )
 TASK_LISTS = "all, numbers such as 0,3 or 0-4, or suite by suite libero_goal:1,2;libero_10:0"
 # Left out of the hash where they are what they were before they existed, so that older runs keep theirs.
@@ -188,7 +186,7 @@ class EvalConfig(PolicyOptions):
     """Run only part i of n of the episodes, written i/n from 0/n on; `rsd merge` puts the parts together."""
     videos: Literal["none", "failures", "all"] = "none"
     """Which episodes get a video, replayed from their actions after the episode is over."""
-    max_videos: Count = 10
+    max_videos: Annotated[int, between(1, MOST_LISTED)] = 10
     """At most so many videos a run; of all episodes, failures first."""
     output: str = ""
     """Results directory; default runs/eval/<suite>-<decode>-<hash of the options>."""
@@ -282,7 +280,7 @@ class EvalConfig(PolicyOptions):
     def shard_of(self) -> tuple[int, int]:
         """(part, number of parts); raises RsdError for anything but i/n with 0 <= i < n."""
         part, _, parts = (number(text) for text in (self.shard or "0/1").partition("/"))
-        if part is None or parts is None or part >= parts:
+        if part is None or parts is None or part >= parts or self.shard not in ("", f"{part}/{parts}"):
             raise RsdError(f"--shard {shown(self.shard)}: expected i/n with 0 <= i < n, such as 0/4")
         return part, parts
 

@@ -38,13 +38,7 @@ class VirtualDelay(Pace):
     An episode's first chunk is waited for at a standstill in every mode, and so it misses nothing."""
 
     def __init__(
-        self,
-        delay: int,
-        drafter_delay: int = 0,
-        *,
-        tail: bool = False,
-        corrected: bool = False,
-        always: bool = False,
+        self, delay: int, drafter_delay: int = 0, *, tail: bool = False, corrected: bool = False, always: bool = False
     ) -> None:
         """always: a draft begins whatever the target made of the one before."""
         super().__init__()

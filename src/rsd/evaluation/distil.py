@@ -23,7 +23,7 @@ from rsd.evaluation.distil_config import DistilConfig
 from rsd.evaluation.tables import say
 from rsd.manifest import MANIFEST_FILE, file_sha256
 from rsd.models.standalone_drafter import StandaloneDrafter
-from rsd.output import terminal, writing
+from rsd.output import plural, terminal, writing
 from rsd.targets.drafter_files import (
     WEIGHTS_FILE,
     SelfDeviation,
@@ -33,7 +33,7 @@ from rsd.targets.drafter_files import (
     save_models,
 )
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.training.loop import CHECKPOINT
+from rsd.training.loop import CHECKPOINT, one_run_a_folder
 from rsd.training.standalone_drafter import TrainStandaloneConfig, fit_tokenizer, train_standalone
 from rsd.types import Policy, RsdError
 
@@ -53,6 +53,7 @@ class MakeTarget:
         return rsd_policy(self.config)
 
 
+@one_run_a_folder
 def distil(config: DistilConfig) -> Path:
     """All of it, each part once -> the drafter's directory."""
     check_device(config.device)
@@ -135,7 +136,7 @@ class Run:
         )
         counts = roll_out(asked, self.make_target)
         solved = [attribute["success"] for attribute in attributes_of(self.folder(name))]
-        say(self.console, f"{name}: {sum(counts.values())} rollouts, {sum(solved)} successful")
+        say(self.console, f"{name}: {plural(sum(counts.values()), 'rollout')}, {sum(solved)} successful")
 
     def tokenizer(self) -> ActionTokenizer:
         """Fitted once, from the target's own rollouts, whose longest chunk is the horizon."""

@@ -62,3 +62,8 @@ class DistilConfig(Checked):
 
     def rules(self) -> Rules:
         yield "," not in self.task_suite, "--task-suite with one suite", self.task_suite
+        unit, side = 16 * self.drafter.visual.shrink, self.drafter.image_size
+        yield side % unit == 0, f"--drafter.image-size of a multiple of 16 x --drafter.visual.shrink, {unit}", side
+        yield self.loop.steps, "--loop.steps of at least 1", 0
+        idle = self.loss.counterfactual or self.loss.grounding
+        yield not idle, "no --loss.counterfactual, --loss.grounding, which train targets", idle

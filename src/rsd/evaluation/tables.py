@@ -9,12 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rsd.output import plural as plural
+
 ABSENT = "-"
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 episode`, `2 episodes`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def percent(rate: float | None) -> str:

@@ -415,11 +415,7 @@ def _putting(thing: str, destination: str) -> str:
 
 
 SPOKEN = {"akita_black_bowl": "bowl"}
-KINDS = (
-    *sorted(itertools.chain(*LOOK_ALIKES)),
-    *RELATIONS,
-    *("akita_black_bowl", "plate", "wine_bottle"),
-)
+KINDS = (*sorted(itertools.chain(*LOOK_ALIKES)), *RELATIONS, "akita_black_bowl", "plate", "wine_bottle")
 SUITES: dict[str, Callable[[SceneFile, str, np.random.Generator], Layout | None]] = {
     "libero_object" + SUFFIX: object_layout,
     "libero_spatial" + SUFFIX: spatial_layout,

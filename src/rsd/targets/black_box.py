@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rsd.checks import Millimetres
+from rsd.checks import Millimetres, checked
 from rsd.conventions import shrunk
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import fingertip_deviation, most_skips
@@ -25,6 +25,7 @@ from rsd.decoding.gate import SkipRule
 from rsd.decoding.primitives import Primitives
 from rsd.decoding.state import Draft, EpisodeState, Forecast, PolicyInput
 from rsd.decoding.timing import Stopwatch
+from rsd.devices import check_device
 from rsd.models.feature_drafter import FeatureDrafter
 from rsd.models.standalone_drafter import StandaloneDrafter
 from rsd.models.target import BlockTarget, state_features
@@ -149,9 +150,9 @@ class Drafter:
 
 
 def load_drafter(directory: Path, device: str = "cpu") -> Drafter:
-    stored = read_drafter(directory)
+    stored = read_drafter(directory := checked(Path, directory, "drafter directory"))
     model, tokenizer = load_models(directory, stored)
-    return Drafter(model.to(device), tokenizer, stored, str(directory))
+    return Drafter(model.to(check_device(device)), tokenizer, stored, str(directory))
 
 
 class SpeculatingPolicy:

@@ -50,7 +50,7 @@ def prepare(chunks: np.ndarray, config: TokenizerConfig, learned: bool) -> Prepa
     motion = np.delete(chunks, binary, axis=2)
     needed = max(MIN_CHUNKS, CHUNKS_PER_SCALAR * motion.shape[1] * motion.shape[2] if learned else 0)
     if len(chunks) < needed:
-        raise RsdError(f"tokenizer fit: expected at least {needed} chunks, found {len(chunks)}")
+        raise RsdError(f"tokenizer fit: expected at least {needed} chunks, found {len(chunks)}; take more data")
     largest = float(np.abs(motion).max())
     if largest > (limit := config.limit or MOST_ACTION):
         remedy = "give the robot's own limit, or 0 for none" if config.limit else "convert them"

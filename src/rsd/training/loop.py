@@ -35,7 +35,7 @@ from rsd.types import RsdError
 from rsd.versions import versions
 
 STATE_FILE, CHECKPOINT = "training_state.pt", "checkpoint"
-OF_OTHERS = ("config.json", "manifest.json", "tokenizer.json", "episodes.jsonl")  # names of files of no training
+OF_OTHERS = ("tokenizer.json", "config.json", "manifest.json", "episodes.jsonl")  # the first one: but to fit one
 CLOCK_STEPS = 20  # how often the processes ask the first one for its clock, and whether it was told to stop
 SHOW_SECONDS, LINE_SECONDS = 1.0, 60.0  # between updates of the bar, and between lines of the log
 
@@ -314,10 +314,6 @@ class State:
 def check_state(config: Trains, **also: object) -> None:
     """`RsdError` for a run folder with the state of another run, or with what is none, before anything is loaded; also:
     as to `train_and_save`."""
-    names = sorted(path.name for path in config.output.glob("*"))
-    if found := next((name for name in names if name in OF_OTHERS or name.endswith(FILE_SUFFIX)), None):
-        what = f"expected a folder of its own, found {found} in it, of something else"
-        raise RsdError(f"--output {config.output}: {what}; choose another one")
     State(config.output / STATE_FILE, {}, {**describe(config), **also}).read()
 
 
@@ -361,6 +357,10 @@ def one_run_a_folder(train: Callable[Concatenate[Config, P], Result]) -> Callabl
     def alone(config: Config, /, *args: P.args, **kwargs: P.kwargs) -> Result:
         output: Path = config.output  # type: ignore[attr-defined]
         first = not parallel.launched() or int(variable("RANK", "0")) == 0
+        names, others = sorted(path.name for path in output.glob("*")), OF_OTHERS[hasattr(config, "overwrite") :]
+        if found := next((name for name in names if name in others or name.endswith(FILE_SUFFIX)), None):
+            what = f"expected a folder of its own, found {found} in it, of something else"
+            raise RsdError(f"--output {output}: {what}; choose another one")
         with exclusive(output) if first else contextlib.nullcontext():
             if (output / CHECKPOINT).exists() and not (output / STATE_FILE).exists():
                 raise RsdError(f"{output / CHECKPOINT}: a checkpoint of another run; choose another --output")

@@ -20,7 +20,7 @@ from rsd.decoding.acceptance import acceptance_rule
 from rsd.devices import check_device
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.options import executed_steps
-from rsd.output import shown
+from rsd.output import plural, shown
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
@@ -138,7 +138,7 @@ def load_frames(
     parts, horizon = split(everything, config.validation_every), tokenizer.config.horizon
     training, validation = (FrameDataset(part, horizon, device, image_size, execute, asking) for part in parts)
     training.check(config.loop.batch_size, remembered, config.augment)
-    print(f"{training.episodes} demonstrations, {len(training)} frames; held out {validation.episodes}")
+    print(f"{plural(training.episodes, 'demonstration')}, {len(training)} frames; held out {validation.episodes}")
     return training, validation
 
 

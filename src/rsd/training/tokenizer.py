@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from rsd.checks import each_once
 from rsd.data.demonstrations import action_episodes
 from rsd.data.lerobot import located
-from rsd.output import refuse_to_replace, shown, writing
+from rsd.output import plural, refuse_to_replace, shown, writing
 from rsd.tokenizer.action_tokenizer import FILE_NAME, ActionTokenizer
 from rsd.training.config import TrainTokenizerConfig
 from rsd.training.dataset import chunk_targets
@@ -51,7 +51,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> ActionTokenizer:
     tokenizer = ActionTokenizer.fit(chunks, config.tokenizer)
     chunk = torch.from_numpy(chunks[:: max(1, len(chunks) // 20_000)])
     tokens = tokenizer.encode(chunk)
-    print(f"{demonstrations} demonstrations, {len(chunks)} chunks; first step {tokenizer.first_step:.4f}")
+    print(f"{plural(demonstrations, 'demonstration')}, {len(chunks)} chunks; first step {tokenizer.first_step:.4f}")
     for dimension, low, high in zip(
         tokenizer.binary_index.tolist(), tokenizer.binary_low.tolist(), tokenizer.binary_high.tolist(), strict=True
     ):
