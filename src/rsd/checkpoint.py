@@ -230,16 +230,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         elif value.dtype not in PRECISIONS:
             expected = "torch.float16, torch.float32, or torch.int8 with a scale"
             raise RsdError(f"{path}: {name} expected {expected}, found {value.dtype}")
-        elif not (name.endswith(SCALE) and _is_int8(stored.get(name.removesuffix(SCALE)))):
+        elif not (name.endswith(SCALE) and getattr(stored.get(name.removesuffix(SCALE)), "dtype", None) == torch.int8):
             weights[name] = value.float()
     for name, value in weights.items():
         if not torch.isfinite(value).all():
             raise RsdError(f"{path}: {name} holds NaN or infinity")
     return weights
-
-
-def _is_int8(value: Tensor | None) -> bool:
-    return value is not None and value.dtype == torch.int8
 
 
 def check_fit(weights: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:

@@ -271,16 +271,22 @@ class InThisProcess:
         return future
 
 
+@pytest.mark.parametrize(
+    ("kept", "fault"), [(0, "or fixtures: not readable"), (5, "expected [0-9]+ states, one an action, found 5")]
+)
 def test_a_demonstration_that_is_damaged_costs_its_own_rendering_only(
-    config: CollectConfig, collected: list[Demonstration], tmp_path: Path
+    config: CollectConfig, collected: list[Demonstration], tmp_path: Path, kept: int, fault: str
 ) -> None:
     source = tmp_path / "source"
     source.mkdir()
     shutil.copy(config.out / f"{NAME}{FILE_SUFFIX}", source)
     with h5py.File(source / f"{NAME}{FILE_SUFFIX}", "r+") as file:
+        states = file["data/demo_0/states"][:kept]
         del file["data/demo_0/states"]
+        if kept:
+            file["data/demo_0/states"] = states
     job = RenderConfig(source, tmp_path / "out", image_size=32, num_workers=1, every=16, max_per_task=2)
-    with pytest.raises(RsdError, match=r"1 of the demonstrations or files .* demo_0 .*or fixtures: not readable"):
+    with pytest.raises(RsdError, match=rf"1 of the demonstrations or files .* demo_0 .*{fault}"):
         render(job)
     assert [demo.episode for demo in load_demonstrations(tmp_path / "out")] == ["demo_1"]
 

@@ -210,6 +210,8 @@ def _render_batch(
         demo, where = member(data, name, f"demonstrations {path}"), f"demonstration {name} of {path}"
         with reading(f"{where}, its states or fixtures"):
             demo.visititems(read)  # else what is damaged would be found as it is copied, and taken for a full disk
+            if (there := len(demo["states"])) != (steps := len(demo["actions"])):
+                raise RsdError(f"{where}: expected {steps} states, one an action, found {there}; collect it again")
             states, things = demo["states"][:: config.every], [thing for _, thing in asked_things(demo, where)]
             return render_frames(env, states, demo["body_pos"][()], demo["body_quat"][()], things)
 

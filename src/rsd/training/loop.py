@@ -173,7 +173,8 @@ def train(
                 progress.update(bar, completed=step, description=f"loss {values['total'].item():.4f}")
             if now - printed > LINE_SECONDS:
                 printed = now
-                progress.print(_line(values, step, now - start))
+                numbers = ", ".join(f"{name} {float(value.detach()):.4f}" for name, value in values.items())
+                progress.print(f"step {step}, {now - start:.0f} s: {numbers}")
             if config.save_every and step % config.save_every == 0:
                 _require_finite(values, step)
                 state.save(step, now - start)
@@ -253,11 +254,6 @@ def _log(writer: Any, values: dict[str, Tensor], norm: Tensor, step: int, second
     with writing(Path(writer.log_dir)):
         for name, number in numbers.items():
             writer.add_scalar(name, number, step)
-
-
-def _line(values: dict[str, Tensor], step: int, seconds: float) -> str:
-    numbers = ", ".join(f"{name} {float(value.detach()):.4f}" for name, value in values.items())
-    return f"step {step}, {seconds:.0f} s: {numbers}"
 
 
 @dataclass(frozen=True)
