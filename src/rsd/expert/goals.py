@@ -94,8 +94,11 @@ def kind(name: str) -> str:
 def goals_of(wanted: Sequence[tuple[str, ...]], start: Sequence[tuple[str, ...]] = ()) -> Goals | None:
     """Goals in the order of doing, of predicates such as ("on", "akita_black_bowl_1", "plate_1"), if the expert can
     reach them all; else None. start: the predicates that hold at the start, for drawers that stand open."""
-    goals = _ordered([Goal(*words) for words in wanted])
     stand_open = [words[1] for words in start if words[0] == "open"]
+    filled = {words[2] for words in wanted if len(words) > 2 and DRAWER.fullmatch(kind(words[2]))}
+    opened = sorted(filled - {*stand_open, *(words[1] for words in wanted)})
+    goals = _ordered([Goal(*words) for words in (*wanted, *(("open", name) for name in opened))])
+    stand_open += [goal.target for goal in goals if goal.predicate == "open"]
     return _spread(goals) if goals and all(_solvable(goal, stand_open) for goal in goals) else None
 
 
@@ -130,8 +133,8 @@ def _solvable(goal: Goal, stand_open: Sequence[str]) -> bool:
         reached = drawer and "_bottom_" not in thing  # no room for the leaning hand under its handle
         able = {"turnon": stove, "turnoff": stove, "open": reached, "close": drawer or thing == "microwave"}
         return able.get(goal.predicate, False)
-    if DRAWER.fullmatch(place):  # one that it has opened overhangs the bowl; the ketchup would stand too high in it
-        fits = goal.destination in stand_open and thing != "ketchup"
+    if DRAWER.fullmatch(place):
+        fits = goal.destination in stand_open and thing != "ketchup"  # which would stand too high in it
     elif place == "microwave_heating_region":
         fits = isinstance(GRASPS.get(thing), Rim) and goal.destination.replace("_heating_region", "") in stand_open
     elif LAYER.fullmatch(place):
@@ -206,13 +209,29 @@ def beside_fixtures(scene: Scene, goal: Goal, middle: Vector) -> Vector:
     low, high = middle + outline.min(axis=0) - ROOM, middle + outline.max(axis=0) + ROOM
     way = np.zeros(2)
     for name in (name for name in scene.bodies if name not in scene.movable):
-        box = scene.vertices(name)[:, :2]
-        up, down = box.max(axis=0) - low, high - box.min(axis=0)  # [2] how far to move along each axis, either way
-        least = int(np.argmin(np.minimum(up, down)))
-        if min(up[least], down[least]) > 0.0:
-            way[least] += up[least] if up[least] < down[least] else -down[least]
+        way += way_beside(low, high, scene.vertices(name))
     most = np.maximum(scene.region_size(goal.destination)[:2] - INSIDE, 0.0)
     return np.clip(way, -most, most)
+
+
+def way_beside(low: Vector, high: Vector, box: Vector) -> Vector:
+    """Shortest way [2] along an axis of what reaches from low to high [2] to beside a box of points [n, 3]."""
+    up, down = box.max(axis=0)[:2] - low, high - box.min(axis=0)[:2]  # how far to move along each axis, either way
+    least, way = int(np.argmin(np.minimum(up, down))), np.zeros(2)
+    if min(up[least], down[least]) > 0.0:
+        way[least] = up[least] if up[least] < down[least] else -down[least]
+    return way
+
+
+def way_out(scene: Scene, goal: Goal) -> Vector | None:
+    """Shortest way [2] of the target from under the drawer that it shall come into; None where it is not below it."""
+    if not DRAWER.fullmatch(kind(goal.destination)):
+        return None
+    drawer, points = np.concatenate(scene.part_shapes(scene.moving_part(goal.destination))), scene.vertices(goal.target)
+    low, high = points.min(axis=0), points.max(axis=0)
+    if low[2] > drawer[:, 2].min():
+        return None
+    return (high[2] < drawer[:, 2].min()) * way_beside(low[:2] - ROOM, high[:2] + ROOM, drawer)
 
 
 def _over_drawer(scene: Scene, goal: Goal) -> float:

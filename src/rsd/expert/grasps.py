@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -58,14 +58,22 @@ def yaw_of(angle: float) -> float:
 
 @dataclass(frozen=True)
 class Grasp(ABC):
-    """angle: direction of the closing axis in the world (rad)."""
+    """angle: direction of the closing axis in the world (rad); lean: of the hand about it, its palm to the right."""
 
     angle: float
+    _: KW_ONLY
+    lean: float = 0.0
 
     @property
     def direction(self) -> Vector:
         """Unit vector [2] along the closing axis; for a rim, from the bowl's centre to the gripped point."""
         return np.array([np.cos(self.angle), np.sin(self.angle)])
+
+    @property
+    def upward(self) -> Vector:
+        """Way [3], of height 1, up the hand from the grip site."""
+        aside = np.tan(self.lean) * self.direction
+        return np.array([aside[1], -aside[0], 1.0])
 
     @property
     def yaw(self) -> float:
@@ -331,8 +339,9 @@ def _overlap(scene: Scene, target: str, grasp: Grasp, destination: Vector) -> fl
     across_palm = np.linspace(-PALM_HALF_WIDTH, PALM_HALF_WIDTH, 9 if dense else 3)
     palm = grid(np.linspace(-PALM_HALF_LENGTH, PALM_HALF_LENGTH, 17 if dense else 9), across_palm)
     tips, palm_height = centre[2] - TIP_BELOW_SITE, centre[2] + PALM_ABOVE_SITE
-    others = scene.heights(np.concatenate([fingers, palm]) + centre[:2], ignore=(target,))
-    own = scene.heights(fingers + centre[:2])  # the bowl's floor under the inner finger
+    foot = (centre - centre[2] * grasp.upward)[:2]
+    others = scene.heights(np.concatenate([fingers, palm]) + foot, (target,), grasp.upward)
+    own = scene.heights(fingers + foot, (), grasp.upward)  # the bowl's floor under the inner finger
     bottom = float(scene.vertices(target)[:, 2].min())
     moved = centre + np.array([*(destination[:2] - scene.position(target)[:2]), destination[2] - bottom])
     there = scene.heights(palm + moved[:2], ignore=(target,))

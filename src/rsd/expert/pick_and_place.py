@@ -11,19 +11,22 @@ lower it may go. The same law brings the object to its destination.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
-from rsd.expert.goals import SLOT, Goal, destination, kind, slot_turn
+from rsd.expert.goals import SLOT, Goal, destination, kind, slot_turn, way_out
 from rsd.expert.grasps import (
     MAX_LEAN,
+    POINTING_DOWN,
     TIP_BELOW_SITE,
     WHOLE,
     Grasp,
     GraspMode,
     RimGrasp,
     Span,
+    about,
     choose_grasp,
     hand_rotation,
     lean_limit,
@@ -32,7 +35,7 @@ from rsd.expert.grasps import (
     turned_back,
 )
 from rsd.expert.motion import Leading, funnel, step_towards, turn_left
-from rsd.expert.scene import Scene, Vector
+from rsd.expert.scene import UP, Scene, Vector
 
 AT_GRASP, AT_GRASP_HEIGHT = 0.006, 0.006  # m
 AT_GRASP_ANGLE = 0.2  # rad
@@ -51,6 +54,8 @@ TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on t
 OVER = 0.012  # m off the object's middle, close enough to choose a side
 RELEASE_GAP = 0.006  # m of free fall
 RELEASE_RADIUS = 0.012  # m off the destination's middle; the plate's predicate allows 30 mm
+UNDER_LEAN = np.radians(22)  # of the hand, away from the drawer over a thing
+OUT, RISE = 0.01, 0.01  # m that the hand is sent aside, beyond what it needs, and up from under it
 CARRY_TURN = 0.35  # turning a held object faster drags it over its support
 FALLEN_UP = 0.7  # z of the own z axis; lower, and neither a rim nor a knob can be taken
 MAX_ATTEMPTS = 4
@@ -126,8 +131,9 @@ class PickAndPlace:
         assert self._grasp is not None
         eef, goal = scene.eef, self._grasp.point(scene, self.target)
         rotation = self._orientation(goal)
-        turn = turn_left(scene, rotation)
-        off, above = float(np.linalg.norm((goal - eef)[:2])), float(eef[2] - goal[2])
+        turn, above = turn_left(scene, rotation), float(eef[2] - goal[2])
+        line = goal + max(0.0, above) * self._grasp.upward  # a leaning hand comes in along itself
+        off = float(np.linalg.norm((line - eef)[:2]))
         arrived = off < AT_GRASP and abs(above) < AT_GRASP_HEIGHT and turn < AT_GRASP_ANGLE
         stuck = self._slow_steps >= SLOW_STEPS and off < NEAR_GRASP and abs(above) < NEAR_GRASP
         if self._slow_steps >= SLOW_STEPS and not stuck and 0.0 < above < BLOCKED_BELOW and off < BLOCKED_BELOW:
@@ -143,7 +149,7 @@ class PickAndPlace:
         tight = self._walled or isinstance(self.goal.hold, Span)
         radius, slope = (TIGHT_RADIUS, TIGHT_SLOPE) if tight else (FUNNEL_RADIUS, FUNNEL_SLOPE)
         height = funnel(misaligned, goal[2], self._free_height(goal), radius, slope)
-        return self._move(np.array([goal[0], goal[1], height]) + self._ahead.way, rotation, GRIPPER_OPEN)
+        return self._move(np.array([line[0], line[1], height]) + self._ahead.way, rotation, GRIPPER_OPEN)
 
     def _free_height(self, goal: Vector) -> float:
         """Height at which the open hand clears everything on its way to `goal`, the object included (m)."""
@@ -170,6 +176,9 @@ class PickAndPlace:
         """Object in hand: up, over, and down the funnel above its destination."""
         scene = self.scene
         eef, held = scene.eef, scene.position(self.target)
+        if (out := way_out(scene, self.goal)) is not None and out.any():
+            error = np.array([*out + OUT * np.sign(out), RISE])
+            return step_towards(scene, error, self._orientation(eef), GRIPPER_CLOSE, CARRY_TURN)
         there, surface = destination(scene, self.goal)
         bottom = float(scene.vertices(self.target)[:, 2].min())
         off = float(np.linalg.norm((there - held)[:2]))
@@ -236,7 +245,15 @@ class PickAndPlace:
         if isinstance(self.goal.hold, Span):
             return span_grasps(self.scene, self.target, self.goal.hold, hopeless)
         self._walled = self._in_drawer()
-        return rim_grasps(self.goal.hold, self._walled, hopeless)
+        return self._leaning(rim_grasps(self.goal.hold, self._walled, hopeless))
+
+    def _leaning(self, grasps: Iterable[Grasp]) -> Iterable[Grasp]:
+        """The same, of a hand whose palm keeps away from what is over the target."""
+        out = way_out(self.scene, self.goal)
+        if out is None:
+            return grasps
+        sides = ((each, np.sign(round(float(out @ [each.direction[1], -each.direction[0]]), 3))) for each in grasps)
+        return (replace(grasp, lean=float(side) * UNDER_LEAN) for grasp, side in sides)
 
     def _in_drawer(self) -> bool:
         """The bowl stands inside a cabinet's bounds, well below its top."""
@@ -272,6 +289,9 @@ class PickAndPlace:
         # with an object in hand the fingers' heights no longer matter, the reach over its destination does
         limit = MAX_LEAN if grasp is None or self.closed else lean_limit(base, point, grasp.direction)
         yaw = 0.0 if grasp is None else grasp.yaw + self._half_turn
+        if grasp is not None and grasp.lean and way_out(self.scene, self.goal) is not None:
+            lean = about(np.array([*grasp.direction, 0.0]), grasp.lean)
+            return lean @ about(UP, yaw) @ POINTING_DOWN
         if grasp is not None and self._into_slot and self._grasped_steps >= GRASPED_STEPS:
             yaw += self._turn
         return hand_rotation(base, point, yaw, limit)

@@ -19,6 +19,7 @@ ROBOT_PARTS = ("robot0", "gripper0", "mount0")
 COLLISION_GROUP = 0  # robosuite: group 0 collides, group 1 is drawn
 HIDDEN_GROUP = 5
 RAY_START = 2.0
+UP = np.array([0.0, 0.0, 1.0])
 
 
 @dataclass(frozen=True)
@@ -143,22 +144,24 @@ class Scene:
         self._body(name)
         return np.concatenate(self._world(self._vertices[name]))
 
-    def height(self, x: float, y: float) -> float:
-        """Top of the scene at (x, y), -1 where there is nothing. Use inside `without`."""
+    def height(self, x: float, y: float, slant: Vector) -> float:
+        """Top of the scene at (x, y), -1 where there is nothing. Use inside `heights`."""
         groups = np.zeros(mujoco.mjNGROUP, dtype=np.uint8)
         groups[COLLISION_GROUP] = 1
         geom = np.array([-1], dtype=np.int32)
-        start, down = np.array([x, y, RAY_START]), np.array([0.0, 0.0, -1.0])
+        start, down = np.array([x, y, 0.0]) + RAY_START * slant, -slant
         distance = mujoco.mj_ray(self.model, self.data, start, down, groups, 1, -1, geom)
         return -1.0 if distance < 0 else RAY_START - distance
 
-    def heights(self, points: Vector, ignore: tuple[str, ...] = ()) -> Vector:
-        """Top of the scene [n] under the points [n, 2]; the robot and the `ignore` objects are looked through."""
+    def heights(self, points: Vector, ignore: tuple[str, ...] = (), slant: Vector = UP) -> Vector:
+        """Top of the scene [n] under the points [n, 2]; the robot and the `ignore` objects are looked through.
+
+        slant: way up [3], of height 1, along which to look; the points are where it meets height 0."""
         hidden = np.concatenate([self._robot_geoms, *(self._object_geoms[name] for name in ignore)])
         saved = self.model.geom_group[hidden].copy()
         self.model.geom_group[hidden] = HIDDEN_GROUP
         try:
-            return np.array([self.height(float(x), float(y)) for x, y in points])
+            return np.array([self.height(float(x), float(y), slant) for x, y in points])
         finally:
             self.model.geom_group[hidden] = saved
 
