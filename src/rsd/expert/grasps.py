@@ -242,11 +242,11 @@ def rotation_vector(rotation: NDArray[np.float64]) -> Vector:
     return vector
 
 
-def turned_back(base: Vector, points: Iterable[Vector], yaw: float) -> bool:
-    """The last joint would reach its limit with the hand, pointing down, at one of the points [3] at that yaw (rad).
+def turned_back(base: Vector, points: Iterable[Vector], yaw: float, limit: float = LAST_JOINT) -> bool:
+    """The last joint would reach its limit (rad) with the hand, pointing down, at one of the points [3] at that yaw (rad).
     Half a turn less closes the fingers along the same axis."""
     bearings = [float(np.arctan2(*(point - base)[1::-1])) for point in points]
-    return max(bearings) + np.pi / 4 - yaw > LAST_JOINT
+    return max(bearings) + np.pi / 4 - yaw > limit
 
 
 def rim_grasps(rim: Rim = BOWL, walled: bool = False, avoid: tuple[float, ...] = ()) -> Iterator[Grasp]:

@@ -234,7 +234,7 @@ class PickAndPlace:
         self._grasp = choose_grasp(scene, self.target, self._candidates(), spot, self._mode, self._rng)
         here = self._grasp.point(scene, self.target)
         points = (here, here + there - scene.position(self.target))
-        self._half_turn = np.pi if turned_back(scene.base, points, self._grasp.yaw) else 0.0
+        self._half_turn = np.pi if turned_back(scene.base, points, self._grasp.yaw, *([np.pi / 2] * bool(self._grasp.lean))) else 0.0
         if self._into_slot:
             self._turn = slot_turn(scene, self.goal, self._grasp.angle)
 
@@ -252,8 +252,11 @@ class PickAndPlace:
         out = way_out(self.scene, self.goal)
         if out is None:
             return grasps
-        sides = ((each, np.sign(round(float(out @ [each.direction[1], -each.direction[0]]), 3))) for each in grasps)
-        return (replace(grasp, lean=float(side) * UNDER_LEAN) for grasp, side in sides)
+        way = out / (np.linalg.norm(out) + 1e-9)
+        toward = (self.scene.site(self.goal.destination) - self.scene.position(self.target))[:2]
+        sides = [(each, round(float(way @ [each.direction[1], -each.direction[0]]), 3)) for each in grasps]
+        sides.sort(key=lambda each: (abs(each[1]) < 0.8, each[0].direction @ toward > 0.0))
+        return (replace(grasp, lean=float(np.sign(side)) * UNDER_LEAN) for grasp, side in sides)
 
     def _in_drawer(self) -> bool:
         """The bowl stands inside a cabinet's bounds, well below its top."""
