@@ -54,7 +54,8 @@ TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on t
 OVER = 0.012  # m off the object's middle, close enough to choose a side
 RELEASE_GAP = 0.006  # m of free fall
 RELEASE_RADIUS = 0.012  # m off the destination's middle; the plate's predicate allows 30 mm
-UNDER_LEAN = np.radians(22)  # of the hand, away from the drawer over a thing
+UNDER_LEANS = np.radians((14, 18, 22))  # of the hand, away from the drawer over a thing
+LEANING_SLOPE, LEAD = 5.0, 0.03  # m that a leaning hand aims ahead of itself on its line
 OUT, RISE = 0.01, 0.01  # m that the hand is sent aside, beyond what it needs, and up from under it
 CARRY_TURN = 0.35  # turning a held object faster drags it over its support
 FALLEN_UP = 0.7  # z of the own z axis; lower, and neither a rim nor a knob can be taken
@@ -82,7 +83,8 @@ class PickAndPlace:
     @property
     def cramped(self) -> bool:
         """The hand works in the drawer, where a push would shut it or hit a wall."""
-        return self._walled and self._grasped_steps < GRASPED_STEPS
+        under = self._grasp is not None and bool(self._grasp.lean) and way_out(self.scene, self.goal) is not None
+        return under or (self._walled and self._grasped_steps < GRASPED_STEPS)
 
     @property
     def gave_up(self) -> bool:
@@ -148,6 +150,9 @@ class PickAndPlace:
         misaligned = off + 0.1 * max(0.0, turn - 0.1)
         tight = self._walled or isinstance(self.goal.hold, Span)
         radius, slope = (TIGHT_RADIUS, TIGHT_SLOPE) if tight else (FUNNEL_RADIUS, FUNNEL_SLOPE)
+        if self._grasp.lean:
+            slope = LEANING_SLOPE
+            line -= min(LEAD, max(0.0, above)) * self._grasp.upward
         height = funnel(misaligned, goal[2], self._free_height(goal), radius, slope)
         return self._move(np.array([line[0], line[1], height]) + self._ahead.way, rotation, GRIPPER_OPEN)
 
@@ -234,7 +239,7 @@ class PickAndPlace:
         self._grasp = choose_grasp(scene, self.target, self._candidates(), spot, self._mode, self._rng)
         here = self._grasp.point(scene, self.target)
         points = (here, here + there - scene.position(self.target))
-        self._half_turn = np.pi if turned_back(scene.base, points, self._grasp.yaw, *([np.pi / 2] * bool(self._grasp.lean))) else 0.0
+        self._half_turn = np.pi if turned_back(scene.base, points, self._grasp.yaw, *([2.0] * bool(self._grasp.lean))) else 0.0
         if self._into_slot:
             self._turn = slot_turn(scene, self.goal, self._grasp.angle)
 
@@ -255,8 +260,9 @@ class PickAndPlace:
         way = out / (np.linalg.norm(out) + 1e-9)
         toward = (self.scene.site(self.goal.destination) - self.scene.position(self.target))[:2]
         sides = [(each, round(float(way @ [each.direction[1], -each.direction[0]]), 3)) for each in grasps]
-        sides.sort(key=lambda each: (abs(each[1]) < 0.8, each[0].direction @ toward > 0.0))
-        return (replace(grasp, lean=float(np.sign(side)) * UNDER_LEAN) for grasp, side in sides)
+        leaning = [(lean, each, side) for lean in UNDER_LEANS for each, side in sides]
+        leaning.sort(key=lambda each: (abs(each[2]) < 0.8, each[1].direction @ toward > 0.0))
+        return (replace(grasp, lean=float(np.sign(side)) * lean) for lean, grasp, side in leaning)
 
     def _in_drawer(self) -> bool:
         """The bowl stands inside a cabinet's bounds, well below its top."""
