@@ -227,16 +227,21 @@ def way_out(scene: Scene, goal: Goal) -> Vector | None:
     """Shortest way [2] of the target from under the drawer that it shall come into; None where it is not below it."""
     if not DRAWER.fullmatch(kind(goal.destination)):
         return None
-    drawer, points = np.concatenate(scene.part_shapes(scene.moving_part(goal.destination))), scene.vertices(goal.target)
+    drawer, points = drawer_points(scene, goal), scene.vertices(goal.target)
     low, high = points.min(axis=0), points.max(axis=0)
     if low[2] > drawer[:, 2].min():
         return None
     return (high[2] < drawer[:, 2].min()) * way_beside(low[:2] - ROOM, high[:2] + ROOM, drawer)
 
 
+def drawer_points(scene: Scene, goal: Goal) -> Vector:
+    """Vertices [n, 3] of the drawer that is the destination."""
+    return np.concatenate(scene.part_shapes(scene.moving_part(goal.destination)))
+
+
 def _over_drawer(scene: Scene, goal: Goal) -> float:
     """Height of the target's lowest point at which the palm is just over the drawer's walls."""
-    walls = float(np.concatenate(scene.part_shapes(scene.moving_part(goal.destination)))[:, 2].max())
+    walls = float(drawer_points(scene, goal)[:, 2].max())
     tall = float(np.ptp(scene.vertices(goal.target)[:, 2]))
     hold = goal.hold
     above = max(tall - hold.below, SPAN_ABOVE_FLOOR) if isinstance(hold, Span) else tall - BELOW_RIM

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
-from rsd.expert.goals import SLOT, Goal, destination, kind, slot_turn, way_out
+from rsd.expert.goals import SLOT, Goal, destination, drawer_points, kind, slot_turn, way_out
 from rsd.expert.grasps import (
     MAX_LEAN,
     POINTING_DOWN,
@@ -161,6 +161,8 @@ class PickAndPlace:
         scene = self.scene
         rim = float(scene.vertices(self.target)[:, 2].max())
         way = scene.corridor_top(scene.eef, goal, ignore=(self.target,), half_width=0.06)
+        if self._grasp is not None and self._grasp.lean:
+            way = max(way, float(drawer_points(scene, self.goal)[:, 2].max()))
         return max(way + TIP_BELOW_SITE + TRAVEL_CLEARANCE, rim + TIP_BELOW_SITE + 0.03)
 
     def _close(self) -> Vector:
