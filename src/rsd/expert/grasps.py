@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -47,7 +47,9 @@ WRIST_BACK, WRIST_UP = 0.088, 0.204  # m from grip site to wrist, pointing down
 COMFORTABLE_REACH = 0.65  # m shoulder to wrist; beyond, the straight arm is near-singular
 FOLDED_REACH = 0.22  # m; nearer, the elbow is folded to its limit
 MAX_LEAN = np.radians(30)
-LAST_JOINT = 2.75  # rad; its limit is 2.897
+LAST_JOINT, ROOMY_JOINT = 2.75, 2.0  # rad; its limit is 2.897; a leaning hand turns it further
+LEANS = np.radians((14, 18, 22))  # away from what is over an object; more, and two of the wrist's axes are in line
+ALONG_OUT = 0.6  # of a closing axis with the way that the palm keeps away; more, and it hardly does
 MAX_SIDEWAYS_LEAN = np.radians(8)
 
 
@@ -243,7 +245,7 @@ def rotation_vector(rotation: NDArray[np.float64]) -> Vector:
 
 
 def turned_back(base: Vector, points: Iterable[Vector], yaw: float, limit: float = LAST_JOINT) -> bool:
-    """The last joint would reach its limit (rad) with the hand, pointing down, at one of the points [3] at that yaw (rad).
+    """The last joint would pass a limit (rad) with the hand, pointing down, at one of the points [3] at that yaw (rad).
     Half a turn less closes the fingers along the same axis."""
     bearings = [float(np.arctan2(*(point - base)[1::-1])) for point in points]
     return max(bearings) + np.pi / 4 - yaw > limit
@@ -266,6 +268,21 @@ def rim_grasps(rim: Rim = BOWL, walled: bool = False, avoid: tuple[float, ...] =
 
     angles = [2 * np.pi * k / DIRECTIONS for k in range(0, DIRECTIONS, 1 if walled else 3)]
     return (RimGrasp(angle, rim, below, inward) for angle in sorted(angles, key=preference))
+
+
+def leaning(grasps: Iterable[Grasp], out: Vector, back: Vector) -> Iterator[Grasp]:
+    """The same of hands that lean to one side, their palm towards `out`, a unit vector [2].
+
+    Those first that lean across the closing axis, of these those on the side `back` [2], then those that lean least.
+    """
+    sides = [(each, float(out @ [each.direction[1], -each.direction[0]])) for each in grasps]
+    leans = [replace(each, lean=float(np.copysign(lean, side))) for lean in LEANS for each, side in sides]
+
+    def preference(grasp: Grasp) -> tuple[bool, bool]:
+        along = abs(float(out @ grasp.direction))
+        return along > ALONG_OUT, bool(grasp.direction @ back < 0.0)
+
+    return iter(sorted(leans, key=preference))
 
 
 def span_grasps(scene: Scene, target: str, span: Span = WHOLE, avoid: tuple[float, ...] = ()) -> Iterator[Grasp]:

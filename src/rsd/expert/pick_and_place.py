@@ -11,15 +11,16 @@ lower it may go. The same law brings the object to its destination.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
 from rsd.expert.goals import SLOT, Goal, destination, drawer_points, kind, slot_turn, way_out
 from rsd.expert.grasps import (
+    LAST_JOINT,
     MAX_LEAN,
     POINTING_DOWN,
+    ROOMY_JOINT,
     TIP_BELOW_SITE,
     WHOLE,
     Grasp,
@@ -30,6 +31,7 @@ from rsd.expert.grasps import (
     choose_grasp,
     hand_rotation,
     lean_limit,
+    leaning,
     rim_grasps,
     span_grasps,
     turned_back,
@@ -54,7 +56,6 @@ TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on t
 OVER = 0.012  # m off the object's middle, close enough to choose a side
 RELEASE_GAP = 0.006  # m of free fall
 RELEASE_RADIUS = 0.012  # m off the destination's middle; the plate's predicate allows 30 mm
-UNDER_LEANS = np.radians((14, 18, 22))  # of the hand, away from the drawer over a thing
 LEANING_SLOPE, LEAD = 5.0, 0.03  # m that a leaning hand aims ahead of itself on its line
 OUT, RISE = 0.01, 0.01  # m that the hand is sent aside, beyond what it needs, and up from under it
 CARRY_TURN = 0.35  # turning a held object faster drags it over its support
@@ -82,9 +83,8 @@ class PickAndPlace:
 
     @property
     def cramped(self) -> bool:
-        """The hand works in the drawer, where a push would shut it or hit a wall."""
-        under = self._grasp is not None and bool(self._grasp.lean) and way_out(self.scene, self.goal) is not None
-        return under or (self._walled and self._grasped_steps < GRASPED_STEPS)
+        """The hand works in or under the drawer, where a push would shut it or hit a wall."""
+        return self._leans() or (self._walled and self._grasped_steps < GRASPED_STEPS)
 
     @property
     def gave_up(self) -> bool:
@@ -151,8 +151,7 @@ class PickAndPlace:
         tight = self._walled or isinstance(self.goal.hold, Span)
         radius, slope = (TIGHT_RADIUS, TIGHT_SLOPE) if tight else (FUNNEL_RADIUS, FUNNEL_SLOPE)
         if self._grasp.lean:
-            slope = LEANING_SLOPE
-            line -= min(LEAD, max(0.0, above)) * self._grasp.upward
+            slope, line = LEANING_SLOPE, line - min(LEAD, max(0.0, above)) * self._grasp.upward
         height = funnel(misaligned, goal[2], self._free_height(goal), radius, slope)
         return self._move(np.array([line[0], line[1], height]) + self._ahead.way, rotation, GRIPPER_OPEN)
 
@@ -161,7 +160,7 @@ class PickAndPlace:
         scene = self.scene
         rim = float(scene.vertices(self.target)[:, 2].max())
         way = scene.corridor_top(scene.eef, goal, ignore=(self.target,), half_width=0.06)
-        if self._grasp is not None and self._grasp.lean:
+        if self._leans():
             way = max(way, float(drawer_points(scene, self.goal)[:, 2].max()))
         return max(way + TIP_BELOW_SITE + TRAVEL_CLEARANCE, rim + TIP_BELOW_SITE + 0.03)
 
@@ -241,7 +240,8 @@ class PickAndPlace:
         self._grasp = choose_grasp(scene, self.target, self._candidates(), spot, self._mode, self._rng)
         here = self._grasp.point(scene, self.target)
         points = (here, here + there - scene.position(self.target))
-        self._half_turn = np.pi if turned_back(scene.base, points, self._grasp.yaw, *([2.0] * bool(self._grasp.lean))) else 0.0
+        limit = ROOMY_JOINT if self._grasp.lean else LAST_JOINT
+        self._half_turn = np.pi if turned_back(scene.base, points, self._grasp.yaw, limit) else 0.0
         if self._into_slot:
             self._turn = slot_turn(scene, self.goal, self._grasp.angle)
 
@@ -252,19 +252,11 @@ class PickAndPlace:
         if isinstance(self.goal.hold, Span):
             return span_grasps(self.scene, self.target, self.goal.hold, hopeless)
         self._walled = self._in_drawer()
-        return self._leaning(rim_grasps(self.goal.hold, self._walled, hopeless))
-
-    def _leaning(self, grasps: Iterable[Grasp]) -> Iterable[Grasp]:
-        """The same, of a hand whose palm keeps away from what is over the target."""
-        out = way_out(self.scene, self.goal)
-        if out is None:
+        grasps, out = rim_grasps(self.goal.hold, self._walled, hopeless), way_out(self.scene, self.goal)
+        if out is None or not out.any():
             return grasps
-        way = out / (np.linalg.norm(out) + 1e-9)
-        toward = (self.scene.site(self.goal.destination) - self.scene.position(self.target))[:2]
-        sides = [(each, round(float(way @ [each.direction[1], -each.direction[0]]), 3)) for each in grasps]
-        leaning = [(lean, each, side) for lean in UNDER_LEANS for each, side in sides]
-        leaning.sort(key=lambda each: (abs(each[2]) < 0.8, each[1].direction @ toward > 0.0))
-        return (replace(grasp, lean=float(np.sign(side)) * lean) for lean, grasp, side in leaning)
+        back = self.scene.position(self.target) - self.scene.site(self.goal.destination)
+        return leaning(grasps, out / np.linalg.norm(out), back[:2])
 
     def _in_drawer(self) -> bool:
         """The bowl stands inside a cabinet's bounds, well below its top."""
@@ -290,6 +282,10 @@ class PickAndPlace:
 
     # -- motion ---------------------------------------------------------------------------------------------------
 
+    def _leans(self) -> bool:
+        """The hand took the object, or comes to take it, from under a drawer, over which it is not yet."""
+        return self._grasp is not None and self._grasp.lean != 0.0 and way_out(self.scene, self.goal) is not None
+
     def _orientation(self, point: Vector) -> Vector:
         """The hand's orientation wanted at `point` [3, 3].
 
@@ -300,7 +296,7 @@ class PickAndPlace:
         # with an object in hand the fingers' heights no longer matter, the reach over its destination does
         limit = MAX_LEAN if grasp is None or self.closed else lean_limit(base, point, grasp.direction)
         yaw = 0.0 if grasp is None else grasp.yaw + self._half_turn
-        if grasp is not None and grasp.lean and way_out(self.scene, self.goal) is not None:
+        if grasp is not None and self._leans():
             lean = about(np.array([*grasp.direction, 0.0]), grasp.lean)
             return lean @ about(UP, yaw) @ POINTING_DOWN
         if grasp is not None and self._into_slot and self._grasped_steps >= GRASPED_STEPS:

@@ -144,26 +144,19 @@ class Scene:
         self._body(name)
         return np.concatenate(self._world(self._vertices[name]))
 
-    def height(self, x: float, y: float, slant: Vector) -> float:
-        """Top of the scene at (x, y), -1 where there is nothing. Use inside `heights`."""
-        groups = np.zeros(mujoco.mjNGROUP, dtype=np.uint8)
-        groups[COLLISION_GROUP] = 1
-        geom = np.array([-1], dtype=np.int32)
-        start, down = np.array([x, y, 0.0]) + RAY_START * slant, -slant
-        distance = mujoco.mj_ray(self.model, self.data, start, down, groups, 1, -1, geom)
-        return -1.0 if distance < 0 else RAY_START - distance
-
-    def heights(self, points: Vector, ignore: tuple[str, ...] = (), slant: Vector = UP) -> Vector:
-        """Top of the scene [n] under the points [n, 2]; the robot and the `ignore` objects are looked through.
-
-        slant: way up [3], of height 1, along which to look; the points are where it meets height 0."""
+    def heights(self, points: Vector, ignore: tuple[str, ...] = (), upward: Vector = UP) -> Vector:
+        """Top of the scene [n] under the points [n, 2], -1 where there is nothing; the robot and the `ignore` objects
+        are looked through, down along `upward` [3], of height 1, which meets the points at height 0."""
         hidden = np.concatenate([self._robot_geoms, *(self._object_geoms[name] for name in ignore)])
         saved = self.model.geom_group[hidden].copy()
         self.model.geom_group[hidden] = HIDDEN_GROUP
+        groups, geom = (np.arange(mujoco.mjNGROUP) == COLLISION_GROUP).astype(np.uint8), np.array([-1], np.int32)
+        starts = np.pad(points, ((0, 0), (0, 1))) + RAY_START * upward
         try:
-            return np.array([self.height(float(x), float(y), slant) for x, y in points])
+            ways = [mujoco.mj_ray(self.model, self.data, start, -upward, groups, 1, -1, geom) for start in starts]
         finally:
             self.model.geom_group[hidden] = saved
+        return np.array([-1.0 if way < 0 else RAY_START - way for way in ways])
 
     def corridor_top(self, start: Vector, end: Vector, ignore: tuple[str, ...], half_width: float = 0.05) -> float:
         """Highest point of the scene in a corridor between two places (only x and y count).
