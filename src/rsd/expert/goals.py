@@ -40,16 +40,9 @@ WALL, WALL_DISTANCES = 0.03, np.arange(0.02, 0.09, 0.002)  # m over the floor, m
 FROM_ABOVE = 0.018  # m before the middle of a low drawer: the handles above are in the palm's way
 FOOT = 0.02  # m; what is put down touches the highest point within so much of the middle
 ROOM, INSIDE = 0.02, 0.015  # m between a thing and a fixture, of a thing's middle inside the edge of a region
-OPEN_PLACES = (  # what something can be put on or into from above
-    "akita_black_bowl",
-    "basket_contain_region",
-    "flat_stove_cook_region",
-    "plate",
-    "wine_rack_top_region",
-    "white_cabinet_top_side",
-    "wooden_cabinet_top_side",
-    "wooden_tray_contain_region",
-    "wooden_two_layer_shelf_top_side",
+OPEN_PLACE = re.compile(  # what something can be put on or into from above
+    r"akita_black_bowl|plate|(basket|wooden_tray)_contain_region|flat_stove_cook_region|wine_rack_top_region"
+    r"|(white_cabinet|wooden_cabinet|wooden_two_layer_shelf)_top_side"
 )
 TABLE_REGION = re.compile(r"(kitchen|living_room|main|study)_table_\w+_region")
 DRAWER = re.compile(r"(white|wooden)_cabinet_(top|middle|bottom)_region")
@@ -140,7 +133,7 @@ def _solvable(goal: Goal, stand_open: Sequence[str]) -> bool:
     elif LAYER.fullmatch(place):
         fits = isinstance(GRASPS.get(thing), Span)
     else:
-        fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT))
+        fits = any(pattern.fullmatch(place) for pattern in (OPEN_PLACE, TABLE_REGION, SLOT))
     return goal.predicate in ("on", "in") and (goal.dragged or (thing in GRASPS and fits))
 
 
@@ -207,9 +200,8 @@ def beside_fixtures(scene: Scene, goal: Goal, middle: Vector) -> Vector:
     has room beside the fixtures."""
     outline = scene.vertices(goal.target)[:, :2] - scene.position(goal.target)[:2]
     low, high = middle + outline.min(axis=0) - ROOM, middle + outline.max(axis=0) + ROOM
-    way = np.zeros(2)
-    for name in (name for name in scene.bodies if name not in scene.movable):
-        way += way_beside(low, high, scene.vertices(name))
+    fixtures = (name for name in scene.bodies if name not in scene.movable)
+    way = sum((way_beside(low, high, scene.vertices(name)) for name in fixtures), np.zeros(2))
     most = np.maximum(scene.region_size(goal.destination)[:2] - INSIDE, 0.0)
     return np.clip(way, -most, most)
 

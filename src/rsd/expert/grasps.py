@@ -12,7 +12,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ WRIST_BACK, WRIST_UP = 0.088, 0.204  # m from grip site to wrist, pointing down
 COMFORTABLE_REACH = 0.65  # m shoulder to wrist; beyond, the straight arm is near-singular
 FOLDED_REACH = 0.22  # m; nearer, the elbow is folded to its limit
 MAX_LEAN = np.radians(30)
-LAST_JOINT, ROOMY_JOINT = 2.75, 2.0  # rad; its limit is 2.897; a leaning hand turns it further
+LAST_JOINT, LEANING_JOINT = 2.75, 2.0  # rad, of a hand that leans; the limit is 2.897
 LEANS = np.radians((14, 18, 22))  # away from what is over an object; more, and two of the wrist's axes are in line
 ALONG_OUT = 0.6  # of a closing axis with the way that the palm keeps away; more, and it hardly does
 MAX_SIDEWAYS_LEAN = np.radians(8)
@@ -244,11 +244,11 @@ def rotation_vector(rotation: NDArray[np.float64]) -> Vector:
     return vector
 
 
-def turned_back(base: Vector, points: Iterable[Vector], yaw: float, limit: float = LAST_JOINT) -> bool:
-    """The last joint would pass a limit (rad) with the hand, pointing down, at one of the points [3] at that yaw (rad).
+def turned_back(base: Vector, points: Iterable[Vector], yaw: float, leans: bool = False) -> bool:
+    """The last joint would reach its limit with the hand, pointing down, at one of the points [3] at that yaw (rad).
     Half a turn less closes the fingers along the same axis."""
     bearings = [float(np.arctan2(*(point - base)[1::-1])) for point in points]
-    return max(bearings) + np.pi / 4 - yaw > limit
+    return max(bearings) + np.pi / 4 - yaw > (LEANING_JOINT if leans else LAST_JOINT)
 
 
 def rim_grasps(rim: Rim = BOWL, walled: bool = False, avoid: tuple[float, ...] = ()) -> Iterator[Grasp]:
@@ -270,19 +270,16 @@ def rim_grasps(rim: Rim = BOWL, walled: bool = False, avoid: tuple[float, ...] =
     return (RimGrasp(angle, rim, below, inward) for angle in sorted(angles, key=preference))
 
 
-def leaning(grasps: Iterable[Grasp], out: Vector, back: Vector) -> Iterator[Grasp]:
+def lean_away(grasps: Iterable[Grasp], out: Vector, back: Vector) -> list[Grasp]:
     """The same of hands that lean to one side, their palm towards `out`, a unit vector [2].
 
     Those first that lean across the closing axis, of these those on the side `back` [2], then those that lean least.
     """
-    sides = [(each, float(out @ [each.direction[1], -each.direction[0]])) for each in grasps]
-    leans = [replace(each, lean=float(np.copysign(lean, side))) for lean in LEANS for each, side in sides]
-
-    def preference(grasp: Grasp) -> tuple[bool, bool]:
-        along = abs(float(out @ grasp.direction))
-        return along > ALONG_OUT, bool(grasp.direction @ back < 0.0)
-
-    return iter(sorted(leans, key=preference))
+    leaning = [
+        replace(each, lean=float(np.copysign(lean, out @ [each.direction[1], -each.direction[0]])))
+        for lean, each in itertools.product(LEANS, grasps)
+    ]
+    return sorted(leaning, key=lambda each: (abs(each.direction @ out) > ALONG_OUT, each.direction @ back < 0.0))
 
 
 def span_grasps(scene: Scene, target: str, span: Span = WHOLE, avoid: tuple[float, ...] = ()) -> Iterator[Grasp]:
@@ -324,8 +321,6 @@ def choose_grasp(
     mode "two-sided" and "two-sided-late" toss a coin (rng) between the free candidates that turn the wrist as far as
     the first one: between the two sides of a rim.
     """
-    if mode not in get_args(GraspMode):
-        raise RsdError(f"grasp mode: expected one of {', '.join(get_args(GraspMode))}, found {mode!r}")
     if mode != "canonical" and rng is None:
         raise RsdError(f"grasp mode {mode}: expected a random generator, found none")
     overlaps: list[tuple[float, Grasp]] = []
@@ -362,15 +357,9 @@ def _overlap(scene: Scene, target: str, grasp: Grasp, destination: Vector) -> fl
     bottom = float(scene.vertices(target)[:, 2].min())
     moved = centre + np.array([*(destination[:2] - scene.position(target)[:2]), destination[2] - bottom])
     there = scene.heights(palm + moved[:2], ignore=(target,))
-    sunk = np.concatenate(
-        [
-            others[: len(fingers)] - (tips - 0.002),
-            own - (tips - 0.001),
-            others[len(fingers) :] - (palm_height - 0.004),
-            there - (moved[2] + PALM_ABOVE_SITE - 0.004),
-        ]
-    )
-    return float(np.maximum(sunk, 0.0).sum())
+    sunk = [others[: len(fingers)] - (tips - 0.002), own - (tips - 0.001)]
+    sunk += [others[len(fingers) :] - (palm_height - 0.004), there - (moved[2] + PALM_ABOVE_SITE - 0.004)]
+    return float(np.maximum(np.concatenate(sunk), 0.0).sum())
 
 
 def about(axis: Vector, angle: float) -> NDArray[np.float64]:

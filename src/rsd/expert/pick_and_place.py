@@ -15,12 +15,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
-from rsd.expert.goals import SLOT, Goal, destination, drawer_points, kind, slot_turn, way_out
+from rsd.expert.goals import OVER_WALLS, SLOT, Goal, destination, drawer_points, kind, slot_turn, way_out
 from rsd.expert.grasps import (
-    LAST_JOINT,
     MAX_LEAN,
     POINTING_DOWN,
-    ROOMY_JOINT,
     TIP_BELOW_SITE,
     WHOLE,
     Grasp,
@@ -30,8 +28,8 @@ from rsd.expert.grasps import (
     about,
     choose_grasp,
     hand_rotation,
+    lean_away,
     lean_limit,
-    leaning,
     rim_grasps,
     span_grasps,
     turned_back,
@@ -75,8 +73,8 @@ class PickAndPlace:
         self._rng = rng
         self._failed: list[float] = []
         self._grasp: Grasp | None = None
-        self._walled, self._into_slot, self._turn = False, bool(SLOT.fullmatch(kind(goal.destination))), 0.0
-        self._half_turn = 0.0  # rad, of the hand
+        self._walled, self._into_slot = False, bool(SLOT.fullmatch(kind(goal.destination)))
+        self._turn = self._half_turn = 0.0  # rad, of the hand
         self._grasped_steps = self._closed_steps = self._slow_steps = 0
         self._last_eef, self._aside = scene.eef, 0.0  # m that it moved sideways in the last step
         self._ahead, self._ahead_there = Leading(), Leading()  # of the object, of its destination
@@ -195,17 +193,12 @@ class PickAndPlace:
         radius, slope = PLACE_RADIUS, SLOT_SLOPE if "caddy" in self.goal.destination else PLACE_SLOPE
         if self._into_slot:
             radius = SLOT_RADIUS
-            over = max(over, self._walls() + CARRY_CLEARANCE)  # what lies below a short way is the floor inside
+            walls = surface - OVER_WALLS + float(np.ptp(scene.vertices(self.target)[:, 2]))
+            over = max(over, walls + CARRY_CLEARANCE)  # what lies below a short way is the floor inside
             off += self._aside + 0.1 * max(0.0, turn_left(scene, self._orientation(self._place_point())) - SLOT_TURN)
         height = funnel(off, surface + RELEASE_GAP, over, radius, slope)
         goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom]) + self._ahead_there.way
         return self._move(goal, self._orientation(self._place_point()), GRIPPER_CLOSE, CARRY_TURN)
-
-    def _walls(self) -> float:
-        """Height of the walls around the compartment (m)."""
-        holder = self.scene.owner(self.goal.destination)
-        assert holder is not None
-        return float(self.scene.vertices(holder)[:, 2].max())
 
     # -- decisions ------------------------------------------------------------------------------------------------
 
@@ -240,8 +233,7 @@ class PickAndPlace:
         self._grasp = choose_grasp(scene, self.target, self._candidates(), spot, self._mode, self._rng)
         here = self._grasp.point(scene, self.target)
         points = (here, here + there - scene.position(self.target))
-        limit = ROOMY_JOINT if self._grasp.lean else LAST_JOINT
-        self._half_turn = np.pi if turned_back(scene.base, points, self._grasp.yaw, limit) else 0.0
+        self._half_turn = np.pi * turned_back(scene.base, points, self._grasp.yaw, self._grasp.lean != 0.0)
         if self._into_slot:
             self._turn = slot_turn(scene, self.goal, self._grasp.angle)
 
@@ -256,18 +248,13 @@ class PickAndPlace:
         if out is None or not out.any():
             return grasps
         back = self.scene.position(self.target) - self.scene.site(self.goal.destination)
-        return leaning(grasps, out / np.linalg.norm(out), back[:2])
+        return lean_away(grasps, out / np.linalg.norm(out), back[:2])
 
     def _in_drawer(self) -> bool:
         """The bowl stands inside a cabinet's bounds, well below its top."""
-        bowl = self.scene.position(self.target)
-        for name in (name for name in self.scene.bodies if "cabinet" in name):
-            low, high = (find(self.scene.vertices(name), axis=0) for find in (np.min, np.max))
-            low[2] += 0.02
-            high[2] -= 0.03
-            if ((low < bowl) & (bowl < high)).all():
-                return True
-        return False
+        bowl, cabinets = self.scene.position(self.target), (name for name in self.scene.bodies if "cabinet" in name)
+        boxes = (self.scene.vertices(name) for name in cabinets)
+        return any(((box.min(axis=0) + 0.02 * UP < bowl) & (bowl < box.max(axis=0) - 0.03 * UP)).all() for box in boxes)
 
     def _miss(self) -> None:
         if self._grasp is not None:

@@ -45,7 +45,8 @@ class Scene:
         self.base = self.data.body("robot0_base").xpos.copy()
         names = [self.model.body(i).name or "" for i in range(self.model.nbody)]
         self._robot_geoms = self._geoms_of({i for i, n in enumerate(names) if any(p in n for p in ROBOT_PARTS)})
-        self._object_geoms = {name: self._geoms_of(self._subtree(body)) for name, body in self.bodies.items()}
+        roots = self.model.body_rootid[self.model.geom_bodyid]
+        self._object_geoms = {name: np.flatnonzero(roots == body) for name, body in self.bodies.items()}
         gripper = robot.gripper.important_geoms
         self._fingers = tuple(
             {self.model.geom(name).id for part in ("finger", "fingerpad") for name in gripper[f"{side}_{part}"]}
@@ -117,18 +118,13 @@ class Scene:
         return self.data.xanchor[self._joint(name)].copy()
 
     def _joint(self, name: str) -> int:
-        simulation = self.env.simulation
-        regions = simulation.object_sites_dict
-        joints = regions[name].joints if name in regions else simulation.get_object(name).joints
+        regions = self.env.simulation.object_sites_dict
+        joints = regions[name].joints if name in regions else self.env.simulation.get_object(name).joints
         return int(self.model.joint(joints[0]).id)
 
     def part_shapes(self, part: MovingPart) -> list[Vector]:
         """World vertices of each of its collision shapes [n, 3]."""
         return self._world(self._local_vertices(self._geoms_of({part.body})))
-
-    def part_rotation(self, part: MovingPart) -> Vector:
-        """[3, 3]"""
-        return self.data.xmat[part.body].reshape(3, 3).copy()
 
     def outermost(self, part: MovingPart, direction: Vector) -> Vector:
         """Middle of that shape of the part which stands out furthest along `direction` [3]."""
@@ -169,9 +165,7 @@ class Scene:
         across = np.array([-along[1], along[0]])
         rows = [a + (b - a) * t + across * q for t in np.linspace(0, 1, 12) for q in (-half_width, 0, half_width)]
         top = float(self.heights(np.array(rows), ignore).max())
-        for name in self.movable:
-            if name in ignore:
-                continue
+        for name in (name for name in self.movable if name not in ignore):
             points = self.vertices(name)
             low, high = points.min(axis=0), points.max(axis=0)
             centre, radius = (low + high)[:2] / 2, float((high - low)[:2].max()) / 2
@@ -190,13 +184,6 @@ class Scene:
     def _world(self, shapes: list[tuple[int, Vector]]) -> list[Vector]:
         positions, rotations = self.data.geom_xpos, self.data.geom_xmat
         return [positions[geom] + local @ rotations[geom].reshape(3, 3).T for geom, local in shapes]
-
-    def _subtree(self, root: int) -> set[int]:
-        members = {root}
-        for body in range(root + 1, self.model.nbody):
-            if int(self.model.body_parentid[body]) in members:
-                members.add(body)
-        return members
 
     def _geoms_of(self, bodies: set[int]) -> NDArray[np.int64]:
         return np.flatnonzero(np.isin(self.model.geom_bodyid, list(bodies)))
