@@ -7,7 +7,7 @@ import pytest
 from rsd.cli.expert import _Frames
 from rsd.expert import expert
 from rsd.expert.articulated import inward_lean
-from rsd.expert.goals import Goal, destination, task_goals
+from rsd.expert.goals import Goal, destination, task_goals, way_out
 from rsd.expert.grasps import (
     MAX_LEAN,
     POINTING_DOWN,
@@ -16,6 +16,7 @@ from rsd.expert.grasps import (
     choose_grasp,
     hand_rotation,
     lean_angle,
+    lean_away,
     rim_grasps,
     rotation_vector,
     span_grasps,
@@ -274,6 +275,41 @@ def test_a_hand_leans_back_over_what_stands_close() -> None:
     assert pointing[2] < -np.cos(np.radians(41))
 
 
+def test_a_leaning_hand_keeps_its_palm_away() -> None:
+    out, back = np.array([0.0, 1.0]), np.array([-1.0, 0.0])
+    grasps = lean_away(rim_grasps(), out, back)
+    first = grasps[0]
+    assert abs(first.direction @ out) < 0.6  # so that both fingers come down alike
+    assert first.direction @ back > 0.0
+    assert sorted({round(float(np.degrees(abs(grasp.lean)))) for grasp in grasps}) == [14, 18, 22]
+    assert all(grasp.upward[:2] @ out > -1e-9 for grasp in grasps)
+    assert first.upward[:2] @ out > 0.2
+    assert RimGrasp(first.angle).upward == pytest.approx([0.0, 0.0, 1.0])
+
+
+@pytest.mark.simulator
+def test_a_leaning_look_sees_past_what_overhangs() -> None:
+    """The drawer over a bowl: from above it hides the table, from the side it does not."""
+    other = LiberoEnv("libero_goal", 3, cameras=False)
+    other.reset(options={"placement_seed": 2**31})
+    scene, (opening, putting) = Scene(other), task_goals("libero_goal", 3)
+    assert not way_out(scene, putting).any()
+    law = expert.Chain(scene, (opening,))
+    while not other.holds(*opening.words):
+        other.advance(law.action())
+    out = way_out(scene, putting)
+    assert out[0] < -0.02  # towards the robot, past its left edge
+    assert out[1] == 0.0
+    bowl = scene.position(TARGET)
+    edge = bowl[:2] + np.array([0.03, -0.04])
+    up = RimGrasp(np.pi / 2, lean=-np.radians(40)).upward
+    straight = scene.heights(edge[None], (TARGET,))[0]
+    leaning = scene.heights((edge - bowl[2] * up[:2])[None], (TARGET,), up)[0]
+    assert straight > 1.05
+    assert leaning == pytest.approx(0.9, abs=0.02)
+    other.close()
+
+
 @pytest.mark.simulator
 def test_a_span_goes_across_the_narrowest_side_with_the_least_turn(env: LiberoEnv) -> None:
     env.reset(options={"placement_seed": 1})
@@ -346,6 +382,8 @@ def test_scene_measures_what_is_there(env: LiberoEnv) -> None:
         ("libero_90", 76, 4),  # a mug whose handle would come down on the caddy
         ("libero_10", 9, 1),  # a mug into a microwave, then its door
         ("libero_goal", 5, 1),  # a plate along the table
+        ("libero_goal", 3, 2),  # a bowl from under the drawer that it has opened, past a bottle
+        ("libero_90", 8, 1),  # from before it
     ],
 )
 def test_expert_solves_a_placement_of_each_newer_skill(suite: str, task: int, seed: int) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from rsd.expert.goals import Goal, kind, solvable_tasks, swapped_goals, task_goals
+from rsd.expert.goals import Goal, goals_of, kind, solvable_tasks, swapped_goals, task_goals
 from rsd.sim.suites import scene_file
 from rsd.types import RsdError
 
@@ -23,9 +23,8 @@ def test_the_goal_is_the_predicate_of_the_scene_file() -> None:
 
 def test_what_the_expert_can_do() -> None:
     assert solvable_tasks("libero_spatial") == solvable_tasks("libero_object") == tuple(range(10))
-    assert solvable_tasks("libero_goal") == (0, 1, 2, 4, 5, 6, 7, 8, 9)
-    assert solvable_tasks("libero_10") == tuple(range(10))
-    assert set(range(90)) - set(solvable_tasks("libero_90")) == {6, 8, 32, 35}
+    assert solvable_tasks("libero_goal") == solvable_tasks("libero_10") == tuple(range(10))
+    assert set(range(90)) - set(solvable_tasks("libero_90")) == {6, 32, 35}
 
 
 def test_goals_come_in_an_order_that_leaves_room_for_the_hand() -> None:
@@ -40,16 +39,24 @@ def test_goals_come_in_an_order_that_leaves_room_for_the_hand() -> None:
 @pytest.mark.parametrize(
     ("suite", "task", "message"),
     [
-        ("libero_goal", 3, "in akita_black_bowl_1 wooden_cabinet_1_top_region.* 1 .put the bowl on the stove., 2 "),
-        ("libero_90", 32, "in ketchup_1 white_cabinet_1_top_region"),
+        ("libero_90", 32, "in ketchup_1 white_cabinet_1_top_region.* 0 .close the top drawer of the cabinet"),
         ("libero_90", 35, "open microwave_1"),
         ("libero_90", 6, "open wooden_cabinet_1_bottom_region"),
-        ("libero_90", 8, "open wooden_cabinet_1_top_region and in akita_black_bowl_1"),  # closed at the start
     ],
 )
 def test_other_tasks_are_refused_with_those_it_does(suite: str, task: int, message: str) -> None:
     with pytest.raises(RsdError, match=message):
         task_goals(suite, task)
+
+
+def test_a_drawer_that_is_shut_is_opened_before_something_goes_into_it() -> None:
+    drawer, words = "wooden_cabinet_1_top_region", ("in", "akita_black_bowl_1", "wooden_cabinet_1_top_region")
+    opening, putting = Goal("open", drawer), Goal(*words)
+    assert scene_file("libero_goal", 3).goal == (words,)
+    assert task_goals("libero_goal", 3) == task_goals("libero_90", 8) == (opening, putting)
+    assert goals_of([words], [("open", drawer)]) == (putting,)
+    assert goals_of([words, ("close", drawer)]) is None  # it would open it again
+    assert goals_of([("in", "akita_black_bowl_1", "wooden_cabinet_1_bottom_region")]) is None
 
 
 def test_only_a_scene_with_two_of_a_kind_has_a_swapped_goal() -> None:

@@ -50,6 +50,7 @@ def test_a_count_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytes
     out.with_suffix(".jsonl").write_text(f'{line}\n{{"suite": "libero_g')  # cut off in the second line
     started = list[tuple[Any, ...]]()
     monkeypatch.setattr(expert, "worker_pool", FakePool.starting(started))
+    monkeypatch.setattr(expert, "refusal", lambda _, task: "beyond the expert: open x_1" if task == 3 else "")
     count_expert(CountExpertConfig(out, ("libero_goal",), (0, 3), 2))
     assert [batch[:3] for batch in started] == [("libero_goal", 0, (expert.FIRST_SEED + 1,))]
     found = json.loads(out.read_text())

@@ -49,8 +49,7 @@ class MovePart:
 
     def __init__(self, scene: Scene, goal: Goal) -> None:
         self.scene, self.goal = scene, goal
-        self.attempts = 1
-        self.closed = False
+        self.attempts, self.closed = 1, False
         self._closed_steps = self._slow_steps = 0
         self._last_eef = scene.eef
 
@@ -125,7 +124,7 @@ class MovePart:
         vertices = np.concatenate(scene.part_shapes(part))
         top = float(vertices[:, 2].max())
         ridge = vertices[vertices[:, 2] > top - RIDGE].mean(axis=0)
-        across = scene.part_rotation(part)[:, 0]
+        across = scene.data.xmat[part.body].reshape(3, 3)[:, 0]
         yaw = yaw_of(float(np.arctan2(across[1], across[0])))
         point = np.array([ridge[0], ridge[1], top - KNOB_DEPTH])
         lean = inward_lean(scene.base, point)

@@ -29,7 +29,6 @@ class Recorder(Protocol):
 
     def record(self, env: LiberoEnv, executed: Vector, clean: Vector) -> None:
         """executed, clean: actions [7] at the present state of `env`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -86,22 +85,18 @@ class Chain:
 
     def _next(self) -> int | None:
         """The first goal that does not hold."""
-        env = self.scene.env
-        return next((i for i, goal in enumerate(self.goals) if not env.holds(*goal.words)), None)
+        return next((i for i, goal in enumerate(self.goals) if not self.scene.env.holds(*goal.words)), None)
 
-    def _take_up(self, goal: int) -> None:
-        self.on = goal
+    def _take_up(self, number: int) -> None:
+        self.on, goal = number, self.goals[number]
         self._law: PickAndPlace | PushPart | MovePart | DragPlate
-        if LAYER.fullmatch(kind(self.goals[goal].destination)):
-            self._law = Insert(self.scene, self.goals[goal], self._mode, self._rng)
-        elif self.goals[goal].dragged:
-            self._law = DragPlate(self.scene, self.goals[goal])
-        elif self.goals[goal].destination:
-            self._law = PickAndPlace(self.scene, self.goals[goal], self._mode, self._rng)
-        elif self.goals[goal].predicate == "close":
-            self._law = PushPart(self.scene, self.goals[goal])
+        if goal.destination and not goal.dragged:
+            put = Insert if LAYER.fullmatch(kind(goal.destination)) else PickAndPlace
+            self._law = put(self.scene, goal, self._mode, self._rng)
+        elif goal.dragged:
+            self._law = DragPlate(self.scene, goal)
         else:
-            self._law = MovePart(self.scene, self.goals[goal])
+            self._law = (PushPart if goal.predicate == "close" else MovePart)(self.scene, goal)
 
     def _clear(self) -> bool:
         """The hand is above everything that stands around it."""
@@ -141,9 +136,7 @@ def run(
     success_at: int | None = None
     step = 0
     while step < env.max_steps + tail_steps:
-        if success_at is None and (step >= env.max_steps or law.gave_up):
-            break
-        if success_at is not None and step - success_at >= tail_steps:
+        if step - success_at >= tail_steps if success_at is not None else step >= env.max_steps or law.gave_up:
             break
         clean = law.action()
         executed = clean
@@ -155,6 +148,4 @@ def run(
         step += 1
         if success_at is None and all(env.holds(*goal.words) for goal in goals):
             success_at = step
-    if success_at is None:
-        return ExpertResult(False, step, law.attempts)
-    return ExpertResult(True, success_at, law.attempts)
+    return ExpertResult(success_at is not None, step if success_at is None else success_at, law.attempts)

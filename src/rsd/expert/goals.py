@@ -40,16 +40,9 @@ WALL, WALL_DISTANCES = 0.03, np.arange(0.02, 0.09, 0.002)  # m over the floor, m
 FROM_ABOVE = 0.018  # m before the middle of a low drawer: the handles above are in the palm's way
 FOOT = 0.02  # m; what is put down touches the highest point within so much of the middle
 ROOM, INSIDE = 0.02, 0.015  # m between a thing and a fixture, of a thing's middle inside the edge of a region
-OPEN_PLACES = (  # what something can be put on or into from above
-    "akita_black_bowl",
-    "basket_contain_region",
-    "flat_stove_cook_region",
-    "plate",
-    "wine_rack_top_region",
-    "white_cabinet_top_side",
-    "wooden_cabinet_top_side",
-    "wooden_tray_contain_region",
-    "wooden_two_layer_shelf_top_side",
+OPEN_PLACE = re.compile(  # what something can be put on or into from above
+    r"akita_black_bowl|plate|(basket|wooden_tray)_contain_region|flat_stove_cook_region|wine_rack_top_region"
+    r"|(white_cabinet|wooden_cabinet|wooden_two_layer_shelf)_top_side"
 )
 TABLE_REGION = re.compile(r"(kitchen|living_room|main|study)_table_\w+_region")
 DRAWER = re.compile(r"(white|wooden)_cabinet_(top|middle|bottom)_region")
@@ -94,8 +87,11 @@ def kind(name: str) -> str:
 def goals_of(wanted: Sequence[tuple[str, ...]], start: Sequence[tuple[str, ...]] = ()) -> Goals | None:
     """Goals in the order of doing, of predicates such as ("on", "akita_black_bowl_1", "plate_1"), if the expert can
     reach them all; else None. start: the predicates that hold at the start, for drawers that stand open."""
-    goals = _ordered([Goal(*words) for words in wanted])
     stand_open = [words[1] for words in start if words[0] == "open"]
+    filled = {words[2] for words in wanted if len(words) > 2 and DRAWER.fullmatch(kind(words[2]))}
+    opened = sorted(filled - {*stand_open, *(words[1] for words in wanted)})
+    goals = _ordered([Goal(*words) for words in (*wanted, *(("open", name) for name in opened))])
+    stand_open += [goal.target for goal in goals if goal.predicate == "open"]
     return _spread(goals) if goals and all(_solvable(goal, stand_open) for goal in goals) else None
 
 
@@ -130,14 +126,14 @@ def _solvable(goal: Goal, stand_open: Sequence[str]) -> bool:
         reached = drawer and "_bottom_" not in thing  # no room for the leaning hand under its handle
         able = {"turnon": stove, "turnoff": stove, "open": reached, "close": drawer or thing == "microwave"}
         return able.get(goal.predicate, False)
-    if DRAWER.fullmatch(place):  # one that it has opened overhangs the bowl; the ketchup would stand too high in it
-        fits = goal.destination in stand_open and thing != "ketchup"
+    if DRAWER.fullmatch(place):
+        fits = goal.destination in stand_open and thing != "ketchup"  # which would stand too high in it
     elif place == "microwave_heating_region":
         fits = isinstance(GRASPS.get(thing), Rim) and goal.destination.replace("_heating_region", "") in stand_open
     elif LAYER.fullmatch(place):
         fits = isinstance(GRASPS.get(thing), Span)
     else:
-        fits = place in OPEN_PLACES or any(pattern.fullmatch(place) for pattern in (TABLE_REGION, SLOT))
+        fits = any(pattern.fullmatch(place) for pattern in (OPEN_PLACE, TABLE_REGION, SLOT))
     return goal.predicate in ("on", "in") and (goal.dragged or (thing in GRASPS and fits))
 
 
@@ -204,20 +200,40 @@ def beside_fixtures(scene: Scene, goal: Goal, middle: Vector) -> Vector:
     has room beside the fixtures."""
     outline = scene.vertices(goal.target)[:, :2] - scene.position(goal.target)[:2]
     low, high = middle + outline.min(axis=0) - ROOM, middle + outline.max(axis=0) + ROOM
-    way = np.zeros(2)
-    for name in (name for name in scene.bodies if name not in scene.movable):
-        box = scene.vertices(name)[:, :2]
-        up, down = box.max(axis=0) - low, high - box.min(axis=0)  # [2] how far to move along each axis, either way
-        least = int(np.argmin(np.minimum(up, down)))
-        if min(up[least], down[least]) > 0.0:
-            way[least] += up[least] if up[least] < down[least] else -down[least]
+    fixtures = (name for name in scene.bodies if name not in scene.movable)
+    way = sum((way_beside(low, high, scene.vertices(name)) for name in fixtures), np.zeros(2))
     most = np.maximum(scene.region_size(goal.destination)[:2] - INSIDE, 0.0)
     return np.clip(way, -most, most)
 
 
+def way_beside(low: Vector, high: Vector, box: Vector) -> Vector:
+    """Shortest way [2] along an axis of what reaches from low to high [2] to beside a box of points [n, 3]."""
+    up, down = box.max(axis=0)[:2] - low, high - box.min(axis=0)[:2]  # how far to move along each axis, either way
+    least, way = int(np.argmin(np.minimum(up, down))), np.zeros(2)
+    if min(up[least], down[least]) > 0.0:
+        way[least] = up[least] if up[least] < down[least] else -down[least]
+    return way
+
+
+def way_out(scene: Scene, goal: Goal) -> Vector | None:
+    """Shortest way [2] of the target from under the drawer that it shall come into; None where it is not below it."""
+    if not DRAWER.fullmatch(kind(goal.destination)):
+        return None
+    drawer, points = drawer_points(scene, goal), scene.vertices(goal.target)
+    low, high = points.min(axis=0), points.max(axis=0)
+    if low[2] > drawer[:, 2].min():
+        return None
+    return (high[2] < drawer[:, 2].min()) * way_beside(low[:2] - ROOM, high[:2] + ROOM, drawer)
+
+
+def drawer_points(scene: Scene, goal: Goal) -> Vector:
+    """Vertices [n, 3] of the drawer that is the destination."""
+    return np.concatenate(scene.part_shapes(scene.moving_part(goal.destination)))
+
+
 def _over_drawer(scene: Scene, goal: Goal) -> float:
     """Height of the target's lowest point at which the palm is just over the drawer's walls."""
-    walls = float(np.concatenate(scene.part_shapes(scene.moving_part(goal.destination)))[:, 2].max())
+    walls = float(drawer_points(scene, goal)[:, 2].max())
     tall = float(np.ptp(scene.vertices(goal.target)[:, 2]))
     hold = goal.hold
     above = max(tall - hold.below, SPAN_ABOVE_FLOOR) if isinstance(hold, Span) else tall - BELOW_RIM

@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,9 @@ WRIST_BACK, WRIST_UP = 0.088, 0.204  # m from grip site to wrist, pointing down
 COMFORTABLE_REACH = 0.65  # m shoulder to wrist; beyond, the straight arm is near-singular
 FOLDED_REACH = 0.22  # m; nearer, the elbow is folded to its limit
 MAX_LEAN = np.radians(30)
-LAST_JOINT = 2.75  # rad; its limit is 2.897
+LAST_JOINT, LEANING_JOINT = 2.75, 2.0  # rad, of a hand that leans; the limit is 2.897
+LEANS = np.radians((14, 18, 22))  # away from what is over an object; more, and two of the wrist's axes are in line
+ALONG_OUT = 0.6  # of a closing axis with the way that the palm keeps away; more, and it hardly does
 MAX_SIDEWAYS_LEAN = np.radians(8)
 
 
@@ -58,14 +60,22 @@ def yaw_of(angle: float) -> float:
 
 @dataclass(frozen=True)
 class Grasp(ABC):
-    """angle: direction of the closing axis in the world (rad)."""
+    """angle: direction of the closing axis in the world (rad); lean: of the hand about it, its palm to the right."""
 
     angle: float
+    _: KW_ONLY
+    lean: float = 0.0
 
     @property
     def direction(self) -> Vector:
         """Unit vector [2] along the closing axis; for a rim, from the bowl's centre to the gripped point."""
         return np.array([np.cos(self.angle), np.sin(self.angle)])
+
+    @property
+    def upward(self) -> Vector:
+        """Way [3], of height 1, up the hand from the grip site."""
+        aside = np.tan(self.lean) * self.direction
+        return np.array([aside[1], -aside[0], 1.0])
 
     @property
     def yaw(self) -> float:
@@ -234,11 +244,11 @@ def rotation_vector(rotation: NDArray[np.float64]) -> Vector:
     return vector
 
 
-def turned_back(base: Vector, points: Iterable[Vector], yaw: float) -> bool:
+def turned_back(base: Vector, points: Iterable[Vector], yaw: float, leans: bool = False) -> bool:
     """The last joint would reach its limit with the hand, pointing down, at one of the points [3] at that yaw (rad).
     Half a turn less closes the fingers along the same axis."""
     bearings = [float(np.arctan2(*(point - base)[1::-1])) for point in points]
-    return max(bearings) + np.pi / 4 - yaw > LAST_JOINT
+    return max(bearings) + np.pi / 4 - yaw > (LEANING_JOINT if leans else LAST_JOINT)
 
 
 def rim_grasps(rim: Rim = BOWL, walled: bool = False, avoid: tuple[float, ...] = ()) -> Iterator[Grasp]:
@@ -258,6 +268,18 @@ def rim_grasps(rim: Rim = BOWL, walled: bool = False, avoid: tuple[float, ...] =
 
     angles = [2 * np.pi * k / DIRECTIONS for k in range(0, DIRECTIONS, 1 if walled else 3)]
     return (RimGrasp(angle, rim, below, inward) for angle in sorted(angles, key=preference))
+
+
+def lean_away(grasps: Iterable[Grasp], out: Vector, back: Vector) -> list[Grasp]:
+    """The same of hands that lean to one side, their palm towards `out`, a unit vector [2].
+
+    Those first that lean across the closing axis, of these those on the side `back` [2], then those that lean least.
+    """
+    leaning = [
+        replace(each, lean=float(np.copysign(lean, out @ [each.direction[1], -each.direction[0]])))
+        for lean, each in itertools.product(LEANS, grasps)
+    ]
+    return sorted(leaning, key=lambda each: (abs(each.direction @ out) > ALONG_OUT, each.direction @ back < 0.0))
 
 
 def span_grasps(scene: Scene, target: str, span: Span = WHOLE, avoid: tuple[float, ...] = ()) -> Iterator[Grasp]:
@@ -299,8 +321,6 @@ def choose_grasp(
     mode "two-sided" and "two-sided-late" toss a coin (rng) between the free candidates that turn the wrist as far as
     the first one: between the two sides of a rim.
     """
-    if mode not in get_args(GraspMode):
-        raise RsdError(f"grasp mode: expected one of {', '.join(get_args(GraspMode))}, found {mode!r}")
     if mode != "canonical" and rng is None:
         raise RsdError(f"grasp mode {mode}: expected a random generator, found none")
     overlaps: list[tuple[float, Grasp]] = []
@@ -331,20 +351,15 @@ def _overlap(scene: Scene, target: str, grasp: Grasp, destination: Vector) -> fl
     across_palm = np.linspace(-PALM_HALF_WIDTH, PALM_HALF_WIDTH, 9 if dense else 3)
     palm = grid(np.linspace(-PALM_HALF_LENGTH, PALM_HALF_LENGTH, 17 if dense else 9), across_palm)
     tips, palm_height = centre[2] - TIP_BELOW_SITE, centre[2] + PALM_ABOVE_SITE
-    others = scene.heights(np.concatenate([fingers, palm]) + centre[:2], ignore=(target,))
-    own = scene.heights(fingers + centre[:2])  # the bowl's floor under the inner finger
+    foot = (centre - centre[2] * grasp.upward)[:2]
+    others = scene.heights(np.concatenate([fingers, palm]) + foot, (target,), grasp.upward)
+    own = scene.heights(fingers + foot, (), grasp.upward)  # the bowl's floor under the inner finger
     bottom = float(scene.vertices(target)[:, 2].min())
     moved = centre + np.array([*(destination[:2] - scene.position(target)[:2]), destination[2] - bottom])
     there = scene.heights(palm + moved[:2], ignore=(target,))
-    sunk = np.concatenate(
-        [
-            others[: len(fingers)] - (tips - 0.002),
-            own - (tips - 0.001),
-            others[len(fingers) :] - (palm_height - 0.004),
-            there - (moved[2] + PALM_ABOVE_SITE - 0.004),
-        ]
-    )
-    return float(np.maximum(sunk, 0.0).sum())
+    sunk = [others[: len(fingers)] - (tips - 0.002), own - (tips - 0.001)]
+    sunk += [others[len(fingers) :] - (palm_height - 0.004), there - (moved[2] + PALM_ABOVE_SITE - 0.004)]
+    return float(np.maximum(np.concatenate(sunk), 0.0).sum())
 
 
 def about(axis: Vector, angle: float) -> NDArray[np.float64]:

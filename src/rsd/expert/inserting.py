@@ -14,7 +14,7 @@ from rsd.conventions import GRIPPER_CLOSE
 from rsd.expert.grasps import POINTING_DOWN, Grasp, Rim, Span, about, yaw_of
 from rsd.expert.motion import funnel, step_towards, turn_left
 from rsd.expert.pick_and_place import CARRY_CLEARANCE, CARRY_TURN, GRASPED_STEPS, PickAndPlace
-from rsd.expert.scene import Vector
+from rsd.expert.scene import UP, Vector
 
 LEAN, RIM_LEAN = np.radians(50), np.radians(76)  # of the hand, from straight down; with what it holds by a rim
 DEPTH = {"shelf": 0.03, "microwave": 0.06}  # m of the object's origin behind the front of the region
@@ -22,7 +22,6 @@ STAND_OFF = 0.14  # m before that, where the object is still outside
 ENTRY_GAP = 0.012  # m under the object
 ENTRY_RADIUS, ENTRY_SLOPE = 0.012, 4.0
 ARRIVED = 0.012  # m
-UP = np.array([0.0, 0.0, 1.0])
 
 
 class Insert(PickAndPlace):
@@ -82,11 +81,12 @@ class Insert(PickAndPlace):
             return super()._orientation(point)
         inward, hold = self.inward, self.goal.hold
         angle = float(np.arctan2(inward[1], inward[0]))
-        if isinstance(hold, Span) and np.isfinite(hold.tail):  # its handle shall point out
+        if isinstance(hold, Span) and np.isfinite(hold.tail):  # its handle shall point out, level
             axis = self.scene.rotation(self.target)[:, 0]
             yaw = float(np.arctan2(axis[1], axis[0]))
             left = (angle + np.pi - yaw + np.pi) % (2 * np.pi) - np.pi
-            return about(UP, left) @ self._level()
+            closing = self.scene.eef_rotation[:2, 0]
+            return about(UP, left) @ about(UP, yaw_of(float(np.arctan2(closing[1], closing[0])))) @ POINTING_DOWN
         sideways = np.cross([0.0, 0.0, -1.0], inward)
         across = np.pi / 2 if isinstance(hold, Rim) else 0.0  # a rim is held at its side, so that the hand is low
         return about(sideways, RIM_LEAN if across else LEAN) @ about(UP, yaw_of(angle + across)) @ POINTING_DOWN
@@ -98,8 +98,3 @@ class Insert(PickAndPlace):
         scene, inward = self.scene, self.inward[:2]
         door = (scene.hinge(self.goal.destination.split("_heating")[0]) - scene.site(self.goal.destination))[:2]
         return sorted(candidates, key=lambda each: (abs(each.direction @ inward) > 0.3, each.direction @ door > 0.0))
-
-    def _level(self) -> Vector:
-        """The hand's orientation now without its lean [3, 3]."""
-        closing = self.scene.eef_rotation[:2, 0]
-        return about(UP, yaw_of(float(np.arctan2(closing[1], closing[0])))) @ POINTING_DOWN

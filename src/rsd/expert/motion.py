@@ -30,14 +30,10 @@ class Leading:
 
 def step_towards(scene: Scene, error: Vector, rotation: Vector, gripper: float, turn_limit: float = 1.0) -> Vector:
     """Action [7] that takes the hand along `error` (m, [3]) and to the orientation `rotation` [3, 3]."""
-    action = np.empty(7)
     # limited apart: a common factor would leave no height control while the hand is far away
-    action[:2] = limited(error[:2] * SIDEWAYS_GAIN)
-    action[2] = np.clip(error[2] * HEIGHT_GAIN, -1.0, 1.0)
+    sideways, height = limited(error[:2] * SIDEWAYS_GAIN), np.clip(error[2] * HEIGHT_GAIN, -1.0, 1.0)
     turn = rotation_vector(rotation @ scene.eef_rotation.T)
-    action[3:6] = turn_limit * limited(turn * ROTATION_GAIN / turn_limit)
-    action[6] = gripper
-    return action
+    return np.array([*sideways, height, *turn_limit * limited(turn * ROTATION_GAIN / turn_limit), gripper])
 
 
 def turn_left(scene: Scene, rotation: Vector) -> float:

@@ -22,7 +22,6 @@ class Disturbance(Protocol):
 
     def disturb(self, action: NDArray[np.float64], strength: float = 1.0) -> NDArray[np.float64]:
         """Clean action [7] -> executed action [7]; strength is below 1 where there is little room."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,8 @@ class ActionNoise:
     """The disturbance of one episode; `level` in [0, 1] scales the strength and how often pushes come."""
 
     def __init__(self, config: NoiseConfig, level: float, rng: np.random.Generator) -> None:
-        self.config = config
-        self.level = level
-        self._rng = rng
-        self._drift = np.zeros(6)
-        self._push = np.zeros(6)
+        self.config, self.level, self._rng = config, level, rng
+        self._drift, self._push = np.zeros(6), np.zeros(6)
         self._push_left = 0
 
     def disturb(self, action: NDArray[np.float64], strength: float = 1.0) -> NDArray[np.float64]:

@@ -15,24 +15,27 @@ from collections.abc import Iterable
 import numpy as np
 
 from rsd.conventions import GRIPPER_CLOSE, GRIPPER_OPEN
-from rsd.expert.goals import SLOT, Goal, destination, kind, slot_turn
+from rsd.expert.goals import OVER_WALLS, SLOT, Goal, destination, drawer_points, kind, slot_turn, way_out
 from rsd.expert.grasps import (
     MAX_LEAN,
+    POINTING_DOWN,
     TIP_BELOW_SITE,
     WHOLE,
     Grasp,
     GraspMode,
     RimGrasp,
     Span,
+    about,
     choose_grasp,
     hand_rotation,
+    lean_away,
     lean_limit,
     rim_grasps,
     span_grasps,
     turned_back,
 )
 from rsd.expert.motion import Leading, funnel, step_towards, turn_left
-from rsd.expert.scene import Scene, Vector
+from rsd.expert.scene import UP, Scene, Vector
 
 AT_GRASP, AT_GRASP_HEIGHT = 0.006, 0.006  # m
 AT_GRASP_ANGLE = 0.2  # rad
@@ -51,6 +54,8 @@ TRAVEL_CLEARANCE, CARRY_CLEARANCE = 0.02, 0.025  # m over the highest point on t
 OVER = 0.012  # m off the object's middle, close enough to choose a side
 RELEASE_GAP = 0.006  # m of free fall
 RELEASE_RADIUS = 0.012  # m off the destination's middle; the plate's predicate allows 30 mm
+LEANING_SLOPE, LEAD = 5.0, 0.03  # m that a leaning hand aims ahead of itself on its line
+OUT, RISE = 0.01, 0.01  # m that the hand is sent aside, beyond what it needs, and up from under it
 CARRY_TURN = 0.35  # turning a held object faster drags it over its support
 FALLEN_UP = 0.7  # z of the own z axis; lower, and neither a rim nor a knob can be taken
 MAX_ATTEMPTS = 4
@@ -68,16 +73,16 @@ class PickAndPlace:
         self._rng = rng
         self._failed: list[float] = []
         self._grasp: Grasp | None = None
-        self._walled, self._into_slot, self._turn = False, bool(SLOT.fullmatch(kind(goal.destination))), 0.0
-        self._half_turn = 0.0  # rad, of the hand
+        self._walled, self._into_slot = False, bool(SLOT.fullmatch(kind(goal.destination)))
+        self._turn = self._half_turn = 0.0  # rad, of the hand
         self._grasped_steps = self._closed_steps = self._slow_steps = 0
         self._last_eef, self._aside = scene.eef, 0.0  # m that it moved sideways in the last step
         self._ahead, self._ahead_there = Leading(), Leading()  # of the object, of its destination
 
     @property
     def cramped(self) -> bool:
-        """The hand works in the drawer, where a push would shut it or hit a wall."""
-        return self._walled and self._grasped_steps < GRASPED_STEPS
+        """The hand works in or under the drawer, where a push would shut it or hit a wall."""
+        return self._leans() or (self._walled and self._grasped_steps < GRASPED_STEPS)
 
     @property
     def gave_up(self) -> bool:
@@ -126,8 +131,9 @@ class PickAndPlace:
         assert self._grasp is not None
         eef, goal = scene.eef, self._grasp.point(scene, self.target)
         rotation = self._orientation(goal)
-        turn = turn_left(scene, rotation)
-        off, above = float(np.linalg.norm((goal - eef)[:2])), float(eef[2] - goal[2])
+        turn, above = turn_left(scene, rotation), float(eef[2] - goal[2])
+        line = goal + max(0.0, above) * self._grasp.upward  # a leaning hand comes in along itself
+        off = float(np.linalg.norm((line - eef)[:2]))
         arrived = off < AT_GRASP and abs(above) < AT_GRASP_HEIGHT and turn < AT_GRASP_ANGLE
         stuck = self._slow_steps >= SLOW_STEPS and off < NEAR_GRASP and abs(above) < NEAR_GRASP
         if self._slow_steps >= SLOW_STEPS and not stuck and 0.0 < above < BLOCKED_BELOW and off < BLOCKED_BELOW:
@@ -142,14 +148,18 @@ class PickAndPlace:
         misaligned = off + 0.1 * max(0.0, turn - 0.1)
         tight = self._walled or isinstance(self.goal.hold, Span)
         radius, slope = (TIGHT_RADIUS, TIGHT_SLOPE) if tight else (FUNNEL_RADIUS, FUNNEL_SLOPE)
+        if self._grasp.lean:
+            slope, line = LEANING_SLOPE, line - min(LEAD, max(0.0, above)) * self._grasp.upward
         height = funnel(misaligned, goal[2], self._free_height(goal), radius, slope)
-        return self._move(np.array([goal[0], goal[1], height]) + self._ahead.way, rotation, GRIPPER_OPEN)
+        return self._move(np.array([line[0], line[1], height]) + self._ahead.way, rotation, GRIPPER_OPEN)
 
     def _free_height(self, goal: Vector) -> float:
         """Height at which the open hand clears everything on its way to `goal`, the object included (m)."""
         scene = self.scene
         rim = float(scene.vertices(self.target)[:, 2].max())
         way = scene.corridor_top(scene.eef, goal, ignore=(self.target,), half_width=0.06)
+        if self._leans():
+            way = max(way, float(drawer_points(scene, self.goal)[:, 2].max()))
         return max(way + TIP_BELOW_SITE + TRAVEL_CLEARANCE, rim + TIP_BELOW_SITE + 0.03)
 
     def _close(self) -> Vector:
@@ -170,6 +180,9 @@ class PickAndPlace:
         """Object in hand: up, over, and down the funnel above its destination."""
         scene = self.scene
         eef, held = scene.eef, scene.position(self.target)
+        if (out := way_out(scene, self.goal)) is not None and out.any():
+            error = np.array([*out + OUT * np.sign(out), RISE])
+            return step_towards(scene, error, self._orientation(eef), GRIPPER_CLOSE, CARRY_TURN)
         there, surface = destination(scene, self.goal)
         bottom = float(scene.vertices(self.target)[:, 2].min())
         off = float(np.linalg.norm((there - held)[:2]))
@@ -180,17 +193,12 @@ class PickAndPlace:
         radius, slope = PLACE_RADIUS, SLOT_SLOPE if "caddy" in self.goal.destination else PLACE_SLOPE
         if self._into_slot:
             radius = SLOT_RADIUS
-            over = max(over, self._walls() + CARRY_CLEARANCE)  # what lies below a short way is the floor inside
+            walls = surface - OVER_WALLS + float(np.ptp(scene.vertices(self.target)[:, 2]))
+            over = max(over, walls + CARRY_CLEARANCE)  # what lies below a short way is the floor inside
             off += self._aside + 0.1 * max(0.0, turn_left(scene, self._orientation(self._place_point())) - SLOT_TURN)
         height = funnel(off, surface + RELEASE_GAP, over, radius, slope)
         goal = np.array([*(there + eef - held)[:2], height + eef[2] - bottom]) + self._ahead_there.way
         return self._move(goal, self._orientation(self._place_point()), GRIPPER_CLOSE, CARRY_TURN)
-
-    def _walls(self) -> float:
-        """Height of the walls around the compartment (m)."""
-        holder = self.scene.owner(self.goal.destination)
-        assert holder is not None
-        return float(self.scene.vertices(holder)[:, 2].max())
 
     # -- decisions ------------------------------------------------------------------------------------------------
 
@@ -225,7 +233,7 @@ class PickAndPlace:
         self._grasp = choose_grasp(scene, self.target, self._candidates(), spot, self._mode, self._rng)
         here = self._grasp.point(scene, self.target)
         points = (here, here + there - scene.position(self.target))
-        self._half_turn = np.pi if turned_back(scene.base, points, self._grasp.yaw) else 0.0
+        self._half_turn = np.pi * turned_back(scene.base, points, self._grasp.yaw, self._grasp.lean != 0.0)
         if self._into_slot:
             self._turn = slot_turn(scene, self.goal, self._grasp.angle)
 
@@ -236,18 +244,17 @@ class PickAndPlace:
         if isinstance(self.goal.hold, Span):
             return span_grasps(self.scene, self.target, self.goal.hold, hopeless)
         self._walled = self._in_drawer()
-        return rim_grasps(self.goal.hold, self._walled, hopeless)
+        grasps, out = rim_grasps(self.goal.hold, self._walled, hopeless), way_out(self.scene, self.goal)
+        if out is None or not out.any():
+            return grasps
+        back = self.scene.position(self.target) - self.scene.site(self.goal.destination)
+        return lean_away(grasps, out / np.linalg.norm(out), back[:2])
 
     def _in_drawer(self) -> bool:
         """The bowl stands inside a cabinet's bounds, well below its top."""
-        bowl = self.scene.position(self.target)
-        for name in (name for name in self.scene.bodies if "cabinet" in name):
-            low, high = (find(self.scene.vertices(name), axis=0) for find in (np.min, np.max))
-            low[2] += 0.02
-            high[2] -= 0.03
-            if ((low < bowl) & (bowl < high)).all():
-                return True
-        return False
+        bowl, cabinets = self.scene.position(self.target), (name for name in self.scene.bodies if "cabinet" in name)
+        boxes = (self.scene.vertices(name) for name in cabinets)
+        return any(((box.min(axis=0) + 0.02 * UP < bowl) & (bowl < box.max(axis=0) - 0.03 * UP)).all() for box in boxes)
 
     def _miss(self) -> None:
         if self._grasp is not None:
@@ -262,6 +269,10 @@ class PickAndPlace:
 
     # -- motion ---------------------------------------------------------------------------------------------------
 
+    def _leans(self) -> bool:
+        """The hand took the object, or comes to take it, from under a drawer, over which it is not yet."""
+        return self._grasp is not None and self._grasp.lean != 0.0 and way_out(self.scene, self.goal) is not None
+
     def _orientation(self, point: Vector) -> Vector:
         """The hand's orientation wanted at `point` [3, 3].
 
@@ -272,6 +283,9 @@ class PickAndPlace:
         # with an object in hand the fingers' heights no longer matter, the reach over its destination does
         limit = MAX_LEAN if grasp is None or self.closed else lean_limit(base, point, grasp.direction)
         yaw = 0.0 if grasp is None else grasp.yaw + self._half_turn
+        if grasp is not None and self._leans():
+            lean = about(np.array([*grasp.direction, 0.0]), grasp.lean)
+            return lean @ about(UP, yaw) @ POINTING_DOWN
         if grasp is not None and self._into_slot and self._grasped_steps >= GRASPED_STEPS:
             yaw += self._turn
         return hand_rotation(base, point, yaw, limit)

@@ -63,7 +63,10 @@ class PushPart(Pushing):
         off = float(np.linalg.norm(error - along * way))
         if off < IN_LINE and -BEHIND < along < STAND_OFF + BEHIND and turn_left(scene, rotation) < TURNED:
             return step_towards(scene, error + PAST * way, rotation, GRIPPER_CLOSE)
-        self._come_nearer()
+        self._slow_steps = self._slow_steps + 1 if np.linalg.norm(scene.eef - self._last_eef) < SLOW else 0
+        self._last_eef = scene.eef
+        if self._slow_steps >= SLOW_STEPS:  # something behind holds the arm
+            self._stand_off, self._slow_steps = NEARER * self._stand_off, 0
         before = error - self._stand_off * way
         goal = contact - self._stand_off * way
         free = scene.corridor_top(scene.eef, goal, ignore=()) + TRAVEL_CLEARANCE
@@ -71,14 +74,6 @@ class PushPart(Pushing):
         before[2] = funnel(away, goal[2], max(free, goal[2]), IN_LINE / 2, 3.0) - scene.eef[2]
         before[:2] *= np.clip(1.0 - (before[2] - 0.010) / 0.030, 0.0, 1.0)
         return step_towards(scene, before, rotation, GRIPPER_CLOSE)
-
-    def _come_nearer(self) -> None:
-        """Shortens the stand-off once the hand no longer moves: something behind holds the arm."""
-        eef = self.scene.eef
-        self._slow_steps = self._slow_steps + 1 if np.linalg.norm(eef - self._last_eef) < SLOW else 0
-        self._last_eef = eef
-        if self._slow_steps >= SLOW_STEPS:
-            self._stand_off, self._slow_steps = NEARER * self._stand_off, 0
 
     def leave(self) -> Vector:
         """The clean action [7] that takes the hand back and up."""

@@ -19,6 +19,7 @@ ROBOT_PARTS = ("robot0", "gripper0", "mount0")
 COLLISION_GROUP = 0  # robosuite: group 0 collides, group 1 is drawn
 HIDDEN_GROUP = 5
 RAY_START = 2.0
+UP = np.array([0.0, 0.0, 1.0])
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Scene:
         self.base = self.data.body("robot0_base").xpos.copy()
         names = [self.model.body(i).name or "" for i in range(self.model.nbody)]
         self._robot_geoms = self._geoms_of({i for i, n in enumerate(names) if any(p in n for p in ROBOT_PARTS)})
-        self._object_geoms = {name: self._geoms_of(self._subtree(body)) for name, body in self.bodies.items()}
+        roots = self.model.body_rootid[self.model.geom_bodyid]
+        self._object_geoms = {name: np.flatnonzero(roots == body) for name, body in self.bodies.items()}
         gripper = robot.gripper.important_geoms
         self._fingers = tuple(
             {self.model.geom(name).id for part in ("finger", "fingerpad") for name in gripper[f"{side}_{part}"]}
@@ -116,18 +118,13 @@ class Scene:
         return self.data.xanchor[self._joint(name)].copy()
 
     def _joint(self, name: str) -> int:
-        simulation = self.env.simulation
-        regions = simulation.object_sites_dict
-        joints = regions[name].joints if name in regions else simulation.get_object(name).joints
+        regions = self.env.simulation.object_sites_dict
+        joints = regions[name].joints if name in regions else self.env.simulation.get_object(name).joints
         return int(self.model.joint(joints[0]).id)
 
     def part_shapes(self, part: MovingPart) -> list[Vector]:
         """World vertices of each of its collision shapes [n, 3]."""
         return self._world(self._local_vertices(self._geoms_of({part.body})))
-
-    def part_rotation(self, part: MovingPart) -> Vector:
-        """[3, 3]"""
-        return self.data.xmat[part.body].reshape(3, 3).copy()
 
     def outermost(self, part: MovingPart, direction: Vector) -> Vector:
         """Middle of that shape of the part which stands out furthest along `direction` [3]."""
@@ -143,24 +140,19 @@ class Scene:
         self._body(name)
         return np.concatenate(self._world(self._vertices[name]))
 
-    def height(self, x: float, y: float) -> float:
-        """Top of the scene at (x, y), -1 where there is nothing. Use inside `without`."""
-        groups = np.zeros(mujoco.mjNGROUP, dtype=np.uint8)
-        groups[COLLISION_GROUP] = 1
-        geom = np.array([-1], dtype=np.int32)
-        start, down = np.array([x, y, RAY_START]), np.array([0.0, 0.0, -1.0])
-        distance = mujoco.mj_ray(self.model, self.data, start, down, groups, 1, -1, geom)
-        return -1.0 if distance < 0 else RAY_START - distance
-
-    def heights(self, points: Vector, ignore: tuple[str, ...] = ()) -> Vector:
-        """Top of the scene [n] under the points [n, 2]; the robot and the `ignore` objects are looked through."""
+    def heights(self, points: Vector, ignore: tuple[str, ...] = (), upward: Vector = UP) -> Vector:
+        """Top of the scene [n] under the points [n, 2], -1 where there is nothing; the robot and the `ignore` objects
+        are looked through, down along `upward` [3], of height 1, which meets the points at height 0."""
         hidden = np.concatenate([self._robot_geoms, *(self._object_geoms[name] for name in ignore)])
         saved = self.model.geom_group[hidden].copy()
         self.model.geom_group[hidden] = HIDDEN_GROUP
+        groups, geom = (np.arange(mujoco.mjNGROUP) == COLLISION_GROUP).astype(np.uint8), np.array([-1], np.int32)
+        starts = np.pad(points, ((0, 0), (0, 1))) + RAY_START * upward
         try:
-            return np.array([self.height(float(x), float(y)) for x, y in points])
+            ways = [mujoco.mj_ray(self.model, self.data, start, -upward, groups, 1, -1, geom) for start in starts]
         finally:
             self.model.geom_group[hidden] = saved
+        return np.array([-1.0 if way < 0 else RAY_START - way for way in ways])
 
     def corridor_top(self, start: Vector, end: Vector, ignore: tuple[str, ...], half_width: float = 0.05) -> float:
         """Highest point of the scene in a corridor between two places (only x and y count).
@@ -173,9 +165,7 @@ class Scene:
         across = np.array([-along[1], along[0]])
         rows = [a + (b - a) * t + across * q for t in np.linspace(0, 1, 12) for q in (-half_width, 0, half_width)]
         top = float(self.heights(np.array(rows), ignore).max())
-        for name in self.movable:
-            if name in ignore:
-                continue
+        for name in (name for name in self.movable if name not in ignore):
             points = self.vertices(name)
             low, high = points.min(axis=0), points.max(axis=0)
             centre, radius = (low + high)[:2] / 2, float((high - low)[:2].max()) / 2
@@ -194,13 +184,6 @@ class Scene:
     def _world(self, shapes: list[tuple[int, Vector]]) -> list[Vector]:
         positions, rotations = self.data.geom_xpos, self.data.geom_xmat
         return [positions[geom] + local @ rotations[geom].reshape(3, 3).T for geom, local in shapes]
-
-    def _subtree(self, root: int) -> set[int]:
-        members = {root}
-        for body in range(root + 1, self.model.nbody):
-            if int(self.model.body_parentid[body]) in members:
-                members.add(body)
-        return members
 
     def _geoms_of(self, bodies: set[int]) -> NDArray[np.int64]:
         return np.flatnonzero(np.isin(self.model.geom_bodyid, list(bodies)))
