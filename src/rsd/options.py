@@ -124,8 +124,7 @@ def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
     own = "blind(0.95)" if checkpoint.acceptance == "residual" else checkpoint.acceptance
     if DECODERS[decode].gated and skip is None and checkpoint.max_skips and checkpoint.calibration is None:
         skip = SkipRule.schedule(checkpoint.max_skips)
-        if own.startswith("blind"):  # what the target is told at its looks costs a fifth of its time and gains nothing
-            own = own.replace("blind", "own")
+        own = own.replace("blind", "own")  # what the target is told at its looks costs time and gains nothing
     elif DECODERS[decode].gated and skip is None and checkpoint.calibration is not None:
         skip, acceptance = calibrated(checkpoint.calibration, options)
         check_calibrated_steps(checkpoint, execute)

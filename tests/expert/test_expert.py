@@ -170,6 +170,8 @@ def test_two_sided_grasps_use_both_sides_where_the_canonical_one_uses_one(env: L
     assert canonical < both
     with pytest.raises(RsdError, match="random generator"):
         choose_grasp(scene, TARGET, rim_grasps(), plate, "two-sided")
+    with pytest.raises(RsdError, match="mode: expected one of canonical, two-sided, two-sided-late, found 'left'"):
+        choose_grasp(scene, TARGET, rim_grasps(), plate, "left", rng)  # type: ignore[arg-type]
 
 
 @pytest.mark.simulator

@@ -122,9 +122,8 @@ def made_up(draft: Draft, of: Synthetic, turn: int) -> Tensor:
 
 
 ACCEPTANCE_RULES = (
-    *("exact", "margin", "residual", "blind(SHARE)", "own(SHARE)"),
-    *("distance(D)", "typical(EPSILON)", "agreement(SHARE)"),
-)
+    "exact", "margin", "residual", "blind(SHARE)", "own(SHARE)", "distance(D)", "typical(EPSILON)", "agreement(SHARE)"
+)  # fmt: skip
 NUMBER = r"([0-9]{1,9}\.?[0-9]{0,9}|\.[0-9]{1,9})"
 
 

@@ -12,7 +12,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -321,6 +321,8 @@ def choose_grasp(
     mode "two-sided" and "two-sided-late" toss a coin (rng) between the free candidates that turn the wrist as far as
     the first one: between the two sides of a rim.
     """
+    if mode not in get_args(GraspMode):
+        raise RsdError(f"grasp mode: expected one of {', '.join(get_args(GraspMode))}, found {mode!r}")
     if mode != "canonical" and rng is None:
         raise RsdError(f"grasp mode {mode}: expected a random generator, found none")
     overlaps: list[tuple[float, Grasp]] = []
