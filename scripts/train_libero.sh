@@ -4,8 +4,8 @@
 # and drafter have to learn), a training of each seed, a GPU each, the runs in the tables of docs/results.md. Every step
 # continues where it was interrupted.
 # Usage: train_libero.sh [RUN_FOLDER]. INIT: a checkpoint to begin from, which also drives; without one a policy is trained
-# on the expert's demonstrations first. Of two GPUs and 32 cores, from checkpoints/libero: 2,266 demonstrations gathered and
-# rendered in 9 minutes, 2,800 steps of each of two seeds in 10 (and 1.5 of compiling), 4,600 episodes in 8.
+# on the expert's demonstrations first. A run of these steps on two GPUs and 32 cores, from checkpoints/libero: 2,266
+# demonstrations gathered and rendered in 9 minutes, 2,800 steps of each of two seeds in 10, 4,600 episodes in 8.
 # Further: SEEDS, SUITES, NUM_DEMOS, NUM_DAGGER (a task), MAX_SKIPS, FIRST_MINUTES, MINUTES, STEPS, BATCH, NUM_STATES,
 # WORKERS, DEVICE, and BIN, the folder of the commands.
 set -euo pipefail
