@@ -67,8 +67,8 @@ evaluate() { # seed, name, options
 }
 for seed in "${seeds[@]}"; do
     evaluate "$seed" l1 --decode l1
-    evaluate "$seed" skip_own_5 --decode rsd-skip
+    evaluate "$seed" "skip_own_$skips" --decode rsd-skip
     evaluate "$seed" fused_moving --decode rsd-fused
     evaluate "$seed" alone --decode drafter-only
-    "$rsd" compare "$run/eval/seed-$seed"/{l1,skip_own_5,fused_moving,alone}
+    "$rsd" compare "$run/eval/seed-$seed"/{l1,"skip_own_$skips",fused_moving,alone}
 done

@@ -19,7 +19,7 @@ from rsd.collection.collect import CollectConfig, EpisodeRecorder, collect, make
 from rsd.collection.render import RenderConfig, render, render_frames
 from rsd.data.demonstrations import Demonstration, load_demonstrations
 from rsd.data.schema import FILE_SUFFIX, Episode
-from rsd.expert import expert
+from rsd.expert import expert, goals
 from rsd.expert.goals import task_goals
 from rsd.expert.pick_and_place import PickAndPlace
 from rsd.expert.scene import Scene
@@ -373,8 +373,11 @@ def test_a_folder_of_demonstrations_belongs_to_one_run(config: CollectConfig, tm
         runs[begin]()
 
 
-def test_what_the_expert_cannot_do_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    out = tmp_path / "none"
+def test_what_the_expert_cannot_do_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, able = tmp_path / "none", goals._solvable
+    monkeypatch.setattr(goals, "_solvable", lambda goal, opened: "cabinet" not in goal.target and able(goal, opened))
     with pytest.raises(RsdError, match=r"akita_black_bowl_1 wooden_cabinet_1_top.* 8 .put the bowl on the plate."):
         collect(CollectConfig(out, "libero_goal", tasks=(8, 3)))
     solved = "libero_goal, libero_10, libero_object_permuted, libero_spatial_permuted, libero_goal_permuted"
