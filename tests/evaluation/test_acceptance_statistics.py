@@ -16,6 +16,7 @@ DRAFTED, ACCEPTED, LENGTHS = [20, 20, 20], [20, 16, 10], [3, 1]  # two chunks of
         ("agreement(0.7)", [1.0, 0.5, 0.5], 3.0, "76.7 % of tokens"),
         ("margin", [1.0, 0.8, 0.5], 3.3, "76.7 % of tokens"),
         ("blind(0.95)", [], 3.0, "50.0 % of chunks"),
+        ("own(0.95)", [], 3.0, "50.0 % of chunks"),
         ("residual", [], 3.0, "50.0 % of chunks"),
     ],
 )

@@ -35,7 +35,7 @@ class Acceptance:
 
 def unit_of(rule: str) -> Literal["chunk", "level", "scalar"]:
     """What an acceptance rule of that name lets stand or fall as one."""
-    if rule.startswith(("blind", "residual")):
+    if rule.startswith(("blind", "own", "residual")):
         return "chunk"
     return "scalar" if rule.startswith(("margin", "distance", "typical")) else "level"
 
