@@ -29,7 +29,7 @@ train() { # name, seed, GPU, minutes, further options
     local name=$1 seed=$2 gpu=$3 minutes=$4
     shift 4
     CUDA_VISIBLE_DEVICES=$gpu "$rsd" train policy --output "$run/$name" --device "$device" --loop.minutes "$minutes" \
-        --loop.steps "${STEPS:-100000}" --loop.seed "$seed" --loop.compiled --loop.batch-size "${BATCH:-512}" \
+        --loop.steps "${STEPS:-100000}" --loop.seed "$seed" --loop.save-every 500 --loop.compiled --loop.batch-size "${BATCH:-512}" \
         --loop.learning-rate 3e-4 --loop.warmup 60 --validation-every 200 \
         --loss.blind 0.3 --loss.counterfactual 0.3 --loss.grounding 1.0 --loss.forecast-every 5 "$@" \
         --remembered-chunks 6 --policy.execute 8 --policy.acceptance "blind(0.95,moving)" --policy.max-skips "$skips" \

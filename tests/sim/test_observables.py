@@ -40,6 +40,16 @@ def observing(rates: list[float], delays: list[float], offset: float = 0.0) -> A
     return simulation
 
 
+def control_step(plain: Any, fast: Any, sampling: Sampling) -> None:
+    """All substeps of one: by robosuite's own updates, and by the sampling of `fast`."""
+    for _ in range(SUBSTEPS):
+        plain._update_observables()
+        sampling.substep()
+        plain.substep += 1
+        fast.substep += 1
+    sampling.finish()
+
+
 @pytest.mark.parametrize(
     ("rates", "delays", "offset", "updates"),
     [
@@ -56,12 +66,7 @@ def test_samples_and_clocks_are_robosuites(
     plain, fast = observing(rates, delays, offset), observing(rates, delays, offset)
     for _ in range(60):
         sampling = Sampling(fast)
-        for _ in range(SUBSTEPS):
-            plain._update_observables()
-            sampling.substep()
-            plain.substep += 1
-            fast.substep += 1
-        sampling.finish()
+        control_step(plain, fast, sampling)
         for name, expected in plain._observables.items():
             found = fast._observables[name]
             np.testing.assert_array_equal(found.obs, expected.obs)
@@ -78,12 +83,7 @@ def test_a_sample_that_is_made_up_for_is_the_same(offset: float) -> None:
         each._obs_cache.update(dict.fromkeys(each._observables))  # as after a reset
     for step in range(60):
         sampling = Sampling(fast, [fast.substep])
-        for _ in range(SUBSTEPS):
-            plain._update_observables()
-            sampling.substep()
-            plain.substep += 1
-            fast.substep += 1
-        sampling.finish()
+        control_step(plain, fast, sampling)
         if looked_at := step % 3 == 2:
             sampling.sample_owed()
         assert fast.substep == plain.substep

@@ -108,7 +108,7 @@ def named(at: At) -> str:
 
 
 def refuse_twice(arguments: Sequence[str]) -> None:
-    """Raises UsageError for an option that is given twice: the first one would go without a word."""
+    """Raises UsageError for an option given twice, of which the first would go without a word, or an empty output."""
     names = [text.partition("=")[0].replace("_", "-") for text in arguments if re.match("--[a-z]", text)]
     if empty := [a for a, b in itertools.pairwise(arguments) if a in ("--output", "--out") and not b.strip()]:
         raise UsageError(f"{empty[0]}: expected a path, found an empty one")

@@ -112,8 +112,8 @@ def survey(folders: Iterable[Path]) -> bool:
 
 def features_of(side: int, videos: bool, executed: bool, words: bool) -> dict[str, dict[str, Any]]:
     """`features` of info.json, in the order of the columns."""
-    picture: dict[str, Any] = {"dtype": "video" if videos else "image", "shape": [side, side, 3]}
-    picture["names"] = ["height", "width", "channel"]
+    names = ["height", "width", "channel"]
+    picture: dict[str, Any] = {"dtype": "video" if videos else "image", "shape": [side, side, 3], "names": names}
     if videos:
         kind = {"codec": "h264", "pix_fmt": PIXELS, "is_depth_map": False, "fps": CONTROL_HZ, "channels": 3}
         size = {"video.height": side, "video.width": side}
