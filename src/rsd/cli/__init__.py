@@ -64,6 +64,9 @@ COMMANDS = {
     "checkpoint seal": Command(
         "vouch for a checkpoint that was edited on purpose", "rsd.cli.checkpoints:seal", "SealArguments"
     ),
+    "checkpoint average": Command(
+        "the mean of the weights of several policies", "rsd.cli.checkpoints:average", "AverageArguments"
+    ),
     "doctor": Command(
         "check this machine and a checkpoint before an evaluation",
         "rsd.evaluation.doctor:run_doctor",

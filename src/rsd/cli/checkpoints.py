@@ -44,3 +44,22 @@ def seal(options: SealArguments) -> None:
 
     changed = checkpoint.seal(options.directory)
     print(f"{options.directory}: sealed; other than before or new: {', '.join(changed) or 'nothing'}")
+
+
+@dataclass(frozen=True)
+class AverageArguments:
+    """Write the mean of the weights of several policies that were trained on from the same one.
+
+    It often does better than each of them, and forgets less of what only one was taught (docs/training.md).
+    """
+
+    policies: tyro.conf.Positional[tuple[str, ...]]
+    """Checkpoint directories or hub ids, two or more; one that is named twice counts twice."""
+    output: Path
+    """The new checkpoint directory."""
+
+
+def average(options: AverageArguments) -> None:
+    from rsd.training.average import average
+
+    print(f"{average(options.policies, options.output)}: the mean of {len(options.policies)} policies")
