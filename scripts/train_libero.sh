@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One policy for libero_spatial, object, goal and 10 and for the three permuted suites, and its evaluation, on one machine
 # with GPUs: the expert's demonstrations, a round of DAgger in which rsd-skip drives (what its skips lead into is what target
-# and drafter have to learn), a training of each seed, a GPU each, the runs in the tables of docs/results.md. Every step
-# continues where it was interrupted.
+# and drafter have to learn), a training of each seed, a GPU each, the mean of their weights and of what they began with, the
+# runs in the tables of docs/results.md. Every step continues where it was interrupted.
 # Usage: train_libero.sh [RUN_FOLDER]. INIT: a checkpoint to begin from, which also drives; without one a policy is trained
 # on the expert's demonstrations first. A run of these steps on two GPUs and 32 cores, from checkpoints/libero: 2,266
 # demonstrations gathered and rendered in 9 minutes, 2,800 steps of each of two seeds in 10, 4,600 episodes in 8.
@@ -56,19 +56,24 @@ for index in "${!seeds[@]}"; do
     trainings+=($!)
 done
 for training in "${trainings[@]}"; do wait "$training"; done
+policies=("${seeds[@]/#/seed-}")
+members=("${policies[@]/#/$run/}")
+[ -e "$run/mean/checkpoint/manifest.json" ] \
+    || "$rsd" checkpoint average "${members[@]/%//checkpoint}" "$INIT" --output "$run/mean/checkpoint"
+policies+=(mean)
 
 tasks=()
 [[ " ${suites[*]} " != *" libero_goal_permuted "* ]] || tasks=(--tasks "libero_goal_permuted:0,1,2,4,6,7,8,9")
-evaluate() { # seed, name, options
-    local policy=$run/seed-$1/checkpoint out=$run/eval/seed-$1 name=$2
+evaluate() { # policy, name, options
+    local policy=$run/$1/checkpoint out=$run/eval/$1 name=$2
     shift 2
     "$rsd" eval --policy "$policy" --task-suite "$(IFS=,; echo "${suites[*]}")" "${tasks[@]}" --num-trials "${NUM_STATES:-20}" \
         --device "$device" --batch 16 --num-workers "$workers" --output "$out/$name" "$@"
 }
-for seed in "${seeds[@]}"; do
-    evaluate "$seed" l1 --decode l1
-    evaluate "$seed" "skip_own_$skips" --decode rsd-skip
-    evaluate "$seed" fused_moving --decode rsd-fused
-    evaluate "$seed" alone --decode drafter-only
-    "$rsd" compare "$run/eval/seed-$seed"/{l1,"skip_own_$skips",fused_moving,alone}
+for policy in "${policies[@]}"; do
+    evaluate "$policy" l1 --decode l1
+    evaluate "$policy" "skip_own_$skips" --decode rsd-skip
+    evaluate "$policy" fused_moving --decode rsd-fused
+    evaluate "$policy" alone --decode drafter-only
+    "$rsd" compare "$run/eval/$policy"/{l1,"skip_own_$skips",fused_moving,alone}
 done

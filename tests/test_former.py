@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from rsd import former
+from rsd import former, manifest
 from rsd.checkpoint import CONFIG_FILE, WEIGHTS_FILE, facts_of, load_model, parse_config, read_content, read_weights
 from rsd.cli import COMMANDS, dispatch
 from rsd.decoding.decoders import DECODERS
 from rsd.evaluation.config import stored_config
 from rsd.evaluation.results import EpisodeResult, read_run_record, record_of
+from rsd.manifest import file_sha256
 from rsd.models.bundle import PolicyConfig
 from rsd.options import DecodeOptions, resolve
 from rsd.reporting.archive import located
@@ -21,7 +22,7 @@ from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ROOT / "checkpoints/libero_object_goal_10"
+BEFORE = {now: name for name, now in former.PARTS.items()}
 ARCHIVED = ROOT / "results/libero_pro"
 
 
@@ -69,25 +70,32 @@ def test_what_is_said_to_be_the_present_name_is_one() -> None:
 
 
 @pytest.mark.parametrize("name", former.DECODERS)
-def test_a_former_decoder_is_refused_in_python_too(name: str) -> None:
-    facts = facts_of(SHIPPED, read_content(SHIPPED))
+def test_a_former_decoder_is_refused_in_python_too(name: str, checkpoint: Path) -> None:
+    facts = facts_of(checkpoint, read_content(checkpoint))
     with pytest.raises(RsdError, match=f"it is called {former.DECODERS[name]} now"):
         resolve(facts, DecodeOptions(decode=name))
 
 
-def test_the_weights_and_sizes_of_a_checkpoint_are_read_by_present_names() -> None:
-    stored = json.loads((SHIPPED / CONFIG_FILE).read_text())
-    assert {"main", "draft", "light"} <= stored["policy"].keys()  # else this tests nothing
-    with safe_open(SHIPPED / WEIGHTS_FILE, "pt") as file:
-        assert {name.partition(".")[0] for name in file.keys()} == {"main", "draft", "light"}  # noqa: SIM118
-    weights = read_weights(SHIPPED / WEIGHTS_FILE)
+def test_the_weights_and_sizes_of_a_checkpoint_are_read_by_present_names(checkpoint: Path) -> None:
+    now = json.loads((checkpoint / CONFIG_FILE).read_text())
+    renamed = {}
+    for name, value in load_file(checkpoint / WEIGHTS_FILE).items():
+        part, dot, rest = name.partition(".")
+        renamed[BEFORE[part] + dot + rest] = value
+    assert {name.partition(".")[0] for name in renamed} == {"main", "draft", "light"}  # else this tests nothing
+    save_file(renamed, checkpoint / WEIGHTS_FILE)
+    stored = {**now, "policy": {BEFORE.get(name, name): value for name, value in now["policy"].items()}}
+    stored["sha256"][WEIGHTS_FILE] = file_sha256(checkpoint / WEIGHTS_FILE)
+    (checkpoint / CONFIG_FILE).write_text(json.dumps(stored))
+    manifest.seal(checkpoint)
+    weights = read_weights(checkpoint / WEIGHTS_FILE)
     assert {name.partition(".")[0] for name in weights} == {"target", "feature_drafter", "visual_drafter"}
-    content = read_content(SHIPPED)
-    config = parse_config(SHIPPED, content, PolicyConfig)
-    assert config == parse_config(SHIPPED, stored, PolicyConfig)  # as `rsd checkpoint seal` reads it
+    content = read_content(checkpoint)
+    config = parse_config(checkpoint, content, PolicyConfig)
+    assert config == parse_config(checkpoint, stored, PolicyConfig)  # as `rsd checkpoint seal` reads it
     assert config.target.image_size == stored["policy"]["main"]["image_size"]
-    assert facts_of(SHIPPED, content).visual_drafter
-    model, _ = load_model(SHIPPED, content, ActionTokenizer.load(SHIPPED))
+    assert facts_of(checkpoint, content).visual_drafter
+    model, _ = load_model(checkpoint, content, ActionTokenizer.load(checkpoint))
     assert model.state_dict().keys() == weights.keys()
 
 

@@ -22,8 +22,9 @@ from rsd.evaluation.backend import LIBERO
 from rsd.evaluation.cautions import cautions
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate, plan_episodes
+from rsd.sim.suites import suite_tasks
 
-SHIPPED, OTHERS = "checkpoints/libero", "checkpoints/libero_object_goal_10"
+SHIPPED, OTHERS = "checkpoints/libero", "few_suites"
 TAUGHT = "trained on libero_10, libero_goal, libero_goal_permuted, "
 UNSEEN = "its training data holds no demonstration of "
 
@@ -61,10 +62,23 @@ UNSEEN = "its training data holds no demonstration of "
         ({"policy": "ws://127.0.0.1:1", "task_suite": "libero_goal"}, []),  # the server's own affair
     ],
 )
-def test_what_was_not_taught_or_promised_is_said(options: dict[str, object], expected: list[str]) -> None:
+def test_what_was_not_taught_or_promised_is_said(
+    options: dict[str, object], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if options.get("policy") == OTHERS:
+        (tmp_path / OTHERS).mkdir()
+        (tmp_path / OTHERS / CONFIG_FILE).write_text(json.dumps({"provenance": {"data": few_suites()}}))
+        monkeypatch.chdir(tmp_path)
     found = cautions(EvalConfig(**{"decode": "l1", **options}))  # type: ignore[arg-type]
     assert len(found) == len(expected), found
     assert all(part in caution for part, caution in zip(expected, found, strict=True)), found
+
+
+def few_suites() -> dict[str, object]:
+    """Data of three suites, without three tasks of libero_10."""
+    suites = {"libero_object": range(10), "libero_goal": range(10), "libero_10": (0, 1, 2, 4, 6, 7, 8)}
+    told = [task.language for suite, tasks in suites.items() for task in suite_tasks(suite) if task.task_id in tasks]
+    return {"sources": [{"settings": {"suite": suite}} for suite in suites], "instructions": told}
 
 
 def test_collecting_sealing_and_serving_say_what_the_drafter_does_not_remember(

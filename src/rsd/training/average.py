@@ -3,14 +3,23 @@ arXiv 2203.05482): what each training learnt anew stays, what each forgot or lea
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rsd.checkpoint import BACKBONE, CONFIG_FILE, TOKENIZER_FILE, checkpoint_hash, load_model, locate_checkpoint
-from rsd.checkpoint import read_content, save_checkpoint
+from rsd.checkpoint import (
+    BACKBONE,
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    checkpoint_hash,
+    load_model,
+    locate_checkpoint,
+    read_content,
+    save_checkpoint,
+)
 from rsd.json_files import section
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
@@ -64,16 +73,14 @@ def provenance_of(directories: Sequence[Path], contents: Sequence[dict[str, Any]
     """Of a mean: its members' whole records, and their data together as any policy's record has it."""
     records = [section(content, "provenance") for content in contents]
     data = [section(record, "data") for record in records]
-    remembered = [section(record, "training").get("remembered_chunks") for record in records]
+    remembered = [int(section(record, "training").get("remembered_chunks") or 0) for record in records]
+    known: dict[str, str] = {}
     return {
-        "data": {
-            "sources": distinct(data, "sources"),
-            "instructions": sorted(distinct(data, "instructions")),
-        },
-        "training": {"remembered_chunks": min(r for r in remembered)} if all(remembered) else {},
+        "data": {"sources": distinct(data, "sources"), "instructions": sorted(distinct(data, "instructions"))},
+        "training": {"remembered_chunks": min(remembered)} if all(remembered) else {},
         "average_of": [
-            {f"{CONFIG_FILE} sha256": checkpoint_hash(directory), "provenance": record}
-            for directory, record in zip(directories, records, strict=True)
+            {f"{CONFIG_FILE} sha256": checkpoint_hash(directory), "provenance": once(record, f"average_of.{at}", known)}
+            for at, (directory, record) in enumerate(zip(directories, records, strict=True))
         ],
     }
 
@@ -84,3 +91,21 @@ def distinct(records: Sequence[dict[str, Any]], name: str) -> list[Any]:
     for record in records:
         found += [value for value in record.get(name, []) if value not in found]
     return found
+
+
+def once(record: dict[str, Any], place: str, known: dict[str, str]) -> dict[str, Any]:
+    """A record without what another one tells, too: members begin with the same policy, whose history is long.
+    known: what has been told, as JSON, and where; what is told here is added."""
+    told = json.dumps(record, sort_keys=True)
+    if told in known:
+        return {"same_as": known[told]}
+    known[told] = place
+    earlier: dict[str, Any] = {}
+    if isinstance(record.get("init"), dict):
+        earlier["init"] = once(record["init"], f"{place}.init", known)
+    if isinstance(members := record.get("average_of"), list):
+        earlier["average_of"] = [
+            {**member, "provenance": once(section(member, "provenance"), f"{place}.average_of.{at}", known)}
+            for at, member in enumerate(members)
+        ]
+    return {**record, **earlier}
