@@ -51,6 +51,20 @@ STUDIES = {
 }
 
 
+PAGES = {
+    "archive": "",
+    "expert_page": "ExpertPageConfig",
+    "modes": "ModesConfig",
+    "permuted_page": "PermutedPageConfig",
+    "permuted_suites_page": "PermutedSuitesPageConfig",
+    "readme_table": "ReadmeTableConfig",
+    "scaling_page": "ScalingPageConfig",
+    "shipped_page": "ShippedPageConfig",
+    "suites_page": "SuitesPageConfig",
+}
+STUDIES |= {name: Command("", f"studies.{name}:main", config) for name, config in PAGES.items()}
+
+
 def run_study(name: str, arguments: Sequence[str]) -> int:
     """Run a study with the options in `arguments`; returns the exit status."""
     return dispatch(list(arguments), STUDIES[name], f"python -m studies.{name}")

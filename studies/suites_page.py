@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
-
 from rsd.decoding.calibration import SkipCalibration
 from rsd.evaluation.calibrate import CalibrateConfig, fit, share_at, skipped_share
 from rsd.evaluation.results import write_atomically
@@ -180,4 +178,6 @@ def by_suite(names: Sequence[str], runs: Sequence[Run], suites: Sequence[str]) -
 
 
 if __name__ == "__main__":
-    main(tyro.cli(SuitesPageConfig))
+    from studies import command  # which names this module
+
+    command.main("suites_page")

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rsd.checks import Checked, Sha256
+from rsd.checks import Checked, Sha256, checked
 from rsd.json_files import from_json, read_versioned, write_atomically
 from rsd.types import RsdError
 
@@ -64,7 +64,7 @@ def checkpoint_files(directory: Path) -> list[str]:
 
 def read_manifest(directory: Path) -> Manifest | None:
     """None of an unsealed directory."""
-    path = directory / MANIFEST_FILE
+    path = checked(Path, directory, "checkpoint directory") / MANIFEST_FILE
     if not path.exists():
         return None
     content = read_versioned(path, "manifest", FORMAT_VERSION, "use the rsd-vla that wrote it")

@@ -66,7 +66,7 @@ class CustomPolicy:
 
 def find_class(spec: str) -> Any:
     """The class that a spec names; `RsdError` for what cannot be imported or lacks a method."""
-    matched = SPEC.fullmatch(spec)
+    matched = SPEC.fullmatch(checked(str, spec, "policy"))
     if matched is None:
         raise RsdError(f"policy {shown(spec)}: expected module:Class or path/to/file.py:Class")
     where, name = matched["where"], matched["name"]
