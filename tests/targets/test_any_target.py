@@ -272,7 +272,7 @@ def test_the_target_is_asked_at_reset_and_until_a_draft_stood(drafter: Drafter) 
 
 def test_a_drafter_of_another_target_is_refused(drafter: Drafter) -> None:
     check_belongs(drafter.stored, {"policy": "ws://elsewhere", "metadata": {}}, "here")
-    with pytest.raises(RsdError, match="^here: distilled from another target"):
+    with pytest.raises(RsdError, match=r"^here: distilled from another target"):
         check_belongs(drafter.stored, {"policy": "ws://elsewhere", "metadata": {"name": "pi0"}}, "here")
 
 
