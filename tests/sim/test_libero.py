@@ -110,7 +110,7 @@ def test_placements_repeat_and_differ_by_seed_in_objects_and_arm(env: LiberoEnv)
         ({"init_state": 50}, "0 to 49"),
         ({"init": 1}, "init_state or placement_seed"),
         ({"init_state": -1}, "0 to 49"),
-        ({"init_state": "0"}, "init_state: expected an integer, found '0'"),
+        ({"init_state": "0"}, r"reset options\.init_state: expected an integer, found '0'"),
         ({"init_state": True}, "expected an integer, found True"),
         ({"placement_seed": -1}, "placement_seed: expected an integer from 0"),
         ({"placement_seed": 1.5}, "expected an integer, found 1.5"),

@@ -31,6 +31,8 @@ LACKING = {
 SCRIPTS = {
     "kill_test:KillTest --kills 0": "--kills: expected an integer from 1 to",
     "kill_test:KillTest --shortest 50": "expected --shortest of at most --longest, found 50 and 45",
+    "report_screenshot: ": "expected two arguments, as in report_screenshot.py report.html docs/report, found 0",
+    "report_screenshot: README.md x": "README.md: expected a page of `rsd report`, found none",
     "make_permuted_states:StatesConfig nosuch": "--suite: expected one of libero_object_permuted",
     "make_permuted_states:StatesConfig libero_goal": "--suite: expected one of libero_object_permuted",
     "make_permuted_states:StatesConfig libero_goal_permuted --states 0": "--states: expected an integer from 1 to",
@@ -59,7 +61,7 @@ def test_outside_of_the_repositorys_root_a_page_says_what_it_lacks(
 def test_a_script_is_a_command_like_the_others(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     (place, *words) = line.split()
     name, _, config = place.partition(":")
-    script = Command("", f"scripts.{name}:none", config)  # never gets so far
+    script = Command("", f"scripts.{name}:main", config)  # which is never called with odd options
     assert dispatch(words, script, f"{name}.py") == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"{name}.py: error: {SCRIPTS[line]}")
