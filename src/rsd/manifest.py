@@ -102,6 +102,8 @@ def verify_made(directory: Path, name: str, said: str, command: str) -> None:
 
 def seal(directory: Path, only: Iterable[str] | None = None) -> Manifest:
     """Write the manifest of the files as they are; only: of these alone, the others stay as the manifest has them."""
+    if not checked(Path, directory, "checkpoint directory").is_dir():
+        raise RsdError(f"{directory}: expected a checkpoint directory, found none")
     names = set(checkpoint_files(directory) if only is None else only)
     manifest = read_manifest(directory) if only is not None else None
     kept = {} if manifest is None else manifest.sha256
