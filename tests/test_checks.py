@@ -217,7 +217,7 @@ def odd_arguments(policy: RsdPolicy, tokenizer: ActionTokenizer, seen: Observati
     yield lambda: manifest.verify(None), "checkpoint directory: expected a path, found None"  # type: ignore[arg-type]
     yield lambda: SkipCalibration.load(None), "skip calibration's directory: expected a path"  # type: ignore[arg-type]
     yield lambda: manifest.seal(Path("nosuch")), "nosuch: expected a checkpoint directory, found none"
-    yield lambda: CustomPolicy("json:JSONDecoder", steps=0), "steps: expected an integer from 1 to 1000 or null, found 0"
+    yield lambda: CustomPolicy("json:JSONDecoder", steps=0), "steps: expected an integer from 1 to 1000 or null"
     yield lambda: CustomPolicy(None), "policy: expected text, found None"  # type: ignore[arg-type]
     yield lambda: fingertip_deviation(None, None), "chunk: expected real numbers, found object"  # type: ignore[type-var]
     yield lambda: acceptance_rule("exact", None), "acceptance: code: expected RfsqConfig"  # type: ignore[arg-type]
