@@ -63,6 +63,15 @@ def test_a_calibration_has_its_folder_for_itself(config: CalibrateConfig, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_that_cannot_be_written_to_is_found_before_the_rollouts(
+    config: CalibrateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != config.policy)
+    with pytest.raises(RsdError, match=r"calibrate: not permitted to write into .*; calibrate a copy of it"):
+        calibrate(replace(config, output=tmp_path / "out"), BACKEND)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_calibration_is_written_used_and_checked(checkpoint: Path, config: CalibrateConfig, tmp_path: Path) -> None:
     with pytest.raises(RsdError, match=r"needs a skip_calibration.json, found none; make it with `rsd calibrate`"):
         RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")

@@ -81,7 +81,8 @@ def test_ctrl_c_keeps_what_is_finished(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluation, "record_outcome", interrupt)
-    assert dispatch(command(output, "--policy", "good")) == 130
+    monkeypatch.chdir(output.parent)
+    assert dispatch(command(Path(output.name), "--policy", "good")) == 130
     assert "finished episodes are kept" in capsys.readouterr().err
     monkeypatch.setattr(evaluation, "record_outcome", record)
     assert dispatch(["eval", "--resume", str(output)]) == 0
@@ -105,7 +106,9 @@ def test_a_run_whose_policy_is_relative_goes_on_where_it_was_begun(
     monkeypatch.chdir(tmp_path)
     assert dispatch(["eval", "--resume", "run"]) == 0
     config = EvalConfig(output=str(tmp_path / "elsewhere"))  # from where, it does not say
-    with pytest.raises(RsdError, match="its --policy runs/x/checkpoint is relative to the folder in which"):
-        check_paths(replace(config, policy="runs/x/checkpoint"), output)
-    for found in ("good", "owner/name", "ws://127.0.0.1:1", "json:JSONDecoder", "/nowhere/x"):
+    for lost in ({"policy": "runs/x/checkpoint"}, {"policy": "x"}, {"policy": "x.py:P"}, {"drafter": "drafters/x"}):
+        (name, text), *_ = lost.items()
+        with pytest.raises(RsdError, match=f"its --{name} {text} is relative to the folder in which it was begun"):
+            check_paths(replace(config, **{"policy": "checkpoints/libero", "decode": "rsd-skip", **lost}), output)
+    for found in ("owner/name", "ws://127.0.0.1:1", "json:JSONDecoder", "/nowhere/x"):
         check_paths(replace(config, policy=found), output)

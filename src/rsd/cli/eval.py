@@ -157,7 +157,7 @@ def check_paths(config: EvalConfig, directory: Path) -> None:
     for name in ("policy", "drafter", "corrector"):
         text = getattr(config, name)
         path = Path(text.rpartition(":")[0] if name == "policy" and config.custom else text)
-        named = name == "policy" and (config.served or "/" not in text or HUB_ID.fullmatch(text))
+        named = name == "policy" and (config.served or HUB_ID.fullmatch(text) or (config.custom and ".py:" not in text))
         there = not named if begun is None else (begun / path).exists()
         if text and there and not (path.is_absolute() or path.exists() or local(text)):
             folder = begun or "the folder in which it was begun"
