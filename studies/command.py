@@ -51,7 +51,7 @@ STUDIES = {
 }
 
 
-PAGES = {
+CONFIGS = {
     "archive": "",
     "expert_page": "ExpertPageConfig",
     "modes": "ModesConfig",
@@ -62,12 +62,13 @@ PAGES = {
     "shipped_page": "ShippedPageConfig",
     "suites_page": "SuitesPageConfig",
 }
-STUDIES |= {name: Command("", f"studies.{name}:main", config) for name, config in PAGES.items()}
+# what writes pages of results has its options beside it, and loads torch for its help
+PAGES = {name: Command("", f"studies.{name}:main", config) for name, config in CONFIGS.items()}
 
 
 def run_study(name: str, arguments: Sequence[str]) -> int:
     """Run a study with the options in `arguments`; returns the exit status."""
-    return dispatch(list(arguments), STUDIES[name], f"python -m studies.{name}")
+    return dispatch(list(arguments), {**STUDIES, **PAGES}[name], f"python -m studies.{name}")
 
 
 def main(name: str) -> None:
