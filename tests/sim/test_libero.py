@@ -215,6 +215,9 @@ def test_restoring_a_state_restores_it_exactly(env: LiberoEnv) -> None:
     np.testing.assert_array_equal(env.draw(), before)
     with pytest.raises(RsdError, match="expected"):
         env.restore(state[:-1])
+    state[3] = 1e300  # of a damaged file; MuJoCo would draw another scene, without a word
+    with pytest.raises(RsdError, match=r"expected numbers within 1e\+10, found 1e\+300"):
+        env.restore(state)
 
 
 def test_versions_name_everything_that_moves_a_number() -> None:
