@@ -42,8 +42,7 @@ DRAFT_FIRST, RSD_ASYNC = "draft-first", "rsd-async"
 
 def unit_of(rule: str) -> str:
     """What an acceptance rule, named with or without its settings, lets stand or fall as one."""
-    name = rule.partition("(")[0]
-    return "chunk" if name in BY_CHUNK else "scalar" if name in BY_SCALAR else "level"
+    return "chunk" if (name := rule.partition("(")[0]) in BY_CHUNK else "scalar" if name in BY_SCALAR else "level"
 
 
 def speed_rule(motion: Moving, speed: float) -> tuple[bool, str, str]:

@@ -151,16 +151,15 @@ def check_paths(config: EvalConfig, directory: Path) -> None:
     """Raises RsdError where a path of the run in `directory` leads nowhere from here, but did where it was begun."""
     from rsd.hub import HUB_ID, local
 
-    output, lies = config.output_dir, directory.resolve().parts
-    left = len(lies) - len(output.parts)
-    begun = None if output.is_absolute() or lies[left:] != output.parts else Path(*lies[:left])
+    lies = directory.resolve()
+    begun = Path(str(lies).removesuffix(f"/{config.output_dir}"))  # where it lies itself: not known
     for name in ("policy", "drafter", "corrector"):
         text = getattr(config, name)
         path = Path(text.rpartition(":")[0] if name == "policy" and config.custom else text)
         named = name == "policy" and (config.served or HUB_ID.fullmatch(text) or (config.custom and ".py:" not in text))
-        there = not named if begun is None else (begun / path).exists()
+        there = not named if begun == lies else (begun / path).exists()
         if text and there and not (path.is_absolute() or path.exists() or local(text)):
-            folder = begun or "the folder in which it was begun"
+            folder = "the folder in which it was begun" if begun == lies else begun
             raise RsdError(f"--resume {directory}: its {option(name)} {text} is relative to {folder}; go on from there")
 
 

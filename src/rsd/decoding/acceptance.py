@@ -195,9 +195,8 @@ def accept(ops: Primitives, draft: Draft, blocks: list[Tensor]) -> Verification:
         return accept_as_a_whole(ops, draft, blocks)
     features = torch.stack(blocks, dim=1)  # [B, c+1, H, D]
     verified = judge(ops, draft, features)
-    kept = verified.levels[:, None].expand_as(draft.motion[:, 0])
-    if ops.rule.unit == "scalar":
-        kept = leading(verified.accepted)
+    whole = verified.levels[:, None].expand_as(draft.motion[:, 0])
+    kept = leading(verified.accepted) if ops.rule.unit == "scalar" else whole
     missing = ops.finite(ops.target.residuals(features))
     prefix = torch.stack([torch.zeros_like(draft.prefixes[0]), *draft.prefixes], dim=1)  # [B, c+1, P]
     wanted = (prefix + missing).gather(1, kept.unsqueeze(1)).squeeze(1)
