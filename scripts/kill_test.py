@@ -22,25 +22,29 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tyro
-
+from rsd.checks import Checked, Rules, Some, Time, listed
+from rsd.cli import Command, dispatch
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, read_episodes
 
 
 @dataclass(frozen=True)
-class KillTest:
-    kills: int = 20
+class KillTest(Checked):
+    kills: Some = 20
     tasks: str = "0,6"
-    num_trials: int = 3
+    num_trials: Some = 3
     policy: str = "checkpoints/libero"
-    num_workers: int = 2
-    shortest: float = 3.0
+    num_workers: Some = 2
+    shortest: Time = 3.0
     """Seconds from a start, or from the last kill, to the next kill: at least this."""
-    longest: float = 45.0
+    longest: Time = 45.0
     """At most this."""
     undisturbed: Path | None = None
     """An undisturbed run of the same policy and options that holds these episodes; default: made first."""
     seed: int = 0
+
+    def rules(self) -> Rules:
+        found = f"{self.shortest:g} and {self.longest:g}"
+        yield self.shortest <= self.longest, "--shortest of at most --longest", found
 
 
 def running_workers(pid: int) -> list[int]:
@@ -82,7 +86,9 @@ def run(config: KillTest) -> int:
     with tempfile.TemporaryDirectory() as folder:
         expected_dir = config.undisturbed or Path(folder) / "undisturbed"
         if config.undisturbed is None:
-            subprocess.run(command(config, expected_dir), check=True, stdout=subprocess.DEVNULL)
+            made = subprocess.run(command(config, expected_dir), stdout=subprocess.DEVNULL)
+            if made.returncode:  # it said why
+                return made.returncode
         expected = outcomes(expected_dir)
         output = Path(folder) / "killed"
         start = time.monotonic()
@@ -94,7 +100,7 @@ def run(config: KillTest) -> int:
                 runs += 1
                 found = outcomes(output)
                 wanted = {key: value for key, value in expected.items() if key in found}
-                tasks = len(config.tasks.split(","))
+                tasks = len(listed(config.tasks))
                 episodes += len(found)
                 differing += len(found) != tasks * config.num_trials or found != wanted
                 shutil.rmtree(output)
@@ -126,4 +132,4 @@ def disturb(process: subprocess.Popen[bytes], config: KillTest, killed: dict[str
 
 
 if __name__ == "__main__":
-    sys.exit(run(tyro.cli(KillTest)))
+    sys.exit(dispatch(sys.argv[1:], Command("", "kill_test:run", "KillTest"), "kill_test.py"))

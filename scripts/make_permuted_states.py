@@ -8,19 +8,25 @@ src/rsd/sim/states/SUITE.npz (float32, one array a task) and prints its SHA-256,
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import io
 import multiprocessing
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 from numpy.typing import NDArray
 
+from rsd.checks import Checked, Some, one_of
+from rsd.cli import Command, dispatch
 from rsd.expert import expert
 from rsd.expert.goals import goals_of
+from rsd.sim import permuted
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.suites import suite_tasks
 from rsd.types import RsdError
@@ -28,6 +34,13 @@ from rsd.types import RsdError
 STATES = 50
 ATTEMPTS = 30
 FOLDER = Path(__file__).resolve().parent.parent / "src" / "rsd" / "sim" / "states"
+
+
+@dataclass(frozen=True)
+class StatesConfig(Checked):
+    suite: tyro.conf.Positional[Annotated[str, one_of(permuted.SUITES)]]
+    workers: Some = 2
+    states: Some = STATES
 
 
 @functools.lru_cache(maxsize=1)
@@ -51,12 +64,7 @@ def draw(suite: str, task: int, k: int) -> tuple[NDArray[np.float32], int]:
     raise RsdError(f"{suite} task {task} state {k}: no draw of {ATTEMPTS} that the expert solves")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--states", type=int, default=STATES)
-    args = parser.parse_args()
+def main(args: StatesConfig) -> None:
     tasks = [task.task_id for task in suite_tasks(args.suite)]
     jobs = [(args.suite, task, k) for task in tasks for k in range(args.states)]
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -73,4 +81,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command = Command("", "make_permuted_states:main", "StatesConfig")
+    sys.exit(dispatch(sys.argv[1:], command, "make_permuted_states.py"))

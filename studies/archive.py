@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,16 +57,16 @@ def _run(path: Path) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name not in ("format", "tasks")}
 
 
-def pack_all(arguments: Sequence[str], prog: str) -> int:
+def main(arguments: Sequence[str], prog: str) -> int:
     """Of the command line: every folder."""
     if not arguments:
-        raise RsdError(f"{prog}: expected folders with raw results, found none")
+        raise RsdError("expected folders with raw results, found none")
     for argument in arguments:
         print(pack(Path(argument)))
     return 0
 
 
 if __name__ == "__main__":
-    from rsd.cli import Command, dispatch
+    from studies import command  # which names this module
 
-    sys.exit(dispatch(sys.argv[1:], Command("", "studies.archive:pack_all"), "python -m studies.archive"))
+    command.main("archive")

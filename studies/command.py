@@ -51,9 +51,23 @@ STUDIES = {
 }
 
 
+CONFIGS = {
+    "archive": "",
+    "expert_page": "ExpertPageConfig",
+    "modes": "ModesConfig",
+    "permuted_page": "PermutedPageConfig",
+    "permuted_suites_page": "PermutedSuitesPageConfig",
+    "readme_table": "ReadmeTableConfig",
+    "scaling_page": "ScalingPageConfig",
+    "shipped_page": "ShippedPageConfig",
+}
+# what writes pages of results has its options beside it, and loads torch for its help
+PAGES = {name: Command("", f"studies.{name}:main", config) for name, config in CONFIGS.items()}
+
+
 def run_study(name: str, arguments: Sequence[str]) -> int:
     """Run a study with the options in `arguments`; returns the exit status."""
-    return dispatch(list(arguments), STUDIES[name], f"python -m studies.{name}")
+    return dispatch(list(arguments), {**STUDIES, **PAGES}[name], f"python -m studies.{name}")
 
 
 def main(name: str) -> None:

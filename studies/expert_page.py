@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from rsd.evaluation.tables import markdown
 from studies.expert import GOOD
 from studies.readme_table import replaced
@@ -61,4 +59,6 @@ def main(config: ExpertPageConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ExpertPageConfig))
+    from studies import command  # which names this module
+
+    command.main("expert_page")

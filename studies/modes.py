@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 from rsd.evaluation.results import write_atomically
 from rsd.expert.goals import task_goals
@@ -128,6 +127,12 @@ def shares(places: list[float]) -> dict[str, float]:
     return {"averaged": float((far < 1 / 3).mean()), "committed": float((far >= 2 / 3).mean())}
 
 
-if __name__ == "__main__":
-    for name, found in measure_modes(tyro.cli(ModesConfig))["places"].items():
+def main(config: ModesConfig) -> None:
+    for name, found in measure_modes(config)["places"].items():
         print(name, {key: round(value, 2) for key, value in shares(found).items()})
+
+
+if __name__ == "__main__":
+    from studies import command  # which names this module
+
+    command.main("modes")

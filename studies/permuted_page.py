@@ -12,8 +12,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from rsd.evaluation.results import EpisodeResult
 from rsd.evaluation.statistics import PairedDifference
 from rsd.evaluation.summary import SuccessRate, success_rate
@@ -110,7 +108,12 @@ def agreement_at_looks(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def main(config: PermutedPageConfig) -> None:
+    print(permuted_table(config.results))
+    print(agreement_at_looks(config.results))
+
+
 if __name__ == "__main__":
-    results = tyro.cli(PermutedPageConfig).results
-    print(permuted_table(results))
-    print(agreement_at_looks(results))
+    from studies import command  # which names this module
+
+    command.main("permuted_page")

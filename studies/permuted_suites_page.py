@@ -14,8 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult
 from rsd.evaluation.statistics import paired_difference
 from rsd.evaluation.summary import success_rate
@@ -98,8 +96,13 @@ def table(folder: Path, parts: tuple[str, ...] = (), suites: tuple[str, ...] = S
     return markdown(header, [row(name, run, target, drafter, suites) for name, run in runs.items()])
 
 
-if __name__ == "__main__":
-    config = tyro.cli(PermutedSuitesPageConfig)
+def main(config: PermutedSuitesPageConfig) -> None:
     print(table(config.results, config.parts, config.suites))
     for part in config.parts or parts_of(config.results):
         print(f"part {part}", table(config.results, (part,), config.suites), sep="\n\n")
+
+
+if __name__ == "__main__":
+    from studies import command  # which names this module
+
+    command.main("permuted_suites_page")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 from rsd.evaluation.results import EpisodeResult
 from rsd.evaluation.statistics import percentiles
@@ -103,4 +102,6 @@ def main(config: ReadmeTableConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ReadmeTableConfig))
+    from studies import command  # which names this module
+
+    command.main("readme_table")

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.summary import summarize_decoding
 from rsd.evaluation.tables import markdown
@@ -153,4 +151,6 @@ def openvla_size(content: dict[str, object], section: str, cameras: int) -> Size
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ScalingPageConfig))
+    from studies import command  # which names this module
+
+    command.main("scaling_page")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from rsd import former
 from rsd.evaluation.latency import LatencyRecord
@@ -205,4 +204,6 @@ def points(runs: dict[str, Run], before: str, after: str) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ShippedPageConfig))
+    from studies import command  # which names this module
+
+    command.main("shipped_page")

@@ -203,7 +203,7 @@ def judge_all(
     ops = {}
     for name in rules:
         rule = acceptance_rule(name, policy.ops.target.code)
-        if rule.as_a_whole and not policy.body.compact:
+        if rule.unit == "chunk" and not policy.body.compact:
             raise RsdError(f"--acceptance {name}: not for OpenVLA; expected some of {', '.join(RULES)}")
         own = policy.ops
         ops[rule.name] = Primitives(own.target, own.feature_drafter, rule, visual_drafter=own.visual_drafter)

@@ -25,7 +25,7 @@ def check(arguments: list[str], expected: str, folder: Path, capsys: pytest.Capt
     assert "Traceback" not in printed.err
     lines = [line for line in printed.err.splitlines() if not line.startswith("warning: ")]
     assert len(lines) == 1, printed.err
-    assert re.match(r"(rsd|python -m) [a-z. -]+: error: ", lines[0])
+    assert re.match(r"(rsd|python -m) [a-z_. -]+: error: ", lines[0])
     assert expected in lines[0]
     assert len(lines[0]) < 1500
     assert tree(folder) == before

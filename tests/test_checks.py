@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from rsd import manifest
 from rsd.checks import (
     Checked,
     Count,
@@ -32,6 +33,7 @@ from rsd.chunks import checked_chunk
 from rsd.conventions import openvla_gripper_to_env, rotate_180, state_vector
 from rsd.data.demonstrations import action_episodes
 from rsd.decoding.acceptance import acceptance_rule
+from rsd.decoding.calibration import SkipCalibration, fingertip_deviation
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.merging import merge_shards
@@ -41,6 +43,7 @@ from rsd.json_files import read_object
 from rsd.models.bundle import RsdModel
 from rsd.policy import RsdPolicy
 from rsd.reporting.tables import load_runs
+from rsd.targets.custom import CustomPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, ChunkTokens
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.types import ActionChunk, Observation, RsdError
@@ -210,6 +213,13 @@ def odd_arguments(policy: RsdPolicy, tokenizer: ActionTokenizer, seen: Observati
     yield lambda: evaluate(None), "evaluate: config: expected EvalConfig, found None"  # type: ignore[arg-type]
     yield lambda: evaluate(EvalConfig(), overwrite="no"), "evaluate: overwrite: expected true"  # type: ignore[arg-type]
     yield lambda: evaluate(EvalConfig(), time_limit_s=float("nan")), "evaluate: time_limit_s: expected a number"
+    yield lambda: checked(dict[str, int], {"a": "x"}, "options"), r"options\.a: expected an integer, found 'x'"
+    yield lambda: manifest.verify(None), "checkpoint directory: expected a path, found None"  # type: ignore[arg-type]
+    yield lambda: SkipCalibration.load(None), "skip calibration's directory: expected a path"  # type: ignore[arg-type]
+    yield lambda: manifest.seal(Path("nosuch")), "nosuch: expected a checkpoint directory, found none"
+    yield lambda: CustomPolicy("json:JSONDecoder", steps=0), "steps: expected an integer from 1 to 1000 or null"
+    yield lambda: CustomPolicy(None), "policy: expected text, found None"  # type: ignore[arg-type]
+    yield lambda: fingertip_deviation(None, None), "chunk: expected real numbers, found object"  # type: ignore[type-var]
     yield lambda: acceptance_rule("exact", None), "acceptance: code: expected RfsqConfig"  # type: ignore[arg-type]
 
 

@@ -34,6 +34,7 @@ OPTIONS = {
     "submit --cluster local --partition gpu": "--partition gpu: expected --cluster slurm with it, found local",
     "eval --shard 01/4": "--shard '01/4': expected i/n with 0 <= i < n, such as 0/4",
     "eval --videos all --max-videos 0": "--max-videos: expected an integer from 1 to",
+    "eval --policy checkpoints/libero --decode target-only": "--decode 'target-only': expected one of ar, ",
     "bench latency --decode l1 --acceptance synthetic(0.5)": "a decoder that drafts among --decode with --acceptance",
     "drafter distil --target p:P --drafter.image-size 96 --drafter.visual.shrink 4": "a multiple of 16 x --drafter",
     "drafter distil --target p:P --loop.steps 0": "expected --loop.steps of at least 1, found 0",

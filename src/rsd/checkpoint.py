@@ -218,7 +218,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise RsdError(f"{path}: not found") from None
     except (SafetensorError, OSError) as error:
         raise RsdError(f"{path}: not readable as safetensors ({told(error)}); it is cut off or damaged") from None
-    weights = {}
+    weights, scales = {}, {name + SCALE for name, value in stored.items() if value.dtype == torch.int8}
     for name, value in stored.items():
         scale = stored.get(name + SCALE)
         if value.dtype == torch.int8:
@@ -230,7 +230,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         elif value.dtype not in PRECISIONS:
             expected = "torch.float16, torch.float32, or torch.int8 with a scale"
             raise RsdError(f"{path}: {name} expected {expected}, found {value.dtype}")
-        elif not (name.endswith(SCALE) and getattr(stored.get(name.removesuffix(SCALE)), "dtype", None) == torch.int8):
+        elif name not in scales:
             weights[name] = value.float()
     for name, value in weights.items():
         if not torch.isfinite(value).all():

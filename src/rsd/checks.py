@@ -138,7 +138,7 @@ def checked_later() -> Iterator[None]:
 
 def checked(kind: Any, value: Any, name: str) -> Any:
     """The value of an argument, as the annotation `kind` has it."""
-    return _fitted(kind, value, lambda at: name + "".join(at), ())
+    return _fitted(kind, value, lambda at: dotted((name, *at)), ())
 
 
 def from_json(kind: type[T], content: dict[str, Any], where: str, ignore: Iterable[str] = ()) -> T:

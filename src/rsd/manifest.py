@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rsd.checks import Checked, Sha256
+from rsd.checks import Checked, Sha256, checked
 from rsd.json_files import from_json, read_versioned, write_atomically
 from rsd.types import RsdError
 
@@ -64,7 +64,7 @@ def checkpoint_files(directory: Path) -> list[str]:
 
 def read_manifest(directory: Path) -> Manifest | None:
     """None of an unsealed directory."""
-    path = directory / MANIFEST_FILE
+    path = checked(Path, directory, "checkpoint directory") / MANIFEST_FILE
     if not path.exists():
         return None
     content = read_versioned(path, "manifest", FORMAT_VERSION, "use the rsd-vla that wrote it")
@@ -102,6 +102,8 @@ def verify_made(directory: Path, name: str, said: str, command: str) -> None:
 
 def seal(directory: Path, only: Iterable[str] | None = None) -> Manifest:
     """Write the manifest of the files as they are; only: of these alone, the others stay as the manifest has them."""
+    if not checked(Path, directory, "checkpoint directory").is_dir():
+        raise RsdError(f"{directory}: expected a checkpoint directory, found none")
     names = set(checkpoint_files(directory) if only is None else only)
     manifest = read_manifest(directory) if only is not None else None
     kept = {} if manifest is None else manifest.sha256

@@ -137,12 +137,12 @@ def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
     fine = fine or ("sequential" if acceptance == "exact" or rule.synthetic else checkpoint.fine)
     if rule.synthetic and fine != "sequential":
         raise RsdError(f"acceptance {rule.name!r}: expected fine 'sequential', found {fine!r}; leave it out")
-    if rule.as_a_whole and not checkpoint.compact:
+    if rule.unit == "chunk" and not checkpoint.compact:
         # a block right after the first has other rotary positions than any that the trunk was trained with
         raise RsdError(f"acceptance {rule.name!r}: not for OpenVLA, where nothing is known of it")
     if rule.untold and not DECODERS[decode].visual and DECODERS[decode].drafts:
         raise RsdError(f"acceptance {rule.name!r}: the target is told nothing that {decode} could verify; take l1")
-    if rule.as_a_whole and fine == "sequential":
+    if rule.unit == "chunk" and fine == "sequential":
         raise RsdError(f"acceptance {rule.name!r}: expected fine 'regress', found 'sequential'; leave it out")
     skip = replace(skip or SkipRule(), target_at_reset=options.target_at_reset)
     return Decoding(decode, why, rule, fine, options.temperature, skip, options.audit, execute)

@@ -23,6 +23,8 @@ MAX_SKIPS, MEMORY_CHUNKS = 6, 2  # of `decoding.gate.SkipRule`; here, where noth
 TARGET_ONLY = "target-only"  # how a policy of somebody else's decodes: its own way
 LEROBOT = "lerobot:"  # before the folder of a LeRobot data set or policy, or a policy's hub id
 DRAFTER_ONLY = "drafter-only"  # the drafter as a policy, without a target
+# acceptance rules by what they let stand or fall as one; the others each level
+BY_CHUNK, BY_SCALAR = ("blind", "own", "residual"), ("margin", "distance", "typical")
 BEST = "best"  # in the place of a decoder's name: the best proven one that the checkpoint supports
 Deviation = Annotated[float, between(0, 1e300)]
 Temperature = Annotated[float, Where(lambda t: t == 0 or 1e-3 <= t <= 1e3, "that is 0 or from 0.001 to 1000")]
@@ -36,6 +38,11 @@ Speed = Annotated[float, above(0, 0.2)]  # m/s of what slides
 SPEED = 0.02
 VERIFY_PENDING = "verify-pending"  # the stage of what is done while the chunk is executed, beside `total`
 DRAFT_FIRST, RSD_ASYNC = "draft-first", "rsd-async"
+
+
+def unit_of(rule: str) -> str:
+    """What an acceptance rule, named with or without its settings, lets stand or fall as one."""
+    return "chunk" if (name := rule.partition("(")[0]) in BY_CHUNK else "scalar" if name in BY_SCALAR else "level"
 
 
 def speed_rule(motion: Moving, speed: float) -> tuple[bool, str, str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from rsd.types import RsdError
+from rsd.checks import Checked, Rules, Some, Time, between, one_of
 
 CASES = ("vision", "l1", "prefill", "ar7", "rfsq-ar", "rsd", "rsd-fused", "light")
 
@@ -13,7 +14,7 @@ SECTIONS = ("reference", "eager", "graph", "compiled", "fp8", "load", "train")
 
 
 @dataclass(frozen=True)
-class OpenVlaBenchConfig:
+class OpenVlaBenchConfig(Checked):
     """Time OpenVLA's decoders on full-size random weights."""
 
     sections: tuple[str, ...] = ("reference", "eager", "graph", "compiled", "fp8")
@@ -22,29 +23,29 @@ class OpenVlaBenchConfig:
     and loads it; train times LoRA training steps with two cameras."""
     cases: tuple[str, ...] = CASES
     """Of vision, l1, prefill, ar7, rfsq-ar, rsd, rsd-fused, light (the draft's own chunk)."""
-    cameras: tuple[int, ...] = (2, 1)
+    cameras: tuple[Annotated[int, between(1, 2)], ...] = (2, 1)
     """Cameras at batch 1 for reference, graph and fp8; the other sections and larger batches take the first."""
-    batches: tuple[int, ...] = (1, 4, 16)
+    batches: tuple[Some, ...] = (1, 4, 16)
     """Batch sizes; those after the first are timed for prefill, l1 and rsd, graph and fp8 only."""
-    train_batches: tuple[int, ...] = (16,)
+    train_batches: tuple[Some, ...] = (16,)
     """Chunks in the batch of a training step, even numbers: half of them are earlier moments of the others."""
-    prompt_tokens: int = 30
-    repeats: int = 20
-    warmup: int = 3
-    max_seconds: float = 270.0
+    prompt_tokens: Some = 30
+    repeats: Some = 20
+    warmup: Some = 3
+    max_seconds: Time = 270.0
     """No new row is begun later than this; what is left out says so."""
     device: str = "cuda"
-    size: str = "7b"
+    size: Annotated[str, one_of(("7b", "tiny"))] = "7b"
     """7b, or tiny for a check on a CPU."""
     checkpoint: Path = Path("runs/bench/openvla-random")
     """Where `load` writes its checkpoint, which it deletes again."""
     output: Path = Path("runs/bench/openvla.json")
 
-    def __post_init__(self) -> None:
+    def rules(self) -> Rules:
         for name, given, allowed in (("sections", self.sections, SECTIONS), ("cases", self.cases, CASES)):
-            if unknown := [value for value in given if value not in allowed]:
-                raise RsdError(f"--{name} {' '.join(unknown)}: expected some of {', '.join(allowed)}")
-        if self.repeats < 1 or self.warmup < 1 or not self.cameras or not self.batches or min(self.batches) < 1:
-            raise RsdError(f"bench: expected repeats, warmup and batches of at least 1, found {self}")
-        if not self.train_batches or any(size < 2 or size % 2 for size in self.train_batches):
-            raise RsdError(f"--train-batches: expected even numbers of at least 2, found {self.train_batches}")
+            unknown = [value for value in given if value not in allowed]
+            yield not unknown, f"--{name} of {', '.join(allowed)}", " ".join(unknown)
+        for name, some in (("cameras", self.cameras), ("batches", self.batches), ("train-batches", self.train_batches)):
+            yield some, f"one or more of --{name}", "none"
+        even = all(size % 2 == 0 for size in self.train_batches)
+        yield even, "even numbers for --train-batches", " ".join(map(str, self.train_batches))

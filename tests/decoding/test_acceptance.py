@@ -246,8 +246,8 @@ def test_a_rule_names_its_settings_and_reads_that_name_again() -> None:
         assert acceptance_rule(full, CODE).name == full
     kinds = {name.split("(")[0] for name in ACCEPTANCE_RULES}
     assert kinds == {name.split("(")[0] for name in written}
-    judged_alone = {kind for kind in kinds if acceptance_rule(kind, CODE).per_scalar}
-    assert judged_alone == {"margin", "residual", "distance", "typical"}
+    judged_alone = {kind for kind in kinds if acceptance_rule(kind, CODE).unit == "scalar"}
+    assert judged_alone == {"margin", "distance", "typical"}
 
 
 @pytest.mark.parametrize(

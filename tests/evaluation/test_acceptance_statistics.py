@@ -3,8 +3,9 @@ import re
 import pytest
 
 from rsd.decoding.acceptance import ACCEPTANCE_RULES, acceptance_rule
-from rsd.evaluation.acceptance import acceptance, acceptance_rows, accepted_cell, unit_of
+from rsd.evaluation.acceptance import acceptance, acceptance_rows, accepted_cell
 from rsd.tokenizer.rfsq import RfsqConfig
+from rsd.types import unit_of
 
 DRAFTED, ACCEPTED, LENGTHS = [20, 20, 20], [20, 16, 10], [3, 1]  # two chunks of ten scalars and three levels
 
@@ -43,5 +44,5 @@ def test_without_a_draft_there_is_nothing_to_say() -> None:
 @pytest.mark.parametrize("listed", ACCEPTANCE_RULES)
 def test_every_rule_counts_as_it_decides(listed: str) -> None:
     rule = acceptance_rule(re.sub(r"\(.*", "", listed), RfsqConfig())
-    expected = "chunk" if rule.as_a_whole else "scalar" if rule.per_scalar else "level"
-    assert unit_of(rule.name) == expected
+    assert (rule.unit == "chunk") == (rule.accept is None)
+    assert unit_of(rule.name) == unit_of(listed) == rule.unit

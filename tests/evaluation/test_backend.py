@@ -12,10 +12,12 @@ import pytest
 from rsd import manifest
 from rsd.checkpoint import CONFIG_FILE, weights_hash
 from rsd.decoding.calibration import SkipCalibration
-from rsd.evaluation.backend import describe_checkpoint, rsd_policy
+from rsd.evaluation.backend import describe_checkpoint, ready, rsd_policy
 from rsd.evaluation.config import EvalConfig
 from rsd.models.bundle import PolicyConfig, RsdModel
+from rsd.models.corrector import ChunkCorrector
 from rsd.policy import RsdPolicy
+from rsd.targets.corrector import StoredCorrector, save_corrector
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import EAGER, ONNX, RsdError
 
@@ -84,6 +86,23 @@ def test_a_run_is_recorded_with_the_engine_that_the_policy_takes(
         assert describe_checkpoint(replace(config, execute=5))["execute"] == 5
     with pytest.raises(RsdError, match="execute 9: expected 1 to 8, the steps of this policy's chunk"):
         describe_checkpoint(replace(config, execute=9))
+
+
+def test_a_corrector_is_looked_at_before_a_worker_is_started(
+    tokenizer: ActionTokenizer, tiny_config: PolicyConfig, tmp_path: Path
+) -> None:
+    policy = RsdPolicy.of(RsdModel.of(tiny_config, tokenizer), tokenizer, tiny_config, decode="l1")
+    policy.save_pretrained(tmp_path / "policy")
+    assert tiny_config.visual_drafter is not None
+    stored = StoredCorrector(tiny_config.visual_drafter, "0" * 64)
+    save_corrector(ChunkCorrector(tiny_config.visual_drafter, policy.model.target), stored, tmp_path / "corrector")
+    options = {"decode": "l1", "delay": 2, "meanwhile": "a2c2", "corrector": str(tmp_path / "corrector")}
+    config = EvalConfig(policy=str(tmp_path / "policy"), **options)
+    with pytest.raises(RsdError, match="expected one of this policy, found one trained on the chunks of another"):
+        ready(config)
+    (tmp_path / "corrector" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RsdError, match=r"model\.safetensors: is not what manifest\.json names .*; copy the directory"):
+        ready(config)
 
 
 def calibrate(checkpoint: Path, suites: str) -> None:

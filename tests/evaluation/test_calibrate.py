@@ -16,6 +16,7 @@ from rsd.evaluation.calibrate import SCORE, CalibrateConfig, calibrate, chunk_st
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
+from rsd.locks import exclusive
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -54,6 +55,21 @@ def config(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Calibr
         overwrite=True,
         output=tmp_path_factory.mktemp("rollouts"),
     )
+
+
+def test_a_calibration_has_its_folder_for_itself(config: CalibrateConfig, tmp_path: Path) -> None:
+    with exclusive(tmp_path), pytest.raises(RsdError, match="another run is writing here"):
+        calibrate(replace(config, output=tmp_path), BACKEND)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_cannot_be_written_to_is_found_before_the_rollouts(
+    config: CalibrateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != config.policy)
+    with pytest.raises(RsdError, match=r"calibrate: not permitted to write into .*; calibrate a copy of it"):
+        calibrate(replace(config, output=tmp_path / "out"), BACKEND)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_calibration_is_written_used_and_checked(checkpoint: Path, config: CalibrateConfig, tmp_path: Path) -> None:

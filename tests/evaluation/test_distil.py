@@ -15,7 +15,7 @@ from websockets.sync.client import connect
 from foreign_server import foreign, proxied
 from rsd.collection import target_rollouts, workers
 from rsd.evaluation import distil as distillation
-from rsd.evaluation.backend import describe_checkpoint, rsd_policy, settle
+from rsd.evaluation.backend import describe_checkpoint, ready, rsd_policy, settle
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.distil import ROLLOUTS, attributes_of, distil
 from rsd.evaluation.distil_config import DistilConfig
@@ -177,6 +177,8 @@ def test_a_drafter_for_a_server_goes_on_evaluates_and_serves(tmp_path: Path) -> 
             distil(asked(address, tmp_path / "run"))
         with pytest.raises(RsdError, match="distilled from another target"):
             rsd_policy(evaluated(address, made))
+        with pytest.raises(RsdError, match="distilled from another target"):  # before a worker is started
+            ready(evaluated(address, made))
 
 
 def evaluated(address: str, drafter: Path) -> EvalConfig:

@@ -1,6 +1,7 @@
 """`rsd eval` from its arguments to its table, on the scripted backend."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from scripted import SCRIPTED
 import rsd.evaluation.backend as backend
 import rsd.evaluation.evaluate as evaluation
 from rsd.cli import dispatch
+from rsd.cli.eval import check_paths
+from rsd.evaluation.config import EvalConfig
+from rsd.types import RsdError
 
 
 @pytest.fixture
@@ -77,7 +81,8 @@ def test_ctrl_c_keeps_what_is_finished(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluation, "record_outcome", interrupt)
-    assert dispatch(command(output, "--policy", "good")) == 130
+    monkeypatch.chdir(output.parent)
+    assert dispatch(command(Path(output.name), "--policy", "good")) == 130
     assert "finished episodes are kept" in capsys.readouterr().err
     monkeypatch.setattr(evaluation, "record_outcome", record)
     assert dispatch(["eval", "--resume", str(output)]) == 0
@@ -86,3 +91,24 @@ def test_ctrl_c_keeps_what_is_finished(
     assert "leave --num-trials out" in capsys.readouterr().err
     assert dispatch(["eval", "--resume", str(output.parent)]) == 2
     assert "not a results directory" in capsys.readouterr().err
+
+
+def test_a_run_whose_policy_is_relative_goes_on_where_it_was_begun(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "good").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert dispatch(command(Path("run"), "--policy", "good")) == 0
+    monkeypatch.chdir("/")
+    capsys.readouterr()
+    assert dispatch(["eval", "--resume", str(output)]) == 2
+    assert f"its --policy good is relative to {tmp_path}; go on from there" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert dispatch(["eval", "--resume", "run"]) == 0
+    config = EvalConfig(output=str(tmp_path / "elsewhere"))  # from where, it does not say
+    for lost in ({"policy": "runs/x/checkpoint"}, {"policy": "x"}, {"policy": "x.py:P"}, {"drafter": "drafters/x"}):
+        (name, text), *_ = lost.items()
+        with pytest.raises(RsdError, match=f"its --{name} {text} is relative to the folder in which it was begun"):
+            check_paths(replace(config, **{"policy": "checkpoints/libero", "decode": "rsd-skip", **lost}), output)
+    for found in ("owner/name", "ws://127.0.0.1:1", "json:JSONDecoder", "/nowhere/x"):
+        check_paths(replace(config, policy=found), output)

@@ -26,6 +26,7 @@ from rsd.evaluation.results import (
     read_episodes,
     read_run_record,
 )
+from rsd.locks import exclusive
 from rsd.reporting.tables import load_run
 from rsd.types import RsdError
 
@@ -81,6 +82,12 @@ def test_shards_give_what_one_process_gives(
     # whole, so nothing is left to run
     evaluate(replace(config, output=str(sharded)), backend=SCRIPTED, console=Console(file=io.StringIO()))
     assert (sharded / EPISODES_FILE).read_bytes() == before
+
+
+def test_a_merge_has_its_folder_for_itself(sharded: Path) -> None:
+    with exclusive(sharded), pytest.raises(RsdError, match="another run is writing here"):
+        merge_shards(sharded)
+    assert not (sharded / EPISODES_FILE).exists()
 
 
 def test_a_shard_that_is_not_done_is_merged_as_far_as_it_is_and_again_later(whole: Path, sharded: Path) -> None:

@@ -153,6 +153,18 @@ def test_a_server_that_dies_or_hangs_costs_an_episode(
             remote.predict(make_observation())
 
 
+def test_a_second_answer_is_not_taken_for_that_of_the_next_request(
+    make_observation: Callable[..., Observation],
+) -> None:
+    with server(WELCOME, ANSWER, then=ANSWER) as address, closing(RemotePolicy(address)) as remote:
+        remote.predict(make_observation())
+        time.sleep(0.1)  # it arrives
+        with pytest.raises(RsdError, match="expected one answer to each message, found a second one"):
+            remote.predict(make_observation())
+        remote.reset()
+        remote.predict(make_observation())
+
+
 def test_a_right_answer_is_none(make_observation: Callable[..., Observation]) -> None:
     with server(WELCOME, ANSWER) as address, closing(RemotePolicy(address)) as remote:
         assert remote.predict(make_observation()).stats.accepted_levels == 2

@@ -110,7 +110,7 @@ def test_placements_repeat_and_differ_by_seed_in_objects_and_arm(env: LiberoEnv)
         ({"init_state": 50}, "0 to 49"),
         ({"init": 1}, "init_state or placement_seed"),
         ({"init_state": -1}, "0 to 49"),
-        ({"init_state": "0"}, "init_state: expected an integer, found '0'"),
+        ({"init_state": "0"}, r"reset options\.init_state: expected an integer, found '0'"),
         ({"init_state": True}, "expected an integer, found True"),
         ({"placement_seed": -1}, "placement_seed: expected an integer from 0"),
         ({"placement_seed": 1.5}, "expected an integer, found 1.5"),
@@ -215,6 +215,9 @@ def test_restoring_a_state_restores_it_exactly(env: LiberoEnv) -> None:
     np.testing.assert_array_equal(env.draw(), before)
     with pytest.raises(RsdError, match="expected"):
         env.restore(state[:-1])
+    state[3] = 1e300  # of a damaged file; MuJoCo would draw another scene, without a word
+    with pytest.raises(RsdError, match=r"expected numbers within 1e\+10, found 1e\+300"):
+        env.restore(state)
 
 
 def test_versions_name_everything_that_moves_a_number() -> None:

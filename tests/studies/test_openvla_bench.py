@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from refusals import check
 from rsd.evaluation.roofline import Ceiling
 from rsd.targets.openvla.lora import LoraConfig
 from rsd.targets.openvla.precision import Fp8Linear, use_fp8
@@ -121,9 +122,25 @@ def test_a_library_that_is_missing_is_a_row(tmp_path: Path, monkeypatch: pytest.
     assert "transformers" in bench.rows[0].error
 
 
-def test_bad_options_and_no_gpu_are_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_study("openvla", ["--sections", "egaer"]) == 2
-    assert "--sections egaer: expected some of reference, eager" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--sections egaer", "expected --sections of reference, eager"),
+        ("--repeats 0", "--repeats: expected an integer from 1 to 1000000000, found 0"),
+        ("--cameras 9", "--cameras: expected an integer from 1 to 2, found 9"),
+        ("--batches", "expected one or more of --batches, found none"),
+        ("--train-batches 3", "expected even numbers for --train-batches, found 3"),
+        ("--size 9b", "--size: expected one of 7b, tiny, found '9b'"),
+        ("--max-seconds nan", "--max-seconds: expected a number from 0 to"),
+    ],
+)
+def test_bad_options_are_one_line(
+    options: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(["study", "openvla", *options.split()], expected, tmp_path, capsys)
+
+
+def test_without_a_gpu_there_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert run_study("openvla", []) == 2
         assert "no CUDA device is visible here" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.foreign import check_foreign
 from rsd.targets.black_box import Drafter, SpeculatingPolicy, load_drafter
 from rsd.targets.custom import CustomPolicy, identity
-from rsd.targets.drafter_files import read_drafter
+from rsd.targets.drafter_files import check_belongs, read_drafter
 from rsd.targets.remote import connection
 from rsd.targets.remote.openpi import OpenpiPolicy, served_at
 from rsd.targets.remote.wire import pack, unpack
@@ -271,9 +271,9 @@ def test_the_target_is_asked_at_reset_and_until_a_draft_stood(drafter: Drafter) 
 
 
 def test_a_drafter_of_another_target_is_refused(drafter: Drafter) -> None:
-    drafter.check_belongs({"policy": "ws://elsewhere", "metadata": {}})
-    with pytest.raises(RsdError, match="distilled from another target"):
-        drafter.check_belongs({"policy": "ws://elsewhere", "metadata": {"name": "pi0"}})
+    check_belongs(drafter.stored, {"policy": "ws://elsewhere", "metadata": {}}, "here")
+    with pytest.raises(RsdError, match=r"^here: distilled from another target"):
+        check_belongs(drafter.stored, {"policy": "ws://elsewhere", "metadata": {"name": "pi0"}}, "here")
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "unsealed", "later"])

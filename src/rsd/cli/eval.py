@@ -142,8 +142,25 @@ def resumed(directory: Path, arguments: Sequence[str]) -> EvalConfig:
     if others:
         raise UsageError(f"--resume goes on with the options of {directory}: leave {', '.join(others)} out")
     config = stored_config(read_run_record(directory).config, str(directory))
+    check_paths(config, directory)
     # a shard's directory lies in its run's
     return replace(config, output=str(directory.parent if config.shard else directory))
+
+
+def check_paths(config: EvalConfig, directory: Path) -> None:
+    """Raises RsdError where a path of the run in `directory` leads nowhere from here, but did where it was begun."""
+    from rsd.hub import HUB_ID, local
+
+    lies = directory.resolve()
+    begun = Path(str(lies).removesuffix(f"/{config.output_dir}"))  # where it lies itself: not known
+    for name in ("policy", "drafter", "corrector"):
+        text = getattr(config, name)
+        path = Path(text.rpartition(":")[0] if name == "policy" and config.custom else text)
+        named = name == "policy" and (config.served or HUB_ID.fullmatch(text) or (config.custom and ".py:" not in text))
+        there = not named if begun == lies else (begun / path).exists()
+        if text and there and not (path.is_absolute() or path.exists() or local(text)):
+            folder = "the folder in which it was begun" if begun == lies else begun
+            raise RsdError(f"--resume {directory}: its {option(name)} {text} is relative to {folder}; go on from there")
 
 
 def check_names(config: EvalConfig) -> None:

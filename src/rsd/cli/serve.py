@@ -127,6 +127,7 @@ def run_proxy(options: ServeArguments) -> None:
     from rsd.serving.proxy import SpeculatingProxy
     from rsd.serving.server import reserve, until_signal
     from rsd.targets.black_box import load_drafter
+    from rsd.targets.drafter_files import check_belongs
     from rsd.targets.remote.openpi import identity_of, is_rsd, metadata_at
 
     check_device(options.device)
@@ -138,7 +139,7 @@ def run_proxy(options: ServeArguments) -> None:
     if address.startswith(LEROBOT):
         address = address_of(Asked(options.policy, options.device, drafter.horizon, options.threads))
     metadata = metadata_at(address)
-    drafter.check_belongs(identity_of(metadata))
+    check_belongs(drafter.stored, identity_of(metadata), options.drafter)
     skip = drafter.skip_rule(*(getattr(options, name) for name in OF_THE_GATE))
     console = terminal(stderr=True, highlight=False, soft_wrap=True)
 

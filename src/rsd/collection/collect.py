@@ -27,16 +27,7 @@ from rsd.checks import Checked, ImageSize, Millimetres, Rules, Seed, Share, betw
 from rsd.collection import workers
 from rsd.collection.policy_driver import PolicyDriver
 from rsd.collection.workers import Workers
-from rsd.data.schema import (
-    FILE_SUFFIX,
-    DamagedFile,
-    Episode,
-    merge,
-    open_data,
-    read_provenance,
-    reading,
-    stored_names,
-)
+from rsd.data.schema import FILE_SUFFIX, DamagedFile, Episode, merge, open_data, read_provenance, reading, stored_names
 from rsd.expert import expert
 from rsd.expert.goals import Goals, solvable_tasks, swapped_goals, task_goals
 from rsd.expert.grasps import GraspMode

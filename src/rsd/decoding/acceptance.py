@@ -3,8 +3,8 @@
 A rule sees drafted symbols int [B, c, P] and the target's logits [B, c, P, K] of the same levels (each
 conditioned on the drafted levels above it) and returns bool [B, c, P]. Whatever the setting, a token that is the
 target's own greedy choice is never the reason for a rejection (but under `residual`, which sees no logits). Under a
-`per_scalar` rule every scalar keeps its own longest accepted prefix of levels; the others keep the longest one whose
-every token is accepted.
+rule of single scalars each keeps its own longest accepted prefix of levels; the others keep the longest one whose every
+token is accepted.
 The gripper is compared apart, with zero tolerance. Logits must be finite: the caller sees to it, since a NaN
 would win an argmax as an ordinary token. Nothing here waits for the device, so a CUDA graph can hold a rule.
 """
@@ -26,7 +26,7 @@ from rsd.decoding.sampling import Verified, verify_block
 from rsd.decoding.state import Draft, Verification
 from rsd.models.fusing import fusible
 from rsd.tokenizer.rfsq import Rfsq, RfsqConfig
-from rsd.types import RsdError
+from rsd.types import RsdError, unit_of
 
 if TYPE_CHECKING:
     from rsd.decoding.primitives import Primitives
@@ -49,15 +49,14 @@ class AcceptanceRule:
 
     name: str
     accept: Callable[[Tensor, Tensor], Tensor] | None
-    per_scalar: bool = False
     share: float | None = None
     moving: bool = False
     untold: bool = False
     synthetic: Synthetic | None = None
 
     @property
-    def as_a_whole(self) -> bool:
-        return self.accept is None
+    def unit(self) -> str:
+        return unit_of(self.name)
 
     @property
     def blind(self) -> bool:
@@ -141,9 +140,9 @@ def acceptance_rule(name: str, code: RfsqConfig, timed_only: bool = False) -> Ac
     if text == "exact":
         return AcceptanceRule(name, exact)
     if text == "margin":
-        return AcceptanceRule(name, lambda d, logits: margin(d, logits, code), per_scalar=True)
+        return AcceptanceRule(name, lambda d, logits: margin(d, logits, code))
     if text == "residual":
-        return AcceptanceRule(name, None, per_scalar=True)
+        return AcceptanceRule(name, None)
     if match := re.fullmatch(rf"(blind|own)(?:\({NUMBER}(, ?moving)?\))?", text):
         share = float(match[2] or 0.95)
         if 0.0 < share <= 1.0:
@@ -151,13 +150,13 @@ def acceptance_rule(name: str, code: RfsqConfig, timed_only: bool = False) -> Ac
             return AcceptanceRule(name, None, share=share, moving=bool(match[3]), untold=match[1] == "own")
     if match := re.fullmatch(r"distance(?:\(([0-9]{1,4})\))?", text):
         bins = int(match[1] or 1)
-        return AcceptanceRule(f"distance({bins})", lambda d, logits: distance(d, logits, bins), per_scalar=True)
+        return AcceptanceRule(f"distance({bins})", lambda d, logits: distance(d, logits, bins))
     if match := re.fullmatch(rf"typical(?:\({NUMBER}(?:, ?{NUMBER})?\))?", text):
         epsilon = float(match[1] or 0.09)
         delta = float(match[2] or epsilon**0.5)
         if 0.0 < epsilon <= 1.0 and 0.0 < delta <= 1.0:
             name = f"typical({epsilon:g},{delta:g})" if match[2] else f"typical({epsilon:g})"
-            return AcceptanceRule(name, lambda d, logits: typical(d, logits, epsilon, delta), per_scalar=True)
+            return AcceptanceRule(name, lambda d, logits: typical(d, logits, epsilon, delta))
     if match := re.fullmatch(rf"agreement(?:\({NUMBER}\))?", text):
         share = float(match[1] or 0.7)
         if 0.0 < share <= 1.0:
@@ -192,13 +191,12 @@ def accept(ops: Primitives, draft: Draft, blocks: list[Tensor]) -> Verification:
     Block k+1 has seen just the levels 1..k, so the continuous estimate of what they miss is at hand however many are
     accepted. k counts a scalar's own accepted levels under a rule that judges single tokens, the accepted levels of
     the chunk under the others."""
-    if ops.rule.as_a_whole:
+    if ops.rule.unit == "chunk":
         return accept_as_a_whole(ops, draft, blocks)
     features = torch.stack(blocks, dim=1)  # [B, c+1, H, D]
     verified = judge(ops, draft, features)
-    kept = verified.levels[:, None].expand_as(draft.motion[:, 0])
-    if ops.rule.per_scalar:
-        kept = leading(verified.accepted)
+    whole = verified.levels[:, None].expand_as(draft.motion[:, 0])
+    kept = leading(verified.accepted) if ops.rule.unit == "scalar" else whole
     missing = ops.finite(ops.target.residuals(features))
     prefix = torch.stack([torch.zeros_like(draft.prefixes[0]), *draft.prefixes], dim=1)  # [B, c+1, P]
     wanted = (prefix + missing).gather(1, kept.unsqueeze(1)).squeeze(1)

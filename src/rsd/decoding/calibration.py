@@ -44,6 +44,7 @@ from rsd.checks import (
     above,
     between,
     check_shape,
+    checked,
     real_array,
     within,
 )
@@ -151,7 +152,7 @@ class SkipCalibration(SkipPromise):
 
     @classmethod
     def load(cls, directory: Path) -> SkipCalibration:
-        path = directory / FILE_NAME
+        path = checked(Path, directory, "skip calibration's directory") / FILE_NAME
         content = read_versioned(path, "skip calibration", FORMAT_VERSION, "calibrate again")
         return from_json(cls, content, str(path), ignore=("format_version",))
 
@@ -306,7 +307,7 @@ def fingertip_deviation(draft: Chunks, target: Chunks) -> Chunks:
     arm travels less. Measured in LIBERO for steady commands of 8 steps, each axis and size alike: 0.20 of the
     commanded translation at the chunk's end, 0.26 once at rest (rotation 0.3 to 0.5). Never waits for a device.
     """
-    if isinstance(draft, np.ndarray):
+    if not (isinstance(draft, torch.Tensor) and isinstance(target, torch.Tensor)):
         pair = (torch.tensor(real_array("chunk", chunk, "float64")) for chunk in (draft, target))
         return fingertip_deviation(*pair).numpy()
     check_shape("draft's chunk", draft.shape, (..., "H", ACTION_DIM))

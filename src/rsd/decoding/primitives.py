@@ -217,7 +217,7 @@ class Primitives:
     def telling(self) -> str:
         """How the target is told of a draft: `levels`, a block a level; `last`, the last of these alone; or, if it is
         trained for that, a block that sees the prefix alone, `in-place` of block 1 or `blind`, beside it; `nothing`."""
-        if not self.rule.as_a_whole:
+        if self.rule.unit != "chunk":
             return "levels"
         if self.rule.untold:
             return "nothing"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from rsd.evaluation.tables import ABSENT, level_cell, percent
+from rsd.types import unit_of
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,6 @@ class Acceptance:
     mean_acceptance_length: float | None
     accepted_levels: list[int]
     chunks_accepted: float | None = None
-
-
-def unit_of(rule: str) -> Literal["chunk", "level", "scalar"]:
-    """What an acceptance rule of that name lets stand or fall as one."""
-    if rule.startswith(("blind", "own", "residual")):
-        return "chunk"
-    return "scalar" if rule.startswith(("margin", "distance", "typical")) else "level"
 
 
 def acceptance(rule: str, drafted: Sequence[int], accepted: Sequence[int], lengths: Sequence[int]) -> Acceptance:

@@ -87,9 +87,9 @@ def speculating_policy(config: EvalConfig) -> Policy:
     """The target, whatever it is, with the drafter that was distilled for it."""
     from rsd.targets.black_box import SpeculatingPolicy, load_drafter
 
+    describe_checkpoint(config)  # raises where it is another target's
     drafter = load_drafter(Path(config.drafter), config.device)
     target = settle(foreign.alone(config))[0]
-    drafter.check_belongs(describe_checkpoint(target))
     skip = drafter.skip_rule(*(getattr(config, name) for name in foreign.OF_THE_GATE))
     needed = config.decode != DRAFTER_ONLY
     return SpeculatingPolicy(drafter, rsd_policy(target) if needed else None, skip, config.decode, audit=config.audit)
@@ -184,7 +184,10 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
     from rsd.manifest import MANIFEST_FILE, file_sha256
 
     if config.drafter:
+        from rsd.targets.drafter_files import check_belongs, read_drafter
+
         target = describe_checkpoint(settle(foreign.alone(config))[0])
+        check_belongs(read_drafter(Path(config.drafter)), target, config.drafter)
         return {**target, "drafter": config.drafter, "drafter_sha256": file_sha256(Path(config.drafter, MANIFEST_FILE))}
     if (found := foreign.identity(config)) is not None:
         return found
@@ -242,6 +245,8 @@ def ready(config: EvalConfig) -> None:
         check_motion(config)
     if config.lerobot:  # one process for all workers
         foreign.address(foreign.alone(config) if config.drafter else config)
+    if config.drafter or config.corrector:  # damaged, or another's
+        describe_checkpoint(config)
     if config.served or foreign.is_foreign(config):  # its first chunk shows it
         return
     from rsd.checkpoint import facts_of, locate_checkpoint, read_content

@@ -6,6 +6,7 @@ target run beside every skipped chunk; `decoding.calibration` fits the threshold
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from functools import partial
@@ -90,6 +91,9 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
         if planned < needed:
             found = f"risk <= {config.alpha:g} at confidence {1 - config.delta:g} takes {needed} rollouts of each suite"
             raise RsdError(f"calibrate: {found}, {suite} would have {planned}; raise --num-trials, alpha or delta")
+    install = config.overwrite or not (directory / FILE_NAME).exists()
+    if install and not os.access(directory, os.W_OK):
+        raise RsdError(f"calibrate: not permitted to write into {directory}; calibrate a copy of it")
     summary = evaluate(rollouts, backend=backend)
     if summary.errors > MOST_ERRORS * summary.episodes:
         found = f"{summary.errors} of {summary.episodes} rollouts ended in an error"
@@ -101,7 +105,6 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     strictest = min(fitted.values(), key=lambda one: one.threshold)
     calibration = replace(strictest, suites=",".join(fitted), execute=decoding.execute)
     calibration.save(config.output)
-    install = config.overwrite or not (directory / FILE_NAME).exists()
     if install:
         calibration.save(directory)
     tell = partial(say, terminal())

@@ -24,14 +24,7 @@ from rsd.evaluation.tables import say
 from rsd.manifest import MANIFEST_FILE, file_sha256
 from rsd.models.standalone_drafter import StandaloneDrafter
 from rsd.output import plural, terminal, writing
-from rsd.targets.drafter_files import (
-    WEIGHTS_FILE,
-    SelfDeviation,
-    StoredDrafter,
-    load_models,
-    read_drafter,
-    save_models,
-)
+from rsd.targets.drafter_files import WEIGHTS_FILE, SelfDeviation, StoredDrafter, load_models, read_drafter, save_models
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.loop import CHECKPOINT, one_run_a_folder
 from rsd.training.standalone_drafter import TrainStandaloneConfig, fit_tokenizer, train_standalone

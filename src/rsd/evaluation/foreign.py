@@ -25,7 +25,7 @@ OF_A_MEMORY = ("memory_chunks", "target_at_reset")  # of it: a distilled drafter
 
 def is_foreign(config: EvalConfig) -> bool:
     """As far as the options tell; of a server only its metadata do."""
-    return config.custom or config.lerobot or bool(config.drafter) or config.decode == TARGET_ONLY
+    return config.custom or bool(config.drafter) or (config.served and config.decode == TARGET_ONLY) or config.lerobot
 
 
 def check_foreign(config: EvalConfig) -> None:

@@ -273,7 +273,7 @@ class LegacyDecoder:
         self.autoencoder, self.head, self.draft = autoencoder, head, draft
         self.acceptance = acceptance if draft else ""
         self.rule = acceptance_rule(acceptance, RfsqConfig())
-        if self.rule.accept is None or self.rule.per_scalar:
+        if self.rule.unit != "level":
             raise RsdError(f"acceptance {acceptance}: this code has no margins; expected agreement(SHARE) or exact")
         if head.conditioned and draft is None:
             raise RsdError("the head is conditioned on a draft's tokens: a draft file is needed")

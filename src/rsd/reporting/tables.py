@@ -26,13 +26,7 @@ from rsd.evaluation.results import (
     scored,
 )
 from rsd.evaluation.statistics import PairedDifference, paired_difference
-from rsd.evaluation.summary import (
-    DecodingSummary,
-    SuccessRate,
-    mean_success_steps,
-    success_rate,
-    summarize_decoding,
-)
+from rsd.evaluation.summary import DecodingSummary, SuccessRate, mean_success_steps, success_rate, summarize_decoding
 from rsd.evaluation.tables import ABSENT, markdown, percent, plural, print_table
 from rsd.json_files import read_object
 from rsd.reporting.archive import located

@@ -269,6 +269,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         """Sets a recorded state (and fixture poses) and derives from it everything that is drawn."""
         expected = 1 + self.model.nq + self.model.nv
         state = real_array(f"state of {self.task.name}", state, "float64", (expected,))
+        if (largest := np.abs(state).max()) > mujoco.mjMAXVAL:  # which it would start the scene anew for
+            raise RsdError(f"state of {self.task.name}: expected numbers within {mujoco.mjMAXVAL:g}, found {largest:g}")
         if body_pos is not None:
             self.model.body_pos[:] = body_pos
         if body_quat is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from rsd.models.target import BlockTarget, state_features
 from rsd.models.text import word_ids
 from rsd.policy import TextCache
 from rsd.runtime.engines import choose_engine, make_engine
-from rsd.targets.drafter_files import StoredDrafter, check_belongs, load_models, read_drafter
+from rsd.targets.drafter_files import StoredDrafter, load_models, read_drafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import AUTO, TARGET_ONLY, ActionChunk, Chunks, ChunkStats, Observation, Policy, RsdError
 
@@ -139,9 +139,6 @@ class Drafter:
         threshold = threshold if skip_threshold_mm is None else skip_threshold_mm
         most = max_skips or stored.max_skips
         return SkipRule(threshold, most, 1, skips_per_agreement=skips_per_agreement or most)
-
-    def check_belongs(self, target: dict[str, Any]) -> None:
-        check_belongs(self.stored, target, self.where)
 
     def _seen(self, observation: Observation) -> PolicyInput:
         pixels = torch.from_numpy(shrunk(observation.images, self.stored.config.image_size)[None]).to(self.device)

@@ -21,7 +21,7 @@ from typing import Any
 from rsd.checks import ImageSize, checked, shown
 from rsd.chunks import environment_ready
 from rsd.manifest import file_sha256
-from rsd.types import TARGET_ONLY, ActionChunk, ChunkStats, Observation, RsdError, check_observation
+from rsd.types import TARGET_ONLY, ActionChunk, ChunkStats, Observation, RsdError, Steps, check_observation
 
 SPEC = re.compile(r"(?P<where>(?:.*\.py)|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
 RENDER_SIZE = 256  # pixels a side, what LIBERO's published evaluations render
@@ -36,7 +36,7 @@ class CustomPolicy:
 
     def __init__(self, spec: str, device: str = CPU, steps: int | None = None) -> None:
         """steps: of each chunk so many are executed, None: all."""
-        self.spec, self._steps = spec, steps
+        self.spec, self._steps = spec, checked(Steps | None, steps, "steps")
         kind = find_class(spec)
         takes_device = "device" in inspect.signature(kind).parameters
         if device != CPU and not takes_device:
@@ -66,7 +66,7 @@ class CustomPolicy:
 
 def find_class(spec: str) -> Any:
     """The class that a spec names; `RsdError` for what cannot be imported or lacks a method."""
-    matched = SPEC.fullmatch(spec)
+    matched = SPEC.fullmatch(checked(str, spec, "policy"))
     if matched is None:
         raise RsdError(f"policy {shown(spec)}: expected module:Class or path/to/file.py:Class")
     where, name = matched["where"], matched["name"]

@@ -22,14 +22,7 @@ from rsd.manifest import file_sha256
 from rsd.output import writing
 from rsd.pt_files import save_tensors
 from rsd.tokenizer.config import OVER_TIME, EncodeStatistics, TokenizerConfig
-from rsd.tokenizer.files import (
-    FORMAT_VERSION,
-    LATER_FIELDS,
-    REMEDY,
-    WEIGHTS_FILE,
-    read_matrix,
-    read_tokenizer_json,
-)
+from rsd.tokenizer.files import FORMAT_VERSION, LATER_FIELDS, REMEDY, WEIGHTS_FILE, read_matrix, read_tokenizer_json
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.tokenizer.transforms import ordered_product, transform_matrix
 from rsd.types import RsdError

@@ -45,6 +45,9 @@ class Connection:
         if self._connection is None:
             raise RsdError(f"{self.address}: the connection was lost; a new episode (`reset`) connects anew")
         try:
+            with suppress(TimeoutError):
+                self._connection.recv(0.0)  # nothing: what is left would be taken for this one's answer
+                raise WebSocketException("expected one answer to each message, found a second one")
             self._connection.send(message)
         except WebSocketException as error:
             self.close()
