@@ -141,11 +141,8 @@ class Thought:
     """What the policy makes of one observation, beside the robot: first its chunk, then that chunk complete."""
 
     def __init__(self, executor: Executor, policy: Policy, observation: Observation) -> None:
-        self.first: Future[ActionChunk] = executor.submit(partial(self._predicted, policy, observation))
+        self.first: Future[ActionChunk] = executor.submit(lambda: checked_chunk(policy.predict(observation)))
         self.answer: Future[ActionChunk] = executor.submit(partial(self._completed, policy))
-
-    def _predicted(self, policy: Policy, observation: Observation) -> ActionChunk:
-        return checked_chunk(policy.predict(observation))
 
     def _completed(self, policy: Policy) -> ActionChunk:
         chunk = self.first.result()
