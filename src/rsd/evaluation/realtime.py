@@ -108,14 +108,19 @@ class Pace:
         return chunk
 
     def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped:
-        if isinstance(policy, Completes) and (found := policy.complete()) is not None:
-            self.stats[-1] = checked_chunk(found).stats
+        self.stats[-1] = completed(policy, chunk).stats
         return self.kept(chunk, env.step_chunk(chunk.executed))
 
     def kept(self, chunk: ActionChunk, stepped: Stepped) -> Stepped:
         """What came of a chunk, written down."""
         self.executed.append(chunk.actions[: stepped[4]["steps"]].copy())
         return stepped
+
+
+def completed(policy: Policy, chunk: ActionChunk) -> ActionChunk:
+    """The policy's last chunk with all that it still finds of it, which takes its time."""
+    found = policy.complete() if isinstance(policy, Completes) else None
+    return chunk if found is None else checked_chunk(found)
 
 
 class RealTime(Pace):
