@@ -95,13 +95,12 @@ def take_over(model: RsdModel, start: RsdPolicy, config: TrainPolicyConfig) -> N
     kept = {name: tensor for name, tensor in given.items() if not name.startswith(afresh)}
     fitting = {name: tensor for name, tensor in kept.items() if name in own and tensor.shape == own[name].shape}
     fresh = sorted(own.keys() - fitting.keys())
+    lacking = [name for name in fresh if start.config.visual_drafter or not name.startswith("visual_drafter.")]
     if config.init_matching:
         missing = sum(own[name].numel() for name in fresh) / sum(tensor.numel() for tensor in own.values())
         parts = sorted({".".join(name.split(".")[:2]) for name in fresh})
         print(f"--init-matching: {missing:.0%} of the weights start afresh: {', '.join(parts) or 'none'}")
-    elif any(start.config.visual_drafter or not name.startswith("visual_drafter.") for name in fresh) or len(
-        fitting
-    ) < len(given):
+    elif lacking or len(fitting) < len(given):
         found = f"its sizes {start.config} differ from the run's {config.policy}"
         raise RsdError(f"--init {config.init}: {found}; --init-matching takes over what fits")
     model.load_state_dict({**own, **fitting})
