@@ -205,11 +205,7 @@ class RealTime(Pace):
 
     def _verify_pending(self, policy: Policy) -> None:
         if isinstance(policy, Completes):
-
-            def beside() -> tuple[ActionChunk | None, float]:
-                return policy.complete(), self._clock()
-
-            self._following = self._executor.submit(beside)
+            self._following = self._executor.submit(lambda: (policy.complete(), self._clock()))
 
     def _join(self) -> bool | None:
         """Wait for the pending verification and raise what it raised -> whether it was still under way, None without
