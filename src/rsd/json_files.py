@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rsd.checks import RsdError, checked, shown
 from rsd.checks import from_json as from_json
-from rsd.output import writing
+from rsd.output import replacing
 
 
 def read_object(path: Path, kind: str) -> dict[str, Any]:
@@ -61,18 +59,9 @@ def check_version(content: dict[str, Any], where: str, kind: str, version: int, 
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write through a temporary file, in a folder that is made if need be: a reader, or a kill, meets the old content
-    or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError:  # as of a disk that is full
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+    """See `output.replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def section(record: Any, *names: str) -> dict[str, Any]:

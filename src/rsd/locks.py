@@ -30,8 +30,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     """
     folder = checked(Path, folder, "folder")
     new = [path for path in (folder, *folder.parents) if not path.exists()]
-    with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(_locked(folder))
+    with _locked(folder) as lock:
         try:
             with writing(folder):
                 lock.truncate(0)

@@ -96,6 +96,21 @@ def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
         raise RsdError(f"{path}: cannot be written ({reason}); {remedy}") from error
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what then takes the place of `path`, in a folder that is made if need be: a reader, or a kill,
+    meets the old content or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):  # as of a disk that is full
+                temporary.unlink(missing_ok=True)
+
+
 def refuse_to_replace(path: Path, overwrite: bool, mark: bytes = b"") -> None:
     """Raises RsdError where `path` is there, unless it is a file that may be overwritten: call it before any work.
 

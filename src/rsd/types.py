@@ -186,15 +186,6 @@ class ChunkPolicy(Protocol):
         ...
 
 
-@runtime_checkable
-class VerifiesLater(Protocol):
-    """A policy that may have something left to find out of a chunk while it is executed."""
-
-    def verify(self) -> ChunkStats | None:
-        """The last chunk's statistics, complete now; None if nothing was left."""
-        ...
-
-
 class Corrects(Policy, Protocol):
     """A policy that corrects its chunks at every control step from the newest observation."""
 
@@ -205,7 +196,7 @@ class Corrects(Policy, Protocol):
 
 @runtime_checkable
 class Completes(Protocol):
-    """A `VerifiesLater` that also says what it has found."""
+    """A policy that may have something left to find out of a chunk while it is executed."""
 
     def complete(self) -> ActionChunk | None:
         """The last chunk, complete now, with the target's answer if the decoder has one; None if nothing was left."""

@@ -68,8 +68,7 @@ def timed(row: Any) -> dict[str, Any]:
 
 def training_step(trainee: Trainee, tokenizer: ActionTokenizer, size: int, prompt_tokens: int) -> Callable[[], Any]:
     """A call that makes one step on a random batch of `size` chunks."""
-    target, visual_drafter = trainee.model.target, trainee.model.visual_drafter
-    inputs = Inputs(target.openvla, CAMERAS, size, prompt_tokens)
+    inputs = Inputs(trainee.model.target.openvla, CAMERAS, size, prompt_tokens)
     device = inputs.pixels.device
     words = torch.randint(1, BUCKETS, (size, MAX_WORDS), device=device)
     chunk = torch.rand(size, CHUNK_SIZE, MOTION_DIM + 1, device=device) * 2 - 1
@@ -81,9 +80,7 @@ def training_step(trainee: Trainee, tokenizer: ActionTokenizer, size: int, promp
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
-            losses = policy_losses(
-                target, trainee.model.feature_drafter, visual_drafter, tokenizer, batch, LossConfig()
-            )
+            losses = policy_losses(trainee.model, tokenizer, batch, LossConfig())
         losses["total"].backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()

@@ -28,7 +28,7 @@ from rsd.evaluation.results import (
 )
 from rsd.evaluation.rollout import Rollout, run_episode
 from rsd.reporting.tables import load_runs, table_rows
-from rsd.types import ActionChunk, ChunkStats, Observation, RsdError
+from rsd.types import ActionChunk, Observation, RsdError
 
 HZ = 20.0  # a period is 50 ms
 
@@ -106,15 +106,16 @@ class AheadPolicy(ScriptedPolicy):
     def predict(self, observation: Observation) -> ActionChunk:
         self.clock.now += 0.01
         chunk = super().predict(observation)
-        self.stats = replace(chunk.stats, latency_ms={"total": 10.0})
-        return replace(chunk, stats=self.stats)
+        self.chunk = replace(chunk, stats=replace(chunk.stats, latency_ms={"total": 10.0}))
+        return self.chunk
 
-    def verify(self) -> ChunkStats:
+    def complete(self) -> ActionChunk:
         self.clock.now += self.follow_up_ms / 1e3
         self.followed += 1
         if self.followed == self.fails:
             raise RuntimeError("the pending verification broke")
-        return replace(self.stats, latency_ms={**self.stats.latency_ms, "verify-pending": self.follow_up_ms})
+        latency = {**self.chunk.stats.latency_ms, "verify-pending": self.follow_up_ms}
+        return replace(self.chunk, stats=replace(self.chunk.stats, latency_ms=latency))
 
 
 def roll(env: CountingEnv, policy: Any, pace: Pace | None, warmup: int = 0) -> Rollout:
@@ -224,7 +225,7 @@ def test_what_a_follow_up_raises_is_the_episodes_error(fails: int) -> None:
     rollout = roll(TimedEnv(clock), AheadPolicy(clock, fails=fails), RealTime(1e6))  # in a thread
     assert rollout.result.failure == "error: RuntimeError: the pending verification broke"
     assert rollout.result.chunks == fails  # the fourth is the last, at whose end the task is solved
-    assert "in verify" in rollout.traceback
+    assert "in complete" in rollout.traceback
     rollout.result.check("here")
 
 
@@ -252,12 +253,12 @@ def test_the_follow_up_runs_in_a_thread_of_its_own_while_the_robot_moves() -> No
             assert thought.wait(10), "the pending verification has not begun while the robot moves"
 
     class Thinking(AheadPolicy):
-        def verify(self) -> ChunkStats:
+        def complete(self) -> ActionChunk:
             thought.set()
             assert moved.wait(10), "the robot does not move while the pending verification runs"
             assert threading.current_thread() is not threading.main_thread()
             moved.clear()
-            return super().verify()
+            return super().complete()
 
     clock = Clock()
     result = roll(Meeting(clock, task_id=0), Thinking(clock), RealTime(1e6)).result

@@ -147,9 +147,7 @@ def train_tiny(run: Path, whole_block: bool, stops: tuple[int, ...] = (4,)) -> l
             if len(found) == stop:
                 raise KeyboardInterrupt
             batch = data.batch(*data.draw(config.batch_size, 2), augment=Augmentation())
-            values = policy_losses(
-                model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, LossConfig()
-            )
+            values = policy_losses(model, tokenizer, batch, LossConfig())
             found.append({name: float(value.detach()) for name, value in values.items()})
             return values
 

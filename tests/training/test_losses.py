@@ -31,6 +31,11 @@ def model(tiny_config: PolicyConfig, tokenizer: ActionTokenizer) -> RsdModel:
     return RsdModel.of(tiny_config, tokenizer)
 
 
+def alone(model: RsdModel) -> RsdModel:
+    """The same without its visual drafter."""
+    return RsdModel(model.target, model.feature_drafter, None)
+
+
 @given(st.integers(1, 3), st.integers(0, 6), st.integers(0, 1000))
 def test_jittered_digits_stay_in_range_and_within_the_margin(half: int, margin: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -65,7 +70,7 @@ def prefixes_shown(
         return extend(prefixes, gripper, first_level, cache)
 
     monkeypatch.setattr(model.target, "extend", spy)
-    policy_losses(model.target, model.feature_drafter, None, tokenizer, batch, config)
+    policy_losses(alone(model), tokenizer, batch, config)
     return shown
 
 
@@ -145,9 +150,7 @@ def paired(batch: Batch) -> Batch:
 
 
 def losses_of(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> dict[str, Tensor]:
-    return policy_losses(
-        model.target, model.feature_drafter, model.visual_drafter, tokenizer, paired(batch), LossConfig()
-    )
+    return policy_losses(model, tokenizer, paired(batch), LossConfig())
 
 
 def test_losses_are_finite_and_train_every_parameter(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
@@ -173,9 +176,7 @@ def test_a_whole_block_is_told_the_whole_draft_and_trained(
     monkeypatch.setattr(model.target, "whole", spy)
     level = model.target.block.level
     model.target.whole_block = True
-    losses = policy_losses(
-        model.target, model.feature_drafter, None, tokenizer, batch, LossConfig(draft_share=0.0, jitter=0.0)
-    )
+    losses = policy_losses(alone(model), tokenizer, batch, LossConfig(draft_share=0.0, jitter=0.0))
     code = Rfsq(tokenizer.config.rfsq)
     symbols, _ = code.quantise(tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step)
     assert len(told) == 1
@@ -197,7 +198,7 @@ def test_counterfactual_drafts_are_another_samples_and_the_truth_is_still_asked_
     found = {}
     for share in (0.0, 1.0):
         config = LossConfig(draft_share=0.0, jitter=0.0, counterfactual=share)
-        found[share] = policy_losses(model.target, model.feature_drafter, None, tokenizer, batch, config)
+        found[share] = policy_losses(alone(model), tokenizer, batch, config)
     assert torch.equal(told[1], told[0].roll(1, 0))
     assert found[1.0]["whole"] > found[0.0]["whole"]  # more is missing after a wrong draft
     assert torch.equal(found[1.0]["regress"], found[0.0]["regress"])
@@ -236,7 +237,7 @@ def test_the_deviation_loss_trains_the_self_assessment_alone(
 
 def test_a_light_draft_needs_pairs_of_frames(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
     with pytest.raises(RsdError, match="expected a batch of paired frames"):
-        policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, LossConfig())
+        policy_losses(model, tokenizer, batch, LossConfig())
 
 
 def test_grounding_is_learnt_from_the_things_that_could_have_been_asked_for(
@@ -268,9 +269,7 @@ def test_grounding_needs_a_target_that_is_trained_for_it(
     model: RsdModel, tokenizer: ActionTokenizer, batch: Batch
 ) -> None:
     with pytest.raises(RsdError, match="grounded"):
-        policy_losses(
-            model.target, model.feature_drafter, None, tokenizer, batch, LossConfig(grounding=1.0)
-        )
+        policy_losses(alone(model), tokenizer, batch, LossConfig(grounding=1.0))
 
 
 def test_drafts_and_the_forecast_of_their_deviation_learn_on_different_episodes(
@@ -283,7 +282,7 @@ def test_drafts_and_the_forecast_of_their_deviation_learn_on_different_episodes(
         one = replace(rows, episode=torch.full((2 * half,), episode))
         torch.manual_seed(0)
         config = LossConfig(forecast_every=share)
-        return policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, one, config)
+        return policy_losses(model, tokenizer, one, config)
 
     everything, drafts, forecast = losses(1, 0), losses(1, 5), losses(10, 5)
     for name in ("visual", "visual_regress"):
@@ -291,8 +290,7 @@ def test_drafts_and_the_forecast_of_their_deviation_learn_on_different_episodes(
         assert forecast[name] == 0
     assert drafts["deviation"] == 0
     assert float(forecast["deviation"]) == pytest.approx(float(everything["deviation"]), rel=1e-4)
-    parts = model.target, model.feature_drafter, model.visual_drafter, tokenizer
     with pytest.raises(RsdError, match="episodes"):
-        policy_losses(*parts, replace(rows, episode=None), LossConfig(forecast_every=5))
+        policy_losses(model, tokenizer, replace(rows, episode=None), LossConfig(forecast_every=5))
     with pytest.raises(RsdError, match="forecast_every: expected"):
         LossConfig(forecast_every=1)

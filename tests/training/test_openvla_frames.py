@@ -12,6 +12,7 @@ from rsd.models.target import state_features
 from rsd.models.text import word_ids
 from rsd.targets.openvla.policy import OpenVlaPolicy, read_normalisation
 from rsd.targets.openvla.prompt import Prompt
+from rsd.targets.openvla.rsd_policy import OpenVlaRsdConfig
 from rsd.targets.openvla.statistics import Statistics
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.dataset import Augmentation
@@ -30,16 +31,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def frames(base: Path, openvla_demonstrations: Path) -> OpenVlaFrames:
     statistics = Statistics.load(base)
-    return OpenVlaFrames(
-        pick([openvla_demonstrations], range(4)),
-        8,
-        CPU,
-        prompt=Prompt(base),
-        bounds=statistics.state(statistics.key(None)),
-        normalisation=read_normalisation(base),
-        center_crop=True,
-        views=2,
-    )
+    found = statistics.state(statistics.key(None))
+    sizes = OpenVlaRsdConfig(state_low=tuple(found.low.tolist()), state_high=tuple(found.high.tolist()))
+    chosen = pick([openvla_demonstrations], range(4))
+    return OpenVlaFrames(chosen, 8, CPU, sizes, Prompt(base), read_normalisation(base))
 
 
 def test_a_batch_is_what_the_policy_would_see(frames: OpenVlaFrames, base: Path, openvla_demonstrations: Path) -> None:

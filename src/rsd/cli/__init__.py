@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pkgutil import resolve_name
 
 from rich.markup import escape
 
@@ -37,17 +36,11 @@ class Command:
     def run(self, arguments: list[str], prog: str) -> int:
         module = self.function.partition(":")[0]
         if not self.config:
-            return int(named(self.function)(arguments, prog))
+            return int(resolve_name(self.function)(arguments, prog))
         config = self.config if ":" in self.config else f"{module}:{self.config}"
-        options = parse(named(config), arguments, prog, self.writes)  # before the function's module
-        status = named(self.function)(options)
+        options = parse(resolve_name(config), arguments, prog, self.writes)  # before the function's module
+        status = resolve_name(self.function)(options)
         return status if isinstance(status, int) else 0
-
-
-def named(path: str) -> Any:
-    """What a module has under a name, `module:name`."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 COMMANDS = {

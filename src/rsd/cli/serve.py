@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
+
+from rich.console import Console
 
 from rsd.checks import between
 from rsd.cli.eval import check_names
@@ -89,12 +92,8 @@ def run(options: ServeArguments) -> None:
         console.print(note)
     for caution in cautions(config, suites=False):
         console.print(f"warning: {caution}", style="yellow", markup=False)
-
-    def listening(address: str) -> None:
-        console.print(f"{config.policy} decoding with {config.decode} on {config.device} at {address}; Ctrl-C stops")
-        if options.host not in LOCAL:
-            console.print("no authentication: who reaches this port drives the robot", style="yellow")
-
+    what = f"{config.policy} decoding with {config.decode} on {config.device}"
+    listening = partial(announce, console, options.host, what)
     policy = load_served(config)
     if options.protocol == "vla-eval":
         from rsd.serving.vla_eval import RsdModelServer, serve_vla_eval  # of an extra
@@ -106,6 +105,13 @@ def run(options: ServeArguments) -> None:
         described = PolicyServer(policy, describe_checkpoint(config), versions_on(config.device), door)
         serve_until_signal(described, listening)
     console.print("stopped")
+
+
+def announce(console: Console, host: str, what: str, address: str) -> None:
+    """host: the address that was asked for; address: what is listened at."""
+    console.print(f"{what} at {address}; Ctrl-C stops")
+    if host not in LOCAL:
+        console.print("no authentication: who reaches this port drives the robot", style="yellow")
 
 
 def refuse_others(options: ServeArguments, known: Sequence[str], where: str) -> None:
@@ -142,13 +148,7 @@ def run_proxy(options: ServeArguments) -> None:
     check_belongs(drafter.stored, identity_of(metadata), options.drafter)
     skip = drafter.skip_rule(*(getattr(options, name) for name in OF_THE_GATE))
     console = terminal(stderr=True, highlight=False, soft_wrap=True)
-
-    def listening(address: str) -> None:
-        console.print(f"{options.drafter} drafts for {options.policy} at {address}; Ctrl-C stops")
-        if options.host not in LOCAL:
-            console.print("no authentication: who reaches this port drives the robot", style="yellow")
-
-    known = is_rsd(metadata)
-    proxy = SpeculatingProxy(address, metadata, drafter, skip, door, passes_reset=known)
+    listening = partial(announce, console, options.host, f"{options.drafter} drafts for {options.policy}")
+    proxy = SpeculatingProxy(address, metadata, drafter, skip, door, passes_reset=is_rsd(metadata))
     until_signal(lambda stop: proxy.serve(stop, listening))
     console.print("stopped")

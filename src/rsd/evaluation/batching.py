@@ -37,10 +37,8 @@ class BatchServer:
             asked = self._collect(computing_since + self._wait)
             computing_since = time.perf_counter()
             for simulator, answer in zip(asked, self._answers(asked), strict=True):
-                try:
+                with contextlib.suppress(OSError):  # that simulator is gone, which its next reading says
                     simulator.send(answer)
-                except OSError:
-                    continue  # that simulator is gone, which its next reading says
 
     def _collect(self, deadline: float) -> dict[Connection, Observation]:
         """deadline: of what came while the last batch was computed; past it what has come already is still taken."""

@@ -191,10 +191,6 @@ class EvalConfig(PolicyOptions):
     output: str = ""
     """Results directory; default runs/eval/<suite>-<decode>-<hash of the options>."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "init_states", str(self.init_states))  # a number in results of before there were lists
-        super().__post_init__()
-
     def rules(self) -> Rules:
         for name in OF_THE_RULE:
             needed = f"a --skip-threshold-mm with {option(name)}, as the calibration has its own"
@@ -305,8 +301,7 @@ def stored_config(options: dict[str, Any], where: str, *, older: bool = False) -
 
     older: options that this version does not know are passed over.
     """
-    first = options.get("init_states", EvalConfig.init_states)
-    known = {**options, "init_states": str(first) if type(first) is int else first}  # before there were lists
+    known = dict(options)
     known.setdefault("target_at_reset", options.get("decode") != "rsd-skip")  # before it was an option
     unknown = known.keys() - {field.name for field in fields(EvalConfig)}
     return from_json(EvalConfig, known, f"{where}: config", ignore=unknown if older else ())
@@ -325,13 +320,12 @@ def planned_tasks(tasks: str) -> dict[str, list[int]]:
     return planned
 
 
-def planned_states(init_states: str | int, num_trials: int) -> Sequence[int]:
+def planned_states(init_states: str, num_trials: int) -> Sequence[int]:
     """`--init-states` and `--num-trials` -> numbers; raises RsdError for what is neither number nor list."""
-    text = str(init_states).strip()
-    start = number(text)
+    start = number(init_states)
     if start is not None and start < MOST_LISTED:
         return range(start, start + num_trials)
-    return listed(text, "--init-states", MOST_LISTED)[:num_trials]
+    return listed(init_states, "--init-states", MOST_LISTED)[:num_trials]
 
 
 def option(field_name: str) -> str:

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from rsd.chunks import checked_chunk
 from rsd.decoding.correction import rest_of_chunk
 from rsd.decoding.course import DRAFTED, NOTHING, OWN, REPLACED, Actions, Course, agreed, apart_mm, letter
-from rsd.evaluation.realtime import Meanwhile, Pace, Stepped
-from rsd.types import DRAFT_FIRST, ActionChunk, Completes, Corrects, Observation, Policy, RsdError, WrongOption
+from rsd.evaluation.realtime import Meanwhile, Pace, Stepped, completed
+from rsd.types import DRAFT_FIRST, ActionChunk, Corrects, Observation, Policy, RsdError, WrongOption
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
@@ -52,9 +52,7 @@ class VirtualDelay(Pace):
 
     def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
         """The chunk with all that the target finds of it: when it may be used is a matter of steps, not of time."""
-        chunk = checked_chunk(policy.predict(observation))
-        if isinstance(policy, Completes):
-            chunk = checked_chunk(policy.complete() or chunk)
+        chunk = completed(policy, checked_chunk(policy.predict(observation)))
         self.stats.append(chunk.stats)
         return chunk
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -212,37 +211,30 @@ def run_missing(
     planned = len(queue) + sum(not result.is_error for result in finished.values())
     begun = bool(finished)
     videos = len(list((directory / VIDEOS_DIR).glob("*.mp4")))
-    with (
-        told(f"interrupted: {kept}", console),
-        crew.pool(config, backend, workers) as pool,
-        EpisodeProgress(config, finished.values(), len(queue), console) as progress,
-    ):
-        for message in pool.run(queue, videos_left=config.max_videos - videos):
-            if isinstance(message, Ready):
-                if not begun:
-                    (directory / CONFIG_FILE).unlink(missing_ok=True)  # of one that ended before its first episode
-                begun = True
-                record_run(config, directory, message, planned)
-            elif isinstance(message, Retry):
-                log_error(directory, message.job, message.log)
-                progress.retry(message.job, message.log)
-                faults.failed((*message.job.task, message.job.init_state), last_line(message.log))
-            else:
-                record_outcome(directory, message)
-                progress.advance(message.result)
-                if message.result.is_error:
-                    faults.failed(message.result.key, last_line(message.log or message.result.failure))
-                else:
-                    faults.worked()
-
-
-@contextlib.contextmanager
-def told(text: str, console: Console) -> Iterator[None]:
-    """Prints what Ctrl-C leaves."""
     try:
-        yield
+        with (
+            crew.pool(config, backend, workers) as pool,
+            EpisodeProgress(config, finished.values(), len(queue), console) as progress,
+        ):
+            for message in pool.run(queue, videos_left=config.max_videos - videos):
+                if isinstance(message, Ready):
+                    if not begun:
+                        (directory / CONFIG_FILE).unlink(missing_ok=True)  # of one that ended before its first episode
+                    begun = True
+                    record_run(config, directory, message, planned)
+                elif isinstance(message, Retry):
+                    log_error(directory, message.job, message.log)
+                    progress.retry(message.job, message.log)
+                    faults.failed((*message.job.task, message.job.init_state), last_line(message.log))
+                else:
+                    record_outcome(directory, message)
+                    progress.advance(message.result)
+                    if message.result.is_error:
+                        faults.failed(message.result.key, last_line(message.log or message.result.failure))
+                    else:
+                        faults.worked()
     except KeyboardInterrupt:
-        say(console, text)
+        say(console, f"interrupted: {kept}")
         raise
 
 

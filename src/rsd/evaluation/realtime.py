@@ -1,7 +1,7 @@
 """How policy and robot take turns: one after the other, as fast as possible, or in real time as on a robot.
 
 In real time an action begins every 1/hz seconds of wall time, and what the policy has left to do once its chunk is out
-(`VerifiesLater`) is done in a thread of its own while that chunk is executed. Nothing that is computed depends on it.
+(`Completes`) is done in a thread of its own while that chunk is executed. Nothing that is computed depends on it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rsd.chunks import check_stats, checked_chunk
+from rsd.chunks import checked_chunk
 from rsd.decoding.course import letter
-from rsd.types import ActionChunk, ChunkStats, Observation, Policy, VerifiesLater
+from rsd.types import ActionChunk, ChunkStats, Completes, Observation, Policy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,15 +108,19 @@ class Pace:
         return chunk
 
     def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped:
-        if isinstance(policy, VerifiesLater) and (found := policy.verify()) is not None:
-            check_stats(found)
-            self.stats[-1] = found
+        self.stats[-1] = completed(policy, chunk).stats
         return self.kept(chunk, env.step_chunk(chunk.executed))
 
     def kept(self, chunk: ActionChunk, stepped: Stepped) -> Stepped:
         """What came of a chunk, written down."""
         self.executed.append(chunk.actions[: stepped[4]["steps"]].copy())
         return stepped
+
+
+def completed(policy: Policy, chunk: ActionChunk) -> ActionChunk:
+    """The policy's last chunk with all that it still finds of it, which takes its time."""
+    found = policy.complete() if isinstance(policy, Completes) else None
+    return chunk if found is None else checked_chunk(found)
 
 
 class RealTime(Pace):
@@ -135,7 +139,7 @@ class RealTime(Pace):
         self._period = 1.0 / hz
         self._clock, self._sleep = clock, sleep
         self._executor = executor or ThreadPoolExecutor(1, "verify-pending")
-        self._following: Future[tuple[ChunkStats | None, float]] | None = None
+        self._following: Future[tuple[ActionChunk | None, float]] | None = None
         self._followed = -math.inf  # when the last pending verification was done
         self._waited: bool | None = None
         self._still: float | None = None  # since when the robot stands still
@@ -200,12 +204,8 @@ class RealTime(Pace):
         motion.pause_without_drawing_ms = motion.pause_ms - 1e3 * drawing
 
     def _verify_pending(self, policy: Policy) -> None:
-        if isinstance(policy, VerifiesLater):
-
-            def beside() -> tuple[ChunkStats | None, float]:
-                return policy.verify(), self._clock()
-
-            self._following = self._executor.submit(beside)
+        if isinstance(policy, Completes):
+            self._following = self._executor.submit(lambda: (policy.complete(), self._clock()))
 
     def _join(self) -> bool | None:
         """Wait for the pending verification and raise what it raised -> whether it was still under way, None without
@@ -216,10 +216,9 @@ class RealTime(Pace):
         waited = not following.done()
         found, self._followed = following.result()
         if found is not None and self.stats:
-            check_stats(found)
-            times = {WAIT: self.stats[-1].latency_ms[WAIT]} if WAIT in self.stats[-1].latency_ms else {}
-            total = self.stats[-1].latency_ms["total"]
-            self.stats[-1] = replace(found, latency_ms={**found.latency_ms, **times, "total": total})
+            complete, before = checked_chunk(found).stats, self.stats[-1].latency_ms
+            kept = {stage: before[stage] for stage in (WAIT, "total") if stage in before}
+            self.stats[-1] = replace(complete, latency_ms={**complete.latency_ms, **kept})
         return waited
 
     def _wait_until(self, due: float) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING
 
 from rsd.chunks import checked_chunk
 from rsd.decoding.course import DRAFTED, NOTHING, OWN, REPLACED, Course, agreed, apart_mm, letter
 from rsd.evaluation.delay import VirtualDelay
-from rsd.evaluation.realtime import Meanwhile, Stepped
-from rsd.types import DRAFT_FIRST, RSD_ASYNC, ActionChunk, Completes, Observation, Policy
+from rsd.evaluation.realtime import Meanwhile, Stepped, completed
+from rsd.types import DRAFT_FIRST, RSD_ASYNC, ActionChunk, Policy
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
@@ -51,30 +50,33 @@ class WallClock(VirtualDelay):
         if self._done:
             env.redraw()
         self.motions.append(Meanwhile(late_steps=0, late_ms=0.0))
-        thought = Thought(self._executor, policy, env.observation())
-        stepped = self._until_answered(env, thought)
-        chunk = thought.answer.result()  # also where the episode has ended meanwhile
+        observation = env.observation()
+        first = self._executor.submit(lambda: checked_chunk(policy.predict(observation)))
+        answer = self._executor.submit(lambda: completed(policy, first.result()))
+        stepped = self._until_answered(env, first, answer)
+        chunk = answer.result()  # also where the episode has ended meanwhile
         self.stats.append(chunk.stats)
         self._ended_turn(len(self._done) - self._gone)
         return stepped
 
-    def _until_answered(self, env: Environment, thought: Thought) -> Stepped:
+    def _until_answered(self, env: Environment, first: Future[ActionChunk], answer: Future[ActionChunk]) -> Stepped:
+        """first: the chunk; answer: that chunk complete."""
         start, motion = len(self._done), self._motion
         draft, drafted, until, ahead = NOTHING, 0, -1, self._left
         stepped: Stepped = None, 0.0, False, False, {}
         while True:
             self._wait()
             self._gone = gone = len(self._done) - start
-            if motion.draft_delay is None and thought.first.done():
-                chunk, motion.draft_delay = thought.first.result(), gone
+            if motion.draft_delay is None and first.done():
+                chunk, motion.draft_delay = first.result(), gone
                 if chunk.stats.decode == DRAFT_FIRST:
                     ahead = self._whole(env, chunk, start)
                 elif chunk.stats.decode == RSD_ASYNC and start and (self._trusted or self.always):
                     draft = Course.of(self._rest(env, chunk.actions, start), DRAFTED)
                     drafted = agreed(draft.actions, self._filled(ahead, len(draft)).actions)
                     ahead = draft[:drafted] + ahead[drafted:]
-            if motion.answer_delay is None and thought.answer.done():
-                chunk, motion.answer_delay = thought.answer.result(), gone
+            if motion.answer_delay is None and answer.done():
+                chunk, motion.answer_delay = answer.result(), gone
                 ahead = self._answered(env, chunk, start, ahead, draft, drafted)
                 begun = motion.draft_delay if chunk.stats.decode == DRAFT_FIRST else gone
                 waits = not start or not (self.tail or chunk.stats.decode == RSD_ASYNC)
@@ -135,19 +137,3 @@ class WallClock(VirtualDelay):
         """Until the next action is due."""
         if self._due is not None and (left := self._due - self._clock()) > 0:
             self._sleep(left)
-
-
-class Thought:
-    """What the policy makes of one observation, beside the robot: first its chunk, then that chunk complete."""
-
-    def __init__(self, executor: Executor, policy: Policy, observation: Observation) -> None:
-        self.first: Future[ActionChunk] = executor.submit(partial(self._predicted, policy, observation))
-        self.answer: Future[ActionChunk] = executor.submit(partial(self._completed, policy))
-
-    def _predicted(self, policy: Policy, observation: Observation) -> ActionChunk:
-        return checked_chunk(policy.predict(observation))
-
-    def _completed(self, policy: Policy) -> ActionChunk:
-        chunk = self.first.result()
-        found = policy.complete() if isinstance(policy, Completes) else None
-        return chunk if found is None else checked_chunk(found)

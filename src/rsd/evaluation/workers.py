@@ -99,7 +99,9 @@ def worker_main(
         if policy_process is None:
             ready, runner = make_runner(config, backend, videos)
         else:
-            prepare_first_task(config, backend)
+            # whatever task comes first in the end: most of what a scene takes is the same for all
+            suite = config.suites[0]
+            backend.prepare(suite, config.task_ids(suite, [number for number, *_ in backend.list_tasks(suite)])[0])
             policy = RemotePolicy(policy_process)
             ready, runner = policy.ready, EpisodeRunner(config, backend, policy, videos)
         connection.send(ready)
@@ -117,12 +119,6 @@ def worker_main(
     except Exception as error:
         with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
             connection.send(failed(error))
-
-
-def prepare_first_task(config: EvalConfig, backend: Backend) -> None:
-    """Whatever task comes first in the end: most of what a scene takes is the same for all."""
-    suite = config.suites[0]
-    backend.prepare(suite, config.task_ids(suite, [number for number, *_ in backend.list_tasks(suite)])[0])
 
 
 class RemotePolicy:

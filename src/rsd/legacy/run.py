@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from rsd.checks import told
 from rsd.conventions import CHUNK_SIZE
-from rsd.data.demonstrations import load_demonstrations
 from rsd.decoding.acceptance import acceptance_rule, accepted_prefix
 from rsd.decoding.timing import Stopwatch
 from rsd.json_files import read_versioned
@@ -31,7 +30,7 @@ from rsd.output import writing
 from rsd.pt_files import read_pt, save_tensors
 from rsd.targets.openvla.policy import OpenVlaPolicy
 from rsd.tokenizer.rfsq import RfsqConfig
-from rsd.training.dataset import chunk_targets
+from rsd.training.tokenizer import demonstration_chunks
 from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation, real_array
 
 FORMAT_VERSION = 1
@@ -406,10 +405,7 @@ def read_chunks(path: Path) -> NDArray[np.float32]:
         except (OSError, ValueError, EOFError) as error:
             raise RsdError(f"{path}: expected action chunks of np.save, found {told(error, 200)}") from None
     else:
-        labels = [demonstration.labels for demonstration in load_demonstrations(path, images=False)]
-        if not labels:
-            raise RsdError(f"{path}: found no demonstrations; collect some with `rsd demos collect`")
-        chunks = np.concatenate([chunk_targets(label, CHUNK_SIZE) for label in labels])
+        chunks, _ = demonstration_chunks([path], CHUNK_SIZE)
     if chunks.ndim != 3 or chunks.shape[1:] != (CHUNK_SIZE, ACTION_DIM):
         raise RsdError(f"{path}: expected chunks [N, {CHUNK_SIZE}, {ACTION_DIM}], found {list(chunks.shape)}")
     return chunks

@@ -54,13 +54,17 @@ def print_rows(console: Console, heading: str, rows: Rows) -> None:
 
 def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: bool) -> None:
     """Sizes, decoding, tokenizer, training data. The weights are read, so that damage is found."""
-    from rsd.checkpoint import BACKBONE, CONFIG_FILE, checkpoint_hash, read_content
+    from rsd.checkpoint import BACKBONE, CONFIG_FILE, checkpoint_hash, load_model, read_content
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
     print(f"reading {directory}", file=sys.stderr)
     content = read_content(directory)
     tokenizer, made = ActionTokenizer.load(directory), section(content, "provenance")
-    config, weights = (openvla_parts if BACKBONE in content else compact_parts)(directory, content, tokenizer)
+    if BACKBONE in content:
+        config, weights = openvla_parts(directory, content)
+    else:
+        model, config = load_model(directory, content, tokenizer)
+        weights = model.state_dict()
     code = tokenizer.config.rfsq
     say(console, str(directory), "bold")
     say(console, f"sha256 of {CONFIG_FILE}:\n  {checkpoint_hash(directory)}")
@@ -129,15 +133,7 @@ def training_rows(content: dict[str, Any]) -> Rows:
     return [(name, value) for name, value in rows if value]
 
 
-def compact_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
-    """Configuration, and all weights by name."""
-    from rsd.checkpoint import load_model
-
-    model, config = load_model(directory, content, tokenizer)
-    return config, model.state_dict()
-
-
-def openvla_parts(directory: Path, content: dict[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+def openvla_parts(directory: Path, content: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Configuration, and the weights that were added to the base, which is not looked at."""
     from rsd.checkpoint import WEIGHTS_FILE, parse_config
     from rsd.targets.openvla.loading import tensors

@@ -82,19 +82,16 @@ def strip(name: str, colour: int, episode: EpisodeResult, control_hz: float) -> 
 
 def corrections(run: Run) -> str:
     """How far drafts got before the target's answer, and what it replaced; "" of a run without drafts to correct."""
-    drafted, shares, apart = list[float](), list[float](), list[float]()
+    answers = list[tuple[float | None, float, float | None]]()
     for episode in run.episodes:
         stats = episode.chunk_stats
         columns = [stats.get(name, [None] * episode.chunks) for name in ("drafted_steps", "replaced", "replaced_mm")]
-        for steps, share, mm in zip(*columns, strict=True):
-            if share is not None:
-                shares.append(share)
-            if share and steps is not None:
-                drafted.append(steps)
-            if share and mm is not None:
-                apart.append(mm)
-    if not shares:
+        answers += [(steps, share, mm) for steps, share, mm in zip(*columns, strict=True) if share is not None]
+    if not answers:
         return ""
+    shares = [share for _, share, _ in answers]
+    drafted = [steps for steps, share, _ in answers if share and steps is not None]
+    apart = [mm for _, share, mm in answers if share and mm is not None]
     replaced = f"{percent(sum(shares) / len(shares))} of the actions replaced"
     if not drafted:
         return replaced

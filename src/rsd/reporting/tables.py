@@ -80,7 +80,7 @@ class Run:
     @property
     def planned_states(self) -> Sequence[int]:
         """Initial states of every task that the run was to do."""
-        return planned_states(self.record.config.get("init_states", 0), self.record.config["num_trials"])
+        return planned_states(self.record.config.get("init_states", "0"), self.record.config["num_trials"])
 
     @property
     def not_run(self) -> int:

@@ -26,7 +26,7 @@ from rsd.environment import variable
 from rsd.extras import extra
 from rsd.locks import exclusive
 from rsd.models.fusing import fusing
-from rsd.output import writing
+from rsd.output import replacing, writing
 from rsd.pt_files import read_pt
 from rsd.runtime.cuda_graph import capture
 from rsd.training import parallel
@@ -134,7 +134,9 @@ def train(
         return sums
 
     graphed = config.cuda_graph and device.type == "cuda"
-    compute = record(forward_backward, trained) if graphed else forward_backward
+    compute = forward_backward
+    if graphed:  # one CUDA graph: the same tensors and gradients at every replay, with new contents and random numbers
+        compute = capture(forward_backward, warm_up=3, between=optimiser.zero_grad)
     start, begun, done = time.monotonic() - spent, step, 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not first) as progress, stop_asked() as stop, told_once():
@@ -221,18 +223,6 @@ def step_seed(config: LoopConfig, step: int) -> int:
     return config.seed + step + 1_000_003 * parallel.rank()
 
 
-def record(forward_backward: Callable[[], dict[str, Tensor]], trained: list[Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """One CUDA graph of a forward and backward pass; random numbers are drawn anew at every replay.
-
-    The returned function gives the same tensors every time, with new contents; so are the gradients."""
-
-    def forget_gradients() -> None:
-        for parameter in trained:
-            parameter.grad = None
-
-    return capture(forward_backward, warm_up=3, between=forget_gradients)
-
-
 def learning_rate(config: LoopConfig, step: int, done: float) -> float:
     """Linear warm-up, then cosine over the share `done` of the run, down to 1 %."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
@@ -267,13 +257,8 @@ class State:
     def save(self, step: int, spent: float) -> None:
         state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"step": step, "spent": spent, "config": json.dumps(self.resolved, sort_keys=True)}
-        partial = self.path.with_suffix(".partial")
-        with writing(self.path):
-            try:
-                torch.save(state, partial)
-                partial.replace(self.path)  # a kill leaves either the old state or the new one
-            finally:
-                partial.unlink(missing_ok=True)
+        with replacing(self.path) as partial:
+            torch.save(state, partial)
 
     def resume(self) -> tuple[int, float]:
         """Restore the parts, where there is a file -> steps done and seconds spent."""

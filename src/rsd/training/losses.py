@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rsd.decoding.calibration import fingertip_deviation
+from rsd.models.bundle import RsdModel
 from rsd.models.feature_drafter import FeatureDrafter
 from rsd.models.target import BlockTarget, TargetModel
 from rsd.models.trunk import KVCache
@@ -26,16 +27,12 @@ from rsd.types import RsdError
 
 
 def policy_losses(
-    target: BlockTarget,
-    draft: FeatureDrafter,
-    visual_drafter: VisualDrafter | None,
-    tokenizer: ActionTokenizer,
-    batch: Batch,
-    config: LossConfig,
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, config: LossConfig
 ) -> dict[str, Tensor]:
     """Batch (paired, if there is a visual drafter) -> named scalar losses; `total` is what to minimise.
 
     Neither draft's losses reach the target."""
+    target, draft = model.target, model.feature_drafter
     code, c = Rfsq(target.code), draft.config.levels
     truth = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step  # [B, P] in first steps
     gripper = tokenizer.gripper_symbols(batch.chunk)
@@ -47,11 +44,9 @@ def policy_losses(
 
     own = torch.rand(len(truth), 1, device=truth.device) < config.draft_share
     drafted, losses = draft_losses(draft, features.detach(), truth, gripper, own, code)
-    if visual_drafter is not None:
+    if model.visual_drafter is not None:
         run = TargetRun(target.remembered(length), cache, features, text[1])
-        ahead, visual_losses = visual_drafter_losses(
-            visual_drafter, target, run, batch, truth, gripper, tokenizer, config
-        )
+        ahead, visual_losses = visual_drafter_losses(model, run, batch, truth, gripper, tokenizer, config)
         losses.update(visual_losses)
         # half of the later moments' prefixes are the visual drafter's, whose tokens ride in the prefill
         riding = torch.rand(len(ahead[0]), 1, device=truth.device) < 0.5
@@ -110,7 +105,7 @@ def policy_losses(
     if config.grounding:
         losses["grounding"] = grounding_loss(target, batch)
         losses["total"] = losses["total"] + config.grounding * losses["grounding"]
-    if visual_drafter is not None:
+    if model.visual_drafter is not None:
         losses["total"] = losses["total"] + visual_total(losses, config)
     return losses
 
@@ -146,8 +141,7 @@ class TargetRun(NamedTuple):
 
 
 def visual_drafter_losses(
-    visual_drafter: VisualDrafter,
-    target: BlockTarget,
+    model: RsdModel,
     run: TargetRun,
     batch: Batch,
     truth: Tensor,
@@ -159,6 +153,8 @@ def visual_drafter_losses(
 
     Returns its own digits per level [B/2, P] and its losses: tokens and gripper; its chunk; how well it forecasts its
     chunk's deviation from the target's."""
+    target, visual_drafter = model.target, model.visual_drafter
+    assert visual_drafter is not None
     if not batch.paired:
         raise RsdError("visual drafter: expected a batch of paired frames (FrameDataset.draw with most_chunks > 0)")
     later = slice(0, len(truth) // 2)
@@ -170,10 +166,8 @@ def visual_drafter_losses(
     meant = target.residual(run.features[later], 1).detach().float() * tokenizer.first_step
     reference = tokenizer.to_actions(meant, gripper[later])[:, : batch.execute]
     shares = shares_of(batch, len(state), config)
-    digits, losses, _ = drafter_losses(
-        visual_drafter, tokenizer, features, truth[later], gripper[later], reference, *shares
-    )
-    return digits, losses
+    goal, grip = truth[later], gripper[later]
+    return drafter_losses(visual_drafter, tokenizer, features, goal, grip, reference, *shares)[:2]
 
 
 def drafter_losses(

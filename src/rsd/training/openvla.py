@@ -30,7 +30,7 @@ from rsd.targets.openvla.policy import RENDER_SIZE, read_normalisation
 from rsd.targets.openvla.prompt import Prompt
 from rsd.targets.openvla.published import Settings, component_file, fingerprint, locate_openvla, locate_under
 from rsd.targets.openvla.rsd_policy import BASE_FILES, OpenVlaRsdConfig, OpenVlaRsdModel, save_openvla_rsd
-from rsd.targets.openvla.statistics import Bounds, Statistics
+from rsd.targets.openvla.statistics import Statistics
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training import parallel
 from rsd.training.config import TrainOpenVlaConfig
@@ -81,21 +81,17 @@ class OpenVlaFrames(FrameDataset):
         demonstrations: Iterable[Demonstration],
         horizon: int,
         device: torch.device,
-        *,
+        sizes: OpenVlaRsdConfig,
         prompt: Prompt,
-        bounds: Bounds,
         normalisation: tuple[Tensor, Tensor],
-        center_crop: bool,
-        views: int,
-        execute: int | None = None,
     ) -> None:
         raw: list[NDArray[np.float32]] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            made = prepared(demonstrations, views, pool, raw)
-            super().__init__(made, horizon, torch.device("cpu"), execute=execute, asking=False)
-        self.device, self.center_crop = device, center_crop
+            made = prepared(demonstrations, sizes.views, pool, raw)
+            super().__init__(made, horizon, torch.device("cpu"), execute=sizes.execute, asking=False)
+        self.device, self.center_crop = device, sizes.center_crop
         self.mean, self.std = (value.to(device) for value in normalisation)
-        given = torch.from_numpy(bounds.normalise(np.concatenate(raw))).float()
+        given = torch.from_numpy(sizes.bounds.normalise(np.concatenate(raw))).float()
         self.state = torch.cat([given, self.state], dim=1)
         self.state_std = self.state.std(0)
         self.prompts = [torch.tensor(prompt.ids(text)) for text in self.instructions]
@@ -203,17 +199,8 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
     sizes, prompt, normalisation = observing(config, base, seen), Prompt(base), read_normalisation(base)
 
     def frames(numbers: list[int]) -> OpenVlaFrames:
-        return OpenVlaFrames(
-            pick(config.data, numbers),
-            tokenizer.config.horizon,
-            device,
-            prompt=prompt,
-            bounds=sizes.bounds,
-            normalisation=normalisation,
-            center_crop=sizes.center_crop,
-            views=sizes.views,
-            execute=sizes.execute,
-        )
+        chosen, horizon = pick(config.data, numbers), tokenizer.config.horizon
+        return OpenVlaFrames(chosen, horizon, device, sizes, prompt, normalisation)
 
     dataset = frames(mine)
     visual = config.visual_drafter is not None
@@ -229,7 +216,7 @@ def train_openvla(config: TrainOpenVlaConfig) -> Path:
 
     def losses() -> dict[str, Tensor]:
         batch = dataset.draw_batch(config.loop.batch_size, config.remembered_chunks if visual else 0, config.augment)
-        return policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, config.loss)
+        return policy_losses(model, tokenizer, batch, config.loss)
 
     named = str(base.resolve()) if Path(config.source).is_dir() else config.source
 

@@ -42,10 +42,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local_rank() -> int:
-    return int(variable("LOCAL_RANK", "0"))
-
-
 def average_gradients(parameters: Sequence[Tensor]) -> None:
     """Replace every gradient by its mean over the processes, in one transfer."""
     if world_size() == 1:

@@ -18,6 +18,7 @@ from rsd.data.demonstrations import Demonstration, folder_provenance, load_demon
 from rsd.data.lerobot import located
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.devices import check_device
+from rsd.environment import variable
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.options import executed_steps
 from rsd.output import plural, shown
@@ -58,7 +59,7 @@ def train_policy(config: TrainPolicyConfig) -> Path:
 
     def losses() -> dict[str, Tensor]:
         batch = dataset.draw_batch(config.loop.batch_size, remembered or 0, config.augment, asking)
-        return policy_losses(model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, config.loss)
+        return policy_losses(model, tokenizer, batch, config.loss)
 
     def save(ema: RsdModel, provenance: dict[str, Any], directory: Path) -> None:
         made = {**provenance, "init": start.provenance if start else {}}
@@ -94,13 +95,12 @@ def take_over(model: RsdModel, start: RsdPolicy, config: TrainPolicyConfig) -> N
     kept = {name: tensor for name, tensor in given.items() if not name.startswith(afresh)}
     fitting = {name: tensor for name, tensor in kept.items() if name in own and tensor.shape == own[name].shape}
     fresh = sorted(own.keys() - fitting.keys())
+    lacking = [name for name in fresh if start.config.visual_drafter or not name.startswith("visual_drafter.")]
     if config.init_matching:
         missing = sum(own[name].numel() for name in fresh) / sum(tensor.numel() for tensor in own.values())
         parts = sorted({".".join(name.split(".")[:2]) for name in fresh})
         print(f"--init-matching: {missing:.0%} of the weights start afresh: {', '.join(parts) or 'none'}")
-    elif any(start.config.visual_drafter or not name.startswith("visual_drafter.") for name in fresh) or len(
-        fitting
-    ) < len(given):
+    elif lacking or len(fitting) < len(given):
         found = f"its sizes {start.config} differ from the run's {config.policy}"
         raise RsdError(f"--init {config.init}: {found}; --init-matching takes over what fits")
     model.load_state_dict({**own, **fitting})
@@ -174,7 +174,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(name)
-    return torch.device(f"cuda:{parallel.local_rank()}" if name == "cuda" else name)
+    return torch.device(f"cuda:{int(variable('LOCAL_RANK', '0'))}" if name == "cuda" else name)
 
 
 def in_one_process(command: str, device: str) -> torch.device:
@@ -238,10 +238,7 @@ def losses_of(
     truth = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step
     gripper = tokenizer.gripper_symbols(batch.chunk)
     if config.kind == "visual":
-        assert model.visual_drafter is not None
-        _, values = visual_drafter_losses(
-            model.visual_drafter, model.target, run, batch, truth, gripper, tokenizer, config.loss
-        )
+        values = visual_drafter_losses(model, run, batch, truth, gripper, tokenizer, config.loss)[1]
         return {**values, "total": visual_total(values, config.loss)}
     own = torch.rand(len(truth), 1, device=truth.device) < config.own_prefix
     values = draft_losses(model.feature_drafter, run.features, truth, gripper, own, Rfsq(model.target.code))[1]

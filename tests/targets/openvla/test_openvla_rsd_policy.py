@@ -260,9 +260,7 @@ def test_a_bfloat16_base_trains_in_float32_beside_it_and_decodes(base: Path, tok
     batch = Batch(torch.randn(2, 2, 6, 224, 224), torch.randn(2, 19), words, chunk, paired=True)
     model = trainee.model
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        losses = policy_losses(
-            model.target, model.feature_drafter, model.visual_drafter, tokenizer, batch, LossConfig()
-        )
+        losses = policy_losses(model, tokenizer, batch, LossConfig())
     losses["total"].backward()
     untouched = {name for name, p in trainee.trained.named_parameters() if p.grad is None or not p.grad.any()}
     assert all(p.dtype == torch.float32 for p in trainee.trained.parameters())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -194,7 +194,7 @@ def load_openvla_policy(
         options,
         runtime,
         body=OpenVlaBody(model, config, prompt, normalisation, directory),
-        facts=replace(facts, code=tokenizer.config.rfsq),
+        facts=facts,
         provenance={**content.get("provenance", {}), "base": content["base"]},
     )
 

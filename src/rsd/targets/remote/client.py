@@ -26,6 +26,8 @@ class RemotePolicy:
     `reset` connects anew where the connection was lost, and insists on the same policy as before.
     """
 
+    _corrects = False  # whether a request asks for the target's answer, too
+
     def __init__(self, address: str, timeout_s: float = 60.0) -> None:
         """address: ws://HOST:PORT; timeout_s: how long to wait for any answer."""
         self.address = address
@@ -55,7 +57,8 @@ class RemotePolicy:
         start = time.perf_counter()
         views = {key: view for key, view in zip(IMAGES, observation.images, strict=True) if key in self.welcome.images}
         words = {STATE: observation.state, PROMPT: observation.instruction, RESET: self._first}
-        answer = self._ask({**views, **words, **self._further()})
+        request: dict[str, Any] = {**views, **words, **({CORRECTIONS: True} if self._corrects else {})}
+        answer = unpack(self._connection.ask(pack(request)), whose=self.address)
         self._first = False
         total = 1e3 * (time.perf_counter() - start)
         try:
@@ -74,10 +77,6 @@ class RemotePolicy:
     def close(self) -> None:
         self._connection.close()
 
-    def _further(self) -> dict[str, Any]:
-        """What else a request says."""
-        return {}
-
     def _chunk_of(self, content: Any) -> ActionChunk:
         """Of a message's `actions` and `stats`; one of ODD for impossible ones."""
         stats, actions = ChunkStats(**content["stats"]), content["actions"]
@@ -95,13 +94,11 @@ class RemotePolicy:
     def _connect(self) -> Welcome:
         return read_welcome(self.address, self._connection.open())
 
-    def _ask(self, content: dict[str, Any]) -> Any:
-        return unpack(self._connection.ask(pack(content)), whose=self.address)
-
 
 class CorrectedPolicy(RemotePolicy):
     """Of an `rsd serve --decode rsd-async`: the draft at once, the target's answer in a second message."""
 
+    _corrects = True
     _chunk: ActionChunk | None = None  # whose correction is on its way
 
     def reset(self, seed: int | None = None) -> None:
@@ -114,11 +111,6 @@ class CorrectedPolicy(RemotePolicy):
         self.complete()
         self._chunk = super().predict(observation)
         return self._chunk
-
-    def verify(self) -> ChunkStats | None:
-        """`complete`, of which only the statistics are asked."""
-        chunk = self.complete()
-        return None if chunk is None else chunk.stats
 
     def complete(self) -> ActionChunk | None:
         """The last chunk with the target's `answer`, waited for; None if none is on its way."""
@@ -134,9 +126,6 @@ class CorrectedPolicy(RemotePolicy):
             raise self._odd(error) from error
         stats = replace(found.stats, latency_ms={**chunk.stats.latency_ms, **later})
         return replace(chunk, stats=stats, answer=found.actions)
-
-    def _further(self) -> dict[str, Any]:
-        return {CORRECTIONS: True}
 
 
 def read_welcome(address: str, message: bytes | str) -> Welcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 
 from rsd.checks import last_line, one_line, told
 from rsd.extras import extra
@@ -23,7 +23,6 @@ class Connection:
         """address: ws://HOST:PORT; timeout_s: how long to wait for any answer; expected: words what was looked for."""
         self.address, self.timeout_s, self.expected = address, timeout_s, expected
         self._connection: ClientConnection | None = None
-        self._stack = ExitStack()
 
     @property
     def is_open(self) -> bool:
@@ -32,8 +31,7 @@ class Connection:
     def open(self) -> bytes | str:
         """Connect -> what the server says first."""
         try:
-            opening = connect(self.address, compression=None, max_size=None, open_timeout=self.timeout_s)
-            self._connection = self._stack.enter_context(opening)
+            self._connection = connect(self.address, compression=None, max_size=None, open_timeout=self.timeout_s)
             return self._receive(first=True)
         # ValueError and OverflowError for a port that is none
         except (OSError, ValueError, OverflowError, WebSocketException) as error:
@@ -65,8 +63,9 @@ class Connection:
         return answer
 
     def close(self) -> None:
-        self._connection = None
-        self._stack.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
     def _receive(self, first: bool = False) -> bytes | str:
         assert self._connection is not None
