@@ -63,13 +63,13 @@ def test_its_record_holds_what_every_member_was_taught(member: Member, tmp_path:
 
 
 def test_a_history_that_members_share_is_told_once() -> None:
-    first = {"data": "a", "init": {"data": "begin"}}
-    known: dict[str, str] = {}
-    assert once(first, "average_of.0", known) == first
-    second = once({"data": "b", "init": first}, "average_of.1", known)
-    assert second == {"data": "b", "init": {"same_as": "average_of.0"}}
-    third = once({"data": "c", "average_of": [{"provenance": first}]}, "average_of.2", known)
-    assert third["average_of"] == [{"provenance": {"same_as": "average_of.0"}}]
+    begin, first = ({"data": name, "training": {}} for name in "ba")
+    second = {**first, "init": begin}
+    members: list[Any] = [second, {"data": "c", "training": {}, "init": second}, {"of": [begin]}]
+    told = once(members, "average_of", {})
+    assert told[0] == members[0]
+    assert told[1]["init"] == {"same_as": "average_of.0"}
+    assert told[2] == {"of": [{"same_as": "average_of.0.init"}]}
 
 
 def test_what_has_no_mean_is_refused_and_nothing_written(

@@ -48,10 +48,7 @@ def seal(options: SealArguments) -> None:
 
 @dataclass(frozen=True)
 class AverageArguments:
-    """Write the mean of the weights of several policies that were trained on from the same one.
-
-    It often does better than each of them, and forgets less of what only one was taught (docs/training.md).
-    """
+    """Write the mean of the weights of several policies that were trained on from the same one (docs/training.md)."""
 
     policies: tyro.conf.Positional[tuple[str, ...]]
     """Checkpoint directories or hub ids, two or more; one that is named twice counts twice."""

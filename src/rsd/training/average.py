@@ -12,7 +12,6 @@ import torch
 
 from rsd.checkpoint import (
     BACKBONE,
-    CONFIG_FILE,
     TOKENIZER_FILE,
     checkpoint_hash,
     load_model,
@@ -40,9 +39,9 @@ def average(policies: Sequence[str | Path], output: Path) -> Path:
     directories = [locate_checkpoint(policy) for policy in policies]
     contents = [read_content(directory) for directory in directories]
     for directory, content in zip(directories, contents, strict=True):
-        for what, of in (("target", kind_of), ("sizes", sizes_of), ("tokenizer", tokenizer_of)):
-            if of(content) != of(contents[0]):
-                expected = f"expected the {what} of {directories[0]}, found {of(content)}"
+        for what, found in alike(content).items():
+            if found != alike(contents[0])[what]:
+                expected = f"expected the {what} of {directories[0]}, found {found}"
                 raise RsdError(f"{directory}: {expected}; only policies that continue the same one have a mean")
     if BACKBONE in contents[0]:
         raise RsdError(f"{directories[0]}: expected a compact policy, found one on {contents[0][BACKBONE]}")
@@ -57,16 +56,10 @@ def average(policies: Sequence[str | Path], output: Path) -> Path:
     return output
 
 
-def kind_of(content: dict[str, Any]) -> str:
-    return str(content.get(BACKBONE, "compact"))
-
-
-def sizes_of(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in content["policy"].items() if name not in DECODING}
-
-
-def tokenizer_of(content: dict[str, Any]) -> str:
-    return str(content["sha256"].get(TOKENIZER_FILE))
+def alike(content: dict[str, Any]) -> dict[str, Any]:
+    """What members have to have in common; content: a config.json."""
+    sizes = {name: value for name, value in content["policy"].items() if name not in DECODING}
+    return {"target": content.get(BACKBONE, "compact"), "sizes": sizes, "tokenizer": content["sha256"][TOKENIZER_FILE]}
 
 
 def provenance_of(directories: Sequence[Path], contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -74,38 +67,28 @@ def provenance_of(directories: Sequence[Path], contents: Sequence[dict[str, Any]
     records = [section(content, "provenance") for content in contents]
     data = [section(record, "data") for record in records]
     remembered = [int(section(record, "training").get("remembered_chunks") or 0) for record in records]
-    known: dict[str, str] = {}
+    hashes = [checkpoint_hash(directory) for directory in directories]
+    members = [{"config_sha256": of, "provenance": record} for of, record in zip(hashes, records, strict=True)]
     return {
         "data": {"sources": distinct(data, "sources"), "instructions": sorted(distinct(data, "instructions"))},
         "training": {"remembered_chunks": min(remembered)} if all(remembered) else {},
-        "average_of": [
-            {f"{CONFIG_FILE} sha256": checkpoint_hash(directory), "provenance": once(record, f"average_of.{at}", known)}
-            for at, (directory, record) in enumerate(zip(directories, records, strict=True))
-        ],
+        "average_of": once(members, "average_of", {}),
     }
 
 
 def distinct(records: Sequence[dict[str, Any]], name: str) -> list[Any]:
     """What the lists of that name hold together, each once."""
-    found: list[Any] = []
-    for record in records:
-        found += [value for value in record.get(name, []) if value not in found]
-    return found
+    found = [value for record in records for value in record.get(name, [])]
+    return [value for at, value in enumerate(found) if value not in found[:at]]
 
 
-def once(record: dict[str, Any], place: str, known: dict[str, str]) -> dict[str, Any]:
-    """A record without what another one tells, too: members begin with the same policy, whose history is long.
-    known: what has been told, as JSON, and where; what is told here is added."""
-    told = json.dumps(record, sort_keys=True)
-    if told in known:
-        return {"same_as": known[told]}
-    known[told] = place
-    earlier: dict[str, Any] = {}
-    if isinstance(record.get("init"), dict):
-        earlier["init"] = once(record["init"], f"{place}.init", known)
-    if isinstance(members := record.get("average_of"), list):
-        earlier["average_of"] = [
-            {**member, "provenance": once(section(member, "provenance"), f"{place}.average_of.{at}", known)}
-            for at, member in enumerate(members)
-        ]
-    return {**record, **earlier}
+def once(told: Any, place: str, known: dict[str, str]) -> Any:
+    """A record without those in it that were told before: members begin with the same policy, whose history is long.
+    known: records that have been told, as JSON, and where; what is told here is added."""
+    if isinstance(told, list):
+        return [once(part, f"{place}.{at}", known) for at, part in enumerate(told)]
+    if not isinstance(told, dict):
+        return told
+    if {"data", "training"} <= told.keys() and (first := known.setdefault(json.dumps(told), place)) != place:
+        return {"same_as": first}
+    return {name: once(part, f"{place}.{name}", known) for name, part in told.items()}
