@@ -67,7 +67,7 @@ def test_a_training_step_is_timed(tmp_path: Path) -> None:
     dim, mlp, layers, rank = 64, 128, 2, 32
     updates = layers * rank * (dim + 3 * dim + 2 * dim + dim + 2 * mlp + mlp + dim)
     assert note["trained_parameters"] > updates
-    with pytest.raises(RsdError, match="train-batches: expected even numbers of at least 2"):
+    with pytest.raises(RsdError, match="expected even numbers for --train-batches, found 3"):
         replace(tiny(tmp_path, "train"), train_batches=(3,))
 
 
