@@ -45,9 +45,9 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def test_the_mean_is_of_the_weights_and_counts_twice_what_is_named_twice(member: Member, tmp_path: Path) -> None:
     one, two = member(1), member(2)
-    mean = weights(average([one, one, two], tmp_path / "mean"))
-    for name, a in weights(one).items():
-        expected = (2 * a + weights(two)[name]) / 3
+    mean, others = weights(average([one, one, two], tmp_path / "mean")), weights(two)
+    for name, value in weights(one).items():
+        expected = (2 * value + others[name]) / 3
         assert torch.allclose(mean[name], expected, atol=float(expected.abs().max()) / 100 + 1e-6), name
 
 
