@@ -30,7 +30,9 @@ def member(
 
     def make(seed: int, suite: str = "libero_goal", remembered: int = 4, config: Any = tiny_config) -> Path:
         directory = tmp_path / f"member-{seed}"
-        model = make_model(seed) if config == tiny_config else RsdModel.of(config, tokenizer)
+        model = make_model(1) if config == tiny_config else RsdModel.of(config, tokenizer)
+        for weight in model.parameters():  # as if trained on from the same one
+            weight.data += 0.1 * (seed - 1) * torch.randn_like(weight) * weight.abs().mean()
         data = {"sources": [{"settings": {"suite": suite}}], "instructions": [f"task of {suite}"]}
         made = {"data": data, "training": {"remembered_chunks": remembered}}
         save_checkpoint(model, tokenizer, config, made, directory)
@@ -73,11 +75,18 @@ def test_a_history_that_members_share_is_told_once() -> None:
 
 
 def test_what_has_no_mean_is_refused_and_nothing_written(
-    member: Member, tiny_config: PolicyConfig, tmp_path: Path
+    member: Member,
+    make_model: Callable[[int], RsdModel],
+    tokenizer: ActionTokenizer,
+    tiny_config: PolicyConfig,
+    tmp_path: Path,
 ) -> None:
     one, other = member(1), member(2, config=replace(tiny_config, visual_drafter=None))
     with pytest.raises(RsdError, match=r"expected the sizes of .*member-1, found .*continue the same one"):
         average([one, other], tmp_path / "mean")
+    save_checkpoint(make_model(7), tokenizer, tiny_config, {}, tmp_path / "unrelated")
+    with pytest.raises(RsdError, match=r"near their mean, found \d+% of its size off; only"):
+        average([one, tmp_path / "unrelated"], tmp_path / "mean")
     with pytest.raises(RsdError, match="two policies or more, found 1"):
         average([one], tmp_path / "mean")
     before = tree(one)

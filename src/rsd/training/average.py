@@ -23,14 +23,15 @@ from rsd.json_files import section
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
 
-DECODING = ("acceptance", "fine", "execute", "max_skips")  # of a policy's config: the last one's are taken
+FAR = 0.5  # from their mean, as a share of its size: 0.06 of the policies of two trainings, some 1 of unrelated ones
+ALIKE = "only policies that continue the same one have a mean"
 
 
 def average(policies: Sequence[str | Path], output: Path) -> Path:
     """Write a checkpoint whose weights are the mean of those policies'; one that is named twice counts twice.
 
     All have to be compact, of the same sizes and with the same tokenizer, else `RsdError`; how it decodes is the last
-    one's. A calibration or what was proven of one of them is not of the mean: measure that anew.
+    one's. What was calibrated or proven of one of them is not of the mean: measure that anew.
     """
     if len(policies) < 2:
         raise RsdError(f"average: expected two policies or more, found {len(policies)}")
@@ -41,24 +42,28 @@ def average(policies: Sequence[str | Path], output: Path) -> Path:
     for directory, content in zip(directories, contents, strict=True):
         for what, found in alike(content).items():
             if found != alike(contents[0])[what]:
-                expected = f"expected the {what} of {directories[0]}, found {found}"
-                raise RsdError(f"{directory}: {expected}; only policies that continue the same one have a mean")
+                raise RsdError(f"{directory}: expected the {what} of {directories[0]}, found {found}; {ALIKE}")
     if BACKBONE in contents[0]:
         raise RsdError(f"{directories[0]}: expected a compact policy, found one on {contents[0][BACKBONE]}")
     tokenizer = ActionTokenizer.load(directories[-1])
-    model, config = load_model(directories[-1], contents[-1], tokenizer)
-    total = {name: value.double() for name, value in model.state_dict().items()}
-    for directory, content in zip(directories[:-1], contents[:-1], strict=True):
-        for name, value in load_model(directory, content, tokenizer)[0].state_dict().items():
-            total[name] += value
-    model.load_state_dict({name: (value / len(policies)).to(torch.float32) for name, value in total.items()})
+    loaded = [load_model(*each, tokenizer) for each in zip(directories, contents, strict=True)]
+    states = [model.state_dict() for model, _ in loaded]
+    mean = {name: torch.stack([state[name] for state in states]).double().mean(0) for name in states[0]}
+    size = sum(float(value.square().sum()) for value in mean.values())
+    for directory, state in zip(directories, states, strict=True):
+        apart = (sum(float((state[name] - mean[name]).square().sum()) for name in mean) / size) ** 0.5
+        if apart > FAR:
+            raise RsdError(f"{directory}: expected weights near their mean, found {apart:.0%} of its size off; {ALIKE}")
+    model, config = loaded[-1]
+    model.load_state_dict(mean)
     save_checkpoint(model, tokenizer, config, provenance_of(directories, contents), output)
     return output
 
 
 def alike(content: dict[str, Any]) -> dict[str, Any]:
     """What members have to have in common; content: a config.json."""
-    sizes = {name: value for name, value in content["policy"].items() if name not in DECODING}
+    decoding = ("acceptance", "fine", "execute", "max_skips")  # is the last one's
+    sizes = {name: value for name, value in content["policy"].items() if name not in decoding}
     return {"target": content.get(BACKBONE, "compact"), "sizes": sizes, "tokenizer": content["sha256"][TOKENIZER_FILE]}
 
 
@@ -66,20 +71,16 @@ def provenance_of(directories: Sequence[Path], contents: Sequence[dict[str, Any]
     """Of a mean: its members' whole records, and their data together as any policy's record has it."""
     records = [section(content, "provenance") for content in contents]
     data = [section(record, "data") for record in records]
+    sources = {json.dumps(source): source for each in data for source in each.get("sources", [])}
+    told = {text for each in data for text in each.get("instructions", [])}
     remembered = [int(section(record, "training").get("remembered_chunks") or 0) for record in records]
-    hashes = [checkpoint_hash(directory) for directory in directories]
-    members = [{"config_sha256": of, "provenance": record} for of, record in zip(hashes, records, strict=True)]
+    pairs = zip(directories, records, strict=True)
+    members = [{"config_sha256": checkpoint_hash(directory), "provenance": record} for directory, record in pairs]
     return {
-        "data": {"sources": distinct(data, "sources"), "instructions": sorted(distinct(data, "instructions"))},
+        "data": {"sources": list(sources.values()), "instructions": sorted(told)},
         "training": {"remembered_chunks": min(remembered)} if all(remembered) else {},
         "average_of": once(members, "average_of", {}),
     }
-
-
-def distinct(records: Sequence[dict[str, Any]], name: str) -> list[Any]:
-    """What the lists of that name hold together, each once."""
-    found = [value for record in records for value in record.get(name, [])]
-    return [value for at, value in enumerate(found) if value not in found[:at]]
 
 
 def once(told: Any, place: str, known: dict[str, str]) -> Any:
