@@ -86,10 +86,11 @@ def rsd_policy(config: EvalConfig) -> Policy:
 def speculating_policy(config: EvalConfig) -> Policy:
     """The target, whatever it is, with the drafter that was distilled for it."""
     from rsd.targets.black_box import SpeculatingPolicy, load_drafter
+    from rsd.targets.drafter_files import check_belongs
 
-    describe_checkpoint(config)  # raises where it is another target's
     drafter = load_drafter(Path(config.drafter), config.device)
     target = settle(foreign.alone(config))[0]
+    check_belongs(drafter.stored, describe_checkpoint(target), config.drafter)
     skip = drafter.skip_rule(*(getattr(config, name) for name in foreign.OF_THE_GATE))
     needed = config.decode != DRAFTER_ONLY
     return SpeculatingPolicy(drafter, rsd_policy(target) if needed else None, skip, config.decode, audit=config.audit)

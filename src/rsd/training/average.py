@@ -70,9 +70,8 @@ def alike(content: dict[str, Any]) -> dict[str, Any]:
 def provenance_of(directories: Sequence[Path], contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of a mean: its members' whole records, and their data together as any policy's record has it."""
     records = [section(content, "provenance") for content in contents]
-    data = [section(record, "data") for record in records]
-    sources = {json.dumps(source): source for each in data for source in each.get("sources", [])}
-    told = {text for each in data for text in each.get("instructions", [])}
+    sources = {json.dumps(each): each for record in records for each in section(record, "data").get("sources", [])}
+    told = {text for record in records for text in section(record, "data").get("instructions", [])}
     remembered = [int(section(record, "training").get("remembered_chunks") or 0) for record in records]
     pairs = zip(directories, records, strict=True)
     members = [{"config_sha256": checkpoint_hash(directory), "provenance": record} for directory, record in pairs]
