@@ -39,6 +39,8 @@ class PermutedSuitesPageConfig:
     """Which of them; empty: all."""
     suites: tuple[str, ...] = SUITES
     """The columns."""
+    against: str = ""
+    """A part of another policy: its target alone against that of --parts, on the states that both have."""
 
 
 def parts_of(folder: Path) -> tuple[str, ...]:
@@ -96,10 +98,19 @@ def table(folder: Path, parts: tuple[str, ...] = (), suites: tuple[str, ...] = S
     return markdown(header, [row(name, run, target, drafter, suites) for name, run in runs.items()])
 
 
+def against(folder: Path, other: str, parts: tuple[str, ...]) -> str:
+    """The target alone of `parts` against that of the part `other`, on the states that both have."""
+    before, after = ({key[1:]: e.success for key, e in load(folder, of)["l1"].items()} for of in ((other,), parts))
+    return against_cell(paired_difference(before, after, cluster=lambda key: key[:2]))
+
+
 def main(config: PermutedSuitesPageConfig) -> None:
     print(table(config.results, config.parts, config.suites))
     for part in config.parts or parts_of(config.results):
         print(f"part {part}", table(config.results, (part,), config.suites), sep="\n\n")
+    if config.against:
+        parts = config.parts or parts_of(config.results)
+        print(f"the target alone against that of {config.against}: {against(config.results, config.against, parts)}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ TABLES = {
     "stock": ("docs/results.md", "Stock libero_spatial", "success [Wilson 95 %]", "libero_spatial_57M", "h100/"),
 }
 
+MEMBERS = {  # of the first mean, and what they were run on
+    "before": ("one_policy/permuted", "two_trainings/first", "two_trainings/second"),
+    "before_stock": ("one_policy/stock", "two_trainings/first_stock"),
+}
+
 
 def rows(document: str, section: str) -> list[dict[str, str]]:
     """The rows of a section's first table by its header; the first column is `decoder`, without notes."""
@@ -64,6 +69,10 @@ def test_the_tables_of_the_permuted_scenes_are_rows_of_those_made_from_the_raw_r
         assert solved.replace(" of ", "/") in row
         assert solved in together
         assert f"{against[1]} {against[2]}" in " ".join(together.split())
+    for part, others in MEMBERS.items():
+        for other in others:
+            told = permuted_suites_page.against(ROOT / "results", other, (f"averaged/{part}",))
+            assert re.sub(r" .* \[", " [", told) in " ".join(shipped.split()), (part, other, told)
     made = {
         shipped: permuted_suites_page.table(ROOT / "results" / "averaged", ("permuted",)),
         two: permuted_suites_page.table(ROOT / "results" / "two_trainings", ("first", "second")),
