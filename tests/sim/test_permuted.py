@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsd.expert import expert
+from rsd.expert.goals import goals_of
 from rsd.sim import permuted, suites
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.permuted import BOWL, KINDS, OTHER_BOWL, PLATE, RELATIONS, Combination, Layout, base_suite, near
@@ -93,6 +94,33 @@ def test_free_layouts_keep_things_apart_on_the_floor_and_nothing_held_out_is_ask
         assert not Combination(kind, regions.index(nearest), 6).held_out
         assert kind.replace("_", " ") in sentence
     assert layout.instruction in [sentence for sentence, _ in layout.asks]
+
+
+@settings(max_examples=60)
+@given(task=tasks, seed=seeds)
+def test_wide_layouts_exchange_all_fixtures_and_ask_for_what_the_expert_can_do(task: int, seed: int) -> None:
+    suite, stock = "libero_goal_permuted", scene_file("libero_goal", task)
+    layout = permuted_layout(suite, task, np.random.default_rng(seed), free=1.0)
+    assert {words[1] for words in layout.start} == {words[1] for words in stock.start}
+    assert sorted(places(layout).values()) == sorted(words[2] for words in stock.start)
+    assert not layout.combination.held_out
+    assert goals_of(layout.goal, layout.start) is not None
+    others = [scene_file(f"libero_goal_{kind}", other) for kind in ("swap", "task") for other in range(10)]
+    assert not any(near(layout, stock, other) for other in others)
+    if layout.goal == (("on", permuted.PLATE, "main_table_stove_front_region"),):
+        assert places(layout)[permuted.STOVE] == "main_table_stove_region"
+    if permuted.TOP_DRAWER in layout.goal[0]:
+        assert layout.instruction.startswith("open the top drawer and put the ")
+
+
+def test_wide_layouts_reach_every_arrangement_of_the_fixtures_and_the_stove_on_the_table() -> None:
+    fixed = (permuted.CABINET, permuted.STOVE, permuted.RACK)
+    layouts = [permuted_layout("libero_goal_permuted", 8, np.random.default_rng(seed), free=1.0) for seed in range(200)]
+    stands = {tuple(places(layout)[name].removeprefix("main_table_") for name in fixed) for layout in layouts}
+    assert len({where for where in stands if {"stove_region", "cabinet_region", "wine_rack_region"} == set(where)}) == 6
+    assert any("cream_cheese_region" in where for where in stands)
+    asked = {layout.instruction for layout in layouts}
+    assert {"put the cream cheese on the rack", "put the wine bottle on the plate"} <= asked
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -6,13 +6,30 @@ import itertools
 import random
 
 SYNONYMS = (
-    ("pick up", ("pick up", "pick", "grab", "take", "lift")),
-    ("the black bowl", ("the black bowl", "the akita black bowl", "the bowl", "black bowl")),
-    ("and place it on", ("and place it on", "and put it on", "and set it on", "and place it onto")),
-    ("the cookie box", ("the cookie box", "the cookies box", "the box of cookies")),
+    ("pick up", ("pick up", "pick", "grab", "take", "lift", "get")),
+    ("the black bowl", ("the black bowl", "the akita black bowl", "the bowl", "black bowl", "bowl")),
+    ("and place it", ("and place it", "and put it", "and set it", "and place")),
+    ("put the", ("put the", "set the", "move the")),
+    ("the cookie box", ("the cookie box", "the cookies box", "the box of cookies", "cookie box")),
     ("from table center", ("from table center", "from the table center", "from the center of the table")),
-    ("in the top drawer of", ("in the top drawer of", "inside the top drawer of", "in the top layer of")),
-    ("next to", ("next to", "beside")),
+    (
+        "in the top drawer of the wooden cabinet",
+        (
+            "in the top drawer of the wooden cabinet",
+            "inside the top drawer",
+            "in the top layer of the wooden cabinet",
+            "in the drawer of the cabinet",
+            "out of the top drawer",
+        ),
+    ),
+    ("open the top drawer", ("open the top drawer", "open the top layer of the drawer", "open the upper drawer")),
+    ("the middle drawer of the cabinet", ("the middle drawer of the cabinet", "the middle layer of the drawer")),
+    ("on the wooden cabinet", ("on the wooden cabinet", "on top of the wooden cabinet", "on the cabinet")),
+    ("on top of the cabinet", ("on top of the cabinet", "on the cabinet", "on the top of the drawer")),
+    ("on the stove", ("on the stove", "onto the stove", "on stove")),
+    ("on the ramekin", ("on the ramekin", "atop the ramekin", "on top of the ramekin")),
+    ("on the plate", ("on the plate", "onto the plate", "atop the plate")),
+    ("next to", ("next to", "beside", "near")),
 )
 
 

@@ -8,7 +8,8 @@ drawn anew for every episode, from the scene file's own predicates (On, In, Open
     libero_spatial_permuted   plate, ramekin and cookie box stand anywhere on the free table; the words ("next to the
                               ramekin") are true of one bowl only, which the program checks
     libero_goal_permuted      the four things exchange places, cabinet and stove may; any thing that fits can be asked
-                              for at any destination that fits
+                              for at any destination that fits; of random placements half let all fixtures exchange
+                              places, the stove also with a thing, and ask for whatever the hand can do there
 
 A layout is a function of (suite, task, random generator) alone; no simulator runs here. Held out of training: for
 every thing one of its places (where it is the one asked for), and whatever comes near a scene of LIBERO-PRO's `_swap`
@@ -138,14 +139,13 @@ def layout_of(
     free: float = 0.0,
 ) -> Layout:
     """A layout of one task. wanted: whether its combination is to be a held-out one (evaluation) or not (training);
-    others: scenes that no layout may come near (LIBERO-PRO's); free: share of libero_object's layouts in which things
-    stand anywhere on the floor.
+    others: scenes that no layout may come near (LIBERO-PRO's); free: share of freer layouts: `FREER`.
 
     Raises RsdError if TRIES draws gave none, which a scene of another kind would.
     """
     draw = SUITES[suite]
-    if draw is object_layout and free and rng.random() < free:
-        draw = free_object_layout
+    if draw in FREER and free and rng.random() < free:
+        draw = FREER[draw]
     for _ in range(TRIES):
         layout = draw(scene, language, rng)
         if layout is None or layout.combination.held_out != wanted:
@@ -360,7 +360,8 @@ def relations_of(bowl: str, at: dict[str, Point]) -> set[str]:
 
 # -- libero_goal ------------------------------------------------------------------------------------------------------
 
-CABINET, STOVE = "wooden_cabinet_1", "flat_stove_1"
+CABINET, STOVE, RACK = "wooden_cabinet_1", "flat_stove_1", "wine_rack_1"
+TOP_DRAWER = CABINET + "_top_region"
 PLACED = ("akita_black_bowl_1", "cream_cheese_1", "wine_bottle_1")
 DESTINATIONS = {  # LIBERO's name -> how the suite's sentences call it
     "plate_1": "on the plate",
@@ -378,40 +379,89 @@ FITS = {  # what can be put where
 # drawer and the stove's plate
 FIXTURES_EXCHANGED = 0.5
 ASKED_OTHERWISE = 0.5  # share of layouts that ask for something else than the task does
+WIDE_FITS = {  # what can be put where, in layouts with all fixtures exchanged
+    "akita_black_bowl_1": (*FITS["akita_black_bowl_1"], TOP_DRAWER),
+    "cream_cheese_1": (*DESTINATIONS, TOP_DRAWER),
+    "wine_bottle_1": tuple(DESTINATIONS),
+}
+STOVE_ON_TABLE = 0.2  # share of those layouts in which stove and a thing exchange places
 
 
 def goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> Layout:
     """The four things exchange places, and things to put can be asked for at other destinations than the task's."""
-    movable = [words for words in scene.start if words[1] in (*PLACED, "plate_1")]
-    places = [words[2] for words in movable]
-    at = {words[1]: places[i] for words, i in zip(movable, rng.permutation(len(places)), strict=True)}
+    at, rest = _things_exchanged(scene, rng)
     goal, words = scene.goal, language
     if len(scene.goal) == 1 and scene.goal[0][1] in PLACED and rng.random() < ASKED_OTHERWISE:
         thing = PLACED[rng.integers(len(PLACED))]
         destination = FITS[thing][rng.integers(len(FITS[thing]))]
         goal, words = (("on", thing, destination),), _putting(thing, destination)
-    rest = [each for each in scene.start if each not in movable]
     if rng.random() < FIXTURES_EXCHANGED and not {CABINET + "_middle_region", STOVE + "_cook_region"} & set(goal[0]):
         there = {each[1]: each[2] for each in rest if each[1] in (CABINET, STOVE)}
         exchanged = {CABINET: there[STOVE], STOVE: there[CABINET]}
         rest = [(*each[:2], exchanged.get(each[1], each[2])) for each in rest]
+    return _goal_layout(scene, at, rest, goal, words, FITS)
+
+
+def wide_goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> Layout | None:
+    """All fixtures exchange places, too, the stove sometimes with a thing, and anything is asked for that the scene's
+    words have and the hand can do. None where plate or cheese would be pushed before a stove that is not there."""
+    at, rest = _things_exchanged(scene, rng)
+    fixed = [words for words in rest if words[1] in (CABINET, STOVE, RACK)]
+    stands = dict(zip((words[1] for words in fixed), (fixed[i][2] for i in rng.permutation(len(fixed))), strict=True))
+    if rng.random() < STOVE_ON_TABLE:
+        thing = PLACED[rng.integers(len(PLACED))]
+        stands[STOVE], at[thing] = at[thing], stands[STOVE]
+    goal, words = scene.goal, language
+    if rng.random() < ASKED_OTHERWISE:
+        thing = PLACED[rng.integers(len(PLACED))]
+        destination = WIDE_FITS[thing][rng.integers(len(WIDE_FITS[thing]))]
+        predicate = "in" if destination == TOP_DRAWER else "on"
+        goal, words = ((predicate, thing, destination),), _putting(thing, destination)
+    if "stove_front" in goal[0][-1] and stands[STOVE] != next(each[2] for each in fixed if each[1] == STOVE):
+        return None
+    rest = [(*each[:2], stands.get(each[1], each[2])) for each in rest]
+    return _goal_layout(scene, at, rest, goal, words, WIDE_FITS)
+
+
+def _things_exchanged(scene: SceneFile, rng: np.random.Generator) -> tuple[dict[str, str], list[Predicate]]:
+    """A place of each of the four things, and the other predicates of the start."""
+    movable = [words for words in scene.start if words[1] in (*PLACED, "plate_1")]
+    places = [words[2] for words in movable]
+    at = {words[1]: places[i] for words, i in zip(movable, rng.permutation(len(places)), strict=True)}
+    return at, [each for each in scene.start if each not in movable]
+
+
+def _goal_layout(
+    scene: SceneFile,
+    at: dict[str, str],
+    rest: list[Predicate],
+    goal: tuple[Predicate, ...],
+    words: str,
+    fits: dict[str, tuple[str, ...]],
+) -> Layout:
+    """A thing's place is the nearest of the scene file's four, for what is held out."""
+    places = sorted(words[2] for words in scene.start if words[1] in at)
     start = (*(("on", thing, place) for thing, place in at.items()), *rest)
-    moved = goal[0][1] if goal[0][1] in at else "plate_1"
 
     def combination(thing: str) -> Combination:
-        return Combination(_kind(thing), sorted(places).index(at[thing]), len(places))
+        here = scene.regions[at[thing]]
+        nearest = min(places, key=lambda place: scene.regions[place].apart(here))
+        return Combination(_kind(thing), places.index(nearest), len(places))
 
     asks = tuple(
         (_putting(thing, destination), thing)
-        for thing, destinations in FITS.items()
+        for thing, destinations in fits.items()
         for destination in destinations
         if not combination(thing).held_out
     )
-    return Layout(start, goal, words, combination(moved), asks=asks)
+    return Layout(start, goal, words, combination(goal[0][1] if goal[0][1] in at else "plate_1"), asks=asks)
 
 
 def _putting(thing: str, destination: str) -> str:
-    return f"put the {SPOKEN.get(_kind(thing), _kind(thing).replace('_', ' '))} {DESTINATIONS[destination]}"
+    said = SPOKEN.get(_kind(thing), _kind(thing).replace("_", " "))
+    if destination == TOP_DRAWER:
+        return f"open the top drawer and put the {said} inside"
+    return f"put the {said} {DESTINATIONS[destination]}"
 
 
 SPOKEN = {"akita_black_bowl": "bowl"}
@@ -421,6 +471,7 @@ SUITES: dict[str, Callable[[SceneFile, str, np.random.Generator], Layout | None]
     "libero_spatial" + SUFFIX: spatial_layout,
     "libero_goal" + SUFFIX: goal_layout,
 }
+FREER = {object_layout: free_object_layout, goal_layout: wide_goal_layout}
 
 
 def _kind(name: str) -> str:

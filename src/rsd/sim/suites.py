@@ -221,9 +221,9 @@ def permuted_layout(
     suite: str, task_id: int, rng: np.random.Generator, held_out: bool = False, free: float = 0.0
 ) -> permuted.Layout:
     """A layout of a task of a permuted suite; held_out: of the combinations that training never sees; free: share of
-    libero_object's layouts in which things stand anywhere on the floor."""
-    variants = (f"{base_suite(suite)}_{name}" for name in ("swap", "task"))
-    others = tuple(scene_file(name, task_id) for name in variants if name in suite_names())
+    freer layouts (`permuted.FREER`)."""
+    variants = [name for name in (f"{base_suite(suite)}_{kind}" for kind in ("swap", "task")) if name in suite_names()]
+    others = tuple(scene_file(name, task.task_id) for name in variants for task in suite_tasks(name))
     task = suite_task(suite, task_id)
     return permuted.layout_of(suite, scene_file(suite, task_id), task.language, rng, held_out, others, free)
 
