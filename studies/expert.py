@@ -27,12 +27,12 @@ from rsd.collection.workers import Workers, worker_pool
 from rsd.evaluation.config import EvalConfig, Moving
 from rsd.expert.expert import ExpertResult, run
 from rsd.expert.failures import failure_class
-from rsd.expert.goals import goals_of, swapped_goals, task_goals
+from rsd.expert.goals import goals_of
 from rsd.expert.noise import ActionNoise, NoiseConfig
 from rsd.output import writing
 from rsd.sim.libero import LiberoEnv, simulator_versions
 from rsd.sim.motion import Motion
-from rsd.sim.suites import MAIN_SUITES, scene_file, step_limit, suite_task, suite_tasks, swapped_instruction
+from rsd.sim.suites import MAIN_SUITES, scene_file, step_limit, suite_task, suite_tasks
 from rsd.types import RsdError
 
 FIRST_SEED = 2**31  # demonstrations draw their placement seeds below
@@ -67,8 +67,6 @@ class CountExpertConfig(Checked):
     """The same, m/s."""
     noisy: bool = False
     """Disturb every episode, its level drawn between 0 and the highest that demonstrations have."""
-    swapped: bool = False
-    """Move the scene's other bowl instead of the task's own, in the tasks where it could be asked for."""
     minutes: Annotated[float, between(0.1, 100_000.0)] = 100_000.0
     """After so long no further episode begins; the same command goes on later."""
 
@@ -80,7 +78,7 @@ class CountExpertConfig(Checked):
     def kind(self) -> str:
         """What sets its episodes apart from others of the same placements."""
         moving = "" if self.motion == "none" else f"{self.motion} at {self.motion_speed:g} m/s"
-        return ", ".join(filter(None, ["noisy" * self.noisy, "swapped" * self.swapped, moving]))
+        return ", ".join(filter(None, ["noisy" * self.noisy, moving]))
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,6 @@ def run_batch(suite: str, task: int, seeds: tuple[int, ...], config: CountExpert
     """One episode a placement seed; those that have not begun by `until` (time.time()) are left out."""
     episodes, env, seconds = list[Episode](), None, config.episode_seconds
     motion = None if config.motion == "none" else Motion(config.motion, config.motion_speed, EvalConfig.seed)
-    goals = swapped_goals(suite, task) if config.swapped else None
     for seed in seeds:
         if time.time() > until:
             break
@@ -132,7 +129,7 @@ def run_batch(suite: str, task: int, seeds: tuple[int, ...], config: CountExpert
             started = time.perf_counter()
             with time_limit(seconds):
                 env.reset(options={"placement_seed": seed})
-                result = run(env, goals, rng=rng, noise=noise, tail_steps=0)
+                result = run(env, rng=rng, noise=noise, tail_steps=0)
                 why = "" if result.success else failure_class(env, result.steps)
         except TooLong:
             why, env = f"took longer than {seconds:g} s", None  # what it was in the middle of is unknown
@@ -150,12 +147,6 @@ def refusal(suite: str, task: int) -> str:
     scene = scene_file(suite, task)
     wanted = " and ".join(" ".join(words) for words in scene.goal)
     return "" if goals_of(scene.goal, scene.start) else f"beyond the expert: {wanted}"
-
-
-def could_be_swapped(suite: str, task: int) -> bool:
-    """Whether a sentence of the suite asks for the scene's other bowl."""
-    (goal, *_), other = task_goals(suite, task), swapped_goals(suite, task)
-    return other is not None and swapped_instruction(suite, task, goal.target, other[0].target) is not None
 
 
 def read_episodes(path: Path, kind: str = "") -> list[Episode]:
@@ -236,8 +227,6 @@ def count_expert(config: CountExpertConfig) -> None:
             if why := refusal(suite, task):
                 episodes += [Episode(suite, task, seed, False, 0, 0, 0.0, why, config.kind) for seed in missing]
                 continue  # not noted: a later expert may do it
-            if config.swapped and not could_be_swapped(suite, task):
-                continue
             batches += [(suite, task, missing[i : i + BATCH]) for i in range(0, len(missing), BATCH)]
     batches.sort(key=lambda batch: -step_limit(batch[0]))  # long episodes first, so that no worker ends with them
     with writing(config.out):

@@ -11,7 +11,6 @@ import h5py
 import numpy as np
 import pytest
 
-from rsd.collection.collect import is_swapped
 from rsd.collection.workers import part_files
 from rsd.conventions import rotate_180
 from rsd.data.demonstrations import load_demonstrations
@@ -291,10 +290,3 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
         pass
     with exclusive(tmp_path):
         pass
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.25, 0.5, 1.0])
-def test_every_prefix_holds_the_swapped_fraction(fraction: float) -> None:
-    swapped = np.cumsum([is_swapped(i, fraction) for i in range(200)])
-    wanted = fraction * np.arange(1, 201)
-    assert np.abs(swapped - wanted).max() < 1.0

@@ -1,6 +1,6 @@
 import pytest
 
-from rsd.expert.goals import Goal, goals_of, kind, solvable_tasks, swapped_goals, task_goals
+from rsd.expert.goals import Goal, goals_of, kind, solvable_tasks, task_goals
 from rsd.sim.suites import scene_file
 from rsd.types import RsdError
 
@@ -57,13 +57,6 @@ def test_a_drawer_that_is_shut_is_opened_before_something_goes_into_it() -> None
     assert goals_of([words], [("open", drawer)]) == (putting,)
     assert goals_of([words, ("close", drawer)]) is None  # it would open it again
     assert goals_of([("in", "akita_black_bowl_1", "wooden_cabinet_1_bottom_region")]) is None
-
-
-def test_only_a_scene_with_two_of_a_kind_has_a_swapped_goal() -> None:
-    assert swapped_goals("libero_spatial", 3) == (Goal("on", "akita_black_bowl_2", "plate_1"),)
-    assert swapped_goals("libero_object", 3) is None
-    assert swapped_goals("libero_goal", 8) is None
-    assert swapped_goals("libero_10", 0) is None  # several goals
 
 
 @pytest.mark.parametrize(

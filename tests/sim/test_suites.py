@@ -3,16 +3,12 @@ import pytest
 from rsd.sim.suites import (
     bddl_file,
     init_states,
-    start_regions,
     step_limit,
     suite_names,
     suite_task,
     suite_tasks,
-    swapped_instruction,
 )
 from rsd.types import RsdError
-
-BOWLS = ("akita_black_bowl_1", "akita_black_bowl_2")
 
 
 def test_tasks_of_libero_spatial_come_in_benchmark_order() -> None:
@@ -69,18 +65,3 @@ def test_unknown_task_names_the_range() -> None:
 def test_init_states_cannot_be_changed_by_a_caller() -> None:
     with pytest.raises(ValueError, match="read-only"):
         init_states("libero_spatial", 0)[0, 0] = 1.0
-
-
-def test_the_other_bowl_has_the_instruction_of_the_task_it_would_belong_to() -> None:
-    tasks = suite_tasks("libero_spatial")
-    for task in tasks:
-        swapped = swapped_instruction("libero_spatial", task.task_id, *BOWLS)
-        (other,) = [t for t in tasks if t.language == swapped]
-        assert other.task_id != task.task_id
-        here, there = (start_regions("libero_spatial", t.task_id) for t in (task, other))
-        assert here[BOWLS[1]] == there[BOWLS[0]]
-
-
-def test_a_suite_without_a_matching_task_has_no_swapped_instruction() -> None:
-    assert swapped_instruction("libero_goal", 0, "akita_black_bowl_1", "wine_bottle_1") is None
-    assert swapped_instruction("libero_goal", 0, "akita_black_bowl_1", "no_such_object_1") is None

@@ -57,8 +57,8 @@ def test_a_count_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytes
     assert found["total"] == {"tasks_at_90_percent": 1, "of_tasks": 2, "solved": 1, "n": 3}
     assert "beyond the expert" in next(iter(found["suites"]["libero_goal"]["tasks"]["3"]["failures"]))
     assert read_episodes(out.with_suffix(".jsonl")) == [SOLVED]  # what it refused is asked anew
-    with pytest.raises(RsdError, match="line 1: expected episodes that are swapped, found plain ones; name another"):
-        count_expert(CountExpertConfig(out, ("libero_spatial",), swapped=True))
+    with pytest.raises(RsdError, match="line 1: expected episodes that are noisy, found plain ones; name another"):
+        count_expert(CountExpertConfig(out, ("libero_spatial",), noisy=True))
     out.with_suffix(".jsonl").write_text("[]\n")
     with pytest.raises(RsdError, match="line 1: expected an episode"):
         read_episodes(out.with_suffix(".jsonl"))

@@ -29,7 +29,7 @@ from rsd.collection.policy_driver import PolicyDriver
 from rsd.collection.workers import Workers
 from rsd.data.schema import FILE_SUFFIX, DamagedFile, Episode, merge, open_data, read_provenance, reading, stored_names
 from rsd.expert import expert
-from rsd.expert.goals import Goals, solvable_tasks, swapped_goals, task_goals
+from rsd.expert.goals import solvable_tasks, task_goals
 from rsd.expert.grasps import GraspMode
 from rsd.expert.noise import ActionNoise, Disturbance, NoiseConfig
 from rsd.json_files import read_object, write_atomically
@@ -40,7 +40,7 @@ from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
 from rsd.sim.motion import Motion, check_task
 from rsd.sim.physics import mujoco
 from rsd.sim.rendering import check_gl
-from rsd.sim.suites import bddl_file, suite_task, suite_tasks, swapped_instruction
+from rsd.sim.suites import bddl_file, suite_task, suite_tasks
 from rsd.types import (
     CAMERAS,
     MAX_SKIPS,
@@ -74,9 +74,6 @@ class CollectConfig(Checked):
     """Task ids; empty = all that the expert can do (docs/expert.md names the others)."""
     num_demos: Annotated[int, between(1, 1e6)] = 50
     """Successful demonstrations per task. Raise it later and run again to add more."""
-    swapped_fraction: Share = 0.2
-    """Share of demonstrations whose instruction asks for the other bowl of the scene, which the expert then moves; no
-    effect where there is one only."""
     seed: Seed = 0
     """Seed of everything."""
     num_workers: Workers = 2
@@ -169,11 +166,6 @@ class EpisodeRecorder:
         return {key: np.stack(values) for key, values in self.rows.items()}
 
 
-def is_swapped(index: int, fraction: float) -> bool:
-    """Whether demonstration `index` asks for the other bowl; every prefix holds the fraction as nearly as it can."""
-    return int(np.floor((index + 1) * fraction)) > int(np.floor(index * fraction))
-
-
 def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy: Policy | None = None) -> Episode:
     """The successful demonstration `index` of env's task: the first placement (by sub-seed) that the expert solves.
 
@@ -181,51 +173,31 @@ def make_demonstration(env: LiberoEnv, config: CollectConfig, index: int, policy
     MAX_TRIES placements in a row fail.
     """
     refused = ""
-    goals, instruction, swapped = task_goals(config.suite, env.task.task_id), env.instruction, False
-    alike = [goals]
-    other = swapped_goals(config.suite, env.task.task_id)
-    if other is not None:
-        alike.append(other)
-        asked = swapped_instruction(config.suite, env.task.task_id, goals[0].target, other[0].target)
-        if asked is not None and is_swapped(index, config.swapped_fraction):
-            goals, instruction, swapped = other, asked, True
     for failed in range(MAX_TRIES):
         rng = np.random.default_rng([config.seed, env.task.task_id, index, failed])
         try:
-            episode = _try_placement(env, config, goals, alike, instruction, rng, policy)
+            episode = _try_placement(env, config, rng, policy)
         except (RsdError, mujoco.FatalError) as error:
             refused = f"; of the last that it refused it says: {error}"
             continue
         if episode is not None:
-            own = {"swapped": swapped, "failed_tries": failed}
-            return dataclasses.replace(episode, index=index, attributes={**episode.attributes, **own})
+            attributes = {**episode.attributes, "failed_tries": failed}
+            return dataclasses.replace(episode, index=index, attributes=attributes)
     found = f"the expert failed on {MAX_TRIES} placements in a row{refused}"
     raise RsdError(f"{env.task.name}, demonstration {index}: {found}")
 
 
 def _try_placement(
-    env: LiberoEnv,
-    config: CollectConfig,
-    goals: Goals,
-    alike: list[Goals],
-    instruction: str,
-    rng: np.random.Generator,
-    policy: Policy | None,
+    env: LiberoEnv, config: CollectConfig, rng: np.random.Generator, policy: Policy | None
 ) -> Episode | None:
-    """The demonstration of one placement, drawn from rng; None where the expert does not succeed.
-
-    alike: what must not hold at the start, for the instruction to describe the scene."""
+    """The demonstration of one placement, drawn from rng; None where there is nothing to do, or the expert fails."""
     placement_seed = int(rng.integers(2**31))
     level = 0.0 if rng.random() < config.clean_fraction else float(rng.random())
-    if len(goals) == 1:  # the bowl that this instruction asks for moves, not the scene file's
-        env.goal = (goals[0].words,)
     env.motion = None if config.motion == "none" else Motion(config.motion, config.motion_speed, config.seed)
     _, info = env.reset(options={"placement_seed": placement_seed})
-    if permuted.is_permuted(config.suite):
-        goals, instruction = expert.asked_goals(env), env.instruction
-        alike = [goals]
-    if any(all(env.holds(*goal.words) for goal in each) for each in alike):
-        return None  # nothing to do, or a scene that the instruction does not describe
+    goals = expert.asked_goals(env)
+    if all(env.holds(*goal.words) for goal in goals):
+        return None
     body_pos, body_quat = env.fixture_poses()
     recorder = EpisodeRecorder(images=not config.states_only)
     drift = ActionNoise(config.noise, level, rng) if level > 0 else None
@@ -235,14 +207,14 @@ def _try_placement(
         share = float(rng.uniform(config.policy_share - spread, config.policy_share + spread))
         to_do = sum(not env.holds(*goal.words) for goal in goals)
         handover = int(rng.integers(HANDOVER[0], HANDOVER[1] * to_do))
-        disturbance = PolicyDriver(env, policy, instruction, share, handover, drift, rng)
+        disturbance = PolicyDriver(env, policy, env.instruction, share, handover, drift, rng)
     result = expert.run(env, goals, recorder, rng, disturbance, config.grasp_mode, draw=not config.states_only)
     if not result.success:
         return None
     attributes = {
         "placement_seed": placement_seed,
         "placement_rejections": info["placement_rejections"],
-        "language_instruction": instruction,
+        "language_instruction": env.instruction,
         "target_object": ",".join(goal.target for goal in goals),
         "asks": json.dumps(env.asks),
         "noise_level": level * config.noise.max_level,

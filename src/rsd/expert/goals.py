@@ -15,8 +15,7 @@ import numpy as np
 
 from rsd.expert.grasps import BELOW_RIM, BOWL, PALM_ABOVE_SITE, SPAN_ABOVE_FLOOR, WHOLE, Rim, Span
 from rsd.expert.scene import Scene, Vector
-from rsd.sim.permuted import is_permuted
-from rsd.sim.suites import scene_file, start_regions, suite_task, suite_tasks
+from rsd.sim.suites import scene_file, suite_task, suite_tasks
 from rsd.types import RsdError
 
 GRASPS: dict[str, Rim | Span] = {
@@ -156,17 +155,6 @@ def task_goals(suite: str, task_id: int) -> Goals:
             f"does {', '.join(can) or 'none'}"
         )
     return goals
-
-
-def swapped_goals(suite: str, task_id: int) -> Goals | None:
-    """The same with the scene's other object of the target's kind (the other bowl), or None if there is one only or
-    the task has several goals."""
-    goals = task_goals(suite, task_id)
-    if len(goals) > 1 or is_permuted(suite):  # there a layout says which bowl is asked for
-        return None
-    goal = goals[0]
-    others = [name for name in sorted(start_regions(suite, task_id)) if kind(name) == kind(goal.target)]
-    return next(((replace(goal, target=name),) for name in others if name != goal.target), None)
 
 
 def destination(scene: Scene, goal: Goal) -> tuple[Vector, float]:

@@ -370,16 +370,15 @@ DESTINATIONS = {  # LIBERO's name -> how the suite's sentences call it
     "wine_rack_1_top_region": "on the rack",
     "akita_black_bowl_1": "in the bowl",
 }
-FITS = {  # what can be put where
+Fits = dict[str, tuple[str, ...]]
+FITS: Fits = {  # what can be put where
     "akita_black_bowl_1": ("plate_1", "flat_stove_1_cook_region", "wooden_cabinet_1_top_side"),
     "cream_cheese_1": ("flat_stove_1_cook_region", "akita_black_bowl_1"),
     "wine_bottle_1": ("wooden_cabinet_1_top_side", "wine_rack_1_top_region"),
 }
-# share of layouts in which cabinet and stove change places, where the hand still reaches what is asked for: not the
-# drawer and the stove's plate
-FIXTURES_EXCHANGED = 0.5
+FIXTURES_EXCHANGED = 0.5  # share of layouts in which cabinet and stove do, if middle drawer and stove are not asked for
 ASKED_OTHERWISE = 0.5  # share of layouts that ask for something else than the task does
-WIDE_FITS = {  # what can be put where, in layouts with all fixtures exchanged
+WIDE_FITS: Fits = {  # what can be put where, in layouts with all fixtures exchanged
     "akita_black_bowl_1": (*FITS["akita_black_bowl_1"], TOP_DRAWER),
     "cream_cheese_1": (*DESTINATIONS, TOP_DRAWER),
     "wine_bottle_1": tuple(DESTINATIONS),
@@ -417,7 +416,7 @@ def wide_goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) 
         destination = WIDE_FITS[thing][rng.integers(len(WIDE_FITS[thing]))]
         predicate = "in" if destination == TOP_DRAWER else "on"
         goal, words = ((predicate, thing, destination),), _putting(thing, destination)
-    if "stove_front" in goal[0][-1] and stands[STOVE] != next(each[2] for each in fixed if each[1] == STOVE):
+    if "stove_front" in goal[0][-1] and stands[STOVE] != "main_table_stove_region":
         return None
     rest = [(*each[:2], stands.get(each[1], each[2])) for each in rest]
     return _goal_layout(scene, at, rest, goal, words, WIDE_FITS)
@@ -432,29 +431,20 @@ def _things_exchanged(scene: SceneFile, rng: np.random.Generator) -> tuple[dict[
 
 
 def _goal_layout(
-    scene: SceneFile,
-    at: dict[str, str],
-    rest: list[Predicate],
-    goal: tuple[Predicate, ...],
-    words: str,
-    fits: dict[str, tuple[str, ...]],
+    scene: SceneFile, at: dict[str, str], rest: list[Predicate], goal: tuple[Predicate, ...], words: str, fits: Fits
 ) -> Layout:
     """A thing's place is the nearest of the scene file's four, for what is held out."""
     places = sorted(words[2] for words in scene.start if words[1] in at)
-    start = (*(("on", thing, place) for thing, place in at.items()), *rest)
 
     def combination(thing: str) -> Combination:
-        here = scene.regions[at[thing]]
-        nearest = min(places, key=lambda place: scene.regions[place].apart(here))
+        nearest = min(places, key=lambda place: scene.regions[place].apart(scene.regions[at[thing]]))
         return Combination(_kind(thing), places.index(nearest), len(places))
 
-    asks = tuple(
-        (_putting(thing, destination), thing)
-        for thing, destinations in fits.items()
-        for destination in destinations
-        if not combination(thing).held_out
-    )
-    return Layout(start, goal, words, combination(goal[0][1] if goal[0][1] in at else "plate_1"), asks=asks)
+    allowed = {thing: destinations for thing, destinations in fits.items() if not combination(thing).held_out}
+    asks = tuple((_putting(thing, each), thing) for thing, destinations in allowed.items() for each in destinations)
+    moved = goal[0][1] if goal[0][1] in at else "plate_1"
+    start = (*(("on", thing, place) for thing, place in at.items()), *rest)
+    return Layout(start, goal, words, combination(moved), asks=asks)
 
 
 def _putting(thing: str, destination: str) -> str:

@@ -246,25 +246,3 @@ def fixed_layout(suite: str, task_id: int, k: int) -> permuted.Layout:
     """The layout of the fixed state k of a permuted suite's task: of held-out combinations where k is odd."""
     rng = np.random.default_rng([EVALUATION, task_id, k])
     return permuted_layout(suite, task_id, rng, held_out=bool(k % 2))
-
-
-def start_regions(suite: str, task_id: int) -> dict[str, str]:
-    """Where the scene file puts each movable object: object name -> region or object it starts on or in."""
-    return {words[1]: words[2] for words in scene_file(suite, task_id).start if len(words) == 3}
-
-
-@functools.cache
-def swapped_instruction(suite: str, task_id: int, target: str, distractor: str) -> str | None:
-    """The instruction that would ask for the distractor in this scene, or None if no task of the suite does.
-
-    That is the sentence of the task whose `target` starts where `distractor` stands here: in libero_spatial,
-    "pick up the black bowl next to the ramekin ..." for the second bowl of the "between the plate and the ramekin"
-    scene.
-    """
-    place = start_regions(suite, task_id).get(distractor)
-    if place is None:
-        return None
-    for task in suite_tasks(suite):
-        if start_regions(suite, task.task_id).get(target) == place:
-            return task.language
-    return None
