@@ -175,10 +175,8 @@ class Policy(Protocol):
 class Continues(Policy, Protocol):
     """A target by diffusion or flow matching, whose denoising may begin from a draft."""
 
-    @property
-    def num_inference_steps(self) -> int:
-        """Denoising steps of a whole prediction; 0 where it cannot continue from a draft."""
-        ...
+    num_inference_steps: int
+    """Denoising steps of a whole prediction; 0 where it cannot continue from a draft."""
 
     def continue_from(self, observation: Observation, draft: NDArray[np.float32], steps: int) -> ActionChunk:
         """The draft [H, 7], environment-ready, is noised to the time at which `steps` are left, and those are taken."""

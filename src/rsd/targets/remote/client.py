@@ -33,20 +33,9 @@ class RemotePolicy:
         """address: ws://HOST:PORT; timeout_s: how long to wait for any answer."""
         self.address = address
         self._connection = Connection(address, timeout_s, "an `rsd serve`")
-        self.welcome = self._connect()
-        self._first = True
-
-    @property
-    def image_size(self) -> int:
-        return self.welcome.image_size
-
-    @property
-    def decode(self) -> str:
-        return self.welcome.decode
-
-    @property
-    def num_inference_steps(self) -> int:
-        return self.welcome.num_inference_steps
+        self.welcome, self._first = self._connect(), True
+        self.decode, self.image_size = self.welcome.decode, self.welcome.image_size
+        self.num_inference_steps = self.welcome.num_inference_steps
 
     def reset(self, seed: int | None = None) -> None:
         """Forget the episode so far, with the next observation. Nothing that is served is drawn: no seed counts."""
