@@ -37,7 +37,7 @@ test-fast: env  ## the pure, fast tests, for daily work
 # LeRobot's versions and the locked ones are not the same: an environment of its own, as docs/your_policy.md makes it.
 $(LEROBOT)/.complete: pyproject.toml plugins/lerobot_policy_rsd/pyproject.toml
 	python3 -m venv $(LEROBOT)
-	$(LEROBOT)/bin/python -m pip install --quiet lerobot==0.4.4 --editable '.[serve,train,vla-eval]' \
+	$(LEROBOT)/bin/python -m pip install --quiet 'lerobot[smolvla]==0.4.4' --editable '.[serve,train,vla-eval]' \
 		--editable plugins/lerobot_policy_rsd hypothesis pytest pytest-timeout
 	@touch $@
 

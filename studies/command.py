@@ -28,6 +28,11 @@ STUDIES = {
         "studies.substitution:measure_substitution",
         "studies.config:SubstitutionConfig",
     ),
+    "continuing": Command(
+        "draft pull of a target by diffusion or flow matching that continues from wrong drafts, by the steps left",
+        "studies.continuing:measure_continuing",
+        "studies.config:ContinuingConfig",
+    ),
     "serving": Command(
         "milliseconds that a network port adds to a chunk",
         "studies.serving:measure_serving",

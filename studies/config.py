@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from rsd.checks import Checked, Count, Millimetres, Rules, Some, between
+from rsd.checks import Checked, Count, Millimetres, Rules, Seed, Some, between
 from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import DEFAULT, EvalConfig
 from rsd.types import RsdError
@@ -101,6 +101,39 @@ class SubstitutionConfig(Checked):
 
     def rules(self) -> Rules:
         yield self.data, "--data to name a folder", "none"
+
+
+@dataclass(frozen=True)
+class ContinuingConfig(Checked):
+    """Measure the draft pull of a target that continues from drafts, on demonstration frames."""
+
+    policy: str
+    """module:Class or file.py:Class of a policy of your own with `continue_from`; in LeRobot's environment also
+    lerobot:DIR_OR_ID, in this process, as its noise has to be drawn twice alike."""
+    drafter: Path
+    """Directory of the drafter that `rsd drafter distil` made for it."""
+    data: tuple[Path, ...]
+    """Folders of rendered demonstrations (HDF5), that neither was trained on."""
+    steps: tuple[Some, ...] = ()
+    """Steps left; by default 1, 2, 4 and so on, and all of them."""
+    frames: Some = 64
+    """Frames, evenly spread."""
+    seeds: Some = 2
+    """Seeds of the target's noise for every frame, at least 2 for its own spread."""
+    max_per_task: Some = 8
+    """Demonstrations that are read of each task."""
+    seed: Seed = 0
+    """The first seed."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    output: Path = Path("runs/bench/continuing.json")
+    """Every number, as JSON; the file of an earlier measurement is replaced."""
+    overwrite: bool = False
+    """Replace any other file, too."""
+
+    def rules(self) -> Rules:
+        yield self.data, "--data to name a folder", "none"
+        yield self.seeds > 1, "--seeds of at least 2", self.seeds
 
 
 @dataclass(frozen=True)

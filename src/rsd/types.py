@@ -115,6 +115,7 @@ class ChunkStats:
     gripper (known where it verified). expected_deviation_mm: how far its chunk would lead the fingertip
     away from the target's, by its own estimate. Known of audited chunks: deviation_mm, how far it does;
     gripper_differs, whether any gripper symbol is another than the target's.
+    denoising_steps: of a target that continued from a draft, the steps that it took, of steps_in_full.
     latency_ms: wall time by stage (preprocess, vision, prefill, draft, verify, decode) and `total`, which none exceeds.
     """
 
@@ -132,6 +133,8 @@ class ChunkStats:
     expected_deviation_mm: Deviation | None = None
     deviation_mm: Deviation | None = None
     gripper_differs: bool | None = None
+    denoising_steps: Count | None = None
+    steps_in_full: Count | None = None
     latency_ms: dict[Word, Time] = field(default_factory=dict)
 
 
@@ -167,6 +170,17 @@ class Policy(Protocol):
         ...
 
     def predict(self, observation: Observation) -> ActionChunk: ...
+
+
+class Continues(Policy, Protocol):
+    """A target by diffusion or flow matching, whose denoising may begin from a draft."""
+
+    num_inference_steps: int
+    """Denoising steps of a whole prediction; 0 where it cannot continue from a draft."""
+
+    def continue_from(self, observation: Observation, draft: NDArray[np.float32], steps: int) -> ActionChunk:
+        """The draft [H, 7], environment-ready, is noised to the time at which `steps` are left, and those are taken."""
+        ...
 
 
 class ChunkPolicy(Protocol):

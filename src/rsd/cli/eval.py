@@ -111,7 +111,7 @@ def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
     if not options.compare:
         return [(best, note)]
     # of one alone nothing is accepted or skipped, and the target's own chunks have no draft to audit
-    without = ("acceptance", "skip_threshold_mm", *OF_THE_RULE, "target_at_reset")
+    without = ("acceptance", "skip_threshold_mm", *OF_THE_RULE, "target_at_reset", "continue_steps")
     alone = replace(config, **{name: getattr(EvalConfig, name) for name in without})
     target = TARGET_ONLY if config.drafter else TARGET_ALONE
     runs = [(replace(alone, decode=target, audit=False), ""), (best, note)]

@@ -92,8 +92,9 @@ def speculating_policy(config: EvalConfig) -> Policy:
     target = settle(foreign.alone(config))[0]
     check_belongs(drafter.stored, describe_checkpoint(target), config.drafter)
     skip = drafter.skip_rule(*(getattr(config, name) for name in foreign.OF_THE_GATE))
-    needed = config.decode != DRAFTER_ONLY
-    return SpeculatingPolicy(drafter, rsd_policy(target) if needed else None, skip, config.decode, audit=config.audit)
+    policy = rsd_policy(target) if config.decode != DRAFTER_ONLY else None
+    steps = foreign.steps_left(config, policy) if config.decode == foreign.FUSED else 0
+    return SpeculatingPolicy(drafter, policy, skip, config.decode, audit=config.audit, steps=steps)
 
 
 def decode_options(config: EvalConfig) -> DecodeOptions:
@@ -246,6 +247,10 @@ def ready(config: EvalConfig) -> None:
         check_motion(config)
     if config.lerobot:  # one process for all workers
         foreign.address(foreign.alone(config) if config.drafter else config)
+    if config.drafter and config.served and config.decode == foreign.FUSED:
+        remote = foreign.served(settle(foreign.alone(config))[0])
+        remote.close()
+        foreign.steps_left(config, remote)
     if config.drafter or config.corrector:  # damaged, or another's
         describe_checkpoint(config)
     if config.served or foreign.is_foreign(config):  # its first chunk shows it

@@ -57,7 +57,7 @@ DEFAULT = "default"  # of --acceptance: nothing is asked for
 NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "engine": AUTO, "target_at_reset": False}
 # of `decoding.gate.SkipRule`, which has their defaults
 OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
-NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", *OF_THE_RULE))
+NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", "continue_steps", *OF_THE_RULE))
 NEUTRAL |= {"delay": 0, "drafter_delay": 0, "draft_after": "agreement", "motion": "none", "motion_speed": SPEED}
 NEUTRAL["drafter"] = NEUTRAL["corrector"] = ""
 OF_ONES_OWN = re.compile(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")  # module:Class or file.py:Class
@@ -136,6 +136,9 @@ class EvalConfig(PolicyOptions):
     of num_trials in a row."""
     drafter: str = ""
     """Directory of a drafter that `rsd drafter distil` made for this very policy, whatever kind it is of."""
+    continue_steps: Steps | None = None
+    """With a --drafter, rsd-fused: denoising steps that a target by diffusion or flow matching takes from the noised
+    draft (half of its own)."""
     temperature: Temperature = 0.0
     """Above 0, ar, parallel, rsd and rsd-fused draw motion tokens from softmax(logits / temperature); 0 takes the
     likeliest."""
@@ -196,6 +199,9 @@ class EvalConfig(PolicyOptions):
             needed = f"a --skip-threshold-mm with {option(name)}, as the calibration has its own"
             yield self.skip_threshold_mm is not None or getattr(self, name) is None, needed, "none"
         yield engine_rule(self.engine, self.device)
+        continues = self.drafter and self.decode in ("rsd-fused", BEST)
+        found = f"--decode {self.decode}"
+        yield self.continue_steps is None or continues, "--continue-steps with a --drafter and rsd-fused", found
         alone = "--control-hz without --batch, in which robots would wait for each other"
         yield not (self.control_hz and self.batch), alone, f"--batch {self.batch}"
         yield from self._delays()

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rsd.targets.remote.client import RemotePolicy
     from rsd.targets.remote.openpi import OpenpiPolicy
 
-SKIPPING = "rsd-skip"
-WITH_DRAFTER = (TARGET_ONLY, SKIPPING, DRAFTER_ONLY)
+SKIPPING, FUSED = "rsd-skip", "rsd-fused"
+WITH_DRAFTER = (TARGET_ONLY, SKIPPING, FUSED, DRAFTER_ONLY)
 MINE = ("acceptance", "temperature", "engine", "batch")  # of this package's own models
 OF_THE_GATE = ("skip_threshold_mm", "max_skips", "skips_per_agreement")  # of a distilled drafter's, and an audit
 OF_A_MACHINE = ("device", "threads")  # a server has its own
@@ -32,21 +32,41 @@ def check_foreign(config: EvalConfig) -> None:
     """Raises RsdError for what cannot be asked of such a policy, and for a class or a drafter that is not there."""
     allowed = WITH_DRAFTER if config.drafter else (TARGET_ONLY,)
     if config.decode not in (*allowed, BEST):
-        hint = "" if config.drafter else f"; with a --drafter (rsd drafter distil) also {SKIPPING}, {DRAFTER_ONLY}"
-        found = f"--decode {config.decode}: {config.policy} decodes its own way, {TARGET_ONLY}"
-        raise RsdError(f"{found}{hint if not config.drafter else f', expected one of {chr(44).join(allowed)}'}")
-    gated = config.decode == SKIPPING or (config.drafter and config.decode == BEST)
+        more = f"with a --drafter (rsd drafter distil) also {', '.join(WITH_DRAFTER[1:])}"
+        found = f"--decode {config.decode}: {config.policy} decodes its own way, {TARGET_ONLY}; {more}"
+        raise RsdError(found)
+    fused = config.decode == FUSED or config.continue_steps
+    gated = config.decode == SKIPPING or (config.drafter and config.decode == BEST and not fused)
     refused = (*MINE, *OF_A_MEMORY) if gated else (*MINE, *OF_A_MEMORY, *OF_THE_GATE, "audit")
     if given := [option(name) for name in refused if getattr(config, name) != getattr(EvalConfig, name)]:
         raise RsdError(f"{', '.join(given)}: not with --policy {config.policy} --decode {config.decode}; leave it out")
+    can = config.served  # its metadata tell
     if config.custom:
         from rsd.targets.custom import find_class
 
-        find_class(config.policy)
+        can = hasattr(find_class(config.policy), "continue_from")
+    if fused and not can:
+        raise cannot_continue(config)
     if config.drafter:
         from rsd.targets.drafter_files import read_drafter
 
         read_drafter(Path(config.drafter))
+
+
+def cannot_continue(config: EvalConfig) -> RsdError:
+    expected = "a target by diffusion or flow matching that continues from a draft (docs/your_policy.md)"
+    return RsdError(f"--decode {FUSED}: expected {expected}, found {config.policy}; choose --decode {SKIPPING}")
+
+
+def steps_left(config: EvalConfig, target: Any) -> int:
+    """Denoising steps that a target takes from a draft, by default half of its own; `RsdError` where it cannot."""
+    most = getattr(target, "num_inference_steps", 0)
+    if not most:
+        raise cannot_continue(config)
+    steps = config.continue_steps or (most + 1) // 2
+    if steps > most:
+        raise RsdError(f"--continue-steps {steps}: expected at most {most}, all that {config.policy} takes")
+    return int(steps)
 
 
 def served(config: EvalConfig) -> RemotePolicy | OpenpiPolicy:
@@ -87,11 +107,9 @@ def choice(config: EvalConfig) -> Choice | None:
     from rsd.options import Choice
 
     if config.drafter:
-        return Choice(SKIPPING, "a drafter is given")
-    if config.custom:
-        return Choice(TARGET_ONLY, "it is a policy of one's own")
-    if config.lerobot:
-        return Choice(TARGET_ONLY, "it is LeRobot's")
+        return Choice(FUSED if config.continue_steps else SKIPPING, "a drafter is given")
+    if config.custom or config.lerobot:
+        return Choice(TARGET_ONLY, "it is LeRobot's" if config.lerobot else "it is a policy of one's own")
     if not config.served:
         return None
     from rsd.targets.remote.openpi import served_at
@@ -126,7 +144,7 @@ def alone(config: EvalConfig) -> EvalConfig:
     if config.execute not in (None, horizon):
         found = f"--execute {config.execute}: {config.drafter} drafts {horizon} at once"
         raise RsdError(f"{found}; leave it out, or distil another")
-    mine = [*OF_THE_GATE, "audit"]
+    mine = [*OF_THE_GATE, "audit", "continue_steps"]
     if config.served and not config.lerobot:  # a server has its own
         mine += OF_A_MACHINE
     given: dict[str, Any] = {name: getattr(EvalConfig, name) for name in mine}

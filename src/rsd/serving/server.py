@@ -40,7 +40,7 @@ class PolicyServer:
         """description, versions: `policy` and `versions` of `Welcome`; door: see `reserve`."""
         self._door = door
         self._service = PolicyService(policy)
-        self._description, self._versions = description, versions
+        self._about = description, versions
         self._thread = ThreadPoolExecutor(1, "policy")
 
     async def run(self, stop: asyncio.Event, listening: Callable[[str], None]) -> None:
@@ -49,16 +49,9 @@ class PolicyServer:
         policy = self._service.policy
         try:
             chunk = await loop.run_in_executor(self._thread, self._service.warm_up)
-            images = IMAGES[: policy.cameras]
-            welcome = Welcome(
-                policy.decode,
-                policy.image_size,
-                images,
-                tuple(chunk),
-                self._description,
-                self._versions,
-                policy.execute,
-            )
+            shown = policy.decode, policy.image_size, IMAGES[: policy.cameras], tuple(chunk)
+            steps = getattr(policy, "num_inference_steps", 0)
+            welcome = Welcome(*shown, *self._about, policy.execute, steps)
             hello = pack(asdict(welcome))
 
             async def handle(connection: ServerConnection) -> None:

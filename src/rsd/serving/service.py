@@ -21,7 +21,7 @@ from rsd.decoding.course import NOTHING, OWN, Course, agreed
 from rsd.evaluation.backend import cpu_model, rsd_policy
 from rsd.evaluation.config import EvalConfig
 from rsd.policy import RsdPolicy, SpeculativePolicy
-from rsd.targets.remote.request import CORRECTIONS, IMAGES, LIMITS, PROMPT, STATE, read_request
+from rsd.targets.remote.request import CORRECTIONS, DRAFT, IMAGES, LIMITS, PROMPT, STATE, read_request
 from rsd.targets.remote.wire import pack, unpack
 from rsd.types import RSD_ASYNC, STATE_DIM, ActionChunk, Observation, RsdError
 from rsd.versions import versions
@@ -121,8 +121,11 @@ class PolicyService:
                 return pack({"reset": True})
             if request.corrections and self.policy.decode != RSD_ASYNC:
                 raise RsdError(f"{CORRECTIONS}: expected a server of --decode {RSD_ASYNC}, found {self.policy.decode}")
+            if request.draft is not None and not getattr(self.policy, "num_inference_steps", 0):
+                raise RsdError(f"{DRAFT}: this policy does not continue from one; leave it out")
             session.corrections = request.corrections
-            chunk, before = self.predict(session, request.observation)
+            more = {} if request.draft is None else {"draft": request.draft}
+            chunk, before = self.predict(session, request.observation, **more)
         except Exception as error:  # of the policy: the others' connections must not end with it
             if not isinstance(error, RsdError):
                 traceback.print_exc()
@@ -158,13 +161,16 @@ class PolicyService:
         correction = {"actions": found.answer, "stats": asdict(found.stats)}
         return pack({"correction": correction, "server_timing": timing})
 
-    def predict(self, session: Session, observation: Observation) -> tuple[ActionChunk, ActionChunk | None]:
-        """The chunk to answer with, and the one before, once the target has looked, of a policy that corrects."""
+    def predict(
+        self, session: Session, observation: Observation, **more: Any
+    ) -> tuple[ActionChunk, ActionChunk | None]:
+        """The chunk to answer with, and the one before, once the target has looked, of a policy that corrects. more:
+        `draft` of a request, for a policy that can continue from one."""
         self.verify(session)
         if session.instruction != observation.instruction:
             session.end_episode()
         session.instruction, before = "", session.found  # a prediction that fails ends the episode
-        (chunk,), (session.state,), session.pending = self.policy.predict([observation], [session.state])
+        (chunk,), (session.state,), session.pending = self.policy.predict([observation], [session.state], **more)
         checked_chunk(chunk)
         if self.policy.decode == RSD_ASYNC and not session.corrections and not self._may_begin(session, chunk):
             (found,), (session.state,) = self.policy.verify_pending(session.pending)

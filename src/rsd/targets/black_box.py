@@ -34,7 +34,7 @@ from rsd.policy import TextCache
 from rsd.runtime.engines import choose_engine, make_engine
 from rsd.targets.drafter_files import StoredDrafter, load_models, read_drafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import AUTO, TARGET_ONLY, ActionChunk, Chunks, ChunkStats, Observation, Policy, RsdError
+from rsd.types import AUTO, TARGET_ONLY, ActionChunk, Chunks, ChunkStats, Continues, Observation, Policy, RsdError
 
 DRAFTED = ChunkStats("rsd-skip")
 RULE = "margin"  # a drafted digit stands if the finer levels can take out what it is off
@@ -156,10 +156,12 @@ class SpeculatingPolicy:
     """One episode of a target with its drafter, for a rollout."""
 
     def __init__(
-        self, drafter: Drafter, target: Policy | None, skip: SkipRule, decode: str, *, audit: bool = False
+        self, drafter: Drafter, target: Policy | None, skip: SkipRule, decode: str, audit: bool = False, steps: int = 0
     ) -> None:
-        """target: None with `drafter-only`. audit: it is also asked beside every skipped chunk, outside the times."""
+        """target: None with `drafter-only`. audit: it is also asked beside every skipped chunk, outside the times.
+        steps: of `rsd-fused`, whose target `Continues` from every draft."""
         self.drafter, self.target, self.skip, self.decode, self.audit = drafter, target, skip, decode, audit
+        self.steps = steps
         self.image_size = target.image_size if target is not None else max(128, drafter.stored.config.image_size)
         self._state = EpisodeState()
 
@@ -178,6 +180,11 @@ class SpeculatingPolicy:
         stats = ChunkStats(self.decode, expected_deviation_mm=proposal.expected_mm)
         if self.target is None:
             return self._timed(ActionChunk(proposal.actions, replace(stats, skipped=True)), begin, drafted)
+        if self.steps:
+            target = cast(Continues, self.target)
+            actions = target.continue_from(observation, proposal.actions, self.steps).actions
+            stats = replace(stats, prefills=1, denoising_steps=self.steps, steps_in_full=target.num_inference_steps)
+            return self._timed(ActionChunk(self.drafter.cut(actions), stats), begin, drafted)
         stats = replace(stats, skipped=proposal.trusted, forced=proposal.forced)
         if proposal.trusted:
             self._state = self.drafter.after(self._state, proposal.actions, None)

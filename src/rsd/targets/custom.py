@@ -13,12 +13,16 @@ import inspect
 import re
 import sys
 import time
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-from rsd.checks import ImageSize, checked, shown
+import numpy as np
+from numpy.typing import NDArray
+
+from rsd.checks import Count, ImageSize, checked, shown
 from rsd.chunks import environment_ready
 from rsd.manifest import file_sha256
 from rsd.types import TARGET_ONLY, ActionChunk, ChunkStats, Observation, RsdError, Steps, check_observation
@@ -49,6 +53,8 @@ class CustomPolicy:
             raise RsdError(f"{spec}: cannot be made ({type(error).__name__}: {error!s:.300})") from error
         size = getattr(self.policy, "image_size", RENDER_SIZE)
         self.image_size: int = checked(ImageSize, size, f"{spec}: image_size")
+        steps = getattr(self.policy, "num_inference_steps", 0) if hasattr(kind, "continue_from") else 0
+        self.num_inference_steps: int = checked(Count, steps, f"{spec}: num_inference_steps")
         self._seeded = "seed" in inspect.signature(self.policy.reset).parameters
 
     def reset(self, seed: int | None = None) -> None:
@@ -56,9 +62,16 @@ class CustomPolicy:
 
     def predict(self, observation: Observation) -> ActionChunk:
         """latency_ms: `total` is what the class took."""
+        return self._asked(self.policy.predict, observation)
+
+    def continue_from(self, observation: Observation, draft: NDArray[np.float32], steps: int) -> ActionChunk:
+        """As `rsd.types.Continues` has it, of a class that has the method."""
+        return self._asked(self.policy.continue_from, observation, draft, steps)
+
+    def _asked(self, method: Callable[..., Any], observation: Observation, *more: Any) -> ActionChunk:
         observation = check_observation(observation)
         start = time.perf_counter()
-        answer = self.policy.predict(observation)
+        answer = method(observation, *more)
         stats = ChunkStats(self.decode, prefills=1, latency_ms={"total": 1e3 * (time.perf_counter() - start)})
         actions = answer.actions if isinstance(answer, ActionChunk) else answer
         return ActionChunk(environment_ready(actions, self.spec, self._steps), stats)

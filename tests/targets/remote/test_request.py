@@ -79,6 +79,14 @@ def test_a_reset_comes_alone_or_with_an_observation() -> None:
         assert (request.reset, request.observation is None) == (expected, False)
 
 
+def test_a_draft_to_continue_from_comes_with_its_steps() -> None:
+    draft = np.linspace(-1, 1, 56, dtype=np.float32).reshape(8, 7)
+    request = read_request(content(draft=draft, steps=3), SIZE, 2)
+    assert request.draft is not None
+    assert (request.draft[0].tolist(), request.draft[1]) == (draft.tolist(), 3)
+    assert read_request(content(), SIZE, 2).draft is None
+
+
 @pytest.mark.parametrize(
     ("message", "error"),
     [
@@ -88,6 +96,9 @@ def test_a_reset_comes_alone_or_with_an_observation() -> None:
         (content(restart=True), "found 'restart' besides"),
         (content(reset=1), "reset: expected true or false, found 1"),
         (content(prompt=b"x"), "prompt: expected text, found bytes"),
+        (content(draft=np.zeros((8, 6), np.float32), steps=2), r"draft: expected \[H, 7\]"),
+        (content(draft=np.zeros((8, 7), np.float32)), "steps: expected"),
+        (content(steps=2), "draft: expected"),
         (content(prompt=" "), "instruction: expected text, found an empty string"),
         (content(state=np.zeros(7)), r"state: expected \[8\], found \[7\]"),
         (content(state=np.full(8, np.nan)), "expected finite numbers"),

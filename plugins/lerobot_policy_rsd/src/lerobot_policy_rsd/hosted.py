@@ -22,6 +22,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from lerobot.utils.import_utils import register_third_party_plugins
 from torch import nn
 
+from lerobot_policy_rsd.continuing import inference_steps, steps_left
 from rsd import hub
 from rsd.checks import ImageSize, checked, told
 from rsd.chunks import environment_ready
@@ -75,6 +76,7 @@ class HostedPolicy:
         most = int(getattr(self.config, "n_action_steps", 1))
         self.horizon = execute or (1 if needs_every_step(self.policy) else most)
         self.execute = self.horizon
+        self.num_inference_steps = inference_steps(self.policy) if self.horizon > 1 else 0  # of one action no draft
         longest = int(getattr(self.config, "chunk_size", most)) if self.whole else most
         if self.execute > longest:
             raise RsdError(f"--execute {execute}: expected at most {longest}, all that policy {name} gives")
@@ -98,13 +100,20 @@ class HostedPolicy:
         return episode
 
     def predict(
-        self, observations: Sequence[Observation], states: Sequence[Episode | None]
+        self,
+        observations: Sequence[Observation],
+        states: Sequence[Episode | None],
+        draft: tuple[np.ndarray, int] | None = None,
     ) -> tuple[list[ActionChunk], list[Episode], None]:
-        """One observation, and its episode or None at its start. latency_ms: `total`, processors included."""
+        """One observation, and its episode or None at its start. draft: actions [H, 7] to continue from, and how many
+        denoising steps to take. latency_ms: `total`, processors included."""
         (observation,), (episode,) = observations, states
+        if draft is not None and draft[1] > self.num_inference_steps:
+            found = f"expected at most {self.num_inference_steps}, the denoising steps of {self.name}, found {draft[1]}"
+            raise RsdError(f"steps: {found}")
         episode = episode or self.begin()
         start, asked = time.perf_counter(), episode.passes
-        actions = self.actions(episode.policy, observation)
+        actions = self.actions(episode.policy, observation, draft)
         latency = {"total": 1e3 * (time.perf_counter() - start)}
         if not observation.images.any():  # nobody's view: the server's own warm-up, whose actions nobody executes
             actions = np.clip(np.nan_to_num(actions), -1, 1)
@@ -115,8 +124,10 @@ class HostedPolicy:
         raise RsdError("a LeRobot policy leaves nothing pending")
 
     @torch.inference_mode()
-    def actions(self, policy: PreTrainedPolicy, observation: Observation) -> np.ndarray:
-        """[n, 7] as the post-processor gives them."""
+    def actions(
+        self, policy: PreTrainedPolicy, observation: Observation, draft: tuple[np.ndarray, int] | None = None
+    ) -> np.ndarray:
+        """[n, 7] as the post-processor gives them. The pre-processor normalises a draft by the policy's statistics."""
         seen: dict[str, Any] = {
             key: torch.from_numpy(np.ascontiguousarray(view)).permute(2, 0, 1)[None].float() / 255
             for key, view in zip(self.keys, observation.images, strict=True)
@@ -125,15 +136,22 @@ class HostedPolicy:
         seen |= {OBS_STATE: torch.from_numpy(observation.state.copy())[None], "task": [observation.instruction]}
         if OBS_ENV_STATE in self.config.input_features:
             seen[OBS_ENV_STATE] = torch.from_numpy(word_flags(observation.instruction))[None]
-        batch = self.before(seen)
-        if self.whole:
-            chosen = policy.predict_action_chunk(batch)[0]
-        elif self.horizon == 1:
-            chosen = policy.select_action(batch)
+        if draft is None:
+            chosen = self.chosen(policy, self.before(seen))
         else:
-            policy.reset()
-            chosen = torch.cat([policy.select_action(dict(batch)) for _ in range(self.horizon)])
+            batch = self.before({**seen, ACTION: torch.from_numpy(draft[0].copy())[None]})
+            with steps_left(policy, batch.pop(ACTION), draft[1]) as noise:
+                chosen = self.chosen(policy, batch, noise=noise)
         return self.after(chosen).float().cpu().numpy()
+
+    def chosen(self, policy: PreTrainedPolicy, batch: dict[str, Any], **noise: torch.Tensor) -> torch.Tensor:
+        """Normalised actions [n, 7]. noise: of a policy that denoises, where to begin."""
+        if self.whole:
+            return policy.predict_action_chunk(batch, **noise)[0]
+        if self.horizon == 1:
+            return policy.select_action(batch)
+        policy.reset()
+        return torch.cat([policy.select_action(dict(batch), **noise) for _ in range(self.horizon)])
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rsd.checks import Time, checked
 from rsd.chunks import MOST_STEPS, ROUNDING, checked_chunk
 from rsd.json_files import from_json
 from rsd.targets.remote.connection import Connection
-from rsd.targets.remote.request import CORRECTIONS, IMAGES, MAX_SIDE, PROMPT, RESET, STATE
+from rsd.targets.remote.request import CORRECTIONS, DRAFT, IMAGES, MAX_SIDE, PROMPT, RESET, STATE, STEPS
 from rsd.targets.remote.wire import Welcome, pack, unpack
 from rsd.types import ACTION_DIM, VERIFY_PENDING, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
@@ -32,16 +33,9 @@ class RemotePolicy:
         """address: ws://HOST:PORT; timeout_s: how long to wait for any answer."""
         self.address = address
         self._connection = Connection(address, timeout_s, "an `rsd serve`")
-        self.welcome = self._connect()
-        self._first = True
-
-    @property
-    def image_size(self) -> int:
-        return self.welcome.image_size
-
-    @property
-    def decode(self) -> str:
-        return self.welcome.decode
+        self.welcome, self._first = self._connect(), True
+        self.decode, self.image_size = self.welcome.decode, self.welcome.image_size
+        self.num_inference_steps = self.welcome.num_inference_steps
 
     def reset(self, seed: int | None = None) -> None:
         """Forget the episode so far, with the next observation. Nothing that is served is drawn: no seed counts."""
@@ -53,12 +47,18 @@ class RemotePolicy:
     def predict(self, observation: Observation) -> ActionChunk:
         """latency_ms: `total` is the whole round trip, `queue` the wait for other clients, `network` the way there and
         back with packing and unpacking."""
+        return self._asked(observation, {CORRECTIONS: True} if self._corrects else {})
+
+    def continue_from(self, observation: Observation, draft: NDArray[np.float32], steps: int) -> ActionChunk:
+        """As `rsd.types.Continues` has it, of a server whose welcome tells of denoising steps."""
+        return self._asked(observation, {DRAFT: draft, STEPS: steps})
+
+    def _asked(self, observation: Observation, more: dict[str, Any]) -> ActionChunk:
         observation = check_observation(observation)
         start = time.perf_counter()
         views = {key: view for key, view in zip(IMAGES, observation.images, strict=True) if key in self.welcome.images}
         words = {STATE: observation.state, PROMPT: observation.instruction, RESET: self._first}
-        request: dict[str, Any] = {**views, **words, **({CORRECTIONS: True} if self._corrects else {})}
-        answer = unpack(self._connection.ask(pack(request)), whose=self.address)
+        answer = unpack(self._connection.ask(pack({**views, **words, **more})), whose=self.address)
         self._first = False
         total = 1e3 * (time.perf_counter() - start)
         try:

@@ -6,6 +6,7 @@ On connecting the server says its metadata, any map. An episode is a connection:
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -114,11 +115,8 @@ def identity_of(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def metadata_at(address: str) -> dict[str, Any]:
     """What the server there says first."""
-    connection = Connection(address, 60.0, WANTED)
-    try:
+    with closing(Connection(address, 60.0, WANTED)) as connection:
         return read_metadata(address, connection.open())
-    finally:
-        connection.close()
 
 
 def served_at(address: str, steps: int | None = None) -> RemotePolicy | OpenpiPolicy:

@@ -14,16 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from rsd.checks import checked
 from rsd.targets.remote.wire import Limits
-from rsd.types import CAMERAS, Observation, RsdError, real_array
+from rsd.types import ACTION_DIM, CAMERAS, Observation, RsdError, Steps, real_array
 
 IMAGES = ("observation/image", "observation/wrist_image")  # in the order of CAMERAS
 STATE, PROMPT, RESET, CORRECTIONS = "observation/state", "prompt", "reset", "corrections"
-KEYS = (*IMAGES, STATE, PROMPT, RESET, CORRECTIONS)
+DRAFT, STEPS = "draft", "steps"
+KEYS = (*IMAGES, STATE, PROMPT, RESET, CORRECTIONS, DRAFT, STEPS)
 # A policy of 256 px may be sent openpi's 224, not LIBERO's 128: what it looks for would not be there.
 MIN_SCALE = 0.75
 MAX_SIDE = 2048  # pixels
-# five fields, the shapes of three arrays, a state as a list
+# the fields, the shapes of four arrays, a state as a list
 LIMITS = Limits(text=1 << 16, array=3 * MAX_SIDE**2, elements=256)
 # OpenVLA's filter. On 16 frames of 4 tasks, drawn at 256 px and sent as 224, it moved the shipped policy's chunks by
 # 0.0016 on average (commands in [-1, 1]) from those of frames drawn at 128; other antialiased filters 0.0017 to 0.0024.
@@ -33,11 +35,13 @@ FILTER = Image.Resampling.LANCZOS
 @dataclass(frozen=True)
 class Request:
     """reset: an episode begins. observation: None where nothing but that is said. corrections: of `rsd-async`, the
-    answer is always a draft, and a second message holds what the target makes of it."""
+    answer is always a draft, and a second message holds what the target makes of it. draft: actions [H, 7] to continue
+    from, and how many denoising steps to take."""
 
     observation: Observation | None
     reset: bool
     corrections: bool = False
+    draft: tuple[NDArray[np.float32], int] | None = None
 
 
 def read_request(content: Any, image_size: int, cameras: int) -> Request:
@@ -66,7 +70,11 @@ def read_request(content: Any, image_size: int, cameras: int) -> Request:
     # a camera that this policy does not look at
     views += [np.zeros_like(views[0])] * (len(CAMERAS) - len(views))
     observation = Observation(np.stack(views), real_array(STATE, content[STATE]), content[PROMPT])
-    return Request(observation, bool(reset), bool(corrections))
+    draft = None
+    if DRAFT in content or STEPS in content:
+        actions = real_array(DRAFT, content.get(DRAFT), shape=("H", ACTION_DIM))
+        draft = actions, checked(Steps, content.get(STEPS), STEPS)
+    return Request(observation, bool(reset), bool(corrections), draft)
 
 
 def excerpt(value: Any, most: int = 100) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rsd.checks import Word
+from rsd.checks import Count, Word
 from rsd.extras import extra
 from rsd.types import RsdError
 
@@ -104,7 +104,8 @@ class Welcome:
     """What a client gets to know on connecting. images: the keys it must send; chunk: shape of an answer's actions;
     execute: how many of them before the next request, None: all.
 
-    policy: what names the weights beyond doubt; versions: of what computes, and the device.
+    policy: what names the weights beyond doubt; versions: of what computes, and the device. num_inference_steps: of a
+    policy that can continue from a draft its denoising steps, else 0.
     """
 
     decode: Word
@@ -114,3 +115,4 @@ class Welcome:
     policy: dict[str, Any]
     versions: dict[str, str]
     execute: int | None = None
+    num_inference_steps: Count = 0
