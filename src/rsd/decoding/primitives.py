@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -56,7 +56,6 @@ class Engine(Protocol):
 
     def __call__(self, ops: Primitives, step: Step, body: Callable[..., T], args: tuple[Any, ...]) -> T:
         """What body(ops, *args) gives."""
-        ...
 
 
 def primitive(
@@ -266,8 +265,7 @@ class Primitives:
         drafter = self.drafter
         known = memory.known if memory is not None else None
         features = drafter.perceive(seen.images, self.target.normalise(seen.state), seen.text[1], memory, known)
-        draft = draft_levels(self, drafter.levels, features)
-        return Draft(draft.motion, draft.gripper, draft.prefixes, draft.probs, features)
+        return replace(draft_levels(self, drafter.levels, features), features=features)
 
     @primitive("draft", small=True)
     def forecast(self, draft: Draft) -> Forecast:

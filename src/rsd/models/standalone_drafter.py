@@ -30,8 +30,7 @@ class StandaloneDrafter(nn.Module):
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Word ids [B, 32] -> language tokens [B, 1, Dt], condition [B, Dt]."""
-        tokens, condition = self.text(ids)
-        return tokens, condition
+        return self.text(ids)
 
     def normalise(self, state: Tensor) -> Tensor:
         """State features [B, 11] in standard deviations of the training data."""

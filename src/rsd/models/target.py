@@ -189,8 +189,7 @@ class BlockTarget(nn.Module, ABC):
         if count > 1:
             own = self._block_mask(count, x.device)
             mask = torch.cat([own.new_ones(count * h, cache.length), own], dim=1)
-        hidden = self.trunk(x, cache, mask)
-        return list(hidden.split(h, dim=1))
+        return list(self.trunk(x, cache, mask).split(h, dim=1))
 
     def whole(self, value: Tensor, cache: KVCache, length: int) -> Tensor:
         """The block of `prefill_whole` in a pass of its own, after a prefix of `length`, which is all it sees of the
@@ -247,8 +246,7 @@ class TargetModel(BlockTarget):
         self.grounding_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1)) if config.grounded else None
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, condition = self.text(ids)
-        return tokens, condition
+        return self.text(ids)
 
     def embed_prefix(self, images: Tensor, state: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         tokens, condition = text

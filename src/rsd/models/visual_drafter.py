@@ -93,13 +93,11 @@ class VisualDrafter(nn.Module):
         queries = self.queries.expand(len(single), -1, -1).to(single.dtype)
         seen = self.image_in(torch.cat(tokens, dim=1)) + self.image_position
         x = torch.cat([seen, single, queries], dim=1)
-        cache, mask = KVCache(), None
-        if memory is not None:
-            cache = KVCache(list(memory.keys), list(memory.values))
+        cache = KVCache() if memory is None else KVCache(list(memory.keys), list(memory.values))
+        mask = None
         if known is not None:
-            mask = torch.cat([known[:, None].expand(-1, cache.length), known.new_ones(len(x), x.shape[1])], dim=1)[
-                :, None, None
-            ].expand(-1, 1, x.shape[1], -1)
+            row = torch.cat([known[:, None].expand(-1, cache.length), known.new_ones(len(x), x.shape[1])], dim=1)
+            mask = row[:, None, None].expand(-1, 1, x.shape[1], -1)
         return self.trunk(x, cache, mask)[:, -len(self.queries) :]
 
     def remainder(self, features: Tensor, prefix: Tensor, gripper: Tensor) -> Tensor:

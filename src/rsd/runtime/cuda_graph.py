@@ -21,15 +21,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Call = Callable[[Sequence[Tensor]], Any]
-WARM_UP = 2  # calls before a capture: libraries choose algorithms and allocate workspaces
 
 
-def capture(
-    call: Callable[[], T], warm_up: int = WARM_UP, between: Callable[[], None] | None = None
-) -> Callable[[], T]:
+def capture(call: Callable[[], T], warm_up: int = 2, between: Callable[[], None] | None = None) -> Callable[[], T]:
     """The call as one CUDA graph: replays give the same tensors, with new contents; random numbers are drawn anew.
 
-    between: what is to be done after every call that only warms up."""
+    warm_up: calls before, in which libraries choose algorithms and allocate workspaces; between: done after each."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
