@@ -63,8 +63,7 @@ def located(path: str | Path) -> tuple[Path, bool]:
 
 def provenance(folder: Path) -> dict[str, Any]:
     """What is known of a data set's making: more where `rsd demos export` has written it."""
-    found = {"recorded_by": "a LeRobot data set", "format": read_info(folder)["codebase_version"]}
-    return {**found, **own_words(folder)}
+    return {"recorded_by": "a LeRobot data set", "format": read_info(folder)["codebase_version"], **own_words(folder)}
 
 
 def own_words(folder: Path) -> dict[str, Any]:
@@ -76,7 +75,9 @@ def read_rows(folder: Path, info: Mapping[str, Any], columns: Mapping[str, int])
     """Columns by name, with their widths; 0: a plain number.
 
     Raises RsdError for missing or damaged files, frames that are missing or twice there, and NaN."""
-    files = data_files(folder)
+    files = sorted((folder / "data").glob("*/*.parquet"))
+    if not files:
+        raise RsdError(f"LeRobot data set {folder}: expected data/chunk-*/*.parquet, found none; download the data too")
     names = [*columns, EPISODE, FRAME]
     tables = [read_columns(path, names) for path in files]
     found = {
@@ -120,8 +121,7 @@ def read_info(folder: Path) -> dict[str, Any]:
         remedy = "`hf download ID --repo-type dataset --local-dir DIR` gets one from the hub"
         raise RsdError(f"{LEROBOT}{folder}: expected the folder of a LeRobot data set, found none; {remedy}")
     info = read_object(path, "a LeRobot data set")
-    found = info.get("codebase_version")
-    if found not in FORMATS:
+    if (found := info.get("codebase_version")) not in FORMATS:
         raise RsdError(
             f"{path}: expected a LeRobot data set of format {', '.join(FORMATS)}, found {found!r:.80}; convert it with "
             "LeRobot's own scripts"
@@ -144,25 +144,19 @@ def action_feature(folder: Path, info: Mapping[str, Any]) -> tuple[str, int]:
         named = info.get("features")
         found = ", ".join(sorted(named)) if isinstance(named, dict) and named else "none"
         raise RsdError(f"LeRobot data set {folder}: expected the feature {ACTION_KEYS[0]}, found {found:.200}")
-    return key, vector_size(folder, key, features[key])
-
-
-def vector_size(folder: Path, key: str, feature: Mapping[str, Any]) -> int:
-    shape, kind = feature.get("shape"), feature.get("dtype", "float32")
+    shape, kind = features[key].get("shape"), features[key].get("dtype", "float32")
     if not str(kind).startswith(("float", "int")):
         raise RsdError(f"LeRobot data set {folder}: expected {key} to be of numbers, found the dtype {kind!r:.80}")
     if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
         raise RsdError(f"LeRobot data set {folder}: expected {key} to be a vector, found the shape {shape!r:.80}")
-    return shape[0]
+    return key, shape[0]
 
 
 def read_tasks(folder: Path) -> dict[int, str]:
     """The instructions by their number, of either format."""
     if (folder / TASKS).is_file():
         table = read_columns(folder / TASKS, None)
-        texts = [
-            name for name in table.column_names if str(table.schema.field(name).type) in ("string", "large_string")
-        ]
+        texts = [field.name for field in table.schema if str(field.type) in ("string", "large_string")]
         if TASK not in table.column_names or len(texts) != 1:
             found = ", ".join(table.column_names) or "none"
             raise RsdError(f"{folder / TASKS}: expected the column {TASK} and one of texts, found {found:.200}")
@@ -181,13 +175,6 @@ def read_tasks(folder: Path) -> dict[int, str]:
             expected = "a number and an instruction in every task"
             raise RsdError(f"LeRobot data set {folder}: expected {expected}, found {number!r:.40} and {text!r:.80}")
     return dict(pairs)
-
-
-def data_files(folder: Path) -> list[Path]:
-    found = sorted((folder / "data").glob("*/*.parquet"))
-    if not found:
-        raise RsdError(f"LeRobot data set {folder}: expected data/chunk-*/*.parquet, found none; download the data too")
-    return found
 
 
 def read_columns(path: Path, columns: list[str] | None) -> pyarrow.Table:

@@ -120,7 +120,6 @@ def features_of(side: int, videos: bool, executed: bool, words: bool) -> dict[st
         picture["info"] = {**size, **{f"video.{key}": value for key, value in kind.items()}, "has_audio": False}
     action = {"dtype": "float32", "shape": [ACTION_DIM], "names": [*POSE, "gripper"]}
     state = {"dtype": "float32", "shape": [STATE_DIM], "names": [*POSE, "finger1", "finger2"]}
-    counted = {key: {"dtype": "int64", "shape": [1], "names": None} for key in (FRAME, EPISODE, "index", TASK)}
     return {
         **dict.fromkeys(CAMERAS, picture),
         STATE: state,
@@ -128,7 +127,7 @@ def features_of(side: int, videos: bool, executed: bool, words: bool) -> dict[st
         ACTION: action,
         **({EXECUTED: action} if executed else {}),
         "timestamp": {"dtype": "float32", "shape": [1], "names": None},
-        **counted,
+        **{key: {"dtype": "int64", "shape": [1], "names": None} for key in (FRAME, EPISODE, "index", TASK)},
     }
 
 
@@ -155,7 +154,6 @@ class Writer:
         self._statistics, self._pool = Statistics(), ThreadPoolExecutor(os.cpu_count())
 
     def add(self, demonstration: Demonstration) -> None:
-        """The next episode."""
         images, steps = demonstration.images, len(demonstration)
         if images is None:
             raise RsdError(f"{demonstration.source}: states only, without images; run `rsd demos render` on it first")
@@ -227,9 +225,7 @@ class Writer:
         return self._arrow.FixedSizeListArray.from_arrays(self._arrow.array(values.ravel()), values.shape[1])
 
     def _pictures(self, view: NDArray[np.uint8]) -> pyarrow.Array:
-        cells = [
-            {"bytes": data, "path": f"frame-{number:06d}.png"} for number, data in enumerate(self._pool.map(png, view))
-        ]
+        cells = [{"bytes": data, "path": f"frame-{i:06d}.png"} for i, data in enumerate(self._pool.map(png, view))]
         text, binary = self._arrow.string(), self._arrow.binary()
         return self._arrow.array(cells, self._arrow.struct([("bytes", binary), ("path", text)]))
 

@@ -71,11 +71,17 @@ class VideoCamera:
 
     def __init__(self, folder: Path, info: Mapping[str, Any], rows: Rows, key: str) -> None:
         self._rows, self._key, self._where = rows, key, f"LeRobot data set {folder}"
-        self._fps = self._positive(info, "fps")
+        self._fps = float(info["fps"])  # which `lerobot_libero.check_rate` has seen
         if info["codebase_version"] == "v3.0":
             self._places = self._third_format(folder)
         else:
-            self._places = self._second_format(folder, int(self._positive(info, "chunks_size")))
+            size = info.get("chunks_size")
+            if not isinstance(size, int | float) or isinstance(size, bool) or not 1 <= size <= 1e6:
+                expected = "chunks_size in meta/info.json from 1 to 1000000"
+                raise RsdError(f"{self._where}: expected {expected}, found {size!r:.40}")
+            episodes = np.unique(rows.columns[EPISODE]).tolist()
+            names = {each: OLD_VIDEO.format(key=key, chunk=each // int(size), episode=each) for each in episodes}
+            self._places = {each: (folder / name, 0) for each, name in names.items()}
         self._path, self._next = Path(), 0
         self._frames: Iterator[NDArray[np.uint8]] = iter(())
 
@@ -94,17 +100,6 @@ class VideoCamera:
             raise RsdError(f"{path}: expected {expected}, found {len(found)} of these {count}; download it again")
         return np.stack(found)
 
-    def _positive(self, info: Mapping[str, Any], name: str) -> float:
-        value = info.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 1 <= value <= 1e6:
-            raise RsdError(f"{self._where}: expected {name} in meta/info.json from 1 to 1000000, found {value!r:.40}")
-        return float(value)
-
-    def _second_format(self, folder: Path, size: int) -> dict[int, tuple[Path, int]]:
-        episodes = np.unique(self._rows.columns[EPISODE]).tolist()
-        names = {each: OLD_VIDEO.format(key=self._key, chunk=each // size, episode=each) for each in episodes}
-        return {each: (folder / name, 0) for each, name in names.items()}
-
     def _third_format(self, folder: Path) -> dict[int, tuple[Path, int]]:
         """Where each episode's frames are, by `meta/episodes`."""
         names = [f"videos/{self._key}/{each}" for each in ("chunk_index", "file_index", "from_timestamp")]
@@ -115,9 +110,8 @@ class VideoCamera:
                 episode, chunk, file, start = row
                 placed = isinstance(start, float | int) and 0 <= start < 1e9
                 if not placed or any(type(each) is not int or each < 0 for each in row[:3]):
-                    raise RsdError(
-                        f"{path}: expected where episode {episode!r:.20} is in the videos, found {row!r:.120}"
-                    )
+                    expected = f"where episode {episode!r:.20} is in the videos"
+                    raise RsdError(f"{path}: expected {expected}, found {row!r:.120}")
                 name = VIDEO.format(key=self._key, chunk=chunk, file=file)
                 found[episode] = folder / name, round(start * self._fps)
         return found

@@ -104,13 +104,12 @@ def read_episodes(folder: Path, images: bool, image_size: int = 0, most: int | N
     for part, instruction in zip(rows.episodes(), instructions, strict=True):
         taken[instruction] = taken.get(instruction, 0) + 1
         if most is None or taken[instruction] <= most:
-            pictures = read(part) if read is not None else None
             executed, expected = (converted(values[part], sense) for values in (actions, labels))
             yield Demonstration(
                 task=re.sub(r"\W+", "_", instruction.strip()),
                 episode=f"episode_{rows.columns[EPISODE][part.start]}",
                 instruction=instruction,
-                images=pictures,
+                images=read(part) if read is not None else None,
                 state=state[part],
                 actions=executed,
                 labels=expected,
@@ -237,9 +236,8 @@ def check_commands(where: str, key: str, labels: NDArray[np.float32], sense: tup
 
 def converted(actions: NDArray[np.float32], sense: tuple[float, float] | None) -> NDArray[np.float32]:
     """With LIBERO's gripper: -1 opens, +1 closes."""
-    if sense in (None, (GRIPPER_OPEN, GRIPPER_CLOSE)):
+    if sense is None or sense == (GRIPPER_OPEN, GRIPPER_CLOSE):
         return actions
-    assert sense is not None
     gripper = np.where(actions[:, GRIPPER:] == sense[0], GRIPPER_OPEN, GRIPPER_CLOSE)
     return np.hstack([actions[:, :GRIPPER], gripper]).astype(np.float32)
 

@@ -108,7 +108,6 @@ def check_actions(
 
 
 def write_episode(group: h5py.Group, episode: Episode) -> None:
-    """Fills the group of one demonstration."""
     steps = len(episode.actions)
     done = (np.arange(steps) >= episode.success_step).astype(np.uint8)
     datasets = {
