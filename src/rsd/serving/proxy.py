@@ -26,7 +26,7 @@ from rsd.decoding.gate import SkipRule
 from rsd.decoding.state import EpisodeState
 from rsd.extras import extra
 from rsd.serving.server import serve_until
-from rsd.serving.service import in_words
+from rsd.serving.service import blank, in_words
 from rsd.targets.black_box import Drafter, Proposal
 from rsd.targets.remote.openpi import SPECULATION, read_metadata, same
 from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, RESET, STATE, square
@@ -224,12 +224,6 @@ def require_keys(content: Mapping[Any, Any]) -> None:
     """Before anything is asked of the server behind."""
     if missing := [key for key in (*IMAGES, STATE, PROMPT) if key not in content]:
         raise RsdError(f"message: the drafter needs {', '.join(missing)}; found {', '.join(map(str, content)):.200}")
-
-
-def blank(size: int) -> dict[str, Any]:
-    """An observation of nothing, to warm up with."""
-    view = np.zeros((size, size, 3), np.uint8)
-    return {**dict.fromkeys(IMAGES, view), STATE: np.zeros(8), PROMPT: "pick up the black bowl"}
 
 
 def plain_stats(stats: ChunkStats) -> dict[str, Any]:

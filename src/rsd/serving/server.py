@@ -51,8 +51,7 @@ class PolicyServer:
             chunk = await loop.run_in_executor(self._thread, self._service.warm_up)
             shown = policy.decode, policy.image_size, IMAGES[: policy.cameras], tuple(chunk)
             steps = getattr(policy, "num_inference_steps", 0)
-            welcome = Welcome(*shown, *self._about, policy.execute, steps)
-            hello = pack(asdict(welcome))
+            hello = pack(asdict(Welcome(*shown, *self._about, policy.execute, steps)))
 
             async def handle(connection: ServerConnection) -> None:
                 with contextlib.suppress(ConnectionClosed):

@@ -94,9 +94,7 @@ class PolicyService:
 
     def warm_up(self) -> list[int]:
         """Take the whole path before anyone waits: lazy initialisation, CUDA graphs -> shape of an action chunk."""
-        side = self.policy.image_size + 2  # to be resized
-        content = {key: np.zeros((side, side, 3), dtype=np.uint8) for key in IMAGES}
-        message = pack({**content, STATE: np.zeros(STATE_DIM), PROMPT: "pick up the black bowl"})
+        message = pack(blank(self.policy.image_size + 2))  # to be resized
         session = Session()
         for _ in range(WARMUP_PREDICTIONS):
             answer = self.answer(session, message, time.perf_counter())
@@ -195,6 +193,12 @@ class PolicyService:
         session.found = replace(decided, answer=found.answer)
         session.left = Course.of(decided.actions[len(decided.executed) :], OWN)
         return session.found
+
+
+def blank(size: int) -> dict[str, Any]:
+    """An observation of nothing under openpi's keys, to warm up with."""
+    view = np.zeros((size, size, 3), np.uint8)
+    return {**dict.fromkeys(IMAGES, view), STATE: np.zeros(STATE_DIM), PROMPT: "pick up the black bowl"}
 
 
 def in_words(error: Exception, who: str = "policy") -> str:
