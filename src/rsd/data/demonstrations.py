@@ -45,9 +45,8 @@ def demonstration_files(path: str | Path) -> list[Path]:
         return [path]
     found = sorted(p for p in path.glob(f"*{FILE_SUFFIX}") if not p.name.startswith("."))
     if not found:
-        raise RsdError(
-            f"demonstrations: expected *{FILE_SUFFIX} in {path}, found none; collect them with `rsd demos collect`"
-        )
+        remedy = "collect them with `rsd demos collect`"
+        raise RsdError(f"demonstrations: expected *{FILE_SUFFIX} in {path}, found none; {remedy}")
     return found
 
 

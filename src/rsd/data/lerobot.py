@@ -75,9 +75,10 @@ def read_rows(folder: Path, info: Mapping[str, Any], columns: Mapping[str, int])
     """Columns by name, with their widths; 0: a plain number.
 
     Raises RsdError for missing or damaged files, frames that are missing or twice there, and NaN."""
+    where, again = f"LeRobot data set {folder}", "the download is incomplete, fetch the data folder again"
     files = sorted((folder / "data").glob("*/*.parquet"))
     if not files:
-        raise RsdError(f"LeRobot data set {folder}: expected data/chunk-*/*.parquet, found none; download the data too")
+        raise RsdError(f"{where}: expected data/chunk-*/*.parquet, found none; download the data too")
     names = [*columns, EPISODE, FRAME]
     tables = [read_columns(path, names) for path in files]
     found = {
@@ -86,28 +87,20 @@ def read_rows(folder: Path, info: Mapping[str, Any], columns: Mapping[str, int])
     }
     count, expected = len(found[FRAME]), info.get("total_frames", len(found[FRAME]))
     if type(expected) is not int or count != expected or not expected:
-        raise RsdError(
-            f"LeRobot data set {folder}: expected {expected!r:.40} frames as {INFO} says, found {count} in its "
-            "files; the download is incomplete, fetch the data folder again"
-        )
+        raise RsdError(f"{where}: expected {expected!r:.40} frames as {INFO} says, found {count} in its files; {again}")
     for name in columns:
         if not np.isfinite(found[name]).all():
-            raise RsdError(f"LeRobot data set {folder}: expected finite numbers in {name}, found NaN or infinity")
+            raise RsdError(f"{where}: expected finite numbers in {name}, found NaN or infinity")
     order = np.lexsort((found[FRAME], found[EPISODE]))
     found = {name: values[order] for name, values in found.items()}
     episode, frame = found[EPISODE], found[FRAME]
     starts = np.flatnonzero(np.r_[True, np.diff(episode) != 0])
     if (episodes := info.get("total_episodes", len(starts))) != len(starts):
-        raise RsdError(
-            f"LeRobot data set {folder}: expected {episodes!r:.40} episodes as {INFO} says, found {len(starts)}; the "
-            "download is incomplete, fetch the data folder again"
-        )
+        raise RsdError(f"{where}: expected {episodes!r:.40} episodes as {INFO} says, found {len(starts)}; {again}")
     for first, seen in zip(starts, np.split(frame, starts[1:]), strict=True):
         if not np.array_equal(seen, np.arange(len(seen))):
-            raise RsdError(
-                f"LeRobot data set {folder}: expected the frames 0..{len(seen) - 1} of episode {episode[first]}, each "
-                f"once, found {seen[0]}..{seen[-1]}"
-            )
+            frames = f"the frames 0..{len(seen) - 1} of episode {episode[first]}, each once"
+            raise RsdError(f"{where}: expected {frames}, found {seen[0]}..{seen[-1]}")
     lengths = [len(table) for table in tables]
     file = np.repeat(np.arange(len(files)), lengths)
     place = np.concatenate([np.arange(length) for length in lengths])

@@ -197,6 +197,7 @@ class Writer:
         for path, table in ((EPISODES, self._arrow.Table.from_pylist(self._notes)), (TASKS, self._tasks())):
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             self._parquet.write_table(table, self.folder / path)
+        place = "chunk-{chunk_index:03d}/file-{file_index:03d}"
         info = {
             "codebase_version": "v3.0",
             "robot_type": "panda",
@@ -208,10 +209,8 @@ class Writer:
             "video_files_size_in_mb": VIDEO_MB,
             "fps": CONTROL_HZ,
             "splits": {"train": f"0:{self.episodes}"},
-            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-            "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-            if self.videos
-            else None,
+            "data_path": f"data/{place}.parquet",
+            "video_path": f"videos/{{video_key}}/{place}.mp4" if self.videos else None,
             "features": features_of(self.side, self.videos, self.executed, self.words),
         }
         own: dict[str, Any] = {"recorded_by": "`rsd demos export`", "versions": versions(), "sources": sources}

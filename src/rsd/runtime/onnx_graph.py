@@ -95,9 +95,7 @@ class OnnxGraph:
                 shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
                 export(path, step, ops, call, given)
                 self.session = _session(path, threads)
-            outputs = [
-                torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors_of(expected)
-            ]
+            outputs = [torch.zeros_like(each, memory_format=torch.contiguous_format) for each in tensors_of(expected)]
         self.result = with_tensors(expected, iter(outputs))
         # an input that the outputs do not depend on is none of the graph's
         self.inputs = [(each.name, int(each.name.removeprefix(INPUT))) for each in self.session.get_inputs()]
