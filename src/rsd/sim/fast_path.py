@@ -218,9 +218,6 @@ class Contacts:
         return members
 
 
-Clock = tuple[float, bool, float, float]  # seconds since the last sample, sampled, period, delay (s)
-
-
 class Sampling:
     """`_update_observables` of a robosuite environment after each substep of ONE control step: `substep` n times, then
     `finish`.
@@ -275,7 +272,7 @@ class Sampling:
         self.finish()
 
     def _read(self) -> None:
-        clocks: set[Clock] = {
+        clocks = {  # seconds since the last sample, sampled, period, delay (s)
             (each._time_since_last_sample, each._sampled, each._sampling_timestep, each._current_delay)
             for each in self._observables
         }

@@ -157,8 +157,6 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         if chunk.ndim != 2 or chunk.shape[1] != ACTION_DIM or len(chunk) == 0:
             raise RsdError(f"actions: expected [H, {ACTION_DIM}] with H > 0, found {list(chunk.shape)}")
         chunk = np.clip(chunk, -1.0, 1.0)[: max(1, self.max_steps - self.steps)]
-        terminated = False
-        executed = 0
         for executed, action in enumerate(chunk, start=1):
             last = executed == len(chunk)
             if before_step is not None:

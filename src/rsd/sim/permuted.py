@@ -120,7 +120,6 @@ class SceneFile:
 
 
 def is_permuted(suite: str) -> bool:
-    """Whether the name is that of a permuted suite."""
     return suite in SUITES
 
 
@@ -290,8 +289,7 @@ def spatial_layout(scene: SceneFile, language: str, rng: np.random.Generator) ->
             at[bowl] = spot
     drawer = DRAWER in (relation, other)
     for bowl, words in ((BOWL, relation), (OTHER_BOWL, other)):
-        true = relations_of(bowl, at)
-        if bowl in at and true != {words}:  # of this bowl the words are true, and no others
+        if bowl in at and relations_of(bowl, at) != {words}:  # of this bowl the words are true, and no others
             return None
     if BETWEEN in (relation, other) and {relation, other} & {"next to the plate", "next to the ramekin"}:
         return None  # what stands between two things is nearly next to both
@@ -319,8 +317,7 @@ def spatial_layout(scene: SceneFile, language: str, rng: np.random.Generator) ->
         for bowl, words in ((BOWL, relation), (OTHER_BOWL, other))
         if not Combination(words, quarter, 4).held_out
     )
-    combination = Combination(relation, quarter, 4)
-    return Layout(tuple(start), (("on", BOWL, PLATE),), language, combination, regions, asks)
+    return Layout(tuple(start), (("on", BOWL, PLATE),), language, Combination(relation, quarter, 4), regions, asks)
 
 
 def _bowl_spot(words: str, at: dict[str, Point], rng: np.random.Generator) -> Point | None:
@@ -339,8 +336,6 @@ def _bowl_spot(words: str, at: dict[str, Point], rng: np.random.Generator) -> Po
 def relations_of(bowl: str, at: dict[str, Point]) -> set[str]:
     """Which of the suite's words are true of a bowl on the table, by the places of everything on it; empty also where
     it stands outside the table's free part."""
-    if bowl not in at:
-        return set()
     spot = np.array(at[bowl])
     low, high = np.array(BOWLS_TABLE)
     if not ((low <= spot) & (spot <= high)).all():

@@ -71,9 +71,8 @@ def check_gl() -> None:
 
 
 def _nvidia_egl_works() -> bool:
-    if not sys.platform.startswith("linux") or not Path("/dev/nvidiactl").exists():
-        return False
-    if ctypes.util.find_library("EGL") is None:
+    nvidia = sys.platform.startswith("linux") and Path("/dev/nvidiactl").exists()
+    if not nvidia or ctypes.util.find_library("EGL") is None:
         return False
     # a number that was asked for is no reason to draw elsewhere
     return EGL_NUMBER in os.environ or not _drawing_error("egl", None)
@@ -106,10 +105,8 @@ def _require_library(backend: str) -> None:
 
 def _pin_egl_device() -> None:
     """robosuite reads the EGL device from CUDA_VISIBLE_DEVICES and crashes on '' and on UUIDs: name one for it."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or EGL_NUMBER in os.environ:
-        return
-    if not all(part.strip().isdigit() for part in visible.split(",")):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    if EGL_NUMBER not in os.environ and not all(part.strip().isdigit() for part in visible.split(",")):
         os.environ[EGL_NUMBER] = "0"
 
 

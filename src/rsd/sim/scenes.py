@@ -37,7 +37,6 @@ def compiled(xml: str) -> mujoco.MjModel:
 
 
 def forget_contexts() -> None:
-    """Frees the idle contexts."""
     for gl_context, context in _contexts.values():
         gl_context.make_current()
         context.free()

@@ -146,9 +146,9 @@ def _benchmark(suite: str) -> Any:
     if suite in listed and _has_files(suite):
         return _listed(suite)
     near = difflib.get_close_matches(suite, suite_names(), n=5, cutoff=0.4) or MAIN_SUITES
-    found = f"{suite!r}, which {DISTRIBUTION} lists without its scene files" if suite in listed else repr(suite)
-    unknown = "" if suite in listed else "the unknown name "
-    raise RsdError(f"LIBERO suite: found {unknown}{found}; the nearest that can be run are {', '.join(near)}")
+    unknown = f"the unknown name {suite!r}"
+    found = f"{suite!r}, which {DISTRIBUTION} lists without its scene files" if suite in listed else unknown
+    raise RsdError(f"LIBERO suite: found {found}; the nearest that can be run are {', '.join(near)}")
 
 
 def step_limit(suite: str) -> int:
@@ -188,13 +188,7 @@ def suite_task(suite: str, task_id: int) -> SuiteTask:
 def bddl_file(suite: str, task_id: int) -> Path:
     """The scene file of a task. Raises RsdError if the installed LIBERO lacks it."""
     suite_task(suite, task_id)
-    path = _scene_path(_benchmark(suite).get_task(task_id))
-    if not path.is_file():
-        raise RsdError(
-            f"scene file of {suite} task {task_id}: expected {path}, found none; the installed {DISTRIBUTION} "
-            "lists the suite without its files"
-        )
-    return path
+    return _scene_path(_benchmark(suite).get_task(task_id))
 
 
 @functools.cache
@@ -213,7 +207,6 @@ def init_states(suite: str, task_id: int) -> NDArray[np.float64]:
 
 @functools.cache
 def scene_file(suite: str, task_id: int) -> SceneFile:
-    """What the scene file of a task says."""
     return SceneFile.read(bddl_file(suite, task_id))
 
 
