@@ -66,9 +66,7 @@ class MovePart:
         grip = self._grip()
         if scene.env.holds(*self.goal.words):
             return self.leave()
-        if self.closed:
-            return self._move(grip)
-        return self._approach(grip)
+        return self._move(grip) if self.closed else self._approach(grip)
 
     def leave(self) -> Vector:
         """The clean action [7] that opens the hand and takes it back the way it came."""

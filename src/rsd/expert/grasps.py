@@ -79,7 +79,6 @@ class Grasp(ABC):
 
     @property
     def yaw(self) -> float:
-        """`yaw_of` the direction."""
         return yaw_of(self.angle)
 
     @abstractmethod

@@ -73,8 +73,7 @@ class Insert(PickAndPlace):
         """The clean action [7] that opens the hand and draws it back."""
         self.closed = False
         freed = float(np.clip((self.scene.grip_width - 0.05) / 0.02, 0.0, 1.0))
-        rotation = self.scene.eef_rotation
-        return step_towards(self.scene, freed * (0.02 * UP - 0.04 * self.inward), rotation, -1.0)
+        return step_towards(self.scene, freed * (0.02 * UP - 0.04 * self.inward), self.scene.eef_rotation, -1.0)
 
     def _orientation(self, point: Vector) -> Vector:
         if self._grasp is None or self._grasped_steps < GRASPED_STEPS:

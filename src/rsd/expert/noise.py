@@ -21,7 +21,7 @@ class Disturbance(Protocol):
     """Turns the expert's clean action into the executed one."""
 
     def disturb(self, action: NDArray[np.float64], strength: float = 1.0) -> NDArray[np.float64]:
-        """Clean action [7] -> executed action [7]; strength is below 1 where there is little room."""
+        """Clean action [7] -> executed action [7]; strength is below 1 where there is little room (the drawer)."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,7 @@ class ActionNoise:
         self._push_left = 0
 
     def disturb(self, action: NDArray[np.float64], strength: float = 1.0) -> NDArray[np.float64]:
-        """Clean action [7] -> executed action [7] within [-1, 1]. The gripper command is never touched.
-
-        strength scales the disturbance where there is little room (the drawer).
-        """
+        """Clean action [7] -> executed action [7] within [-1, 1]. The gripper command is never touched."""
         config, rng = self.config, self._rng
         scale = config.max_level * self.level * np.array([1.0] * 3 + [config.rotation_scale] * 3)
         fresh = np.sqrt(1.0 - config.correlation**2)

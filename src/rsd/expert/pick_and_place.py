@@ -92,11 +92,10 @@ class PickAndPlace:
 
     def action(self) -> Vector:
         """The clean action [7] at the present state."""
-        eef = self.scene.eef
-        moved = float(np.linalg.norm(eef - self._last_eef))
-        self._aside = float(np.linalg.norm((eef - self._last_eef)[:2]))
-        self._slow_steps = self._slow_steps + 1 if moved < SLOW else 0
-        self._last_eef = eef
+        moved = self.scene.eef - self._last_eef
+        self._aside = float(np.linalg.norm(moved[:2]))
+        self._slow_steps = self._slow_steps + 1 if np.linalg.norm(moved) < SLOW else 0
+        self._last_eef = self.scene.eef
         if self.scene.env.motion is not None:
             self._ahead.see(self.scene.position(self.target), self.scene.touched(self.target))
             self._ahead_there.see(destination(self.scene, self.goal)[0])
@@ -111,9 +110,8 @@ class PickAndPlace:
     def leave(self) -> Vector:
         """The clean action [7] that opens the hand and lifts it as the fingers come free."""
         self.closed = False
-        eef = self.scene.eef
         freed = (self._grasp or RimGrasp(np.pi / 2)).freed(self.scene.grip_width)
-        goal = eef + np.array([0.0, 0.0, 0.03 * freed]) + self._ahead_there.way
+        goal = self.scene.eef + np.array([0.0, 0.0, 0.03 * freed]) + self._ahead_there.way
         return self._move(goal, self._orientation(self._place_point()), GRIPPER_OPEN, CARRY_TURN)
 
     # -- phases ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rsd.conventions import GRIPPER_CLOSE
 from rsd.expert.goals import Goal
 from rsd.expert.grasps import MAX_LEAN, POINTING_DOWN, TIP_BELOW_SITE, about, hand_rotation, yaw_of
 from rsd.expert.motion import funnel, step_towards, turn_left
-from rsd.expert.scene import Scene, Vector
+from rsd.expert.scene import MovingPart, Scene, Vector
 
 STAND_OFF, PAST = 0.09, 0.04  # m before what is pushed, and how far into it the hand is sent
 IN_LINE, BEHIND, TURNED = 0.02, 0.03, 0.3  # m off the line of the push, m past its contact, rad
@@ -85,19 +85,17 @@ class PushPart(Pushing):
         scene = self.scene
         part = scene.moving_part(self.goal.target)
         if abs(part.axis[2]) > 0.5:
-            return self._door()
+            return self._door(part)
         handle = scene.outermost(part, -part.axis)
         sideways = np.cross([0.0, 0.0, -1.0], part.axis)
         angle = float(np.arctan2(part.axis[1], part.axis[0]))
         rotation = about(sideways, LEAN) @ about(np.array([0.0, 0.0, 1.0]), yaw_of(angle + np.pi / 2)) @ POINTING_DOWN
         return handle - 0.01 * part.axis, part.axis, rotation
 
-    def _door(self) -> tuple[Vector, Vector, Vector]:
+    def _door(self, part: MovingPart) -> tuple[Vector, Vector, Vector]:
         """The outer face near the edge that is far from the hinge, from above."""
-        scene = self.scene
-        part = scene.moving_part(self.goal.target)
-        vertices = np.concatenate(scene.part_shapes(part))
-        hinge = scene.hinge(self.goal.target)
+        vertices = np.concatenate(self.scene.part_shapes(part))
+        hinge = self.scene.hinge(self.goal.target)
         radius = vertices[:, :2] - hinge[:2]
         far = radius[np.argmax(np.linalg.norm(radius, axis=1))]
         out = far / np.linalg.norm(far)
