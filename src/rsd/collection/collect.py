@@ -388,14 +388,12 @@ def _made_alike(config: CollectConfig, names: Mapping[int, str], faults: Faults)
     else it now says with which."""
     wanted, stored = settings(config), config.out / workers.PARTS / "settings.json"
 
-    def compare(path: Path, found: dict[str, Any]) -> None:
-        if (other := _that_matter(found)) != wanted:
+    def compare(path: Path, made_by: dict[str, Any]) -> None:
+        if (other := _that_matter(made_by)) != wanted:
             different = sorted(key for key in wanted.keys() | other.keys() if wanted.get(key) != other.get(key))
-            raise workers.OtherSettings(
-                f"collect: {path} was made with other settings; expected "
-                + ", ".join(f"{key} = {other.get(key)!r}, found {wanted.get(key)!r}" for key in different)
-                + ". Use the same settings to resume, or another folder."
-            )
+            found = ", ".join(f"{key} = {other.get(key)!r}, found {wanted.get(key)!r}" for key in different)
+            remedy = "Use the same settings to resume, or another folder."
+            raise workers.OtherSettings(f"collect: {path} was made with other settings; expected {found}. {remedy}")
 
     def check(path: Path) -> None:
         if path.exists():

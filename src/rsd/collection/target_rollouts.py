@@ -139,8 +139,7 @@ class Rollout:
 
     def episode(self, index: int) -> Episode:
         config, env = self.config, self.env
-        seeds = [config.seed, zlib.crc32(config.driver.encode()), env.task.task_id, index]
-        rng = np.random.default_rng(seeds)
+        rng = np.random.default_rng([config.seed, zlib.crc32(config.driver.encode()), env.task.task_id, index])
         placement = int(rng.integers(2**31))
         env.reset(options={"placement_seed": placement})
         body_pos, body_quat = env.fixture_poses()

@@ -57,7 +57,6 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def progress_bar(visible: bool = True) -> Progress:
-    """The bar of collection and rendering."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=terminal(stderr=True), disable=not visible)
 
