@@ -74,6 +74,8 @@ def solved(episodes: Episodes, keys: Iterable[Key]) -> int:
 def cell(run: Episodes, suite: str, skipping: bool) -> str:
     """Solved of how many in a suite; where the target may be skipped, at which share of its passes."""
     some = {key: e for key, e in run.items() if key[1] == suite}
+    if not some:
+        return ABSENT
     return f"{solved(some, some)}/{len(some)}" + (f" at {passes(some.values()):.2f}" if skipping else "")
 
 

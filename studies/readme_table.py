@@ -51,7 +51,7 @@ ROWS = (
 class ReadmeTableConfig:
     """Print the table, or write it."""
 
-    results: Path = Path("results/averaged")
+    results: Path = Path("results/averaged_drafter")
     """Folder with the parts `permuted`, `stock` and `cpu`, or what its archive was made of."""
     readme: Path = Path("README.md")
     """Where the table is."""
@@ -72,7 +72,7 @@ def readme_table(results: Path) -> str:
         times |= latency_record(results / f"cpu/{name}.json").milliseconds
     parts = [load(results, (part,)) for part in ("permuted", "stock")]
     for row in ROWS:
-        found = [part[row.run].values() if row.run else [] for part in parts]
+        found = [part.get(row.run, {}).values() for part in parts]
         runs = [list(episodes) for episodes in found]
         successes = [success_cell(success_rate(run)) if run else NOT_MEASURED for run in runs]
         shares = "; ".join(dict.fromkeys(passes(run) for run in runs if run)) or "8"  # a prefill and seven levels

@@ -37,9 +37,9 @@ class Tolerance:
 TOLERANCES = {
     EAGER: Tolerance(1e-5, 1e-3, 0.01),
     ONNX: Tolerance(1e-4, 2e-3, 0.1),
-    # TF32 keeps ten bits of a mantissa
-    CUDA_GRAPHS: Tolerance(5e-3, 2e-2, 10.0),
-    COMPILED: Tolerance(5e-3, 2e-2, 10.0),
+    # TF32 keeps ten bits of a mantissa; in `ar` a coarse digit that flips moves all finer ones (2.5 % of one policy's)
+    CUDA_GRAPHS: Tolerance(5e-3, 5e-2, 10.0),
+    COMPILED: Tolerance(5e-3, 5e-2, 10.0),
 }
 
 

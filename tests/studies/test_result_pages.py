@@ -22,7 +22,7 @@ LACKING = {
     "modes": "--policy STR",
     "permuted_page": "results/permuted_object/l1: not a results directory",
     "permuted_suites_page": "results/permuted_suites: No such file",
-    "readme_table": "results/averaged",
+    "readme_table": "results/averaged_drafter",
     "scaling_page": "results/libero_spatial_57M/h100/rsd-skip: not a results directory",
     "shipped_page": "results/libero_spatial_57M/h100/ar: not a results directory",
 }

@@ -57,7 +57,7 @@ def measured(rule: str | None, observations: list[Observation], others: list[str
     return judgement(columns[INSTRUCTION], 0.0), *stand
 
 
-@pytest.mark.parametrize(("rule", "most"), [("blind(0.95)", 0.10), ("blind(0.95,moving)", 0.06)])
+@pytest.mark.parametrize(("rule", "most"), [("blind(0.95)", 0.10), ("blind(0.95,moving)", 0.08)])
 def test_a_wrong_draft_hardly_moves_what_a_verifying_rule_executes(
     rule: str, most: float, observations: list[Observation], others: list[str]
 ) -> None:
