@@ -33,9 +33,9 @@ def test_size_and_share_of_the_draft() -> None:
 
 
 def test_provenance_names_data_versions_and_validation() -> None:
-    provenance = load().provenance
-    for member in provenance["average_of"][:2]:
-        record = member["provenance"]
+    """Of the drafter's own training and of the target's."""
+    tuned = load().provenance["average_of"][0]["provenance"]
+    for record in (tuned["visual_drafter"], tuned["average_of"][0]["provenance"]):
         assert record["data"]["episodes"] > 1000
         assert {"torch", "mujoco", "robosuite"} <= record["versions"].keys()
         assert {"ar", "l1", "rsd margin"} <= record["validation"].keys()
