@@ -371,7 +371,7 @@ FITS: Fits = {  # what can be put where
     "cream_cheese_1": ("flat_stove_1_cook_region", "akita_black_bowl_1"),
     "wine_bottle_1": ("wooden_cabinet_1_top_side", "wine_rack_1_top_region"),
 }
-FIXTURES_EXCHANGED = 0.5  # share of layouts in which cabinet and stove do, if middle drawer and stove are not asked for
+FIXTURES_EXCHANGED = 0.5  # share of layouts with cabinet and stove exchanged, unless middle drawer or stove is asked
 ASKED_OTHERWISE = 0.5  # share of layouts that ask for something else than the task does
 WIDE_FITS: Fits = {  # what can be put where, in layouts with all fixtures exchanged
     "akita_black_bowl_1": (*FITS["akita_black_bowl_1"], TOP_DRAWER),
@@ -398,7 +398,7 @@ def goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> La
 
 def wide_goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> Layout | None:
     """All fixtures exchange places, too, the stove sometimes with a thing, and anything is asked for that the scene's
-    words have and the hand can do. None where plate or cheese would be pushed before a stove that is not there."""
+    words have and the hand can do. None where the plate would be pushed before a stove that is not there."""
     at, rest = _things_exchanged(scene, rng)
     fixed = [words for words in rest if words[1] in (CABINET, STOVE, RACK)]
     stands = dict(zip((words[1] for words in fixed), (fixed[i][2] for i in rng.permutation(len(fixed))), strict=True))

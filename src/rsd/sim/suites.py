@@ -216,7 +216,7 @@ def permuted_layout(
     """A layout of a task of a permuted suite; held_out: of the combinations that training never sees; free: share of
     freer layouts (`permuted.FREER`)."""
     variants = [name for name in (f"{base_suite(suite)}_{kind}" for kind in ("swap", "task")) if name in suite_names()]
-    others = tuple(scene_file(name, task.task_id) for name in variants for task in suite_tasks(name))
+    others = tuple(scene_file(name, number) for name in variants for number in range(len(_benchmark(name).tasks)))
     task = suite_task(suite, task_id)
     return permuted.layout_of(suite, scene_file(suite, task_id), task.language, rng, held_out, others, free)
 
