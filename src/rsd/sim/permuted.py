@@ -379,6 +379,7 @@ WIDE_FITS: Fits = {  # what can be put where, in layouts with all fixtures excha
     "wine_bottle_1": tuple(DESTINATIONS),
 }
 STOVE_ON_TABLE = 0.2  # share of those layouts in which stove and a thing exchange places
+ALL_AS_USUAL = 0.25  # share of those layouts in which nothing is exchanged but the words
 
 
 def goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> Layout:
@@ -397,21 +398,24 @@ def goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> La
 
 
 def wide_goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> Layout | None:
-    """All fixtures exchange places, too, the stove sometimes with a thing, and anything is asked for that the scene's
-    words have and the hand can do. None where the plate would be pushed before a stove that is not there."""
+    """All fixtures exchange places, too, the stove sometimes with a thing, or nothing does; and anything is asked for that
+    the scene's words have and the hand can do. None where the plate would be pushed before a stove that is not there."""
     at, rest = _things_exchanged(scene, rng)
     fixed = [words for words in rest if words[1] in (CABINET, STOVE, RACK)]
     stands = dict(zip((words[1] for words in fixed), (fixed[i][2] for i in rng.permutation(len(fixed))), strict=True))
-    if rng.random() < STOVE_ON_TABLE:
+    as_usual = rng.random() < ALL_AS_USUAL
+    if as_usual:
+        at, stands = {words[1]: words[2] for words in scene.start if words[1] in at}, {}
+    elif rng.random() < STOVE_ON_TABLE:
         thing = PLACED[rng.integers(len(PLACED))]
         stands[STOVE], at[thing] = at[thing], stands[STOVE]
     goal, words = scene.goal, language
-    if rng.random() < ASKED_OTHERWISE:
+    if as_usual or rng.random() < ASKED_OTHERWISE:
         thing = PLACED[rng.integers(len(PLACED))]
         destination = WIDE_FITS[thing][rng.integers(len(WIDE_FITS[thing]))]
         predicate = "in" if destination == TOP_DRAWER else "on"
         goal, words = ((predicate, thing, destination),), _putting(thing, destination)
-    if "stove_front" in goal[0][-1] and stands[STOVE] != "main_table_stove_region":
+    if "stove_front" in goal[0][-1] and stands.get(STOVE, "") != "main_table_stove_region":
         return None
     rest = [(*each[:2], stands.get(each[1], each[2])) for each in rest]
     return _goal_layout(scene, at, rest, goal, words, WIDE_FITS)
