@@ -21,8 +21,9 @@ eval: env  ## run the shipped policy in LIBERO, target alone, speculative, draft
 		--report --output results/make-eval --overwrite
 
 # These start no simulator and no browser, and need no network.
-test-gpu: env  ## what needs a CUDA GPU: recordings, compiled kernels, batches, goldens
-	$(BIN)/pytest -m gpu tests/runtime tests/goldens tests/evaluation/test_batching.py tests/tokenizer/test_action_tokenizer.py \
+test-gpu: env  ## what needs a CUDA GPU: recordings, compiled kernels, batches, training
+	$(BIN)/pytest -m gpu tests/runtime tests/goldens tests/training/test_gpu_training.py tests/evaluation/test_batching.py \
+		tests/tokenizer/test_action_tokenizer.py \
 		tests/targets/openvla/test_engine.py tests/targets/openvla/test_openvla_rsd_policy.py
 
 # Neither a simulator nor a browser, no graphs to export, no processes to wait for, no thousands of draws.

@@ -58,6 +58,7 @@ STUDIES = {
 
 CONFIGS = {
     "archive": "",
+    "delay_page": "DelayPageConfig",
     "expert_page": "ExpertPageConfig",
     "modes": "ModesConfig",
     "permuted_page": "PermutedPageConfig",

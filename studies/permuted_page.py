@@ -1,6 +1,6 @@
 """The table of the permuted scenes in docs/results.md, from raw results: verification where the target is worth it.
 
-    python -m studies.permuted_page [--results results/permuted_object_3]
+    python -m studies.permuted_page [--results results/permuted_object]
 
 prints it, for the first, second or third policy. Successes are compared on the states that a run shares with the target
 alone; *kept* is what a decoder keeps of the gap between the drafter alone and the target alone.

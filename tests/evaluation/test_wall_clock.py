@@ -92,12 +92,25 @@ def test_an_answer_overrules_the_rest_of_a_draft_when_it_is_there() -> None:
         *of("t", 0, 0, 3),
         *of("t", 0, 4, 4),
         *of("d", 7, 1, 2),
-        *of("t", 7, 3, 5),
+        *of("t", 7, 3, 4),
+        *of("d", 11, 1, 1),
     ]
     stats = rollout.result.chunk_stats
     assert (stats["draft_delay"][1], stats["answer_delay"][1]) == (1.0, 3.0)
     assert (stats["drafted_steps"][1], stats["replaced"][1]) == (2.0, pytest.approx(1 / 3))
     assert rollout.result.sources[:2] == ["hhhtttt", "tddr"]
+
+
+def test_before_a_drafted_switch_of_the_gripper_the_robot_stands_still_until_the_target_has_answered() -> None:
+    env, rollout = roll("rsd-async", 20.0, 100.0, switches=[(7, 2, "d"), (7, 3, "t")])
+    assert [spell(action) for action in env.executed][3:14] == [
+        *of("t", 0, 0, 4),
+        *STILL * 2,
+        *of("t", 7, 1, 2),
+        "t7.3!",
+        "t7.4!",
+    ]
+    assert rollout.result.sources[1] == "thhtttt"
 
 
 def test_late_physics_is_counted_and_caught_up() -> None:

@@ -137,10 +137,10 @@ def test_two_clients_get_the_drafts_and_answers_that_each_would_get_alone(
 
 
 def paces() -> list[Pace]:
-    return [VirtualDelay(0), VirtualDelay(3, 1), VirtualDelay(2, always=True), WallClock(100.0)]
+    return [VirtualDelay(0), VirtualDelay(3, 1), WallClock(100.0)]
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", range(3))
 def test_an_episode_of_a_served_policy_is_that_of_a_local_one(kind: int, make_policy: Callable[..., RsdPolicy]) -> None:
     names: Any = {"suite": "any", "task_id": 3, "task_name": "", "init_state": 0, "seed": 7, "decode": ASYNC}
     with serving(server_of(make_policy(ASYNC))) as address, closing(served_at(address)) as remote:
@@ -148,7 +148,7 @@ def test_an_episode_of_a_served_policy_is_that_of_a_local_one(kind: int, make_po
         served = run_episode(CountingEnv("any", 3, 32), remote, **names, pace=paces()[kind], warmup=1)
     assert served.result.failure in ("", "step limit")
     assert {"draft", "verify-pending", "network", "queue", "total"} <= served.result.latency_ms.keys()
-    if kind < 3:  # by the clock they differ
+    if kind < 2:  # by the clock they differ
         local = run_episode(CountingEnv("any", 3, 32), make_policy(ASYNC), **names, pace=paces()[kind], warmup=1)
         assert timeless(served.result) == timeless(local.result)
         assert all(np.array_equal(a, b) for a, b in zip(served.actions, local.actions, strict=True))

@@ -58,7 +58,7 @@ NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "eng
 # of `decoding.gate.SkipRule`, which has their defaults
 OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", "continue_steps", *OF_THE_RULE))
-NEUTRAL |= {"delay": 0, "drafter_delay": 0, "draft_after": "agreement", "motion": "none", "motion_speed": SPEED}
+NEUTRAL |= {"delay": 0, "drafter_delay": 0, "motion": "none", "motion_speed": SPEED}
 NEUTRAL["drafter"] = NEUTRAL["corrector"] = ""
 OF_ONES_OWN = re.compile(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")  # module:Class or file.py:Class
 
@@ -162,8 +162,6 @@ class EvalConfig(PolicyOptions):
     answer is made up for), a2c2 (a tail, every action corrected by the --corrector); rsd-async has its own way."""
     corrector: str = ""
     """With --meanwhile a2c2 and l1: directory of what `rsd train corrector` made for this very policy."""
-    draft_after: Literal["agreement", "always"] = "agreement"
-    """For rsd-async: a draft begins only if the target let the one before stand, or always (an ablation)."""
     motion: Moving = "none"
     """The scene moves: the asked-for thing slides along a line until the gripper has touched it, or the destination
     does all the time, 8 cm to one side of where it stood, then to the other; jump: one of the two stands 6 to 12 cm
@@ -237,8 +235,6 @@ class EvalConfig(PolicyOptions):
         alone = "--corrector with --decode l1 and --delay, without --batch, --drafter and --control-hz"
         found = f"--decode {self.decode}, --batch {self.batch}, --control-hz {self.control_hz:g}"
         yield not self.corrector or plain, alone, found
-        drafts = self.draft_after == "agreement" or self.decode == RSD_ASYNC
-        yield drafts, f"--decode {RSD_ASYNC} with --draft-after", f"--decode {self.decode}"
 
     @property
     def suites(self) -> list[str]:

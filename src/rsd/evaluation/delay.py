@@ -9,8 +9,8 @@ the last is there. What the robot does meanwhile is the mode's matter:
   nothing is left it stands still.
 - `corrected`: a tail, but what was missed of an answer is made up for (`decoding.correction`).
 - `a2c2`: a tail, of which every action is corrected from the newest observation (`models.corrector`).
-- a decoder with answers (`rsd-async`): the draft begins at once if the target let the one before stand; its answer
-  overrules what is left of a draft that does not.
+- a decoder with answers (`rsd-async`): the draft begins at once, and the answer overrules what is left of one that does
+  not stand. A draft that would switch the gripper before the answer is there does not begin: the robot stands still.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from rsd.chunks import checked_chunk
 from rsd.decoding.correction import rest_of_chunk
-from rsd.decoding.course import DRAFTED, NOTHING, OWN, REPLACED, Actions, Course, agreed, apart_mm, letter
+from rsd.decoding.course import DRAFTED, NOTHING, OWN, REPLACED, Actions, Course, apart_mm, letter
 from rsd.evaluation.realtime import Meanwhile, Pace, Stepped, completed
 from rsd.types import DRAFT_FIRST, ActionChunk, Corrects, Observation, Policy, RsdError, WrongOption
 
@@ -37,17 +37,12 @@ class VirtualDelay(Pace):
 
     An episode's first chunk is waited for at a standstill in every mode, and so it misses nothing."""
 
-    def __init__(
-        self, delay: int, drafter_delay: int = 0, *, tail: bool = False, corrected: bool = False, always: bool = False
-    ) -> None:
-        """always: a draft begins whatever the target made of the one before."""
+    def __init__(self, delay: int, drafter_delay: int = 0, *, tail: bool = False, corrected: bool = False) -> None:
         super().__init__()
-        self.always = always
         self.delay, self.drafter_delay, self.tail, self.corrected = delay, drafter_delay, tail or corrected, corrected
         self._done: list[Actions] = []  # every action so far, [7]
         self._whose = ""  # a letter of each
         self._poses: list[NDArray[np.float32]] = []  # the states [8] before them, of decoders with answers
-        self._trusted = False  # the target let the last draft stand
         self._left = NOTHING  # of what the target said last, from now on
 
     def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
@@ -89,11 +84,16 @@ class VirtualDelay(Pace):
     def _parts(self, env: Environment, chunk: ActionChunk) -> Iterator[tuple[Course, bool]]:
         """What to execute until the next observation, part by part, and whether that is the last one."""
         if chunk.answer is not None and self._done:
-            return self._corrected(env, chunk, chunk.answer)
-        if chunk.answer is not None:  # the target decides what an episode begins with
-            self._trusted = bool(chunk.stats.stood)
+            if not self._switches(chunk.actions[: self.delay - self.drafter_delay]):
+                return self._corrected(env, chunk, chunk.answer)
+            self._motion.drafted_steps, self._motion.replaced = 0, 1.0
+        if chunk.answer is not None:  # the target decides what an episode begins with, and of the gripper
             chunk = replace(chunk, actions=chunk.answer)
         return self._waited_for(env, chunk)
+
+    def _switches(self, draft: Actions) -> bool:
+        """Whether these actions [n, 7] would open or close the gripper."""
+        return bool((np.sign(draft[:, 6]) != np.sign(self._done[-1][6])).any())
 
     def _waited_for(self, env: Environment, chunk: ActionChunk) -> Iterator[tuple[Course, bool]]:
         """Where a chunk is the last word on what it was predicted from."""
@@ -104,7 +104,7 @@ class VirtualDelay(Pace):
         if tail and wait >= len(chunk.actions):
             found = f"{wait}, after which nothing of an answer of {len(chunk.actions)} steps could be used"
             raise WrongOption(f"--delay: expected fewer steps than the policy's chunk has, found {found}")
-        if tail and self._done:
+        if self.tail and self._done:
             start, steps, self._motion.tail_steps = len(self._done), max(due, busy), min(wait, len(self._left))
             yield self._filled(self._left, wait), steps == wait
             rest = Course.of(self._rest(env, chunk.actions, start), OWN) if self.corrected else given[wait:]
@@ -116,21 +116,17 @@ class VirtualDelay(Pace):
         yield self._filled(rest, steps - wait), True
 
     def _corrected(self, env: Environment, chunk: ActionChunk, answer: Actions) -> Iterator[tuple[Course, bool]]:
-        """The draft from `drafter_delay` on, the target's answer from `delay` on. Before that, instead of a draft that
-        would switch the gripper, and where the draft before did not stand, what the target said before."""
+        """What the target said before until `drafter_delay`, then the draft; its answer from `delay` on."""
         start, early, late, motion = len(self._done), self.drafter_delay, self.delay, self._motion
-        steps, told = max(len(chunk.executed), late), self._filled(self._left, late)
-        yield told[:early], early == steps
+        steps, drafted, stands = max(len(chunk.executed), late), late - early, bool(chunk.stats.stood)
+        motion.drafted_steps, motion.tail_steps = drafted, min(early, len(self._left))
+        yield self._filled(self._left, early), early == steps
         draft = Course.of(self._rest(env, chunk.actions, start), DRAFTED)
-        drafted = agreed(draft.actions[: late - early], told.actions[early:]) if self._trusted or self.always else 0
-        motion.drafted_steps, self._trusted = drafted, bool(chunk.stats.stood)
-        motion.tail_steps = min(early, len(self._left)) + max(0, min(late, len(self._left)) - early - drafted)
-        meanwhile = draft[:drafted] + told[early + drafted :]
+        meanwhile = self._filled(draft, drafted)
         yield meanwhile, late == steps
-        stands = bool(chunk.stats.stood) and drafted == late - early
         rest = draft[drafted:] if stands else Course.of(self._rest(env, answer, start), REPLACED)
         after = self._filled(rest, steps - late)
-        motion.replaced = 1.0 - (drafted + (len(after) if stands else 0)) / max(1, steps - early)
+        motion.replaced = 0.0 if stands else 1.0 - drafted / max(1, steps - early)
         if motion.replaced:
             motion.replaced_mm = apart_mm(self._filled(draft, steps - early).actions, (meanwhile + after).actions)
         self._left = rest[len(after) :].before()

@@ -55,7 +55,7 @@ class Meanwhile:
 
     held_steps: it stood still. tail_steps: it went on with the answer before. drafted_steps: of a draft before the
     target's answer to the same observation was there; replaced: the share of the chunk's steps from then on that the
-    target's actions, of this answer or the one before, took from the draft; replaced_mm: how far apart the two lead.
+    target's answer took from the draft; replaced_mm: how far apart the two lead.
     By the wall clock: draft_delay, answer_delay: steps until they were there; late_steps: actions whose physics was not
     computed when their period ended, late_ms: the latest of them by so much.
     """

@@ -12,7 +12,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from rsd.chunks import checked_chunk
-from rsd.decoding.course import DRAFTED, NOTHING, OWN, REPLACED, Course, agreed, apart_mm, letter
+from rsd.decoding.course import DRAFTED, NOTHING, OWN, REPLACED, Course, apart_mm, letter
 from rsd.evaluation.delay import VirtualDelay
 from rsd.evaluation.realtime import Meanwhile, Stepped, completed
 from rsd.types import DRAFT_FIRST, RSD_ASYNC, ActionChunk, Policy
@@ -30,16 +30,16 @@ class WallClock(VirtualDelay):
         *,
         tail: bool = False,
         corrected: bool = False,
-        always: bool = False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         executor: Executor | None = None,
     ) -> None:
         """executor: runs one call of the policy after another, beside the caller; by default a thread."""
-        super().__init__(0, tail=tail, corrected=corrected, always=always)
+        super().__init__(0, tail=tail, corrected=corrected)
         self._period, self._clock, self._sleep = 1.0 / hz, clock, sleep
         self._executor = executor or ThreadPoolExecutor(1, "policy")
         self._due: float | None = None  # when the next action begins
+        self._waits = False  # at a standstill, until the answer is there
 
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown()
@@ -62,7 +62,7 @@ class WallClock(VirtualDelay):
     def _until_answered(self, env: Environment, first: Future[ActionChunk], answer: Future[ActionChunk]) -> Stepped:
         """first: the chunk; answer: that chunk complete."""
         start, motion = len(self._done), self._motion
-        draft, drafted, until, ahead = NOTHING, 0, -1, self._left
+        draft, until, ahead, self._waits = NOTHING, -1, self._left, not self._done
         stepped: Stepped = None, 0.0, False, False, {}
         while True:
             self._wait()
@@ -71,15 +71,15 @@ class WallClock(VirtualDelay):
                 chunk, motion.draft_delay = first.result(), gone
                 if chunk.stats.decode == DRAFT_FIRST:
                     ahead = self._whole(env, chunk, start)
-                elif chunk.stats.decode == RSD_ASYNC and start and (self._trusted or self.always):
-                    draft = Course.of(self._rest(env, chunk.actions, start), DRAFTED)
-                    drafted = agreed(draft.actions, self._filled(ahead, len(draft)).actions)
-                    ahead = draft[:drafted] + ahead[drafted:]
+                elif chunk.stats.decode == RSD_ASYNC and start:
+                    self._waits = self._switches(chunk.executed)
+                    draft = NOTHING if self._waits else Course.of(self._rest(env, chunk.actions, start), DRAFTED)
+                    ahead = draft
             if motion.answer_delay is None and answer.done():
                 chunk, motion.answer_delay = answer.result(), gone
-                ahead = self._answered(env, chunk, start, ahead, draft, drafted)
+                ahead = self._answered(env, chunk, start, ahead, draft)
                 begun = motion.draft_delay if chunk.stats.decode == DRAFT_FIRST else gone
-                waits = not start or not (self.tail or chunk.stats.decode == RSD_ASYNC)
+                waits = self._waits or not (self.tail or chunk.stats.decode == RSD_ASYNC)
                 until = len(chunk.executed) + (begun or 0) * waits
             if motion.answer_delay is not None and gone >= until:
                 self._left = ahead.before()
@@ -100,23 +100,23 @@ class WallClock(VirtualDelay):
         return Course.of(actions, letter(chunk.stats))
 
     def _answered(
-        self, env: Environment, chunk: ActionChunk, start: int, ahead: Course, draft: Course, drafted: int
+        self, env: Environment, chunk: ActionChunk, start: int, ahead: Course, draft: Course
     ) -> Course:
         """What to do from now on, the answer being there."""
         motion, gone = self._motion, len(self._done) - start
         if chunk.answer is None:
             return ahead if chunk.stats.decode == DRAFT_FIRST else self._whole(env, chunk, start)
-        before, self._trusted = self._trusted or self.always, bool(chunk.stats.stood)
         if not start:
             return Course.of(chunk.answer, OWN)
-        executed = gone - (motion.draft_delay or 0)
-        motion.drafted_steps = min(drafted, executed)
+        if self._waits:
+            motion.drafted_steps, motion.replaced = 0, 1.0
+            return Course.of(chunk.answer[motion.draft_delay or 0 :], OWN)
+        executed = motion.drafted_steps = gone - (motion.draft_delay or 0)
         rest, steps = Course.of(self._rest(env, chunk.answer, start), REPLACED), max(0, len(chunk.executed) - gone)
-        motion.replaced = 1.0 - motion.drafted_steps / max(1, executed + steps)
-        if self._trusted and before and executed <= drafted:
-            motion.replaced = 0.0
+        if chunk.stats.stood:
             return draft[executed:]
-        if steps and before:
+        motion.replaced = 1.0 - executed / max(1, executed + steps)
+        if steps:
             one, other = self._filled(draft[executed:], steps), self._filled(rest, steps)
             motion.replaced_mm = apart_mm(one.actions, other.actions)
         return rest

@@ -74,7 +74,7 @@ def corrector_losses(
     state, wanted = target.normalise(batch.state[now]), batch.chunk[now]
     motion, closing = model(batch.images[now], state, condition[now], stale.read, rest, index)
     weights = torch.full((model.horizon,), 0.5 / (model.horizon - 1), device=frames.device)
-    weights[0] = 0.5
+    weights[:1].fill_(0.5)  # `weights[0] =` would copy from the host, which a recorded step cannot
     apart, before_it = ((each - wanted[..., :-1]).abs() / tokenizer.scale for each in (motion, rest[..., :-1]))
     grip = F.binary_cross_entropy_with_logits(closing.float(), (wanted[..., -1] > 0).float(), reduction="none")
     values = {"motion": (apart.mean(-1) * weights).sum(1).mean(), "gripper": (grip * weights).sum(1).mean()}
