@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from rsd.evaluation.statistics import paired_difference
 from rsd.evaluation.summary import success_rate
@@ -32,9 +33,8 @@ MODES = {
     "a2c2": "`l1`, old tail by the A2C2 head",
     "alone": "`drafter-only`",
     "draft-first": "`draft-first`",
+    "rsd-async-agreement": "`rsd-async` as it was: a draft only after one that stood, no waiting",
     "rsd-async": "`rsd-async`",
-    "rsd-async-always": "`rsd-async`, a draft always",
-    "rsd-async-waiting": "`rsd-async`, waiting at a switch",
     "rsd-skip": "`rsd-skip`",
 }
 UNDELAYED = ("l1", "alone")  # are the same whatever the delay
@@ -92,12 +92,10 @@ def draw(parts: dict[str, dict[int, dict[str, Episodes]]], path: Path) -> None:
             style: dict[str, Any] = {"color": f"C{index % 10}", "label": MODES[mode].replace("`", "")}
             points = {delay: success_rate(list(modes[mode].values())) for delay, modes in runs.items() if mode in modes}
             if 0 in points and mode in UNDELAYED:
-                panel.axhline(100 * points[0].rate, linestyle=":", **style)
+                panel.axhline(100 * points[0].successes / points[0].n, linestyle=":", **style)
             elif points:
-                rates = list(points.values())
-                low, high = ([100 * abs(r.rate - end) for r, end in zip(rates, ends, strict=True)]
-                             for ends in ([r.low for r in rates], [r.high for r in rates]))  # fmt: skip
-                panel.errorbar(list(points), [100 * r.rate for r in rates], [low, high], marker="o", capsize=2, **style)
+                low, rate, high = (100 * np.array([[r.low, r.successes / r.n, r.high] for r in points.values()])).T
+                panel.errorbar(list(points), rate, [rate - low, high - rate], marker="o", capsize=2, **style)
         panel.set(title=f"{name} scenes", xlabel="delay of the target's answer, steps of 50 ms", ylim=(0, 100))
     panels[0][0].set_ylabel("success, %")
     panels[0][-1].legend(fontsize=7)
