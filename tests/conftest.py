@@ -30,11 +30,8 @@ settings.load_profile("rsd")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+    if torch.get_num_threads() != 1:  # anew: a command called in this process leaves it all cores for the tests after
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
