@@ -99,8 +99,7 @@ def _robosuite_classes() -> tuple[Any, type]:
         """robosuite's context, but what is dear in it comes from the last environment and goes to the next one."""
 
         def __init__(self, sim: Any, device_id: int, max_width: int = 640, max_height: int = 480) -> None:
-            self._xml, self.drawing = sim.xml, False
-            self._taken = _contexts.pop(self._xml, None)
+            self._xml, self.drawing, self._taken = sim.xml, False, _contexts.pop(sim.xml, None)
             if self._taken is None:
                 forget_contexts()  # of another scene
                 super().__init__(sim, True, device_id, max_width, max_height)
