@@ -1,6 +1,8 @@
 """Tiny models and data that the tests share; random weights, so nothing here needs a download."""
 
+import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from rsd.checkpoint import load_model, read_content
 from rsd.decoding.gate import SkipRule
 from rsd.environment import ENGINE
 from rsd.models.bundle import PolicyConfig, RsdModel
@@ -22,6 +25,7 @@ from rsd.runtime import onnx_graph
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.types import EAGER, Observation
 
+policy_module = sys.modules["rsd.policy"]
 pytest.register_assert_rewrite("refusals")
 settings.register_profile("rsd", deadline=None)  # a busy machine is no failure
 settings.load_profile("rsd")
@@ -30,11 +34,8 @@ settings.load_profile("rsd")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+    if torch.get_num_threads() != 1:  # anew: a command called in this process leaves it all cores for the tests after
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,6 +47,18 @@ def _eager() -> None:
 @pytest.fixture(autouse=True)
 def _no_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RSD_DEBUG", raising=False)
+
+
+@functools.cache
+def loaded_once(directory: Path) -> Any:
+    """What `load_model` gives for the shipped checkpoint, once a process."""
+    return load_model(directory, read_content(directory), ActionTokenizer.load(directory))
+
+
+@pytest.fixture
+def one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies of one checkpoint share one model, which eager decoders only read: loading takes a second of CPU."""
+    monkeypatch.setattr(policy_module, "load_model", lambda directory, *_: loaded_once(directory))
 
 
 @pytest.fixture

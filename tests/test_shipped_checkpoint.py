@@ -42,6 +42,7 @@ def test_provenance_names_data_versions_and_validation() -> None:
 
 
 @pytest.mark.simulator
+@pytest.mark.usefixtures("one_model")
 def test_it_does_two_things_in_turn() -> None:
     """Both mugs to their plates, in the simulator of libero_10."""
     env, policy = LiberoEnv("libero_10", 4, image_size=128), load(decode="rsd-fused")
@@ -58,6 +59,7 @@ def test_it_does_two_things_in_turn() -> None:
 
 
 @pytest.mark.simulator
+@pytest.mark.usefixtures("one_model")
 def test_the_words_decide_which_bowl_is_taken() -> None:
     """Two identical bowls, one on the stove and one on the cabinet: the hand goes to the one that is named."""
     scene = task_number("on the stove and")
@@ -86,6 +88,7 @@ def test_the_words_decide_which_bowl_is_taken() -> None:
 
 
 @pytest.mark.simulator
+@pytest.mark.usefixtures("one_model")
 def test_exact_acceptance_gives_the_tokens_of_ar_along_an_episode() -> None:
     env = LiberoEnv("libero_spatial", task_number("next to the plate"), image_size=128)
     baseline, exact = load(decode="ar"), load(decode="rsd", acceptance="exact")
@@ -101,6 +104,7 @@ def test_exact_acceptance_gives_the_tokens_of_ar_along_an_episode() -> None:
 
 
 @pytest.mark.simulator
+@pytest.mark.usefixtures("one_model")
 def test_skipping_solves_a_task_with_less_than_a_pass_a_chunk() -> None:
     """The easiest task (50 of 50 where it was measured); one of two states, since renderers differ in the last bits."""
     env, policy = LiberoEnv("libero_spatial", task_number("between the plate"), image_size=128), load(decode="rsd-skip")

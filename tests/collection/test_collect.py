@@ -35,6 +35,25 @@ collecting = sys.modules["rsd.collection.collect"]
 NAME = suite_task("libero_spatial", 0).name
 
 
+class InThisProcess:
+    """A pool of workers that is none."""
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collects and renders without processes of its own, each of which would import and compile everything anew."""
+    for module in ("workers", "render"):
+        name = f"rsd.collection.{module}.worker_pool"
+        monkeypatch.setattr(name, lambda _: contextlib.nullcontext(InThisProcess()))
+    for module in ("collect", "render"):
+        monkeypatch.setattr(f"rsd.collection.{module}.as_completed", list)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> CollectConfig:
     out = tmp_path_factory.mktemp("demos")
@@ -147,6 +166,7 @@ def test_tasks_in_which_nothing_moves_are_left_out(tmp_path: Path, capsys: pytes
     assert not job.out.exists()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_floor_scene_is_collected_under_its_own_names(tmp_path: Path) -> None:
     job = CollectConfig(tmp_path, "libero_object", tasks=(6,), num_demos=1, num_workers=1, states_only=True)
     name = suite_task("libero_object", 6).name
@@ -159,6 +179,7 @@ def test_a_floor_scene_is_collected_under_its_own_names(tmp_path: Path) -> None:
         assert json.loads(file["data"].attrs["problem_info"])["problem_name"] == "libero_floor_manipulation"
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_task_of_two_goals_is_collected_as_one_demonstration(tmp_path: Path) -> None:
     job = CollectConfig(tmp_path, "libero_10", tasks=(1,), num_demos=1, num_workers=1, states_only=True)
     assert collect(job) == {suite_task("libero_10", 1).name: 1}
@@ -219,11 +240,10 @@ def test_a_draw_that_leaves_no_room_is_drawn_again(monkeypatch: pytest.MonkeyPat
         env.close()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_demonstrations_that_cannot_be_made_are_named_once_the_others_are(
     config: CollectConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rsd.collection.workers.worker_pool", lambda _: contextlib.nullcontext(InThisProcess()))
-    monkeypatch.setattr("rsd.collection.collect.as_completed", list)
     make = collecting.make_demonstration
 
     def one_fails(env: LiberoEnv, job: CollectConfig, index: int, *rest: Any) -> Any:
@@ -257,18 +277,10 @@ def make_demonstration_of(config: CollectConfig) -> Episode:
         env.close()
 
 
-class InThisProcess:
-    """A pool of workers that is none."""
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*arguments))
-        return future
-
-
 @pytest.mark.parametrize(
     ("kept", "fault"), [(0, "or fixtures: not readable"), (5, "expected [0-9]+ states, one an action, found 5")]
 )
+@pytest.mark.usefixtures("in_this_process")
 def test_a_demonstration_that_is_damaged_costs_its_own_rendering_only(
     config: CollectConfig, collected: list[Demonstration], tmp_path: Path, kept: int, fault: str
 ) -> None:
@@ -286,6 +298,7 @@ def test_a_demonstration_that_is_damaged_costs_its_own_rendering_only(
     assert [demo.episode for demo in load_demonstrations(tmp_path / "out")] == ["demo_1"]
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_file_that_is_damaged_costs_its_own_rendering_only(
     config: CollectConfig, collected: list[Demonstration], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -332,6 +345,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
+@pytest.mark.usefixtures("in_this_process")
 def test_a_file_that_is_damaged_costs_its_own_task_only(
     case: str,
     config: CollectConfig,
@@ -341,8 +355,6 @@ def test_a_file_that_is_damaged_costs_its_own_task_only(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of two tasks, one with a damaged file: the other is finished, the file is named and left as it is."""
-    monkeypatch.setattr("rsd.collection.workers.worker_pool", lambda _: contextlib.nullcontext(InThisProcess()))
-    monkeypatch.setattr("rsd.collection.collect.as_completed", list)
     demo = make_demonstration_of(config)
     monkeypatch.setattr(collecting, "make_demonstration", lambda env, job, index, policy: replace(demo, index=index))
     monkeypatch.setattr("rsd.collection.workers.worker_environment", lambda *a, **k: NamedTask(*a))
@@ -403,7 +415,9 @@ def test_demonstrations_do_not_come_among_the_files_of_something_else(
     assert [each.name for each in (here / place).iterdir()] == [holds]
 
 
-def test_rendering_adds_images_once(config: CollectConfig, collected: list[Demonstration], tmp_path: Path) -> None:
+def test_rendering_adds_images_once(
+    config: CollectConfig, collected: list[Demonstration], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     job = RenderConfig(config.out, tmp_path, image_size=32, num_workers=1, every=4, max_per_task=1)
     assert render(job) == {NAME: 1}
     path = tmp_path / f"{NAME}{FILE_SUFFIX}"
@@ -421,6 +435,7 @@ def test_rendering_adds_images_once(config: CollectConfig, collected: list[Demon
     with pytest.raises(RsdError, match=r"32 px of every 4. step, asked for were 32 px of every 16. step"):
         render(replace(job, every=16))
     sparse = tmp_path / "sparse"
+    request.getfixturevalue("in_this_process")
     assert render(replace(job, out=sparse, every=16)) == {NAME: 1}
     (few,) = load_demonstrations(sparse)
     assert few.images is not None

@@ -6,8 +6,9 @@ episodes in the simulator. Training: the losses of the first steps of a tiny mod
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from rsd.data.demonstrations import Demonstration
 from rsd.decoding.decoders import names
+from rsd.decoding.primitives import Primitives, Step
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.models.feature_drafter import DrafterConfig
 from rsd.models.target import TargetConfig
 from rsd.models.visual_drafter import VisualDrafterConfig
+from rsd.nested import tensors_of
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.training.dataset import Augmentation, FrameDataset, chunk_targets
@@ -84,9 +87,28 @@ def episodes() -> list[list[Observation]]:
     return [seen[start : start + CHUNKS_PER_EPISODE] for start in range(0, len(seen), CHUNKS_PER_EPISODE)]
 
 
-def decode_case(case: Case, engine: str, device: str = "cpu") -> list[Decoding]:
+class Shared:
+    """Runs primitives as they are, but what the target makes of what it sees once for all decoders of one model, each
+    of which gets a copy."""
+
+    whole = False
+
+    def __init__(self) -> None:
+        self._found = dict[tuple[Any, ...], Any]()
+
+    def __call__(self, ops: Primitives, step: Step, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if step.name not in ("embed", "prefill"):
+            return body(ops, *args)
+        key = (step.name, id(ops.target), *args[1:], *(tensor.numpy().tobytes() for tensor in tensors_of(args)))
+        if key not in self._found:
+            self._found[key] = body(ops, *args)
+        return copy.deepcopy(self._found[key])
+
+
+def decode_case(case: Case, engine: str, device: str = "cpu", shared: Shared | None = None) -> list[Decoding]:
     """Every observation of every episode, with the threads that PyTorch has."""
     policy = RsdPolicy.from_pretrained(CHECKPOINT, decode=case.decode, engine=engine, device=device, **case.options)
+    policy.core.ops.engine = shared or policy.core.ops.engine
     return [decoding for episode in episodes() for decoding in decode_episode(policy, episode, case.seed)]
 
 

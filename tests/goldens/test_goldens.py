@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_cases import CASES, CHUNKS, DECODERS, STATISTICS, TRAINING, Decoding, decode_case, train_tiny
+from golden_cases import CASES, CHUNKS, DECODERS, STATISTICS, TRAINING, Decoding, Shared, decode_case, train_tiny
 from numpy.typing import NDArray
 
 from rsd.types import COMPILED, CUDA_GRAPHS, EAGER, ONNX
@@ -86,9 +86,15 @@ def compare(name: str, found: list[Decoding], allowed: Tolerance) -> None:
     assert np.mean([np.abs(a - b).mean() for a, b in judged] or [0.0]) <= allowed.odd
 
 
+@pytest.fixture(scope="module")
+def shared() -> Shared:
+    return Shared()
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_decoder_gives_the_frozen_chunks_tokens_and_statistics(name: str) -> None:
-    compare(name, decode_case(CASES[name], EAGER), TOLERANCES[EAGER])
+@pytest.mark.usefixtures("one_model")
+def test_a_decoder_gives_the_frozen_chunks_tokens_and_statistics(name: str, shared: Shared) -> None:
+    compare(name, decode_case(CASES[name], EAGER, shared=shared), TOLERANCES[EAGER])
 
 
 @pytest.mark.parametrize("decode", DECODERS if os.environ.get("RSD_ALL_GOLDENS") else ["rsd-skip"])

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from rsd.sim import scenes
 from rsd.sim.libero import LiberoEnv
+from rsd.sim.physics import mujoco
 from rsd.types import CAMERAS
 
 pytestmark = pytest.mark.simulator
@@ -65,3 +66,16 @@ def test_a_reset_leaves_the_solver_where_a_rebuilt_model_does() -> None:
         found.append(np.concatenate([env.sim_state(), env.data.qacc_warmstart]))
         env.close()
     np.testing.assert_array_equal(*found)
+
+
+def test_a_scene_that_is_never_drawn_lacks_its_textures_alone() -> None:
+    env = LiberoEnv("libero_goal", 0, cameras=False)
+    whole = mujoco.MjModel.from_xml_string(env.simulation.sim.xml)
+    env.close()
+    (kept,) = scenes._models.values()  # as compiled: robosuite changes its copy
+    assert kept.ntex == 0 < whole.ntex
+    names = [name for name in dir(whole) if isinstance(getattr(whole, name), np.ndarray)]
+    physics = [name for name in names if not name.startswith(("_", "tex_", "name", "mat_texid"))]  # names move
+    assert {"body_inertia", "geom_pos", "geom_rgba", "mesh_vert"} <= set(physics)
+    for name in physics:
+        np.testing.assert_array_equal(getattr(kept, name), getattr(whole, name), name)

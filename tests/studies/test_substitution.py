@@ -57,6 +57,7 @@ def measured(rule: str | None, observations: list[Observation], others: list[str
     return judgement(columns[INSTRUCTION], 0.0), *stand
 
 
+@pytest.mark.usefixtures("one_model")
 @pytest.mark.parametrize(("rule", "most"), [("blind(0.95)", 0.10), ("blind(0.95,moving)", 0.08)])
 def test_a_wrong_draft_hardly_moves_what_a_verifying_rule_executes(
     rule: str, most: float, observations: list[Observation], others: list[str]
@@ -67,10 +68,12 @@ def test_a_wrong_draft_hardly_moves_what_a_verifying_rule_executes(
     assert own_stand > wrong_stand
 
 
+@pytest.mark.usefixtures("one_model")
 def test_the_default_rule_of_the_shipped_policy_verifies(observations: list[Observation], others: list[str]) -> None:
     assert measured(None, observations, others)[0].draft_pull <= 0.10
 
 
+@pytest.mark.usefixtures("one_model")
 def test_a_rule_that_executes_what_it_was_told_is_found_out(
     observations: list[Observation], others: list[str]
 ) -> None:

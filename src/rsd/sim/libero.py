@@ -86,7 +86,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self._arm_control: ArmControl | None = None
         libero = load_libero()
         compile_maths()
-        with quiet(), kept_scenes() if fast else contextlib.nullcontext():
+        with quiet(), kept_scenes(cameras) if fast else contextlib.nullcontext():
             self._control = libero.ControlEnv(
                 bddl_file_name=str(bddl_file(suite, task_id)),
                 use_camera_obs=cameras,

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from rsd.sim.physics import mujoco
 
+TEXTURE = re.compile(r'<texture [^>]*/>| texture="[^"]*"')  # two thirds of compiling it again, half of its memory
 _models: dict[str, mujoco.MjModel] = {}  # scene XML -> as compiled; at most one
 _contexts: dict[str, tuple[Any, mujoco.MjrContext]] = {}  # scene XML -> its GL and MuJoCo context, idle; at most one
 
@@ -53,8 +55,8 @@ def keep_context(xml: str, gl_context: Any, context: mujoco.MjrContext) -> None:
 
 
 @contextlib.contextmanager
-def kept_scenes() -> Iterator[None]:
-    """robosuite environments built inside take a kept scene where there is one, and draw nothing.
+def kept_scenes(textures: bool = True) -> Iterator[None]:
+    """robosuite environments built inside take a kept scene where there is one, and draw nothing; textures: for later.
 
     robosuite draws six frames while it sets up an environment, of states that are no episode's; here they are black
     (0.1 s each with OSMesa). `start_drawing` ends that.
@@ -62,7 +64,7 @@ def kept_scenes() -> Iterator[None]:
     base: Any = importlib.import_module("robosuite.environments.base")
     simulation, context = _robosuite_classes()
     before = base.MjSim, base.MjRenderContextOffscreen
-    base.MjSim, base.MjRenderContextOffscreen = simulation, context
+    base.MjSim, base.MjRenderContextOffscreen, simulation.textures = simulation, context, textures
     try:
         yield
     finally:
@@ -75,14 +77,14 @@ def start_drawing(simulation: Any) -> None:
 
 
 @functools.cache
-def _robosuite_classes() -> tuple[type, type]:
+def _robosuite_classes() -> tuple[Any, type]:
     """(simulation, render context); made when first needed, since robosuite's import chooses the GL library."""
     binding: Any = importlib.import_module("robosuite.utils.binding_utils")
 
     class KeptSim(binding.MjSim):
         @classmethod
         def from_xml_string(cls, xml: str) -> KeptSim:
-            made = cls(compiled(xml))
+            made = cls(compiled(xml if cls.textures else TEXTURE.sub("", xml)))
             made.xml = xml
             return made
 
@@ -97,8 +99,7 @@ def _robosuite_classes() -> tuple[type, type]:
         """robosuite's context, but what is dear in it comes from the last environment and goes to the next one."""
 
         def __init__(self, sim: Any, device_id: int, max_width: int = 640, max_height: int = 480) -> None:
-            self._xml, self.drawing = sim.xml, False
-            self._taken = _contexts.pop(self._xml, None)
+            self._xml, self.drawing, self._taken = sim.xml, False, _contexts.pop(sim.xml, None)
             if self._taken is None:
                 forget_contexts()  # of another scene
                 super().__init__(sim, True, device_id, max_width, max_height)
@@ -119,9 +120,8 @@ def _robosuite_classes() -> tuple[type, type]:
                 super().render(width, height, camera_id, segmentation)
 
         def read_pixels(self, width: int, height: int, depth: bool = False, segmentation: bool = False) -> Any:
-            if self.drawing:
-                return super().read_pixels(width, height, depth, segmentation)
-            return np.zeros((height, width, 3), np.uint8)
+            black = np.zeros((height, width, 3), np.uint8)
+            return super().read_pixels(width, height, depth, segmentation) if self.drawing else black
 
         def __del__(self) -> None:
             if getattr(self, "con", None) is not None:  # else it was never finished
