@@ -86,7 +86,7 @@ def table(runs: dict[int, dict[str, Episodes]], delay: int, against: str) -> str
 
 def draw(parts: dict[str, dict[int, dict[str, Episodes]]], path: Path) -> None:
     """Success with Wilson intervals against the delay, a panel for each part."""
-    figure, panels = plt.subplots(1, len(parts), figsize=(5.5 * len(parts), 4), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(parts), figsize=(5.5 * len(parts), 4), sharex=True, sharey=True, squeeze=False)
     for panel, (name, runs) in zip(panels[0], parts.items(), strict=True):
         for index, mode in enumerate(MODES):
             style: dict[str, Any] = {"color": f"C{index % 10}", "label": MODES[mode].replace("`", "")}
@@ -98,7 +98,7 @@ def draw(parts: dict[str, dict[int, dict[str, Episodes]]], path: Path) -> None:
                 panel.errorbar(list(points), rate, [rate - low, high - rate], marker="o", capsize=2, **style)
         panel.set(title=f"{name} scenes", xlabel="delay of the target's answer, steps of 50 ms", ylim=(0, 100))
     panels[0][0].set_ylabel("success, %")
-    panels[0][-1].legend(fontsize=7)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rsd import former
-from studies import permuted_suites_page
+from studies import delay_page, permuted_suites_page
 from studies.permuted_page import ROWS, permuted_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +19,7 @@ TABLES = {
     "stock": ("docs/results.md", "Stock libero_spatial", "success [Wilson 95 %]", "libero_spatial_57M", "h100/"),
 }
 
+AFTER = ("permuted_dagger/after", "permuted_dagger/after_more")
 MEMBERS = {  # of the first mean, and what they were run on
     "before": ("one_policy/permuted", "two_trainings/first", "two_trainings/second"),
     "before_stock": ("one_policy/stock", "two_trainings/first_stock"),
@@ -81,13 +82,13 @@ def test_the_tables_of_the_permuted_scenes_are_rows_of_those_made_from_the_raw_r
     for section, part, names in (
         (mean, ("averaged/permuted",), "l1 alone fused_moving skip_own_5"),
         (two, ("two_trainings/first", "two_trainings/second"), "l1 alone fused_moving skip_own_3 skip_own_5"),
+        (driven, AFTER, "l1 alone fused_moving skip_reset_3 skip_forecast_100"),
     ):
         found = permuted_suites_page.load(ROOT / "results", part)
         for name in names.split():
             assert re.search(rf"\b{permuted_suites_page.solved(found[name], found[name])}\b", section), (part, name)
     made = {
         shipped: permuted_suites_page.table(ROOT / "results" / "averaged_drafter", ("permuted",)),
-        driven: permuted_suites_page.table(ROOT / "results" / "permuted_dagger", ("after", "after_more")),
         suites: permuted_suites_page.table(ROOT / "results" / "permuted_suites"),
     }
     for section, table in made.items():
@@ -99,11 +100,20 @@ def test_the_tables_of_the_permuted_scenes_are_rows_of_those_made_from_the_raw_r
 
 def test_successes_of_the_policies_before_are_those_of_the_raw_results() -> None:
     text = (ROOT / "docs" / "results.md").read_text()
-    for heading, folder, runs in (
-        ("### The first policies", "permuted_object", "l1 alone skip_reset_3"),
-    ):
-        section, table = text.split(heading)[1].split("\n#")[0], permuted_table(ROOT / "results" / folder)
-        for name in runs.split():
-            counted = re.search(rf"^\| {re.escape(ROWS[name])} \| (\d+)/", table, re.MULTILINE)
-            assert counted, (name, table)
-            assert re.search(rf"\b{counted[1]}\b", section), (heading, name, counted[1])
+    section = text.split("### The first policies")[1].split("\n#")[0]
+    table = permuted_table(ROOT / "results" / "permuted_object")
+    for name in ("l1", "alone", "skip_reset_3", "skip_noreset_3_mem99"):
+        counted = re.search(rf"^\| {re.escape(ROWS[name])} \| (\d+)/", table, re.MULTILINE)
+        assert counted, (name, table)
+        assert re.search(rf"\b{counted[1]}\b", section), (name, counted[1])
+
+
+def test_the_table_of_delayed_answers_is_that_of_the_raw_results() -> None:
+    section = (ROOT / "docs" / "results.md").read_text().split("## Delayed answers")[1].split("\n## ")[0]
+    runs = delay_page.load(ROOT / "results" / "delayed" / "moving")
+    made = delay_page.table(runs, 8, "hold").splitlines()
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert shown == made
+    for name, run in runs[4].items():
+        told = f"{sum(e.success for e in run.values())} of {len(run)}"
+        assert name == "rsd-async-agreement" or told in " ".join(section.split()), (name, told)

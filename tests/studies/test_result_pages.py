@@ -18,6 +18,7 @@ PAGES: dict[str, tuple[Any, Any, str]] = {
 
 LACKING = {
     "archive": "expected folders with raw results, found none",
+    "delay_page": "results/delayed: No such file",
     "expert_page": "results/expert.json: No such file",
     "modes": "--policy STR",
     "permuted_page": "results/permuted_object/l1: not a results directory",

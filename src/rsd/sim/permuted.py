@@ -398,8 +398,9 @@ def goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> La
 
 
 def wide_goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> Layout | None:
-    """All fixtures exchange places, too, the stove sometimes with a thing, or nothing does; and anything is asked for that
-    the scene's words have and the hand can do. None where the plate would be pushed before a stove that is not there."""
+    """All fixtures exchange places, too, the stove sometimes with a thing, or nothing does; anything is asked for that
+    the scene's words have and the hand can do. None where the plate would be pushed before a stove that is not there.
+    """
     at, rest = _things_exchanged(scene, rng)
     fixed = [words for words in rest if words[1] in (CABINET, STOVE, RACK)]
     stands = dict(zip((words[1] for words in fixed), (fixed[i][2] for i in rng.permutation(len(fixed))), strict=True))
