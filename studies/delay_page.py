@@ -16,14 +16,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from rsd.evaluation.statistics import paired_difference
 from rsd.evaluation.summary import success_rate
 from rsd.evaluation.tables import ABSENT, markdown
 from rsd.reporting.archive import located
 from rsd.reporting.tables import load_run
 from rsd.types import RsdError
-from studies.permuted_page import against_cell, passes, success_cell
-from studies.permuted_suites_page import Episodes, cell, runs_in
+from studies.permuted_page import passes, success_cell
+from studies.permuted_suites_page import Episodes, cell, compared, runs_in
 
 MODES = {
     "l1": "`l1`, nothing delayed",
@@ -34,6 +33,7 @@ MODES = {
     "alone": "`drafter-only`",
     "draft-first": "`draft-first`",
     "rsd-async-agreement": "`rsd-async` as it was: a draft only after one that stood, no waiting",
+    "rsd-async-trust": "`rsd-async`, waiting after a draft that fell, too (not kept)",
     "rsd-async": "`rsd-async`",
     "rsd-skip": "`rsd-skip`",
 }
@@ -75,8 +75,7 @@ def table(runs: dict[int, dict[str, Episodes]], delay: int, against: str) -> str
     for name in (name for name in MODES if name in modes):
         run, difference = modes[name], ABSENT
         if name != against and run.keys() & base.keys():
-            first, second = ({key: e.success for key, e in episodes.items()} for episodes in (base, run))
-            difference = against_cell(paired_difference(first, second, cluster=lambda key: key[1:3]))
+            difference = compared(base, run)
         columns = [cell(run, suite, False) for suite in suites]
         rate = success_cell(success_rate(list(run.values())))
         rows.append([MODES[name], *columns, rate, difference, f"{passes(run.values()):.2f}"])

@@ -79,12 +79,17 @@ def cell(run: Episodes, suite: str, skipping: bool) -> str:
     return f"{solved(some, some)}/{len(some)}" + (f" at {passes(some.values()):.2f}" if skipping else "")
 
 
+def compared(base: Episodes, run: Episodes) -> str:
+    """The second against the first, on the states that both have, a task being one cluster."""
+    first, second = ({key: e.success for key, e in episodes.items()} for episodes in (base, run))
+    return against_cell(paired_difference(first, second, cluster=lambda key: key[1:3]))
+
+
 def row(name: str, run: Episodes, target: Episodes, drafter: Episodes, suites: tuple[str, ...]) -> list[str]:
     rate, skipping = success_rate(list(run.values())), name.startswith("skip")
     against = kept = ABSENT
     if run is not target:
-        first, second = ({key: e.success for key, e in episodes.items()} for episodes in (target, run))
-        against = against_cell(paired_difference(first, second, cluster=lambda key: key[1:3]))
+        against = compared(target, run)
     if common := run.keys() & drafter.keys() & target.keys():
         floor = solved(drafter, common)
         kept = f"{(solved(run, common) - floor) / (solved(target, common) - floor):.2f}"

@@ -89,14 +89,19 @@ def test_the_tables_of_the_permuted_scenes_are_rows_of_those_made_from_the_raw_r
         found = permuted_suites_page.load(ROOT / "results", part)
         for name in names.split():
             assert re.search(rf"\b{permuted_suites_page.solved(found[name], found[name])}\b", section), (part, name)
-    made = {
-        shipped: permuted_suites_page.table(ROOT / "results" / "averaged_drafter", ("permuted",)),
-    }
-    for section, table in made.items():
-        shown = [line for line in section.splitlines() if line.startswith("|")]
-        assert shown[:2] == table.splitlines()[:2]
-        assert len(shown) > 5
-        assert set(shown) <= set(table.splitlines())
+    for section, part, names in (
+        (driven, AFTER, "fused_moving skip_reset_3"),
+        (suites, BOTH, "fused_blind skip_reset_3"),
+    ):
+        found = permuted_suites_page.load(ROOT / "results", part)
+        for name in names.split():
+            told = permuted_suites_page.compared(found["l1"], found[name])
+            assert re.sub(r" .* \[", " [", told) in " ".join(section.split()), (part, name, told)
+    table = permuted_suites_page.table(ROOT / "results" / "averaged_drafter", ("permuted",))
+    shown = [line for line in shipped.splitlines() if line.startswith("|")]
+    assert shown[:2] == table.splitlines()[:2]
+    assert len(shown) > 5
+    assert set(shown) <= set(table.splitlines())
 
 
 def test_successes_of_the_policies_before_are_those_of_the_raw_results() -> None:
@@ -119,3 +124,12 @@ def test_the_table_of_delayed_answers_is_that_of_the_raw_results() -> None:
     for name, run in runs[4].items():
         told = f"{sum(e.success for e in run.values())} of {len(run)}"
         assert name == "rsd-async-agreement" or told in " ".join(section.split()), (name, told)
+    for name in ("rsd-skip", "rsd-async"):
+        better = permuted_suites_page.compared(runs[8]["draft-first"], runs[8][name]).removeprefix("+")
+        rounded = re.sub(r"\d+\.\d", lambda number: f"{float(number[0]):.0f}", better)
+        assert re.sub(r" .* \[", " [", rounded) in section, (name, rounded)
+    static = delay_page.load(ROOT / "results" / "delayed" / "static")[8]
+    line = next(line for line in section.splitlines() if line.startswith("- Static scenes"))
+    states = static["rsd-async"].keys()
+    for name in ("rsd-async", "rsd-skip", "hold", "tail"):
+        assert re.search(rf" {sum(static[name][key].success for key in states)}[,.]", line), name

@@ -99,9 +99,7 @@ class WallClock(VirtualDelay):
             actions = chunk.actions[len(self._done) - start :]
         return Course.of(actions, letter(chunk.stats))
 
-    def _answered(
-        self, env: Environment, chunk: ActionChunk, start: int, ahead: Course, draft: Course
-    ) -> Course:
+    def _answered(self, env: Environment, chunk: ActionChunk, start: int, ahead: Course, draft: Course) -> Course:
         """What to do from now on, the answer being there."""
         motion, gone = self._motion, len(self._done) - start
         if chunk.answer is None:

@@ -416,7 +416,7 @@ def wide_goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) 
         destination = WIDE_FITS[thing][rng.integers(len(WIDE_FITS[thing]))]
         predicate = "in" if destination == TOP_DRAWER else "on"
         goal, words = ((predicate, thing, destination),), _putting(thing, destination)
-    if "stove_front" in goal[0][-1] and stands.get(STOVE, "") != "main_table_stove_region":
+    if "stove_front" in goal[0][-1] and stands[STOVE] != "main_table_stove_region":
         return None
     rest = [(*each[:2], stands.get(each[1], each[2])) for each in rest]
     return _goal_layout(scene, at, rest, goal, words, WIDE_FITS)

@@ -99,7 +99,8 @@ def _robosuite_classes() -> tuple[Any, type]:
         """robosuite's context, but what is dear in it comes from the last environment and goes to the next one."""
 
         def __init__(self, sim: Any, device_id: int, max_width: int = 640, max_height: int = 480) -> None:
-            self._xml, self.drawing, self._taken = sim.xml, False, _contexts.pop(sim.xml, None)
+            self._xml, self.drawing = sim.xml, False
+            self._taken = _contexts.pop(self._xml, None)
             if self._taken is None:
                 forget_contexts()  # of another scene
                 super().__init__(sim, True, device_id, max_width, max_height)
@@ -120,8 +121,9 @@ def _robosuite_classes() -> tuple[Any, type]:
                 super().render(width, height, camera_id, segmentation)
 
         def read_pixels(self, width: int, height: int, depth: bool = False, segmentation: bool = False) -> Any:
-            black = np.zeros((height, width, 3), np.uint8)
-            return super().read_pixels(width, height, depth, segmentation) if self.drawing else black
+            if self.drawing:
+                return super().read_pixels(width, height, depth, segmentation)
+            return np.zeros((height, width, 3), np.uint8)
 
         def __del__(self) -> None:
             if getattr(self, "con", None) is not None:  # else it was never finished
