@@ -68,16 +68,16 @@ train() { # policy, name, seconds at most, steps, log every, further options
     shift 5
     case $policy in
         act) own=(--policy.type=act --policy.chunk_size=16 --policy.n_action_steps=8
-            --batch_size="${ACT_BATCH:-96}" --num_workers="${ACT_LOADERS:-$((${#cores[@]} * 7 / 12 + 1))}" --optimizer.type=adamw --optimizer.weight_decay=1e-4
+            --batch_size="${ACT_BATCH:-96}" --num_workers="${ACT_LOADERS:-3}" --optimizer.type=adamw --optimizer.weight_decay=1e-4
             --optimizer.lr="${ACT_RATE:-2e-4}" --scheduler.num_warmup_steps=$((steps / 20)));;
         # one observation: what `--execute` makes of its history; DDIM of ten steps: its usual fast setting
         diffusion) own=(--policy.type=diffusion --policy.n_obs_steps=1 --policy.horizon=16 --policy.n_action_steps=8
             --policy.drop_n_last_frames=0 --policy.crop_shape="[$((side * 7 / 8)),$((side * 7 / 8))]"
             --policy.down_dims="[256,512,1024]" --policy.noise_scheduler_type=DDIM --policy.num_inference_steps=10
-            --batch_size="${DIFFUSION_BATCH:-64}" --num_workers="${DIFFUSION_LOADERS:-$((${#cores[@]} / 3 + 1))}" --optimizer.type=adamw --optimizer.weight_decay=1e-6
+            --batch_size="${DIFFUSION_BATCH:-64}" --num_workers="${DIFFUSION_LOADERS:-3}" --optimizer.type=adamw --optimizer.weight_decay=1e-6
             --optimizer.lr="${DIFFUSION_RATE:-3e-4}" --scheduler.num_warmup_steps=$((steps / 20)));;
     esac
-    stage "$name" "$most" "$RSD_LEROBOT_PYTHON" -m lerobot.scripts.lerobot_train --dataset.repo_id=local \
+    stage "$name" "$most" "$RSD_LEROBOT_PYTHON" "$code/scripts/lerobot_train.py" --dataset.repo_id=local \
         --dataset.root="$OUT/lerobot" --output_dir="$OUT/$name" --steps="$steps" --save_freq=$((steps / 4 + 1)) \
         --eval_freq=0 --log_freq="$every" --wandb.enable=false \
         --use_policy_training_preset=false --scheduler.type=diffuser --scheduler.name=cosine "${own[@]}" \
@@ -125,7 +125,7 @@ evaluate() { # policy, name, seconds at most, suites, further options
 }
 speculate() { # policy, suite, states: a drafter, then with it and it alone
     local policy=$1 suite=$2 number=$3
-    rsd "$policy-distil-$suite" "${DISTIL_SECONDS:-330}" drafter distil --target "lerobot:$(made "$policy")" \
+    KEEP=$((KEEP + ${AFTER_DISTIL:-180})) rsd "$policy-distil-$suite" "${DISTIL_SECONDS:-600}" drafter distil --target "lerobot:$(made "$policy")" \
         --task-suite "$suite" --tasks "${TASKS:-all}" --device "$device" --num-workers "${WORKERS:-$half}" \
         --num-rollouts "${ROLLOUTS:-8}" --num-dagger "${DAGGER:-5}" --rounds "${ROUNDS:-2}" \
         --num-calibration "${CALIBRATION:-3}" --loop.steps "${DISTIL_STEPS:-2000}" --output "$OUT/distil/$policy/$suite" \

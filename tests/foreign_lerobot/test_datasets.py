@@ -1,8 +1,10 @@
 """Data sets in both directions: LeRobot's loader opens our export, and we read what LeRobot's own code has written."""
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from rsd.data.lerobot_libero import WORDS
 from rsd.types import Observation
 from rsd.words import word_flags
 
+TRAINER = Path(__file__).parents[2] / "scripts/lerobot_train.py"
 KEYS = ("observation.images.image", "observation.images.image2")
 EPISODES = [episode(number) for number in range(3)]
 MOST_OFF = {"image": 1e-9, "png": 1e-9, "video": 4, "mp4": 4}  # grey levels in the mean
@@ -106,14 +109,33 @@ def test_what_lerobot_has_written_is_read(kind: str, turned: bool, tmp_path: Pat
         assert abs(demo.images.astype(int) - seen.images).mean() < MOST_OFF[kind]
 
 
-def test_lerobots_trainer_takes_an_export_and_rsd_its_policy(tmp_path: Path) -> None:
+def test_a_sample_in_memory_is_lerobots_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(TRAINER.parent)
+    keep: Callable[[LeRobotDataset], LeRobotDataset] = importlib.import_module(TRAINER.stem).keep
+    data = export(ExportConfig((hdf5(tmp_path / "hdf5"),), tmp_path / "lerobot", words=True))
+    ahead = {"action": [step / FPS for step in range(16)]}
+    own, kept = (LeRobotDataset("local", root=data, delta_timestamps=ahead) for _ in range(2))
+    kept = keep(kept)
+    assert len(kept) == len(own)
+    for index in range(len(own)):
+        before, after = own[index], kept[index]
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(after[key], value, rtol=0, atol=0)
+            else:
+                assert after[key] == value
+
+
+@pytest.mark.parametrize("trainer", [["-m", "lerobot.scripts.lerobot_train"], [str(TRAINER)]], ids=["own", "memory"])
+def test_lerobots_trainer_takes_an_export_and_rsd_its_policy(trainer: list[str], tmp_path: Path) -> None:
     data = export(ExportConfig((hdf5(tmp_path / "hdf5"),), tmp_path / "lerobot", words=True))
     small = {"dim_model": 32, "n_heads": 2, "dim_feedforward": 32, "n_encoder_layers": 1, "use_vae": "false"}
     options = {"chunk_size": 12, "n_action_steps": 6, "pretrained_backbone_weights": "null", **small}
     policy = {"type": "act", "device": "cpu", "push_to_hub": "false", **options}
     run = {"dataset.repo_id": "local", "dataset.root": data, "output_dir": tmp_path / "run", "steps": 1}
     run |= {"batch_size": 2, "num_workers": 0, **{f"policy.{key}": value for key, value in policy.items()}}
-    line = [sys.executable, "-m", "lerobot.scripts.lerobot_train", *(f"--{key}={value}" for key, value in run.items())]
+    line = [sys.executable, *trainer, *(f"--{key}={value}" for key, value in run.items())]
     subprocess.run(line, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
     trained = HostedPolicy(str(tmp_path / "run/checkpoints/last/pretrained_model"), "cpu")
     seen = EPISODES[0]

@@ -242,7 +242,7 @@ class Writer:
 
 def png(picture: NDArray[np.uint8]) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    Image.fromarray(picture).save(file, "PNG", compress_level=1)  # a quarter of the time, 4 % more bytes
     return file.getvalue()
 
 
