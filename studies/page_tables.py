@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd import former
 from rsd.decoding.calibration import RealisedRisk, realised_risk
 from rsd.decoding.decoders import DECODERS
 from rsd.evaluation.calibrate import SCORE, chunk_stat
@@ -25,7 +24,6 @@ from studies.deviation import UNITS, DeviationRecord
 
 ABSENT = "-"
 EPSILON_MM, DELTA = 50.0, 0.1
-FORMER = {**former.DECODERS, "light": "draft-first"}  # names in older raw results
 
 
 def training_of(path: Path) -> str:
@@ -176,9 +174,9 @@ def risk_of(run: Run, epsilon_mm: float, delta: float) -> RealisedRisk:
 def deviation_section(record: DeviationRecord, path: Path) -> str:
     rows = [
         [
-            f"`{FORMER.get(row.decode, row.decode)}`",
-            row.acceptance if DECODERS[former.decoder(row.decode)].drafts else ABSENT,
-            row.fine if DECODERS[former.decoder(row.decode)].drafts else ABSENT,
+            f"`{row.decode}`",
+            row.acceptance if DECODERS[row.decode].drafts else ABSENT,
+            row.fine if DECODERS[row.decode].drafts else ABSENT,
             *(" / ".join(f"{x:.2f}" for x in row.from_ar[unit]) for unit in UNITS),
             f"{row.gripper_differs_from_ar:.1%}",
             " / ".join(f"{x:.2f}" for x in row.from_expert["mm"]),
@@ -196,7 +194,7 @@ def deviation_section(record: DeviationRecord, path: Path) -> str:
 
 def latency_record(path: Path) -> LatencyRecord:
     """Raw latencies of `rsd bench latency`."""
-    return LatencyRecord(**former.record(read_json(path)))
+    return LatencyRecord(**read_json(path))
 
 
 def latency_section(record: LatencyRecord, path: Path) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from rsd import former
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.state import Draft, EpisodeState
 from rsd.evaluation.backend import available_cores, cpu_model
@@ -68,7 +67,7 @@ class ScalingRecord:
             **{
                 **content,
                 "sizes": {
-                    name: SizeRecord(**former.record(former.parts(size))) for name, size in content["sizes"].items()
+                    name: SizeRecord(**size) for name, size in content["sizes"].items()
                 },
             }
         )

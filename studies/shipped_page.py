@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from rsd import former
 from rsd.evaluation.latency import LatencyRecord
 from rsd.evaluation.results import write_atomically
 from rsd.evaluation.statistics import percentiles
@@ -160,7 +159,7 @@ def modes_section(path: Path) -> str:
     measured = read_json(path)
     places, left_out = measured["places"], measured["config"]["left_out"]
     rows = [
-        [f"`{former.decoder(decode)}`", *(f"{share:.0%}" for share in shares(found).values())]
+        [f"`{decode}`", *(f"{share:.0%}" for share in shares(found).values())]
         for decode, found in places.items()
     ]
     placements = len(next(iter(places.values())))

@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 
-from rsd import former
 from studies import delay_page, permuted_suites_page
 from studies.permuted_page import ROWS, permuted_table
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMER = {new: old for old, new in former.DECODERS.items()}  # in these raw results
 # document, its section, the column of successes, the summary of the raw results, and the folder of the runs there
 TABLES = {
     "stock": ("docs/results.md", "Stock libero_spatial", "success [Wilson 95 %]", "libero_spatial_57M", "h100/"),
@@ -51,7 +49,7 @@ def test_a_table_of_successes_is_that_of_the_raw_results(name: str) -> None:
     runs, table = summary(raw), rows(document, section)
     assert len(table) >= 4
     for row in table:
-        success = runs[folder + FORMER.get(row["decoder"], row["decoder"])]["success"]
+        success = runs[folder + row["decoder"]]["success"]
         share = 100 * success["successes"] / success["n"]
         interval = f"{share:.1f} % [{100 * success['low']:.1f}, {100 * success['high']:.1f}]"
         assert interval in row[column], (row, interval)

@@ -1,4 +1,4 @@
-"""Names of before: stored files that hold them are read, command lines that use them are told the present one."""
+"""Names of before: checkpoints that hold them are read, command lines that use them are told the present one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,13 @@ from rsd import former, manifest
 from rsd.checkpoint import CONFIG_FILE, WEIGHTS_FILE, facts_of, load_model, parse_config, read_content, read_weights
 from rsd.cli import COMMANDS, dispatch
 from rsd.decoding.decoders import DECODERS
-from rsd.evaluation.config import stored_config
-from rsd.evaluation.results import EpisodeResult, read_run_record, record_of
 from rsd.manifest import file_sha256
 from rsd.models.bundle import PolicyConfig
 from rsd.options import DecodeOptions, resolve
-from rsd.reporting.archive import located
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
 
-ROOT = Path(__file__).parents[1]
 BEFORE = {now: name for name, now in former.PARTS.items()}
-ARCHIVED = ROOT / "results/libero_pro"
 
 
 @pytest.mark.parametrize(
@@ -97,36 +92,3 @@ def test_the_weights_and_sizes_of_a_checkpoint_are_read_by_present_names(checkpo
     assert facts_of(checkpoint, content).visual_drafter
     model, _ = load_model(checkpoint, content, ActionTokenizer.load(checkpoint))
     assert model.state_dict().keys() == weights.keys()
-
-
-def test_an_episode_of_before_is_read_by_present_names() -> None:
-    line = (located(ARCHIVED / "rsd-ahead") / "episodes.jsonl").read_text().splitlines()[0]
-    values = json.loads(line)
-    episode = record_of(EpisodeResult, values, "episode")
-    assert (values["decode"], episode.decode) == ("rsd-ahead", "draft-first")
-    assert episode.target_passes == values["main_passes"]
-    assert episode.latency_ms["verify-pending"] == values["latency_ms"]["follow-up"]
-    assert episode.chunks == values["chunks"]
-
-
-def test_a_run_of_before_is_read_whatever_stood_for_no_threshold() -> None:
-    folder = located(ARCHIVED / "rsd-ahead")
-    assert json.loads((folder / "config.json").read_text())["config"]["skip_threshold_mm"] == -1.0
-    record = read_run_record(folder)
-    assert record.config["decode"] == "draft-first"
-    assert stored_config(record.config, "here", older=True).skip_threshold_mm is None
-
-
-def test_an_archive_of_before_is_found_by_present_names() -> None:
-    assert located(ARCHIVED / "draft-first") == located(ARCHIVED / "rsd-ahead")
-    assert not located(ARCHIVED / "nothing").exists()
-
-
-def test_results_of_before_are_compared_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [str(located(ARCHIVED / name)) for name in ("l1", "draft-first")]
-    assert dispatch(["compare", *runs]) == 0
-    printed = capsys.readouterr().out
-    assert "draft-first" in printed
-    assert dispatch(["report", *runs, "--output", str(tmp_path / "report.html")]) == 0
-    page = (tmp_path / "report.html").read_text()
-    assert "draft-first" in page

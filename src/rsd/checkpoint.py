@@ -294,7 +294,7 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
     if not path.exists():
         return None
     raw = read_versioned(path, "proven decoder", 1, "write it anew")
-    proven = from_json(Proven, former.record(raw), str(path), ignore=("format_version",))
+    proven = from_json(Proven, raw, str(path), ignore=("format_version",))
     if proven.weights_sha256 != content["sha256"][WEIGHTS_FILE]:
         remedy = "evaluate these and write it anew, or delete it"
         raise RsdError(f"{path}: is about other weights (sha256 {proven.weights_sha256}); {remedy}")

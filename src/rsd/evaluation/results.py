@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rsd import former
 from rsd.checks import Count, Said, Some, Time, checked
 from rsd.chunks import longest_stage
 from rsd.decoding.course import Whose
@@ -169,7 +168,7 @@ def record_of(kind: type[Record], values: dict[str, Any], where: str) -> Record:
     version = values.get("format")
     if type(version) is not int or version != FORMAT:
         raise RsdError(f"{where}: results format {shown(version)}, this program reads format {FORMAT}; run it again")
-    return from_json(kind, former.record(values), where, ignore=("format",))
+    return from_json(kind, values, where, ignore=("format",))
 
 
 def encode_record(record: Any, indent: int | None = None) -> str:

@@ -8,7 +8,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from rsd import former
 from rsd.checks import told
 from rsd.types import RsdError
 
@@ -21,9 +20,7 @@ def located(path: Path) -> Path:
         return path
     for folder in (path, *path.parents):
         if folder.name and (archive := folder.with_name(folder.name + SUFFIX)).is_file():
-            found = Path(_unpacked(archive.resolve()).name) / path.relative_to(folder)
-            before = former.former_path(path.relative_to(folder))
-            return found if found.exists() or before is None else Path(_unpacked(archive.resolve()).name) / before
+            return Path(_unpacked(archive.resolve()).name) / path.relative_to(folder)
     return path
 
 
