@@ -34,6 +34,12 @@ MODES = {
     "draft-first": "`draft-first`",
     "rsd-async-agreement": "`rsd-async` as it was: a draft only after one that stood, no waiting",
     "rsd-async-trust": "`rsd-async`, waiting after a draft that fell, too (not kept)",
+    "rsd-async-waits": "`rsd-async` as it was: no step of a draft that switches the gripper",
+    "rsd-async-gated": "the same, its target asked as seldom as of `rsd-skip` (not kept)",
+    "rsd-async-told": "`rsd-async` as it was, unless the last answer switches, too",
+    "rsd-async-until": "`rsd-async`, up to every drafted switch, whatever the last answer",
+    "rsd-async-missed": "`rsd-async`, what was waited for taken for missed (not kept)",
+    "rsd-async-falls": "the same, waiting after three drafts that fell, too (not kept)",
     "rsd-async": "`rsd-async`",
     "rsd-skip": "`rsd-skip`",
 }
@@ -83,6 +89,21 @@ def table(runs: dict[int, dict[str, Episodes]], delay: int, against: str) -> str
     return markdown(["", *named, "together [Wilson 95 %]", f"against {MODES[against]}", "passes"], rows)
 
 
+def solved_of(run: Episodes) -> str:
+    return f"{sum(e.success for e in run.values())}/{len(run)}"
+
+
+def overview(runs: dict[int, dict[str, Episodes]]) -> str:
+    """Successes of every mode at every delay."""
+    delays = [delay for delay in runs if delay]
+    rows = []
+    for name in MODES:
+        found = {delay: modes[name] for delay, modes in runs.items() if name in modes}
+        if found.keys() - {0}:
+            rows.append([MODES[name], *(solved_of(found[delay]) if delay in found else ABSENT for delay in delays)])
+    return markdown(["steps late", *(str(delay) for delay in delays)], rows)
+
+
 def draw(parts: dict[str, dict[int, dict[str, Episodes]]], path: Path) -> None:
     """Success with Wilson intervals against the delay, a panel for each part."""
     figure, panels = plt.subplots(1, len(parts), figsize=(5.5 * len(parts), 4), sharex=True, sharey=True, squeeze=False)
@@ -106,6 +127,7 @@ def draw(parts: dict[str, dict[int, dict[str, Episodes]]], path: Path) -> None:
 def main(config: DelayPageConfig) -> None:
     parts = {path.name: load(config.results / path.name) for path in sorted(located(config.results).iterdir())}
     for name, runs in parts.items():
+        print(f"{name} scenes\n", overview(runs), sep="\n")
         for delay in runs:
             print(f"{name} scenes, answers {delay} steps late\n", table(runs, delay, config.against), sep="\n")
     if config.plot:

@@ -88,6 +88,14 @@ def test_nothing_is_made_up_for_where_the_arm_was_held() -> None:
     assert np.array_equal(rest_of_chunk(chunk, arm.poses, arm.actions, start), chunk[GONE:])
 
 
+def test_what_was_waited_for_is_not_missed() -> None:
+    arm, chunk = Arm(), course(5, 12)
+    start = begun(arm)
+    arm.go(chunk[: GONE - 2]).go(course(0, 2, size=0.0))
+    rest = rest_of_chunk(chunk, arm.poses, arm.actions, start, waited=2)
+    assert rest == pytest.approx(chunk[GONE - 2 :], abs=1e-6)
+
+
 def test_what_the_limits_do_not_let_through_comes_later() -> None:
     arm, chunk, away = Arm(), course(5, 12, size=0.0), course(6, GONE, size=0.0)
     chunk[:, 0], away[:, 0] = 0.9, -0.9
@@ -99,8 +107,8 @@ def test_what_the_limits_do_not_let_through_comes_later() -> None:
 
 @pytest.mark.parametrize(
     ("closes", "executed", "first"),
-    [(2, -1.0, 2), (2, 1.0, GONE), (9, -1.0, GONE), (0, -1.0, 0)],
-    ids=["missed", "made", "to come", "closed from the start"],
+    [(2, -1.0, 2), (2, 1.0, GONE), (9, -1.0, GONE), (0, -1.0, 0), (9, 1.0, GONE)],
+    ids=["missed", "made", "to come", "closed from the start", "not of the chunk"],
 )
 def test_a_gripper_switch_that_was_missed_is_made_first(closes: int, executed: float, first: int) -> None:
     arm, chunk, other = Arm(), course(5, 12), course(6, GONE)

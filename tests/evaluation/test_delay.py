@@ -177,11 +177,33 @@ T0 = STILL * 2 + of("t", 0, 0, 3)  # an episode's beginning at a delay of 2
         (Spelling("rsd-async", falls={4}), {"delay": 0}, of("t", 0, 0, 3) + of("t", 4, 0, 3) + of("d", 8, 0, 3)),
         # beyond the executed steps the draft goes on until the answer is there
         (Spelling("rsd-async", falls={10}), {"delay": 6}, STILL * 6 + of("t", 0, 0, 3) + of("d", 10, 0, 5)),
-        # where a draft would switch the gripper unverified the robot stands still, and the target's chunk is executed
+        # where a draft would switch the gripper unverified the robot stands still, and the answer goes on from there
         (
-            Spelling("rsd-async", switches=[(6, 1, "d"), (6, 3, "t")]),
+            Spelling("rsd-async", falls={6}, switches=[(6, 1, "d"), (6, 3, "t")]),
             {"delay": 2},
-            [*T0, *STILL * 2, *of("t", 6, 0, 2), "t6.3!", "d12.0!"],
+            [*T0, "d6.0", *STILL, "t6.1", "t6.2", "t6.3!", "d11.0!"],
+        ),
+        # or the draft, if it stood
+        (
+            Spelling("rsd-async", switches=[(6, 1, "d"), (6, 1, "t")]),
+            {"delay": 2},
+            [*T0, "d6.0", *STILL, *(f"d6.{n}!" for n in (1, 2, 3)), "d11.0!"],
+        ),
+        # what was waited for is not missed, and steps before the draft are steps of the chunk
+        (
+            Spelling("rsd-async", falls={10}, switches=[(10, 0, "d")]),
+            {"delay": 6},
+            STILL * 6 + of("t", 0, 0, 3) + STILL * 6 + of("t", 10, 0, 3),
+        ),
+        (
+            Spelling("rsd-async", switches=[(6, 1, "d"), (6, 1, "t")]),
+            {"delay": 2, "early": 1},
+            [*T0, "t0.4", *STILL, *(f"d6.{n}!" for n in (1, 2, 3, 4)), "d11.1!"],
+        ),
+        # unless the answer before switches then, or a step later
+        *(
+            (Spelling("rsd-async", switches=[(6, 1, "d"), (6, n - 6, "t")]), {"delay": 2}, [*T0, "d6.0", *then])
+            for n, then in ((5, ["d6.1!", "d6.2!"]), (6, ["d6.1!", "d6.2!"]), (7, [*STILL, "d6.1!"]))
         ),
         # a later switch has been verified
         (

@@ -69,7 +69,11 @@ def roll(
         ("l1", 80.0, 0.0, True, STILL * 2 + of("t", 0, 0, 5) + of("t", 6, 2, 5) + of("t", 10, 2, 5), [2, 2]),
         # the tail is over before the answer is there
         ("l1", 280.0, 0.0, True, STILL * 6 + of("t", 0, 0, 7) + STILL * 2 + of("t", 10, 6, 7), [6, 6]),
-        ("draft-first", 20.0, 65.0, True, STILL + of("d", 0, 0, 3) + of("d", 0, 4, 4) + of("d", 5, 1, 4), [2, 2]),
+        (
+            *("draft-first", 20.0, 65.0, True),
+            [*STILL, *of("d", 0, 0, 4), *of("d", 5, 1, 4), *of("d", 9, 1, 4)],
+            [2, 2],
+        ),
         ("rsd-async", 20.0, 65.0, False, STILL * 2 + of("t", 0, 0, 4) + of("d", 6, 1, 3) + of("d", 6, 4, 4), [2, 2]),
     ],
 )
@@ -102,15 +106,23 @@ def test_an_answer_overrules_the_rest_of_a_draft_when_it_is_there() -> None:
 
 
 def test_before_a_drafted_switch_of_the_gripper_the_robot_stands_still_until_the_target_has_answered() -> None:
-    env, rollout = roll("rsd-async", 20.0, 100.0, switches=[(7, 2, "d"), (7, 3, "t")])
+    env, rollout = roll("rsd-async", 20.0, 100.0, falls={7}, switches=[(7, 2, "d"), (7, 3, "t")])
     assert [spell(action) for action in env.executed][3:14] == [
         *of("t", 0, 0, 4),
-        *STILL * 2,
-        *of("t", 7, 1, 2),
-        "t7.3!",
-        "t7.4!",
+        "d7.1",
+        *STILL,
+        "t7.2",
+        *(f"t7.{n}!" for n in (3, 4)),
+        "d12.1!",
     ]
-    assert rollout.result.sources[1] == "thhtttt"
+    assert rollout.result.sources[1] == "tdhrr"
+    assert rollout.result.chunk_stats["drafted_steps"][1] == 1.0
+
+
+def test_a_drafted_switch_that_the_last_answer_makes_too_is_made_at_once() -> None:
+    env, rollout = roll("rsd-async", 20.0, 100.0, switches=[(7, 2, "d"), (0, 6, "t")])
+    assert [spell(action) for action in env.executed][7:12] == ["t0.4", "d7.1", *(f"d7.{n}!" for n in (2, 3, 4))]
+    assert "h" not in rollout.result.sources[1]
 
 
 def test_late_physics_is_counted_and_caught_up() -> None:

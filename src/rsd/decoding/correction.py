@@ -63,18 +63,22 @@ def moved_freely(poses: Sequence[Pose], actions: Sequence[Actions], start: int) 
     return float(np.linalg.norm(went - expected)) <= FREE_METRES + FREE_SHARE * length
 
 
-def rest_of_chunk(chunk: Actions, poses: Sequence[Pose], actions: Sequence[Actions], start: int) -> Actions:
+def rest_of_chunk(
+    chunk: Actions, poses: Sequence[Pose], actions: Sequence[Actions], start: int, waited: int = 0
+) -> Actions:
     """What is left to do now of a chunk [H, 7] for the observation at step `start`, [n, 7]: its actions from now on,
     with what was missed of those before.
 
-    poses, actions: as of `moved_freely`, all of the episode. A gripper switch that was missed is made first: the chunk
-    goes on from there, late. What does not fit into [-1, 1] within SPREAD steps is added to later ones."""
+    poses, actions: as of `moved_freely`, all of the episode. waited: steps by which the chunk is later. A gripper
+    switch that was missed is made first: the chunk goes on from there, late; one that was made and that the chunk does
+    not make is undone. What does not fit into [-1, 1] within SPREAD steps is added to later ones."""
     gone = len(actions) - start
     if gone == 0:
         return chunk
-    done, at = np.stack(actions[start:]), min(gone, len(chunk))
-    while at > 0 and np.sign(chunk[at - 1, 6]) != np.sign(done[-1, 6]):
-        at -= 1
+    done, at = np.stack(actions[start:]), min(gone - waited, len(chunk))
+    alike = np.flatnonzero(np.sign(chunk[:at, 6]) == np.sign(done[-1, 6]))
+    if alike.size or np.sign(done[-1, 6]) == np.sign(actions[start - 1][6]):
+        at = int(alike[-1]) + 1 if alike.size else 0
     missed = led(chunk[:at]) - led(done)
     if not moved_freely(poses, actions, start):
         missed[:] = 0.0

@@ -65,13 +65,6 @@ def letter(stats: ChunkStats) -> str:
     return DRAFTED if stats.skipped or stats.decode in OF_DRAFTS else OWN
 
 
-def agreed(draft: Actions, told: Actions) -> int:
-    """How many of a draft's actions [n, 7] come before one with another gripper than the target has told of its step;
-    told: at least as many."""
-    differs = np.sign(draft[:, 6]) != np.sign(told[: len(draft), 6])
-    return int(differs.argmax()) if differs.any() else len(draft)
-
-
 def apart_mm(one: Actions, other: Actions) -> float:
     """How far two courses of as many actions [n, 7] lead from each other, mm."""
     return 1e3 * float(np.linalg.norm((led(one) - led(other))[:3]))

@@ -10,7 +10,8 @@ the last is there. What the robot does meanwhile is the mode's matter:
 - `corrected`: a tail, but what was missed of an answer is made up for (`decoding.correction`).
 - `a2c2`: a tail, of which every action is corrected from the newest observation (`models.corrector`).
 - a decoder with answers (`rsd-async`): the draft begins at once, and the answer overrules what is left of one that does
-  not stand. A draft that would switch the gripper before the answer is there does not begin: the robot stands still.
+  not stand. Where the draft would switch the gripper before the answer is there and the target's last answer would not,
+  the robot stands still until it is.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class VirtualDelay(Pace):
         self._done: list[Actions] = []  # every action so far, [7]
         self._whose = ""  # a letter of each
         self._poses: list[NDArray[np.float32]] = []  # the states [8] before them, of decoders with answers
+        self._told = NOTHING.actions, 0  # the target's last answer, and the step of its first action
         self._left = NOTHING  # of what the target said last, from now on
 
     def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
@@ -84,16 +86,20 @@ class VirtualDelay(Pace):
     def _parts(self, env: Environment, chunk: ActionChunk) -> Iterator[tuple[Course, bool]]:
         """What to execute until the next observation, part by part, and whether that is the last one."""
         if chunk.answer is not None and self._done:
-            if not self._switches(chunk.actions[: self.delay - self.drafter_delay]):
-                return self._corrected(env, chunk, chunk.answer)
-            self._motion.drafted_steps, self._motion.replaced = 0, 1.0
-        if chunk.answer is not None:  # the target decides what an episode begins with, and of the gripper
+            return self._corrected(env, chunk)
+        if chunk.answer is not None:  # the target decides what an episode begins with
             chunk = replace(chunk, actions=chunk.answer)
+            self._told = chunk.actions, len(self._done) + self.delay
         return self._waited_for(env, chunk)
 
-    def _switches(self, draft: Actions) -> bool:
-        """Whether these actions [n, 7] would open or close the gripper."""
-        return bool((np.sign(draft[:, 6]) != np.sign(self._done[-1][6])).any())
+    def _begun(self, draft: Actions) -> int:
+        """How many of a draft's actions [n, 7] from now on may be executed before the target's answer is there: those
+        before one that opens or closes the gripper, or all if its last answer does so by then or a step later."""
+        answer, since = self._told
+        parts = draft, answer[len(self._done) - since :]
+        switched, told = (np.sign(part[:, 6]) != np.sign(self._done[-1][6]) for part in parts)
+        first = int(switched.argmax()) if switched.any() else len(draft)
+        return len(draft) if told[: first + 2].any() else first
 
     def _waited_for(self, env: Environment, chunk: ActionChunk) -> Iterator[tuple[Course, bool]]:
         """Where a chunk is the last word on what it was predicted from."""
@@ -115,25 +121,39 @@ class VirtualDelay(Pace):
         self._left = rest[steps - wait :]
         yield self._filled(rest, steps - wait), True
 
-    def _corrected(self, env: Environment, chunk: ActionChunk, answer: Actions) -> Iterator[tuple[Course, bool]]:
-        """What the target said before until `drafter_delay`, then the draft; its answer from `delay` on."""
-        start, early, late, motion = len(self._done), self.drafter_delay, self.delay, self._motion
-        steps, drafted, stands = max(len(chunk.executed), late), late - early, bool(chunk.stats.stood)
-        motion.drafted_steps, motion.tail_steps = drafted, min(early, len(self._left))
-        yield self._filled(self._left, early), early == steps
+    def _corrected(self, env: Environment, chunk: ActionChunk) -> Iterator[tuple[Course, bool]]:
+        """What the target said before until `drafter_delay`, then what the draft may begin with; from `delay` on the
+        rest of the draft, or of the answer."""
+        start, early, late, due = len(self._done), self.drafter_delay, self.delay, len(chunk.executed)
+        self._motion.tail_steps = min(early, len(self._left))
+        yield self._filled(self._left, early), early == max(due, late)
         draft = Course.of(self._rest(env, chunk.actions, start), DRAFTED)
-        meanwhile = self._filled(draft, drafted)
-        yield meanwhile, late == steps
-        rest = draft[drafted:] if stands else Course.of(self._rest(env, answer, start), REPLACED)
-        after = self._filled(rest, steps - late)
-        motion.replaced = 0.0 if stands else 1.0 - drafted / max(1, steps - early)
-        if motion.replaced:
-            motion.replaced_mm = apart_mm(self._filled(draft, steps - early).actions, (meanwhile + after).actions)
-        self._left = rest[len(after) :].before()
-        yield after, True
+        begun = self._motion.drafted_steps = self._begun(draft[: late - early].actions)
+        waited = late - early - begun
+        steps = late + max(1, due - early - begun) if waited else max(due, late)
+        yield self._filled(draft[:begun], late - early), late == steps
+        rest = self._overruled(env, chunk, start, draft[begun:], waited, steps - late)
+        self._left = rest[steps - late :].before()
+        yield self._filled(rest, steps - late), True
 
-    def _rest(self, env: Environment, chunk: Actions, start: int) -> Actions:
-        return rest_of_chunk(chunk, [*self._poses, env.proprio()], self._done, start)
+    def _overruled(
+        self, env: Environment, chunk: ActionChunk, start: int, rest: Course, waited: int, due: int
+    ) -> Course:
+        """What to do from now on, the answer being there: the rest of the draft, or of the answer. waited: steps that
+        the robot stood still before a switch, by which either is later; due: steps until the next observation."""
+        assert chunk.answer is not None
+        self._told, motion = (chunk.answer, start + waited), self._motion
+        motion.replaced, drafted = 0.0, motion.drafted_steps or 0
+        if chunk.stats.stood:
+            return rest
+        told = Course.of(self._rest(env, chunk.answer, start, waited), REPLACED)
+        motion.replaced = 1.0 - drafted / max(1, drafted + due)
+        if due:
+            motion.replaced_mm = apart_mm(*(self._filled(course, due).actions for course in (rest, told)))
+        return told
+
+    def _rest(self, env: Environment, chunk: Actions, start: int, waited: int = 0) -> Actions:
+        return rest_of_chunk(chunk, [*self._poses, env.proprio()], self._done, start, waited)
 
     def _filled(self, course: Course, steps: int) -> Course:
         return course.filled(steps, self._done)

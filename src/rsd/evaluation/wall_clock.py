@@ -12,7 +12,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from rsd.chunks import checked_chunk
-from rsd.decoding.course import DRAFTED, NOTHING, OWN, REPLACED, Course, apart_mm, letter
+from rsd.decoding.course import DRAFTED, NOTHING, OWN, Course, letter
 from rsd.evaluation.delay import VirtualDelay
 from rsd.evaluation.realtime import Meanwhile, Stepped, completed
 from rsd.types import DRAFT_FIRST, RSD_ASYNC, ActionChunk, Policy
@@ -39,7 +39,6 @@ class WallClock(VirtualDelay):
         self._period, self._clock, self._sleep = 1.0 / hz, clock, sleep
         self._executor = executor or ThreadPoolExecutor(1, "policy")
         self._due: float | None = None  # when the next action begins
-        self._waits = False  # at a standstill, until the answer is there
 
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown()
@@ -62,7 +61,7 @@ class WallClock(VirtualDelay):
     def _until_answered(self, env: Environment, first: Future[ActionChunk], answer: Future[ActionChunk]) -> Stepped:
         """first: the chunk; answer: that chunk complete."""
         start, motion = len(self._done), self._motion
-        draft, until, ahead, self._waits = NOTHING, -1, self._left, not self._done
+        draft, until, ahead, begun = NOTHING, -1, self._left, 0
         stepped: Stepped = None, 0.0, False, False, {}
         while True:
             self._wait()
@@ -72,15 +71,12 @@ class WallClock(VirtualDelay):
                 if chunk.stats.decode == DRAFT_FIRST:
                     ahead = self._whole(env, chunk, start)
                 elif chunk.stats.decode == RSD_ASYNC and start:
-                    self._waits = self._switches(chunk.executed)
-                    draft = NOTHING if self._waits else Course.of(self._rest(env, chunk.actions, start), DRAFTED)
-                    ahead = draft
+                    draft = Course.of(self._rest(env, chunk.actions, start), DRAFTED)
+                    ahead = draft[: (begun := self._begun(draft.actions))]
             if motion.answer_delay is None and answer.done():
                 chunk, motion.answer_delay = answer.result(), gone
-                ahead = self._answered(env, chunk, start, ahead, draft)
-                begun = motion.draft_delay if chunk.stats.decode == DRAFT_FIRST else gone
-                waits = self._waits or not (self.tail or chunk.stats.decode == RSD_ASYNC)
-                until = len(chunk.executed) + (begun or 0) * waits
+                drafted = min(gone - (motion.draft_delay or 0), begun)
+                ahead, until = self._answered(env, chunk, start, ahead, draft[drafted:], drafted)
             if motion.answer_delay is not None and gone >= until:
                 self._left = ahead.before()
                 return stepped
@@ -99,25 +95,22 @@ class WallClock(VirtualDelay):
             actions = chunk.actions[len(self._done) - start :]
         return Course.of(actions, letter(chunk.stats))
 
-    def _answered(self, env: Environment, chunk: ActionChunk, start: int, ahead: Course, draft: Course) -> Course:
-        """What to do from now on, the answer being there."""
-        motion, gone = self._motion, len(self._done) - start
+    def _answered(
+        self, env: Environment, chunk: ActionChunk, start: int, ahead: Course, rest: Course, drafted: int
+    ) -> tuple[Course, int]:
+        """The answer being there: what to do from now on, until how many steps after the observation. rest: of the
+        draft, after the `drafted` steps executed of it."""
+        gone, due, came = len(self._done) - start, len(chunk.executed), self._motion.draft_delay or 0
+        if chunk.stats.decode == DRAFT_FIRST:
+            return ahead, due if self.tail and start else due + came
         if chunk.answer is None:
-            return ahead if chunk.stats.decode == DRAFT_FIRST else self._whole(env, chunk, start)
+            return self._whole(env, chunk, start), due if self.tail and start else due + gone
         if not start:
-            return Course.of(chunk.answer, OWN)
-        if self._waits:
-            motion.drafted_steps, motion.replaced = 0, 1.0
-            return Course.of(chunk.answer[motion.draft_delay or 0 :], OWN)
-        executed = motion.drafted_steps = gone - (motion.draft_delay or 0)
-        rest, steps = Course.of(self._rest(env, chunk.answer, start), REPLACED), max(0, len(chunk.executed) - gone)
-        if chunk.stats.stood:
-            return draft[executed:]
-        motion.replaced = 1.0 - executed / max(1, executed + steps)
-        if steps:
-            one, other = self._filled(draft[executed:], steps), self._filled(rest, steps)
-            motion.replaced_mm = apart_mm(one.actions, other.actions)
-        return rest
+            self._told = chunk.answer, gone
+            return Course.of(chunk.answer, OWN), due + gone
+        self._motion.drafted_steps = drafted
+        waited = gone - came - drafted if len(rest) else 0  # else nothing was left of the draft
+        return self._overruled(env, chunk, start, rest, waited, max(0, due + waited - gone)), due + waited
 
     def _step(self, env: Environment, course: Course) -> Stepped:
         """One action, from now on; who is less than a period late catches up."""

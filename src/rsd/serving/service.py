@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from rsd.chunks import checked_chunk
-from rsd.decoding.course import NOTHING, OWN, Course, agreed
+from rsd.decoding.course import NOTHING, OWN, Course
 from rsd.evaluation.backend import cpu_model, rsd_policy
 from rsd.evaluation.config import EvalConfig
 from rsd.policy import RsdPolicy, SpeculativePolicy
@@ -183,7 +183,7 @@ class PolicyService:
             return False
         due = len(draft.executed)
         told = session.left.filled(due, [session.found.executed[-1]])
-        return agreed(draft.executed, told.actions) == due
+        return np.array_equal(np.sign(draft.executed[:, 6]), np.sign(told.actions[:, 6]))
 
     def _corrected(self, session: Session, found: ActionChunk, first: bool = False) -> ActionChunk:
         """What to execute of a chunk that the target has looked at: the draft where it stood and does not begin an
