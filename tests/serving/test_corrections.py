@@ -66,8 +66,7 @@ class Scripted:
     ("stood", "switches", "expected"),
     [
         ([True] * 4, {}, "tddd"),  # an episode begins with what the target says
-        ([False, False, True, True], {}, "ttdd"),  # after one that fell the target is waited for; here it stands
-        ([True, False, False, True], {}, "tdtd"),
+        ([True, False, False, True], {}, "tddd"),  # what fell is not waited for
         ([True] * 4, {2: 3}, "tddd"),  # its switch is waited for, and stands
         ([True, True, False, True], {2: 3}, "tdtd"),
         ([True, True, False, True], {2: 6}, "tddd"),  # beyond what is executed

@@ -65,6 +65,15 @@ def letter(stats: ChunkStats) -> str:
     return DRAFTED if stats.skipped or stats.decode in OF_DRAFTS else OWN
 
 
+def begun(draft: Actions, told: Actions, gripper: float) -> int:
+    """How many of a draft's actions [n, 7] may be executed before the target's answer is there: those before one that
+    opens or closes the gripper, or all if its last answer does so by then or a step later. told: what is left of that,
+    from the same step on; gripper: as it was told last."""
+    switched, switches = (np.sign(actions[:, 6]) != np.sign(gripper) for actions in (draft, told))
+    first = int(switched.argmax()) if switched.any() else len(draft)
+    return len(draft) if switches[: first + 2].any() else first
+
+
 def apart_mm(one: Actions, other: Actions) -> float:
     """How far two courses of as many actions [n, 7] lead from each other, mm."""
     return 1e3 * float(np.linalg.norm((led(one) - led(other))[:3]))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from rsd.chunks import checked_chunk
 from rsd.decoding.correction import rest_of_chunk
-from rsd.decoding.course import DRAFTED, NOTHING, OWN, REPLACED, Actions, Course, apart_mm, letter
+from rsd.decoding.course import DRAFTED, NOTHING, OWN, REPLACED, Actions, Course, apart_mm, begun, letter
 from rsd.evaluation.realtime import Meanwhile, Pace, Stepped, completed
 from rsd.types import DRAFT_FIRST, ActionChunk, Corrects, Observation, Policy, RsdError, WrongOption
 
@@ -93,13 +93,9 @@ class VirtualDelay(Pace):
         return self._waited_for(env, chunk)
 
     def _begun(self, draft: Actions) -> int:
-        """How many of a draft's actions [n, 7] from now on may be executed before the target's answer is there: those
-        before one that opens or closes the gripper, or all if its last answer does so by then or a step later."""
+        """How many of a draft's actions [n, 7] from now on may be executed before the answer is there."""
         answer, since = self._told
-        parts = draft, answer[len(self._done) - since :]
-        switched, told = (np.sign(part[:, 6]) != np.sign(self._done[-1][6]) for part in parts)
-        first = int(switched.argmax()) if switched.any() else len(draft)
-        return len(draft) if told[: first + 2].any() else first
+        return begun(draft, answer[len(self._done) - since :], float(self._done[-1][6]))
 
     def _waited_for(self, env: Environment, chunk: ActionChunk) -> Iterator[tuple[Course, bool]]:
         """Where a chunk is the last word on what it was predicted from."""
@@ -128,11 +124,11 @@ class VirtualDelay(Pace):
         self._motion.tail_steps = min(early, len(self._left))
         yield self._filled(self._left, early), early == max(due, late)
         draft = Course.of(self._rest(env, chunk.actions, start), DRAFTED)
-        begun = self._motion.drafted_steps = self._begun(draft[: late - early].actions)
-        waited = late - early - begun
-        steps = late + max(1, due - early - begun) if waited else max(due, late)
-        yield self._filled(draft[:begun], late - early), late == steps
-        rest = self._overruled(env, chunk, start, draft[begun:], waited, steps - late)
+        drafted = self._motion.drafted_steps = self._begun(draft[: late - early].actions)
+        waited = late - early - drafted
+        steps = late + max(1, due - early - drafted) if waited else max(due, late)
+        yield self._filled(draft[:drafted], late - early), late == steps
+        rest = self._overruled(env, chunk, start, draft[drafted:], waited, steps - late)
         self._left = rest[steps - late :].before()
         yield self._filled(rest, steps - late), True
 

@@ -1,8 +1,8 @@
 """One policy for several connections, one request after another: a message in, its answer out, without a network.
 
 Every connection has an episode of its own, with what the policy left behind in it. With `rsd-async` an answer is the
-draft at once if the target let the last one stand and told no other gripper; else, and first, what the target makes of
-it. A client that asks for corrections always gets the draft, and what the target makes of it in a second message.
+draft at once, but first, and where it opens or closes the gripper and the target's last answer did not, what the target
+makes of it. A client that asks for corrections always gets the draft, and what becomes of it in a second message.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from rsd.chunks import checked_chunk
-from rsd.decoding.course import NOTHING, OWN, Course
+from rsd.decoding.course import NOTHING, OWN, Course, begun
 from rsd.evaluation.backend import cpu_model, rsd_policy
 from rsd.evaluation.config import EvalConfig
 from rsd.policy import RsdPolicy, SpeculativePolicy
@@ -177,13 +177,9 @@ class PolicyService:
         return chunk, before
 
     def _may_begin(self, session: Session, draft: ActionChunk) -> bool:
-        """Whether a draft may be executed to its end before the target has looked: the last one stood, and the target
-        has told no other gripper of these steps."""
-        if session.found is None or not session.found.stats.stood:
-            return False
-        due = len(draft.executed)
-        told = session.left.filled(due, [session.found.executed[-1]])
-        return np.array_equal(np.sign(draft.executed[:, 6]), np.sign(told.actions[:, 6]))
+        """Whether a draft may be executed to its end before the target has looked."""
+        steps, last = draft.executed, session.found
+        return last is not None and begun(steps, session.left.actions, float(last.executed[-1, 6])) == len(steps)
 
     def _corrected(self, session: Session, found: ActionChunk, first: bool = False) -> ActionChunk:
         """What to execute of a chunk that the target has looked at: the draft where it stood and does not begin an
