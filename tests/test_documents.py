@@ -115,13 +115,17 @@ def test_successes_of_the_policies_before_are_those_of_the_raw_results() -> None
 def test_the_table_of_delayed_answers_is_that_of_the_raw_results() -> None:
     section = (ROOT / "docs" / "results.md").read_text().split("## Delayed answers")[1].split("\n## ")[0]
     runs = delay_page.load(ROOT / "results" / "delayed" / "moving")
-    made = delay_page.table(runs, 8, "hold").splitlines()
+    made = delay_page.table(runs, 8, "hold").splitlines() + delay_page.overview(runs).splitlines()
     shown = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(shown) > 8
+    assert len(shown) > 13
     assert set(shown) <= set(made)
-    for name, run in runs[4].items():
-        told = f"{sum(e.success for e in run.values())} of {len(run)}"
-        assert name == "rsd-async-agreement" or told in " ".join(section.split()), (name, told)
+    for name in ("l1", "rsd-async"):
+        assert f"`{name}` {delay_page.solved_of(runs[0][name]).replace('/', ' of ')}" in section, name
+    for delay, other in ((4, "rsd-skip"), (8, "rsd-skip"), (12, "rsd-skip"), (12, "rsd-async-waits")):
+        better = permuted_suites_page.compared(runs[delay][other], runs[delay]["rsd-async"])
+        found = re.fullmatch(r"\+([\d.]+) .* (\[.*\])", better)
+        assert found, better
+        assert f"{found[1]} {found[2]}" in " ".join(section.split()), (delay, other, better)
     for name in ("rsd-skip", "rsd-async"):
         better = permuted_suites_page.compared(runs[8]["draft-first"], runs[8][name]).removeprefix("+")
         rounded = re.sub(r"\d+\.\d", lambda number: f"{float(number[0]):.0f}", better)
