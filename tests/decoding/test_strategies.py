@@ -210,7 +210,7 @@ def test_a_draft_judged_as_a_whole_stands_where_the_finer_levels_take_out_what_i
     assert torch.equal(decoded.motion[:, :C][stands], proposed.motion[stands])
 
 
-def test_a_main_with_a_whole_block_verifies_token_by_token_as_any_other(whole: RsdModel) -> None:
+def test_a_target_with_a_whole_block_verifies_token_by_token_as_any_other(whole: RsdModel) -> None:
     for rule in ("exact", "margin"):
         found = decode("rsd", decoder_of(whole, rule), prefixes(20))
         whole.target.whole_block = False
