@@ -3,8 +3,8 @@
 # of each for all suites, both at once on one GPU; each is evaluated alone, gets a drafter for every suite, and is evaluated
 # with it and timed, with and without a GPU. The table is printed last and written as table.json.
 # It runs by the clock: T_END (seconds of the epoch, by default in 24 minutes) is when everything has ended. Trainings get as
-# many steps as fit, what is cut counts as far as it came, and diffusion is left out first. A stage that fails is told, with
-# the end of its log, and stops no other.
+# many steps as fit (or STEPS), what is cut counts as far as it came, and diffusion is left out first. A stage that fails is
+# told, with the end of its log, and stops no other.
 # Usage: lerobot_case.sh. STATES: the folders of `rsd demos collect --states-only`, named in DATA; RSD_LEROBOT_PYTHON: the
 # python of LeRobot's environment (docs/your_policy.md). Further: the variables below.
 set -um
@@ -96,11 +96,10 @@ END
 train_both() {
     local policy seconds steps running=()
     for policy in "${policies[@]}"; do
-        [ ! -e "$(made "$policy")" ] || continue
+        [ ! -e "$(made "$policy")" ] && [ -z "${STEPS:-}" ] || continue
         train "$policy" "probe-$policy" 150 "${PROBE_STEPS:-200}" $((${PROBE_STEPS:-200} / 4)) --save_checkpoint=false &
         running+=($!)
     done
-    ((${#running[@]})) || return
     wait "${running[@]}"
     seconds=$(($(left) - ${AFTER_TRAINING:-680}))
     ((seconds < ${TRAIN_SECONDS:-480})) || seconds=${TRAIN_SECONDS:-480}
@@ -108,7 +107,7 @@ train_both() {
     running=()
     for policy in "${policies[@]}"; do
         [ ! -e "$(made "$policy")" ] || continue
-        steps=$(steps_in "$policy" "$seconds") || steps=${STEPS:-4000}
+        steps=${STEPS:-$(steps_in "$policy" "$seconds" || echo 4000)}
         say "$policy: $steps steps in $seconds s"
         train "$policy" "$policy" $((seconds + 20)) "$steps" 100 &
         running+=($!)
