@@ -122,18 +122,18 @@ evaluate() { # policy, name, seconds at most, suites, further options
     rsd "$policy-$name-$suite" "$most" eval --policy "lerobot:$(made "$policy")" --task-suite "$suite" --device "$device" \
         --tasks "${TASKS:-all}" --num-workers "${WORKERS:-$half}" --output "$OUT/eval/$policy/$suite/$name" "$@"
 }
+schedule=(--decode rsd-skip --skip-threshold-mm 1e9 --max-skips "${MAX_SKIPS:-5}") # instead of the drafter's own gate
 speculate() { # policy, suite, states: a drafter, then with it and it alone
     local policy=$1 suite=$2 number=$3
-    KEEP=$((KEEP + ${AFTER_DISTIL:-180})) rsd "$policy-distil-$suite" "${DISTIL_SECONDS:-600}" drafter distil --target "lerobot:$(made "$policy")" \
+    KEEP=$((KEEP + ${AFTER_DISTIL:-280})) rsd "$policy-distil-$suite" "${DISTIL_SECONDS:-600}" drafter distil --target "lerobot:$(made "$policy")" \
         --task-suite "$suite" --tasks "${TASKS:-all}" --device "$device" --num-workers "${WORKERS:-$half}" \
         --num-rollouts "${ROLLOUTS:-8}" --num-dagger "${DAGGER:-5}" --rounds "${ROUNDS:-2}" \
         --num-calibration "${CALIBRATION:-3}" --loop.steps "${DISTIL_STEPS:-2000}" --output "$OUT/distil/$policy/$suite" \
         || return
-    for decode in rsd-skip drafter-only; do
-        evaluate "$policy" "$decode" 180 "$suite" --num-trials "$number" --decode "$decode" \
-            --drafter "$OUT/distil/$policy/$suite/drafter"
-        number=$(((number + 1) / 2)) # of the drafter alone, half
-    done
+    local drafter=$OUT/distil/$policy/$suite/drafter
+    evaluate "$policy" schedule 180 "$suite" --num-trials "$number" --drafter "$drafter" "${schedule[@]}"
+    evaluate "$policy" rsd-skip 180 "$suite" --num-trials "$number" --drafter "$drafter" --decode rsd-skip
+    evaluate "$policy" drafter-only 180 "$suite" --num-trials $(((number + 1) / 2)) --drafter "$drafter" --decode drafter-only
 }
 whole() { # policy, states
     local suite running=()
@@ -145,15 +145,18 @@ whole() { # policy, states
     wait "${running[@]}"
 }
 times() { # device, cores: one simulator at a time, on cores of its own
-    local suite policy threads=1
+    local suite policy threads=1 options
     [ "$1" != cpu ] || threads=2
     for policy in "${policies[@]}"; do
         for suite in "${suites[@]}"; do
             [ -e "$OUT/distil/$policy/$suite/drafter" ] || continue
-            LEAST=15 stage "times-$1-$policy-$suite" 120 taskset -c "$2" "$python" -m rsd eval --compare --num-workers 1 \
-                --policy "lerobot:$(made "$policy")" --drafter "$OUT/distil/$policy/$suite/drafter" --task-suite "$suite" \
-                --tasks "${TIMED_TASKS:-0}" --num-trials "${TIMED_STATES:-2}" --device "$1" --threads "$threads" \
+            options=(--num-workers 1 --policy "lerobot:$(made "$policy")" --drafter "$OUT/distil/$policy/$suite/drafter"
+                --task-suite "$suite" --tasks "${TIMED_TASKS:-0}" --num-trials "${TIMED_STATES:-2}" --device "$1"
+                --threads "$threads")
+            LEAST=15 stage "times-$1-$policy-$suite" 120 taskset -c "$2" "$python" -m rsd eval --compare "${options[@]}" \
                 --output "$OUT/times/$1/$policy/$suite"
+            LEAST=15 stage "times-$1-$policy-$suite-schedule" 60 taskset -c "$2" "$python" -m rsd eval "${schedule[@]}" \
+                "${options[@]}" --output "$OUT/times/$1/$policy/$suite/schedule"
         done
     done
 }
@@ -164,7 +167,7 @@ from pathlib import Path
 from rsd.evaluation.statistics import paired_difference
 
 out, device, count, *names = sys.argv[1:]
-policies, suites = names[: int(count)], names[int(count) :]
+policies, suites, speculating = names[: int(count)], names[int(count) :], ("schedule", "rsd-skip")
 def episodes(*where):
     path = Path(out, *where, "episodes.jsonl")
     read = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
@@ -180,24 +183,27 @@ def ms(found):
 rows = []
 for policy in policies:
     for suite in suites:
-        runs = {name: episodes("eval", policy, suite, name) for name in ("target-only", "rsd-skip", "drafter-only")}
-        alone, skip = runs["target-only"], runs["rsd-skip"]
+        runs = {name: episodes("eval", policy, suite, name) for name in ("target-only", *speculating, "drafter-only")}
+        alone = runs["target-only"]
         row = {"policy": policy, "suite": suite}
         for name, found in runs.items():
             row |= {f"n {name}": len(found), f"success {name}": rate(found)}
-        if alone.keys() & skip.keys():
-            pair = paired_difference(*({key: e["success"] for key, e in run.items()} for run in (alone, skip)))
-            n = pair.both + pair.only_first + pair.only_second + pair.neither
-            row |= {"pairs": n, "only target": pair.only_first, "only rsd-skip": pair.only_second}
-            row["paired points"] = 100 * (pair.only_second - pair.only_first) / n
-        chunks = sum(e["chunks"] for e in skip.values())
-        row["target calls"] = sum(e["prefills"] for e in skip.values()) / chunks if chunks else None
-        row["kept where asked"] = share(skip, "stood")
+        for name in speculating:
+            skip = runs[name]
+            if alone.keys() & skip.keys():
+                pair = paired_difference(*({key: e["success"] for key, e in run.items()} for run in (alone, skip)))
+                n = pair.both + pair.only_first + pair.only_second + pair.neither
+                row |= {f"pairs {name}": n, f"only target, {name}": pair.only_first, f"only {name}": pair.only_second}
+                row[f"paired points {name}"] = 100 * (pair.only_second - pair.only_first) / n
+            chunks = sum(e["chunks"] for e in skip.values())
+            row[f"target calls {name}"] = sum(e["prefills"] for e in skip.values()) / chunks if chunks else None
+            row[f"kept where asked {name}"] = share(skip, "stood")
         for place in dict.fromkeys((device, "cpu")):
             timed = {name: ms(episodes("times", place, policy, suite, name)) for name in runs}
             row |= {f"ms a step {name}, {place}": value for name, value in timed.items()}
-            both = timed["target-only"] and timed["rsd-skip"]
-            row[f"ratio, {place}"] = timed["target-only"] / timed["rsd-skip"] if both else None
+            for name in speculating:
+                both = timed["target-only"] and timed[name]
+                row[f"ratio {name}, {place}"] = timed["target-only"] / timed[name] if both else None
         rows.append(row)
 Path(out, "table.json").write_text(json.dumps(rows, indent=1) + "\n")
 names = list(dict.fromkeys(name for row in rows for name in row))

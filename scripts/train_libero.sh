@@ -8,8 +8,8 @@
 # on the expert's demonstrations first. A run of these steps on two GPUs and 32 cores, from checkpoints/libero: 2,266
 # demonstrations gathered and rendered in 9 minutes, 2,800 steps of each of two seeds in 10, 4,600 episodes in 8; the drafter
 # alone takes 14 steps a second on one.
-# Further: SEEDS, SUITES, NUM_DEMOS, NUM_DAGGER (a task), MAX_SKIPS, FIRST_MINUTES, MINUTES, DRAFTER_MINUTES, STEPS, BATCH, NUM_STATES,
-# WORKERS, DEVICE, and BIN, the folder of the commands.
+# Further: SEEDS, SUITES, NUM_DEMOS, NUM_MOVING, NUM_DAGGER (a task), MAX_SKIPS, FIRST_MINUTES, MINUTES, DRAFTER_MINUTES,
+# STEPS, BATCH, NUM_STATES, WORKERS, DEVICE, and BIN, the folder of the commands.
 set -euo pipefail
 run=${1:-runs/libero}
 rsd=${BIN:-.venv/bin}/rsd
@@ -40,7 +40,12 @@ train() { # name, seed, GPU, minutes, further options
         --policy.visual-drafter.depth 1 --policy.visual-drafter.layers 2 --policy.visual-drafter.channels 16 48 96 128
 }
 
-for suite in "${suites[@]}"; do gather expert "$suite" "${NUM_DEMOS:-60}"; done
+for suite in "${suites[@]}"; do
+    gather expert "$suite" "${NUM_DEMOS:-60}"
+    case $suite in libero_object_permuted | libero_spatial_permuted)
+        gather moving "$suite" "${NUM_MOVING:-15}" --seed 301 --motion thing;;
+    esac
+done
 if [ -z "${INIT:-}" ]; then
     [ -e "$run/tokenizer/tokenizer.json" ] || "$rsd" tokenizer fit --data "$run"/states/expert-* \
         --tokenizer.horizon 16 --output "$run/tokenizer"

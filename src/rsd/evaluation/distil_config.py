@@ -53,7 +53,7 @@ class DistilConfig(Checked):
     seed: Seed = 0
     """Of placements and training."""
     drafter: StandaloneDrafterConfig = field(default_factory=StandaloneDrafterConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: LossConfig = field(default_factory=lambda: LossConfig(forecast_every=5))
     augment: Augmentation = field(default_factory=lambda: Augmentation(shift=2))
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=4_000, batch_size=256))
     """Of each round's training."""

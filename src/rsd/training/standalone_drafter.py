@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rsd.tokenizer.config import TokenizerConfig
 from rsd.training.config import Augmentation, LoopConfig, LossConfig
 from rsd.training.dataset import Batch, FrameDataset, chunk_targets, held_against
 from rsd.training.loop import check_state, one_run_a_folder, train_and_save
-from rsd.training.losses import drafter_losses, visual_total
+from rsd.training.losses import drafter_losses, shares_of, visual_total
 from rsd.training.policy import data_provenance, load_folders, resolve_device, split
 
 MAX_FRAMES, ROWS = 2048, 128  # of the validation: frames at most, and of them at once
@@ -89,7 +89,8 @@ def losses_of(
     goal, grip = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step, tokenizer.gripper_symbols(batch.chunk)
     condition = model.encode_text(batch.words)[1]
     features = model.visual.perceive(batch.images, model.normalise(batch.state), condition, None)
-    _, values, apart = drafter_losses(model.visual, tokenizer, features, goal, grip, batch.chunk)
+    shares = shares_of(batch, len(goal), config)
+    _, values, apart = drafter_losses(model.visual, tokenizer, features, goal, grip, batch.chunk, *shares)
     return {**values, "total": visual_total(values, config)}, apart
 
 
@@ -99,9 +100,9 @@ def validate(
 ) -> dict[str, object]:
     """On held-out rollouts: mean error (normalised), and quantiles of the fingertip's deviation from the target, mm."""
     batches = [dataset.batch(frames) for frames in dataset.spread(MAX_FRAMES, ROWS)]
-    found = [losses_of(model.eval(), tokenizer, batch, config) for batch in batches]
+    everything = replace(config, forecast_every=0)
+    found = [losses_of(model.eval(), tokenizer, batch, everything) for batch in batches]
     apart = torch.cat([each for _, each in found]).cpu().numpy()
-    weights = [len(each) / len(apart) for _, each in found]
-    error = sum(float(values["visual_regress"]) * weight for (values, _), weight in zip(found, weights, strict=True))
-    p50, p90 = (round(float(value), 1) for value in np.percentile(apart, (50, 90)))
+    errors, rows = zip(*((float(values["visual_regress"]), len(each)) for values, each in found), strict=True)
+    error, (p50, p90) = float(np.average(errors, weights=rows)), np.percentile(apart, (50, 90)).round(1).tolist()
     return {"frames": len(apart), "l1_error": round(error, 4), "deviation_mm": {"p50": p50, "p90": p90}}
