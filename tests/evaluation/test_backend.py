@@ -33,6 +33,7 @@ config, note = settle(EvalConfig())
 check_names(config)
 assert config.decode == "rsd-fused", note
 assert rsd_policy(config).decode == "rsd-fused"
+assert "sympy" not in sys.modules, "torch's compiler, 0.7 s in every worker"
 describe_checkpoint(config)
 checks = checkpoint_files(config.policy), load_and_predict(config.policy, "cpu", [])
 assert all(check.status == "ok" for check in checks), checks
