@@ -164,7 +164,7 @@ def libero_versions(device: str) -> dict[str, str]:
     from rsd.sim.libero import simulator_versions
 
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # whose own class would bring torch to every simulator that is told it
         **simulator_versions(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "platform": platform.platform(),
