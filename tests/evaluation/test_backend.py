@@ -57,8 +57,8 @@ def test_the_compact_policy_needs_no_image_or_model_code_of_openvla() -> None:
 @pytest.mark.simulator
 def test_a_simulator_is_told_of_a_policy_elsewhere_without_torch() -> None:
     told = pickle.dumps(Ready(libero_versions("cpu"), describe_checkpoint(EvalConfig(decode="l1")), 128))
-    code = f"import pickle, sys; pickle.loads({told!r}); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "import pickle, sys; pickle.load(sys.stdin.buffer); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], input=told, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
