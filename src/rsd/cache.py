@@ -7,6 +7,7 @@ the user's own and nobody else may write into it, and never because its name can
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import stat
@@ -37,3 +38,14 @@ def _is_private(folder: Path) -> bool:
     replaceable = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
     ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
     return ours and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not replaceable and os.access(folder, os.W_OK)
+
+
+def make_room(current: Path, limit_bytes: int) -> None:
+    """Delete the folders beside it, used longest ago first and it never, until the rest fits."""
+    with contextlib.suppress(FileNotFoundError):  # another process makes room as well
+        folders = [folder for folder in current.parent.iterdir() if folder.is_dir()]
+        sizes = {each: sum(path.stat().st_size for path in each.rglob("*") if path.is_file()) for each in folders}
+        for folder in sorted(sizes.keys() - {current}, key=lambda folder: folder.stat().st_mtime):
+            if sum(sizes.values()) > limit_bytes:
+                shutil.rmtree(folder, ignore_errors=True)
+                sizes.pop(folder)

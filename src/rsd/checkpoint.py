@@ -182,23 +182,20 @@ def load_model(directory: Path, content: dict[str, Any], tokenizer: ActionTokeni
     """A compact policy's models, on the CPU, and their configuration; content: its config.json."""
     config, path = parse_config(directory, content, PolicyConfig), directory / WEIGHTS_FILE
     weights = read_weights(path)
-    with NoDraws():
-        with torch.device("meta"):  # sizes that are not the weights' are found before memory is taken for them
-            check_fit(weights, RsdModel.of(config, tokenizer), path)
+    with NoDraws(), torch.device("meta"):
         model = RsdModel.of(config, tokenizer)
-    model.load_state_dict(weights)
+    check_fit(weights, model, path)
+    model.load_state_dict(weights, assign=True)
     return model, config
 
 
 class NoDraws(TorchFunctionMode):
-    """Modules made inside have whatever lies in memory as their weights: all of them are read afterwards. Drawing them
-    takes 0.4 s, and arithmetic on the device "meta" imports torch's compiler, 0.7 s."""
+    """For modules that are made on the device "meta": drawing their weights there, or scaling them, which changes no
+    shape, would import torch's compiler and sympy, 0.7 s."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        name = getattr(func, "__name__", "")
-        scaled = name in ("mul", "__rpow__") and args[0].is_meta and isinstance(args[1], float)  # of the same shape
-        if scaled or name.endswith(("uniform_", "normal_")):
+        given, name = kwargs or {}, getattr(func, "__name__", "")
+        if name == "mul" or name.endswith(("uniform_", "normal_")):
             return args[0] if args else given["tensor"]
         return (torch.empty if name == "randn" else func)(*args, **given)
 
@@ -231,7 +228,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             expected = "torch.float16, torch.float32, or torch.int8 with a scale"
             raise RsdError(f"{path}: {name} expected {expected}, found {value.dtype}")
         elif name not in scales:
-            weights[name] = value.float()
+            weights[name] = value.to(torch.float32, copy=True)  # not the file's own memory
     for name, value in weights.items():
         if not torch.isfinite(value).all():
             raise RsdError(f"{path}: {name} holds NaN or infinity")

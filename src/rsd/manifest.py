@@ -49,7 +49,7 @@ def file_sha256(path: Path) -> str:
         raise RsdError(f"{path}: not readable ({error.strerror or error})") from None
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _read_sha256(path: Path, stamp: tuple[int, ...]) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -1,6 +1,7 @@
 """What an evaluation of the compact policy loads, seen from a process of its own."""
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,8 +13,9 @@ import pytest
 from rsd import manifest
 from rsd.checkpoint import CONFIG_FILE, weights_hash
 from rsd.decoding.calibration import SkipCalibration
-from rsd.evaluation.backend import describe_checkpoint, ready, rsd_policy
+from rsd.evaluation.backend import describe_checkpoint, libero_versions, ready, rsd_policy
 from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.workers import Ready
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.models.corrector import ChunkCorrector
 from rsd.policy import RsdPolicy
@@ -26,6 +28,7 @@ import json, sys
 from rsd.cli.eval import check_names
 from rsd.evaluation.backend import describe_checkpoint, rsd_policy, settle
 from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.workers import Ready
 from rsd.evaluation.doctor import checkpoint_files, load_and_predict
 import rsd.evaluation.evaluate
 
@@ -33,6 +36,7 @@ config, note = settle(EvalConfig())
 check_names(config)
 assert config.decode == "rsd-fused", note
 assert rsd_policy(config).decode == "rsd-fused"
+assert "sympy" not in sys.modules, "torch's compiler, 0.7 s in every worker"
 describe_checkpoint(config)
 checks = checkpoint_files(config.policy), load_and_predict(config.policy, "cpu", [])
 assert all(check.status == "ok" for check in checks), checks
@@ -48,6 +52,13 @@ def test_the_compact_policy_needs_no_image_or_model_code_of_openvla() -> None:
     assert "simplejpeg" not in loaded
     of_openvla = {name for name in loaded if name.startswith("rsd.targets.openvla.")}
     assert of_openvla == {"rsd.targets.openvla.published"}
+
+
+@pytest.mark.simulator
+def test_a_simulator_is_told_of_a_policy_elsewhere_without_torch() -> None:
+    told = pickle.dumps(Ready(libero_versions("cpu"), describe_checkpoint(EvalConfig(decode="l1")), 128))
+    code = "import pickle, sys; pickle.load(sys.stdin.buffer); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], input=told, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

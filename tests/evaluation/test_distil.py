@@ -98,7 +98,7 @@ def no_simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(target_rollouts, "libero_attributes", lambda config, task: {})
     monkeypatch.setattr(target_rollouts, "simulator_versions", dict)
     monkeypatch.setattr(target_rollouts, "suite_task", lambda suite, task: SimpleNamespace(name=f"task_{task}"))
-    monkeypatch.setattr(distillation, "libero_tasks", lambda suite: [(0, "task_0", "x"), (1, "task_1", "y")])
+    monkeypatch.setattr(distillation, "suite_tasks", lambda suite: [(0, "task_0", "x"), (1, "task_1", "y")])
     target_rollouts.worker_target.cache_clear()
     yield
     target_rollouts.worker_target.cache_clear()

@@ -74,17 +74,17 @@ def test_what_the_suite_does_not_have_is_a_bad_command_line(
 def test_ctrl_c_keeps_what_is_finished(
     output: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = evaluation.record_outcome
+    record = evaluation.append_episode
 
     def interrupt(*arguments: object) -> None:
         record(*arguments)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "record_outcome", interrupt)
+    monkeypatch.setattr(evaluation, "append_episode", interrupt)
     monkeypatch.chdir(output.parent)
     assert dispatch(command(Path(output.name), "--policy", "good")) == 130
     assert "finished episodes are kept" in capsys.readouterr().err
-    monkeypatch.setattr(evaluation, "record_outcome", record)
+    monkeypatch.setattr(evaluation, "append_episode", record)
     assert dispatch(["eval", "--resume", str(output)]) == 0
     assert "1 of 2 episodes done, 1 to go" in capsys.readouterr().err
     assert dispatch(["eval", "--resume", str(output), "--num-trials", "9"]) == 2

@@ -219,10 +219,10 @@ def test_a_disk_that_fills_up_is_a_line_and_loses_nothing(
 def test_a_folder_deleted_meanwhile_is_a_line(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def deleting(*arguments: Any) -> None:
         shutil.rmtree(config.output_dir)
-        record_outcome(*arguments)
+        append_episode(*arguments)
 
-    record_outcome = evaluation.record_outcome
-    monkeypatch.setattr(evaluation, "record_outcome", deleting)
+    append_episode = evaluation.append_episode
+    monkeypatch.setattr(evaluation, "append_episode", deleting)
     with pytest.raises(RsdError, match=r"cannot be written .No such file or directory.; .*not there, or not any more"):
         run(config)
 

@@ -1,8 +1,12 @@
 """What a process keeps of a scene for its next task changes nothing that can be seen or measured."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from rsd.sim import scenes
 from rsd.sim.libero import LiberoEnv
@@ -79,3 +83,43 @@ def test_a_scene_that_is_never_drawn_lacks_its_textures_alone() -> None:
     assert {"body_inertia", "geom_pos", "geom_rgba", "mesh_vert"} <= set(physics)
     for name in physics:
         np.testing.assert_array_equal(getattr(kept, name), getattr(whole, name), name)
+
+
+def as_bytes(model: mujoco.MjModel) -> NDArray[np.uint8]:
+    buffer = np.zeros(mujoco.mj_sizeModel(model), np.uint8)
+    mujoco.mj_saveModel(model, None, buffer)
+    return buffer
+
+
+def test_a_scene_read_from_disk_is_the_compiled_one_and_of_these_very_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # of MuJoCo's log
+    picture = tmp_path / "wood.png"
+    Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(picture)
+    assets = f'<texture name="wood" type="2d" file="{picture}"/><material name="wooden" texture="wood"/>'
+    body = '<body><freejoint/><geom size="0.1 0.2 0.3" type="ellipsoid" material="wooden"/></body>'
+    xml = f"<mujoco><asset>{assets}</asset><worldbody>{body}</worldbody></mujoco>"
+    expected = as_bytes(mujoco.MjModel.from_xml_string(xml))
+
+    def found() -> list[Path]:
+        return sorted((tmp_path / "cache").rglob("scene.*"))
+
+    for _ in range(2):  # compiled, read
+        np.testing.assert_array_equal(as_bytes(scenes.read_or_compiled(xml)), expected)
+        (file,) = found()
+        assert file.name == "scene.mjb"
+    file.write_bytes(file.read_bytes()[:100])
+    for _ in range(2):  # compiled once more
+        np.testing.assert_array_equal(as_bytes(scenes.read_or_compiled(xml)), expected)
+        assert file.read_bytes() == expected.tobytes()
+    Image.fromarray(np.full((8, 8, 3), 91, np.uint8)).save(picture)
+    os.utime(picture, (0.0, 0.0))  # MuJoCo keeps what it read of a file from the same second
+    assert (as_bytes(scenes.read_or_compiled(xml)) != expected).any()
+    assert len(found()) == 2
+    monkeypatch.setattr(mujoco, "mj_saveModel", lambda model, name, _: Path(name).touch())  # a full disk
+    assert scenes.read_or_compiled(xml.replace("0.3", "0.4")).ngeom == 1
+    assert len(found()) == 2
+    monkeypatch.undo()
+    capfd.readouterr()  # MuJoCo's warning of the damaged one

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rsd.checks import between
 from rsd.data.schema import FILE_SUFFIX, DamagedFile, Episode, atomic_file, open_file, stored_names, write_episode
-from rsd.output import Faults, attempt, terminal, warn_in_one_line, writing
+from rsd.output import Faults, attempt, terminal, writing
+from rsd.processes import begin_worker
 from rsd.sim.libero import LiberoEnv
 from rsd.types import RsdError
 
@@ -46,7 +45,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Fresh processes of one thread each; pending work is dropped if the body raises."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker)
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -129,11 +128,3 @@ def part_files(folder: Path) -> list[Path]:
         except DamagedFile:
             part.replace(part.with_suffix(".damaged"))
     return found
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    warn_in_one_line()

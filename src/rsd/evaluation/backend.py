@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rsd.devices import cpu_model as cpu_model
 from rsd.evaluation import foreign
 from rsd.evaluation.cautions import cautions
 from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule
-from rsd.evaluation.doctor import preflight
+from rsd.evaluation.doctor import blank, preflight
+from rsd.sim.motion import check_task
+from rsd.sim.suites import init_states, load_libero, suite_tasks
 from rsd.types import BEST, CUDA_GRAPHS, DRAFTER_ONLY, ONNX, RSD_ASYNC, ChunkPolicy, Policy, RsdError
 
 if TYPE_CHECKING:
@@ -21,15 +25,7 @@ if TYPE_CHECKING:
     from rsd.options import Choice, DecodeOptions
 
 
-def libero_tasks(suite: str) -> list[tuple[int, str, str]]:
-    from rsd.sim.suites import suite_tasks
-
-    return [(task.task_id, task.name, task.language) for task in suite_tasks(suite)]
-
-
 def libero_init_states(suite: str, task_id: int) -> int:
-    from rsd.sim.suites import init_states
-
     return len(init_states(suite, task_id))
 
 
@@ -39,8 +35,15 @@ def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
     return WatchedLibero(suite, task_id, image_size=image_size)
 
 
+def import_simulator() -> None:
+    """robosuite has garbage collected with every environment that closes: 0.2 s, if imports are looked at."""
+    load_libero()
+    gc.freeze()
+
+
 def prepare_libero(suite: str, task_id: int) -> None:
     """Imports, compiles and draws; the process keeps the scene and its drawing context (`rsd.sim.scenes`)."""
+    import_simulator()
     libero_env(suite, task_id, 64).close()
 
 
@@ -49,6 +52,7 @@ def worker_policy(config: EvalConfig) -> Policy:
     import torch
 
     torch.set_num_threads(config.threads)
+    import_simulator()
     return rsd_policy(config)
 
 
@@ -150,6 +154,7 @@ def batched_rsd_policy(config: EvalConfig) -> ChunkPolicy:
     if policy is None or not policy.body.compact:
         found = f"{config.policy} in OpenVLA's format or on OpenVLA takes one observation at a time"
         raise RsdError(f"--batch {config.batch}: {found}; leave --batch out")
+    policy.predict([blank(policy.image_size, 0)])  # records what it needs while the simulators still make ready
     return policy
 
 
@@ -159,21 +164,13 @@ def libero_versions(device: str) -> dict[str, str]:
     from rsd.sim.libero import simulator_versions
 
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # whose own class would bring torch to every simulator that is told it
         **simulator_versions(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cpu_cores": str(available_cores()),
     }
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def available_cores() -> int:
@@ -230,21 +227,13 @@ def openvla_chunk(config: EvalConfig, directory: Path) -> int:
     return settings.resolve(directory).chunk or 1
 
 
-def check_motion(config: EvalConfig) -> None:
-    """Raises RsdError where a planned task's thing or destination cannot slide: every worker would find out."""
-    from rsd.sim.motion import check_task
-
-    for suite in config.suites:
-        for task in config.task_ids(suite, [number for number, _, _ in libero_tasks(suite)]):
-            check_task(config.motion, suite, task)
-
-
 def ready(config: EvalConfig) -> None:
     """The cheap checks, and what every worker would find out: options that this checkpoint cannot do, late answers of
     a policy that has no tail to go on with."""
     preflight(config)
-    if config.motion != "none":
-        check_motion(config)
+    for suite in config.suites if config.motion != "none" else ():
+        for task in config.task_ids(suite, [number for number, *_ in suite_tasks(suite)]):
+            check_task(config.motion, suite, task)  # which has to be able to slide
     if config.lerobot:  # one process for all workers
         foreign.address(foreign.alone(config) if config.drafter else config)
     if config.drafter and config.served and config.decode == foreign.FUSED:
@@ -298,7 +287,7 @@ def engine_of(config: EvalConfig, directory: Path | None) -> str:
 class Backend:
     """Module-level functions, importable by workers; torch and simulator load when called."""
 
-    list_tasks: Callable[[str], list[tuple[int, str, str]]] = libero_tasks
+    list_tasks: Callable[[str], Sequence[tuple[int, str, str]]] = suite_tasks
     """suite -> (task number, name, instruction) of each task; RsdError for an unknown suite."""
     count_init_states: Callable[[str, int], int] = libero_init_states
     """suite, task number -> how many fixed initial states the benchmark has."""

@@ -9,6 +9,7 @@ from typing import Any
 from rsd.conventions import CONTROL_HZ
 from rsd.evaluation.config import EvalConfig, planned_tasks
 from rsd.json_files import section
+from rsd.sim.suites import suite_tasks
 from rsd.types import MEMORY_CHUNKS
 
 
@@ -50,8 +51,6 @@ def trained_on(content: dict[str, Any]) -> tuple[set[str], set[str], set[int]]:
 
 
 def unseen_tasks(config: EvalConfig, content: dict[str, Any]) -> Iterable[str]:
-    from rsd.sim.suites import suite_tasks  # loads the simulator
-
     suites, instructions, _ = trained_on(content)
     planned = planned_tasks(config.tasks)
     for suite in config.suites:

@@ -17,13 +17,14 @@ from rsd.data.schema import demo_names, open_data, text_attribute
 from rsd.decoding.calibration import SCORE, SkipCalibration, SkipPromise, episodes_needed, fit_threshold
 from rsd.devices import check_device
 from rsd.evaluation import foreign
-from rsd.evaluation.backend import describe_checkpoint, libero_tasks, rsd_policy, settle
+from rsd.evaluation.backend import describe_checkpoint, rsd_policy, settle
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.distil_config import DistilConfig
 from rsd.evaluation.tables import say
 from rsd.manifest import MANIFEST_FILE, file_sha256
 from rsd.models.standalone_drafter import StandaloneDrafter
 from rsd.output import plural, terminal, writing
+from rsd.sim.suites import suite_tasks
 from rsd.targets.drafter_files import WEIGHTS_FILE, SelfDeviation, StoredDrafter, load_models, read_drafter, save_models
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.training.loop import CHECKPOINT, one_run_a_folder
@@ -59,7 +60,7 @@ def distil(config: DistilConfig) -> Path:
     )
     if target.custom:
         foreign.check_foreign(target)
-    tasks = tuple(target.task_ids(config.task_suite, [task for task, *_ in libero_tasks(config.task_suite)]))
+    tasks = tuple(target.task_ids(config.task_suite, [task for task, *_ in suite_tasks(config.task_suite)]))
     target = settle(target)[0]
     run = Run(config, target, describe_checkpoint(target), tasks)
     trained = run.round(0, None)

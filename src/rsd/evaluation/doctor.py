@@ -22,6 +22,7 @@ from rsd.devices import check_device
 from rsd.evaluation import foreign
 from rsd.evaluation.config import EvalConfig
 from rsd.output import reason, shown, terminal
+from rsd.sim.suites import MAIN_SUITES, bddl_file, init_states, suite_names, suite_tasks
 from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Observation, RsdError
 
 if TYPE_CHECKING:
@@ -151,8 +152,6 @@ def checkpoint_files(policy: str) -> Check:
 
 
 def libero_assets() -> Check:
-    from rsd.sim.suites import MAIN_SUITES, bddl_file, init_states, suite_names, suite_tasks
-
     tasks = [(suite, task.task_id) for suite in MAIN_SUITES for task in suite_tasks(suite)]
     for suite, task_id in tasks:
         bddl_file(suite, task_id)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rsd.checks import Time, checked, last_line
 from rsd.evaluation.backend import LIBERO, Backend, settle
 from rsd.evaluation.config import NEUTRAL, EvalConfig
-from rsd.evaluation.episodes import Job, JobQueue, Outcome
+from rsd.evaluation.episodes import Job, JobQueue
 from rsd.evaluation.lerobot import EVAL_INFO_FILE, write_eval_info
 from rsd.evaluation.pools import Crew, Retry, worker_count
 from rsd.evaluation.progress import EpisodeProgress
@@ -227,7 +227,9 @@ def run_missing(
                     progress.retry(message.job, message.log)
                     faults.failed((*message.job.task, message.job.init_state), last_line(message.log))
                 else:
-                    record_outcome(directory, message)
+                    append_episode(directory / EPISODES_FILE, message.result)
+                    if message.log:
+                        log_error(directory, message.job, message.log)
                     progress.advance(message.result)
                     if message.result.is_error:
                         faults.failed(message.result.key, last_line(message.log or message.result.failure))
@@ -256,12 +258,6 @@ def run_differences(record: RunRecord, versions: dict[str, str], policy: dict[st
     before = {"execute": policy.get("execute"), **record.policy}  # not recorded where all of a chunk was executed
     found.append(differences(before, policy, {**before, **policy}))
     return ", ".join(filter(None, found))
-
-
-def record_outcome(directory: Path, outcome: Outcome) -> None:
-    append_episode(directory / EPISODES_FILE, outcome.result)
-    if outcome.log:
-        log_error(directory, outcome.job, outcome.log)
 
 
 def log_error(directory: Path, job: Job, text: str) -> None:

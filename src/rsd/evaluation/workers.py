@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
-import threading
 import time
 import traceback
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from rsd.evaluation.backend import Backend
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.episodes import EpisodeRunner
-from rsd.output import reason, warn_in_one_line
+from rsd.output import reason
+from rsd.processes import begin_worker
 from rsd.types import ActionChunk, Observation, RsdError
 
 
@@ -50,24 +49,11 @@ def failed(error: BaseException) -> Failed:
     return Failed(reason(error), "".join(traceback.format_exception(error)))
 
 
-def die_with_parent() -> None:
-    """Ends this process when its parent ends, even by SIGKILL: nothing goes on computing for nobody."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def watch() -> None:
-            wait([parent.sentinel])
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
-
-
 def prepare_process(threads: int, gpu: str | None) -> None:
     """gpu: the one that this process sees, as CUDA_VISIBLE_DEVICES names it, and where robosuite draws by EGL."""
     # Ctrl-C reaches the whole process group; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
-    warn_in_one_line()
+    begin_worker()
     # Without it OSMesa draws with as many threads as there are cores, in every worker.
     os.environ.setdefault("LP_NUM_THREADS", str(threads))
     if gpu is not None:
@@ -128,10 +114,7 @@ class RemotePolicy:
         """Waits until the policy is there."""
         self._connection, self._first = connection, True
         self.ready: Ready = connection.recv()
-
-    @property
-    def image_size(self) -> int:
-        return self.ready.image_size
+        self.image_size = self.ready.image_size
 
     def reset(self, seed: int | None = None) -> None:
         """Forget the episode so far, with the next observation; what draws is not batched."""

@@ -27,6 +27,7 @@ from rsd.types import CAMERAS, STATE_DIM
 
 STATE_FEATURES = STATE_DIM + 3  # position 3, two columns of the rotation matrix 6, gripper 2
 FOURIER = 4  # octaves in which a prefix value is shown to a block
+OCTAVES = torch.tensor([[2.0**k] for k in range(FOURIER)])  # which no precision rounds
 
 
 class BlockEmbedding(nn.Module):
@@ -40,8 +41,7 @@ class BlockEmbedding(nn.Module):
         self.level = nn.Parameter(torch.randn(levels + 1, dim) * 0.02)  # the last: conditioned on a whole draft
         self.position = nn.Parameter(torch.randn(horizon, dim) * 0.02)
         self.gripper = nn.Embedding(3, dim)  # open, close, not yet known
-        # powers of two, which no precision rounds
-        self.register_buffer("octaves", 2.0 ** torch.arange(FOURIER)[:, None], persistent=False)
+        self.register_buffer("octaves", OCTAVES, persistent=False)
         self.motion_dim = motion_dim
 
     @fusible

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.onnx import register_custom_op_symbolic
 
 import rsd
+from rsd.cache import make_room
 from rsd.checks import told
 from rsd.decoding.primitives import Primitives, Step
 from rsd.locks import first_or_after
@@ -205,7 +206,7 @@ def export(path: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence
             write_weights(proto, path.parent / WEIGHTS)
             graph.write_bytes(proto.SerializeToString())
             graph.replace(path)  # whole or not at all, whoever else exports the same
-        make_room(path.parent)
+        make_room(path.parent, LIMIT_BYTES)
     except RuntimeError as error:  # the exporter's own are of this kind
         raise RsdError(f"ONNX graph {path.stem}: not exported ({told(error)}); take the engine 'eager'") from error
     except OSError as error:
@@ -247,25 +248,6 @@ def write_weights(proto: Any, folder: Path) -> None:
         initialiser.data_location = type(initialiser).EXTERNAL
         for key, value in (("location", f"{WEIGHTS}/{beside.name}"), ("offset", "0"), ("length", str(len(content)))):
             initialiser.external_data.add(key=key, value=value)
-
-
-def make_room(current: Path) -> None:
-    """Delete policies' graphs, used longest ago first and the current one never, until the rest fits."""
-    folders = [folder for folder in current.parent.iterdir() if folder.is_dir() and folder != current]
-    sizes = {folder: _bytes(folder) for folder in [*folders, current]}
-    for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime):
-        if sum(sizes.values()) <= LIMIT_BYTES:
-            break
-        shutil.rmtree(folder, ignore_errors=True)  # another process makes room as well
-        sizes.pop(folder)
-
-
-def _bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total
 
 
 def _session(path: Path, threads: int) -> Any:

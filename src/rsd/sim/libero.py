@@ -11,16 +11,13 @@ images are bit-identical to the plain path; the tests prove it.
 from __future__ import annotations
 
 import contextlib
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import gymnasium
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-import rsd
 from rsd.checks import ImageSize, Seed, checked, shown
 from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
 from rsd.sim.fast_path import ArmControl, Contacts, compile_maths
@@ -28,7 +25,7 @@ from rsd.sim.motion import Motion, Mover, mover
 from rsd.sim.permuted import Layout, Predicate, is_permuted
 from rsd.sim.physics import mujoco
 from rsd.sim.rendering import ArmedCamera, gl_backend
-from rsd.sim.scenes import kept_scenes, start_drawing
+from rsd.sim.scenes import kept_scenes
 from rsd.sim.suites import (
     DISTRIBUTION,
     bddl_file,
@@ -42,6 +39,7 @@ from rsd.sim.suites import (
     suite_task,
 )
 from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, Observation, RsdError, real_array
+from rsd.versions import versions
 
 SIM_CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # our name -> LIBERO's
 BENCHMARK_SEED = 0  # the fixtures of the benchmark's initial states
@@ -100,7 +98,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         if fast:
             self.simulation.check_contact = Contacts(self.model, self.data)
         if fast and cameras:
-            start_drawing(self.simulation)
+            self.simulation.sim._render_context_offscreen.drawing = True
             for name, sim_name in SIM_CAMERAS.items():
                 observable = self.simulation._observables[f"{sim_name}_image"]
                 self._armed[name] = ArmedCamera(observable._sensor, image_size)
@@ -474,7 +472,6 @@ gymnasium.register("rsd/Libero-v0", f"{__name__}:{make_libero.__name__}", disabl
 
 def simulator_versions() -> dict[str, str]:
     """Versions of everything that moves a LIBERO number: rsd, mujoco, robosuite, libero, GL backend, python, numpy."""
-    packages = {"mujoco": "mujoco", "robosuite": "robosuite", "libero": DISTRIBUTION, "numpy": "numpy"}
-    found = {name: metadata.version(package) for name, package in packages.items()}
-    found["libero"] = f"{DISTRIBUTION} {found['libero']}"
-    return {"rsd": rsd.__version__, **found, "gl_backend": gl_backend(), "python": platform.python_version()}
+    found = versions()
+    named = {name: found[name] for name in ("rsd", "python", "numpy", "mujoco", "robosuite")}
+    return {**named, "libero": f"{DISTRIBUTION} {found[DISTRIBUTION]}", "gl_backend": gl_backend()}

@@ -1,10 +1,8 @@
 """Compiled scenes and drawing contexts that a process keeps for its next task.
 
 All tasks of libero_spatial, and all of libero_goal, are one scene, to the letter of its XML; only what is asked for and
-where things stand differs. Compiling it takes 2.2 s of CPU (1.0 s once the process has read its meshes), bringing its
-190 MB of textures to OSMesa 2.1 s (1.2 s); a copy of the compiled model takes 0.1 s. Kept is the last scene alone:
-260 MB for libero_spatial. Compiled scenes on disk would be as large, each, and take 0.4 s to read: not worth it.
-
+where things stand differs. Compiling it takes 2.2 s of CPU, reading it as compiled 0.2 s, copying it 0.1 s, bringing
+its 190 MB of textures to OSMesa 0.5 to 1.2 s. Kept is the last scene alone, and on disk the last few: 260 MB each.
 Physics and images of a kept scene are those of a new one, bit for bit: tests/sim/test_scenes.py.
 """
 
@@ -14,16 +12,25 @@ import atexit
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rsd.cache import make_room, private_folder
+from rsd.devices import cpu_model
+from rsd.locks import first_or_after
+from rsd.manifest import file_sha256
 from rsd.sim.physics import mujoco
 
 TEXTURE = re.compile(r'<texture [^>]*/>| texture="[^"]*"')  # two thirds of compiling it again, half of its memory
+FILE = re.compile(r' file\w*="([^"]*)"')
+LIMIT_BYTES = 4_000_000_000  # of all compiled scenes on disk; the one used longest ago gives way
 _models: dict[str, mujoco.MjModel] = {}  # scene XML -> as compiled; at most one
 _contexts: dict[str, tuple[Any, mujoco.MjrContext]] = {}  # scene XML -> its GL and MuJoCo context, idle; at most one
 
@@ -32,10 +39,32 @@ def compiled(xml: str) -> mujoco.MjModel:
     """A model of its own, which the caller may change."""
     if xml not in _models:
         _models.clear()
-        _models[xml] = mujoco.MjModel.from_xml_string(xml)
+        _models[xml] = read_or_compiled(xml)
         # else each substep clears a flag for every triangle of every mesh, 0.8 MB, for a drawing that nobody asks for
         _models[xml].vis.global_.bvactive = 0
     return copy.copy(_models[xml])
+
+
+def read_or_compiled(xml: str) -> mujoco.MjModel:
+    """As a process of this machine compiled it before, bit for bit: its folder is named by all that it depends on."""
+    parts = [mujoco.mj_versionString(), cpu_model(), xml, *map(file_sha256, sorted({*map(Path, FILE.findall(xml))}))]
+    file = private_folder("scenes") / hashlib.sha256("\n".join(parts).encode()).hexdigest() / "scene.mjb"
+    with first_or_after(file.parent):
+        if not file.exists():
+            model = mujoco.MjModel.from_xml_string(xml)
+            unfinished = file.with_suffix(f".{os.getpid()}")
+            mujoco.mj_saveModel(model, str(unfinished), None)
+            with contextlib.suppress(OSError):
+                whole = unfinished.stat().st_size == mujoco.mj_sizeModel(model)  # MuJoCo says nothing of a full disk
+                unfinished.replace(file) if whole else unfinished.unlink()
+            make_room(file.parent, LIMIT_BYTES)
+            return model
+    try:
+        os.utime(file.parent)  # used last now
+        return mujoco.MjModel.from_binary_path(str(file))
+    except (OSError, ValueError):  # another process has just made room, or it is damaged
+        file.unlink(missing_ok=True)
+        return read_or_compiled(xml)
 
 
 def forget_contexts() -> None:
@@ -59,7 +88,7 @@ def kept_scenes(textures: bool = True) -> Iterator[None]:
     """robosuite environments built inside take a kept scene where there is one, and draw nothing; textures: for later.
 
     robosuite draws six frames while it sets up an environment, of states that are no episode's; here they are black
-    (0.1 s each with OSMesa). `start_drawing` ends that.
+    (0.1 s each with OSMesa), until its context's `drawing` is set.
     """
     base: Any = importlib.import_module("robosuite.environments.base")
     simulation, context = _robosuite_classes()
@@ -69,11 +98,6 @@ def kept_scenes(textures: bool = True) -> Iterator[None]:
         yield
     finally:
         base.MjSim, base.MjRenderContextOffscreen = before
-
-
-def start_drawing(simulation: Any) -> None:
-    """From here on the cameras of a robosuite environment that was built in `kept_scenes` draw."""
-    simulation.sim._render_context_offscreen.drawing = True
 
 
 @functools.cache
