@@ -22,7 +22,7 @@ from rsd.reporting.tables import Run, load_run, paired
 ROWS = {  # run -> how the table calls it
     "l1": "`l1`, the target alone",
     "l1_16": "`l1`, all 16 steps of a chunk executed",
-    "single": "`l1` of its first 5 layers, trained on: as fast as `rsd-skip`",
+    "single": "`l1` of its first 5 layers, trained on",
     "alone": "`drafter-only`",
     "fused_blind": "`rsd-fused`, `blind(0.95)`",
     "fused_moving": "`rsd-fused`, `blind(0.95,moving)`",
