@@ -8,33 +8,26 @@ import time
 import pytest
 
 CHILD = """
-import multiprocessing, os, resource, time
+import multiprocessing, os, time
 from rsd.processes import begin_worker
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    b"x" * 100_000_000
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 def work(connection):
     begin_worker()
-    connection.send((os.getpid(), [faults() for _ in range(3)]))
+    connection.send(os.getpid())
     time.sleep(1000)
 
 if __name__ == "__main__":
     ours, theirs = multiprocessing.Pipe()
     multiprocessing.get_context("fork").Process(target=work, args=(theirs,)).start()
-    print(*ours.recv(), flush=True)
+    print(ours.recv(), flush=True)
     os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's mallopt")
-def test_a_worker_keeps_freed_memory_and_ends_with_a_parent_that_was_killed() -> None:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_a_worker_ends_with_a_parent_that_was_killed() -> None:
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=60)
-    process, _, numbers = done.stdout.partition(" ")
-    first, *later = (int(number) for number in numbers.strip("[]\n").split(","))
-    assert first > 1000 > max(later), done.stderr
+    process = int(done.stdout)
     until = time.monotonic() + 20
     while os.path.exists(f"/proc/{process}") and time.monotonic() < until:
         time.sleep(0.05)
