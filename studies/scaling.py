@@ -17,7 +17,8 @@ from rich.console import Console
 
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.state import Draft, EpisodeState
-from rsd.evaluation.backend import available_cores, cpu_model
+from rsd.devices import cpu_model
+from rsd.evaluation.backend import available_cores
 from rsd.evaluation.config import asked_rule
 from rsd.evaluation.latency import observations, take_turns
 from rsd.evaluation.results import encode_record, write_atomically

@@ -100,6 +100,17 @@ def test_the_tables_of_the_permuted_scenes_are_rows_of_those_made_from_the_raw_r
     assert shown[:2] == table.splitlines()[:2]
     assert len(shown) > 5
     assert set(shown) <= set(table.splitlines())
+    runs = permuted_suites_page.load(ROOT / "results" / "averaged_drafter", ("permuted",))
+    better = permuted_suites_page.compared(runs["single"], runs["skip_own_5"])
+    for text in (shipped, (ROOT / "README.md").read_text()):
+        assert re.sub(r"\+([\d.]+) .* \[", r"\1 [", better) in " ".join(text.split()), better
+    fewer = runs["skip_own_3"]
+    more = permuted_suites_page.solved(runs["skip_own_5"], fewer)
+    told = f"{permuted_suites_page.solved(fewer, fewer)} of {len(fewer)} (5 skips {more})"
+    assert told in " ".join(shipped.split()), told
+    every = permuted_suites_page.load(ROOT / "results" / "averaged_drafter", ("all_states",))["fused_moving"]
+    told = f"all {len(every)} states of spatial {permuted_suites_page.solved(every, every)}"
+    assert told in " ".join(shipped.split()), told
 
 
 def test_successes_of_the_policies_before_are_those_of_the_raw_results() -> None:

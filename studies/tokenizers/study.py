@@ -21,7 +21,8 @@ from rich.console import Console
 
 from rsd.checks import each_once
 from rsd.data.demonstrations import ActionEpisode, action_episodes, folder_provenance
-from rsd.evaluation.backend import available_cores, cpu_model
+from rsd.devices import cpu_model
+from rsd.evaluation.backend import available_cores
 from rsd.evaluation.results import encode_record, write_atomically
 from rsd.output import Faults, refuse_to_replace, shown
 from rsd.training.dataset import chunk_targets

@@ -28,7 +28,6 @@ import json, sys
 from rsd.cli.eval import check_names
 from rsd.evaluation.backend import describe_checkpoint, rsd_policy, settle
 from rsd.evaluation.config import EvalConfig
-from rsd.evaluation.workers import Ready
 from rsd.evaluation.doctor import checkpoint_files, load_and_predict
 import rsd.evaluation.evaluate
 

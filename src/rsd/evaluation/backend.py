@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsd.devices import cpu_model as cpu_model
+from rsd.devices import cpu_model
 from rsd.evaluation import foreign
 from rsd.evaluation.cautions import cautions
 from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from rsd.devices import cpu_model
 from rsd.evaluation.acceptance import Acceptance, acceptance, acceptance_rows
-from rsd.evaluation.backend import available_cores, cpu_model
+from rsd.evaluation.backend import available_cores
 from rsd.evaluation.bench_config import LatencyConfig
 from rsd.evaluation.config import asked_rule
 from rsd.evaluation.results import encode_record, write_atomically

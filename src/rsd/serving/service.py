@@ -18,7 +18,8 @@ import torch
 
 from rsd.chunks import checked_chunk
 from rsd.decoding.course import NOTHING, OWN, Course, begun
-from rsd.evaluation.backend import cpu_model, rsd_policy
+from rsd.devices import cpu_model
+from rsd.evaluation.backend import rsd_policy
 from rsd.evaluation.config import EvalConfig
 from rsd.policy import RsdPolicy, SpeculativePolicy
 from rsd.targets.remote.request import CORRECTIONS, DRAFT, IMAGES, LIMITS, PROMPT, STATE, read_request
