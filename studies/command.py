@@ -48,6 +48,9 @@ STUDIES = {
         "studies.openvla.bench:measure_openvla",
         "studies.openvla.config:OpenVlaBenchConfig",
     ),
+    "legacy": Command(
+        "read the original experiment's checkpoints", "studies.legacy:import_legacy", "studies.config:LegacyConfig"
+    ),
     "tokenizers": Command(
         "compare action tokenizers at matched bits",
         "studies.tokenizers.study:bench",

@@ -158,3 +158,20 @@ class ServingBenchConfig:
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.warmup < 0 or self.threads < 0 or not self.decode:
             raise RsdError(f"serving: expected rounds >= 1, warmup >= 0, threads >= 0, a decoder; found {self}")
+
+
+@dataclass(frozen=True)
+class LegacyConfig:
+    """Read the files of the original experiment and write them as one checkpoint without pickle."""
+
+    autoencoder: Path
+    """rfsq_robust_best.pt"""
+    head: Path
+    """best_rfsq_head.pt"""
+    draft: Path | None = None
+    """best_draft_with_projection.pt; without it the head decodes alone, if it is not conditioned."""
+    layernorm: bool | None = None
+    """Whether the autoencoder was trained with LayerNorm; needed where its file does not say."""
+    calibration: Path | None = None
+    """Demonstrations (HDF5), or a .npy file of action chunks [N, 8, 7], in the units the autoencoder was trained on."""
+    output: Path = Path("runs/legacy")

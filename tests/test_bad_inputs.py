@@ -158,7 +158,7 @@ def test_files_of_torch(case: str, tmp_path: Path, capsys: pytest.CaptureFixture
     content, expected = PT[case]
     path = tmp_path / "file.pt"
     path.mkdir() if content is None else path.write_bytes(content)
-    command = ["import-legacy", "--autoencoder", path, "--head", path, "--output", tmp_path / "out"]
+    command = ["study", "legacy", "--autoencoder", path, "--head", path, "--output", tmp_path / "out"]
     check(command, expected, tmp_path, capsys)
 
 
@@ -237,7 +237,7 @@ WRITERS = {
     "render": ["demos", "render", "--source", ".", "--out"],
     "train": ["train", "policy", "--output"],
     "calibrate": ["calibrate", "--output"],
-    "import-legacy": ["import-legacy", "--autoencoder", "x", "--head", "x", "--output"],
+    "legacy": ["study", "legacy", "--autoencoder", "x", "--head", "x", "--output"],
 }
 
 

@@ -43,6 +43,7 @@ BEFORE = {now: name for name, now in former.PARTS.items()}
         ("train drafter --kind light", "rsd train drafter: error: --kind light: it is called visual now"),
         ("train draft --kind visual", "rsd: error: 'train draft': it is called `rsd train drafter` now"),
         ("bench eval", "rsd: error: 'bench eval': it is called `python -m studies.throughput` now"),
+        ("import-legacy --head x", "rsd: error: 'import-legacy': it is called `python -m studies.legacy` now"),
         ("tokenizer bench", "rsd: error: 'tokenizer bench': it is called `python -m studies.tokenizers` now"),
     ],
 )

@@ -181,11 +181,9 @@ def parse_config(directory: Path, content: dict[str, Any], kind: type[Config]) -
 def load_model(directory: Path, content: dict[str, Any], tokenizer: ActionTokenizer) -> tuple[RsdModel, PolicyConfig]:
     """A compact policy's models, on the CPU, and their configuration; content: its config.json."""
     config, path = parse_config(directory, content, PolicyConfig), directory / WEIGHTS_FILE
-    weights = read_weights(path)
     with NoDraws(), torch.device("meta"):
         model = RsdModel.of(config, tokenizer)
-    check_fit(weights, model, path)
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(fitting(read_weights(path), model, path), assign=True)
     return model, config
 
 
@@ -202,9 +200,7 @@ class NoDraws(TorchFunctionMode):
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Strict: names and shapes must be the model's own, values finite. fp16 or int8 on disk, float32 in memory."""
-    weights = read_weights(path)
-    check_fit(weights, model, path)
-    model.load_state_dict(weights)
+    model.load_state_dict(fitting(read_weights(path), model, path))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -235,15 +231,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def check_fit(weights: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
-    """`RsdError` unless the names and shapes are the model's own; path: of the weights."""
+def fitting(stored: Mapping[str, Tensor], model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The weights for the model; `RsdError` unless names and shapes are its own; path: of the weights."""
     expected = model.state_dict()
+    weights = {name: former.stem(value, expected.get(name, value)) for name, value in stored.items()}
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
         raise RsdError(f"{path}: does not fit config.json; missing {missing[:5]}, unknown {unknown[:5]}")
     for name, value in weights.items():
         if value.shape != expected[name].shape:
             raise RsdError(f"{path}: {name} expected {list(expected[name].shape)}, found {list(value.shape)}")
+    return weights
 
 
 def load_calibration(directory: Path, weights_sha256: str | None = None) -> SkipCalibration:

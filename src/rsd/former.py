@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # start-up time: a command line's names need no torch
+    from torch import Tensor
 
 DECODERS = {"rsd-ahead": "draft-first", "light-alone": "drafter-only", "draft": "coarse-only"}  # old -> new
 PARTS = {"main": "target", "draft": "feature_drafter", "light": "visual_drafter"}  # of a checkpoint: weights, sizes
-COMMANDS = {"train draft": "rsd train drafter", "tokenizer bench": "python -m studies.tokenizers"} | {
+COMMANDS = {
+    "train draft": "rsd train drafter",
+    "import-legacy": "python -m studies.legacy",
+    "tokenizer bench": "python -m studies.tokenizers",
+} | {
     f"bench {old}": f"python -m studies.{new}"
     for old, new in {"eval": "throughput", **{n: n for n in ("scaling", "deviation", "serving", "openvla")}}.items()
 }
@@ -27,6 +34,15 @@ def weight(name: str) -> str:
     """A weight's present name, `light.trunk.norm` -> `visual_drafter.trunk.norm`."""
     first, dot, rest = name.partition(".")
     return PARTS.get(first, first) + dot + rest
+
+
+def stem(weight: Tensor, expected: Tensor) -> Tensor:
+    """A weight as it is, but a visual drafter's first convolution [C, 3, 5, 5], which saw averages over n x n pixels,
+    as the same function of the pixels [C, 3, 5 * n, 5 * n]."""
+    n = expected.shape[-1] // 5 if expected.ndim == 4 else 1
+    if weight.shape != (*expected.shape[:2], 5, 5) or expected.shape[2:] != (5 * n, 5 * n):
+        return weight
+    return weight.repeat_interleave(n, -1).repeat_interleave(n, -2) / n**2
 
 
 def parts(policy: dict[str, Any]) -> dict[str, Any]:

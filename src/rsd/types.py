@@ -34,6 +34,7 @@ Steps = Annotated[int, between(1, 1000)]
 Threads = Annotated[int, between(0, 4096)]
 Engine = Annotated[str, one_of(ENGINES)]
 Moving = Literal["none", "thing", "destination", "jump", "push-out"]  # `sim.motion.Motion.what`
+VIEWS = ("light", "camera", "zoom", "shift", "noise")  # `sim.views.View.what`
 Speed = Annotated[float, above(0, 0.2)]  # m/s of what slides
 SPEED = 0.02
 VERIFY_PENDING = "verify-pending"  # the stage of what is done while the chunk is executed, beside `total`

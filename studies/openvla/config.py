@@ -1,4 +1,4 @@
-"""What `python -m studies.openvla` and `rsd import-legacy` are told, without what they load."""
+"""What `python -m studies.openvla` is told, without what they load."""
 
 from __future__ import annotations
 

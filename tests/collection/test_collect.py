@@ -387,9 +387,9 @@ def test_what_the_expert_cannot_do_is_refused_before_anything_is_written(
     monkeypatch.setattr(goals, "_solvable", lambda goal, opened: "cabinet" not in goal.target and able(goal, opened))
     with pytest.raises(RsdError, match=r"akita_black_bowl_1 wooden_cabinet_1_top.* 8 .put the bowl on the plate."):
         collect(CollectConfig(out, "libero_goal", tasks=(8, 3)))
-    solved = "libero_goal, libero_10, libero_object_permuted, libero_spatial_permuted, libero_goal_permuted"
-    with pytest.raises(RsdError, match=f"the expert solves .*{solved}, found the suite 'libero_90'"):
-        collect(CollectConfig(out, "libero_90"))
+    solved = "libero_goal, libero_10, libero_90, libero_object_permuted, libero_spatial_permuted, libero_goal_permuted"
+    with pytest.raises(RsdError, match=f"the expert solves .*{solved}, found the suite 'libero_goal_swap'"):
+        collect(CollectConfig(out, "libero_goal_swap"))
     assert not out.exists()
 
 
@@ -432,7 +432,7 @@ def test_rendering_adds_images_once(
     assert rendered.images.std() > 10.0
     np.testing.assert_array_equal(rendered.actions, collected[0].actions)
 
-    with pytest.raises(RsdError, match=r"32 px of every 4. step, asked for were 32 px of every 16. step"):
+    with pytest.raises(RsdError, match=r"every 4. step, --views 0, asked for were 32 px of every 16. step"):
         render(replace(job, every=16))
     sparse = tmp_path / "sparse"
     request.getfixturevalue("in_this_process")
@@ -442,6 +442,15 @@ def test_rendering_adds_images_once(
     np.testing.assert_array_equal(few.images, rendered.images[::4])
     np.testing.assert_array_equal(few.labels, rendered.labels)
     assert few.image_every == 16
+
+    looks = [tmp_path / "looks", tmp_path / "again"]
+    for folder in looks:
+        assert render(replace(job, out=folder, every=16, views=1.0)) == {NAME: 1}
+    drawn = [each.images for folder in looks for each in load_demonstrations(folder)]
+    assert np.array_equal(*drawn)
+    assert not np.array_equal(drawn[0], few.images)
+    with pytest.raises(RsdError, match=r"every 16. step, --views 1, asked for were .*--views 0.5"):
+        render(replace(job, out=looks[0], every=16, views=0.5))
 
 
 def test_rendered_images_are_those_of_a_live_recording_but_for_one_substep() -> None:

@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from rsd import former
 from rsd.models.bundle import RsdModel
 from rsd.models.target import TargetConfig
 from rsd.models.visual_drafter import VisualDrafter, VisualDrafterConfig
@@ -91,3 +93,14 @@ def test_blocks_after_the_first_are_not_remembered(model: RsdModel) -> None:
 def test_images_have_to_shrink_to_whole_patches() -> None:
     with pytest.raises(RsdError, match="expected an image size that is a multiple of 16 x 3, found 32"):
         VisualDrafter(VisualDrafterConfig(shrink=3), RfsqConfig(), 8, 6, TargetConfig(image_size=32))
+
+
+@pytest.mark.parametrize("shrink", [1, 2, 3])
+def test_a_first_convolution_of_averaged_pixels_is_spread_over_the_pixels(shrink: int) -> None:
+    drafter = VisualDrafter(VisualDrafterConfig(shrink=shrink), RfsqConfig(), 8, 6, TargetConfig(image_size=96))
+    images, of_averages, stem = torch.rand(2, 3, 96, 96), torch.randn(16, 3, 5, 5), drafter.cameras[0].stem
+    spread = former.stem(of_averages, stem.weight)
+    assert spread.shape == stem.weight.shape
+    seen = F.conv2d(F.avg_pool2d(images, shrink), of_averages, stride=2, padding=2)
+    torch.testing.assert_close(F.conv2d(images, spread, stride=stem.stride, padding=stem.padding), seen)
+    assert former.stem(of_averages, torch.empty(16, 4, 5, 5)) is of_averages

@@ -111,11 +111,6 @@ COMMANDS = {
         "rsd.evaluation.distil:distil",
         "rsd.evaluation.distil_config:DistilConfig",
     ),
-    "import-legacy": Command(
-        "read the original experiment's checkpoints",
-        "rsd.legacy.run:import_legacy",
-        "rsd.legacy.config:ImportLegacyConfig",
-    ),
 }
 EXAMPLES = """\
   rsd eval --task-suite libero_spatial --num-trials 3 --use-speculative-decoding True
@@ -202,10 +197,10 @@ def say(text: str) -> None:
 
 def find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
     """(command, its arguments); the command is None for the help of a group such as `rsd train`."""
-    if (now := former.COMMANDS.get(" ".join(arguments[:2]))) is not None:
-        raise UsageError(f"'{' '.join(arguments[:2])}': it is called `{now}` now")
     for words in (2, 1):
         name = " ".join(arguments[:words])
+        if name in former.COMMANDS:
+            raise UsageError(f"'{name}': it is called `{former.COMMANDS[name]}` now")
         if name in COMMANDS:
             return name, arguments[words:]
     members = [command.split()[1] for command in COMMANDS if command.startswith(arguments[0] + " ")]

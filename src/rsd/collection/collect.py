@@ -40,7 +40,7 @@ from rsd.sim.libero import SIM_CAMERAS, LiberoEnv, simulator_versions
 from rsd.sim.motion import Motion, check_task
 from rsd.sim.physics import mujoco
 from rsd.sim.rendering import check_gl
-from rsd.sim.suites import bddl_file, suite_task, suite_tasks
+from rsd.sim.suites import MAIN_SUITES, bddl_file, suite_task, suite_tasks
 from rsd.types import (
     CAMERAS,
     MAX_SKIPS,
@@ -56,7 +56,7 @@ from rsd.types import (
     speed_rule,
 )
 
-SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", *permuted.SUITES)  # the expert is measured
+SUITES = (*MAIN_SUITES, *permuted.SUITES)  # the expert is measured
 BATCH = 5  # demonstrations a worker makes of one task before the next: balanced, few environments built
 MAX_TRIES = 30
 HANDOVER = (24, 121)  # steps, the latest per goal; 100 of each are left to the expert, who needs 60 to 110 of them
@@ -69,7 +69,8 @@ class CollectConfig(Checked):
     out: Path
     """Folder for `<task>_demo.hdf5`."""
     suite: str = "libero_spatial"
-    """libero_spatial, libero_object, libero_goal or libero_10; or one of the first three with _permuted behind."""
+    """libero_spatial, libero_object, libero_goal, libero_10 or libero_90; or one of the first three with _permuted
+    behind."""
     tasks: tuple[int, ...] = ()
     """Task ids; empty = all that the expert can do (docs/expert.md names the others)."""
     num_demos: Annotated[int, between(1, 1e6)] = 50

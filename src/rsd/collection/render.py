@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsd.checks import Checked, ImageSize, Some
+from rsd.checks import Checked, ImageSize, Share, Some
 from rsd.collection.workers import Workers, check_place, part_files, progress_bar, worker_environment, worker_pool
 from rsd.data import h5py
 from rsd.data.demonstrations import demonstration_files
@@ -42,6 +43,7 @@ from rsd.output import Faults, attempt, plural, writing
 from rsd.sim.libero import LiberoEnv, simulator_versions
 from rsd.sim.rendering import check_gl
 from rsd.sim.suites import suite_tasks
+from rsd.sim.views import SCENE
 from rsd.types import CAMERAS, RsdError
 
 PARTS = ".rendered"
@@ -68,6 +70,9 @@ class RenderConfig(Checked):
     """Render only the first so many demonstrations of each task."""
     every: Some = 1
     """Render the steps 0, n, 2n, ...: neighbouring frames teach a policy little, and drawing is most of the work."""
+    views: Share = 0.0
+    """Share of the demonstrations that are drawn in another light, from a turned camera and zoomed, as `--view` of
+    `rsd eval` does; drawn from file and number."""
 
 
 def render_frames(
@@ -111,7 +116,7 @@ def render(config: RenderConfig) -> dict[str, int]:
                 suite, task_id = _task_of(path, config)
                 if not (wanted := stored_names(path)[: config.max_per_task]):
                     raise RsdError(f"{path}: expected demonstrations, found none; collect them again")
-                made = (config.image_size, config.every)
+                made = (config.image_size, config.every, config.views)
                 parts = [part for part in part_files(_folder(out, path)) if _images_of(part) == made]
                 have = _rendered(out / path.name, config) | {part.stem for part in parts}
             except OtherImages:
@@ -172,26 +177,28 @@ def _rendered(path: Path, config: RenderConfig) -> set[str]:
             group = member(data, name, where)
             if IMAGE_KEYS[0] not in member(group, "obs", where):
                 continue
-            size, every = _size_and_spacing(group, where)
-            if (size, every) != (config.image_size, config.every):
+            size, every, views = _images_in(group, where)
+            if (size, every, views) != (config.image_size, config.every, config.views):
+                asked = f"{config.image_size} px of every {config.every}. step, --views {config.views:g}"
+                found_there = f"{size} px of every {every}. step, --views {views:g}"
                 raise OtherImages(
-                    f"render: {path} holds images of {size} px of every {every}. step, asked for were "
-                    f"{config.image_size} px of every {config.every}. step; choose another --out"
+                    f"render: {path} holds images of {found_there}, asked for were {asked}; choose another --out"
                 )
             found.add(name)
     return found
 
 
-def _images_of(part: Path) -> tuple[int, int]:
+def _images_of(part: Path) -> tuple[int, int, float]:
     with open_file(part) as file:
         where = f"part {part}"
-        return _size_and_spacing(member(file, part.stem, where), where)
+        return _images_in(member(file, part.stem, where), where)
 
 
-def _size_and_spacing(group: h5py.Group, where: str) -> tuple[int, int]:
+def _images_in(group: h5py.Group, where: str) -> tuple[int, int, float]:
+    """Side in pixels, of every how many steps, and the share of other looks."""
     with reading(f"{where}, {group.name}, images"):
-        size = int(group["obs"][IMAGE_KEYS[0]].shape[1])
-    return size, whole_attribute(group, "image_every", where, 1, least=1)
+        size, views = int(group["obs"][IMAGE_KEYS[0]].shape[1]), float(group.attrs.get("image_views", 0.0))
+    return size, whole_attribute(group, "image_every", where, 1, least=1), views
 
 
 def _render_batch(
@@ -213,6 +220,8 @@ def _render_batch(
             if (there := len(demo["states"])) != (steps := len(demo["actions"])):
                 raise RsdError(f"{where}: expected {steps} states, one an action, found {there}; collect it again")
             states, things = demo["states"][:: config.every], [thing for _, thing in asked_things(demo, where)]
+            rng = np.random.default_rng(zlib.crc32(f"{path.name} {name}".encode()))
+            env.look_as(SCENE if rng.random() < config.views else (), rng)
             return render_frames(env, states, demo["body_pos"][()], demo["body_quat"][()], things)
 
     def keep(name: str, drawn: tuple[NDArray[np.uint8], NDArray[np.float32]]) -> None:
@@ -223,6 +232,7 @@ def _render_batch(
             if spots.size:
                 part[name].require_dataset(SPOTS, spots.shape, spots.dtype, data=spots)
             part[name].attrs["image_every"] = config.every
+            part[name].attrs["image_views"] = config.views
 
     with open_data(path) as data:
         done, failed = attempt(names, draw, keep)
@@ -245,5 +255,6 @@ def _attributes(data: h5py.Group, path: Path, config: RenderConfig) -> tuple[dic
         env_args = json.loads(attributes["env_args"])
         env_args["env_kwargs"].update(camera_heights=config.image_size, camera_widths=config.image_size)
     attributes["env_args"] = json.dumps(env_args)
-    rendering = {"image_size": config.image_size, "every": config.every, "versions": simulator_versions()}
+    rendering: dict[str, Any] = {name: getattr(config, name) for name in ("image_size", "every", "views")}
+    rendering["versions"] = simulator_versions()
     return attributes, {**(read_provenance(data) or {}), "rendering": rendering}

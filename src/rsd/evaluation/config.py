@@ -35,6 +35,7 @@ from rsd.types import (
     ONNX,
     RSD_ASYNC,
     SPEED,
+    VIEWS,
     Batch,
     Chunks,
     Engine,
@@ -59,7 +60,7 @@ NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "eng
 OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", "continue_steps", *OF_THE_RULE))
 NEUTRAL |= {"delay": 0, "drafter_delay": 0, "motion": "none", "motion_speed": SPEED}
-NEUTRAL["drafter"] = NEUTRAL["corrector"] = ""
+NEUTRAL |= dict.fromkeys(("drafter", "corrector", "view"), "")
 OF_ONES_OWN = re.compile(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")  # module:Class or file.py:Class
 
 ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}
@@ -169,6 +170,9 @@ class EvalConfig(PolicyOptions):
     motion_speed: Speed = SPEED
     """Metres a second of what slides; what is drawn of a --motion comes from --seed, task and initial state. The expert
     solves 90 % up to 0.1 in libero_object_permuted; in libero_spatial_permuted to 0.02 (thing), 0.1 (destination)."""
+    view: str = ""
+    """The scene looks otherwise: some of light, camera (turned by 2 to 6 degrees), zoom, shift and noise, with commas
+    between; drawn from --seed, task and initial state."""
     num_workers: Workers = "auto"
     """Worker processes, each with a simulator of its own; auto takes one per CPU core, in real time one."""
     threads: Annotated[int, between(1, 4096)] = 1
@@ -204,6 +208,8 @@ class EvalConfig(PolicyOptions):
         yield not (self.control_hz and self.batch), alone, f"--batch {self.batch}"
         yield from self._delays()
         yield speed_rule(self.motion, self.motion_speed)
+        looks = {*self.view.split(",")} <= {*VIEWS} or not self.view
+        yield looks, f"--view with some of {', '.join(VIEWS)}, commas between", self.view
         ray, given = self.launcher == "ray", f"--batch {self.batch} and --videos {self.videos}"
         apart = "--launcher ray without --batch and --videos: a policy in every actor and no videos"
         yield not (ray and (self.batch or self.videos != "none")), apart, given

@@ -20,6 +20,7 @@ from rsd.evaluation.rollout import WARMUP_PREDICTIONS, decoded, run_episode
 from rsd.evaluation.video import replay_video, video_name
 from rsd.evaluation.wall_clock import WallClock
 from rsd.sim.motion import Motion
+from rsd.sim.views import View
 from rsd.types import RSD_ASYNC, Policy
 
 INSTEAD = "instead"  # a video of a failure takes the place of a success's
@@ -115,6 +116,8 @@ class EpisodeRunner:
             self._env, self._task = self._backend.make_env(*job.task, self._policy.image_size), job.task
             if self._config.motion != "none":
                 self._env.motion = Motion(self._config.motion, self._config.motion_speed, self._config.seed)
+            if self._config.view:
+                self._env.view = View(tuple(self._config.view.split(",")), self._config.seed)
         try:
             names, pace = names_of(self._config, job), pace_of(self._config)
             rollout = run_episode(self._env, self._policy, **names, warmup=self._warmup, pace=pace)

@@ -58,8 +58,8 @@ class DrafterConfig(Checked):
 
 @dataclass(frozen=True)
 class VisualDrafterConfig(Checked):
-    """shrink: the target's images are averaged over shrink x shrink pixels; depth: residual blocks at each resolution;
-    levels: how its coarse tokens are drafted; the rest are sizes."""
+    """shrink: how many times fewer image tokens it has each way than the target, by a wider first convolution; depth:
+    residual blocks at each resolution; levels: how its coarse tokens are drafted; the rest are sizes."""
 
     shrink: Annotated[int, between(1, 64)] = 2
     channels: Channels = (16, 32, 64, 96)
@@ -75,8 +75,7 @@ class VisualDrafterConfig(Checked):
 
 @dataclass(frozen=True)
 class StandaloneDrafterConfig(Checked):
-    """image_size: pixels a side that observations are resized to; visual: the drafter's sizes, which averages over
-    visual.shrink x visual.shrink of them."""
+    """image_size: pixels a side that observations are resized to; visual: the drafter's sizes."""
 
     image_size: Annotated[int, between(32, 1024), multiple(32)] = 64
     text_dim: Annotated[int, between(1, 2**15), multiple(TEXT_HEADS)] = 128

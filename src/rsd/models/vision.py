@@ -52,11 +52,11 @@ class FilmBlock(nn.Module):
 
 
 class CameraEncoder(nn.Module):
-    """[B, 3, S, S] in [-0.5, 0.5] -> tokens [B, (S/16)^2, C]; `depth` blocks at each resolution."""
+    """[B, 3, S, S] in [-0.5, 0.5] -> tokens [B, (S / 16 / shrink)^2, C]; `depth` blocks at each resolution."""
 
-    def __init__(self, channels: tuple[int, ...], condition: int, depth: int = 2) -> None:
+    def __init__(self, channels: tuple[int, ...], condition: int, depth: int = 2, shrink: int = 1) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, channels[0], 5, 2, 2)
+        self.stem = nn.Conv2d(3, channels[0], 5 * shrink, 2 * shrink, 2 * shrink)
         blocks = []
         for inputs, outputs in pairwise(channels):
             blocks.append(FilmBlock(inputs, outputs, 2, condition))

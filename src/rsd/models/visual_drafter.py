@@ -11,7 +11,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsd.models.config import VisualDrafterConfig
@@ -47,7 +46,9 @@ class VisualDrafter(nn.Module):
             raise RsdError(f"visual drafter: expected {expected}, found {target.image_size}")
         self.config, self.code = config, code
         dim, side = config.dim, target.image_size // config.shrink // 16
-        self.cameras = nn.ModuleList(CameraEncoder(config.channels, target.text_dim, config.depth) for _ in CAMERAS)
+        self.cameras = nn.ModuleList(
+            CameraEncoder(config.channels, target.text_dim, config.depth, config.shrink) for _ in CAMERAS
+        )
         self.image_in = nn.Linear(config.channels[-1], dim)
         self.image_position = nn.Parameter(torch.randn(len(CAMERAS) * side**2, dim) * 0.02)
         self.state_in = nn.Sequential(nn.Linear(STATE_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -80,8 +81,7 @@ class VisualDrafter(nn.Module):
         """images [B, 2, 3, S, S] in [-0.5, 0.5], normalised state features [B, 11], instruction [B, Dt] -> [B, H, d].
 
         known bool [B]: where False, the memory is out of sight (an episode's first chunk has none)."""
-        small = F.avg_pool2d(images.flatten(0, 1), self.config.shrink).unflatten(0, images.shape[:2])
-        cameras = [partial(camera, small[:, i], condition) for i, camera in enumerate(self.cameras)]
+        cameras = [partial(camera, images[:, i], condition) for i, camera in enumerate(self.cameras)]
         return self._attend(together(cameras, images.device), state, condition, memory, known)
 
     @fusible

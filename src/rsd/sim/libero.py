@@ -11,7 +11,7 @@ images are bit-identical to the plain path; the tests prove it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -38,6 +38,7 @@ from rsd.sim.suites import (
     step_limit,
     suite_task,
 )
+from rsd.sim.views import Look, View
 from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM, Observation, RsdError, real_array
 from rsd.versions import versions
 
@@ -109,6 +110,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self.asks: tuple[tuple[str, str], ...] = ()
         self.motion: Motion | None = None  # of the next episodes
         self._mover: Mover | None = None
+        self.view: View | None = None  # of the next episodes
+        self._look: Look | None = None
 
     # -- gymnasium ------------------------------------------------------------------------------------------------
 
@@ -124,6 +127,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         """
         super().reset(seed=checked(Seed | None, seed, "reset: seed"))
         self._mover = None
+        self.look_as((), self.np_random)
         choice = checked(dict[str, int], options or {}, "reset options")
         if len(choice) > 1 or not choice.keys() <= {"init_state", "placement_seed"}:
             raise RsdError(f"reset options: expected init_state or placement_seed, found {sorted(choice)}")
@@ -135,6 +139,11 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         self.steps = 0
         state = info["init_state"] if "init_state" in info else info["placement_seed"]
         self._mover = None if self.motion is None else mover(self, self.motion, state)
+        if self.view is not None:
+            if not self.fast:
+                raise RsdError("view: expected the fast path, found an environment made with fast=False")
+            self.look_as(self.view.what, np.random.default_rng([self.view.seed, self.task.task_id, state]))
+            self.redraw()
         return self._observation_dict(), {**info, "success": self.success(), "instruction": self.instruction}
 
     def step(self, action: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
@@ -172,6 +181,12 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         truncated = not terminated and self.steps >= self.max_steps
         info = {"success": terminated, "steps": executed, "instruction": self.instruction}
         return self._observation_dict(), float(terminated), terminated, truncated, info
+
+    def look_as(self, what: Collection[str], rng: np.random.Generator) -> None:
+        """From the next drawing on, until the next reset; what: some of VIEWS, none: as LIBERO has it."""
+        if self._look is not None:
+            self._look.undo()
+        self._look = Look(self, what, rng) if what else None
 
     def redraw(self) -> None:
         """Images of the present state for `observation`, after steps without drawing."""
@@ -456,7 +471,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             for name, sim_name in SIM_CAMERAS.items():
                 armed = self._armed.get(name)
                 raw = latest[f"{sim_name}_image"] if armed is None else armed.image
-                found[name] = rotate_180(np.asarray(raw))
+                image = rotate_180(np.asarray(raw))
+                found[name] = image if self._look is None else self._look.seen(name, image, self.steps)
         return found
 
 

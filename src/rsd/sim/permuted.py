@@ -379,7 +379,7 @@ WIDE_FITS: Fits = {  # what can be put where, in layouts with all fixtures excha
     "wine_bottle_1": tuple(DESTINATIONS),
 }
 STOVE_ON_TABLE = 0.2  # share of those layouts in which stove and a thing exchange places
-ALL_AS_USUAL = 0.25  # share of those layouts in which nothing is exchanged but the words
+ALL_AS_USUAL = 0.5  # share of those layouts in which nothing is exchanged but the words
 
 
 def goal_layout(scene: SceneFile, language: str, rng: np.random.Generator) -> Layout:

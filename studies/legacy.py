@@ -1,4 +1,4 @@
-"""`rsd import-legacy`: the original experiment's checkpoints, checked, calibrated where they need it, and run.
+"""`python -m studies.legacy`: the original experiment's checkpoints, checked, calibrated where they need it, and run.
 
 What it ran was: features of OpenVLA, a draft for the coarse levels, a head for all levels, agreement(0.7) between the
 two, and the autoencoder's decoder. Nothing here stands in for a file that is missing or cannot be decoded.
@@ -24,7 +24,6 @@ from rsd.conventions import CHUNK_SIZE
 from rsd.decoding.acceptance import acceptance_rule, accepted_prefix
 from rsd.decoding.timing import Stopwatch
 from rsd.json_files import read_versioned
-from rsd.legacy.config import ImportLegacyConfig
 from rsd.manifest import file_sha256
 from rsd.output import writing
 from rsd.pt_files import read_pt, save_tensors
@@ -32,6 +31,7 @@ from rsd.targets.openvla.policy import OpenVlaPolicy
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.training.tokenizer import demonstration_chunks
 from rsd.types import ACTION_DIM, ActionChunk, ChunkStats, Observation, RsdError, check_observation, real_array
+from studies.config import LegacyConfig
 
 FORMAT_VERSION = 1
 SETTINGS_FILE, WEIGHTS_FILE = "legacy.json", "legacy.safetensors"
@@ -321,7 +321,7 @@ class LegacyDecoder:
 
     @classmethod
     def from_pretrained(cls, directory: Path, *, acceptance: str = "agreement(0.7)") -> LegacyDecoder:
-        """What `rsd import-legacy` wrote."""
+        """What this module as a command wrote."""
         path = directory / SETTINGS_FILE
         settings = read_versioned(path, "imported checkpoint", FORMAT_VERSION, "import the original files again")
         weights = load_file(directory / WEIGHTS_FILE)
@@ -372,7 +372,7 @@ class LegacyPolicy:
         return ActionChunk(actions[0].clamp(-1.0, 1.0).float().numpy(), stats)
 
 
-def import_legacy(config: ImportLegacyConfig) -> LegacyDecoder:
+def import_legacy(config: LegacyConfig) -> LegacyDecoder:
     """Check the files, calibrate, write; `RsdError` says which file cannot make an action chunk, and why."""
     autoencoder = read_autoencoder(config.autoencoder, config.layernorm)
     draft = read_draft(config.draft) if config.draft else None
@@ -409,3 +409,9 @@ def read_chunks(path: Path) -> NDArray[np.float32]:
     if chunks.ndim != 3 or chunks.shape[1:] != (CHUNK_SIZE, ACTION_DIM):
         raise RsdError(f"{path}: expected chunks [N, {CHUNK_SIZE}, {ACTION_DIM}], found {list(chunks.shape)}")
     return chunks
+
+
+if __name__ == "__main__":
+    from studies.command import main  # which names this module
+
+    main("legacy")

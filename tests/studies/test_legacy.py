@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from rsd.cli import dispatch
-from rsd.legacy.run import (
+from rsd.types import Observation, RsdError
+from studies.command import run_study
+from studies.config import LegacyConfig
+from studies.legacy import (
     Autoencoder,
-    ImportLegacyConfig,
     LegacyDecoder,
     LegacyPolicy,
     import_legacy,
@@ -18,7 +19,6 @@ from rsd.legacy.run import (
     read_draft,
     read_head,
 )
-from rsd.types import Observation, RsdError
 
 FIXTURES = dict(np.load(Path(__file__).parent.parent / "fixtures" / "openvla" / "legacy.npz"))
 PARTS = ("autoencoder", "draft", "conditioned", "head")
@@ -89,7 +89,7 @@ def test_the_first_kind_of_draft_makes_no_chunk(tmp_path: Path, files: dict[str,
     made = {"input_proj": torch.nn.Linear(24, 16), "output_proj": torch.nn.Linear(16, 8 * 7)}
     torch.save({"model_state_dict": torch.nn.ModuleDict(made).state_dict()}, files["draft"])
     for head, draft in ((files["draft"], None), (files["head"], files["draft"])):
-        config = ImportLegacyConfig(files["autoencoder"], head, draft, layernorm=False, output=tmp_path / "out")
+        config = LegacyConfig(files["autoencoder"], head, draft, layernorm=False, output=tmp_path / "out")
         with pytest.raises(RsdError, match=r"draft.pt: predicts one symbol for each of 8 levels.*no action"):
             import_legacy(config)
     assert not (tmp_path / "out").exists()
@@ -137,13 +137,13 @@ def test_the_command_writes_a_checkpoint_that_decodes_the_same(
     with_layernorm(files["autoencoder"], True)
     chunks, output = tmp_path / "chunks.npy", tmp_path / "imported"
     np.save(chunks, FIXTURES["actions"])
-    command = ["import-legacy", "--autoencoder", str(files["autoencoder"]), "--head", str(files["conditioned"])]
-    assert dispatch([*command, "--output", str(output)]) == 2
+    command = ["--autoencoder", str(files["autoencoder"]), "--head", str(files["conditioned"])]
+    assert run_study("legacy", [*command, "--output", str(output)]) == 2
     assert "Give --calibration" in capsys.readouterr().err
     command += ["--calibration", str(chunks), "--output", str(output)]
-    assert dispatch(command) == 2
+    assert run_study("legacy", command) == 2
     assert "a draft file is needed" in capsys.readouterr().err
-    assert dispatch([*command, "--draft", str(files["draft"])]) == 0
+    assert run_study("legacy", [*command, "--draft", str(files["draft"])]) == 0
     assert "mse_static_scales" in capsys.readouterr().out
 
     decoder = LegacyDecoder.from_pretrained(output)
