@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# One policy for libero_spatial, object, goal and 10 and for the three permuted suites, and its evaluation, on one machine
+# One policy for libero_spatial, object, goal, 10 and 90 and for the three permuted suites, and its evaluation, on one machine
 # with GPUs: the expert's demonstrations, a round of DAgger in which rsd-skip drives (what its skips lead into is what target
-# and drafter have to learn), a training of each seed, a GPU each, the mean of their weights and of what they began with, its
-# drafter trained on alone and averaged with what it was, the runs in the tables of docs/results.md. Every step continues where
-# it was interrupted.
+# and drafter have to learn), a training of each seed, a GPU each, the mean of their weights, its drafter trained on alone
+# with each seed and averaged with what it was, the runs in the tables of docs/results.md. Every step continues where it was
+# interrupted.
 # Usage: train_libero.sh [RUN_FOLDER]. INIT: a checkpoint to begin from, which also drives; without one a policy is trained
 # on the expert's demonstrations first. A run of these steps on two GPUs and 32 cores, from checkpoints/libero: 2,266
 # demonstrations gathered and rendered in 9 minutes, 2,800 steps of each of two seeds in 10, 4,600 episodes in 8; the drafter
 # alone takes 14 steps a second on one.
-# Further: SEEDS, SUITES, NUM_DEMOS, NUM_MOVING, NUM_DAGGER (a task), MAX_SKIPS, FIRST_MINUTES, MINUTES, DRAFTER_MINUTES,
+# Further: SEEDS, SUITES, NUM_DEMOS, NUM_NINETY (of libero_90), NUM_MOVING, NUM_DAGGER (a task), EVERY, VIEWS, MAX_SKIPS, FIRST_MINUTES, MINUTES, DRAFTER_MINUTES,
 # STEPS, BATCH, NUM_STATES, WORKERS, DEVICE, and BIN, the folder of the commands.
 set -euo pipefail
 run=${1:-runs/libero}
@@ -17,15 +17,15 @@ device=${DEVICE:-cuda}
 workers=${WORKERS:-$(nproc)}
 skips=${MAX_SKIPS:-5}
 read -ra seeds <<< "${SEEDS:-1 2}"
-read -ra suites <<< "${SUITES:-libero_10 libero_spatial_permuted libero_goal_permuted libero_object_permuted libero_spatial libero_goal libero_object}"
+read -ra suites <<< "${SUITES:-libero_10 libero_spatial_permuted libero_goal_permuted libero_object_permuted libero_spatial libero_goal libero_object libero_90}"
 
 gather() { # kind, suite, demonstrations a task, further options: collected, then rendered
     local kind=$1 suite=$2 number=$3
     shift 3
     "$rsd" demos collect --suite "$suite" --out "$run/states/$kind-$suite" --num-demos "$number" --states-only \
         --num-workers "$workers" "$@"
-    "$rsd" demos render --source "$run/states/$kind-$suite" --out "$run/data/$kind-$suite" --image-size 128 --every 4 \
-        --num-workers "$workers"
+    "$rsd" demos render --source "$run/states/$kind-$suite" --out "$run/data/$kind-$suite" --image-size 128 \
+        --every "${EVERY:-8}" --views "${VIEWS:-0.2}" --num-workers "$workers"
 }
 train() { # name, seed, GPU, minutes, further options
     local name=$1 seed=$2 gpu=$3 minutes=$4
@@ -41,7 +41,9 @@ train() { # name, seed, GPU, minutes, further options
 }
 
 for suite in "${suites[@]}"; do
-    gather expert "$suite" "${NUM_DEMOS:-60}"
+    number=${NUM_DEMOS:-60}
+    [ "$suite" != libero_90 ] || number=${NUM_NINETY:-30}
+    gather expert "$suite" "$number"
     case $suite in libero_object_permuted | libero_spatial_permuted)
         gather moving "$suite" "${NUM_MOVING:-15}" --seed 301 --motion thing;;
     esac
@@ -53,27 +55,37 @@ if [ -z "${INIT:-}" ]; then
     INIT=$run/first/checkpoint
 fi
 for suite in "${suites[@]}"; do
+    [ "$suite" != libero_90 ] || continue
     gather driven "$suite" "${NUM_DAGGER:-20}" --seed 201 --policy "$INIT" --policy-decode rsd-skip \
         --policy-skip-threshold-mm 1e9 --policy-max-skips "$skips" --policy-memory-chunks "$((skips + 1))"
 done
+together() { for one in "$@"; do wait "$one"; done; }
 trainings=()
 for index in "${!seeds[@]}"; do
     train "seed-${seeds[$index]}" "${seeds[$index]}" "$index" "${MINUTES:-10}" --data "$run"/data/* --init "$INIT" \
         --init-matching &
     trainings+=($!)
 done
-for training in "${trainings[@]}"; do wait "$training"; done
+together "${trainings[@]}"
 policies=("${seeds[@]/#/seed-}")
 members=("${policies[@]/#/$run/}")
+[ "${#members[@]}" -gt 1 ] || members+=("${members[@]}")
 [ -e "$run/mean/checkpoint/manifest.json" ] \
-    || "$rsd" checkpoint average "${members[@]/%//checkpoint}" "$INIT" --output "$run/mean/checkpoint"
-[ -e "$run/drafter/checkpoint/manifest.json" ] \
-    || "$rsd" train drafter --policy "$run/mean/checkpoint" --kind visual --resume-weights --output "$run/drafter" \
-        --data "$run"/data/* --device "$device" --loop.minutes "${DRAFTER_MINUTES:-4}" --loop.steps "${STEPS:-100000}" \
-        --loop.save-every 1000 --loop.batch-size "${BATCH:-512}" --loop.learning-rate 3e-4 --loop.warmup 60 \
-        --validation-every 200 --remembered-chunks 6 --loss.blind 0.3 --loss.forecast-every 5
+    || "$rsd" checkpoint average "${members[@]/%//checkpoint}" --output "$run/mean/checkpoint"
+trainings=() drafted=()
+for index in "${!seeds[@]}"; do
+    out=$run/drafter-${seeds[$index]}
+    drafted+=("$out/checkpoint")
+    CUDA_VISIBLE_DEVICES=$index "$rsd" train drafter --policy "$run/mean/checkpoint" --kind visual --resume-weights \
+        --output "$out" --data "$run"/data/* --device "$device" --loop.minutes "${DRAFTER_MINUTES:-4}" \
+        --loop.steps "${STEPS:-100000}" --loop.save-every 1000 --loop.batch-size "${BATCH:-512}" --loop.learning-rate 3e-4 \
+        --loop.warmup 60 --loop.seed "${seeds[$index]}" --validation-every 200 --remembered-chunks 6 --loss.blind 0.3 \
+        --loss.forecast-every 5 &
+    trainings+=($!)
+done
+together "${trainings[@]}"
 [ -e "$run/both/checkpoint/manifest.json" ] \
-    || "$rsd" checkpoint average "$run/drafter/checkpoint" "$run/mean/checkpoint" --output "$run/both/checkpoint"
+    || "$rsd" checkpoint average "${drafted[@]}" "$run/mean/checkpoint" --output "$run/both/checkpoint"
 policies+=(mean both)
 
 tasks=()
