@@ -5,11 +5,12 @@
 # with each seed and averaged with what it was, the runs in the tables of docs/results.md. Every step continues where it was
 # interrupted.
 # Usage: train_libero.sh [RUN_FOLDER]. INIT: a checkpoint to begin from, which also drives; without one a policy is trained
-# on the expert's demonstrations first. A run of these steps on two GPUs and 32 cores, from checkpoints/libero: 2,266
-# demonstrations gathered and rendered in 9 minutes, 2,800 steps of each of two seeds in 10, 4,600 episodes in 8; the drafter
-# alone takes 14 steps a second on one.
-# Further: SEEDS, SUITES, NUM_DEMOS, NUM_NINETY (of libero_90), NUM_MOVING, NUM_DAGGER (a task), EVERY, VIEWS, MAX_SKIPS, FIRST_MINUTES, MINUTES, DRAFTER_MINUTES,
-# STEPS, BATCH, NUM_STATES, WORKERS, DEVICE, and BIN, the folder of the commands.
+# on the expert's demonstrations first. Of these steps, two GPUs and 32 cores: 4,700 demonstrations rendered in 5 minutes, 1,550
+# driven and rendered in 7 beside a training of 3.4 steps a second on each GPU (half of that where simulators draw on it, too:
+# MUJOCO_EGL_DEVICE_ID), the drafter alone 20, 640 episodes a minute.
+# Further: SEEDS, SUITES, NUM_DEMOS, NUM_NINETY (of libero_90), NUM_MOVING, NUM_DAGGER (a task), EVERY, VIEWS, MAX_SKIPS,
+# FIRST_MINUTES, MINUTES, DRAFTER_MINUTES, STEPS, BATCH, NUM_STATES, NUM_STATES_NINETY, WORKERS, DEVICE, and BIN, the folder
+# of the commands. A run that an earlier version began does not continue.
 set -euo pipefail
 run=${1:-runs/libero}
 rsd=${BIN:-.venv/bin}/rsd
@@ -17,7 +18,8 @@ device=${DEVICE:-cuda}
 workers=${WORKERS:-$(nproc)}
 skips=${MAX_SKIPS:-5}
 read -ra seeds <<< "${SEEDS:-1 2}"
-read -ra suites <<< "${SUITES:-libero_10 libero_spatial_permuted libero_goal_permuted libero_object_permuted libero_spatial libero_goal libero_object libero_90}"
+all="libero_10 libero_spatial_permuted libero_goal_permuted libero_object_permuted libero_spatial libero_goal libero_object libero_90"
+read -ra suites <<< "${SUITES:-$all}"
 
 gather() { # kind, suite, demonstrations a task, further options: collected, then rendered
     local kind=$1 suite=$2 number=$3
@@ -59,6 +61,7 @@ for suite in "${suites[@]}"; do
     gather driven "$suite" "${NUM_DAGGER:-20}" --seed 201 --policy "$INIT" --policy-decode rsd-skip \
         --policy-skip-threshold-mm 1e9 --policy-max-skips "$skips" --policy-memory-chunks "$((skips + 1))"
 done
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT # a training that failed ends the others
 together() { for one in "$@"; do wait "$one"; done; }
 trainings=()
 for index in "${!seeds[@]}"; do
@@ -88,13 +91,16 @@ together "${trainings[@]}"
     || "$rsd" checkpoint average "${drafted[@]}" "$run/mean/checkpoint" --output "$run/both/checkpoint"
 policies+=(mean both)
 
-tasks=()
+tasks=() ten=() # the suites of ten tasks
+for suite in "${suites[@]}"; do [ "$suite" = libero_90 ] || ten+=("$suite"); done
 [[ " ${suites[*]} " != *" libero_goal_permuted "* ]] || tasks=(--tasks "libero_goal_permuted:0,1,2,4,6,7,8,9")
 evaluate() { # policy, name, options
     local policy=$run/$1/checkpoint out=$run/eval/$1 name=$2
     shift 2
-    "$rsd" eval --policy "$policy" --task-suite "$(IFS=,; echo "${suites[*]}")" "${tasks[@]}" --num-trials "${NUM_STATES:-20}" \
+    [ "${#ten[@]}" -eq 0 ] || "$rsd" eval --policy "$policy" --task-suite "$(IFS=,; echo "${ten[*]}")" "${tasks[@]}" --num-trials "${NUM_STATES:-20}" \
         --device "$device" --batch 16 --num-workers "$workers" --output "$out/$name" "$@"
+    [ "${#ten[@]}" -eq "${#suites[@]}" ] || "$rsd" eval --policy "$policy" --task-suite libero_90 --num-trials "${NUM_STATES_NINETY:-3}" \
+        --device "$device" --batch 16 --num-workers "$workers" --output "$out/ninety/$name" "$@"
 }
 for policy in "${policies[@]}"; do
     evaluate "$policy" l1 --decode l1

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rsd.devices import multiplies_int8
 from rsd.policy import RsdPolicy
 from rsd.sim.libero import LiberoEnv
 from rsd.sim.suites import suite_tasks
-from rsd.types import EAGER, ONNX, Observation
+from rsd.types import EAGER, ONNX, ONNX_INT8, Observation
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints/libero"
+FAST_INT8 = pytest.mark.skipif(not multiplies_int8(), reason="this CPU has no fast products of 8-bit integers")
 MAX_BYTES = 65e6  # int8, 57 M parameters
 
 
@@ -130,15 +132,16 @@ def test_skipping_solves_a_task_with_less_than_a_pass_a_chunk() -> None:
 
 @pytest.mark.simulator
 @pytest.mark.usefixtures("shared_graphs")
-def test_the_default_decoder_acts_alike_as_onnx_graphs() -> None:
+@pytest.mark.parametrize(("engine", "apart"), [(ONNX, 1e-4), pytest.param(ONNX_INT8, 0.05, marks=FAST_INT8)])
+def test_the_default_decoder_acts_alike_as_onnx_graphs(engine: str, apart: float) -> None:
     env = LiberoEnv("libero_spatial", task_number("next to the plate"), image_size=128)
-    eager, graphs = load(engine=EAGER), load(engine=ONNX)
+    eager, graphs = load(engine=EAGER), load(engine=engine)
     try:
         env.reset(options={"init_state": 1})
         for _ in range(4):
             seen = env.observation()
             expected, found = (policy.predict(seen) for policy in (eager, graphs))
-            np.testing.assert_allclose(found.actions, expected.actions, atol=1e-4)
+            np.testing.assert_allclose(found.actions, expected.actions, atol=apart)
             assert sum(expected.stats.num_draft_tokens) > 0
             assert found.stats.num_accepted_tokens == expected.stats.num_accepted_tokens
             env.step_chunk(expected.actions)

@@ -36,8 +36,17 @@ def visible_gpus(name: str) -> list[str | None]:
     return [*given.split(",")[:count]] if count > 1 else [None]
 
 
-def cpu_model() -> str:
+def multiplies_int8() -> bool:
+    """Whether this CPU adds up products of 8-bit integers in 32 bits at once; others are slower so, or overflow."""
+    return any(re.search(r"\b(avx512_vnni|avx_vnni|amx_int8|asimddp)\b", line) for line in _cpu_lines())
+
+
+def _cpu_lines() -> list[str]:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    return info.read_text().splitlines() if info.is_file() else []
+
+
+def cpu_model() -> str:
+    lines = _cpu_lines()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())

@@ -14,7 +14,7 @@ ENGINE, DEBUG, LEROBOT_PYTHON = OURS = "RSD_ENGINE", "RSD_DEBUG", "RSD_LEROBOT_P
 WHOLE = Where(re.compile("[0-9]{1,9}").fullmatch, "a number such as 0 or 1")
 THREADS = Where(re.compile(r"0*[1-9][0-9]{0,5}(,0*[1-9][0-9]{0,5})*").fullmatch, "a number of threads such as 4")
 VARIABLES: dict[str, Where] = {
-    ENGINE: one_of(("auto", "eager", "onnx")),  # what `auto` takes on a CPU
+    ENGINE: one_of(("auto", "eager", "onnx", "onnx-int8")),  # what `auto` takes on a CPU
     DEBUG: one_of(("0", "1")),  # 1 shows tracebacks
     LEROBOT_PYTHON: Where(os.path.isfile, "the python of an environment with LeRobot"),
     "WORLD_SIZE": Where(re.compile("0*[1-9][0-9]{0,5}").fullmatch, "a number of processes such as 1"),

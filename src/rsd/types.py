@@ -18,7 +18,8 @@ ACTION_DIM = 7  # end-effector position 3, rotation 3, gripper 1
 STATE_DIM = 8  # end-effector position 3, axis-angle 3, gripper joint positions 2
 CAMERAS = ("agentview", "wrist")
 # see `runtime.engines`
-AUTO, EAGER, CUDA_GRAPHS, COMPILED, ONNX = ENGINES = "auto", "eager", "cuda-graphs", "compiled", "onnx"
+ENGINES = "auto", "eager", "cuda-graphs", "compiled", "onnx", "onnx-int8"
+AUTO, EAGER, CUDA_GRAPHS, COMPILED, ONNX, ONNX_INT8 = ENGINES
 MAX_SKIPS, MEMORY_CHUNKS = 6, 2  # of `decoding.gate.SkipRule`; here, where nothing loads torch
 TARGET_ONLY = "target-only"  # how a policy of somebody else's decodes: its own way
 LEROBOT = "lerobot:"  # before the folder of a LeRobot data set or policy, or a policy's hub id

@@ -63,7 +63,7 @@ def test_the_page_and_the_command_say_what_was_corrected(tmp_path: Path, capsys:
         "75.0 % of the actions replaced, in 100.0 % of the answers, 2.0 steps of the draft executed before (p95 4); "
         "the two lead 21.0 mm apart (p95 30.0)"
     )
-    assert f"rsd-async (margin): {said}\n" in capsys.readouterr().out
+    assert f"rsd-async (margin, delay 4): {said}\n" in capsys.readouterr().out
     text = (tmp_path / "report.html").read_text()
     assert said in text
     assert "Not recorded by an earlier version: rsd (margin)." in text

@@ -2,15 +2,18 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from torch import Tensor
 
+from rsd import devices
 from rsd.decoding.decoders import DECODERS
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.primitives import Primitives, Step
+from rsd.devices import multiplies_int8
 from rsd.environment import ENGINE
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.nested import tensors_of, with_tensors
@@ -18,7 +21,7 @@ from rsd.policy import RsdPolicy
 from rsd.runtime import engines
 from rsd.runtime.engines import Call, Recordings, choose_engine, make_engine
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ONNX, Observation, RsdError
+from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ONNX, ONNX_INT8, Observation, RsdError
 
 
 @pytest.fixture(autouse=True)
@@ -39,14 +42,14 @@ def test_the_variable_says_what_auto_is_on_a_cpu(monkeypatch: pytest.MonkeyPatch
     assert choose_engine(AUTO, "cuda", recordable=True) == CUDA_GRAPHS
     assert choose_engine(ONNX, "cpu", recordable=True) == ONNX
     monkeypatch.setenv(ENGINE, "fast")
-    with pytest.raises(RsdError, match="RSD_ENGINE='fast': expected one of auto, eager, onnx; set"):
+    with pytest.raises(RsdError, match="RSD_ENGINE='fast': expected one of auto, eager, onnx, onnx-int8; set"):
         choose_engine(AUTO, "cpu", recordable=True)
 
 
 @pytest.mark.parametrize(
     ("asked", "device", "recordable", "message"),
     [
-        ("tensorrt", "cpu", True, "'tensorrt': expected one of auto, eager, cuda-graphs, compiled, onnx"),
+        ("tensorrt", "cpu", True, "'tensorrt': expected one of auto, eager, cuda-graphs, compiled, onnx, onnx-int8"),
         (COMPILED, "cpu", True, "'compiled': expected device cuda, found cpu; take auto or eager"),
         (ONNX, "cuda", True, "'onnx': expected device cpu, found cuda; take auto or eager"),
         (CUDA_GRAPHS, "cpu", True, "'cuda-graphs': expected device cuda, found cpu; take auto or eager"),
@@ -56,6 +59,18 @@ def test_the_variable_says_what_auto_is_on_a_cpu(monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_be_had_is_an_error(asked: str, device: str, recordable: bool, message: str) -> None:
     with pytest.raises(RsdError, match=re.escape(message)):
         choose_engine(asked, device, recordable)
+
+
+def test_8_bit_products_are_refused_where_the_cpu_is_no_faster_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"avx2 avx512_vnni sse": True, "avx2 avx_vnni": True, "fp asimd asimddp": True, "avx2 avx512f": False}
+    for line, able in flags.items():
+        monkeypatch.setattr(devices, "_cpu_lines", partial(list, ["model name : Old CPU", f"flags : {line}"]))
+        assert multiplies_int8() == able
+    with pytest.raises(RsdError, match=r"expected a CPU with AVX-512 VNNI, .*, found Old CPU; take onnx"):
+        choose_engine(ONNX_INT8, "cpu", recordable=True)
+    monkeypatch.setattr(devices, "_cpu_lines", lambda: ["flags : avx_vnni"])
+    assert choose_engine(ONNX_INT8, "cpu", recordable=True) == ONNX_INT8
+    assert choose_engine(AUTO, "cpu", recordable=True) == ONNX
 
 
 def test_openvla_is_not_compiled() -> None:

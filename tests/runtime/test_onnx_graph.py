@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor
@@ -17,13 +18,14 @@ from rsd.decoding.decoders import DECODERS
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.primitives import Primitives, Step
 from rsd.decoding.state import DecodeResult
+from rsd.devices import multiplies_int8
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.models.visual_drafter import VisualDrafter
 from rsd.policy import RsdPolicy
 from rsd.runtime import onnx_graph
 from rsd.runtime.onnx_graph import WEIGHTS, OnnxGraphs, graph_folder
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import EAGER, ONNX, ActionChunk, Observation, RsdError, WrongOption
+from rsd.types import EAGER, ONNX, ONNX_INT8, ActionChunk, Observation, RsdError, WrongOption
 
 MakePolicy = Callable[..., RsdPolicy]
 MakeObservation = Callable[..., Observation]
@@ -104,6 +106,15 @@ def test_a_graph_acts_and_counts_as_pytorch_does(
             assert getattr(found.stats, name) == getattr(expected.stats, name)
     if decode == "rsd-skip":
         assert [chunk.stats.skipped for _, chunk in pairs] == [False, True, True, True, False, True]
+
+
+@pytest.mark.skipif(not multiplies_int8(), reason="this CPU has no fast products of 8-bit integers")
+def test_8_bit_graphs_act_nearly_as_pytorch_does(make_policy: MakePolicy, make_observation: MakeObservation) -> None:
+    plain, rounded = make_policy("l1", engine=EAGER), make_policy("l1", engine=ONNX_INT8)
+    for expected, found in zip(episode(plain, make_observation), episode(rounded, make_observation), strict=True):
+        assert 1e-5 < np.abs(found.actions - expected.actions).max() < 0.2  # random weights
+    proto = onnx.load(next(graph_folder().rglob("prefill*-int8.onnx")), load_external_data=False)
+    assert "MatMulInteger" in {node.op_type for node in proto.graph.node}
 
 
 def test_a_batch_of_graphs_acts_as_pytorch_does(make_policy: MakePolicy, make_observation: MakeObservation) -> None:
@@ -196,9 +207,9 @@ def test_a_graph_that_gives_something_else_is_refused(
 ) -> None:
     compare = onnx_graph._compare
 
-    def spoilt(name: str, expected: Iterable[Tensor], found: list[Tensor]) -> None:
+    def spoilt(name: str, expected: Iterable[Tensor], found: list[Tensor], tolerance: float) -> None:
         value, symbols = found
-        compare(name, expected, [value + off[0], symbols + off[1]])
+        compare(name, expected, [value + off[0], symbols + off[1]], tolerance)
 
     monkeypatch.setattr(onnx_graph, "_compare", spoilt)
     with pytest.raises(RsdError, match=rf"ONNX graph of sum: {said} from PyTorch's; .* 'eager'"):

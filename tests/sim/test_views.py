@@ -57,14 +57,16 @@ def test_the_third_person_camera_turns_about_what_it_sees(env: LiberoEnv) -> Non
 
 
 def test_a_look_takes_the_place_of_the_one_before(env: LiberoEnv) -> None:
-    drawn = []
+    seen(env)
+    plain, drawn = env.draw(), []
     for _ in range(3):
         env.look_as(("light", "camera", "zoom"), np.random.default_rng(5))
         drawn.append(env.draw())
     env.look_as((), np.random.default_rng(0))
     assert np.array_equal(drawn[0], drawn[1])
     assert np.array_equal(drawn[0], drawn[2])
-    assert not np.array_equal(env.draw(), drawn[0])
+    assert not np.array_equal(plain, drawn[0])
+    assert np.array_equal(env.draw(), plain)
 
 
 def test_pictures_are_shifted_whole_and_noisy_anew_at_every_step(env: LiberoEnv) -> None:
@@ -77,16 +79,18 @@ def test_pictures_are_shifted_whole_and_noisy_anew_at_every_step(env: LiberoEnv)
         for down in steps
         for right in steps
     )
-    noisy = seen(env, "noise")["wrist"]
+    noisy = seen(env, "noise")
     grey = (plain > 50) & (plain < 200)
-    assert (noisy - plain)[grey].std() == pytest.approx(GREY, rel=0.1)
-    env.steps += 1
-    assert not np.array_equal(env.observation().images[1], noisy)
+    assert (noisy["wrist"] - plain)[grey].std() == pytest.approx(GREY, rel=0.1)
+    assert np.array_equal(env.render(), noisy["agentview"])  # as the policy sees it
+    env.advance(np.asarray(WAIT_ACTION))
+    assert (env.render() - noisy["agentview"]).std() > GREY / 2  # another step, other noise
 
 
 def test_unknown_looks_are_refused() -> None:
-    with pytest.raises(RsdError, match=r"--view with some of light, .*, found light,dark"):
-        EvalConfig(view="light,dark")
+    for view in ("light,dark", "camera,light", "light,light", "light, camera"):
+        with pytest.raises(RsdError, match=f"--view with some of light,camera,.*, in this order, .*, found {view}$"):
+            EvalConfig(view=view)
     plain = LiberoEnv("libero_spatial", 0, SIDE, fast=False)
     plain.view = View(("light",))
     with pytest.raises(RsdError, match="expected the fast path"):

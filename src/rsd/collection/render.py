@@ -72,7 +72,7 @@ class RenderConfig(Checked):
     """Render the steps 0, n, 2n, ...: neighbouring frames teach a policy little, and drawing is most of the work."""
     views: Share = 0.0
     """Share of the demonstrations that are drawn in another light, from a turned camera and zoomed, as `--view` of
-    `rsd eval` does; drawn from file and number."""
+    `rsd eval` does; drawn anew for each."""
 
 
 def render_frames(
@@ -220,7 +220,8 @@ def _render_batch(
             if (there := len(demo["states"])) != (steps := len(demo["actions"])):
                 raise RsdError(f"{where}: expected {steps} states, one an action, found {there}; collect it again")
             states, things = demo["states"][:: config.every], [thing for _, thing in asked_things(demo, where)]
-            rng = np.random.default_rng(zlib.crc32(f"{path.name} {name}".encode()))
+            drawn = f"{suite} {path.name} {name} {demo.attrs.get('placement_seed')}"  # not alike in folders of one task
+            rng = np.random.default_rng(zlib.crc32(drawn.encode()))
             env.look_as(SCENE if rng.random() < config.views else (), rng)
             return render_frames(env, states, demo["body_pos"][()], demo["body_quat"][()], things)
 

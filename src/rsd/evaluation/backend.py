@@ -18,7 +18,7 @@ from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule
 from rsd.evaluation.doctor import blank, preflight
 from rsd.sim.motion import check_task
 from rsd.sim.suites import init_states, load_libero, suite_tasks
-from rsd.types import BEST, CUDA_GRAPHS, DRAFTER_ONLY, ONNX, RSD_ASYNC, ChunkPolicy, Policy, RsdError
+from rsd.types import BEST, CUDA_GRAPHS, DRAFTER_ONLY, ONNX, ONNX_INT8, RSD_ASYNC, ChunkPolicy, Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
@@ -280,7 +280,7 @@ def engine_of(config: EvalConfig, directory: Path | None) -> str:
         compact = facts.compact
         recordable = resolve(facts, decode_options(config)).recordable(compact, config.device)
     engine = choose_engine(config.engine, config.device, recordable, compact=compact)
-    return f"{engine} {metadata.version('onnxruntime')}" if engine == ONNX else engine
+    return f"{engine} {metadata.version('onnxruntime')}" if engine in (ONNX, ONNX_INT8) else engine
 
 
 @dataclass(frozen=True)

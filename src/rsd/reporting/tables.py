@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -97,11 +97,19 @@ def load_run(directory: Path) -> Run:
     if not episodes:
         raise RsdError(f"{directory}: no finished episode; run the `rsd eval` command that made it again")
     check_summary(folder, results)
-    temperature = record.config.get("temperature", 0.0)
-    how = ", ".join(filter(None, [episodes[0].acceptance, f"temperature {temperature:g}" if temperature else ""]))
+    how = ", ".join(filter(None, [episodes[0].acceptance, *conditions(record.config)]))
     decode = episodes[0].decode
     broken = [result for result in results if result.is_error]
     return Run(f"{decode} ({how})" if how else decode, directory, record, episodes, broken)
+
+
+def conditions(config: Mapping[str, Any]) -> Iterator[str]:
+    """What a run differs by from one without it, though its initial states are the same."""
+    for name in ("temperature", "delay", "motion", "view"):
+        if (value := config.get(name)) not in (None, "", "none", 0):
+            yield f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+    if config.get("seed") and (config.get("view") or config.get("motion", "none") != "none"):
+        yield f"seed {config['seed']}"
 
 
 def check_summary(directory: Path, results: Sequence[EpisodeResult]) -> None:

@@ -1,4 +1,5 @@
-"""What primitives run on: PyTorch operation by operation, CUDA graphs, compiled or not, or ONNX graphs on a CPU."""
+"""What primitives run on: PyTorch operation by operation, CUDA graphs, compiled or not, or ONNX graphs on a CPU, with
+float numbers or 8-bit ones."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from rsd.decoding.primitives import Primitives, Step
+from rsd.devices import cpu_model, multiplies_int8
 from rsd.environment import ENGINE, variable
 from rsd.nested import signature, tensors_of, with_tensors
 from rsd.runtime.cuda_graph import compiled_graph, cuda_graph
 from rsd.runtime.onnx_graph import OnnxGraphs, missing_packages
-from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ENGINES, ONNX, RsdError
+from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ENGINES, ONNX, ONNX_INT8, RsdError
 
-DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu"}  # of the engines that record
+DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu", ONNX_INT8: "cpu"}  # of the engines that record
 CUDA = {CUDA_GRAPHS: cuda_graph, COMPILED: compiled_graph}
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -77,8 +79,11 @@ def choose_engine(asked: str, device: str, recordable: bool, compact: bool = Tru
             raise RsdError(f"engine {asked!r}: {why}; take auto or eager")
         if asked == COMPILED and not compact:
             raise RsdError("engine 'compiled': not for OpenVLA, which `studies.openvla` times so; take auto")
-        if asked == ONNX and (missing := missing_packages()):
-            raise RsdError(f"engine 'onnx': expected {', '.join(missing)}; pip install {' '.join(missing)}")
+        if kind == "cpu" and (missing := missing_packages()):
+            raise RsdError(f"engine {asked!r}: expected {', '.join(missing)}; pip install {' '.join(missing)}")
+        if asked == ONNX_INT8 and not multiplies_int8():
+            expected = "a CPU with AVX-512 VNNI, AVX-VNNI, AMX or Arm's dot product"
+            raise RsdError(f"engine 'onnx-int8': expected {expected}, found {cpu_model()}; take onnx")
     if asked != AUTO:
         return asked
     if not recordable or kind not in ("cpu", "cuda"):
@@ -98,4 +103,6 @@ def make_engine(engine: str) -> Recordings | None:
     overlap there; on a CPU the primitives are shared between decoders and rules, and lose nothing."""
     if engine == EAGER:
         return None
-    return Recordings(OnnxGraphs(), whole=False) if engine == ONNX else Recordings(CUDA[engine], whole=True)
+    if engine in CUDA:
+        return Recordings(CUDA[engine], whole=True)
+    return Recordings(OnnxGraphs(int8=engine == ONNX_INT8), whole=False)

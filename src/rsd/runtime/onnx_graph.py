@@ -44,6 +44,8 @@ WEIGHTS = "weights"  # the folder of them, each a file named by the SHA-256 of i
 OPSET = 20
 INPUT = "input"  # the name of each, before its number
 TOLERANCE = 1e-2  # of the largest number of an output, or of its symbols; rounding is 1e-5
+INT8_TOLERANCE = 0.1  # rounding is 5e-3
+INT8 = ("prefill", "prefill_with", "verify", "extend")  # primitives that are matrix products of the target's trunk
 NUMPY_TYPES = {
     dtype: torch.zeros(0, dtype=dtype).numpy().dtype.type
     for dtype in (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
@@ -58,15 +60,18 @@ def missing_packages() -> list[str]:
 
 
 class OnnxGraphs:
-    """A `Recorder` for the models of one policy: the folder that its graphs are kept in is found once."""
+    """A `Recorder` for the models of one policy: the folder that its graphs are kept in is found once. int8: those of
+    the target's trunk multiply its weights, row by row rounded to 8 bits, as a checkpoint keeps them, with
+    activations that are rounded to 8 bits as they come, by the range of each tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, int8: bool = False) -> None:
         self._folder: Path | None = None
+        self._int8 = int8
 
     def __call__(self, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> OnnxGraph:
         if self._folder is None:
             self._folder = graph_folder() / policy_name(ops)
-        return OnnxGraph(self._folder, step, ops, call, inputs)
+        return OnnxGraph(self._folder, step, ops, call, inputs, self._int8 and step.name in INT8)
 
 
 class OnnxGraph:
@@ -76,25 +81,27 @@ class OnnxGraph:
 
     A `small` primitive on one observation gets one thread: its operations are too small for two to meet after each."""
 
-    def __init__(self, folder: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self, folder: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor], int8: bool = False
+    ) -> None:
         """`RsdError` if what is exported does not give what the call gives on these inputs."""
         with torch.inference_mode(False), torch.no_grad():
             given = [tensor.clone().contiguous() for tensor in inputs]
             expected = call(given)
-            path = folder / f"{graph_name(step, ops, given, tensors_of(expected))}.onnx"
+            path = folder / f"{graph_name(step, ops, given, tensors_of(expected))}{'-int8' * int8}.onnx"
             with contextlib.suppress(OSError):
                 os.utime(folder)  # used last now
             if not path.exists():
                 with first_or_after(folder):
                     if not path.exists():
-                        export(path, step, ops, call, given)
+                        export(path, step, ops, call, given, int8)
             threads = 1 if step.small and len(given[0]) == 1 else torch.get_num_threads()
             try:
                 self.session = _session(path, threads)
             except RsdError as error:  # cut off by a full disk, say, or of another version of the runtime
                 LOG.warning("ONNX graph %s: cannot be loaded (%s); made anew", path, error.__cause__)
                 shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
-                export(path, step, ops, call, given)
+                export(path, step, ops, call, given, int8)
                 self.session = _session(path, threads)
             outputs = [torch.zeros_like(each, memory_format=torch.contiguous_format) for each in tensors_of(expected)]
         self.result = with_tensors(expected, iter(outputs))
@@ -105,7 +112,7 @@ class OnnxGraph:
             if tensor.numel():
                 self.binding.bind_output(argument.name, *_memory(tensor))
         self(given)
-        _compare(step.name, tensors_of(expected), outputs)
+        _compare(step.name, tensors_of(expected), outputs, INT8_TOLERANCE if int8 else TOLERANCE)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
         given = [(name, inputs[index].contiguous()) for name, index in self.inputs]  # to live until the session has run
@@ -120,7 +127,7 @@ def _memory(tensor: Tensor) -> tuple[str, int, Any, list[int], int]:
     return "cpu", 0, NUMPY_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr()
 
 
-def _compare(name: str, expected: Iterable[Tensor], found: Iterable[Tensor]) -> None:
+def _compare(name: str, expected: Iterable[Tensor], found: Iterable[Tensor], tolerance: float) -> None:
     for index, (one, other) in enumerate(zip(expected, found, strict=True)):
         if one.numel() == 0 or not one.isfinite().all():
             continue
@@ -128,7 +135,7 @@ def _compare(name: str, expected: Iterable[Tensor], found: Iterable[Tensor]) -> 
             apart, most = float((one - other).abs().max()), max(1.0, float(one.abs().max()))
         else:  # symbols and what is accepted of them: the share that differs
             apart, most = float((one != other).float().mean()), 1.0
-        if not apart <= TOLERANCE * most:
+        if not apart <= tolerance * most:
             raise RsdError(
                 f"ONNX graph of {name}: output {index} is {apart:.3g} away from PyTorch's; decode with the engine "
                 "'eager', and report this with the versions of torch and onnxruntime"
@@ -185,7 +192,9 @@ def _code_and_versions() -> str:
     return " ".join([code, *(f"{name} {metadata.version(name)}" for name in ("torch", *PACKAGES))])
 
 
-def export(path: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor]) -> None:
+def export(
+    path: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence[Tensor], int8: bool = False
+) -> None:
     """Write the call's graph, with its weights beside it; says so, since it takes a while."""
     begun = time.monotonic()
     import onnx  # may not be installed: then the engine is `eager`
@@ -202,6 +211,8 @@ def export(path: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence
             # by tracing: the newer exporter takes ten times as long for the same graph
             options: dict[str, Any] = {"dynamo": False, "opset_version": OPSET, "input_names": names}
             torch.onnx.export(_Call(ops, call).eval(), tuple(inputs), graph, **options)
+            if int8:
+                quantise(graph)
             proto = onnx.load(graph)
             write_weights(proto, path.parent / WEIGHTS)
             graph.write_bytes(proto.SerializeToString())
@@ -215,6 +226,17 @@ def export(path: Path, step: Step, ops: Primitives, call: Call, inputs: Sequence
     finally:
         ops.checks = earlier
     say(f"exporting {step.name} for ONNX Runtime, once for this policy: {time.monotonic() - begun:.0f} s")
+
+
+def quantise(graph: Path) -> None:
+    """In place: products of an activation with a weight become those of 8-bit integers."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # start-up time: a second, for an export alone
+
+    logging.disable(logging.WARNING)  # it advises to infer shapes first, which changes nothing here
+    try:
+        quantize_dynamic(graph, graph, ["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def say(line: str) -> None:

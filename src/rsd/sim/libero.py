@@ -11,6 +11,7 @@ images are bit-identical to the plain path; the tests prove it.
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rsd.checks import ImageSize, Seed, checked, shown
-from rsd.conventions import WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
+from rsd.conventions import CONTROL_HZ, WAIT_ACTION, WAIT_STEPS, rotate_180, state_vector
 from rsd.sim.fast_path import ArmControl, Contacts, compile_maths
 from rsd.sim.motion import Motion, Mover, mover
 from rsd.sim.permuted import Layout, Predicate, is_permuted
@@ -142,7 +143,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         if self.view is not None:
             if not self.fast:
                 raise RsdError("view: expected the fast path, found an environment made with fast=False")
-            self.look_as(self.view.what, np.random.default_rng([self.view.seed, self.task.task_id, state]))
+            drawn = [self.view.seed, zlib.crc32(self.suite.encode()), self.task.task_id, state]
+            self.look_as(self.view.what, np.random.default_rng(drawn))
             self.redraw()
         return self._observation_dict(), {**info, "success": self.success(), "instruction": self.instruction}
 
@@ -211,7 +213,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     def render(self) -> NDArray[np.uint8]:
         """gymnasium's rgb_array: the third-person camera's present picture, upright, uint8 [S, S, 3]."""
         self._observation_dict()
-        return rotate_180(self.draw()[0])
+        return self._seen(CAMERAS[0], self.draw()[0])
 
     def close(self) -> None:
         """Frees the simulator."""
@@ -464,6 +466,12 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         if self.cameras:
             self.simulation.sim._render_context_offscreen.gl_ctx.make_current()
 
+    def _seen(self, camera: str, drawn: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A picture as the policy sees it, upright."""
+        image = rotate_180(drawn)
+        step = round(CONTROL_HZ * self.data.time)
+        return image if self._look is None else self._look.seen(camera, image, step)
+
     def _observation_dict(self) -> dict[str, NDArray[Any]]:
         latest = self.latest()
         found: dict[str, NDArray[Any]] = {"state": self.proprio()}
@@ -471,8 +479,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             for name, sim_name in SIM_CAMERAS.items():
                 armed = self._armed.get(name)
                 raw = latest[f"{sim_name}_image"] if armed is None else armed.image
-                image = rotate_180(np.asarray(raw))
-                found[name] = image if self._look is None else self._look.seen(name, image, self.steps)
+                found[name] = self._seen(name, np.asarray(raw))
         return found
 
 

@@ -8,8 +8,9 @@ drawn anew for every episode, from the scene file's own predicates (On, In, Open
     libero_spatial_permuted   plate, ramekin and cookie box stand anywhere on the free table; the words ("next to the
                               ramekin") are true of one bowl only, which the program checks
     libero_goal_permuted      the four things exchange places, cabinet and stove may; any thing that fits can be asked
-                              for at any destination that fits; of random placements half let all fixtures exchange
-                              places, the stove also with a thing, and ask for whatever the hand can do there
+                              for at any destination that fits; of random placements a quarter let all fixtures
+                              exchange places, the stove also with a thing, another quarter nothing, and both ask
+                              for whatever the hand can do there
 
 A layout is a function of (suite, task, random generator) alone; no simulator runs here. Held out of training: for
 every thing one of its places (where it is the one asked for), and whatever comes near a scene of LIBERO-PRO's `_swap`

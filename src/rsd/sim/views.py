@@ -20,7 +20,7 @@ BRIGHT, TINT = (0.4, 1.4), 0.15  # times the light's own strength; each colour u
 ASIDE = 2.0  # m that a lamp is moved, each way
 TURNED = (2.0, 6.0)  # degrees about an axis of any direction, through the middle of what the camera sees
 WIDE = (0.9, 1.15)  # times the cameras' own angle
-SHIFTED = 0.06  # of a picture's side, each way at most; its border is repeated
+SHIFTED = 1 / 16  # of a picture's side, each way at most; its border is repeated
 GREY = 12.0  # standard deviation of the noise, in 255ths
 SCENE = ("light", "camera", "zoom")  # what is changed of the scene, before anything is drawn
 Vector = NDArray[np.float64]
@@ -28,7 +28,7 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class View:
-    """what: some of VIEWS; seed: of what is drawn of them, together with the task and the initial state."""
+    """what: some of VIEWS; seed: of what is drawn of them, with suite, task and initial state."""
 
     what: tuple[str, ...]
     seed: int = 0
@@ -38,7 +38,7 @@ class Look:
     """One episode's: the model's lights and cameras are changed until `undo`, pictures by `seen`."""
 
     def __init__(self, env: LiberoEnv, what: Collection[str], rng: np.random.Generator) -> None:
-        model = self._model = env.model
+        model, self._env = env.model, env
         headlight = model.vis.headlight
         arrays = (model.light_diffuse, model.light_pos, headlight.diffuse, headlight.ambient)
         self._before = [(array, array.copy()) for array in (*arrays, model.cam_pos, model.cam_quat, model.cam_fovy)]
@@ -75,9 +75,10 @@ class Look:
         """The scene looks as it did."""
         for array, before in self._before:
             array[:] = before
+        mujoco.mj_camlight(self._env.model, self._env.data)
 
     def seen(self, camera: str, image: NDArray[np.uint8], step: int) -> NDArray[np.uint8]:
-        """What is seen, uint8 [S, S, 3] upright, in a control step of the episode."""
+        """What is seen, uint8 [S, S, 3] upright, in a control step of the simulation."""
         rows, columns = self._places[camera]
         image = image[rows][:, columns]
         if self._noise is None:
