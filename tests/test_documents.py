@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from rsd.evaluation.statistics import percentiles
+from rsd.reporting.tables import load_run
 from studies import delay_page, permuted_suites_page
+from studies.page_tables import latency_record
 from studies.permuted_page import ROWS, permuted_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,3 +149,19 @@ def test_the_table_of_delayed_answers_is_that_of_the_raw_results() -> None:
     states = static["rsd-async"].keys()
     for name in ("rsd-async", "rsd-skip", "hold", "tail"):
         assert re.search(rf" {sum(static[name][key].success for key in states)}[,.]", line), name
+
+
+def test_what_8_bit_products_cost_and_save_is_what_was_measured() -> None:
+    text = " ".join((ROOT / "docs" / "evaluation.md").read_text().split())
+    before, now = (latency_record(ROOT / f"results/int8/cpu/latency-{name}.json") for name in ("float", "int8"))
+    for name in ("l1", "rsd-fused"):
+        took, takes = (percentiles(record.milliseconds[name]["total"])[0] for record in (before, now))
+        assert f"`{name}` {takes:.1f}{' ms' * (name == 'l1')}, not {took:.1f}" in text, (name, takes, took)
+    in_float = permuted_suites_page.load(ROOT / "results" / "averaged_drafter", ("permuted",))
+    for name, other, told in (("l1", "l1", "solves {}, in float {}"), ("rsd-skip", "skip_own_5", "`rsd-skip` {}, {}")):
+        episodes = load_run(ROOT / "results/int8" / name).episodes
+        run = {(each.suite, each.task_id, each.init_state): each for each in episodes}
+        same = [each for each in in_float[other].values() if (each.suite, each.task_id, each.init_state) in run]
+        assert len(same) == len(run) == 140
+        solved = [sum(each.success for each in found) for found in (run.values(), same)]
+        assert told.format(*solved) in text, (name, solved)
