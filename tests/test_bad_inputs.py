@@ -108,7 +108,7 @@ def test_links_that_lead_in_a_circle(case: str, tmp_path: Path, capsys: pytest.C
 # environment variables
 
 VARIABLES = [
-    ("RSD_ENGINE", "zzz", "RSD_ENGINE='zzz': expected one of auto, eager, onnx; set it anew, or unset it"),
+    ("RSD_ENGINE", "zzz", "RSD_ENGINE='zzz': expected one of auto, eager, onnx, onnx-int8; set it anew, or unset it"),
     ("RSD_ENGINE", "cuda-graphs", "RSD_ENGINE='cuda-graphs': expected one of"),
     ("RSD_DEBUG", "yes", "RSD_DEBUG='yes': expected one of 0, 1"),
     ("RSD_ENGIN", "onnx", "RSD_ENGIN: no variable of this name is read; expected RSD_ENGINE"),

@@ -66,7 +66,7 @@ def test_the_page_and_the_command_say_what_was_corrected(tmp_path: Path, capsys:
     assert f"rsd-async (margin, delay 4): {said}\n" in capsys.readouterr().out
     text = (tmp_path / "report.html").read_text()
     assert said in text
-    assert "Not recorded by an earlier version: rsd (margin)." in text
+    assert "Not recorded by an earlier version: rsd (margin, delay 4)." in text
     assert text.count('class="of-d"') == 3  # in the legend and in two strips
     assert re.search(r"<title>drafted 4, replaced 8, .* of 28 steps</title>", text)
     plain = write_report([write(tmp_path / "plain", [episode(0)])], tmp_path / "plain.html").read_text()

@@ -127,6 +127,8 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         Without either, a placement seed is drawn from `seed`.
         """
         super().reset(seed=checked(Seed | None, seed, "reset: seed"))
+        if self.view is not None and not self.fast:
+            raise RsdError("view: expected the fast path, found an environment made with fast=False")
         self._mover = None
         self.look_as((), self.np_random)
         choice = checked(dict[str, int], options or {}, "reset options")
@@ -141,8 +143,6 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
         state = info["init_state"] if "init_state" in info else info["placement_seed"]
         self._mover = None if self.motion is None else mover(self, self.motion, state)
         if self.view is not None:
-            if not self.fast:
-                raise RsdError("view: expected the fast path, found an environment made with fast=False")
             drawn = [self.view.seed, zlib.crc32(self.suite.encode()), self.task.task_id, state]
             self.look_as(self.view.what, np.random.default_rng(drawn))
             self.redraw()
