@@ -158,7 +158,8 @@ def test_what_8_bit_products_cost_and_save_is_what_was_measured() -> None:
         took, takes = (percentiles(record.milliseconds[name]["total"])[0] for record in (before, now))
         assert f"`{name}` {takes:.1f}{' ms' * (name == 'l1')}, not {took:.1f}" in text, (name, takes, took)
     in_float = permuted_suites_page.load(ROOT / "results" / "averaged_drafter", ("permuted",))
-    for name, other, told in (("l1", "l1", "solves {}, in float {}"), ("rsd-skip", "skip_own_5", "`rsd-skip` {}, {}")):
+    told_of = {"l1": ("l1", "solves {}, in float (H200) {}"), "rsd-skip": ("skip_own_5", "`rsd-skip` {}, {}")}
+    for name, (other, told) in told_of.items():
         episodes = load_run(ROOT / "results/int8" / name).episodes
         run = {(each.suite, each.task_id, each.init_state): each for each in episodes}
         same = [each for each in in_float[other].values() if (each.suite, each.task_id, each.init_state) in run]

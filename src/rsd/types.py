@@ -20,6 +20,7 @@ CAMERAS = ("agentview", "wrist")
 # see `runtime.engines`
 ENGINES = "auto", "eager", "cuda-graphs", "compiled", "onnx", "onnx-int8"
 AUTO, EAGER, CUDA_GRAPHS, COMPILED, ONNX, ONNX_INT8 = ENGINES
+ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu", ONNX_INT8: "cpu"}  # of those that record
 MAX_SKIPS, MEMORY_CHUNKS = 6, 2  # of `decoding.gate.SkipRule`; here, where nothing loads torch
 TARGET_ONLY = "target-only"  # how a policy of somebody else's decodes: its own way
 LEROBOT = "lerobot:"  # before the folder of a LeRobot data set or policy, or a policy's hub id

@@ -1,4 +1,4 @@
-"""What `python -m studies.openvla` is told, without what they load."""
+"""What `python -m studies.openvla` is told, without what it loads."""
 
 from __future__ import annotations
 

@@ -27,13 +27,10 @@ from rsd.checks import (
 from rsd.types import (
     AUTO,
     BEST,
-    COMPILED,
-    CUDA_GRAPHS,
     DRAFT_FIRST,
     DRAFTER_ONLY,
+    ENGINE_DEVICES,
     LEROBOT,
-    ONNX,
-    ONNX_INT8,
     RSD_ASYNC,
     SPEED,
     VIEWS,
@@ -63,8 +60,6 @@ NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", "continue
 NEUTRAL |= {"delay": 0, "drafter_delay": 0, "motion": "none", "motion_speed": SPEED}
 NEUTRAL |= dict.fromkeys(("drafter", "corrector", "view"), "")
 OF_ONES_OWN = re.compile(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")  # module:Class or file.py:Class
-
-ENGINE_DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu", ONNX_INT8: "cpu"}
 
 
 def engine_rule(engine: str, device: str) -> tuple[bool, str, str]:

@@ -1,4 +1,4 @@
-"""The draft with its own light perception: few image tokens and the state of now, and what the target remembers.
+"""The draft with a small perception of its own: few image tokens and the state of now, and what the target remembers.
 
 It runs before the target, so that its tokens can ride in the target's prefill, or the target need not run at all.
 Precise positions of things it has from the target's key/value cache of an earlier chunk: what stands still needs no

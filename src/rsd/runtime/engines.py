@@ -17,9 +17,8 @@ from rsd.environment import ENGINE, variable
 from rsd.nested import signature, tensors_of, with_tensors
 from rsd.runtime.cuda_graph import compiled_graph, cuda_graph
 from rsd.runtime.onnx_graph import OnnxGraphs, missing_packages
-from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ENGINES, ONNX, ONNX_INT8, RsdError
+from rsd.types import AUTO, COMPILED, CUDA_GRAPHS, EAGER, ENGINE_DEVICES, ENGINES, ONNX, ONNX_INT8, RsdError
 
-DEVICES = {CUDA_GRAPHS: "cuda", COMPILED: "cuda", ONNX: "cpu", ONNX_INT8: "cpu"}  # of the engines that record
 CUDA = {CUDA_GRAPHS: cuda_graph, COMPILED: compiled_graph}
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -71,8 +70,8 @@ def choose_engine(asked: str, device: str, recordable: bool, compact: bool = Tru
     if asked not in ENGINES:
         raise RsdError(f"engine {asked!r}: expected one of {', '.join(ENGINES)}")
     kind = torch.device(device).type
-    if asked in DEVICES:
-        if kind != (expected := DEVICES[asked]):
+    if asked in ENGINE_DEVICES:
+        if kind != (expected := ENGINE_DEVICES[asked]):
             raise RsdError(f"engine {asked!r}: expected device {expected}, found {device}; take auto or eager")
         if not recordable:
             why = "not for drawn tokens, acceptance 'exact' (fine='sequential'), or OpenVLA on a CPU"

@@ -232,11 +232,12 @@ def quantise(graph: Path) -> None:
     """In place: products of an activation with a weight become those of 8-bit integers."""
     from onnxruntime.quantization import QuantType, quantize_dynamic  # start-up time: a second, for an export alone
 
-    logging.disable(logging.WARNING)  # it advises to infer shapes first, which changes nothing here
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))  # it advises to infer shapes first, which changes nothing here
     try:
         quantize_dynamic(graph, graph, ["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def say(line: str) -> None:

@@ -469,8 +469,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
     def _seen(self, camera: str, drawn: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """A picture as the policy sees it, upright."""
         image = rotate_180(drawn)
-        step = round(CONTROL_HZ * self.data.time)
-        return image if self._look is None else self._look.seen(camera, image, step)
+        return image if self._look is None else self._look.seen(camera, image, round(CONTROL_HZ * self.data.time))
 
     def _observation_dict(self) -> dict[str, NDArray[Any]]:
         latest = self.latest()

@@ -23,7 +23,6 @@ WIDE = (0.9, 1.15)  # times the cameras' own angle
 SHIFTED = 1 / 16  # of a picture's side, each way at most; its border is repeated
 GREY = 12.0  # standard deviation of the noise, in 255ths
 SCENE = ("light", "camera", "zoom")  # what is changed of the scene, before anything is drawn
-Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
