@@ -23,7 +23,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ class Region:
     high: Point
     yaw: tuple[float, float] = (0.0, 0.0)
 
+    @classmethod
+    def about(cls, target: str, spot: Point, half: float) -> Region:
+        return cls(target, (spot[0] - half, spot[1] - half), (spot[0] + half, spot[1] + half))
+
     @property
     def centre(self) -> Point:
         return (self.low[0] + self.high[0]) / 2, (self.low[1] + self.high[1]) / 2
@@ -54,13 +59,6 @@ class Region:
     def apart(self, other: Region) -> float:
         """m between the two centres."""
         return float(np.hypot(*np.subtract(self.centre, other.centre)))
-
-    def moved(self, centre: Point) -> Region:
-        """The same rectangle about another centre."""
-        half = [(high - low) / 2 for low, high in zip(self.low, self.high, strict=True)]
-        return replace(
-            self, low=(centre[0] - half[0], centre[1] - half[1]), high=(centre[0] + half[0], centre[1] + half[1])
-        )
 
     def as_problem(self) -> dict[str, Any]:
         """As LIBERO's parser gives a region."""
@@ -217,10 +215,7 @@ def free_object_layout(scene: SceneFile, language: str, rng: np.random.Generator
         spots[alike[rng.integers(len(alike))]] = beside
     if not _all_apart(list(spots.values()), FLOOR_APART):
         return None
-    regions = {
-        f"floor_{thing}_place": Region("floor", (x - 0.005, y - 0.005), (x + 0.005, y + 0.005))
-        for thing, (x, y) in spots.items()
-    }
+    regions = {f"floor_{thing}_place": Region.about("floor", spot, 0.005) for thing, spot in spots.items()}
     places = sorted(words[2] for words in scene.start if words[1] in things)
     return _object_layout(scene, asked, {thing: f"floor_{thing}_place" for thing in things}, regions, places)
 
@@ -229,11 +224,7 @@ def _object_layout(
     scene: SceneFile, asked: str, at: dict[str, str], regions: dict[str, Region], places: list[str]
 ) -> Layout:
     """at: thing -> its region, one of `places` (the scene file's) or of `regions`."""
-    known = {**scene.regions, **regions}
-
-    def combination(thing: str) -> Combination:
-        nearest = min(places, key=lambda place: known[place].apart(known[at[thing]]))
-        return Combination(_kind(thing), places.index(nearest), len(places))
+    combination = partial(_combination, at=at, places=places, regions={**scene.regions, **regions})
 
     def words(thing: str) -> str:
         return f"pick up the {_kind(thing).replace('_', ' ')} and place it in the basket"
@@ -297,10 +288,7 @@ def spatial_layout(scene: SceneFile, language: str, rng: np.random.Generator) ->
     on_table = [at[bowl] for bowl in (BOWL, OTHER_BOWL) if bowl in at]
     if not _all_apart(on_table, CLEAR) or (drawer and min(y for _, y in at.values()) < DRAWER_CLEAR):
         return None
-    regions = {
-        f"main_table_{name}_place": Region("main_table", (x - 0.01, y - 0.01), (x + 0.01, y + 0.01))
-        for name, (x, y) in at.items()
-    }
+    regions = {f"main_table_{name}_place": Region.about("main_table", spot, 0.01) for name, spot in at.items()}
     start: list[Predicate] = [("open", "wooden_cabinet_1_top_region")] if drawer else []
     for bowl, words in ((BOWL, relation), (OTHER_BOWL, other)):
         if bowl in at:
@@ -434,13 +422,8 @@ def _things_exchanged(scene: SceneFile, rng: np.random.Generator) -> tuple[dict[
 def _goal_layout(
     scene: SceneFile, at: dict[str, str], rest: list[Predicate], goal: tuple[Predicate, ...], words: str, fits: Fits
 ) -> Layout:
-    """A thing's place is the nearest of the scene file's four, for what is held out."""
     places = sorted(words[2] for words in scene.start if words[1] in at)
-
-    def combination(thing: str) -> Combination:
-        nearest = min(places, key=lambda place: scene.regions[place].apart(scene.regions[at[thing]]))
-        return Combination(_kind(thing), places.index(nearest), len(places))
-
+    combination = partial(_combination, at=at, places=places, regions=scene.regions)
     allowed = {thing: destinations for thing, destinations in fits.items() if not combination(thing).held_out}
     asks = tuple((_putting(thing, each), thing) for thing, destinations in allowed.items() for each in destinations)
     moved = goal[0][1] if goal[0][1] in at else "plate_1"
@@ -463,6 +446,12 @@ SUITES: dict[str, Callable[[SceneFile, str, np.random.Generator], Layout | None]
     "libero_goal" + SUFFIX: goal_layout,
 }
 FREER = {object_layout: free_object_layout, goal_layout: wide_goal_layout}
+
+
+def _combination(thing: str, at: dict[str, str], places: list[str], regions: dict[str, Region]) -> Combination:
+    """A thing's place is the nearest of those, for what is held out. at: thing -> its region."""
+    nearest = min(places, key=lambda place: regions[place].apart(regions[at[thing]]))
+    return Combination(_kind(thing), places.index(nearest), len(places))
 
 
 def _kind(name: str) -> str:
