@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -23,9 +23,11 @@ from rsd.evaluation.backend import LIBERO, Backend, settle
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, EpisodeKey, EpisodeResult, read_episodes, write_atomically
-from rsd.evaluation.rollout import Environment
 from rsd.evaluation.tables import plural, print_table
 from rsd.types import BEST, RsdError
+
+if TYPE_CHECKING:  # start-up time: MuJoCo
+    from rsd.sim.failures import WatchedLibero
 
 FORMAT = 2
 FAST, PLAIN_LOOP = "rsd eval", "plain loop"
@@ -87,8 +89,8 @@ class Measured:
         return self.steps * self.workers / self.episode_s
 
 
-def plain_env(suite: str, task_id: int, image_size: int) -> Environment:
-    from rsd.sim.failures import WatchedLibero  # start-up time: MuJoCo
+def plain_env(suite: str, task_id: int, image_size: int) -> WatchedLibero:
+    from rsd.sim.failures import WatchedLibero
 
     return WatchedLibero(suite, task_id, image_size=image_size, fast=False)
 

@@ -16,18 +16,19 @@ from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.realtime import RealTime
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
-from rsd.evaluation.rollout import Environment, run_episode
+from rsd.evaluation.rollout import run_episode
 from rsd.evaluation.video import FRAME_STEPS
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.models.target import TargetConfig
+from rsd.sim.failures import WatchedLibero
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 
 STEPS = 12  # of the suite's 220
 
 
-def short_env(suite: str, task_id: int, image_size: int) -> Environment:
+def short_env(suite: str, task_id: int, image_size: int) -> WatchedLibero:
     env = libero_env(suite, task_id, image_size)
-    env.max_steps = STEPS  # type: ignore[attr-defined]
+    env.max_steps = STEPS
     return env
 
 

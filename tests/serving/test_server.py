@@ -28,7 +28,7 @@ from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.realtime import RealTime
 from rsd.evaluation.results import EPISODES_FILE, EpisodeResult, read_episodes
-from rsd.evaluation.rollout import Environment, run_episode
+from rsd.evaluation.rollout import run_episode
 from rsd.policy import Prediction, RsdPolicy
 from rsd.serving.server import PolicyServer, reserve
 from rsd.targets.remote.client import RemotePolicy
@@ -279,8 +279,8 @@ def test_a_bad_command_line_is_one_line(arguments: list[str], error: str, capsys
 
 @pytest.mark.simulator
 def test_an_episode_in_libero_is_the_same_behind_a_port(make_policy: Callable[..., RsdPolicy]) -> None:
-    env: Environment = LIBERO.make_env("libero_spatial", 3, 32)
-    env.max_steps = 24  # type: ignore[attr-defined]
+    env = LIBERO.make_env("libero_spatial", 3, 32)
+    env.max_steps = 24
     names = {"suite": "libero_spatial", "task_id": 3, "task_name": "", "init_state": 4, "seed": 7, "decode": "rsd-skip"}
     local = run_episode(env, make_policy(), **names)  # type: ignore[arg-type]
     with serving(server_of(make_policy())) as address, closing(RemotePolicy(address)) as remote:

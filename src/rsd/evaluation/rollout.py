@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,50 +15,12 @@ from numpy.typing import NDArray
 from rsd.checks import told
 from rsd.evaluation.realtime import Meanwhile, Motion, Pace
 from rsd.evaluation.results import ERROR_PREFIX, STEP_LIMIT, EpisodeResult
-from rsd.types import ChunkStats, Observation, Policy, WrongOption
+from rsd.types import ChunkStats, Policy, WrongOption
+
+if TYPE_CHECKING:  # start-up time: MuJoCo. What an episode needs of a simulator is what it has
+    from rsd.sim.failures import WatchedLibero as Environment
 
 WARMUP_PREDICTIONS = 2  # first predictions pay for lazy initialisation, allocation and compilation
-
-
-class Environment(Protocol):
-    """What an episode needs of a simulator (`rsd.sim.libero.LiberoEnv`)."""
-
-    instruction: str
-
-    @property
-    def drawing_s(self) -> float:
-        """Seconds that went into drawing the cameras so far."""
-        ...
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Initial state options["init_state"], after the wait steps."""
-        ...
-
-    def step_chunk(
-        self, actions: NDArray[np.float32], before_step: Callable[[], None] | None = None, draw: bool = True
-    ) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Execute [H, 7] open loop; stops early at success (terminated) or at the step limit (truncated).
-
-        before_step: called before each action. draw: whether the next observation needs its images. info["steps"]: how
-        many of the H actions were executed.
-        """
-        ...
-
-    def observation(self) -> Observation: ...
-
-    def redraw(self) -> None:
-        """Images of the present state for `observation`, after steps without drawing."""
-        ...
-
-    def proprio(self) -> NDArray[np.float32]:
-        """The present state [8], without images."""
-        ...
-
-    def failure_detail(self) -> str:
-        """What is known of why the episode has not succeeded so far, in a few words; "" if nothing is."""
-        ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsd.conventions import CONTROL_HZ
 from rsd.evaluation.results import EpisodeResult
-from rsd.evaluation.rollout import Environment, Rollout
+from rsd.evaluation.rollout import Rollout
 from rsd.types import RsdError
+
+if TYPE_CHECKING:
+    from rsd.evaluation.rollout import Environment
 
 FRAME_STEPS = 2  # control steps a frame: drawing costs ten times as much as physics without a GPU
 PANEL = 256  # side of one camera's panel in pixels

@@ -13,16 +13,16 @@ from rsd.evaluation.backend import LIBERO, libero_env
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.evaluate import evaluate
 from rsd.evaluation.results import EPISODES_FILE, STEP_LIMIT, read_episodes, read_run_record
-from rsd.evaluation.rollout import Environment
+from rsd.sim.failures import WatchedLibero
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
 STEPS = 10  # of the suite's 220
 
 
-def short_env(suite: str, task_id: int, image_size: int) -> Environment:
+def short_env(suite: str, task_id: int, image_size: int) -> WatchedLibero:
     assert image_size == 256  # what the published evaluation renders
     env = libero_env(suite, task_id, image_size)
-    env.max_steps = STEPS  # type: ignore[attr-defined]
+    env.max_steps = STEPS
     return env
 
 
