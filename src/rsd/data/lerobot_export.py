@@ -247,46 +247,27 @@ def png(picture: NDArray[np.uint8]) -> bytes:
 
 
 class Numbered:
-    """Places of files, a new one as soon as one is full."""
+    """The files of one kind, a new one as soon as one is full."""
 
-    def __init__(self, most_mb: int) -> None:
-        self._most, self._file, self._used = most_mb * MEGABYTE, 0, 0
+    def __init__(self, folder: Path, name: str, most_mb: int) -> None:
+        """name: of a file in the folder, by {chunk} and {file}."""
+        self._folder, self._name, self._most = folder, name, most_mb * MEGABYTE
+        self._number, self._used = 0, 0
+        self._writer: Any = None  # of the present file, once there is something to write
 
-    @property
     def place(self) -> tuple[int, int]:
-        """(chunk, file in the chunk)."""
-        return divmod(self._file, FILES_A_CHUNK)
-
-    def full(self) -> bool:
-        """Whether the next piece belongs to a new file, which is counted from then on."""
-        if self._used < self._most:
-            return False
-        self._file, self._used = self._file + 1, 0
-        return True
-
-    def used(self, count: int) -> None:
-        self._used += count
-
-
-class RowFile:
-    """The parquet files, a group of rows an episode."""
-
-    def __init__(self, folder: Path, parquet: Any) -> None:
-        self._folder, self._parquet, self._numbers = folder, parquet, Numbered(DATA_MB)
-        self._writer: Any = None
-
-    def write(self, table: pyarrow.Table) -> tuple[int, int]:
-        """-> its place."""
-        if self._numbers.full():
+        """(chunk, file in the chunk) of the next piece, for which a full file is closed."""
+        if self._used >= self._most:
+            self._number, self._used = self._number + 1, 0
             self.close()
-        chunk, file = self._numbers.place
-        if self._writer is None:
-            path = self._folder / DATA.format(chunk=chunk, file=file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = self._parquet.ParquetWriter(path, table.schema)
-        self._writer.write_table(table)
-        self._numbers.used(table.nbytes)
-        return chunk, file
+        return divmod(self._number, FILES_A_CHUNK)
+
+    def path(self) -> Path:
+        """Of the present file, in a folder that is there."""
+        chunk, file = self.place()
+        path = self._folder / self._name.format(chunk=chunk, file=file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def close(self) -> None:
         if self._writer is not None:
@@ -294,26 +275,38 @@ class RowFile:
         self._writer = None
 
 
-class Film:
+class RowFile(Numbered):
+    """The parquet files, a group of rows an episode."""
+
+    def __init__(self, folder: Path, parquet: Any) -> None:
+        super().__init__(folder, DATA, DATA_MB)
+        self._parquet = parquet
+
+    def write(self, table: pyarrow.Table) -> tuple[int, int]:
+        """-> its place."""
+        place = self.place()
+        if self._writer is None:
+            self._writer = self._parquet.ParquetWriter(self.path(), table.schema)
+        self._writer.write_table(table)
+        self._used += table.nbytes
+        return place
+
+
+class Film(Numbered):
     """The mp4 files of one camera, several episodes in each."""
 
     def __init__(self, folder: Path, key: str) -> None:
+        super().__init__(folder, VIDEO.replace("{key}", key), VIDEO_MB)
         with extra("lerobot-data"):
             import av
-        self._av, self._folder, self._key, self._numbers = av, folder, key, Numbered(VIDEO_MB)
-        self._container: Any = None
-        self._frames = 0
+        self._av, self._key, self._frames = av, key, 0
 
     def write(self, view: NDArray[np.uint8]) -> dict[str, Any]:
         """uint8 [T, S, S, 3] -> what `meta/episodes` says of where they are."""
-        if self._numbers.full():
-            self.close()
-        chunk, file = self._numbers.place
-        if self._container is None:
-            path = self._folder / VIDEO.format(key=self._key, chunk=chunk, file=file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._container = self._av.open(str(path), "w")
-            self._stream = self._container.add_stream(CODEC, rate=CONTROL_HZ, options=CODEC_OPTIONS)
+        chunk, file = self.place()
+        if self._writer is None:
+            self._writer = self._av.open(str(self.path()), "w")
+            self._stream = self._writer.add_stream(CODEC, rate=CONTROL_HZ, options=CODEC_OPTIONS)
             self._stream.height, self._stream.width, self._stream.pix_fmt = *view.shape[1:3], PIXELS
         start = self._frames
         for picture in view:
@@ -324,12 +317,12 @@ class Film:
         return {f"videos/{self._key}/{name}": value for name, value in place.items()}
 
     def close(self) -> None:
-        if self._container is not None:
+        if self._writer is not None:
             self._mux(self._stream.encode())
-            self._container.close()
-        self._container, self._frames = None, 0
+        super().close()
+        self._frames = 0
 
     def _mux(self, packets: Iterable[Any]) -> None:
         for packet in packets:
-            self._numbers.used(packet.size)
-            self._container.mux(packet)
+            self._used += packet.size
+            self._writer.mux(packet)
