@@ -268,9 +268,13 @@ class Primitives:
         return replace(draft_levels(self, drafter.levels, features), features=features)
 
     @primitive("draft", small=True)
+    @fusible
     def forecast(self, draft: Draft) -> Forecast:
         """What acting on the visual drafter's tokens without the target needs besides."""
-        return complete(self, draft)
+        drafter, prefix = self.drafter, draft.prefixes[-1]
+        assert draft.features is not None
+        value = prefix + self.finite(drafter.remainder(draft.features, prefix, draft.gripper))
+        return Forecast(value, self.finite(drafter.log_deviation(draft.features)).expm1().clamp(min=0))
 
     @primitive("draft", small=True)
     def draft_from(self, features: Tensor) -> Draft:
@@ -322,14 +326,6 @@ def draft_levels(ops: Primitives, model: FeatureDrafter, features: Tensor) -> Dr
         prefixes.append(value)
     probs = None if ops.sampler is None else ops.sampler.probs(torch.stack(logits, dim=1))
     return Draft(torch.stack(motion, dim=1), gripper, prefixes, probs)
-
-
-@fusible
-def complete(ops: Primitives, draft: Draft) -> Forecast:
-    drafter, prefix = ops.drafter, draft.prefixes[-1]
-    assert draft.features is not None
-    value = prefix + ops.finite(drafter.remainder(draft.features, prefix, draft.gripper))
-    return Forecast(value, ops.finite(drafter.log_deviation(draft.features)).expm1().clamp(min=0))
 
 
 def grown_apart(cache: KVCache) -> KVCache:
