@@ -24,9 +24,7 @@ def integers(
     """Tokens as int64, from a tensor or an array of any integer type; `RsdError` for floats, bool and the rest.
 
     within: the smallest and the largest one allowed; wait: for a GPU, which otherwise is not looked at."""
-    found = _tensor(what, values, INTEGERS, "integers").long()
-    if shape is not None:
-        check_shape(what, found.shape, shape)
+    found = _tensor(what, values, INTEGERS, "integers", shape).long()
     if within is not None and found.numel() and _readable(found, wait):
         low, high = int(found.min()), int(found.max())
         if low < within[0] or high > within[1]:
@@ -38,9 +36,7 @@ def reals(what: str, values: Any, shape: Shape | None = None, finite: bool = Fal
     """Floats or integers, from a tensor or an array, as a float32 tensor; `RsdError` for bool, complex and the rest.
 
     finite: refuse NaN and infinity; wait: for a GPU, which otherwise is not looked at."""
-    found = _tensor(what, values, REALS + INTEGERS, "real numbers").float()
-    if shape is not None:
-        check_shape(what, found.shape, shape)
+    found = _tensor(what, values, REALS + INTEGERS, "real numbers", shape).float()
     if finite and _readable(found, wait) and not found.isfinite().all():
         raise RsdError(f"{what}: expected finite numbers, found NaN or infinity")
     return found
@@ -53,7 +49,7 @@ def _readable(found: Tensor, wait: bool) -> bool:
     return not (found.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _tensor(what: str, values: Any, allowed: tuple[torch.dtype, ...], expected: str) -> Tensor:
+def _tensor(what: str, values: Any, allowed: tuple[torch.dtype, ...], expected: str, shape: Shape | None) -> Tensor:
     found: Any = values
     if isinstance(values, np.ma.MaskedArray):
         raise RsdError(f"{what}: expected {expected}, found a masked array")
@@ -67,4 +63,6 @@ def _tensor(what: str, values: Any, allowed: tuple[torch.dtype, ...], expected: 
         odd = f"{found.layout} on {found.device}" if isinstance(found, Tensor) and not dense else ""
         kind = odd or getattr(values, "dtype", type(values).__name__)
         raise RsdError(f"{what}: expected a tensor or an array of {expected}, found {kind}")
+    if shape is not None:
+        check_shape(what, found.shape, shape)
     return found
