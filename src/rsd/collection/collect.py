@@ -306,8 +306,8 @@ def chosen_tasks(config: CollectConfig) -> list[int]:
 
 
 @functools.lru_cache(maxsize=1)
-def worker_policy(name: str, decode: str, execute: int | None, skip: tuple[float, int, int] | None) -> Policy:
-    """The policy of this worker process, loaded once; one thread, as there is a worker per core."""
+def driving_policy(config: CollectConfig) -> Policy:
+    """The policy of this process, loaded once; one thread, as there is a worker per core."""
     # start-up time: most collections need neither
     import torch
 
@@ -315,13 +315,8 @@ def worker_policy(name: str, decode: str, execute: int | None, skip: tuple[float
     from rsd.policy import RsdPolicy
 
     torch.set_num_threads(1)
-    rule = None if skip is None else SkipRule(*skip)
-    return RsdPolicy.from_pretrained(name, decode=decode, execute=execute, skip=rule)
-
-
-def driving_policy(config: CollectConfig) -> Policy:
-    """That which `config` names, in this process."""
-    return worker_policy(config.policy, config.policy_decode, config.execute, config.skip_rule())
+    skip = None if (given := config.skip_rule()) is None else SkipRule(*given)
+    return RsdPolicy.from_pretrained(config.policy, decode=config.policy_decode, execute=config.execute, skip=skip)
 
 
 def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> tuple[int, list[tuple[int, str]]]:
