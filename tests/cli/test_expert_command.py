@@ -25,10 +25,10 @@ class Env:
     def close(self) -> None: ...
 
 
-def five_steps(env: Env, recorder: Any = None, draw: bool = False) -> expert.ExpertResult:
-    assert draw == (recorder is not None)
+def five_steps(env: Env, record: Any = None, draw: bool = False) -> expert.ExpertResult:
+    assert draw == (record is not None)
     for _ in range(5 if draw else 0):
-        recorder.record(env, np.zeros(7), np.zeros(7))
+        record(env, np.zeros(7), np.zeros(7))
     return expert.ExpertResult(True, 5, 1)
 
 

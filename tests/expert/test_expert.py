@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rsd.cli.expert import _Frames
+from rsd.evaluation.video import write_video
 from rsd.expert import expert
 from rsd.expert.articulated import inward_lean
 from rsd.expert.goals import Goal, destination, task_goals, way_out
@@ -111,7 +111,7 @@ def env() -> Iterator[LiberoEnv]:
 def test_expert_solves_a_placement_smoothly_with_the_canonical_grasp(env: LiberoEnv) -> None:
     env.reset(options={"placement_seed": 1})
     log = Log()
-    result = expert.run(env, recorder=log)
+    result = expert.run(env, record=log.record)
     assert result.success
     assert result.attempts == 1
     assert result.steps < 110
@@ -130,7 +130,7 @@ def test_expert_moves_the_other_bowl_under_noise(env: LiberoEnv) -> None:
     env.reset(options={"placement_seed": 2})
     rng = np.random.default_rng(0)
     log = Log()
-    result = expert.run(env, (OTHER,), log, rng, ActionNoise(NoiseConfig(), 0.8, rng))
+    result = expert.run(env, (OTHER,), log.record, rng, ActionNoise(NoiseConfig(), 0.8, rng))
     assert result.success
     assert env.holds("on", DISTRACTOR, PLATE)
     assert not env.success()  # the task's own bowl did not move
@@ -181,7 +181,7 @@ def test_a_late_choice_of_side_is_not_told_by_what_came_before(env: LiberoEnv) -
     for seed in range(4):
         env.reset(options={"placement_seed": 4})
         log = Log()
-        result = expert.run(env, recorder=log, rng=np.random.default_rng(seed), mode="two-sided-late")
+        result = expert.run(env, record=log.record, rng=np.random.default_rng(seed), mode="two-sided-late")
         assert result == expert.ExpertResult(True, result.steps, 1)
         logs.append(np.array(log.clean))
     first = logs[0]
@@ -200,7 +200,7 @@ def test_expert_solves_the_other_suites_across_the_narrow_side(suite: str, task:
     other = LiberoEnv(suite, task, cameras=False)
     other.reset(options={"placement_seed": 11})
     log = Log()
-    result = expert.run(other, recorder=log)
+    result = expert.run(other, record=log.record)
     assert result == expert.ExpertResult(True, result.steps, 1)
     assert result.steps < 130
     assert other.holds(*task_goals(suite, task)[0].words)
@@ -261,7 +261,7 @@ def test_expert_takes_mugs_by_the_rim_and_moka_pots_by_the_knob(task: int) -> No
     other = LiberoEnv("libero_10", task, cameras=False)
     other.reset(options={"placement_seed": 11})
     log = Log()
-    result = expert.run(other, recorder=log)
+    result = expert.run(other, record=log.record)
     assert result == expert.ExpertResult(True, result.steps, 2)
     assert result.steps < 260
     assert other.success()
@@ -398,8 +398,7 @@ def test_expert_solves_a_placement_of_each_newer_skill(suite: str, task: int, se
 
 
 def test_a_video_of_the_expert_is_a_whole_file(tmp_path: Path) -> None:
-    frames = _Frames()
-    frames.images += [np.full((64, 64, 3), grey, np.uint8) for grey in range(0, 200, 50)]
-    frames.write(tmp_path / "new" / "video.mp4")
+    frames = [np.full((64, 64, 3), grey, np.uint8) for grey in range(0, 200, 50)]
+    write_video(tmp_path / "new" / "video.mp4", (64, 64), frames)
     (video,) = (tmp_path / "new").iterdir()
     assert b"ftyp" in video.read_bytes()[:64]

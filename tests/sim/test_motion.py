@@ -92,7 +92,7 @@ def test_what_was_lifted_is_out_of_the_gripper_once(env: LiberoEnv) -> None:
         env.motion = motion
         env.reset(options={"init_state": 0})
         heights = Heights(env.goal[0][1])
-        assert run(env, recorder=heights, tail_steps=0).success
+        assert run(env, record=heights.record, tail_steps=0).success
         lifted = np.array(heights.seen) > heights.seen[0] + 0.03
         assert int((np.diff(lifted.astype(int)) > 0).sum()) == (1 if motion is None else 2)
 

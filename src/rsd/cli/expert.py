@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,30 +67,21 @@ def _episode(env: LiberoEnv, seed: int, video: Path | None) -> bool:
     from rsd.expert.failures import failure_class
 
     env.reset(options={"placement_seed": seed})
-    recorder = None if video is None else _Frames()
-    result = run_expert(env, recorder=recorder, draw=video is not None)
+    images: list[NDArray[Any]] = []
+    steps = itertools.count()
+
+    def keep(env: LiberoEnv, *_: object) -> None:
+        """The third-person camera's picture."""
+        if next(steps) % FRAME_STEPS == 0:
+            images.append(env.render())
+
+    result = run_expert(env, record=None if video is None else keep, draw=video is not None)
     why = "" if result.success else f": {failure_class(env, result.steps)}"
     print(f"seed {seed}: {'success' if result.success else 'failure'} after {result.steps} steps{why}", flush=True)
-    if video is not None and recorder is not None:
-        recorder.write(video)
-        print(f"video: {video}")
-    return result.success
-
-
-class _Frames:
-    """A recorder that keeps the third-person camera's pictures."""
-
-    def __init__(self) -> None:
-        self.images: list[NDArray[Any]] = []
-        self._steps = 0
-
-    def record(self, env: LiberoEnv, executed: NDArray[Any], clean: NDArray[Any]) -> None:
-        if self._steps % FRAME_STEPS == 0:
-            self.images.append(env.render())
-        self._steps += 1
-
-    def write(self, path: Path) -> None:
+    if video is not None:
         from rsd.evaluation.video import write_video  # a run without a video does not need it
 
-        with writing(path):
-            write_video(path, self.images[0].shape[1::-1], self.images)
+        with writing(video):
+            write_video(video, images[0].shape[1::-1], images)
+        print(f"video: {video}")
+    return result.success

@@ -209,7 +209,8 @@ def _try_placement(
         to_do = sum(not env.holds(*goal.words) for goal in goals)
         handover = int(rng.integers(HANDOVER[0], HANDOVER[1] * to_do))
         disturbance = PolicyDriver(env, policy, env.instruction, share, handover, drift, rng)
-    result = expert.run(env, goals, recorder, rng, disturbance, config.grasp_mode, draw=not config.states_only)
+    mode, draw = config.grasp_mode, not config.states_only
+    result = expert.run(env, goals, recorder.record, rng, disturbance, mode, draw=draw)
     if not result.success:
         return None
     attributes = {

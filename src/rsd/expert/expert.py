@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -22,13 +23,8 @@ from rsd.types import RsdError
 CRAMPED_NOISE = 0.4  # strength of the noise in the drawer
 CLEAR = 0.02  # m of the open fingertips over whatever is under the hand; then it may turn to the next goal
 TAIL_STEPS = 6  # steps recorded after success: opening the fingers and rising
-
-
-class Recorder(Protocol):
-    """Told about every step, before it is executed."""
-
-    def record(self, env: LiberoEnv, executed: Vector, clean: Vector) -> None:
-        """executed, clean: actions [7] at the present state of `env`."""
+# told of every step before it is executed: actions [7] at the present state, as it is executed and clean
+Record = Callable[[LiberoEnv, Vector, Vector], Any]
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def asked_goals(env: LiberoEnv) -> Goals:
 def run(
     env: LiberoEnv,
     goals: Goals | None = None,
-    recorder: Recorder | None = None,
+    record: Record | None = None,
     rng: np.random.Generator | None = None,
     noise: Disturbance | None = None,
     mode: GraspMode = "canonical",
@@ -128,7 +124,7 @@ def run(
     """Runs the expert from the present state of a freshly reset environment.
 
     goals: the task's own by default; success is that LIBERO's predicates of all hold. After it, `tail_steps` more
-    steps are executed and recorded (the fingers open and rise). `draw`: cameras draw every step, for a recorder that
+    steps are executed and recorded (the fingers open and rise). `draw`: cameras draw every step, for a record that
     keeps images. Raises RsdError for a task that the expert cannot do.
     """
     goals = goals or asked_goals(env)
@@ -142,8 +138,8 @@ def run(
         executed = clean
         if noise is not None and success_at is None:
             executed = noise.disturb(clean, CRAMPED_NOISE if law.cramped else 1.0)
-        if recorder is not None:
-            recorder.record(env, executed, clean)
+        if record is not None:
+            record(env, executed, clean)
         env.advance(executed, draw)
         step += 1
         if success_at is None and all(env.holds(*goal.words) for goal in goals):
