@@ -52,10 +52,6 @@ class Run:
     broken: list[EpisodeResult]
 
     @property
-    def errors(self) -> int:
-        return len(self.broken)
-
-    @property
     def successes(self) -> dict[EpisodeKey, bool]:
         return {episode.key: episode.success for episode in self.episodes}
 
@@ -67,7 +63,7 @@ class Run:
             return f"batch of {batch}"
         asked, threads = str(config.get("num_workers", "1")), config.get("threads", 1)
         workers = int(asked) if asked.isdecimal() else 1 if config.get("control_hz", 0) else cores
-        workers = min(workers, len(self.episodes) + self.errors + self.not_run)
+        workers = min(workers, len(self.episodes) + len(self.broken) + self.not_run)
         many, policy = plural(workers, "worker"), config.get("policy", "")
         if workers > 1 and str(config.get("device", "cpu")).startswith("cuda"):
             return f"{many} on one GPU"
@@ -85,7 +81,7 @@ class Run:
     @property
     def not_run(self) -> int:
         """Planned episodes that an interrupted run never finished; they may well be the long, failing ones."""
-        return max(0, self.record.planned - len(self.episodes) - self.errors)
+        return max(0, self.record.planned - len(self.episodes) - len(self.broken))
 
 
 def load_run(directory: Path) -> Run:
@@ -184,8 +180,8 @@ def table_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         *risk_rows(runs),
         ("steps per success", [number(mean_success_steps(run.episodes)) for run in runs]),
         ("chunks decoded", [str(decoding.chunks) for decoding in decodings]),
-        ("episodes not run", [str(run.not_run) if run.not_run else ABSENT for run in runs]),
-        ("episodes with an error", [str(run.errors) if run.errors else ABSENT for run in runs]),
+        ("episodes not run", [str(run.not_run or ABSENT) for run in runs]),
+        ("episodes with an error", [str(len(run.broken) or ABSENT) for run in runs]),
     ]
     return [(label, cells) for label, cells in rows if any(cell != ABSENT for cell in cells)]
 
