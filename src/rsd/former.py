@@ -25,11 +25,6 @@ DECODING = ("--decode", "--decoders", "--drafts")  # options whose values are de
 KINDS = {"draft": "feature", "light": "visual"}  # of `rsd train drafter`
 
 
-def decoder(name: str) -> str:
-    """A decoder's present name."""
-    return DECODERS.get(name, name)
-
-
 def weight(name: str) -> str:
     """A weight's present name, `light.trunk.norm` -> `visual_drafter.trunk.norm`."""
     first, dot, rest = name.partition(".")

@@ -113,7 +113,7 @@ def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
     decode, why = (options.decode, "") if options.decode != BEST else best_decode(checkpoint, options)
     check_sampling(options.temperature, decode, options.acceptance, options.fine)
     if decode in former.DECODERS:
-        raise RsdError(f"decode {decode!r}: it is called {former.decoder(decode)} now")
+        raise RsdError(f"decode {decode!r}: it is called {former.DECODERS[decode]} now")
     if decode not in DECODERS:
         raise RsdError(f"decode {decode!r}: expected one of {', '.join(DECODERS)}")
     if DECODERS[decode].visual and not checkpoint.visual_drafter:
