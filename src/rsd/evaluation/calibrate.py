@@ -113,9 +113,10 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     for suite, one in fitted.items():
         own = by_suite[suite]
         limit = "" if one.threshold <= max(chunk_stat(e, SCORE).max() for e in own) else " (no threshold failed)"
+        skipped = float(np.concatenate([chunk_stat(e, "skipped") for e in own]).mean())
         tell(
             f"{suite}: {one.episodes} rollouts, {one.chunks} chunks; threshold {one.threshold:.1f} mm{limit}: "
-            f"{one.skip_share:.1%} of the chunks without the target (the rollouts had {skipped_share(own):.1%}), "
+            f"{one.skip_share:.1%} of the chunks without the target (the rollouts had {skipped:.1%}), "
             f"risk {one.empirical_risk:.3f}, promised <= {config.alpha:g} at confidence {1 - config.delta:g}; "
             f"success of the rollouts {sum(e.success for e in own)}/{len(own)}"
         )
@@ -127,11 +128,6 @@ def calibrate(config: CalibrateConfig, backend: Backend = PLACEMENTS) -> SkipCal
     else:
         tell(f"calibration: {config.output / FILE_NAME}; {directory} keeps its own, which --overwrite replaces")
     return calibration
-
-
-def skipped_share(episodes: Iterable[EpisodeResult]) -> float:
-    """The share of the rollouts' chunks that went without the target."""
-    return float(np.concatenate([chunk_stat(episode, "skipped") for episode in episodes]).mean())
 
 
 def share_at(episodes: Iterable[EpisodeResult], calibration: SkipCalibration) -> float:
