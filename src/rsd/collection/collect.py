@@ -123,17 +123,15 @@ class CollectConfig(Checked):
         yield self.policy_decode != RSD_ASYNC, corrected, self.policy_decode
         gated = self.policy_decode == "rsd-skip" or self.policy_skip_threshold_mm is None
         yield gated, "--policy-skip-threshold-mm with --policy-decode rsd-skip", self.policy_decode
-        limited = self.policy_skip_threshold_mm is not None or self._limits() == (MAX_SKIPS, MEMORY_CHUNKS)
+        limits = self.policy_max_skips, self.policy_memory_chunks
+        limited = self.policy_skip_threshold_mm is not None or limits == (MAX_SKIPS, MEMORY_CHUNKS)
         yield limited, "--policy-max-skips and --policy-memory-chunks with --policy-skip-threshold-mm", "none"
         yield speed_rule(self.motion, self.motion_speed)
-
-    def _limits(self) -> tuple[int, int]:
-        return self.policy_max_skips, self.policy_memory_chunks
 
     def skip_rule(self) -> tuple[float, int, int] | None:
         """When a driving `rsd-skip` leaves its target out, as `SkipRule` has it; None: as its calibration says."""
         threshold = self.policy_skip_threshold_mm
-        return None if threshold is None else (threshold, *self._limits())
+        return None if threshold is None else (threshold, self.policy_max_skips, self.policy_memory_chunks)
 
 
 class EpisodeRecorder:
