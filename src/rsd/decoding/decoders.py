@@ -28,9 +28,9 @@ class Decoder:
 
     drafts: proposes tokens, which the acceptance rule judges. visual: needs a visual drafter. remembers: the drafter
     attends to the target's last run, so chunks of an episode hang together. samples: its tokens are the target's and
-    can be drawn at a temperature. gated: needs a skip rule, of a calibration or given. verifies_later: acts first, and
-    leaves the target's pass to `Policy.verify_pending`. corrects: that pass also gives the chunk's `answer`. lossless:
-    with the rule `exact` its tokens are those of `ar`.
+    can be drawn at a temperature. gated: needs a skip rule, of a calibration or given. corrects: the pass that
+    `Policy.verify_pending` makes later also gives the chunk's `answer`. lossless: with the rule `exact` its tokens are
+    those of `ar`.
     """
 
     name: str
@@ -40,7 +40,6 @@ class Decoder:
     remembers: bool = False
     samples: bool = False
     gated: bool = False
-    verifies_later: bool = False
     corrects: bool = False
     lossless: bool = False
 
@@ -128,14 +127,14 @@ def rsd_skip(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeR
     return replace(merged(ops, seen, draft, forecast, trusted), skipped=trusted, forced=forced)
 
 
-@decoder(DRAFT_FIRST, one_pass=False, drafts=True, visual=True, remembers=True, verifies_later=True)
+@decoder(DRAFT_FIRST, one_pass=False, drafts=True, visual=True, remembers=True)
 def draft_first(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
     """The visual drafter acts at once. The target looks at the same observation while the chunk is executed: it judges
     the drafted tokens, and what it has seen is what the drafter remembers at the next chunk."""
     return replace(unverified(*proposed(ops, seen, state.memory)), pending=True)
 
 
-@decoder(RSD_ASYNC, one_pass=False, drafts=True, visual=True, remembers=True, verifies_later=True, corrects=True)
+@decoder(RSD_ASYNC, one_pass=False, drafts=True, visual=True, remembers=True, corrects=True)
 def rsd_async(ops: Primitives, seen: PolicyInput, state: EpisodeState) -> DecodeResult:
     """As `draft-first`, but what the target finds overrules the rest of the draft: see `correction` and
     `evaluation.delay`, for only the robot knows how far it has come meanwhile."""
