@@ -30,6 +30,7 @@ MODES = {
     "tail": "`l1`, old tail",
     "corrected": "`l1`, old tail corrected",
     "a2c2": "`l1`, old tail by the A2C2 head",
+    "rtc": "`l1`, old tail that it was told (training-time real-time chunking)",
     "alone": "`drafter-only`",
     "draft-first": "`draft-first`",
     "rsd-async-agreement": "`rsd-async` as it was: a draft only after one that stood, no waiting",

@@ -35,13 +35,13 @@ from rsd.decoding.state import DecodeResult, Draft, EpisodeState, Forecast, Poli
 from rsd.decoding.timing import Stopwatch
 from rsd.devices import check_device
 from rsd.models.bundle import PolicyConfig, RsdModel
-from rsd.models.target import state_features
+from rsd.models.target import committed_features, state_features
 from rsd.models.text import word_ids
 from rsd.options import Checkpoint, DecodeOptions, Decoding, RuntimeOptions, options_of, resolve
 from rsd.output import writing
 from rsd.runtime.engines import choose_engine, make_engine
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import VERIFY_PENDING, ActionChunk, ChunkStats, Observation, RsdError, check_observation
+from rsd.types import ACTION_DIM, VERIFY_PENDING, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 OF_OTHERS = ("episodes.jsonl", "training_state.pt", "drafter.json", "corrector.json")  # in folders of something else
 TEXT_CACHE = 64  # instructions whose encoding is kept
@@ -99,8 +99,22 @@ class CompactBody:
                 raise RsdError(f"observation images: expected {size} x {size} pixels, found {found}")
         pixels = torch.from_numpy(np.stack([o.images for o in observations])).to(device)
         state = state_features(torch.from_numpy(np.stack([o.state for o in observations]))).to(device)
+        if self.config.target.committed:
+            state = torch.cat([state, self._committed(observations).to(device)], dim=1)
         texts = [self._texts(o.instruction) for o in observations]
         return PolicyInput(pixels, state, (torch.cat([t for t, _ in texts]), torch.cat([c for _, c in texts])))
+
+    def _committed(self, observations: Sequence[Observation]) -> Tensor:
+        """What is committed of each, float32 [B, H*8]; `RsdError` where that is a whole chunk."""
+        told = torch.zeros(len(observations), self.tokenizer.config.horizon, ACTION_DIM)
+        count = [0 if o.committed is None else len(o.committed) for o in observations]
+        if max(count) >= told.shape[1]:
+            found = f"{max(count)} of chunks of {told.shape[1]}"
+            raise RsdError(f"observation committed: expected fewer actions than a chunk has, found {found}")
+        for row, observation in zip(told, observations, strict=True):
+            if observation.committed is not None:
+                row[: len(observation.committed)] = torch.from_numpy(observation.committed)
+        return committed_features(told, torch.tensor(count))
 
     def save(self, directory: Path) -> None:
         save_checkpoint(self.model, self.tokenizer, self.config, self.provenance, directory)

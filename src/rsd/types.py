@@ -62,11 +62,14 @@ class Observation:
     state: float32 [8], end-effector position (m), axis-angle (rad), two gripper joint positions (m); given as another
         float or integer type, NumPy's float64 say, it is cast.
     instruction: free text.
+    committed: float32 [n, 7], what will be executed before the answer is there, n below the chunk's length; None:
+        nothing. Read by policies that are trained for it (`TargetConfig.committed`).
     """
 
     images: NDArray[np.uint8]
     state: NDArray[np.float32]
     instruction: str
+    committed: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         import numpy as np
@@ -80,6 +83,9 @@ class Observation:
         if not self.images.size:
             raise RsdError("observation images: expected pixels, found none")
         object.__setattr__(self, "state", real_array("observation state", self.state, shape=(STATE_DIM,)))
+        if self.committed is not None:
+            told = real_array("observation committed", self.committed, shape=("n", ACTION_DIM))
+            object.__setattr__(self, "committed", told)
         if not checked(str, self.instruction, "observation instruction").strip():
             raise RsdError("observation instruction: expected text, found an empty string")
 

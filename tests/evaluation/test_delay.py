@@ -94,6 +94,18 @@ class Correcting(Spelling):
         return self.kept[0 if before else -1][index]
 
 
+class Told(Spelling):
+    """told: by the step of an observation, what is committed then."""
+
+    def reset(self, seed: int | None = None) -> None:
+        super().reset(seed)
+        self.told = dict[int, np.ndarray | None]()
+
+    def predict(self, observation: Observation) -> ActionChunk:
+        self.told[int(observation.state[2])] = observation.committed
+        return super().predict(observation)
+
+
 def spell(action: np.ndarray) -> str:
     """`t12.3`: the target's action 3 for observation 12; `-` for standing still; with a `!` if the gripper closes."""
     word = "-"
@@ -126,12 +138,12 @@ T0 = STILL * 2 + of("t", 0, 0, 3)  # an episode's beginning at a delay of 2
         (Spelling("l1"), {"delay": 2}, T0 + STILL * 2 + of("t", 6, 0, 3) + STILL * 2 + of("t", 12, 0, 3)),
         (
             Spelling("l1"),
-            {"delay": 2, "tail": True},
+            {"delay": 2, "meanwhile": "tail"},
             T0 + of("t", 0, 4, 5) + of("t", 6, 2, 5) + of("t", 10, 2, 5) + of("t", 14, 2, 5),
         ),
         # a gripper switch that was missed: as it is, and made up for
         *(
-            (Spelling("l1", switches=[(6, 1, "t")]), {"delay": 2, mode: True}, [*T0, "t0.4", "t0.5", *then])
+            (Spelling("l1", switches=[(6, 1, "t")]), {"delay": 2, "meanwhile": mode}, [*T0, "t0.4", "t0.5", *then])
             for mode, then in {
                 "tail": ["t6.2!", "t6.3!", "t6.4!", "t6.5!", "t10.2!"],
                 "corrected": ["t6.1!", "t6.2!", "t6.3!", "t6.4!", "t10.2!"],
@@ -140,7 +152,7 @@ T0 = STILL * 2 + of("t", 0, 0, 3)  # an episode's beginning at a delay of 2
         # one observation at a time: the next one when the answer is there, at which the chunk before is over
         (
             Spelling("l1"),
-            {"delay": 6, "tail": True},
+            {"delay": 6, "meanwhile": "tail"},
             STILL * 6 + of("t", 0, 0, 7) + STILL * 2 + of("t", 10, 6, 7) + STILL * 2,
         ),
         # the first chunk skips the target and is there at once
@@ -152,7 +164,11 @@ T0 = STILL * 2 + of("t", 0, 0, 3)  # an episode's beginning at a delay of 2
         (Spelling("draft-first"), {"delay": 4}, of("d", 0, 0, 3) + of("d", 4, 0, 3) + of("d", 8, 0, 3)),
         # the target is still busy with the observation before
         (Spelling("draft-first"), {"delay": 6}, of("d", 0, 0, 3) + STILL * 2 + of("d", 6, 0, 3) + STILL * 2),
-        (Spelling("draft-first"), {"delay": 6, "tail": True}, of("d", 0, 0, 5) + of("d", 6, 0, 5) + of("d", 12, 0, 5)),
+        (
+            Spelling("draft-first"),
+            {"delay": 6, "meanwhile": "tail"},
+            of("d", 0, 0, 5) + of("d", 6, 0, 5) + of("d", 12, 0, 5),
+        ),
         # drafts that stand: nothing changes, whatever the delay
         *(
             (Spelling("rsd-async"), {"delay": d}, STILL * d + of("t", 0, 0, 3) + of("d", d + 4, 0, 3))
@@ -235,13 +251,31 @@ def test_a_corrector_is_asked_at_every_step_of_a_tail(delay: int) -> None:
     policy = Correcting("l1", switches=[(4, 1, "t")])
     env, rollout = roll(policy, delay, pace=StepByStep(delay))
     words = [spell(action) for action in env.executed]
-    plain, same = roll(Spelling("l1", switches=[(4, 1, "t")]), delay, tail=True)
+    plain, same = roll(Spelling("l1", switches=[(4, 1, "t")]), delay, meanwhile="tail")
     assert words == [spell(action) for action in plain.executed]
     assert rollout.result.sources == same.result.sources
     assert policy.asked == [step for step, word in enumerate(words) if word[0] != "-"]
     assert rollout.result.chunk_stats == same.result.chunk_stats
     assert env.drawn == [0, *range(1, len(words) + 1)]
     assert "found 8 of 8" in roll(Correcting("l1"), 8, pace=StepByStep(8))[1].result.failure
+
+
+@pytest.mark.parametrize("delay", [0, 2, 6])
+def test_a_target_is_told_what_will_have_been_executed_when_its_answer_is_there(delay: int) -> None:
+    policy = Told("l1", switches=[(4, 1, "t")])
+    env, rollout = roll(policy, delay, meanwhile="rtc")
+    plain, same = roll(Spelling("l1", switches=[(4, 1, "t")]), delay, meanwhile="tail")
+    assert np.array_equal(env.executed, plain.executed)
+    assert rollout.result.sources == same.result.sources
+    assert len(policy.told) > 2
+    for step, told in policy.told.items():
+        if delay == 0 or step == 0:  # an episode's first chunk misses nothing
+            assert told is None
+        else:
+            done = env.executed[step : step + delay]  # less at the end
+            assert told is not None
+            assert len(told) == delay
+            assert np.array_equal(told[: len(done)], done)
 
 
 def check_sources(rollout: Rollout, env: Seen) -> None:
@@ -261,13 +295,13 @@ def test_what_was_held_drafted_and_replaced_is_counted() -> None:
     assert sources == ["hhtttt", "ddrr", "dddd", "ddrr", "dd"]
     apart = pytest.approx(2 * 50.0 * 0.2655, rel=1e-3)  # mm: in the two steps the two differ by 1 in height
     assert stats["replaced_mm"] == [None, apart, None, apart, None]
-    assert roll(Spelling("l1"), 2, tail=True)[1].result.chunk_stats["tail_steps"] == [0.0, 2.0, 2.0, 2.0, 2.0]
+    assert roll(Spelling("l1"), 2, meanwhile="tail")[1].result.chunk_stats["tail_steps"] == [0.0, 2.0, 2.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("policy", [Spelling("l1"), Spelling("rsd-async")])
 def test_a_chunk_of_which_nothing_could_be_used_ends_the_run(policy: Any) -> None:
     with pytest.raises(WrongOption, match="fewer steps than the policy's chunk has, found 8, after which nothing"):
-        roll(policy, 8, tail=True)
+        roll(policy, 8, meanwhile="tail")
 
 
 @pytest.mark.parametrize("decode", ["rsd", "rsd-async"])
@@ -320,8 +354,12 @@ def test_a_delay_is_part_of_what_a_run_is() -> None:
         ),
         ({"delay": 2, "corrector": "x"}, "expected --meanwhile a2c2 and --corrector together, found --meanwhile hold"),
         (
-            {"meanwhile": "a2c2", "corrector": "x", "batch": 2},
-            "expected --corrector with --decode l1 and --delay, with",
+            {"delay": 2, "meanwhile": "a2c2", "corrector": "x", "batch": 2},
+            "expected --corrector without --batch, found --batch 2",
+        ),
+        (
+            {"delay": 2, "meanwhile": "rtc", "decode": "rsd-fused"},
+            "expected --meanwhile rtc with --decode l1 and --delay, without --drafter and --control-hz, found --decode",
         ),
     ],
 )

@@ -58,7 +58,7 @@ def roll(
     clock = Clock()
     env, policy = Ticking(clock, dict(slow)), Thinking(clock, decode, first, then, **told)
     names: dict[str, Any] = {"suite": "any", "task_id": 5, "task_name": "a task", "init_state": 0, "seed": 7}
-    pace = WallClock(HZ, tail=tail, clock=clock, sleep=clock.sleep, executor=Beside(clock))
+    pace = WallClock(HZ, "tail" if tail else None, clock=clock, sleep=clock.sleep, executor=Beside(clock))
     return env, run_episode(env, policy, **names, decode=decode, pace=pace)
 
 

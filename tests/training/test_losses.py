@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from rsd.data.demonstrations import load_demonstrations
 from rsd.models.bundle import PolicyConfig, RsdModel
@@ -145,7 +146,7 @@ def test_draft_digits_are_its_own_where_asked_and_the_truth_elsewhere(
 def paired(batch: Batch) -> Batch:
     """The same batch, its second half taken for earlier moments of the first."""
     even = len(batch.chunk) // 2 * 2
-    rows = {name: getattr(batch, name)[:even] for name in ("images", "state", "words", "chunk", "episode")}
+    rows = {name: getattr(batch, name)[:even] for name in ("images", "state", "words", "chunk", "episode", "done")}
     return Batch(**rows, paired=True)
 
 
@@ -294,3 +295,26 @@ def test_drafts_and_the_forecast_of_their_deviation_learn_on_different_episodes(
         policy_losses(model, tokenizer, replace(rows, episode=None), LossConfig(forecast_every=5))
     with pytest.raises(RsdError, match="forecast_every: expected"):
         LossConfig(forecast_every=1)
+
+
+def test_blocks_of_every_nth_row_have_the_same_losses_where_all_rows_are_alike(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch
+) -> None:
+    rows = {name: getattr(batch, name)[:1].repeat_interleave(8, 0) for name in ("images", "state", "words", "chunk")}
+    alike, alone_ = Batch(**rows), alone(model).eval()
+    config = LossConfig(draft_share=0.0, jitter=0.0)
+    every, third = (policy_losses(alone_, tokenizer, alike, replace(config, levels_every=every)) for every in (1, 3))
+    assert every.keys() == third.keys()
+    for name, value in every.items():
+        assert torch.allclose(value, third[name], rtol=1e-5), name
+    third["levels"].backward()
+    assert all(part.grad is not None and part.grad.any() for part in model.target.level_head.parameters())
+
+
+def test_blocks_of_every_nth_row_cost_less(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
+    def flops(every: int) -> int:
+        with FlopCounterMode(display=False) as count:
+            policy_losses(alone(model), tokenizer, batch, LossConfig(levels_every=every))
+        return count.get_total_flops()
+
+    assert flops(4) < 0.8 * flops(1)

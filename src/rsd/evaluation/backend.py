@@ -242,6 +242,8 @@ def ready(config: EvalConfig) -> None:
         foreign.steps_left(config, remote)
     if config.drafter or config.corrector:  # damaged, or another's
         describe_checkpoint(config)
+    if config.meanwhile == "rtc":
+        check_told(config)
     if config.served or foreign.is_foreign(config):  # its first chunk shows it
         return
     from rsd.checkpoint import facts_of, locate_checkpoint, read_content
@@ -254,7 +256,7 @@ def ready(config: EvalConfig) -> None:
     if directory is not None:
         engine_of(config, directory)
     late = max(config.delay, config.drafter_delay)
-    if not late or not (config.meanwhile in ("tail", "corrected", "a2c2") or config.decode == RSD_ASYNC):
+    if not late or (config.meanwhile in (None, "hold") and config.decode != RSD_ASYNC):
         return
     if openvla:
         horizon = openvla_chunk(config, openvla)
@@ -264,6 +266,19 @@ def ready(config: EvalConfig) -> None:
     if late >= horizon:
         found = f"{late}: the chunks of {config.policy} have {horizon} steps, so nothing of an answer could be used"
         raise RsdError(f"--delay, --drafter-delay: expected at most {horizon - 1}, found {found}")
+
+
+def check_told(config: EvalConfig) -> None:
+    """`RsdError` unless the policy's target can be told what is committed."""
+    from rsd.checkpoint import BACKBONE, locate_checkpoint, read_content
+    from rsd.targets.openvla.published import locate_openvla
+
+    if not (config.served or foreign.is_foreign(config) or locate_openvla(config.policy)):
+        content = read_content(locate_checkpoint(config.policy))
+        if BACKBONE not in content and content["policy"]["target"].get("committed"):
+            return
+    remedy = "rsd train policy --policy.target.committed --loss.committed 0.5"
+    raise RsdError(f"--meanwhile rtc: expected a policy of {remedy}, found {config.policy}")
 
 
 def engine_of(config: EvalConfig, directory: Path | None) -> str:

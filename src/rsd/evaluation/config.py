@@ -155,10 +155,11 @@ class EvalConfig(PolicyOptions):
     world moves on meanwhile. Exact: outcomes hang on no clock and no load."""
     drafter_delay: Delay = 0
     """The same of the drafter's chunk, where it is executed before or without the target's answer."""
-    meanwhile: Literal["hold", "tail", "corrected", "a2c2"] | None = None
+    meanwhile: Literal["hold", "tail", "corrected", "a2c2", "rtc"] | None = None
     """What the robot does while it waits for a delayed answer: hold (stand still, the default), tail (go on with the
     chunk before, whose steps beyond --execute are there for that), or corrected (a tail, and what was missed of the
-    answer is made up for), a2c2 (a tail, every action corrected by the --corrector); rsd-async has its own way."""
+    answer is made up for), a2c2 (a tail, every action corrected by the --corrector), rtc (a tail that the target has
+    been told, real-time chunking: l1 of one trained with --loss.committed); rsd-async has its own way."""
     corrector: str = ""
     """With --meanwhile a2c2 and l1: directory of what `rsd train corrector` made for this very policy."""
     motion: Moving = "none"
@@ -235,10 +236,12 @@ class EvalConfig(PolicyOptions):
         yield self.decode != RSD_ASYNC or self.meanwhile is None, own, f"--meanwhile {self.meanwhile}"
         heads = (self.meanwhile == "a2c2") == bool(self.corrector)
         yield heads, "--meanwhile a2c2 and --corrector together", f"--meanwhile {self.meanwhile or 'hold'}"
-        plain = not (self.control_hz or self.batch or self.drafter) and self.decode == "l1"
-        alone = "--corrector with --decode l1 and --delay, without --batch, --drafter and --control-hz"
-        found = f"--decode {self.decode}, --batch {self.batch}, --control-hz {self.control_hz:g}"
-        yield not self.corrector or plain, alone, found
+        plain = not (self.control_hz or self.drafter) and self.decode == "l1"
+        alone = f"--meanwhile {self.meanwhile} with --decode l1 and --delay, without --drafter and --control-hz"
+        found = f"--decode {self.decode}, --control-hz {self.control_hz:g}"
+        yield self.meanwhile not in ("a2c2", "rtc") or plain, alone, found
+        single = "--corrector without --batch"
+        yield not (self.corrector and self.batch), single, f"--batch {self.batch}"
 
     @property
     def suites(self) -> list[str]:

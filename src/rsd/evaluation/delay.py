@@ -9,6 +9,7 @@ the last is there. What the robot does meanwhile is the mode's matter:
   nothing is left it stands still.
 - `corrected`: a tail, but what was missed of an answer is made up for (`decoding.correction`).
 - `a2c2`: a tail, of which every action is corrected from the newest observation (`models.corrector`).
+- `rtc`: a tail, and the target is told what it will have been when the answer is there (`Observation.committed`).
 - a decoder with answers (`rsd-async`): the draft begins at once, and the answer overrules what is left of one that does
   not stand. Where the draft would switch the gripper before the answer is there and the target's last answer would not,
   the robot stands still until it is.
@@ -38,9 +39,11 @@ class VirtualDelay(Pace):
 
     An episode's first chunk is waited for at a standstill in every mode, and so it misses nothing."""
 
-    def __init__(self, delay: int, drafter_delay: int = 0, *, tail: bool = False, corrected: bool = False) -> None:
+    def __init__(self, delay: int, drafter_delay: int = 0, meanwhile: str | None = None) -> None:
+        """meanwhile: of `--meanwhile`, but a2c2."""
         super().__init__()
-        self.delay, self.drafter_delay, self.tail, self.corrected = delay, drafter_delay, tail or corrected, corrected
+        self.delay, self.drafter_delay, self.tells = delay, drafter_delay, meanwhile == "rtc"
+        self.tail, self.corrected = meanwhile in ("tail", "corrected", "rtc"), meanwhile == "corrected"
         self._done: list[Actions] = []  # every action so far, [7]
         self._whose = ""  # a letter of each
         self._poses: list[NDArray[np.float32]] = []  # the states [8] before them, of decoders with answers
@@ -49,6 +52,8 @@ class VirtualDelay(Pace):
 
     def predict(self, policy: Policy, observation: Observation) -> ActionChunk:
         """The chunk with all that the target finds of it: when it may be used is a matter of steps, not of time."""
+        if self.tells and self._done and self.delay:
+            observation = replace(observation, committed=self._filled(self._left, self.delay).actions)
         chunk = completed(policy, checked_chunk(policy.predict(observation)))
         self.stats.append(chunk.stats)
         return chunk
@@ -159,7 +164,7 @@ class StepByStep(VirtualDelay):
     """`tail`, but a policy that `Corrects` says each action anew from what is seen at its step."""
 
     def __init__(self, delay: int) -> None:
-        super().__init__(delay, tail=True)
+        super().__init__(delay, meanwhile="tail")
         self._next = 0  # action of the chunk before that is due
 
     def execute(self, policy: Policy, env: Environment, chunk: ActionChunk) -> Stepped:

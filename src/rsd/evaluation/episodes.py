@@ -144,15 +144,14 @@ class EpisodeRunner:
 
 def pace_of(config: EvalConfig) -> Pace:
     """How policy and robot take turns in one episode of a run."""
-    tail, corrected = (config.meanwhile == mode for mode in ("tail", "corrected"))
     if config.corrector:
         return StepByStep(config.delay)
     if config.control_hz and (config.meanwhile is not None or config.decode == RSD_ASYNC):
-        return WallClock(config.control_hz, tail=tail, corrected=corrected)
+        return WallClock(config.control_hz, config.meanwhile)
     if config.control_hz:
         return RealTime(config.control_hz)
     if config.delay or config.drafter_delay or config.decode == RSD_ASYNC:
-        return VirtualDelay(config.delay, config.drafter_delay, tail=tail, corrected=corrected)
+        return VirtualDelay(config.delay, config.drafter_delay, config.meanwhile)
     return Pace()
 
 

@@ -27,15 +27,14 @@ class WallClock(VirtualDelay):
     def __init__(
         self,
         hz: float,
+        meanwhile: str | None = None,
         *,
-        tail: bool = False,
-        corrected: bool = False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         executor: Executor | None = None,
     ) -> None:
         """executor: runs one call of the policy after another, beside the caller; by default a thread."""
-        super().__init__(0, tail=tail, corrected=corrected)
+        super().__init__(0, meanwhile=meanwhile)
         self._period, self._clock, self._sleep = 1.0 / hz, clock, sleep
         self._executor = executor or ThreadPoolExecutor(1, "policy")
         self._due: float | None = None  # when the next action begins

@@ -22,7 +22,8 @@ Channels = tuple[Channel, Channel, Channel, Channel]
 class TargetConfig(Checked):
     """Sizes of the target. image_size in pixels, a multiple of 32; merge: of each camera, n x n image tokens become
     one position of the trunk; whole_block: it is trained to judge a whole draft by one block in the place of block 1 as
-    well; grounded: it is trained to say which image token shows what is asked for."""
+    well; grounded: it is trained to say which image token shows what is asked for; committed: it can be told the first
+    actions of its chunk, which will be executed before it is there."""
 
     image_size: Annotated[int, between(32, 1024), multiple(32)] = 128
     channels: Channels = (32, 64, 128, 256)
@@ -34,6 +35,7 @@ class TargetConfig(Checked):
     dropout: Annotated[float, between(0, 0.99)] = 0.1
     whole_block: bool = False
     grounded: bool = False
+    committed: bool = False
     merge: tuple[Layers, ...] = (1, 2)
 
     def rules(self) -> Rules:

@@ -23,7 +23,7 @@ from rsd.models.text import TextEncoder
 from rsd.models.trunk import KVCache, Trunk
 from rsd.models.vision import CameraEncoder
 from rsd.tokenizer.rfsq import RfsqConfig
-from rsd.types import CAMERAS, STATE_DIM
+from rsd.types import ACTION_DIM, CAMERAS, STATE_DIM
 
 STATE_FEATURES = STATE_DIM + 3  # position 3, two columns of the rotation matrix 6, gripper 2
 FOURIER = 4  # octaves in which a prefix value is shown to a block
@@ -126,8 +126,8 @@ class BlockTarget(nn.Module, ABC):
     # the prefix
 
     def normalise(self, state: Tensor) -> Tensor:
-        """State features [B, 11] in standard deviations of the training data."""
-        return (state - self.state_mean) / self.state_std
+        """State features [B, 11 or more], of which the first 11 in standard deviations of the training data."""
+        return (state[:, :STATE_FEATURES] - self.state_mean) / self.state_std
 
     def prefill(self, prefix: Tensor) -> tuple[Tensor, KVCache]:
         """prefix [B, N, D] -> features of block 1 [B, H, D] and the cache of N + H positions."""
@@ -244,6 +244,9 @@ class TargetModel(BlockTarget):
         self.state_in = nn.Sequential(nn.Linear(STATE_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
         self._add_blocks(dim, lambda: Trunk(dim, config.layers, config.heads, dropout=config.dropout))
         self.grounding_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1)) if config.grounded else None
+        self.committed_in = nn.Linear(horizon * (ACTION_DIM + 1), dim, bias=False) if config.committed else None
+        if self.committed_in is not None:
+            nn.init.zeros_(self.committed_in.weight)  # a policy that knew nothing of it begins as it was
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.text(ids)
@@ -256,7 +259,10 @@ class TargetModel(BlockTarget):
     @fusible
     def _embed_rest(self, tokens: Tensor, state: Tensor) -> Tensor:
         """Language tokens and the state as one token, [B, n + 1, D]."""
-        return torch.cat([self.text_in(tokens), self.state_in(self.normalise(state))[:, None]], dim=1)
+        robot = self.state_in(self.normalise(state))
+        if self.committed_in is not None and state.shape[1] > STATE_FEATURES:
+            robot = robot + self.committed_in(state[:, STATE_FEATURES:])
+        return torch.cat([self.text_in(tokens), robot[:, None]], dim=1)
 
     def _embed_image(self, index: int, image: Tensor, condition: Tensor) -> Tensor:
         """One camera's tokens [B, n, D]."""
@@ -295,6 +301,13 @@ def merged(tokens: Tensor, n: int) -> Tensor:
     side = int(tokens.shape[1] ** 0.5)
     grid = tokens.unflatten(1, (side // n, n, side // n, n))  # [B, s/n, n, s/n, n, C]
     return grid.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
+
+
+def committed_features(actions: Tensor, count: Tensor) -> Tensor:
+    """Actions [B, H, A] of which the first count [B] are committed -> [B, H*(A+1)], which follow a state's features:
+    those actions, and which they are (training-time action conditioning, arXiv 2512.05964)."""
+    told = (torch.arange(actions.shape[1], device=actions.device) < count[:, None]).float()[..., None]
+    return torch.cat([actions * told, told], dim=-1).flatten(1)
 
 
 def state_features(state: Tensor) -> Tensor:

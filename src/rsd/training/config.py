@@ -51,7 +51,9 @@ class LossConfig(Checked):
     of saying, on half of the batch, where each thing is seen that could have been asked for (needs a target that is
     `grounded` and rendered demonstrations of a permuted suite). forecast_every: every n-th episode never trains the
     visual drafter's drafts, and its forecast of their deviation is learnt on these alone: on frames that it knows by
-    heart a draft hardly deviates (0: both learn on everything)."""
+    heart a draft hardly deviates (0: both learn on everything). committed: share of the rows (of a visual drafter's
+    pairs, of the earlier ones) that are told actions of their chunk (needs a target that is `committed`). levels_every:
+    the blocks of the levels are trained on every n-th row of the batch (4: two thirds of the arithmetic)."""
 
     draft_share: Share = 0.5
     jitter: Share = 0.4
@@ -63,6 +65,8 @@ class LossConfig(Checked):
     counterfactual: Share = 0.0
     deviation: Weight = 0.2
     grounding: Weight = 0.0
+    committed: Share = 0.0
+    levels_every: Annotated[int, between(1, 1024)] = 1
     forecast_every: Annotated[int, Where(lambda n: n == 0 or 2 <= n <= 10**6, "that is 0 or from 2 to 1000000")] = 0
 
 
@@ -131,6 +135,8 @@ class TrainPolicyConfig(Training):
         yield self.policy.target.whole_block or not self.loss.counterfactual, doubts, "none"
         grounded = "--policy.target.grounded with --loss.grounding"
         yield self.policy.target.grounded or not self.loss.grounding, grounded, "none"
+        committed = "--policy.target.committed with --loss.committed"
+        yield self.policy.target.committed or not self.loss.committed, committed, "none"
         yield self.init or not self.init_matching, "--init with --init-matching", "none"
         yield self.init_matching or not self.init_fresh, "--init-matching with --init-fresh", "none"
 

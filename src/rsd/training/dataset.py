@@ -34,6 +34,7 @@ class Batch:
     spot [B/2, 2], NaN where that is not known.
     execute: how many of the H steps are executed.
     episode: int [B], which episode each row is of; None where nobody asks.
+    done: what was executed of the H steps, float32 [B, H, 7]: the expert's own, or a driver's; None likewise.
     """
 
     images: Tensor
@@ -44,6 +45,7 @@ class Batch:
     asked: tuple[Tensor, Tensor] | None = None
     execute: int | None = None
     episode: Tensor | None = None
+    done: Tensor | None = None
 
 
 class FrameDataset:
@@ -66,7 +68,7 @@ class FrameDataset:
         chunk apart may be asked for, so all must be rendered with one spacing.
 
         Raises RsdError for a demonstration without images, or with others than that, or of other steps."""
-        images, states, chunks, tasks, asks, spots = [], [], [], [], [], []
+        images, states, chunks, dones, tasks, asks, spots = [], [], [], [], [], [], []
         instructions, spacing, self.device = dict[str, int](), 0, device
         for demonstration in demonstrations:
             if demonstration.images is None:
@@ -91,6 +93,7 @@ class FrameDataset:
             images.append(torch.from_numpy(demonstration.images).to(device))
             states.append(demonstration.state[::every])
             chunks.append(chunk_targets(demonstration.labels, horizon)[::every])
+            dones.append(chunk_targets(demonstration.actions, horizon)[::every])
             index = numbered(demonstration.instruction, demonstration, instructions)
             tasks.append(index)
             if asking:
@@ -106,7 +109,7 @@ class FrameDataset:
         self.images = torch.cat(images)
         self.state = state_features(torch.from_numpy(np.concatenate(states)).to(device))
         self.state_std = self.state.std(0)
-        self.chunk = torch.from_numpy(np.concatenate(chunks)).to(device)
+        self.chunk, self.done = (torch.from_numpy(np.concatenate(rows)).to(device) for rows in (chunks, dones))
         counts = torch.tensor([len(each) for each in images], device=device)
         self.task = torch.tensor(tasks, device=device).repeat_interleave(counts)
         self.first = (counts.cumsum(0) - counts).repeat_interleave(counts)  # of the frame's own episode
@@ -187,9 +190,9 @@ class FrameDataset:
             even = frames[::2]
             which = torch.randint(0, MOST_ASKED, even.shape, device=frames.device)
             asked = self.words[self.asks[even, which], wording[::2]], self.spots[even, which]
-        known = state, self._words(self.task[frames], wording), self.chunk[frames]
-        state, words, chunk = (value.to(self.device) for value in known)
-        return Batch(pixels, state, words, chunk, paired, asked, self.execute, self.episode[frames].to(self.device))
+        known = state, self._words(self.task[frames], wording), self.chunk[frames], self.episode[frames]
+        state, words, chunk, episode, done = (value.to(self.device) for value in (*known, self.done[frames]))
+        return Batch(pixels, state, words, chunk, paired, asked, self.execute, episode, done)
 
     def _pixels(self, images: Tensor, augment: Augmentation | None) -> Tensor:
         """uint8 [B, 2, S, S, 3], shifted, -> as a batch has them."""

@@ -7,6 +7,7 @@ after them), and part has its digits jittered within the code's margin, targets 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from rsd.decoding.calibration import fingertip_deviation
 from rsd.models.bundle import RsdModel
 from rsd.models.feature_drafter import FeatureDrafter
-from rsd.models.target import BlockTarget, TargetModel
+from rsd.models.target import BlockTarget, TargetModel, committed_features
 from rsd.models.trunk import KVCache
 from rsd.models.visual_drafter import VisualDrafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -33,6 +34,8 @@ def policy_losses(
 
     Neither draft's losses reach the target."""
     target, draft = model.target, model.feature_drafter
+    if config.committed:
+        batch = with_committed(batch, config.committed)
     code, c = Rfsq(target.code), draft.config.levels
     truth = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step  # [B, P] in first steps
     gripper = tokenizer.gripper_symbols(batch.chunk)
@@ -70,27 +73,30 @@ def policy_losses(
             other = torch.rand(len(truth), 1, device=truth.device) < config.counterfactual
             told = torch.where(other, told.roll(1, 0), told)
         judging = target.whole(told, cache, length)
-    blocks = [features, *target.extend(prefixes[1:-1], gripper, 2, cache)]
+    part = slice(None, None, config.levels_every)
+    kept = KVCache([keys[part] for keys in cache.keys], [values[part] for values in cache.values])
+    blocks = [features[part], *target.extend([prefix[part] for prefix in prefixes[1:-1]], gripper[part], 2, kept)]
 
     # made on the device: a list copied there would stop it at every step
     levels = torch.arange(1, target.code.levels + 1, device=truth.device)
     weights = config.level_decay ** (levels - c).clamp(min=0)
     weights = weights / weights.sum()
     logits = target.level_head.first_levels(torch.stack(blocks, dim=1))
-    losses["levels"] = (level_errors(logits, torch.stack(digits, dim=1)) * weights).sum()
+    losses["levels"] = (level_errors(logits, torch.stack(digits, dim=1)[part]) * weights).sum()
     losses["parallel"] = (level_errors(target.parallel_logits(features), code.quantise(truth)[0]) * weights).sum()
     wanted = tokenizer.to_normalised(truth * tokenizer.first_step)
 
     def closing_error(block: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(target.gripper_logits(block).float(), gripper.float())
 
-    def chunk_error(block: Tensor, level: int, value: Tensor) -> Tensor:
-        """Of a block that was told the levels 1..level, which decode to `value`."""
-        estimate = value + target.residual(block, level + 1).float()
-        return (tokenizer.to_normalised(estimate * tokenizer.first_step) - wanted).abs().mean()
+    def chunk_error(block: Tensor, level: int, value: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Of a block that was told the levels 1..level of those rows, which decode to `value`."""
+        estimate = value[rows] + target.residual(block, level + 1).float()
+        return (tokenizer.to_normalised(estimate * tokenizer.first_step) - wanted[rows]).abs().mean()
 
     losses["gripper"] = closing_error(features)
-    errors = [chunk_error(block, level, prefixes[level]) for level, block in enumerate(blocks[: c + 1])]
+    finer = enumerate(blocks[1 : c + 1], start=1)
+    errors = [chunk_error(features, 0, prefixes[0]), *(chunk_error(block, k, prefixes[k], part) for k, block in finer)]
     losses["l1"], losses["regress"] = errors[0], errors[-1]
     losses["total"] = (
         losses["levels"]
@@ -108,6 +114,20 @@ def policy_losses(
     if model.visual_drafter is not None:
         losses["total"] = losses["total"] + visual_total(losses, config)
     return losses
+
+
+def with_committed(batch: Batch, share: float) -> Batch:
+    """A share of the rows is told what was executed of its first steps, up to all but one, and its chunk begins with
+    that; of pairs the earlier moments alone, for a visual drafter learns the later ones' chunks. In what a policy drove
+    it is the policy's, and the rest is what the expert says where it led."""
+    assert batch.done is not None
+    rows, steps = batch.chunk.shape[:2]
+    count = torch.randint(1, steps, (rows,), device=batch.chunk.device)
+    count = count * (torch.rand(rows, device=count.device) < share)
+    count[: rows // 2 * batch.paired] = 0
+    told = (torch.arange(steps, device=count.device) < count[:, None])[..., None]
+    state = torch.cat([batch.state, committed_features(batch.done, count)], dim=1)
+    return replace(batch, state=state, chunk=torch.where(told, batch.done, batch.chunk))
 
 
 def grounding_loss(target: BlockTarget, batch: Batch) -> Tensor:
