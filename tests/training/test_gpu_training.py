@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rsd.models.bundle import PolicyConfig
-from rsd.training.config import TrainCorrectorConfig
+from rsd.training.config import LossConfig, TrainCorrectorConfig
 from rsd.training.corrector import train_corrector
 from rsd.training.loop import LoopConfig
 from rsd.training.policy import TrainDrafterConfig, TrainPolicyConfig, train_drafter, train_policy
@@ -21,8 +21,13 @@ def test_policy_drafters_and_corrector_train_on_a_gpu(
     train_tokenizer(TrainTokenizerConfig((demonstrations,), tmp_path / "tokenizer"))
     loop = LoopConfig(steps=6, batch_size=16, warmup=2)
     shared: dict[str, Any] = {"data": (demonstrations,), "device": "cuda", "validation_every": 4, "loop": loop}
+    told = replace(tiny_config, target=replace(tiny_config.target, committed=True))
     config = TrainPolicyConfig(
-        tokenizer=tmp_path / "tokenizer", output=tmp_path / "policy", policy=tiny_config, **shared
+        tokenizer=tmp_path / "tokenizer",
+        output=tmp_path / "policy",
+        policy=told,
+        loss=LossConfig(committed=0.5, levels_every=3),
+        **shared,
     )
     policy = str(train_policy(config))
     draft = TrainDrafterConfig(policy=policy, output=tmp_path / "draft", resume_weights=True, **shared)
