@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -13,6 +14,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rsd import manifest
 from rsd.checks import (
@@ -20,6 +23,7 @@ from rsd.checks import (
     Count,
     Rules,
     Share,
+    Time,
     above,
     between,
     checked,
@@ -140,6 +144,30 @@ class OneToo(Checked):
 @dataclass(frozen=True)
 class Holder(Checked):
     maybe: OneToo | None = None
+
+
+ODD_NUMBERS: st.SearchStrategy[Any] = st.one_of(
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.integers(0, 1), st.floats(0, 1), st.text(max_size=2)),
+    st.sampled_from([np.float64(0.5), np.int64(1), np.bool_(True), [1], 10**400, -0.0]),
+)
+
+
+@given(st.lists(ODD_NUMBERS, max_size=4))
+@pytest.mark.parametrize("kind", [int, float, Count, Share, Time, float | None, Count | None, bool, str, Any])
+def test_a_list_is_taken_if_and_as_each_of_it_is(kind: Any, values: list[Any]) -> None:
+    expected, message = [], ""
+    for index, value in enumerate(values):
+        try:
+            expected.append(checked(kind, value, f"list[{index}]"))
+        except RsdError as error:
+            message = message or str(error)
+    if message:
+        with pytest.raises(RsdError, match=f"^{re.escape(message)}$"):
+            checked(list[kind], values, "list")
+        return
+    found = checked(list[kind], values, "list")
+    assert found is not values
+    assert [(type(one), repr(one)) for one in found] == [(type(one), repr(one)) for one in expected]
 
 
 def test_numbers_of_numpy_become_pythons() -> None:

@@ -314,7 +314,8 @@ def _of_type(kind: Any, value: Any, name: Name, at: At) -> Any:
     if origin is Literal:
         return value if isinstance(value, str | int) and value in arguments else NotImplemented
     if origin is list and isinstance(value, list):
-        return _items(value, arguments * len(value), name, at)
+        numbers = all(map(_surely(arguments[0]), value))
+        return list(value) if numbers else _items(value, arguments * len(value), name, at)
     if origin is tuple and isinstance(value, list | tuple):
         parts = arguments[:1] * len(value) if arguments[-1] is ... else arguments
         return tuple(_items(value, parts, name, at)) if len(parts) == len(value) else NotImplemented
@@ -338,6 +339,23 @@ def _of_type(kind: Any, value: Any, name: Name, at: At) -> Any:
         return Path(value)
     expected = type(None) if kind is None else origin or kind
     return value if not isinstance(expected, type) or isinstance(value, expected) else NotImplemented
+
+
+@cache
+def _surely(kind: Any) -> Callable[[Any], bool]:
+    """A quick test that no value passes but a number, or null, as the annotation says. The results of an evaluation are
+    millions of them."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind in (int, float):
+        exact, most = (int,) if kind is int else (int, float), LARGEST[kind]
+        return lambda value: type(value) in exact and abs(value) <= most
+    if origin is Annotated:
+        sure, tests = _surely(arguments[0]), [extra.holds for extra in arguments[1:] if isinstance(extra, Where)]
+        return lambda value: sure(value) and all(holds(value) for holds in tests)
+    if origin in (Union, types.UnionType):
+        parts = [_surely(part) for part in arguments]
+        return lambda value: any(part(value) for part in parts)
+    return lambda value: value is None and kind is type(None)
 
 
 def _items(values: Iterable[Any], kinds: Iterable[Any], name: Name, at: At) -> list[Any]:
