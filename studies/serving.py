@@ -26,7 +26,7 @@ from rsd.evaluation.results import encode_record, write_atomically
 from rsd.evaluation.statistics import percentiles
 from rsd.evaluation.tables import ABSENT, print_table
 from rsd.output import shown
-from rsd.serving.server import PolicyServer, reserve, serve_until_signal
+from rsd.serving.server import PolicyServer, reserve, until_signal
 from rsd.serving.service import load_served, versions_on
 from rsd.targets.remote.openpi import served_at
 from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Completes, Observation, Policy, RsdError
@@ -129,7 +129,7 @@ def server_main(connection: Connection, config: EvalConfig, threads: int) -> Non
     torch.set_num_threads(threads)
     door = reserve("127.0.0.1", 0)
     server = PolicyServer(load_served(config), describe_checkpoint(config), versions_on(config.device), door)
-    serve_until_signal(server, connection.send)
+    until_signal(lambda stop: server.run(stop, connection.send))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def run(options: ServeArguments) -> None:
 
     from rsd.evaluation.backend import describe_checkpoint, settle
     from rsd.evaluation.cautions import cautions
-    from rsd.serving.server import PolicyServer, reserve, serve_until_signal, until_signal
+    from rsd.serving.server import PolicyServer, reserve, until_signal
     from rsd.serving.service import load_served, versions_on
     from rsd.targets.openvla.published import locate_openvla
 
@@ -103,7 +103,7 @@ def run(options: ServeArguments) -> None:
         until_signal(lambda stop: serve_vla_eval(server, host, port, stop, listening))
     else:
         described = PolicyServer(policy, describe_checkpoint(config), versions_on(config.device), door)
-        serve_until_signal(described, listening)
+        until_signal(lambda stop: described.run(stop, listening))
     console.print("stopped")
 
 

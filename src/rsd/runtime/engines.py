@@ -43,7 +43,9 @@ class Recordings:
 
             def call(given: Sequence[Tensor]) -> tuple[T, Tensor]:
                 result = body(ops, *with_tensors(args, iter(given)))
-                return result, sound(ops)
+                checks, ops.checks = ops.checks, []
+                # finite if all outputs noted so far were
+                return result, torch.stack(checks).sum() if checks else torch.zeros((), device=ops.watch.device)
 
             self._recordings[kind] = self.recorder(step, ops, call, tensors)
             ops.checks = earlier
@@ -53,12 +55,6 @@ class Recordings:
         result, finite = self._recordings[kind](tensors)
         ops.checks.append(finite)
         return result
-
-
-def sound(ops: Primitives) -> Tensor:
-    """A number that is finite if all outputs noted so far were; takes them off the list."""
-    checks, ops.checks = ops.checks, []
-    return torch.stack(checks).sum() if checks else torch.zeros((), device=ops.watch.device)
 
 
 def choose_engine(asked: str, device: str, recordable: bool, compact: bool = True) -> str:

@@ -123,13 +123,8 @@ async def serve_until(
         await stop.wait()
 
 
-def serve_until_signal(server: PolicyServer, listening: Callable[[str], None]) -> None:
-    """Serve in the main thread until Ctrl-C or SIGTERM."""
-    until_signal(lambda stop: server.run(stop, listening))
-
-
 def until_signal(serving: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
-    """Run what serves until the event that Ctrl-C or SIGTERM sets."""
+    """Run what serves, in the main thread, until the event that Ctrl-C or SIGTERM sets."""
 
     async def main() -> None:
         stop = asyncio.Event()

@@ -40,13 +40,12 @@ class Connection:
 
     def ask(self, message: bytes) -> bytes:
         """A text is the server's way to say what went wrong."""
-        if self._connection is None:
-            raise RsdError(f"{self.address}: the connection was lost; a new episode (`reset`) connects anew")
+        connection = self._opened()
         try:
             with suppress(TimeoutError):
-                self._connection.recv(0.0)  # nothing: what is left would be taken for this one's answer
+                connection.recv(0.0)  # nothing: what is left would be taken for this one's answer
                 raise WebSocketException("expected one answer to each message, found a second one")
-            self._connection.send(message)
+            connection.send(message)
         except WebSocketException as error:
             self.close()
             raise RsdError(f"{self.address}: the connection was lost ({told(error)})") from error
@@ -54,8 +53,6 @@ class Connection:
 
     def receive(self) -> bytes:
         """Another message that the server sends, as `ask` takes it."""
-        if self._connection is None:
-            raise RsdError(f"{self.address}: the connection was lost; a new episode (`reset`) connects anew")
         answer = self._receive()
         if isinstance(answer, str):
             text = last_line(answer) if answer.lstrip().startswith("Traceback") else one_line(answer)
@@ -67,14 +64,19 @@ class Connection:
         if connection is not None:
             connection.close()
 
+    def _opened(self) -> ClientConnection:
+        if self._connection is None:
+            raise RsdError(f"{self.address}: the connection was lost; a new episode (`reset`) connects anew")
+        return self._connection
+
     def _receive(self, first: bool = False) -> bytes | str:
-        assert self._connection is not None
+        connection = self._opened()
         try:
             if first and self.timeout_s > SILENCE:
                 with suppress(TimeoutError):
-                    return self._connection.recv(SILENCE)
+                    return connection.recv(SILENCE)
                 print(f"{self.address}: connected; waiting for it to say what it serves", file=sys.stderr)
-            return self._connection.recv(self.timeout_s)
+            return connection.recv(self.timeout_s)
         except (TimeoutError, WebSocketException) as error:
             self.close()  # a late answer must not be taken for the next one
             reason = f"no answer for {self.timeout_s:g} s" if isinstance(error, TimeoutError) else told(error)
