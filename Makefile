@@ -33,7 +33,7 @@ FAST := $(addprefix tests/,tokenizer models data targets/remote training/test_lo
 	$(patsubst %,tests/test_%.py,options policy episode_memory former exact nested conventions output checkpoint default_decoder)
 
 test-fast: env  ## the pure, fast tests, for daily work
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile -m "not simulator" $(FAST)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not simulator" $(FAST)
 
 # LeRobot's versions and the locked ones are not the same: an environment of its own, as docs/your_policy.md makes it.
 $(LEROBOT)/.complete: pyproject.toml plugins/lerobot_policy_rsd/pyproject.toml
@@ -50,4 +50,4 @@ test: env  ## lint, type-check and test, simulator included
 	$(BIN)/ruff check src studies tests scripts plugins
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder

@@ -25,10 +25,26 @@ from rsd.runtime import onnx_graph
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
 from rsd.types import EAGER, Observation
 
+HERE = Path(__file__).parent
+# the files that take longest, begun first, so that no worker waits for another's in the end
+LONGEST = (
+    *("goldens/test_goldens.py", "test_shipped_checkpoint.py", "sim/test_libero.py", "collection/test_collect.py"),
+    *("training/test_openvla_training.py", "training/test_training_commands.py", "sim/test_scenes.py"),
+    *("evaluation/test_kills.py", "evaluation/test_launchers.py", "targets/openvla/test_openvla_libero.py"),
+    *("studies/test_substitution.py", "sim/test_observables.py", "runtime/test_onnx_graph.py", "test_documents.py"),
+    *("evaluation/test_libero_evaluation.py", "training/test_parallel.py", "studies/test_openvla_bench.py"),
+)
+if lost := [name for name in LONGEST if not (HERE / name).is_file()]:
+    raise FileNotFoundError(f"tests/conftest.py: LONGEST names {', '.join(lost)}")
 policy_module = sys.modules["rsd.policy"]
 pytest.register_assert_rewrite("refusals")
 settings.register_profile("rsd", deadline=None)  # a busy machine is no failure
 settings.load_profile("rsd")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {HERE / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
