@@ -106,15 +106,13 @@ class CompactBody:
 
     def _committed(self, observations: Sequence[Observation]) -> Tensor:
         """What is committed of each, float32 [B, H*8]; `RsdError` where that is a whole chunk."""
-        told = torch.zeros(len(observations), self.tokenizer.config.horizon, ACTION_DIM)
-        count = [0 if o.committed is None else len(o.committed) for o in observations]
-        if max(count) >= told.shape[1]:
-            found = f"{max(count)} of chunks of {told.shape[1]}"
+        horizon, nothing = self.tokenizer.config.horizon, np.zeros((0, ACTION_DIM), np.float32)
+        given = [nothing if o.committed is None else o.committed for o in observations]
+        if (most := max(map(len, given))) >= horizon:
+            found = f"{most} of chunks of {horizon}"
             raise RsdError(f"observation committed: expected fewer actions than a chunk has, found {found}")
-        for row, observation in zip(told, observations, strict=True):
-            if observation.committed is not None:
-                row[: len(observation.committed)] = torch.from_numpy(observation.committed)
-        return committed_features(told, torch.tensor(count))
+        told = np.stack([np.pad(actions, ((0, horizon - len(actions)), (0, 0))) for actions in given])
+        return committed_features(torch.from_numpy(told), torch.tensor([len(actions) for actions in given]))
 
     def save(self, directory: Path) -> None:
         save_checkpoint(self.model, self.tokenizer, self.config, self.provenance, directory)

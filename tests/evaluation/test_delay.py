@@ -359,7 +359,7 @@ def test_a_delay_is_part_of_what_a_run_is() -> None:
         ),
         (
             {"delay": 2, "meanwhile": "rtc", "decode": "rsd-fused"},
-            "expected --meanwhile rtc with --decode l1 and --delay, without --drafter and --control-hz, found --decode",
+            "expected --meanwhile rtc with --decode l1 of a checkpoint, without --drafter and --control-hz, found",
         ),
     ],
 )

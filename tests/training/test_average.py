@@ -53,6 +53,15 @@ def test_the_mean_is_of_the_weights_and_counts_twice_what_is_named_twice(member:
         assert torch.allclose(mean[name], expected, atol=float(expected.abs().max()) / 100 + 1e-6), name
 
 
+def test_members_from_before_a_part_was_known_have_a_mean_with_later_ones(member: Member, tmp_path: Path) -> None:
+    before, later = member(1), member(2)
+    content = json.loads((before / "config.json").read_text())
+    del content["policy"]["target"]["committed"]
+    (before / "config.json").write_text(json.dumps(content))
+    (before / "manifest.json").unlink(missing_ok=True)  # of files as they were
+    assert weights(average([before, later], tmp_path / "mean"))
+
+
 def test_its_record_holds_what_every_member_was_taught(member: Member, tmp_path: Path) -> None:
     members = [member(1, "libero_goal", 6), member(2, "libero_10", 3)]
     content = json.loads((average(members, tmp_path / "mean") / "config.json").read_text())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from rsd.data.demonstrations import load_demonstrations
 from rsd.evaluation.backend import ready
@@ -110,13 +111,13 @@ def batch(demonstrations: Path) -> Batch:
     return dataset.batch(torch.cat([frames + 8, frames]), paired=True)
 
 
-def test_a_chunk_begins_with_what_it_is_told_and_drafters_learn_from_others(batch: Batch) -> None:
+def test_a_chunk_begins_with_what_it_is_told_and_drafters_learn_from_others(model: RsdModel, batch: Batch) -> None:
     torch.manual_seed(0)
     batch = replace(batch, done=batch.chunk.roll(1, 0))  # as of a driver who does otherwise
     assert batch.done is not None
     half, drawn = len(batch.chunk) // 2, set[int]()
     for _ in range(10):
-        found = with_committed(batch, 0.7)
+        found = with_committed(model.target, batch, 0.7)
         features = found.state[:, STATE_FEATURES:].unflatten(1, (HORIZON, 8))
         counts = features[:, :, 7].sum(1).long().tolist()
         assert not any(counts[:half])
@@ -130,6 +131,27 @@ def test_a_chunk_begins_with_what_it_is_told_and_drafters_learn_from_others(batc
     assert drawn == set(range(HORIZON))  # never the whole chunk
 
 
+def test_what_is_told_is_what_was_executed_not_what_the_expert_would_have_done(demonstrations: Path) -> None:
+    driven = [replace(each, actions=-each.labels) for each in load_demonstrations(demonstrations)]
+    dataset = FrameDataset(driven, HORIZON, CPU)
+    assert torch.equal(dataset.done, -dataset.chunk)
+    assert torch.equal(dataset.batch(torch.tensor([5, 2])).done, -dataset.chunk[[5, 2]])  # type: ignore[arg-type]
+
+
+def test_a_drafter_reads_nothing_of_the_chunk_that_it_is_to_draft(
+    model: RsdModel, tokenizer: ActionTokenizer, batch: Batch
+) -> None:
+    """The earlier moment of a pair may have been told what was executed later, in the drafter's own chunk."""
+
+    def drafted(done: Tensor) -> float:
+        torch.manual_seed(0)
+        config = LossConfig(committed=1.0, blind=0.0)
+        return float(policy_losses(model, tokenizer, replace(batch, done=done), config)["visual"])
+
+    assert batch.done is not None
+    assert drafted(batch.done) == drafted(-batch.done)
+
+
 def test_it_is_learnt(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch) -> None:
     losses = policy_losses(model, tokenizer, batch, LossConfig(committed=1.0))
     losses["total"].backward()
@@ -139,10 +161,33 @@ def test_it_is_learnt(model: RsdModel, tokenizer: ActionTokenizer, batch: Batch)
     model.zero_grad()
 
 
-def test_what_cannot_be_told_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RsdError, match=r"expected --policy\.target\.committed with --loss.committed, found none"):
+def test_as_many_steps_may_be_late_as_a_chunk_has_beyond_those_executed(
+    model: RsdModel,
+    tokenizer: ActionTokenizer,
+    config: PolicyConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rsd.evaluation.backend.preflight", lambda config: None)
+    RsdPolicy.of(model, tokenizer, replace(config, execute=6)).save_pretrained(tmp_path / "policy")
+    run = EvalConfig(policy=str(tmp_path / "policy"), decode="l1", delay=2, meanwhile="rtc")
+    ready(run)
+    with pytest.raises(RsdError, match="expected a --delay of at most 2, what 6 executed steps leave of a chunk of 8"):
+        ready(replace(run, delay=3))
+    ready(replace(run, delay=3, execute=5))
+
+
+def test_what_cannot_be_told_is_refused(
+    checkpoint: Path, make_model: Callable[[int], RsdModel], batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RsdError, match=r"--loss\.committed: expected a target that is --policy\.target\.committed"):
+        with_committed(make_model(0).target, batch, 0.5)
+    with pytest.raises(RsdError, match=r"expected --policy\.target\.committed and --loss\.committed together"):
         TrainPolicyConfig(loss=LossConfig(committed=0.5))
     monkeypatch.setattr("rsd.evaluation.backend.preflight", lambda config: None)
-    for policy in (str(checkpoint), "ws://localhost:8000", "my_policy:MyPolicy"):
-        with pytest.raises(RsdError, match=r"rtc: expected a policy of rsd train policy --policy\.target\.com"):
-            ready(EvalConfig(policy=policy, decode="l1", delay=2, meanwhile="rtc"))
+    run = EvalConfig(policy=str(checkpoint), decode="l1", delay=2, meanwhile="rtc")
+    with pytest.raises(RsdError, match=r"rtc: expected a compact checkpoint, trained with --policy\.target\.com"):
+        ready(run)
+    for policy in ("ws://localhost:8000", "my_policy:MyPolicy"):
+        with pytest.raises(RsdError, match="expected --meanwhile rtc with --decode l1 of a checkpoint, without"):
+            replace(run, policy=policy)

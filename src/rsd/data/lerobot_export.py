@@ -264,7 +264,7 @@ class Numbered:
 
     def path(self) -> Path:
         """Of the present file, in a folder that is there."""
-        chunk, file = self.place()
+        chunk, file = divmod(self._number, FILES_A_CHUNK)
         path = self._folder / self._name.format(chunk=chunk, file=file)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path

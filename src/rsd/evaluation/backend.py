@@ -269,16 +269,20 @@ def ready(config: EvalConfig) -> None:
 
 
 def check_told(config: EvalConfig) -> None:
-    """`RsdError` unless the policy's target can be told what is committed."""
-    from rsd.checkpoint import BACKBONE, locate_checkpoint, read_content
-    from rsd.targets.openvla.published import locate_openvla
+    """`RsdError` unless the policy's target can be told what is committed, which a chunk is long enough for."""
+    from rsd.checkpoint import BACKBONE, facts_of, locate_checkpoint, read_content
+    from rsd.options import resolve
 
-    if not (config.served or foreign.is_foreign(config) or locate_openvla(config.policy)):
-        content = read_content(locate_checkpoint(config.policy))
-        if BACKBONE not in content and content["policy"]["target"].get("committed"):
-            return
-    remedy = "rsd train policy --policy.target.committed --loss.committed 0.5"
-    raise RsdError(f"--meanwhile rtc: expected a policy of {remedy}, found {config.policy}")
+    directory = locate_checkpoint(config.policy)
+    content = read_content(directory)
+    if BACKBONE in content or not content["policy"]["target"].get("committed"):
+        expected = "a compact checkpoint, trained with --policy.target.committed --loss.committed 0.5"
+        raise RsdError(f"--meanwhile rtc: expected {expected}, found {config.policy}")
+    facts = facts_of(directory, content)
+    execute = resolve(facts, decode_options(config)).execute
+    if config.delay > (most := facts.horizon - execute):
+        left = f"what {execute} executed steps leave of a chunk of {facts.horizon}"
+        raise RsdError(f"--meanwhile rtc: expected a --delay of at most {most}, {left}, found {config.delay}")
 
 
 def engine_of(config: EvalConfig, directory: Path | None) -> str:

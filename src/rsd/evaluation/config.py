@@ -236,9 +236,9 @@ class EvalConfig(PolicyOptions):
         yield self.decode != RSD_ASYNC or self.meanwhile is None, own, f"--meanwhile {self.meanwhile}"
         heads = (self.meanwhile == "a2c2") == bool(self.corrector)
         yield heads, "--meanwhile a2c2 and --corrector together", f"--meanwhile {self.meanwhile or 'hold'}"
-        plain = not (self.control_hz or self.drafter) and self.decode == "l1"
-        alone = f"--meanwhile {self.meanwhile} with --decode l1 and --delay, without --drafter and --control-hz"
-        found = f"--decode {self.decode}, --control-hz {self.control_hz:g}"
+        plain = not (self.control_hz or self.drafter or self.served or self.custom) and self.decode == "l1"
+        alone = f"--meanwhile {self.meanwhile} with --decode l1 of a checkpoint, without --drafter and --control-hz"
+        found = f"--decode {self.decode} of {self.policy}, --drafter {self.drafter!r}, --control-hz {self.control_hz:g}"
         yield self.meanwhile not in ("a2c2", "rtc") or plain, alone, found
         single = "--corrector without --batch"
         yield not (self.corrector and self.batch), single, f"--batch {self.batch}"

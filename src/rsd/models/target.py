@@ -117,7 +117,7 @@ class BlockTarget(nn.Module, ABC):
 
     @abstractmethod
     def embed_prefix(self, images: Tensor, state: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        """images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11], encoded text -> prefix [B, N, D]."""
+        """images [B, 2, 3, S, S] in [-0.5, 0.5], state features [B, 11 or more], encoded text -> prefix [B, N, D]."""
 
     @abstractmethod
     def _prefill(self, prefix: Tensor, queries: Tensor, apart: bool = False) -> tuple[list[Tensor], KVCache]:

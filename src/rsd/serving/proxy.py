@@ -119,7 +119,9 @@ class Session:
             self.state, self.instruction = EpisodeState(), instruction
         if content.get(RESET) and len(content) == 1:
             return await self.upstream.ask(message) if proxy.passes_reset else pack({RESET: True})
-        require_keys(content)
+        if missing := [key for key in (*IMAGES, STATE, PROMPT) if key not in content]:
+            found = f"{', '.join(map(str, content)):.200}"
+            raise RsdError(f"message: the drafter needs {', '.join(missing)}; found {found}")
         draft = partial(proxy.run, proxy.propose, content, self.state)
         if proxy.drafter.must_look(self.state, proxy.skip):
             answer, proposal = await both(partial(self.upstream.ask, message), draft)
@@ -172,7 +174,9 @@ class SpeculatingProxy:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def propose(self, content: Mapping[Any, Any], state: EpisodeState) -> Proposal:
-        seen = read_observation(content, self.drafter.stored.config.image_size)
+        size = self.drafter.stored.config.image_size
+        views = [shrunk(square(key, content[key])[None], size)[0] for key in IMAGES]
+        seen = Observation(np.stack(views), real_array(STATE, content[STATE]), content[PROMPT])
         return self.drafter.propose(seen, state, self.skip)
 
     async def serve(self, stop: asyncio.Event, listening: Callable[[str], None]) -> None:
@@ -212,18 +216,6 @@ async def both(
     for failed in filter(None, [drafted.exception(), asked.exception()]):
         raise failed
     return asked.result(), drafted.result()
-
-
-def read_observation(content: Mapping[Any, Any], size: int) -> Observation:
-    """openpi's LIBERO keys, whatever else there is -> what the drafter sees."""
-    views = [shrunk(square(key, content[key])[None], size)[0] for key in IMAGES]
-    return Observation(np.stack(views), real_array(STATE, content[STATE]), content[PROMPT])
-
-
-def require_keys(content: Mapping[Any, Any]) -> None:
-    """Before anything is asked of the server behind."""
-    if missing := [key for key in (*IMAGES, STATE, PROMPT) if key not in content]:
-        raise RsdError(f"message: the drafter needs {', '.join(missing)}; found {', '.join(map(str, content)):.200}")
 
 
 def plain_stats(stats: ChunkStats) -> dict[str, Any]:

@@ -95,20 +95,26 @@ class TrainTokenizerConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(Checked):
-    """What every training of a policy is told."""
+class OnDemonstrations(Checked):
+    """What every training is told."""
 
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of rendered demonstrations: HDF5, or LeRobot data sets in LIBERO's layout (lerobot:DIR), for OpenVLA with
-    images of 256 px."""
+    images of 256 px. Of a corrector, a chunk's age is drawn from the multiples of --every of their rendering."""
     device: str = "auto"
     """cuda, cpu or auto."""
     validation_every: Every = 40
     """Every n-th episode is kept out of training for the offline validation."""
+    augment: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(OnDemonstrations):
+    """What every training of a policy is told."""
+
     remembered_chunks: Remembered = 4
     """The visual drafter is trained to remember the target's run of 1 to this many chunks before."""
     loss: LossConfig = field(default_factory=LossConfig)
-    augment: Augmentation = field(default_factory=Augmentation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +141,10 @@ class TrainPolicyConfig(Training):
         yield self.policy.target.whole_block or not self.loss.counterfactual, doubts, "none"
         grounded = "--policy.target.grounded with --loss.grounding"
         yield self.policy.target.grounded or not self.loss.grounding, grounded, "none"
-        committed = "--policy.target.committed with --loss.committed"
-        yield self.policy.target.committed or not self.loss.committed, committed, "none"
+        told = self.policy.target.committed == (self.loss.committed > 0)
+        yield told, "--policy.target.committed and --loss.committed together", "one of them"
+        most = self.loop.batch_size // 2
+        yield self.loss.levels_every <= most, f"--loss.levels-every of at most {most}", self.loss.levels_every
         yield self.init or not self.init_matching, "--init with --init-matching", "none"
         yield self.init_matching or not self.init_fresh, "--init-matching with --init-fresh", "none"
 
@@ -163,22 +171,15 @@ class TrainDrafterConfig(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCorrectorConfig(Checked):
+class TrainCorrectorConfig(OnDemonstrations):
     """Train a residual head that corrects a policy's stale chunks at every control step (a baseline, A2C2)."""
 
     policy: str = "checkpoints/libero"
     """Checkpoint directory or hub id of the policy whose chunks it corrects."""
-    data: tuple[Path, ...] = (Path("data/libero_spatial"),)
-    """Folders of rendered demonstrations; a chunk's age is drawn from the multiples of --every of their rendering."""
     output: Path = Path("runs/corrector")
     """Run folder; the corrector goes to `checkpoint/` in it."""
-    device: str = "auto"
-    """cuda, cpu or auto."""
-    validation_every: Every = 40
-    """Every n-th episode is kept out of training for the offline validation."""
     corrector: VisualDrafterConfig = field(default_factory=VisualDrafterConfig)
     """Sizes, as of a visual drafter, of which only the trunk is used."""
-    augment: Augmentation = field(default_factory=Augmentation)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5_000))
 
 
@@ -214,4 +215,5 @@ class TrainOpenVlaConfig(Training):
     )
 
     def rules(self) -> Rules:
+        yield not self.loss.committed, "no --loss.committed with OpenVLA", self.loss.committed
         yield not self.loop.cuda_graph, "--loop.cuda-graph False, as batches have prompts of several lengths", "True"

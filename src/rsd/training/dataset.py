@@ -35,6 +35,7 @@ class Batch:
     execute: how many of the H steps are executed.
     episode: int [B], which episode each row is of; None where nobody asks.
     done: what was executed of the H steps, float32 [B, H, 7]: the expert's own, or a driver's; None likewise.
+    told: bool [B], rows whose state says what is committed of their chunk (`losses.with_committed`).
     """
 
     images: Tensor
@@ -46,6 +47,7 @@ class Batch:
     execute: int | None = None
     episode: Tensor | None = None
     done: Tensor | None = None
+    told: Tensor | None = None
 
 
 class FrameDataset:

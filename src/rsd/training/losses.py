@@ -35,7 +35,7 @@ def policy_losses(
     Neither draft's losses reach the target."""
     target, draft = model.target, model.feature_drafter
     if config.committed:
-        batch = with_committed(batch, config.committed)
+        batch = with_committed(target, batch, config.committed)
     code, c = Rfsq(target.code), draft.config.levels
     truth = tokenizer.to_coefficients(batch.chunk) / tokenizer.first_step  # [B, P] in first steps
     gripper = tokenizer.gripper_symbols(batch.chunk)
@@ -66,7 +66,6 @@ def policy_losses(
         shown = torch.where(own, drafted[level - 1] if level <= c else digit, shown)
         value = value + shown * target.code.weight(level)
         prefixes.append(value)
-    # before `extend`, which fills the cache
     judging, told = None, prefixes[c]
     if target.whole_block:
         if config.counterfactual:  # another episode's, most likely; what it misses is as far as the two are apart
@@ -116,18 +115,20 @@ def policy_losses(
     return losses
 
 
-def with_committed(batch: Batch, share: float) -> Batch:
+def with_committed(target: BlockTarget, batch: Batch, share: float) -> Batch:
     """A share of the rows is told what was executed of its first steps, up to all but one, and its chunk begins with
     that; of pairs the earlier moments alone, for a visual drafter learns the later ones' chunks. In what a policy drove
-    it is the policy's, and the rest is what the expert says where it led."""
-    assert batch.done is not None
+    it is the policy's, and the rest is what the expert says where it led. A drafter remembers nothing of a row that is
+    told: it would read there what it is to draft."""
+    if not isinstance(target, TargetModel) or target.committed_in is None or batch.done is None:
+        raise RsdError("--loss.committed: expected a target that is --policy.target.committed")
     rows, steps = batch.chunk.shape[:2]
     count = torch.randint(1, steps, (rows,), device=batch.chunk.device)
     count = count * (torch.rand(rows, device=count.device) < share)
     count[: rows // 2 * batch.paired] = 0
     told = (torch.arange(steps, device=count.device) < count[:, None])[..., None]
     state = torch.cat([batch.state, committed_features(batch.done, count)], dim=1)
-    return replace(batch, state=state, chunk=torch.where(told, batch.done, batch.chunk))
+    return replace(batch, state=state, chunk=torch.where(told, batch.done, batch.chunk), told=count > 0)
 
 
 def grounding_loss(target: BlockTarget, batch: Batch) -> Tensor:
@@ -182,6 +183,8 @@ def visual_drafter_losses(
     memory = visual_drafter.remember(visual_drafter.reads(past, run.length))
     state, condition = target.normalise(batch.state[later]), run.condition.detach()[later]
     known = torch.rand(len(state), device=state.device) >= config.blind
+    if batch.told is not None:
+        known = known & ~batch.told[len(truth) // 2 :]
     features = visual_drafter.perceive(batch.images[later], state, condition, memory, known)
     meant = target.residual(run.features[later], 1).detach().float() * tokenizer.first_step
     reference = tokenizer.to_actions(meant, gripper[later])[:, : batch.execute]
