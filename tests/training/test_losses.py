@@ -75,7 +75,7 @@ def prefixes_shown(
     return shown
 
 
-def test_without_draft_and_jitter_the_main_is_told_the_true_prefixes(
+def test_without_draft_and_jitter_the_target_is_told_the_true_prefixes(
     model: RsdModel, tokenizer: ActionTokenizer, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = prefixes_shown(model, tokenizer, batch, LossConfig(draft_share=0.0, jitter=0.0), monkeypatch)

@@ -119,7 +119,7 @@ class Session:
             self.state, self.instruction = EpisodeState(), instruction
         if content.get(RESET) and len(content) == 1:
             return await self.upstream.ask(message) if proxy.passes_reset else pack({RESET: True})
-        if missing := [key for key in (*IMAGES, STATE, PROMPT) if key not in content]:
+        if missing := [key for key in (*IMAGES, STATE, PROMPT) if key not in content]:  # before the target is asked
             found = f"{', '.join(map(str, content)):.200}"
             raise RsdError(f"message: the drafter needs {', '.join(missing)}; found {found}")
         draft = partial(proxy.run, proxy.propose, content, self.state)
