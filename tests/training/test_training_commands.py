@@ -24,11 +24,10 @@ from rsd.models.trunk import KVCache
 from rsd.policy import RsdPolicy
 from rsd.targets.corrector import CorrectedPolicy, read_corrector
 from rsd.tokenizer.action_tokenizer import ActionTokenizer, TokenizerConfig
-from rsd.training.config import TrainCorrectorConfig
+from rsd.training.config import DrafterLoss, TrainCorrectorConfig
 from rsd.training.corrector import train_corrector
 from rsd.training.dataset import FrameDataset, chunk_targets
 from rsd.training.loop import STATE_FILE, LoopConfig
-from rsd.training.losses import LossConfig
 from rsd.training.policy import (
     TrainDrafterConfig,
     TrainPolicyConfig,
@@ -395,8 +394,8 @@ def test_train_light_draft_keeps_everything_else(
         validation_every=4,
         kind="visual",
         resume_weights=resume,
-        visual_drafter=visual_drafter,
-        loss=LossConfig(blind=1.0),
+        **({} if resume else {"visual_drafter": visual_drafter}),
+        loss=DrafterLoss(blind=1.0),
         loop=replace(LOOP, learning_rate=1e-5 if resume else 3e-3),
     )
     directory = train_drafter(config)

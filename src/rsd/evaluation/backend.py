@@ -16,6 +16,7 @@ from rsd.evaluation import foreign
 from rsd.evaluation.cautions import cautions
 from rsd.evaluation.config import OF_THE_RULE, EvalConfig, asked_rule
 from rsd.evaluation.doctor import blank, preflight
+from rsd.json_files import section
 from rsd.sim.motion import check_task
 from rsd.sim.suites import init_states, load_libero, suite_tasks
 from rsd.types import BEST, CUDA_GRAPHS, DRAFTER_ONLY, ONNX, ONNX_INT8, RSD_ASYNC, ChunkPolicy, Policy, RsdError
@@ -23,10 +24,6 @@ from rsd.types import BEST, CUDA_GRAPHS, DRAFTER_ONLY, ONNX, ONNX_INT8, RSD_ASYN
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
     from rsd.options import Choice, DecodeOptions
-
-
-def libero_init_states(suite: str, task_id: int) -> int:
-    return len(init_states(suite, task_id))
 
 
 def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
@@ -242,47 +239,35 @@ def ready(config: EvalConfig) -> None:
         foreign.steps_left(config, remote)
     if config.drafter or config.corrector:  # damaged, or another's
         describe_checkpoint(config)
-    if config.meanwhile == "rtc":
-        check_told(config)
     if config.served or foreign.is_foreign(config):  # its first chunk shows it
         return
     from rsd.checkpoint import facts_of, locate_checkpoint, read_content
+    from rsd.options import resolve
     from rsd.targets.openvla.published import locate_openvla
 
     openvla = locate_openvla(config.policy)
     if config.corrector and openvla:
         raise RsdError(f"--corrector: expected a checkpoint of a compact policy, found {config.policy} on OpenVLA")
-    directory = None if openvla else locate_checkpoint(config.policy)
-    if directory is not None:
+    content = {} if openvla else read_content(directory := locate_checkpoint(config.policy))
+    if not openvla:
         engine_of(config, directory)
+    if (told := config.meanwhile == "rtc") and not section(section(content, "policy"), "target").get("committed"):
+        expected = "a compact checkpoint, trained with --policy.target.committed --loss.committed 0.5"
+        raise RsdError(f"--meanwhile rtc: expected {expected}, found {config.policy}")
     late = max(config.delay, config.drafter_delay)
     if not late or (config.meanwhile in (None, "hold") and config.decode != RSD_ASYNC):
         return
     if openvla:
         horizon = openvla_chunk(config, openvla)
     else:
-        assert directory is not None
-        horizon = facts_of(directory, read_content(directory)).horizon
+        horizon = (facts := facts_of(directory, content)).horizon
+        execute = resolve(facts, decode_options(config)).execute
+        if told and late > horizon - execute:
+            most = f"{horizon - execute}, what {execute} executed steps leave of a chunk of {horizon}"
+            raise RsdError(f"--meanwhile rtc: expected a --delay of at most {most}, found {late}")
     if late >= horizon:
         found = f"{late}: the chunks of {config.policy} have {horizon} steps, so nothing of an answer could be used"
         raise RsdError(f"--delay, --drafter-delay: expected at most {horizon - 1}, found {found}")
-
-
-def check_told(config: EvalConfig) -> None:
-    """`RsdError` unless the policy's target can be told what is committed, which a chunk is long enough for."""
-    from rsd.checkpoint import BACKBONE, facts_of, locate_checkpoint, read_content
-    from rsd.options import resolve
-
-    directory = locate_checkpoint(config.policy)
-    content = read_content(directory)
-    if BACKBONE in content or not content["policy"]["target"].get("committed"):
-        expected = "a compact checkpoint, trained with --policy.target.committed --loss.committed 0.5"
-        raise RsdError(f"--meanwhile rtc: expected {expected}, found {config.policy}")
-    facts = facts_of(directory, content)
-    execute = resolve(facts, decode_options(config)).execute
-    if config.delay > (most := facts.horizon - execute):
-        left = f"what {execute} executed steps leave of a chunk of {facts.horizon}"
-        raise RsdError(f"--meanwhile rtc: expected a --delay of at most {most}, {left}, found {config.delay}")
 
 
 def engine_of(config: EvalConfig, directory: Path | None) -> str:
@@ -308,7 +293,7 @@ class Backend:
 
     list_tasks: Callable[[str], Sequence[tuple[int, str, str]]] = suite_tasks
     """suite -> (task number, name, instruction) of each task; RsdError for an unknown suite."""
-    count_init_states: Callable[[str, int], int] = libero_init_states
+    count_init_states: Callable[[str, int], int] = lambda suite, task_id: len(init_states(suite, task_id))
     """suite, task number -> how many fixed initial states the benchmark has."""
     make_env: Callable[[str, int, int], Environment] = libero_env
     """suite, task number, image size (pixels) -> simulator."""

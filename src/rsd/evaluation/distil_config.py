@@ -9,7 +9,7 @@ from typing import Annotated
 from rsd.checks import Checked, Count, Rules, Seed, above, between, within
 from rsd.evaluation.config import EvalConfig
 from rsd.models.config import StandaloneDrafterConfig
-from rsd.training.config import Augmentation, LoopConfig, LossConfig
+from rsd.training.config import Augmentation, DrafterLoss, LoopConfig
 from rsd.types import MAX_SKIPS, Chunks
 
 
@@ -53,7 +53,7 @@ class DistilConfig(Checked):
     seed: Seed = 0
     """Of placements and training."""
     drafter: StandaloneDrafterConfig = field(default_factory=StandaloneDrafterConfig)
-    loss: LossConfig = field(default_factory=lambda: LossConfig(forecast_every=5))
+    loss: DrafterLoss = field(default_factory=lambda: DrafterLoss(forecast_every=5))
     augment: Augmentation = field(default_factory=lambda: Augmentation(shift=2))
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=4_000, batch_size=256))
     """Of each round's training."""
@@ -65,5 +65,4 @@ class DistilConfig(Checked):
         unit, side = 16 * self.drafter.visual.shrink, self.drafter.image_size
         yield side % unit == 0, f"--drafter.image-size of a multiple of 16 x --drafter.visual.shrink, {unit}", side
         yield self.loop.steps, "--loop.steps of at least 1", 0
-        idle = self.loss.counterfactual or self.loss.grounding
-        yield not idle, "no --loss.counterfactual, --loss.grounding, which train targets", idle
+        yield self.loss.blind == DrafterLoss.blind, "no --loss.blind: this drafter has no memory", self.loss.blind

@@ -43,31 +43,38 @@ class LoopConfig(Checked):
 
 
 @dataclass(frozen=True)
-class LossConfig(Checked):
+class DrafterLoss(Checked):
+    """Of a drafter alone. blind: share of the visual drafter's samples without a memory of the target (1: it never has
+    one); forecast_every: every n-th episode never trains the visual drafter's drafts, and its forecast of their
+    deviation is learnt on these alone: on frames that it knows by heart a draft hardly deviates (0: both learn on
+    everything); the others are weights."""
+
+    regress: Weight = 5.0
+    blind: Share = 0.1
+    deviation: Weight = 0.2
+    forecast_every: Annotated[int, Where(lambda n: n == 0 or 2 <= n <= 10**6, "that is 0 or from 2 to 1000000")] = 0
+
+
+@dataclass(frozen=True)
+class LossConfig(DrafterLoss):
     """draft_share: part of the batch on a draft's prefixes; jitter: largest share of digits disturbed in the rest;
-    level_decay: weight of a level's loss relative to the one above, past the coarse ones; blind: share of the visual
-    drafter's samples without a memory of the target; counterfactual: share of the whole drafts judged in training that
-    are another sample's, so that the block that is told a draft learns to doubt it; the others are weights. grounding:
-    of saying, on half of the batch, where each thing is seen that could have been asked for (needs a target that is
-    `grounded` and rendered demonstrations of a permuted suite). forecast_every: every n-th episode never trains the
-    visual drafter's drafts, and its forecast of their deviation is learnt on these alone: on frames that it knows by
-    heart a draft hardly deviates (0: both learn on everything). committed: share of the rows (of a visual drafter's
-    pairs, of the earlier ones) that are told actions of their chunk (needs a target that is `committed`). levels_every:
-    the blocks of the levels are trained on every n-th row of the batch (4: two thirds of the arithmetic)."""
+    level_decay: weight of a level's loss relative to the one above, past the coarse ones; counterfactual: share of the
+    whole drafts judged in training that are another sample's, so that the block that is told a draft learns to doubt
+    it; the others are weights. grounding: of saying, on half of the batch, where each thing is seen that could have
+    been asked for (needs a target that is `grounded` and rendered demonstrations of a permuted suite). committed: share
+    of the rows (of a visual drafter's pairs, of the earlier ones) that are told actions of their chunk (needs a target
+    that is `committed`). levels_every: the blocks of the levels are trained on every n-th row of the batch (4: two
+    thirds of the arithmetic)."""
 
     draft_share: Share = 0.5
     jitter: Share = 0.4
     level_decay: Weight = 0.7
-    regress: Weight = 5.0
     parallel: Weight = 0.5
     gripper: Weight = 1.0
-    blind: Share = 0.1
     counterfactual: Share = 0.0
-    deviation: Weight = 0.2
     grounding: Weight = 0.0
     committed: Share = 0.0
     levels_every: Annotated[int, between(1, 1024)] = 1
-    forecast_every: Annotated[int, Where(lambda n: n == 0 or 2 <= n <= 10**6, "that is 0 or from 2 to 1000000")] = 0
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ class TrainPolicyConfig(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainDrafterConfig(Training):
+class TrainDrafterConfig(OnDemonstrations):
     """Train another draft for a finished target."""
 
     policy: str = "checkpoints/libero"
@@ -165,9 +172,18 @@ class TrainDrafterConfig(Training):
     visual_drafter: VisualDrafterConfig = field(default_factory=VisualDrafterConfig)
     own_prefix: Share = 0.5
     """Share of the batch on which a draft that reads the prefill continues its own digits."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    """For the visual drafter: `blind` (1: it never has a memory), `regress` and `deviation`."""
+    remembered_chunks: Remembered = Training.remembered_chunks
+    """As of `rsd train policy`."""
+    loss: DrafterLoss = field(default_factory=DrafterLoss)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5_000))
+
+    def rules(self) -> Rules:
+        visual, feature = ("visual_drafter", "remembered_chunks", "loss"), ("feature_drafter", "own_prefix")
+        sizes = (f"{self.kind}_drafter",) * self.resume_weights  # the checkpoint's own
+        for name in (*(feature if self.kind == "visual" else visual), *sizes):
+            value, how = getattr(self, name), f"--kind {self.kind}{' --resume-weights' * (name in sizes)}"
+            usual = getattr(TrainDrafterConfig, name, None) or type(value)()
+            yield value == usual, f"no --{name.replace('_', '-')} with {how}, which does not read it", "one"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from rsd.models.trunk import KVCache
 from rsd.models.visual_drafter import VisualDrafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.rfsq import Rfsq
-from rsd.training.config import LossConfig
+from rsd.training.config import DrafterLoss, LossConfig
 from rsd.training.dataset import Batch
 from rsd.types import RsdError
 
@@ -168,7 +168,7 @@ def visual_drafter_losses(
     truth: Tensor,
     gripper: Tensor,
     tokenizer: ActionTokenizer,
-    config: LossConfig,
+    config: DrafterLoss,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The visual drafter acts at the later moment of each pair and remembers the target's run at the earlier one.
 
@@ -222,7 +222,7 @@ def drafter_losses(
     return digits, named, apart
 
 
-def shares_of(batch: Batch, rows: int, config: LossConfig) -> tuple[Tensor | None, Tensor | None]:
+def shares_of(batch: Batch, rows: int, config: DrafterLoss) -> tuple[Tensor | None, Tensor | None]:
     """Which of the first rows train the drafts, and which the forecast of their deviation: 1 or 0 each, [rows]; None
     for all of them."""
     if not config.forecast_every:
@@ -238,7 +238,7 @@ def weighted(errors: Tensor, weights: Tensor | None) -> Tensor:
     return errors.mean() if weights is None else (errors * weights).sum() / weights.sum().clamp(min=1)
 
 
-def visual_total(losses: dict[str, Tensor], config: LossConfig) -> Tensor:
+def visual_total(losses: dict[str, Tensor], config: DrafterLoss) -> Tensor:
     """What the visual drafter minimises, of the losses of `visual_drafter_losses`."""
     return losses["visual"] + config.regress * losses["visual_regress"] + config.deviation * losses["deviation"]
 

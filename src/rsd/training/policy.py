@@ -196,8 +196,8 @@ def train_drafter(config: TrainDrafterConfig) -> Path:
     torch.manual_seed(config.loop.seed)
     model, policy = with_draft(source, config)
     side = source.config.target.image_size
-    remembered, asking = config.remembered_chunks if visual else None, config.loss.grounding > 0
-    dataset, validation = load_frames(config, tokenizer, device, side, source.execute, remembered, asking)
+    remembered = config.remembered_chunks if visual else None
+    dataset, validation = load_frames(config, tokenizer, device, side, source.execute, remembered)
     model.to(device).requires_grad_(False)
     model.get_submodule(f"{config.kind}_drafter").requires_grad_(True)
 

@@ -18,7 +18,7 @@ from rsd.models.config import StandaloneDrafterConfig
 from rsd.models.standalone_drafter import StandaloneDrafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.config import TokenizerConfig
-from rsd.training.config import Augmentation, LoopConfig, LossConfig
+from rsd.training.config import Augmentation, DrafterLoss, LoopConfig
 from rsd.training.dataset import Batch, FrameDataset, chunk_targets, held_against
 from rsd.training.loop import check_state, one_run_a_folder, train_and_save
 from rsd.training.losses import drafter_losses, shares_of, visual_total
@@ -35,7 +35,7 @@ class TrainStandaloneConfig:
     data: tuple[Path, ...]
     output: Path
     drafter: StandaloneDrafterConfig
-    loss: LossConfig
+    loss: DrafterLoss
     augment: Augmentation
     loop: LoopConfig
     device: str = "auto"
@@ -82,7 +82,7 @@ def train_standalone(
 
 
 def losses_of(
-    model: StandaloneDrafter, tokenizer: ActionTokenizer, batch: Batch, config: LossConfig
+    model: StandaloneDrafter, tokenizer: ActionTokenizer, batch: Batch, config: DrafterLoss
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Tokens and gripper, the chunk, the forecast of its deviation; `total`. -> losses, and how far each row's chunk
     leads the fingertip away from the target's, mm [B]."""
@@ -96,7 +96,7 @@ def losses_of(
 
 @torch.no_grad()
 def validate(
-    model: StandaloneDrafter, tokenizer: ActionTokenizer, dataset: FrameDataset, config: LossConfig
+    model: StandaloneDrafter, tokenizer: ActionTokenizer, dataset: FrameDataset, config: DrafterLoss
 ) -> dict[str, object]:
     """On held-out rollouts: mean error (normalised), and quantiles of the fingertip's deviation from the target, mm."""
     batches = [dataset.batch(frames) for frames in dataset.spread(MAX_FRAMES, ROWS)]
