@@ -8,9 +8,9 @@
 # on the expert's demonstrations first. Of these steps, two GPUs and 32 cores: 4,700 demonstrations rendered in 5 minutes, 1,550
 # driven and rendered in 7 beside a training of 3.5 steps a second on one GPU (2.6 on the other, where the simulators drew:
 # MUJOCO_EGL_DEVICE_ID), the drafter alone 21 (10 where policies were evaluated, too), 640 episodes a minute.
-# Further: SEEDS, SUITES, NUM_DEMOS, NUM_NINETY (of libero_90), NUM_MOVING, NUM_DAGGER (a task), EVERY, VIEWS, MAX_SKIPS,
-# FIRST_MINUTES, MINUTES, DRAFTER_MINUTES, STEPS, BATCH, NUM_STATES, NUM_STATES_NINETY, WORKERS, DEVICE, and BIN, the folder
-# of the commands. A run that an earlier version began does not continue.
+# Further: SEEDS, SUITES, NUM_DEMOS, NUM_NINETY (of libero_90), NUM_MOVING, NUM_DAGGER (a task), NUM_DAGGER_NINETY,
+# EVERY, VIEWS, MAX_SKIPS, FIRST_MINUTES, MINUTES, DRAFTER_MINUTES, STEPS, BATCH, NUM_STATES, NUM_STATES_NINETY, WORKERS, DEVICE,
+# and BIN, the folder of the commands. A run that an earlier version began does not continue.
 set -euo pipefail
 run=${1:-runs/libero}
 rsd=${BIN:-.venv/bin}/rsd
@@ -36,6 +36,7 @@ train() { # name, seed, GPU, minutes, further options
         --loop.steps "${STEPS:-100000}" --loop.seed "$seed" --loop.save-every 500 --loop.compiled --loop.batch-size "${BATCH:-512}" \
         --loop.learning-rate 3e-4 --loop.warmup 60 --validation-every 200 \
         --loss.blind 0.3 --loss.counterfactual 0.3 --loss.grounding 1.0 --loss.forecast-every 5 "$@" \
+        --loss.committed 0.3 --loss.levels-every 4 --policy.target.committed \
         --remembered-chunks 6 --policy.execute 8 --policy.acceptance "blind(0.95,moving)" --policy.max-skips "$skips" \
         --policy.target.dim 576 --policy.target.layers 12 --policy.target.heads 9 --policy.target.merge 1 2 \
         --policy.target.whole-block --policy.target.grounded policy.visual-drafter:visual-drafter-config \
@@ -57,8 +58,9 @@ if [ -z "${INIT:-}" ]; then
     INIT=$run/first/checkpoint
 fi
 for suite in "${suites[@]}"; do
-    [ "$suite" != libero_90 ] || continue
-    gather driven "$suite" "${NUM_DAGGER:-20}" --seed 201 --policy "$INIT" --policy-decode rsd-skip \
+    number=${NUM_DAGGER:-20}
+    [ "$suite" != libero_90 ] || number=${NUM_DAGGER_NINETY:-10}
+    gather driven "$suite" "$number" --seed 201 --policy "$INIT" --policy-decode rsd-skip \
         --policy-skip-threshold-mm 1e9 --policy-max-skips "$skips" --policy-memory-chunks "$((skips + 1))"
 done
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT # a training that failed ends the others
