@@ -69,8 +69,7 @@ class CollectConfig(Checked):
     out: Path
     """Folder for `<task>_demo.hdf5`."""
     suite: str = "libero_spatial"
-    """libero_spatial, libero_object, libero_goal, libero_10 or libero_90; or one of the first three with _permuted
-    behind."""
+    """libero_spatial, libero_object, libero_goal, each also with _permuted behind, libero_10 or libero_90."""
     tasks: tuple[int, ...] = ()
     """Task ids; empty = all that the expert can do (docs/expert.md names the others)."""
     num_demos: Annotated[int, between(1, 1e6)] = 50

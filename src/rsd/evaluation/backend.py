@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from rsd.options import Choice, DecodeOptions
 
 
+def libero_init_states(suite: str, task_id: int) -> int:
+    return len(init_states(suite, task_id))
+
+
 def libero_env(suite: str, task_id: int, image_size: int) -> Environment:
     from rsd.sim.failures import WatchedLibero
 
@@ -293,7 +297,7 @@ class Backend:
 
     list_tasks: Callable[[str], Sequence[tuple[int, str, str]]] = suite_tasks
     """suite -> (task number, name, instruction) of each task; RsdError for an unknown suite."""
-    count_init_states: Callable[[str, int], int] = lambda suite, task_id: len(init_states(suite, task_id))
+    count_init_states: Callable[[str, int], int] = libero_init_states
     """suite, task number -> how many fixed initial states the benchmark has."""
     make_env: Callable[[str, int, int], Environment] = libero_env
     """suite, task number, image size (pixels) -> simulator."""

@@ -137,8 +137,7 @@ class TrainPolicyConfig(Training):
     init_matching: bool = False
     """With `init`: take over what has the same name and shape there, and start the rest afresh (another size)."""
     init_fresh: tuple[str, ...] = ()
-    """With `init_matching`: parts that start afresh all the same, e.g. feature_drafter target.level_head (another
-    tokenizer)."""
+    """With `init_matching`: parts that start afresh, e.g. feature_drafter target.level_head (another tokenizer)."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
@@ -210,15 +209,13 @@ class TrainOpenVlaConfig(Training):
     output: Path = Path("runs/openvla")
     """Run folder: resumable state, TensorBoard and, at the end, `checkpoint/`. The same command continues a run."""
     cameras: Annotated[int, between(0, 2)] = 0
-    """Cameras that the target reads, 1 or 2; 0: as many as the checkpoint was trained with, 2 if its files do not
-    say."""
+    """Cameras that the target reads, 1 or 2; 0: as many as it was trained with, 2 if its files do not say."""
     unnorm_key: str = ""
     """Which data set's statistics the checkpoint's proprioception projector was trained with, if it has several."""
     validation_frames: Some = 256
     """At most so many of the frames held out are decoded, once by every decoder."""
     checkpointing: Annotated[bool, tyro.conf.FlagConversionOff] = True
-    """Keep only every layer's input and compute its inside again in the backward pass: less memory, a third more
-    time."""
+    """Keep only every layer's input and compute its inside again backwards: less memory, a third more time."""
     execute: Steps | None = None
     """Steps of a chunk that are executed before the next, as the checkpoint will say; by default all."""
     lora: LoraConfig = field(default_factory=LoraConfig)
