@@ -16,7 +16,17 @@ from torch import Tensor
 
 from refusals import tree
 from rsd import manifest
-from rsd.checkpoint import CONFIG_FILE, LARGE, PROVEN_FILE, WEIGHTS_FILE, gate_of, load_weights, seal
+from rsd.checkpoint import (
+    CONFIG_FILE,
+    LARGE,
+    PROVEN_FILE,
+    WEIGHTS_FILE,
+    gate_of,
+    load_weights,
+    read_content,
+    schedule_of,
+    seal,
+)
 from rsd.cli import dispatch
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.gate import SkipRule
@@ -70,6 +80,13 @@ def test_a_checkpoint_may_skip_by_a_schedule(policy: RsdPolicy, tmp_path: Path) 
     RsdPolicy.of(policy.model, policy.tokenizer, replace(policy.config, max_skips=3)).save_pretrained(tmp_path)
     assert gate_of(tmp_path) == {"skip_schedule": 3}
     assert RsdPolicy.from_pretrained(tmp_path, decode="rsd-skip").core.decoding.skip == SkipRule.schedule(3)
+    held = replace(policy.config, max_skips=3, max_skips_held=1)
+    RsdPolicy.of(policy.model, policy.tokenizer, held).save_pretrained(tmp_path / "held")
+    assert gate_of(tmp_path / "held") == {"skip_schedule": 3, "skip_schedule_held": 1}
+    assert RsdPolicy.from_pretrained(tmp_path / "held", decode="rsd-skip").core.decoding.skip.max_skips_held == 1
+    assert "3 chunks in a row without the target (1 while" in schedule_of(read_content(tmp_path / "held"))
+    with pytest.raises(RsdError, match="expected max_skips with max_skips_held, found none"):
+        replace(policy.config, max_skips_held=1)
     (tmp_path / CALIBRATION_FILE).write_text("{}")  # a damaged one is not passed over
     manifest.seal(tmp_path)
     with pytest.raises(RsdError, match=CALIBRATION_FILE):

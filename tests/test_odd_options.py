@@ -44,7 +44,7 @@ OPTIONS = {
     "train drafter --loss.blind 0.3": "expected no --loss with --kind feature, which does not read it",
     "train drafter --remembered-chunks 6": "expected no --remembered-chunks with --kind feature, which does not read",
     "train drafter --kind visual --own-prefix 0.2": "expected no --own-prefix with --kind visual, which does not",
-    "train drafter --kind visual --resume-weights --visual-drafter.depth 1": "with --kind visual --resume-weights, which",
+    "train drafter --kind visual --resume-weights --visual-drafter.depth 1": "--resume-weights, which does not read it",
     "study scaling --sizes 10M 10M": "--sizes 10M: expected some of 10M, 18M, 32M, 104M, 312M, each once",
     "study scaling --rounds 0": "--warmup: expected 1 or more, and one of --sizes, found 0, 2, 3",
     "merge ws://127.0.0.1:8000 runs/a": "expected a path, found an address",

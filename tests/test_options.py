@@ -17,7 +17,7 @@ PROMISE: dict[str, Any] = {
     **{"empirical_risk": 0.05, "skip_share": 0.5},
     **{"episodes": 9, "chunks": 90, "suites": "s", "acceptance": "margin", "weights_sha256": "0" * 64},
 }
-CHECKPOINT = Checkpoint(True, "margin", "regress", calibration=SkipCalibration(**PROMISE))
+CHECKPOINT = Checkpoint(visual_drafter=True, calibration=SkipCalibration(**PROMISE))
 
 
 @pytest.mark.parametrize("decode", DECODERS)

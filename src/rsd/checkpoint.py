@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -32,14 +32,15 @@ from rsd.decoding.decoders import DECODERS
 from rsd.json_files import from_json, read_versioned, section, write_atomically
 from rsd.manifest import file_sha256
 from rsd.models.bundle import PolicyConfig, RsdModel
-from rsd.options import Checkpoint, DecodeOptions, Fine, resolve
+from rsd.models.config import OwnDecoding
+from rsd.options import Checkpoint, DecodeOptions, resolve
 from rsd.pt_files import save_tensors
 from rsd.tokenizer.action_tokenizer import FILE_NAME as TOKENIZER_FILE
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.config import RfsqConfig
 from rsd.tokenizer.files import WEIGHTS_FILE as MATRIX_FILE
 from rsd.tokenizer.files import read_tokenizer_json
-from rsd.types import Chunks, RsdError, Steps
+from rsd.types import RsdError
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, PROVEN_FILE = "config.json", "model.safetensors", "proven.json"
@@ -75,20 +76,6 @@ class Proven(Checked):
     decode: Annotated[str, one_of(DECODERS)]
     found: str
     weights_sha256: Sha256
-
-
-@dataclass(frozen=True)
-class OwnDecoding(Checked):
-    """How a checkpoint decodes by its own config.json."""
-
-    acceptance: str = PolicyConfig.acceptance
-    fine: Fine = PolicyConfig.fine
-    execute: Steps | None = None
-    max_skips: Chunks | None = None
-
-    def rules(self) -> Rules:
-        acceptance_rule(self.acceptance, RfsqConfig())  # raises for what is none
-        yield from ()
 
 
 def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
@@ -270,8 +257,16 @@ def gate_of(directory: Path) -> dict[str, Any]:
     if isinstance(facts.calibration, str):
         raise RsdError(facts.calibration)
     if facts.calibration is None:
-        return {"skip_schedule": facts.max_skips}
+        held = {} if facts.max_skips_held is None else {"skip_schedule_held": facts.max_skips_held}
+        return {"skip_schedule": facts.max_skips, **held}
     return {"skip_calibration": facts.calibration.to_json()}
+
+
+def schedule_of(content: dict[str, Any]) -> str:
+    """What `rsd-skip` does where nothing is calibrated, "" where it needs that; content: config.json."""
+    most, held = (content["policy"].get(name) for name in ("max_skips", "max_skips_held"))
+    closed = "" if held is None else f" ({held} while the gripper is closed)"
+    return f"at most {most} chunks in a row without the target{closed}, nothing promised" if most else ""
 
 
 def gate_memory(gate: dict[str, Any]) -> int:
@@ -299,8 +294,9 @@ def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] |
 def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
     """What of a checkpoint decides how it may decode; content: its config.json, checked."""
     policy: dict[str, Any] = content["policy"]
-    sizes = policy.keys() - {"acceptance", "fine", "execute", "max_skips"}  # are checked where the weights are read
+    sizes = policy.keys() - {each.name for each in fields(OwnDecoding)}  # are checked where the weights are read
     own = from_json(OwnDecoding, policy, f"{directory / CONFIG_FILE}: policy", ignore=sizes)
+    acceptance_rule(own.acceptance, RfsqConfig())  # raises for what is none
     calibration: SkipCalibration | str | None = None
     if own.max_skips is None or (directory / CALIBRATION_FILE).exists():
         try:
@@ -309,14 +305,11 @@ def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
             calibration = str(error)
     return Checkpoint(
         visual_drafter=bool(policy.get("visual_drafter")),
-        acceptance=own.acceptance,
-        fine=own.fine,
         proven=proven_decode(directory, content),
         calibration=calibration,
         compact=BACKBONE not in content,
         horizon=read_tokenizer_json(directory / TOKENIZER_FILE).config.horizon,
-        execute=own.execute,
-        max_skips=own.max_skips,
+        **vars(own),
     )
 
 

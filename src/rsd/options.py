@@ -12,6 +12,7 @@ from rsd.decoding.acceptance import AcceptanceRule, acceptance_rule
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.decoders import DECODERS, names
 from rsd.decoding.gate import SkipRule
+from rsd.models.config import OwnDecoding
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import AUTO, BEST, Engine, RsdError, Steps, Temperature
 
@@ -66,27 +67,20 @@ def options_of(**asked: Any) -> tuple[DecodeOptions, RuntimeOptions]:
     return DecodeOptions(**decode), RuntimeOptions(**runtime)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(OwnDecoding):
     """What of a checkpoint decides how it may decode.
 
-    visual_drafter: whether it has one. acceptance, fine: its own. proven: the decoder that its own evaluations proved
-    best, and what they found. calibration: for `rsd-skip`; a text says why there is none, None that none is needed.
-    max_skips: of the schedule that `rsd-skip` keeps then. code: of its tokens. compact: its models are the compact
-    ones, and not OpenVLA's. horizon: steps of a chunk; execute: how many of them its config.json says are executed,
-    None: all.
-    """
+    visual_drafter: whether it has one. proven: the decoder that its own evaluations proved best, and what they found.
+    calibration: for `rsd-skip`; a text says why there is none, None that none is needed, where it keeps a schedule.
+    code: of its tokens. compact: its models are the compact ones, and not OpenVLA's. horizon: steps of a chunk."""
 
     visual_drafter: bool
-    acceptance: str
-    fine: str
     proven: tuple[str, str] | None = None
     calibration: SkipCalibration | str | None = None
-    max_skips: int | None = None
     code: RfsqConfig = field(default_factory=RfsqConfig)
     compact: bool = True
     horizon: int = CHUNK_SIZE
-    execute: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
     # `residual` executes what it is told (a draft pulls the shipped policy 0.66 of the way): it has to be asked for
     own = "blind(0.95)" if checkpoint.acceptance == "residual" else checkpoint.acceptance
     if DECODERS[decode].gated and skip is None and checkpoint.max_skips and checkpoint.calibration is None:
-        skip = SkipRule.schedule(checkpoint.max_skips)
+        skip = SkipRule.schedule(checkpoint.max_skips, checkpoint.max_skips_held)
         own = own.replace("blind", "own")  # what the target is told at its looks costs time and gains nothing
     elif DECODERS[decode].gated and skip is None and checkpoint.calibration is not None:
         skip, acceptance = calibrated(checkpoint.calibration, options)

@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -35,6 +35,7 @@ from rsd.decoding.state import DecodeResult, Draft, EpisodeState, Forecast, Poli
 from rsd.decoding.timing import Stopwatch
 from rsd.devices import check_device
 from rsd.models.bundle import PolicyConfig, RsdModel
+from rsd.models.config import OwnDecoding
 from rsd.models.target import committed_features, state_features
 from rsd.models.text import word_ids
 from rsd.options import Checkpoint, DecodeOptions, Decoding, RuntimeOptions, options_of, resolve
@@ -161,13 +162,8 @@ class SpeculativePolicy:
     ) -> None:
         """body: None takes the compact models'; facts: what of the checkpoint decides, None where none was read."""
         runtime = runtime or RuntimeOptions()
-        facts = facts or Checkpoint(
-            model.visual_drafter is not None,
-            config.acceptance,
-            config.fine,
-            execute=config.execute,
-            max_skips=config.max_skips,
-        )
+        own = {each.name: getattr(config, each.name) for each in fields(OwnDecoding)}
+        facts = facts or Checkpoint(visual_drafter=model.visual_drafter is not None, **own)
         facts = replace(facts, code=tokenizer.config.rfsq, horizon=tokenizer.config.horizon)
         self.decoding = decoding = resolve(facts, options or DecodeOptions())
         self.decode, self.temperature, self.execute = decoding.decode, decoding.temperature, decoding.execute

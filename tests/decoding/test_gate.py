@@ -1,12 +1,15 @@
 """The gate of `rsd-skip` that trusts only after agreement."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from rsd.decoding.calibration import may_skip, most_skips
 from rsd.decoding.gate import SkipRule
+from rsd.decoding.state import EpisodeState, Forecast
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.policy import RsdPolicy
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -67,6 +70,28 @@ def test_agreement_is_lost_with_the_first_draft_that_does_not_stand() -> None:
     assert [most_skips(6, 2, stood) for stood in range(5)] == [0, 2, 4, 6, 6]
     assert most_skips(6, None, 0) == 6
     assert not may_skip(0.0, 1.0, 0, most_skips(6, 2, 0), False)
+
+
+def test_while_something_is_held_the_target_is_asked_sooner() -> None:
+    rule, skipped, closed = SkipRule(1e9, 5, max_skips_held=2), (1, 2, 2, 4, 5), (1, 1, 0, 0, 0)
+    state = EpisodeState(skipped=skipped, gripper=closed, seen=(True,) * 5, stood=(0,) * 5)
+    assert rule.most(state) == (2, 2, 5, 5, 5)
+    forecast = Forecast(torch.zeros(5, 4), torch.zeros(5))
+    assert rule.trusts(forecast, state, (False,) * 5) == (True, False, True, True, False)
+    assert SkipRule(1e9, 5, max_skips_held=0).trusts(forecast, state, (False,) * 5) == (False, False, True, True, False)
+    assert SkipRule(1e9, 5).most(state) == SkipRule(1e9, 5, max_skips_held=9).most(state) == (5,) * 5
+    assert replace(rule, skips_per_agreement=1).most(state) == (0,) * 5
+
+
+def test_a_closed_gripper_is_known_from_what_was_executed(
+    model: RsdModel, tokenizer: ActionTokenizer, tiny_config: PolicyConfig, make_observation: Callable[..., Observation]
+) -> None:
+    more = make_observation, SkipRule(1e9, 3, max_skips_held=1), NEVER
+    assert [one.prefills for one in run(model, tokenizer, tiny_config, *more)] == [1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0]
+    assert model.visual_drafter is not None
+    for gripper in (model.target.gripper_head, model.visual_drafter.levels.gripper_head):
+        gripper.bias.data.fill_(100.0)  # closed from the first chunk on
+    assert [one.prefills for one in run(model, tokenizer, tiny_config, *more)] == [1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("number", [0, -1, 2.5, True, "2"])

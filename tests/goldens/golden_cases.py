@@ -139,7 +139,8 @@ def tiny_model(whole_block: bool) -> tuple[RsdModel, ActionTokenizer]:
     chunks = np.concatenate([chunk_targets(demonstration.labels, 8) for demonstration in tiny_data()])
     tokenizer = ActionTokenizer.fit(chunks, TokenizerConfig())
     torch.manual_seed(0)
-    return RsdModel.of(PolicyConfig(target, draft, visual_drafter), tokenizer), tokenizer
+    config = PolicyConfig(target=target, feature_drafter=draft, visual_drafter=visual_drafter)
+    return RsdModel.of(config, tokenizer), tokenizer
 
 
 def tiny_data() -> list[Demonstration]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rsd.checks import Checked, Millimetres
+from rsd.checks import Checked, Count, Millimetres
 from rsd.decoding.calibration import may_skip, most_skips
 from rsd.decoding.state import Draft, EpisodeState, Forecast
 from rsd.types import MAX_SKIPS, MEMORY_CHUNKS, Chunks
@@ -19,6 +19,7 @@ class SkipRule(Checked):
     for memory_chunks chunks; after that it acts on what it sees, as at an episode's start: what has moved meanwhile
     would mislead it. target_at_reset: the target always runs on an episode's first observation, where it is decided
     *which thing* to go for: without that a gate keeps nothing of what the target knows (docs/results.md).
+    max_skips_held: the same while the gripper is closed, when *where to* is decided; None: no fewer.
     skips_per_agreement: trust is earned. After the target's last k runs in a row found that the draft stood, it is
     skipped at most k times this often in a row, so not at all after a draft that it rejected; None: no such limit."""
 
@@ -27,11 +28,18 @@ class SkipRule(Checked):
     memory_chunks: Chunks = MEMORY_CHUNKS
     target_at_reset: bool = True
     skips_per_agreement: Chunks | None = None
+    max_skips_held: Count | None = None
 
     @classmethod
-    def schedule(cls, max_skips: int) -> SkipRule:
+    def schedule(cls, max_skips: int, held: int | None = None) -> SkipRule:
         """No gate: the target runs after every max_skips chunks, at resets and where the gripper switches."""
-        return cls(ANY_MM, max_skips, memory_chunks=max_skips)
+        return cls(ANY_MM, max_skips, memory_chunks=max_skips, max_skips_held=held)
+
+    def most(self, state: EpisodeState) -> tuple[int, ...]:
+        """Chunks in a row that may go without the target now, by row."""
+        held = self.max_skips if self.max_skips_held is None else min(self.max_skips, self.max_skips_held)
+        rows = zip(state.gripper, state.stood, strict=True)
+        return tuple(most_skips(held if last else self.max_skips, self.skips_per_agreement, n) for last, n in rows)
 
     def forces(self, draft: Draft, state: EpisodeState) -> tuple[bool, ...]:
         """Rows for which the target has to run whatever is forecast."""
@@ -42,6 +50,5 @@ class SkipRule(Checked):
         """Rows whose draft may be executed as it is. A NaN never may."""
         # as double precision numbers: the calibration compares these very values
         scores: list[float] = forecast.deviation_mm.tolist()
-        most = [most_skips(self.max_skips, self.skips_per_agreement, stood) for stood in state.stood]
-        rows = zip(scores, state.skipped, most, forced, strict=True)
-        return tuple(may_skip(score, self.threshold_mm, skipped, n, held) for score, skipped, n, held in rows)
+        rows = zip(scores, state.skipped, self.most(state), forced, strict=True)
+        return tuple(may_skip(score, self.threshold_mm, skipped, n, must) for score, skipped, n, must in rows)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from rsd.checks import (
     MOST_LISTED,
     Checked,
+    Count,
     Millimetres,
     RsdError,
     Rules,
@@ -55,7 +56,7 @@ TASK_LISTS = "all, numbers such as 0,3 or 0-4, or suite by suite libero_goal:1,2
 DEFAULT = "default"  # of --acceptance: nothing is asked for
 NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "engine": AUTO, "target_at_reset": False}
 # of `decoding.gate.SkipRule`, which has their defaults
-OF_THE_RULE = ("max_skips", "memory_chunks", "skips_per_agreement")
+OF_THE_RULE = ("max_skips", "max_skips_held", "memory_chunks", "skips_per_agreement")
 NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", "continue_steps", *OF_THE_RULE))
 NEUTRAL |= {"delay": 0, "drafter_delay": 0, "motion": "none", "motion_speed": SPEED}
 NEUTRAL |= dict.fromkeys(("drafter", "corrector", "view"), "")
@@ -102,6 +103,8 @@ class PolicyOptions(Checked):
     """For rsd-skip: skip the target where the draft expects to deviate less; by default what was calibrated."""
     max_skips: Chunks | None = None
     """For rsd-skip with a threshold of its own: chunks in a row without the target, at most (6)."""
+    max_skips_held: Count | None = None
+    """The same while the gripper is closed, when what is held hides the view (as --max-skips)."""
     memory_chunks: Chunks | None = None
     """The same: how many chunks the draft attends to what the target left behind, after that what it sees alone (2)."""
     skips_per_agreement: Chunks | None = None

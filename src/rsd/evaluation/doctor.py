@@ -279,13 +279,12 @@ def diagnose(config: DoctorConfig) -> tuple[list[Check], RsdPolicy | None]:
 
 def calibrated(name: str) -> Check:
     """Whether `rsd-skip` can be used: its threshold has to be of these very weights."""
-    from rsd.checkpoint import load_calibration, locate_checkpoint, read_content
+    from rsd.checkpoint import load_calibration, locate_checkpoint, read_content, schedule_of
     from rsd.decoding.calibration import FILE_NAME
 
     directory = locate_checkpoint(name)
-    if not (directory / FILE_NAME).is_file() and (most := read_content(directory)["policy"].get("max_skips")):
-        said = f"a plain schedule: rsd-skip takes at most {most} chunks in a row without the target, nothing promised"
-        return Check("skip calibration", "ok", said)
+    if not (directory / FILE_NAME).is_file() and (schedule := schedule_of(read_content(directory))):
+        return Check("skip calibration", "ok", f"a plain schedule: {schedule}")
     if not (directory / FILE_NAME).is_file():
         return Check("skip calibration", "warn", "none: rsd-skip is not available", "rsd calibrate makes one")
     found = load_calibration(directory)

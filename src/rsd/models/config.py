@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from rsd.checks import Checked, Rules, above, between, multiple
+from rsd.checks import Checked, Count, Rules, above, between, multiple
 from rsd.types import CAMERAS, Chunks, Steps
 
 GROUPS = 8  # of GroupNorm in the cameras' encoders
@@ -84,21 +84,30 @@ class StandaloneDrafterConfig(Checked):
     visual: VisualDrafterConfig = field(default_factory=lambda: VisualDrafterConfig(shrink=1))
 
 
-@dataclass(frozen=True)
-class PolicyConfig(Checked):
-    """Sizes and decoding defaults. fine: `regress` or `sequential` (see `decoding.decoders.rsd`); execute: steps of a
-    chunk that are executed before the next, None: all; max_skips: chunks in a row for which `rsd-skip` does without the
-    target, whatever is forecast, where nothing is calibrated, None: it needs a calibration; without a visual drafter
-    the decoders that need one are refused."""
+@dataclass(frozen=True, kw_only=True)
+class OwnDecoding(Checked):
+    """How a checkpoint decodes by its own config.json. fine: `regress` or `sequential` (see `decoding.decoders.rsd`);
+    execute: steps of a chunk that are executed before the next, None: all; max_skips: chunks in a row for which
+    `rsd-skip` does without the target, whatever is forecast, where nothing is calibrated, None: it needs a calibration;
+    max_skips_held: the same while the gripper is closed."""
 
-    target: TargetConfig = field(default_factory=TargetConfig)
-    feature_drafter: DrafterConfig = field(default_factory=DrafterConfig)
-    visual_drafter: VisualDrafterConfig | None = field(default_factory=VisualDrafterConfig)
     acceptance: str = "margin"
     fine: Literal["regress", "sequential"] = "regress"
     execute: Steps | None = None
     max_skips: Chunks | None = None
+    max_skips_held: Count | None = None
 
+    def rules(self) -> Rules:
+        yield self.max_skips or self.max_skips_held is None, "max_skips with max_skips_held", "none"
+
+
+@dataclass(frozen=True)
+class PolicyConfig(OwnDecoding):
+    """Sizes and decoding defaults; without a visual drafter the decoders that need one are refused."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    feature_drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    visual_drafter: VisualDrafterConfig | None = field(default_factory=VisualDrafterConfig)
 
 @dataclass(frozen=True)
 class LoraConfig(Checked):

@@ -101,7 +101,7 @@ def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: b
 
 def decoding_rows(directory: Path, content: dict[str, Any], config: Any) -> Rows:
     """What it decodes by, and what its calibration promises."""
-    from rsd.checkpoint import CALIBRATION_FILE, load_calibration, proven_decode
+    from rsd.checkpoint import CALIBRATION_FILE, load_calibration, proven_decode, schedule_of
 
     visual_drafter = "yes" if content["policy"].get("visual_drafter") else "no"
     execute = f"{config.execute} steps" if config.execute else "all of it"
@@ -113,8 +113,8 @@ def decoding_rows(directory: Path, content: dict[str, Any], config: Any) -> Rows
         found = load_calibration(directory)
         promise = f"risk <= {found.alpha:g} at confidence {1 - found.delta:g}, epsilon {found.epsilon_mm:g} mm"
         rows.append(("rsd-skip calibrated for", f"{found.suites.replace(',', ', ')}: {promise}"))
-    elif most := content["policy"].get("max_skips"):
-        rows.append(("rsd-skip", f"at most {most} chunks in a row without the target, nothing promised"))
+    elif schedule := schedule_of(content):
+        rows.append(("rsd-skip", schedule))
     return rows
 
 

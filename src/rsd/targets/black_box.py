@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rsd.checks import Millimetres, checked
 from rsd.conventions import shrunk
 from rsd.decoding.acceptance import acceptance_rule
-from rsd.decoding.calibration import fingertip_deviation, most_skips
+from rsd.decoding.calibration import fingertip_deviation
 from rsd.decoding.decoders import proposed
 from rsd.decoding.gate import SkipRule
 from rsd.decoding.primitives import Primitives
@@ -83,8 +83,7 @@ class Drafter:
 
     def must_look(self, state: EpisodeState, skip: SkipRule) -> bool:
         """Whether the target will be asked whatever is drafted."""
-        most = most_skips(skip.max_skips, skip.skips_per_agreement, state.stood[0])
-        return not state.seen[0] or state.skipped[0] >= most
+        return not state.seen[0] or state.skipped[0] >= skip.most(state)[0]
 
     @torch.inference_mode()
     def judged(self, proposal: Proposal, actions: NDArray[np.float32], stats: ChunkStats = DRAFTED) -> ChunkStats:

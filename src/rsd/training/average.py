@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rsd.checkpoint import (
     save_checkpoint,
 )
 from rsd.json_files import section
-from rsd.models.config import TargetConfig
+from rsd.models.config import OwnDecoding, TargetConfig
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.types import RsdError
 
@@ -64,7 +64,7 @@ def average(policies: Sequence[str | Path], output: Path) -> Path:
 
 def alike(content: dict[str, Any]) -> dict[str, Any]:
     """What members have to have in common; content: a config.json."""
-    decoding = ("acceptance", "fine", "execute", "max_skips")  # is the last one's
+    decoding = {each.name for each in fields(OwnDecoding)}  # is the last one's
     sizes = {name: value for name, value in content["policy"].items() if name not in decoding}
     if isinstance(target := sizes.get("target"), dict):  # a checkpoint of before may lack a field
         sizes["target"] = {**asdict(TargetConfig()), **target}

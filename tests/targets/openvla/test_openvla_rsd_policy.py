@@ -269,7 +269,13 @@ def test_a_bfloat16_base_trains_in_float32_beside_it_and_decodes(base: Path, tok
 
     model = finish(trainee)
     body = OpenVlaBody(model, config, Prompt(base), read_normalisation(base))
-    facts = Checkpoint(True, config.acceptance, config.fine, code=tokenizer.config.rfsq, compact=False)
+    facts = Checkpoint(
+        visual_drafter=True,
+        acceptance=config.acceptance,
+        fine=config.fine,
+        code=tokenizer.config.rfsq,
+        compact=False,
+    )
     policy = SpeculativePolicy(model, tokenizer, config, DecodeOptions("rsd-skip"), body=body, facts=facts)
     assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
     scene = PolicyInput(batch.images[:1], batch.state[:1], (words[:1, 32:], words[:1, :32]))
