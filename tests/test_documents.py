@@ -116,6 +116,28 @@ def test_the_tables_of_the_permuted_scenes_are_rows_of_those_made_from_the_raw_r
     assert told in " ".join(shipped.split()), told
 
 
+def test_what_asking_sooner_while_something_is_held_brought_is_what_the_raw_results_say() -> None:
+    folder, names = ROOT / "results" / "held" / "next", ("spatial/skip_8_held_2", "spatial/skip_8_held_2_more")
+    held, rare, target = (
+        {(each.task_id, each.init_state): each for name in runs for each in load_run(folder / name).episodes}
+        for runs in (names, ("skip_own_5/spatial",), ("l1/spatial",))
+    )
+    assert held.keys() == rare.keys() == target.keys()
+    solved = [sum(each.success for each in run.values()) for run in (held, rare, target)]
+    more, fewer = (sum(held[key].success == found != rare[key].success for key in held) for found in (True, False))
+    share = sum(each.prefills for each in held.values()) / sum(each.chunks for each in held.values())
+    told = f"{solved[0]} of {len(held)} at {share:.2f} of the passes, with 5 skips {solved[1]} (+{more} -{fewer})"
+    told += f", its `l1` {solved[2]}"
+    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    assert told in text, told
+    shipped = load_run(ROOT / "results" / "held" / "shipped" / "spatial" / "skip_6_held_2").episodes
+    keys = {(each.task_id, each.init_state) for each in shipped}
+    before = load_run(ROOT / "results" / "averaged_drafter" / "permuted" / "skip_own_5" / "spatial").episodes
+    rare_of = [each.success for each in before if (each.task_id, each.init_state) in keys]
+    told = f"{sum(each.success for each in shipped)} of {len(rare_of)}, with 5 skips {sum(rare_of)}."
+    assert told in text, told
+
+
 def test_successes_of_the_policies_before_are_those_of_the_raw_results() -> None:
     text = (ROOT / "docs" / "results.md").read_text()
     section = text.split("### The first policies")[1].split("\n#")[0]
