@@ -6,7 +6,7 @@
 # interrupted.
 # Usage: train_libero.sh [RUN_FOLDER]. INIT: a checkpoint to begin from, which also drives; without one a policy is trained
 # on the expert's demonstrations first. Of these steps, two GPUs and 32 cores: 4,700 demonstrations rendered in 5 minutes, 1,550
-# driven and rendered in 7 beside a training of 3.5 steps a second on one GPU (2.6 on the other, where the simulators drew:
+# driven (none of libero_90) and rendered in 7, a training 6.4 steps a second on each GPU (a quarter less where simulators draw:
 # MUJOCO_EGL_DEVICE_ID), the drafter alone 21 (10 where policies were evaluated, too), 640 episodes a minute.
 # Further: SEEDS, SUITES, NUM_DEMOS, NUM_NINETY (of libero_90), NUM_MOVING, NUM_DAGGER (a task), NUM_DAGGER_NINETY,
 # EVERY, VIEWS, MAX_SKIPS, FIRST_MINUTES, MINUTES, DRAFTER_MINUTES, STEPS, BATCH, NUM_STATES, NUM_STATES_NINETY, WORKERS, DEVICE,

@@ -85,7 +85,7 @@ def test_a_checkpoint_may_skip_by_a_schedule(policy: RsdPolicy, tmp_path: Path) 
     assert gate_of(tmp_path / "held") == {"skip_schedule": 3, "skip_schedule_held": 1}
     assert RsdPolicy.from_pretrained(tmp_path / "held", decode="rsd-skip").core.decoding.skip.max_skips_held == 1
     assert "3 chunks in a row without the target (1 while" in schedule_of(read_content(tmp_path / "held"))
-    with pytest.raises(RsdError, match="expected max_skips with max_skips_held, found none"):
+    with pytest.raises(RsdError, match="expected max_skips_held of at most max_skips, None, found 1"):
         replace(policy.config, max_skips_held=1)
     (tmp_path / CALIBRATION_FILE).write_text("{}")  # a damaged one is not passed over
     manifest.seal(tmp_path)
@@ -218,7 +218,14 @@ CHECKPOINT_DAMAGE: dict[str, tuple[Damage, str]] = {
         edited_config(lambda c: c["policy"]["feature_drafter"].update(levels=8)),
         "draft: expected 1 to 7 levels",
     ),
-    "unknown acceptance": (edited_config(lambda c: c["policy"].update(acceptance="always")), "acceptance 'always'"),
+    "unknown acceptance": (
+        edited_config(lambda c: c["policy"].update(acceptance="always")),
+        r"config\.json: policy: acceptance 'always'",
+    ),
+    "more while held": (
+        edited_config(lambda c: c["policy"].update(max_skips=2, max_skips_held=3)),
+        r"config\.json: policy: expected max_skips_held of at most max_skips, 2, found 3",
+    ),
 }
 
 

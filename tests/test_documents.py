@@ -3,11 +3,13 @@
 import functools
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rsd.evaluation.results import EpisodeResult
 from rsd.evaluation.statistics import percentiles
 from rsd.reporting.tables import load_run
 from studies import delay_page, permuted_suites_page
@@ -117,25 +119,35 @@ def test_the_tables_of_the_permuted_scenes_are_rows_of_those_made_from_the_raw_r
 
 
 def test_what_asking_sooner_while_something_is_held_brought_is_what_the_raw_results_say() -> None:
-    folder, names = ROOT / "results" / "held" / "next", ("spatial/skip_8_held_2", "spatial/skip_8_held_2_more")
+    folder, names = ROOT / "results" / "held", ("spatial/skip_8_held_2", "spatial/skip_8_held_2_more")
     held, rare, target = (
-        {(each.task_id, each.init_state): each for name in runs for each in load_run(folder / name).episodes}
+        {(each.task_id, each.init_state): each for name in runs for each in load_run(folder / "next" / name).episodes}
         for runs in (names, ("skip_own_5/spatial",), ("l1/spatial",))
     )
     assert held.keys() == rare.keys() == target.keys()
     solved = [sum(each.success for each in run.values()) for run in (held, rare, target)]
     more, fewer = (sum(held[key].success == found != rare[key].success for key in held) for found in (True, False))
-    share = sum(each.prefills for each in held.values()) / sum(each.chunks for each in held.values())
-    told = f"{solved[0]} of {len(held)} at {share:.2f} of the passes, with 5 skips {solved[1]} (+{more} -{fewer})"
-    told += f", its `l1` {solved[2]}"
+
+    def share(episodes: Iterable[EpisodeResult]) -> float:
+        return sum(each.prefills for each in episodes) / sum(each.chunks for each in episodes)
+
+    told = f"{solved[0]} of {len(held)} at {share(held.values()):.2f} of the passes, with 5 skips {solved[1]}"
+    told += f" (+{more} -{fewer}), its `l1` {solved[2]}; "
+    gated = load_run(folder / "next" / "spatial" / "threshold_100_skip_9").episodes
+    same = [held[each.task_id, each.init_state].success for each in gated]
+    found = sum(each.success for each in gated)
+    told += f"under 100 mm, {share(gated):.2f}, {found} of {len(gated)} (held {sum(same)})."
     text = " ".join((ROOT / "docs" / "results.md").read_text().split())
     assert told in text, told
-    shipped = load_run(ROOT / "results" / "held" / "shipped" / "spatial" / "skip_6_held_2").episodes
+    shipped = load_run(folder / "shipped" / "spatial" / "skip_6_held_2").episodes
     keys = {(each.task_id, each.init_state) for each in shipped}
     before = load_run(ROOT / "results" / "averaged_drafter" / "permuted" / "skip_own_5" / "spatial").episodes
     rare_of = [each.success for each in before if (each.task_id, each.init_state) in keys]
-    told = f"{sum(each.success for each in shipped)} of {len(rare_of)}, with 5 skips {sum(rare_of)}."
+    told = f"(6, 2) {sum(each.success for each in shipped)} of {len(rare_of)}, with 5 skips {sum(rare_of)}."
     assert told in text, told
+    for name, most in (("next/spatial/skip_8_held_2_more", 8), ("shipped/spatial/skip_6_held_2", 6)):
+        config = load_run(folder / name).record.config
+        assert (config["max_skips"], config["max_skips_held"]) == (most, 2)
 
 
 def test_successes_of_the_policies_before_are_those_of_the_raw_results() -> None:

@@ -49,6 +49,8 @@ OPTIONS = {
     "study scaling --rounds 0": "--warmup: expected 1 or more, and one of --sizes, found 0, 2, 3",
     "merge ws://127.0.0.1:8000 runs/a": "expected a path, found an address",
     "eval --output https://host/runs": "expected a path, found an address",
+    "eval --max-skips-held 2": "a --skip-threshold-mm with --max-skips-held, as the checkpoint has its own, found none",
+    "eval --decode rsd-skip --skip-threshold-mm 9 --max-skips 2 --max-skips-held 3": "of at most max_skips, 2, found 3",
     "serve --statistics nothing --port 0": "--statistics: expected a checkpoint in OpenVLA's format beside it, found",
 }
 

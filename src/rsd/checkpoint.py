@@ -295,8 +295,11 @@ def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
     """What of a checkpoint decides how it may decode; content: its config.json, checked."""
     policy: dict[str, Any] = content["policy"]
     sizes = policy.keys() - {each.name for each in fields(OwnDecoding)}  # are checked where the weights are read
-    own = from_json(OwnDecoding, policy, f"{directory / CONFIG_FILE}: policy", ignore=sizes)
-    acceptance_rule(own.acceptance, RfsqConfig())  # raises for what is none
+    own = from_json(OwnDecoding, policy, where := f"{directory / CONFIG_FILE}: policy", ignore=sizes)
+    try:
+        acceptance_rule(own.acceptance, RfsqConfig())
+    except RsdError as error:
+        raise RsdError(f"{where}: {error}") from None
     calibration: SkipCalibration | str | None = None
     if own.max_skips is None or (directory / CALIBRATION_FILE).exists():
         try:

@@ -162,8 +162,10 @@ class SpeculativePolicy:
     ) -> None:
         """body: None takes the compact models'; facts: what of the checkpoint decides, None where none was read."""
         runtime = runtime or RuntimeOptions()
-        own = {each.name: getattr(config, each.name) for each in fields(OwnDecoding)}
-        facts = facts or Checkpoint(visual_drafter=model.visual_drafter is not None, **own)
+        facts = facts or Checkpoint(
+            visual_drafter=model.visual_drafter is not None,
+            **{each.name: getattr(config, each.name) for each in fields(OwnDecoding)},
+        )
         facts = replace(facts, code=tokenizer.config.rfsq, horizon=tokenizer.config.horizon)
         self.decoding = decoding = resolve(facts, options or DecodeOptions())
         self.decode, self.temperature, self.execute = decoding.decode, decoding.temperature, decoding.execute

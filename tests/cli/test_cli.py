@@ -194,6 +194,23 @@ for line in lines:
 """
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("train policy", "The same while the gripper is closed; None: as many. (default: None)"),
+        ("train policy", "Share of its samples without a memory of the target (1: it never has one). (default: 0.1)"),
+        ("train drafter", "Every n-th episode never trains its drafts, and its forecast of their deviation is learnt"),
+        ("drafter distil", "Every n-th episode never trains its drafts, and its forecast of their deviation is learnt"),
+    ],
+)
+def test_help_says_what_options_mean_that_several_commands_share(
+    name: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        dispatch([*name.split(), "--help"])
+    assert told in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 def test_help_and_mistakes_of_every_command_are_quick() -> None:
     start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=False)

@@ -79,7 +79,9 @@ def test_while_something_is_held_the_target_is_asked_sooner() -> None:
     forecast = Forecast(torch.zeros(5, 4), torch.zeros(5))
     assert rule.trusts(forecast, state, (False,) * 5) == (True, False, True, True, False)
     assert SkipRule(1e9, 5, max_skips_held=0).trusts(forecast, state, (False,) * 5) == (False, False, True, True, False)
-    assert SkipRule(1e9, 5).most(state) == SkipRule(1e9, 5, max_skips_held=9).most(state) == (5,) * 5
+    assert SkipRule(1e9, 5).most(state) == SkipRule(1e9, 5, max_skips_held=5).most(state) == (5,) * 5
+    with pytest.raises(RsdError, match="expected max_skips_held of at most max_skips, 5, found 6"):
+        SkipRule(1e9, 5, max_skips_held=6)
     assert replace(rule, skips_per_agreement=1).most(state) == (0,) * 5
 
 

@@ -13,8 +13,10 @@ import pytest
 from rsd import manifest
 from rsd.checkpoint import CONFIG_FILE, weights_hash
 from rsd.decoding.calibration import SkipCalibration
-from rsd.evaluation.backend import describe_checkpoint, libero_versions, ready, rsd_policy
+from rsd.decoding.gate import SkipRule
+from rsd.evaluation.backend import decode_options, describe_checkpoint, libero_versions, ready, rsd_policy
 from rsd.evaluation.config import EvalConfig
+from rsd.evaluation.foreign import check_foreign
 from rsd.evaluation.workers import Ready
 from rsd.models.bundle import PolicyConfig, RsdModel
 from rsd.models.corrector import ChunkCorrector
@@ -113,6 +115,14 @@ def test_a_corrector_is_looked_at_before_a_worker_is_started(
     (tmp_path / "corrector" / "model.safetensors").write_bytes(b"")
     with pytest.raises(RsdError, match=r"model\.safetensors: is not what manifest\.json names .*; copy the directory"):
         ready(config)
+
+
+def test_what_is_asked_of_the_gate_reaches_it_and_no_distilled_drafter() -> None:
+    config = EvalConfig(decode="rsd-skip", skip_threshold_mm=9.0, max_skips=4, max_skips_held=2)
+    assert decode_options(config).skip == SkipRule(9.0, 4, max_skips_held=2)
+    assert decode_options(replace(config, max_skips_held=None)).skip == SkipRule(9.0, 4)
+    with pytest.raises(RsdError, match=r"^--max-skips-held: not with --policy policy\.py:P --decode rsd-skip; le"):
+        check_foreign(replace(config, policy="policy.py:P", drafter="drafter"))
 
 
 def calibrate(checkpoint: Path, suites: str) -> None:

@@ -103,8 +103,7 @@ def finished(out: Path, name: str) -> set[int]:
 def finished_by_task(
     out: Path, names: Mapping[int, str], faults: Faults, check: Callable[[Path], object] = Path.exists
 ) -> dict[int, set[int]]:
-    """`finished` of every task; one whose file cannot be read is a fault and left out. check: raises for a file of
-    something else."""
+    """`finished` of every task; one whose file cannot be read is a fault and left out. check: raises for another's."""
     have = {}
     for task, name in names.items():
         try:

@@ -201,8 +201,7 @@ def check_state(expected: str, state: NDArray[np.float32]) -> None:
 
 
 def gripper_sense(rows: Rows, labels: NDArray[np.float32], state: NDArray[np.float32]) -> tuple[float, float] | None:
-    """(what opens, what closes) of the gripper's commands, by where the fingers are some steps later; None where that
-    does not tell."""
+    """(what opens, what closes) of the gripper's commands, by where the fingers are some steps later; None: unclear."""
     values = np.unique(labels[:, GRIPPER]).tolist()
     parts = [part for part in rows.episodes()[:EPISODES_TRIED] if part.stop - part.start > LAG]
     width = state[:, FINGERS] @ np.array([1, -1], np.float32)
@@ -307,8 +306,7 @@ def wrist_turn(pictures: NDArray[np.uint8]) -> str | None:
 
 
 def third_turn(pictures: NDArray[np.uint8], state: NDArray[np.float32]) -> str | None:
-    """How the third-person camera's pictures stand, by where they change while the hand moves; None if that is not
-    clear."""
+    """How the third-person camera's pictures stand, by where they change while the hand moves; None: unclear."""
     width = state[:, FINGERS] @ np.array([1, -1], np.float32)
     closing = np.flatnonzero(width < width[0] - CLOSING)
     stop = closing[0] if len(closing) else len(state)

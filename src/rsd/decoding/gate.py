@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rsd.checks import Checked, Count, Millimetres
+from rsd.checks import Checked, Count, Millimetres, Rules
 from rsd.decoding.calibration import may_skip, most_skips
 from rsd.decoding.state import Draft, EpisodeState, Forecast
 from rsd.types import MAX_SKIPS, MEMORY_CHUNKS, Chunks
@@ -30,6 +30,10 @@ class SkipRule(Checked):
     skips_per_agreement: Chunks | None = None
     max_skips_held: Count | None = None
 
+    def rules(self) -> Rules:
+        held, most = self.max_skips_held, self.max_skips
+        yield held is None or held <= most, f"max_skips_held of at most max_skips, {most}", held
+
     @classmethod
     def schedule(cls, max_skips: int, held: int | None = None) -> SkipRule:
         """No gate: the target runs after every max_skips chunks, at resets and where the gripper switches."""
@@ -37,7 +41,7 @@ class SkipRule(Checked):
 
     def most(self, state: EpisodeState) -> tuple[int, ...]:
         """Chunks in a row that may go without the target now, by row."""
-        held = self.max_skips if self.max_skips_held is None else min(self.max_skips, self.max_skips_held)
+        held = self.max_skips if self.max_skips_held is None else self.max_skips_held
         rows = zip(state.gripper, state.stood, strict=True)
         return tuple(most_skips(held if last else self.max_skips, self.skips_per_agreement, n) for last, n in rows)
 

@@ -58,8 +58,7 @@ def worker_policy(config: EvalConfig) -> Policy:
 
 
 def rsd_policy(config: EvalConfig) -> Policy:
-    """A checkpoint of this package, one in OpenVLA's format, a class of one's own, or what is behind a port; with its
-    drafter."""
+    """A checkpoint of this package or in OpenVLA's format, a class of one's own, or what a port serves; its drafter."""
     if config.drafter:
         return speculating_policy(config)
     if config.custom:

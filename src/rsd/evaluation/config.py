@@ -138,8 +138,7 @@ class EvalConfig(PolicyOptions):
     drafter: str = ""
     """Directory of a drafter that `rsd drafter distil` made for this very policy, whatever kind it is of."""
     continue_steps: Steps | None = None
-    """With a --drafter, rsd-fused: denoising steps that a target by diffusion or flow matching takes from the noised
-    draft (half of its own)."""
+    """With a --drafter, rsd-fused: steps of a diffusion or flow matching target from the noised draft on (half)."""
     temperature: Temperature = 0.0
     """Above 0, ar, parallel, rsd and rsd-fused draw motion tokens from softmax(logits / temperature); 0 takes the
     likeliest."""
@@ -200,7 +199,7 @@ class EvalConfig(PolicyOptions):
 
     def rules(self) -> Rules:
         for name in OF_THE_RULE:
-            needed = f"a --skip-threshold-mm with {option(name)}, as the calibration has its own"
+            needed = f"a --skip-threshold-mm with {option(name)}, as the checkpoint has its own"
             yield self.skip_threshold_mm is not None or getattr(self, name) is None, needed, "none"
         yield engine_rule(self.engine, self.device)
         continues = self.drafter and self.decode in ("rsd-fused", BEST)

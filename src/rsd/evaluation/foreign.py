@@ -20,7 +20,7 @@ WITH_DRAFTER = (TARGET_ONLY, SKIPPING, FUSED, DRAFTER_ONLY)
 MINE = ("acceptance", "temperature", "engine", "batch")  # of this package's own models
 OF_THE_GATE = ("skip_threshold_mm", "max_skips", "skips_per_agreement")  # of a distilled drafter's, and an audit
 OF_A_MACHINE = ("device", "threads")  # a server has its own
-OF_A_MEMORY = ("memory_chunks", "target_at_reset")  # of it: a distilled drafter has none, and always looks at reset
+OF_A_MEMORY = ("memory_chunks", "max_skips_held", "target_at_reset")  # a distilled drafter always looks at reset
 
 
 def is_foreign(config: EvalConfig) -> bool:

@@ -146,8 +146,7 @@ class RealTime(Pace):
         self._drawn = 0.0  # when its cameras' images were there
 
     def __exit__(self, *_: object) -> None:
-        """Wait for the pending verification, whatever happened: its exception ends the episode, beside one that is
-        under way."""
+        """Wait for the pending verification, whatever happened: its exception, beside another, ends the episode."""
         try:
             self._join()
         finally:
@@ -208,8 +207,7 @@ class RealTime(Pace):
             self._following = self._executor.submit(lambda: (policy.complete(), self._clock()))
 
     def _join(self) -> bool | None:
-        """Wait for the pending verification and raise what it raised -> whether it was still under way, None without
-        one."""
+        """Wait for the pending verification and raise what it raised -> whether it was still at work; None: none."""
         following, self._following = self._following, None
         if following is None:
             return None

@@ -86,19 +86,21 @@ class StandaloneDrafterConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class OwnDecoding(Checked):
-    """How a checkpoint decodes by its own config.json. fine: `regress` or `sequential` (see `decoding.decoders.rsd`);
-    execute: steps of a chunk that are executed before the next, None: all; max_skips: chunks in a row for which
-    `rsd-skip` does without the target, whatever is forecast, where nothing is calibrated, None: it needs a calibration;
-    max_skips_held: the same while the gripper is closed."""
+    """How a checkpoint decodes by its own config.json."""
 
     acceptance: str = "margin"
     fine: Literal["regress", "sequential"] = "regress"
+    """See `decoding.decoders.rsd`."""
     execute: Steps | None = None
+    """Steps of a chunk that are executed before the next; None: all."""
     max_skips: Chunks | None = None
+    """Chunks in a row that rsd-skip does without the target where nothing is calibrated; None: it needs that."""
     max_skips_held: Count | None = None
+    """The same while the gripper is closed; None: as many."""
 
     def rules(self) -> Rules:
-        yield self.max_skips or self.max_skips_held is None, "max_skips with max_skips_held", "none"
+        held, most = self.max_skips_held, self.max_skips
+        yield held is None or held <= (most or -1), f"max_skips_held of at most max_skips, {most}", held
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class PolicyConfig(OwnDecoding):
     target: TargetConfig = field(default_factory=TargetConfig)
     feature_drafter: DrafterConfig = field(default_factory=DrafterConfig)
     visual_drafter: VisualDrafterConfig | None = field(default_factory=VisualDrafterConfig)
+
 
 @dataclass(frozen=True)
 class LoraConfig(Checked):

@@ -284,8 +284,7 @@ class TargetModel(BlockTarget):
 
     @fusible
     def _together(self, prefix: Tensor, queries: Tensor, apart: bool = False) -> tuple[Tensor, Tensor]:
-        """Prefix and query positions as one sequence, and which of them may attend to which; apart: no block to
-        another."""
+        """Prefix and query positions as one sequence, and which may attend to which; apart: no block to another."""
         length, total = prefix.shape[1], prefix.shape[1] + queries.shape[1]
         mask = torch.ones(total, total, dtype=torch.bool, device=prefix.device)
         # the prefix does not see the queries: its cache is the same for all decoders

@@ -483,8 +483,7 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
 
 
 def make_libero(suite: str, task: int, **options: Any) -> LiberoEnv:
-    """`gymnasium.make("rsd.sim.libero:rsd/Libero-v0", suite=..., task=...)`; the prefix is for whoever has not imported
-    this module."""
+    """`gymnasium.make("rsd.sim.libero:rsd/Libero-v0", suite=..., task=...)`; the prefix imports this module."""
     return LiberoEnv(suite, task, **options)
 
 

@@ -119,8 +119,7 @@ class Drafter:
         return np.ascontiguousarray(actions[: self.horizon], dtype=np.float32)
 
     def after(self, state: EpisodeState, executed: NDArray[np.float32], stood: bool | None) -> EpisodeState:
-        """executed: actions [>= H, 7] that the robot takes; stood: whether the draft did, None where the target was not
-        asked."""
+        """executed: actions [>= H, 7] that the robot takes; stood: whether the draft did, None: nobody asked."""
         if stood is None:
             return state.went_without(1)
         return state.looked(None, int(executed[self.horizon - 1][-1] > 0), stood)

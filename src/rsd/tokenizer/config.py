@@ -85,8 +85,7 @@ class TokenizerConfig(Checked):
     """What is 1 in a dimension: its largest coefficient but for 1 in 10,000 (reach), its 1 % and 99 % quantiles, its
     extremes, or its standard deviation."""
     binary: tuple[Annotated[int, between(-1024, 1023)], ...] = (-1,)
-    """Dimensions that are one exact binary symbol a step (grippers), e.g. 6 13 for two arms of 7; without a number:
-    none."""
+    """Dimensions that are one exact binary symbol a step (grippers), e.g. 6 13 for two arms of 7; no number: none."""
     binary_values: tuple[tuple[float, float], ...] = ()
     """The lower and the upper value of each of them, e.g. 0 1; empty: the two that the data hold."""
     limit: Annotated[float, between(0, 1e9)] = 1.0

@@ -44,15 +44,15 @@ class LoopConfig(Checked):
 
 @dataclass(frozen=True)
 class DrafterLoss(Checked):
-    """Of a drafter alone. blind: share of the visual drafter's samples without a memory of the target (1: it never has
-    one); forecast_every: every n-th episode never trains the visual drafter's drafts, and its forecast of their
-    deviation is learnt on these alone: on frames that it knows by heart a draft hardly deviates (0: both learn on
-    everything); the others are weights."""
+    """Of the visual drafter; regress and deviation are weights."""
 
     regress: Weight = 5.0
     blind: Share = 0.1
+    """Share of its samples without a memory of the target (1: it never has one)."""
     deviation: Weight = 0.2
     forecast_every: Annotated[int, Where(lambda n: n == 0 or 2 <= n <= 10**6, "that is 0 or from 2 to 1000000")] = 0
+    """Every n-th episode never trains its drafts, and its forecast of their deviation is learnt on these alone: on
+    frames that it knows by heart a draft hardly deviates (0: both learn on everything)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LossConfig(DrafterLoss):
     """draft_share: part of the batch on a draft's prefixes; jitter: largest share of digits disturbed in the rest;
     level_decay: weight of a level's loss relative to the one above, past the coarse ones; counterfactual: share of the
     whole drafts judged in training that are another sample's, so that the block that is told a draft learns to doubt
-    it; the others are weights. grounding: of saying, on half of the batch, where each thing is seen that could have
+    it; parallel, gripper: weights. grounding: of saying, on half of the batch, where each thing is seen that could have
     been asked for (needs a target that is `grounded` and rendered demonstrations of a permuted suite). committed: share
     of the rows (of a visual drafter's pairs, of the earlier ones) that are told actions of their chunk (needs a target
     that is `committed`). levels_every: the blocks of the levels are trained on every n-th row of the batch (4: two
@@ -172,7 +172,7 @@ class TrainDrafterConfig(OnDemonstrations):
     own_prefix: Share = 0.5
     """Share of the batch on which a draft that reads the prefill continues its own digits."""
     remembered_chunks: Remembered = Training.remembered_chunks
-    """As of `rsd train policy`."""
+    """The visual one is trained to remember the target's run of 1 to this many chunks before."""
     loss: DrafterLoss = field(default_factory=DrafterLoss)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5_000))
 

@@ -223,8 +223,7 @@ def drafter_losses(
 
 
 def shares_of(batch: Batch, rows: int, config: DrafterLoss) -> tuple[Tensor | None, Tensor | None]:
-    """Which of the first rows train the drafts, and which the forecast of their deviation: 1 or 0 each, [rows]; None
-    for all of them."""
+    """Which of the first rows train the drafts, and which the forecast of their deviation: 1 or 0 [rows]; None: all."""
     if not config.forecast_every:
         return None, None
     if batch.episode is None:
