@@ -462,7 +462,7 @@ def test_a_run_of_before_the_target_ran_at_reset_goes_on_as_it_was_begun() -> No
         assert "target_at_reset" not in found.identity
         assert (found.hash == now.hash) == (decode != "rsd-skip")  # only a gate can tell
         assert stored_config(asdict(now), "there") == now
-    with pytest.raises(RsdError, match="expected a --skip-threshold-mm with --max-skips, as the calibration has its o"):
+    with pytest.raises(RsdError, match="expected a --skip-threshold-mm with --max-skips, as the checkpoint has its o"):
         stored_config({**asdict(EvalConfig()), "max_skips": 4}, "there")
 
 
