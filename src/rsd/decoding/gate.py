@@ -19,7 +19,7 @@ class SkipRule(Checked):
     for memory_chunks chunks; after that it acts on what it sees, as at an episode's start: what has moved meanwhile
     would mislead it. target_at_reset: the target always runs on an episode's first observation, where it is decided
     *which thing* to go for: without that a gate keeps nothing of what the target knows (docs/results.md).
-    max_skips_held: the same while the gripper is closed, when *where to* is decided; None: no fewer.
+    max_skips_held: as max_skips, while the gripper is closed, when *where to* is decided; None: no fewer.
     skips_per_agreement: trust is earned. After the target's last k runs in a row found that the draft stood, it is
     skipped at most k times this often in a row, so not at all after a draft that it rejected; None: no such limit."""
 

@@ -104,7 +104,7 @@ class PolicyOptions(Checked):
     max_skips: Chunks | None = None
     """For rsd-skip with a threshold of its own: chunks in a row without the target, at most (6)."""
     max_skips_held: Count | None = None
-    """The same while the gripper is closed, when what is held hides the view (as --max-skips)."""
+    """The same while the gripper is closed (as --max-skips)."""
     memory_chunks: Chunks | None = None
     """The same: how many chunks the draft attends to what the target left behind, after that what it sees alone (2)."""
     skips_per_agreement: Chunks | None = None
