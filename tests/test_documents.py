@@ -139,6 +139,8 @@ def test_what_asking_sooner_while_something_is_held_brought_is_what_the_raw_resu
     told += f"under 100 mm, {share(gated):.2f}, {found} of {len(gated)} (held {sum(same)})."
     text = " ".join((ROOT / "docs" / "results.md").read_text().split())
     assert told in text, told
+    alone = load_run(folder / "next" / "spatial" / "drafter_alone").episodes
+    assert f"drafter alone {sum(each.success for each in alone)}/{len(alone)})" in text
     shipped = load_run(folder / "shipped" / "spatial" / "skip_6_held_2").episodes
     keys = {(each.task_id, each.init_state) for each in shipped}
     before = load_run(ROOT / "results" / "averaged_drafter" / "permuted" / "skip_own_5" / "spatial").episodes
