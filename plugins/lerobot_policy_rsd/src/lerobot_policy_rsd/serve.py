@@ -44,7 +44,7 @@ def serve(given: argparse.Namespace) -> None:
     import torch
 
     from lerobot_policy_rsd.hosted import HostedPolicy
-    from rsd.serving.server import PolicyServer, reserve, serve_until_signal
+    from rsd.serving.server import PolicyServer, reserve, until_signal
     from rsd.serving.service import versions_on
 
     print_address = partial(print, file=sys.stdout, flush=True)
@@ -54,7 +54,8 @@ def serve(given: argparse.Namespace) -> None:
             torch.set_num_threads(given.threads)
         policy = HostedPolicy(given.policy, given.device, given.execute)
         versions = {**versions_on(given.device), "lerobot": version("lerobot")}
-        serve_until_signal(PolicyServer(policy, policy.identity, versions, door), print_address)
+        server = PolicyServer(policy, policy.identity, versions, door)
+        until_signal(lambda stop: server.run(stop, print_address))
 
 
 def end_with_stdin() -> None:
