@@ -1,5 +1,5 @@
-"""The plugin for LeRobot runs in an environment of its own, whose tests (`make test-lerobot`) are seldom run: what it takes
-from `rsd` has to be there."""
+"""The plugin for LeRobot runs in an environment of its own, whose tests (`make test-lerobot`) are seldom run: what it
+takes from `rsd` has to be there."""
 
 import ast
 import importlib

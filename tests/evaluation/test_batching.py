@@ -110,7 +110,8 @@ def test_episodes_that_remember_are_those_of_a_policy_of_their_own(
             assert np.abs(one.answer - other.answer).mean() < 1e-3
         counts = [(s.prefills, s.skipped, s.forced, s.accepted_levels) for s in (one.stats, other.stats)]
         assert counts[0] == counts[1]
-        assert other.stats.expected_deviation_mm == pytest.approx(one.stats.expected_deviation_mm, rel=1e-3)
+        close = 1e-3 if device == "cpu" else 2e-2  # a GPU multiplies in TF32, a batch by other kernels
+        assert other.stats.expected_deviation_mm == pytest.approx(one.stats.expected_deviation_mm, rel=close)
         assert other.stats.deviation_mm == pytest.approx(one.stats.deviation_mm, rel=1e-2, abs=1e-2)
     if decode == "rsd-skip":
         assert 0 < sum(bool(chunk.stats.skipped) for _, chunk in flat) < len(flat)
