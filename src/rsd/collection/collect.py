@@ -261,26 +261,27 @@ def collect(config: CollectConfig) -> dict[str, int]:
                 faults.failed(f"{names[task]}{FILE_SUFFIX}", str(error))
                 return merged[task]
 
-        with workers.worker_pool(config.num_workers) as pool, workers.progress_bar() as bar:
-            shown = bar.add_task("demonstrations", total=total, completed=total - left)
-            jobs = {pool.submit(_collect_batch, config, task, indices): task for task, indices in batches}
-            for job in as_completed(jobs):
-                task = jobs[job]
-                done, failed = job.result()
-                for index, fault in failed:
-                    faults.failed(f"{names[task]} demo_{index}", fault)
-                bar.advance(shown, done)
-                if not bar.console.is_terminal:
-                    bar.console.print(f"{int(bar.tasks[0].completed)}/{total} demonstrations, last: {names[task]}")
-                parts = workers.part_files(config.out / workers.PARTS / names[task])
-                if len(parts) >= max(2 * BATCH, merged[task]):  # doubling: each byte is copied twice at most
-                    merged[task] = merge_of(task)
-        counts = {names[task]: merge_of(task) for task in have}
+        try:
+            with workers.worker_pool(config.num_workers) as pool, workers.progress_bar() as bar:
+                shown = bar.add_task("demonstrations", total=total, completed=total - left)
+                jobs = {pool.submit(_collect_batch, config, task, indices): task for task, indices in batches}
+                for job in as_completed(jobs):
+                    task = jobs[job]
+                    done, failed = job.result()
+                    for index, fault in failed:
+                        faults.failed(f"{names[task]} demo_{index}", fault)
+                    bar.advance(shown, done)
+                    if not bar.console.is_terminal:
+                        bar.console.print(f"{int(bar.tasks[0].completed)}/{total} demonstrations, last: {names[task]}")
+                    parts = len(workers.part_files(config.out / workers.PARTS / names[task]))
+                    if parts >= max(2 * BATCH, merged[task]):  # doubling: each byte is copied twice at most
+                        merged[task] = merge_of(task)
+        finally:  # of an interrupted run, too, what is finished can be rendered
+            counts = {names[task]: merge_of(task) for task in have}
     following = f"demos render --source {config.out}" if config.states_only else f"tokenizer fit --data {config.out}"
-    if any(counts.values()):
-        made = plural(sum(counts.values()), "demonstration")
-        print(f"{made} in {config.out}; next: rsd {following}", file=sys.stderr)
-    faults.raise_any(f"of {total} demonstrations or their files", sum(counts.values()))
+    if made := sum(counts.values()):
+        print(f"{plural(made, 'demonstration')} in {config.out}; next: rsd {following}", file=sys.stderr)
+    faults.raise_any(f"of {total} demonstrations or their files", made)
     return counts
 
 

@@ -237,5 +237,4 @@ def fixed_states(suite: str, task_id: int) -> NDArray[np.float64]:
 
 def fixed_layout(suite: str, task_id: int, k: int) -> permuted.Layout:
     """The layout of the fixed state k of a permuted suite's task: of held-out combinations where k is odd."""
-    rng = np.random.default_rng([EVALUATION, task_id, k])
-    return permuted_layout(suite, task_id, rng, held_out=bool(k % 2))
+    return permuted_layout(suite, task_id, np.random.default_rng([EVALUATION, task_id, k]), held_out=bool(k % 2))

@@ -60,7 +60,8 @@ def serve(given: argparse.Namespace) -> None:
 
 def end_with_stdin() -> None:
     """Whatever ends the parent, even SIGKILL, closes its end."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1 << 16):  # a thread in sys.stdin aborts a Python that ends: why is lost
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
