@@ -2,7 +2,7 @@
 takes from `rsd` has to be there."""
 
 import ast
-import importlib
+import importlib.util
 from pathlib import Path
 
 import pytest
