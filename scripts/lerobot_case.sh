@@ -18,6 +18,7 @@ read -ra policies <<< "${POLICIES:-act diffusion}"
 read -ra suites <<< "${SUITES:-libero_spatial libero_object_permuted}"
 device=${DEVICE:-cuda}
 side=${IMAGE_SIZE:-128}
+export CONTINUED=${CONTINUED-2 5} # denoising steps of diffusion's ten
 t_end=${T_END:-$(($(date +%s) + 1440))}
 mkdir -p "$OUT/log"
 [ -z "${CORES:-}" ] || taskset -cp "$CORES" $$ > "$OUT/log/cores"
@@ -124,13 +125,18 @@ evaluate() { # policy, name, seconds at most, suites, further options
 }
 schedule=(--decode rsd-skip --skip-threshold-mm 1e9 --max-skips "${MAX_SKIPS:-5}") # instead of the drafter's own gate
 speculate() { # policy, suite, states: a drafter, then with it and it alone
-    local policy=$1 suite=$2 number=$3
+    local policy=$1 suite=$2 number=$3 steps
     KEEP=$((KEEP + ${AFTER_DISTIL:-280})) rsd "$policy-distil-$suite" "${DISTIL_SECONDS:-600}" drafter distil --target "lerobot:$(made "$policy")" \
         --task-suite "$suite" --tasks "${TASKS:-all}" --device "$device" --num-workers "${WORKERS:-$half}" \
         --num-rollouts "${ROLLOUTS:-8}" --num-dagger "${DAGGER:-5}" --rounds "${ROUNDS:-2}" \
         --num-calibration "${CALIBRATION:-3}" --loop.steps "${DISTIL_STEPS:-2000}" --output "$OUT/distil/$policy/$suite" \
         || return
     local drafter=$OUT/distil/$policy/$suite/drafter
+    if [ "$policy" = diffusion ]; then # it denoises: from the draft on, the last steps
+        for steps in $CONTINUED; do
+            evaluate "$policy" "continue-$steps" 180 "$suite" --num-trials "$number" --drafter "$drafter" --continue-steps "$steps"
+        done
+    fi
     evaluate "$policy" schedule 180 "$suite" --num-trials "$number" --drafter "$drafter" "${schedule[@]}"
     evaluate "$policy" rsd-skip 180 "$suite" --num-trials "$number" --drafter "$drafter" --decode rsd-skip
     evaluate "$policy" drafter-only 180 "$suite" --num-trials $(((number + 1) / 2)) --drafter "$drafter" --decode drafter-only
@@ -145,7 +151,7 @@ whole() { # policy, states
     wait "${running[@]}"
 }
 times() { # device, cores: one simulator at a time, on cores of its own
-    local suite policy threads=1 options
+    local suite policy steps threads=1 options
     [ "$1" != cpu ] || threads=2
     for policy in "${policies[@]}"; do
         for suite in "${suites[@]}"; do
@@ -162,12 +168,12 @@ times() { # device, cores: one simulator at a time, on cores of its own
 }
 table() {
     "$python" - "$OUT" "$device" "${#policies[@]}" "${policies[@]}" "${suites[@]}" << 'END'
-import json, sys
+import json, os, sys
 from pathlib import Path
 from rsd.evaluation.statistics import paired_difference
 
 out, device, count, *names = sys.argv[1:]
-policies, suites, speculating = names[: int(count)], names[int(count) :], ("schedule", "rsd-skip")
+policies, suites, speculating = names[: int(count)], names[int(count) :], [*(f"continue-{n}" for n in os.environ["CONTINUED"].split()), "schedule", "rsd-skip"]
 def episodes(*where):
     path = Path(out, *where, "episodes.jsonl")
     read = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
