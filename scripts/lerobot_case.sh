@@ -138,8 +138,8 @@ speculate() { # policy, suite, states: a drafter, then with it and it alone
         done
     fi
     evaluate "$policy" schedule 180 "$suite" --num-trials "$number" --drafter "$drafter" "${schedule[@]}"
-    evaluate "$policy" rsd-skip 180 "$suite" --num-trials "$number" --drafter "$drafter" --decode rsd-skip
     evaluate "$policy" drafter-only 180 "$suite" --num-trials $(((number + 1) / 2)) --drafter "$drafter" --decode drafter-only
+    evaluate "$policy" rsd-skip 180 "$suite" --num-trials "$number" --drafter "$drafter" --decode rsd-skip
 }
 whole() { # policy, states
     local suite running=()
@@ -163,6 +163,11 @@ times() { # device, cores: one simulator at a time, on cores of its own
                 --output "$OUT/times/$1/$policy/$suite"
             LEAST=15 stage "times-$1-$policy-$suite-schedule" 60 taskset -c "$2" "$python" -m rsd eval "${schedule[@]}" \
                 "${options[@]}" --output "$OUT/times/$1/$policy/$suite/schedule"
+            [ "$policy" = diffusion ] || continue
+            for steps in $CONTINUED; do
+                LEAST=15 stage "times-$1-$policy-$suite-continue-$steps" 60 taskset -c "$2" "$python" -m rsd eval "${options[@]}" \
+                    --continue-steps "$steps" --output "$OUT/times/$1/$policy/$suite/continue-$steps"
+            done
         done
     done
 }
@@ -173,7 +178,8 @@ from pathlib import Path
 from rsd.evaluation.statistics import paired_difference
 
 out, device, count, *names = sys.argv[1:]
-policies, suites, speculating = names[: int(count)], names[int(count) :], [*(f"continue-{n}" for n in os.environ["CONTINUED"].split()), "schedule", "rsd-skip"]
+policies, suites = names[: int(count)], names[int(count) :]
+speculating = [*(f"continue-{steps}" for steps in os.environ["CONTINUED"].split()), "schedule", "rsd-skip"]
 def episodes(*where):
     path = Path(out, *where, "episodes.jsonl")
     read = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
