@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -47,11 +47,8 @@ class InThisProcess:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Collects and renders without processes of its own, each of which would import and compile everything anew."""
-    for module in ("workers", "render"):
-        name = f"rsd.collection.{module}.worker_pool"
-        monkeypatch.setattr(name, lambda _: contextlib.nullcontext(InThisProcess()))
-    for module in ("collect", "render"):
-        monkeypatch.setattr(f"rsd.collection.{module}.as_completed", list)
+    monkeypatch.setattr("rsd.collection.workers.worker_pool", lambda _: contextlib.nullcontext(InThisProcess()))
+    monkeypatch.setattr("rsd.collection.workers.as_completed", list)
 
 
 @pytest.fixture(scope="module")
@@ -99,20 +96,6 @@ def test_a_run_resumes_and_a_demonstration_does_not_depend_on_the_run(
     env.close()
     np.testing.assert_array_equal(demos[2].labels, alone.expert_actions.astype(np.float32))
     assert demos[2].placement_seed == alone.attributes["placement_seed"]
-
-
-def test_what_an_interrupted_run_has_finished_can_be_rendered(
-    config: CollectConfig, tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(jobs: Iterable[Any]) -> Iterator[Any]:
-        yield next(iter(jobs))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(collecting, "as_completed", interrupted)
-    begun = replace(config, out=tmp_path / "begun", num_demos=1)
-    with pytest.raises(KeyboardInterrupt):
-        collect(begun)
-    assert len(list(load_demonstrations(begun.out))) == 1
 
 
 def test_other_settings_are_refused(config: CollectConfig, collected: list[Demonstration]) -> None:

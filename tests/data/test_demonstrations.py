@@ -14,7 +14,16 @@ import pytest
 from rsd.collection.workers import part_files
 from rsd.conventions import rotate_180
 from rsd.data.demonstrations import load_demonstrations
-from rsd.data.schema import FILE_SUFFIX, FORMAT_VERSION, Episode, atomic_file, merge, open_file, write_episode
+from rsd.data.schema import (
+    FILE_SUFFIX,
+    FORMAT_VERSION,
+    DamagedFile,
+    Episode,
+    atomic_file,
+    merge,
+    open_file,
+    write_episode,
+)
 from rsd.locks import exclusive
 from rsd.types import RsdError
 
@@ -161,6 +170,36 @@ def test_merging_adds_replaces_and_keeps(tmp_path: Path) -> None:
     assert len(demos["demo_1"]) == 9
     assert demos["demo_1"].images is not None
     np.testing.assert_array_equal(demos["demo_0"].actions, episode(0).actions.astype(np.float32))
+
+
+def test_a_damaged_part_is_named_and_the_file_stays_as_it_was(tmp_path: Path) -> None:
+    path, good, bad = own_file(tmp_path, (0,)), part(tmp_path, episode(1)), part(tmp_path, episode(2))
+    before, content = path.read_bytes(), bytearray(bad.read_bytes())
+    with h5py.File(bad) as file:
+        place = file["demo_2/actions"].id.get_offset()
+    content[800:place] = b"\xa5" * (place - 800)
+    bad.write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"demo_2.hdf5, demo_2: not readable .* move it away"):
+        merge(path, [good, bad], {}, {})
+    assert path.read_bytes() == before
+    assert good.exists()
+
+
+def test_a_write_that_was_killed_leaves_nothing_once_it_is_done(tmp_path: Path) -> None:
+    path = tmp_path / "demo_3.hdf5"
+    code = f"""
+import os
+from pathlib import Path
+from rsd.data.schema import atomic_file
+with atomic_file(Path({str(path)!r})) as file:
+    file.create_group("half")
+    os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not path.exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    assert part(tmp_path, episode(3)) == path
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def delete(key: str) -> Callable[[h5py.Group], None]:

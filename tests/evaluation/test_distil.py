@@ -237,12 +237,12 @@ class Failing:
         (
             False,
             SystemExit(0),
-            r"^1 of 30 rollouts .* task_0 episode 2 \(the target's predict: SystemExit: 0\); finished",
+            r"^1 of 30 rollouts .* task_0 demo_2 \(the target's predict: SystemExit: 0\); finished",
         ),
         (
             False,
             KeyError("state"),
-            r"^1 of 30 rollouts .* task_0 episode 2 \(the target's predict: KeyError: 'state'\); finished",
+            r"^1 of 30 rollouts .* task_0 demo_2 \(the target's predict: KeyError: 'state'\); finished",
         ),
         (
             True,

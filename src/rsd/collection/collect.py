@@ -15,7 +15,6 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
-from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +25,6 @@ from numpy.typing import NDArray
 from rsd.checks import Checked, ImageSize, Millimetres, Rules, Seed, Share, between
 from rsd.collection import workers
 from rsd.collection.policy_driver import PolicyDriver
-from rsd.collection.workers import Workers
 from rsd.data.schema import FILE_SUFFIX, DamagedFile, Episode, merge, open_data, read_provenance, reading, stored_names
 from rsd.expert import expert
 from rsd.expert.goals import solvable_tasks, task_goals
@@ -76,7 +74,7 @@ class CollectConfig(Checked):
     """Successful demonstrations per task. Raise it later and run again to add more."""
     seed: Seed = 0
     """Seed of everything."""
-    num_workers: Workers = 2
+    num_workers: workers.Workers = 2
     """Processes."""
     states_only: bool = False
     """Record no images (fast; only a driving policy needs a renderer then); `rsd demos render` adds them later."""
@@ -252,32 +250,8 @@ def collect(config: CollectConfig) -> dict[str, int]:
         batches = workers.batched(config.num_demos, have, BATCH)
         total, left = config.num_demos * len(have), sum(len(indices) for _, indices in batches)
         print(f"{config.suite}: {left} of {total} demonstrations to collect, starting workers", file=sys.stderr)
-        merged = {task: len(indices) for task, indices in have.items()}
-
-        def merge_of(task: int) -> int:
-            try:
-                return _merge(config, task)
-            except DamagedFile as error:
-                faults.failed(f"{names[task]}{FILE_SUFFIX}", str(error))
-                return merged[task]
-
-        try:
-            with workers.worker_pool(config.num_workers) as pool, workers.progress_bar() as bar:
-                shown = bar.add_task("demonstrations", total=total, completed=total - left)
-                jobs = {pool.submit(_collect_batch, config, task, indices): task for task, indices in batches}
-                for job in as_completed(jobs):
-                    task = jobs[job]
-                    done, failed = job.result()
-                    for index, fault in failed:
-                        faults.failed(f"{names[task]} demo_{index}", fault)
-                    bar.advance(shown, done)
-                    if not bar.console.is_terminal:
-                        bar.console.print(f"{int(bar.tasks[0].completed)}/{total} demonstrations, last: {names[task]}")
-                    parts = len(workers.part_files(config.out / workers.PARTS / names[task]))
-                    if parts >= max(2 * BATCH, merged[task]):  # doubling: each byte is copied twice at most
-                        merged[task] = merge_of(task)
-        finally:  # of an interrupted run, too, what is finished can be rendered
-            counts = {names[task]: merge_of(task) for task in have}
+        make, merged = functools.partial(_collect_batch, config), functools.partial(_merge, config)
+        counts = workers.make_all("demonstrations", names, have, batches, make, merged, faults, config.num_workers)
     following = f"demos render --source {config.out}" if config.states_only else f"tokenizer fit --data {config.out}"
     if made := sum(counts.values()):
         print(f"{plural(made, 'demonstration')} in {config.out}; next: rsd {following}", file=sys.stderr)
@@ -318,7 +292,7 @@ def driving_policy(config: CollectConfig) -> Policy:
     return RsdPolicy.from_pretrained(config.policy, decode=config.policy_decode, execute=config.execute, skip=skip)
 
 
-def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> tuple[int, list[tuple[int, str]]]:
+def _collect_batch(config: CollectConfig, task_id: int, indices: list[int]) -> workers.Made:
     policy = driving_policy(config) if config.policy else None
     size = policy.image_size if policy is not None else config.image_size
     env = workers.worker_environment(config.suite, task_id, size, cameras=policy is not None or not config.states_only)

@@ -6,11 +6,11 @@ A frame is drawn from the recorded state and fixture poses. The simulator's own 
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsd.checks import Checked, ImageSize, Share, Some
-from rsd.collection.workers import Workers, check_place, part_files, progress_bar, worker_environment, worker_pool
+from rsd.collection.workers import Made, Workers, check_place, make_all, part_files, worker_environment
 from rsd.data import h5py
 from rsd.data.demonstrations import demonstration_files
 from rsd.data.schema import (
@@ -108,35 +108,24 @@ def render(config: RenderConfig) -> dict[str, int]:
     check_gl()
     faults = Faults(f"what is rendered is kept in {out}; the same command tries the others again")
     with exclusive(out):
-        jobs: list[tuple[Path, str, int, list[str]]] = []
-        files: list[Path] = []
-        done = total = 0
+        have: dict[Path, set[str]] = {}
+        batches: list[tuple[Path, list[str]]] = []
         for path in demonstration_files(config.source):
             try:
-                suite, task_id = _task_of(path, config)
+                _task_of(path, config)
                 if not (wanted := stored_names(path)[: config.max_per_task]):
                     raise RsdError(f"{path}: expected demonstrations, found none; collect them again")
-                made = (config.image_size, config.every, config.views)
-                parts = [part for part in part_files(_folder(out, path)) if _images_of(part) == made]
-                have = _rendered(out / path.name, config) | {part.stem for part in parts}
+                have[path] = _rendered(config, out, path).intersection(wanted)
             except OtherImages:
                 raise
             except RsdError as error:
                 faults.failed(path.name, str(error))
                 continue
-            files.append(path)
-            missing = [name for name in wanted if name not in have]
-            total += len(wanted)
-            done += len(wanted) - len(missing)
-            jobs += [(path, suite, task_id, missing[i : i + BATCH]) for i in range(0, len(missing), BATCH)]
-        with worker_pool(config.num_workers) as pool, progress_bar(bool(files)) as bar:
-            shown = bar.add_task("rendered demonstrations", total=total, completed=done)
-            for job in as_completed([pool.submit(_render_batch, config, out, *arguments) for arguments in jobs]):
-                done, failed = job.result()
-                for piece, fault in failed:
-                    faults.failed(piece, fault)
-                bar.advance(shown, done)
-        counts = {path.name.removesuffix(FILE_SUFFIX): _merge(config, out, path) for path in files}
+            missing = [name for name in wanted if name not in have[path]]
+            batches += [(path, missing[i : i + BATCH]) for i in range(0, len(missing), BATCH)]
+        names = {path: path.name.removesuffix(FILE_SUFFIX) for path in have}
+        make, merge_of = functools.partial(_render_batch, config, out), functools.partial(_merge, config, out)
+        counts = make_all("rendered demonstrations", names, have, batches, make, merge_of, faults, config.num_workers)
     faults.raise_any(f"of the demonstrations or files in {config.source}", sum(counts.values()))
     told = f"{plural(sum(counts.values()), 'demonstration')} with images in {out}"
     print(f"{told}; next: rsd train policy --data {out}", file=sys.stderr)
@@ -166,44 +155,38 @@ def _task_of(path: Path, config: RenderConfig) -> tuple[str, int]:
     raise RsdError(f"render: expected the name of a {suite} task, found {name} ({path})")
 
 
-def _rendered(path: Path, config: RenderConfig) -> set[str]:
-    """Demonstrations of a file that have images. Raises RsdError if those are of another size or of other steps."""
+def _rendered(config: RenderConfig, out: Path, path: Path) -> set[str]:
+    """Demonstrations that have images, merged or as parts."""
     found: set[str] = set()
-    if not (names := stored_names(path)):
-        return found
-    with open_data(path) as data:
-        where = f"demonstrations {path}"
-        for name in names:
-            group = member(data, name, where)
-            if IMAGE_KEYS[0] not in member(group, "obs", where):
-                continue
-            size, every, views = _images_in(group, where)
-            if (size, every, views) != (config.image_size, config.every, config.views):
-                asked = f"{config.image_size} px of every {config.every}. step, --views {config.views:g}"
-                found_there = f"{size} px of every {every}. step, --views {views:g}"
-                raise OtherImages(
-                    f"render: {path} holds images of {found_there}, asked for were {asked}; choose another --out"
-                )
-            found.add(name)
+    for part in part_files(_folder(out, path)):
+        with open_file(part) as file:
+            found |= _with_images(config, part, file, [part.stem])
+    if names := stored_names(out / path.name):
+        with open_data(out / path.name) as data:
+            found |= _with_images(config, out / path.name, data, names)
     return found
 
 
-def _images_of(part: Path) -> tuple[int, int, float]:
-    with open_file(part) as file:
-        where = f"part {part}"
-        return _images_in(member(file, part.stem, where), where)
+def _with_images(config: RenderConfig, path: Path, data: h5py.Group, names: list[str]) -> set[str]:
+    """Those that have images. Raises OtherImages if these are of another size or of other steps."""
+    found, where = set(), f"demonstrations {path}"
+    for name in names:
+        group = member(data, name, where)
+        if IMAGE_KEYS[0] not in member(group, "obs", where):
+            continue
+        with reading(f"{where}, {name}, images"):
+            size, views = int(group["obs"][IMAGE_KEYS[0]].shape[1]), float(group.attrs.get("image_views", 0.0))
+        every = whole_attribute(group, "image_every", where, 1, least=1)
+        if (size, every, views) != (config.image_size, config.every, config.views):
+            asked = f"{config.image_size} px of every {config.every}. step, --views {config.views:g}"
+            there = f"{size} px of every {every}. step, --views {views:g}"
+            raise OtherImages(f"render: {path} holds images of {there}, asked for were {asked}; choose another --out")
+        found.add(name)
+    return found
 
 
-def _images_in(group: h5py.Group, where: str) -> tuple[int, int, float]:
-    """Side in pixels, of every how many steps, and the share of other looks."""
-    with reading(f"{where}, {group.name}, images"):
-        size, views = int(group["obs"][IMAGE_KEYS[0]].shape[1]), float(group.attrs.get("image_views", 0.0))
-    return size, whole_attribute(group, "image_every", where, 1, least=1), views
-
-
-def _render_batch(
-    config: RenderConfig, out: Path, path: Path, suite: str, task_id: int, names: list[str]
-) -> tuple[int, list[tuple[str, str]]]:
+def _render_batch(config: RenderConfig, out: Path, path: Path, names: list[str]) -> Made:
+    suite, task_id = _task_of(path, config)
     env = worker_environment(suite, task_id, config.image_size, cameras=True)
     folder = _folder(out, path)
     with writing(folder):
@@ -236,18 +219,15 @@ def _render_batch(
             part[name].attrs["image_views"] = config.views
 
     with open_data(path) as data:
-        done, failed = attempt(names, draw, keep)
-    return done, [(f"{path.name} {name}", fault) for name, fault in failed]
+        return attempt(names, draw, keep)
 
 
 def _merge(config: RenderConfig, out: Path, path: Path) -> int:
-    parts = part_files(_folder(out, path))
-    target = out / path.name
-    if parts:
+    if parts := part_files(_folder(out, path)):
         with open_data(path) as data:
             attributes, provenance = _attributes(data, path, config)
-        merge(target, parts, attributes, provenance)
-    return len(_rendered(target, config))
+        merge(out / path.name, parts, attributes, provenance)
+    return len(_rendered(config, out, path))
 
 
 def _attributes(data: h5py.Group, path: Path, config: RenderConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,7 +11,6 @@ import functools
 import json
 import zlib
 from collections.abc import Callable
-from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,6 @@ from numpy.typing import NDArray
 from rsd.checks import Checked, ImageSize, Millimetres, Seed, Share, Some, told
 from rsd.collection import workers
 from rsd.collection.collect import CollectConfig, EpisodeRecorder, libero_attributes
-from rsd.collection.workers import Workers
 from rsd.conventions import rotate_180, shrunk
 from rsd.data.schema import FILE_SUFFIX, Episode, merge, stored_names
 from rsd.decoding.calibration import fingertip_deviation
@@ -62,7 +60,7 @@ class RolloutConfig(Checked):
     share: Share = 0.8
     threshold_mm: Millimetres = 0.0
     seed: Seed = 0
-    num_workers: Workers = 2
+    num_workers: workers.Workers = 2
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -93,20 +91,10 @@ def roll_out(config: RolloutConfig, make_target: MakeTarget) -> dict[str, int]:
         faults = Faults(f"finished episodes are kept in {config.out}; the same command goes on", MAX_EQUAL_FAULTS)
         have = workers.finished_by_task(config.out, names, faults)
         batches = workers.batched(config.episodes, have, BATCH)
-        total = config.episodes * len(have)
-        with workers.worker_pool(config.num_workers) as pool, workers.progress_bar() as bar:
-            left = sum(len(indices) for _, indices in batches)
-            shown = bar.add_task(f"rollouts, driven by {config.driver}", total=total, completed=total - left)
-            jobs = {pool.submit(batch_of, config, make_target, task, part): task for task, part in batches}
-            for job in as_completed(jobs):
-                done, failed = job.result()
-                if done:
-                    faults.worked()
-                for index, fault in failed:
-                    faults.failed(f"{names[jobs[job]]} episode {index}", fault)
-                bar.advance(shown, done)
-        counts = {names[task]: merged(config, task, names[task]) for task in have}
-    faults.raise_any(f"of {total} rollouts or their files", sum(counts.values()))
+        make, merge_of = functools.partial(batch_of, config, make_target), functools.partial(merged, config)
+        what = f"rollouts, driven by {config.driver}"
+        counts = workers.make_all(what, names, have, batches, make, merge_of, faults, config.num_workers)
+    faults.raise_any(f"of {config.episodes * len(have)} rollouts or their files", sum(counts.values()))
     return counts
 
 
@@ -119,9 +107,7 @@ def worker_target(make_target: MakeTarget, drafter: Path | None) -> tuple[Policy
     return make_target(), load_drafter(drafter) if drafter is not None else None
 
 
-def batch_of(
-    config: RolloutConfig, make_target: MakeTarget, task: int, indices: list[int]
-) -> tuple[int, list[tuple[int, str]]]:
+def batch_of(config: RolloutConfig, make_target: MakeTarget, task: int, indices: list[int]) -> workers.Made:
     target, drafter = worker_target(make_target, config.drafter)
     env = workers.worker_environment(config.suite, task, target.image_size, cameras=True)
     folder = config.out / workers.PARTS / env.task.name
@@ -229,7 +215,8 @@ class Rollout:
         return terminated, terminated or truncated
 
 
-def merged(config: RolloutConfig, task: int, name: str) -> int:
+def merged(config: RolloutConfig, task: int) -> int:
+    name = suite_task(config.suite, task).name
     path, parts = config.out / f"{name}{FILE_SUFFIX}", workers.part_files(config.out / workers.PARTS / name)
     if not parts:
         return len(stored_names(path))

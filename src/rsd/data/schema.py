@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +144,7 @@ def write_images(obs: h5py.Group, images: NDArray[np.uint8]) -> None:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[h5py.File]:
     """Writes an HDF5 file so that `path` is either complete or untouched, whenever the process dies."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # the next attempt writes over what a killed one left
     try:
         with writing(path):
             with h5py.File(temporary, "w") as file:
@@ -311,15 +310,12 @@ def stored_names(path: Path) -> list[str]:
 
 
 def merge(path: Path, parts: list[Path], attributes: Mapping[str, Any], provenance: Mapping[str, Any]) -> int:
-    """Moves part files (each one `demo_<i>` group at its root) into the file of a task; returns its number of demos.
+    """Moves part files (`demo_<i>.hdf5`, each one such group) into the file of a task; returns its number of demos.
 
     The present file is copied, not edited, so an interruption leaves it as it was. Compressed chunks are copied as
     they are. A demonstration that is present already is replaced by its part (rendering adds images this way).
     """
-    fresh: dict[str, Path] = {}
-    for part in parts:
-        with open_file(part) as file:
-            fresh.update(dict.fromkeys(file, part))
+    fresh = {part.stem: part for part in parts}
     with atomic_file(path) as out:
         data = out.create_group("data")
         if path.exists():
@@ -329,7 +325,7 @@ def merge(path: Path, parts: list[Path], attributes: Mapping[str, Any], provenan
                         _copy(present, name, data)
         for name, part in fresh.items():
             with open_file(part) as file:
-                file.copy(file[name], data, name=name)
+                _copy(file, name, data)
         names = demo_names(data)
         total, tries = (
             int(sum(data[name].attrs.get(key, 0) for name in names)) for key in ("num_samples", "failed_tries")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 import traceback
 from dataclasses import dataclass, replace
@@ -51,8 +50,6 @@ def failed(error: BaseException) -> Failed:
 
 def prepare_process(threads: int, gpu: str | None) -> None:
     """gpu: the one that this process sees, as CUDA_VISIBLE_DEVICES names it, and where robosuite draws by EGL."""
-    # Ctrl-C reaches the whole process group; the parent ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     begin_worker()
     # Without it OSMesa draws with as many threads as there are cores, in every worker.
     os.environ.setdefault("LP_NUM_THREADS", str(threads))

@@ -27,6 +27,7 @@ from rsd.extras import extra
 from rsd.locks import exclusive
 from rsd.models.fusing import fusing
 from rsd.output import replacing, writing
+from rsd.processes import on_signals
 from rsd.pt_files import read_pt
 from rsd.runtime.cuda_graph import capture
 from rsd.training import parallel
@@ -320,15 +321,8 @@ def stop_asked() -> Iterator[threading.Event]:
         asked.set()
         print("\nstopping after this step; once more to stop at once, without saving", file=sys.stderr)
 
-    if threading.current_thread() is not threading.main_thread():
+    with on_signals(ask, signal.SIGINT, signal.SIGTERM):
         yield asked
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def one_run_a_folder(train: Callable[Concatenate[Config, P], Result]) -> Callable[Concatenate[Config, P], Result]:
