@@ -132,20 +132,23 @@ speculate() { # policy, suite, states: a drafter, then with it and it alone
         --num-calibration "${CALIBRATION:-3}" --loop.steps "${DISTIL_STEPS:-2000}" --output "$OUT/distil/$policy/$suite" \
         || return
     local drafter=$OUT/distil/$policy/$suite/drafter
+    beside() { # name, states, further options: beside the others, on a share of the workers
+        WORKERS=$(((${WORKERS:-$half} + 3) / 4)) evaluate "$policy" "$1" "${EVAL_SECONDS:-420}" "$suite" --num-trials "$2" \
+            --drafter "$drafter" "${@:3}" &
+    }
     if [ "$policy" = diffusion ]; then # it denoises: from the draft on, the last steps
-        for steps in $CONTINUED; do
-            evaluate "$policy" "continue-$steps" 180 "$suite" --num-trials "$number" --drafter "$drafter" --continue-steps "$steps"
-        done
+        for steps in $CONTINUED; do beside "continue-$steps" "$number" --continue-steps "$steps"; done
     fi
-    evaluate "$policy" schedule 180 "$suite" --num-trials "$number" --drafter "$drafter" "${schedule[@]}"
-    evaluate "$policy" drafter-only 180 "$suite" --num-trials $(((number + 1) / 2)) --drafter "$drafter" --decode drafter-only
-    evaluate "$policy" rsd-skip 180 "$suite" --num-trials "$number" --drafter "$drafter" --decode rsd-skip
+    beside schedule "$number" "${schedule[@]}"
+    beside drafter-only $(((number + 1) / 2)) --decode drafter-only
+    beside rsd-skip "$number" --decode rsd-skip
+    wait
 }
 whole() { # policy, states
     local suite running=()
     [ -e "$(made "$1")/model.safetensors" ] || { say "$1: no checkpoint"; return; }
     for suite in "${suites[@]}"; do
-        (evaluate "$1" target-only "${ALONE_SECONDS:-240}" "$suite" --num-trials "$2"; speculate "$1" "$suite" "$2") &
+        (evaluate "$1" target-only "${ALONE_SECONDS:-420}" "$suite" --num-trials "$2" & speculate "$1" "$suite" "$2"; wait) &
         running+=($!)
     done
     wait "${running[@]}"
