@@ -19,7 +19,6 @@ from rsd import manifest
 from rsd.checkpoint import (
     CONFIG_FILE,
     LARGE,
-    PROVEN_FILE,
     WEIGHTS_FILE,
     gate_of,
     load_weights,
@@ -253,7 +252,7 @@ def test_what_no_digest_named_before_is_sealed(checkpoint: Path, capsys: pytest.
         assert name in capsys.readouterr().out
         RsdPolicy.from_pretrained(checkpoint)
     assert seal(checkpoint) == []
-    for name in (PROVEN_FILE, CALIBRATION_FILE, "tokenizer.safetensors"):
+    for name in ("proven.json", CALIBRATION_FILE, "tokenizer.safetensors"):
         (checkpoint / name).write_text("{}")
         with pytest.raises(RsdError, match=f"{name}: came later than manifest.json"):
             RsdPolicy.from_pretrained(checkpoint)
@@ -278,7 +277,6 @@ NOT_SEALED: tuple[tuple[Damage, str], ...] = (
     (edited_config(lambda c: c["policy"]["target"].update(dropout=7.0)), "target.dropout: expected a number from 0 to"),
     (step_of(1e300), "first_step: expected a number from 1e-09 to 1000000000, found 1e.300"),
     (lambda c: (c / CALIBRATION_FILE).write_text("{}"), "expected skip calibration format 3, found None"),
-    (lambda c: (c / PROVEN_FILE).write_text('{"format_version": 1}'), "unknown or missing field of Proven"),
 )
 
 

@@ -1,15 +1,13 @@
 """Which decoder a policy takes that nobody asked for one of."""
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rsd import manifest
-from rsd.checkpoint import PROVEN_FILE, WEIGHTS_FILE
+from rsd.checkpoint import WEIGHTS_FILE
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.gate import SkipRule
 from rsd.models.bundle import RsdModel
@@ -26,11 +24,6 @@ def calibration(weights: Path, **changes: Any) -> SkipCalibration:
     return SkipCalibration(**{**values, "episodes": 9, "chunks": 90, "weights_sha256": sha256, **changes})
 
 
-def write_proven(checkpoint: Path, content: dict[str, Any]) -> None:
-    (checkpoint / PROVEN_FILE).write_text(json.dumps(content))
-    manifest.seal(checkpoint)
-
-
 def test_the_default_is_the_best_that_the_checkpoint_supports(
     checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -45,25 +38,6 @@ def test_the_default_is_the_best_that_the_checkpoint_supports(
     assert chosen() == chosen(acceptance="exact") == chosen(fine="sequential") == "rsd-fused"
     assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
     assert chosen(temperature=1.0) == "rsd-fused"
-    proven = {"format_version": 1, "decode": "draft-first", "found": "9 of 9"}
-    proven["weights_sha256"] = hashlib.sha256((checkpoint / WEIGHTS_FILE).read_bytes()).hexdigest()
-    write_proven(checkpoint, proven)
-    assert chosen() == "draft-first"
-    assert "decodes by draft-first: 9 of 9" in caplog.text
-    assert chosen(skip=SkipRule(10.0)) == "rsd-skip"
-    for change, message in (
-        ({"format_version": 2}, "expected proven decoder format 1"),
-        ({"decode": "fast"}, "field decode: expected one of ar, .* found 'fast'"),
-        ({"format_version": True}, "expected proven decoder format 1, found True"),
-        ({"found": 9}, "field found: expected text, found 9"),
-        ({"decode": ["x"]}, "field decode: expected one of ar"),
-        ({"weights_sha256": "0" * 64}, "is about other weights"),
-    ):
-        write_proven(checkpoint, {**proven, **change})
-        with pytest.raises(RsdError, match=message):
-            RsdPolicy.from_pretrained(checkpoint)
-    (checkpoint / PROVEN_FILE).unlink()
-    manifest.seal(checkpoint)
     with pytest.raises(RsdError, match="found none; make it with `rsd calibrate`"):  # by name: never replaced
         RsdPolicy.from_pretrained(checkpoint, decode="rsd-skip")
     calibration(checkpoint / WEIGHTS_FILE, weights_sha256="0" * 64).save(checkpoint)

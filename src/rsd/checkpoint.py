@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rsd import former, hub, manifest
-from rsd.checks import Checked, Rules, Sha256, Where, one_of, told
+from rsd.checks import Checked, Rules, Sha256, Where, told
 from rsd.decoding.acceptance import acceptance_rule
 from rsd.decoding.calibration import FILE_NAME as CALIBRATION_FILE
 from rsd.decoding.calibration import SkipCalibration
-from rsd.decoding.decoders import DECODERS
 from rsd.json_files import from_json, read_versioned, section, write_atomically
 from rsd.manifest import file_sha256
 from rsd.models.bundle import PolicyConfig, RsdModel
@@ -43,7 +42,7 @@ from rsd.tokenizer.files import read_tokenizer_json
 from rsd.types import RsdError
 
 FORMAT_VERSION = 1
-CONFIG_FILE, WEIGHTS_FILE, PROVEN_FILE = "config.json", "model.safetensors", "proven.json"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 BACKBONE, OPENVLA = "backbone", "openvla"  # in config.json; the compact target where it is absent
 LARGE = 2**14  # numbers in a weight; smaller ones are not worth rounding
 SCALE = ".scale"  # after the name of a weight that is stored as int8
@@ -69,18 +68,9 @@ class Content(Checked):
         yield self.backbone == OPENVLA, f"no {BACKBONE} or {OPENVLA} (another takes a newer rsd-vla)", self.backbone
 
 
-@dataclass(frozen=True)
-class Proven(Checked):
-    """proven.json: the decoder that evaluations of these very weights proved best, and what they found."""
-
-    decode: Annotated[str, one_of(DECODERS)]
-    found: str
-    weights_sha256: Sha256
-
-
 def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
     """A local directory as it is; otherwise `owner/name` on the Hugging Face hub, downloaded to its cache."""
-    files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, MATRIX_FILE, CALIBRATION_FILE, PROVEN_FILE]
+    files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, MATRIX_FILE, CALIBRATION_FILE]
     files += [manifest.MANIFEST_FILE, "lora_adapter/*"]  # an adapter where the target is OpenVLA
     return hub.locate(path_or_hub_id, "policy", "a checkpoint directory", files)
 
@@ -274,23 +264,6 @@ def gate_memory(gate: dict[str, Any]) -> int:
     return gate["skip_calibration"]["memory_chunks"] if "skip_calibration" in gate else gate["skip_schedule"]
 
 
-def proven_decode(directory: Path, content: dict[str, Any]) -> tuple[str, str] | None:
-    """The decoder that evaluations of this very checkpoint proved best and what they found; None if it does not say.
-
-    content: its config.json, checked.
-    proven.json: {"format_version": 1, "decode": "rsd-fused", "found": "122 of 126 where ...", "weights_sha256": "..."}.
-    """
-    path = directory / PROVEN_FILE
-    if not path.exists():
-        return None
-    raw = read_versioned(path, "proven decoder", 1, "write it anew")
-    proven = from_json(Proven, raw, str(path), ignore=("format_version",))
-    if proven.weights_sha256 != content["sha256"][WEIGHTS_FILE]:
-        remedy = "evaluate these and write it anew, or delete it"
-        raise RsdError(f"{path}: is about other weights (sha256 {proven.weights_sha256}); {remedy}")
-    return proven.decode, proven.found
-
-
 def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
     """What of a checkpoint decides how it may decode; content: its config.json, checked."""
     policy: dict[str, Any] = content["policy"]
@@ -308,7 +281,6 @@ def facts_of(directory: Path, content: dict[str, Any]) -> Checkpoint:
             calibration = str(error)
     return Checkpoint(
         visual_drafter=bool(policy.get("visual_drafter")),
-        proven=proven_decode(directory, content),
         calibration=calibration,
         compact=BACKBONE not in content,
         horizon=read_tokenizer_json(directory / TOKENIZER_FILE).config.horizon,

@@ -24,7 +24,7 @@ Fine = Annotated[str, one_of(FINE)]
 class DecodeOptions(Checked):
     """What is asked for; None leaves it to the checkpoint.
 
-    decode: a decoder of `decoding.decoders`, or `best`, the best proven one that the checkpoint supports.
+    decode: a decoder of `decoding.decoders`, or `best`, the best one that the checkpoint supports.
     acceptance: the rule that judges drafts. fine: how the fine levels come. Their defaults are the checkpoint's (but
     `blind(0.95)` for `residual`), with `rsd-skip` those of its calibration, and with a temperature `exact` and
     `sequential`.
@@ -71,12 +71,11 @@ def options_of(**asked: Any) -> tuple[DecodeOptions, RuntimeOptions]:
 class Checkpoint(OwnDecoding):
     """What of a checkpoint decides how it may decode.
 
-    visual_drafter: whether it has one. proven: the decoder that its own evaluations proved best, and what they found.
-    calibration: for `rsd-skip`; a text says why there is none, None that none is needed, where it keeps a schedule.
-    code: of its tokens. compact: its models are the compact ones, and not OpenVLA's. horizon: steps of a chunk."""
+    visual_drafter: whether it has one. calibration: for `rsd-skip`; a text says why there is none, None that none is
+    needed, where it keeps a schedule. code: of its tokens. compact: its models are the compact ones, and not OpenVLA's.
+    horizon: steps of a chunk."""
 
     visual_drafter: bool
-    proven: tuple[str, str] | None = None
     calibration: SkipCalibration | str | None = None
     code: RfsqConfig = field(default_factory=RfsqConfig)
     compact: bool = True
@@ -168,14 +167,14 @@ class Choice(NamedTuple):
 
 
 def best_decode(checkpoint: Checkpoint, options: DecodeOptions) -> Choice:
-    """What `best` is: what is proven in closed loop, or else what has every chunk verified."""
+    """What `best` is: by default what has every chunk verified."""
     if not checkpoint.visual_drafter:
         return Choice("rsd", "the best without a visual drafter")
     if options.temperature:
         return Choice("rsd-fused", "the best that draws its tokens")
     if options.skip:
         return Choice("rsd-skip", "a skip threshold is given")
-    return Choice(*(checkpoint.proven or ("rsd-fused", "the best that verifies every chunk")))
+    return Choice("rsd-fused", "the best that verifies every chunk")
 
 
 def check_sampling(temperature: float, decode: str, acceptance: str | None, fine: str | None) -> None:

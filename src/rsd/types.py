@@ -27,7 +27,7 @@ LEROBOT = "lerobot:"  # before the folder of a LeRobot data set or policy, or a 
 DRAFTER_ONLY = "drafter-only"  # the drafter as a policy, without a target
 # acceptance rules by what they let stand or fall as one; the others each level
 BY_CHUNK, BY_SCALAR = ("blind", "own", "residual"), ("margin", "distance", "typical")
-BEST = "best"  # in the place of a decoder's name: the best proven one that the checkpoint supports
+BEST = "best"  # in the place of a decoder's name: the best one that the checkpoint supports
 Deviation = Annotated[float, between(0, 1e300)]
 Temperature = Annotated[float, Where(lambda t: t == 0 or 1e-3 <= t <= 1e3, "that is 0 or from 0.001 to 1000")]
 Chunks = Annotated[int, between(1, 1e6)]

@@ -90,8 +90,8 @@ class PolicyOptions(Checked):
     of any server in openpi's protocol, or lerobot:DIR_OR_ID of a LeRobot policy, which runs in its own environment."""
     decode: str = BEST
     """Decoding strategy: ar (the baseline), parallel, l1, rsd, rsd-fused, rsd-skip, rsd-async, draft-first,
-    coarse-only, drafter-only; target-only, of a policy of your own or an openpi server; best: what was proven best of
-    this checkpoint, else rsd-fused, with a skip threshold or a --drafter rsd-skip, without a visual drafter rsd."""
+    coarse-only, drafter-only; target-only, of a policy of your own or an openpi server; best:
+    rsd-fused, with a skip threshold or a --drafter rsd-skip, without a visual drafter rsd."""
     acceptance: str = DEFAULT
     """Rule for drafted levels: exact, margin, residual, blind(0.95), own(0.95), distance(1), typical(0.09),
     agreement(0.7); default: the checkpoint's (for residual blind(0.95)), with rsd-skip its calibration's, by a schedule

@@ -101,14 +101,12 @@ def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: b
 
 def decoding_rows(directory: Path, content: dict[str, Any], config: Any) -> Rows:
     """What it decodes by, and what its calibration promises."""
-    from rsd.checkpoint import CALIBRATION_FILE, load_calibration, proven_decode, schedule_of
+    from rsd.checkpoint import CALIBRATION_FILE, load_calibration, schedule_of
 
     visual_drafter = "yes" if content["policy"].get("visual_drafter") else "no"
     execute = f"{config.execute} steps" if config.execute else "all of it"
     rows = [("acceptance rule", str(config.acceptance)), ("visual drafter", visual_drafter)]
     rows.append(("executed of a chunk", execute))
-    if (proven := proven_decode(directory, content)) is not None:
-        rows.append((f"proven best: {proven[0]}", proven[1]))
     if (directory / CALIBRATION_FILE).is_file():
         found = load_calibration(directory)
         promise = f"risk <= {found.alpha:g} at confidence {1 - found.delta:g}, epsilon {found.epsilon_mm:g} mm"

@@ -33,7 +33,7 @@ def average(policies: Sequence[str | Path], output: Path) -> Path:
     """Write a checkpoint whose weights are the mean of those policies'; one that is named twice counts twice.
 
     All have to be compact, of the same sizes and with the same tokenizer, else `RsdError`; how it decodes is the last
-    one's. What was calibrated or proven of one of them is not of the mean: measure that anew.
+    one's. What was calibrated of one of them is not of the mean: measure that anew.
     """
     if len(policies) < 2:
         raise RsdError(f"average: expected two policies or more, found {len(policies)}")
