@@ -22,7 +22,7 @@ from rsd.manifest import file_sha256
 from rsd.output import writing
 from rsd.pt_files import save_tensors
 from rsd.tokenizer.config import OVER_TIME, EncodeStatistics, TokenizerConfig
-from rsd.tokenizer.files import FORMAT_VERSION, LATER_FIELDS, REMEDY, WEIGHTS_FILE, read_matrix, read_tokenizer_json
+from rsd.tokenizer.files import FORMAT_VERSION, REMEDY, WEIGHTS_FILE, read_matrix, read_tokenizer_json
 from rsd.tokenizer.rfsq import Rfsq
 from rsd.tokenizer.transforms import ordered_product, transform_matrix
 from rsd.types import RsdError
@@ -215,13 +215,9 @@ class ActionTokenizer:
     # files, see `files`
 
     def to_json(self) -> dict[str, Any]:
-        config = {**asdict(self.config), "binary": list(self.config.binary)}
-        for name, default in LATER_FIELDS.items():
-            if config[name] == default:
-                del config[name]
         ranges = {"low": self.low.tolist(), "high": self.high.tolist(), "first_step": self.first_step}
         kept = {**ranges, "calibration": asdict(self.calibration), "sha256": None}
-        return {"format_version": FORMAT_VERSION, "config": config, **kept}
+        return {"format_version": FORMAT_VERSION, "config": asdict(self.config), **kept}
 
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json` (readable, bit-exact) and, with `pca`, `tokenizer.safetensors`."""
@@ -236,7 +232,7 @@ class ActionTokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> ActionTokenizer:
-        """Read what `save` wrote, or a file of format 1; `RsdError` on anything missing or odd."""
+        """Read what `save` wrote; `RsdError` on anything missing or odd."""
         directory = checked(Path, directory, "tokenizer directory")
         path = directory / FILE_NAME
         stored = read_tokenizer_json(path)
