@@ -23,7 +23,6 @@ from rsd.evaluation.roofline import Ceiling, measure_ceiling
 from rsd.evaluation.tables import print_table
 from rsd.runtime.cuda_graph import Captured
 from rsd.targets.openvla.model import OpenVlaModel
-from rsd.targets.openvla.precision import compile_layers, use_fp8
 from studies.openvla.bench_cases import (
     Case,
     Inputs,
@@ -35,6 +34,7 @@ from studies.openvla.bench_cases import (
     rfsq_cases,
 )
 from studies.openvla.config import CASES, OpenVlaBenchConfig
+from studies.openvla.precision import compile_layers, use_fp8
 
 FORMAT = 1
 

@@ -453,15 +453,17 @@ def test_initial_states_are_a_first_one_or_a_list(config: EvalConfig) -> None:
     assert EvalConfig(init_states="4").hash != EvalConfig(init_states="4-53").hash
 
 
-def test_a_run_of_before_the_target_ran_at_reset_goes_on_as_it_was_begun() -> None:
-    for decode in ("rsd-skip", "l1"):
-        now = EvalConfig(decode=decode)
-        older = {name: value for name, value in asdict(now).items() if name != "target_at_reset"}
-        found = stored_config(older, "there")
-        assert found.target_at_reset == (decode != "rsd-skip")
-        assert "target_at_reset" not in found.identity
-        assert (found.hash == now.hash) == (decode != "rsd-skip")  # only a gate can tell
-        assert stored_config(asdict(now), "there") == now
+def test_a_new_option_changes_no_runs_hash() -> None:
+    skips = EvalConfig(decode="rsd-skip")
+    assert EvalConfig().hash[:16] == "8e4c8b80ab20fe89"
+    assert skips.hash[:16] == "e28c81777aec765d"
+    assert EvalConfig(init_states="3,8", delay=2, meanwhile="tail", view="light").hash[:16] == "2618dfe51f056267"
+    assert replace(skips, target_at_reset=False).hash[:16] == "1a24a952f14b3bb0"
+    assert EvalConfig(target_at_reset=False).hash == EvalConfig().hash  # only a gate can tell
+    assert EvalConfig(num_workers="3", videos="all").hash == EvalConfig().hash
+
+
+def test_stored_options_are_checked() -> None:
     with pytest.raises(RsdError, match="expected a --skip-threshold-mm with --max-skips, as the checkpoint has its o"):
         stored_config({**asdict(EvalConfig()), "max_skips": 4}, "there")
 

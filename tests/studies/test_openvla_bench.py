@@ -10,7 +10,6 @@ import torch
 from refusals import check
 from rsd.evaluation.roofline import Ceiling
 from rsd.targets.openvla.lora import LoraConfig
-from rsd.targets.openvla.precision import Fp8Linear, use_fp8
 from rsd.targets.openvla.rsd_policy import OpenVlaRsdConfig
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.config import TokenizerConfig
@@ -21,6 +20,7 @@ from studies.openvla.bench import Bench, OpenVlaBenchConfig, Row, measure_openvl
 from studies.openvla.bench_cases import Inputs, full_config, ideal_ms, openvla_cases, random_model
 from studies.openvla.bench_train import training_step
 from studies.openvla.config import CASES
+from studies.openvla.precision import Fp8Linear, use_fp8
 
 
 def tiny(tmp_path: Path, *sections: str) -> OpenVlaBenchConfig:

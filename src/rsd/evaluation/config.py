@@ -52,14 +52,13 @@ UNHASHED_FIELDS = (
     *("num_workers", "videos", "max_videos", "output", "batch_wait_ms", "episode_timeout", "launcher", "shard"),
 )
 TASK_LISTS = "all, numbers such as 0,3 or 0-4, or suite by suite libero_goal:1,2;libero_10:0"
-# Left out of the hash where they are what they were before they existed, so that older runs keep theirs.
+# In every run's hash; the other options only where they are not the default: a new one changes no hash.
+HASHED = (
+    *("policy", "decode", "acceptance", "device", "task_suite", "num_trials", "tasks", "init_states", "seed", "audit"),
+)
 DEFAULT = "default"  # of --acceptance: nothing is asked for
-NEUTRAL = {"batch": 0, "temperature": 0.0, "threads": 1, "control_hz": 0.0, "engine": AUTO, "target_at_reset": False}
 # of `decoding.gate.SkipRule`, which has their defaults
 OF_THE_RULE = ("max_skips", "max_skips_held", "memory_chunks", "skips_per_agreement")
-NEUTRAL |= dict.fromkeys(("skip_threshold_mm", "execute", "meanwhile", "continue_steps", *OF_THE_RULE))
-NEUTRAL |= {"delay": 0, "drafter_delay": 0, "motion": "none", "motion_speed": SPEED}
-NEUTRAL |= dict.fromkeys(("drafter", "corrector", "view"), "")
 OF_ONES_OWN = re.compile(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")  # module:Class or file.py:Class
 
 
@@ -272,12 +271,12 @@ class EvalConfig(PolicyOptions):
     @property
     def identity(self) -> dict[str, Any]:
         """The options that an episode's outcome depends on."""
-        named = {name: value for name, value in asdict(self).items() if name not in UNHASHED_FIELDS}
+        asked = {name: value for name, value in asdict(self).items() if name not in UNHASHED_FIELDS}
+        named = {name: value for name, value in asked.items() if name in HASHED or value != getattr(EvalConfig, name)}
         if self.init_states.isdecimal():
-            named["init_states"] = int(self.init_states)  # as before there were lists: older runs keep their hash
-        if self.decode != "rsd-skip":
-            del named["target_at_reset"]
-        return {name: value for name, value in named.items() if name not in NEUTRAL or value != NEUTRAL[name]}
+            named["init_states"] = int(self.init_states)  # the first of a row
+        named.pop("target_at_reset", None)
+        return named | ({"target_at_reset": True} if self.decode == "rsd-skip" and self.target_at_reset else {})
 
     @property
     def states(self) -> Sequence[int]:
@@ -312,10 +311,8 @@ def stored_config(options: dict[str, Any], where: str, *, older: bool = False) -
 
     older: options that this version does not know are passed over.
     """
-    known = dict(options)
-    known.setdefault("target_at_reset", options.get("decode") != "rsd-skip")  # before it was an option
-    unknown = known.keys() - {field.name for field in fields(EvalConfig)}
-    return from_json(EvalConfig, known, f"{where}: config", ignore=unknown if older else ())
+    unknown = options.keys() - {field.name for field in fields(EvalConfig)}
+    return from_json(EvalConfig, options, f"{where}: config", ignore=unknown if older else ())
 
 
 def planned_tasks(tasks: str) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from rsd.checks import Time, checked, last_line
 from rsd.evaluation.backend import LIBERO, Backend, settle
-from rsd.evaluation.config import NEUTRAL, EvalConfig
+from rsd.evaluation.config import UNHASHED_FIELDS, EvalConfig
 from rsd.evaluation.episodes import Job, JobQueue
 from rsd.evaluation.lerobot import EVAL_INFO_FILE, write_eval_info
 from rsd.evaluation.pools import Crew, Retry, worker_count
@@ -148,7 +148,8 @@ def open_run(config: EvalConfig, directory: Path, overwrite: bool, console: Cons
     if not (episodes_file.exists() and episodes_file.stat().st_size):
         return {}  # it ended before its first episode: nothing of it can be mixed in
     if record.config_hash != config.hash:
-        changed = differences({**NEUTRAL, **record.config}, asdict(config), {**NEUTRAL, **config.identity})
+        hashed = [name for name in asdict(config) if name not in UNHASHED_FIELDS]
+        changed = differences({**asdict(EvalConfig()), **record.config}, asdict(config), hashed)
         raise RsdError(f"{directory} holds another run ({changed}); {REMEDY}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -26,7 +26,6 @@ from rsd.targets.openvla.images import tower_pixels
 from rsd.targets.openvla.llama import Attend, StaticCache
 from rsd.targets.openvla.loading import load_openvla
 from rsd.targets.openvla.model import OpenVlaModel
-from rsd.targets.openvla.precision import compile_layers, use_fp8
 from rsd.targets.openvla.prompt import Prompt
 from rsd.targets.openvla.published import Settings, locate_openvla, locate_under, read_json
 from rsd.targets.openvla.statistics import Statistics
@@ -230,8 +229,6 @@ class OpenVlaPolicy:
         base: str | Path | None = None,
         dtype: torch.dtype | None = None,
         graphs: bool = True,
-        compile: bool = False,
-        fp8: bool = False,
         execute: int | None = None,
     ) -> OpenVlaPolicy:
         """Load a directory or hub repository in OpenVLA's format; `RsdError` names whatever is missing.
@@ -240,7 +237,7 @@ class OpenVlaPolicy:
         suite: names the statistics where nothing else does; like unnorm_key it is tried with `_no_noops`, too.
         base: the model under a LoRA adapter, needed only where the directory holds no merged weights.
         execute: steps of a chunk that are executed, None: all.
-        graphs, compile, fp8: CUDA graphs, compiled layers, FP8 matrices of the trunk, on a GPU."""
+        graphs: CUDA graphs, on a GPU."""
         check_device(device)
         directory = locate_openvla(path_or_hub_id)
         if directory is None:
@@ -258,10 +255,6 @@ class OpenVlaPolicy:
         normalisation = read_normalisation(directory)
         under = locate_under(directory, base)
         model = load_openvla(directory, base=under, device=device, dtype=dtype, chunk=settings.chunk)
-        if fp8:
-            use_fp8(model)
-        if compile:
-            compile_layers(model)
         return cls(model, prompt, statistics, normalisation, settings, graphs=graphs, execute=execute)
 
 
