@@ -152,7 +152,7 @@ class SpeculativePolicy:
         self,
         model: RsdModel,
         tokenizer: ActionTokenizer,
-        config: PolicyConfig,
+        config: OwnDecoding,
         options: DecodeOptions | None = None,
         runtime: RuntimeOptions | None = None,
         *,
@@ -170,10 +170,13 @@ class SpeculativePolicy:
         self.decoding = decoding = resolve(facts, options or DecodeOptions())
         self.decode, self.temperature, self.execute = decoding.decode, decoding.temperature, decoding.execute
         self.acceptance = decoding.rule.name if DECODERS[self.decode].drafts else ""  # of one that accepts nothing
-        self.model, self.config, self.provenance = model.eval(), config, provenance or {}
+        self.model, self.provenance = model.eval(), provenance or {}
+        self.config: Any = config  # a `PolicyConfig`, or what the backbone's body has
         self.device = model.target.state_mean.device
         self.tokenizer = tokenizer.to(self.device)
-        self.body: Body = body or CompactBody(model, tokenizer, config, self.provenance)
+        if body is None:
+            body = CompactBody(model, tokenizer, checked(PolicyConfig, config, "policy: config"), self.provenance)
+        self.body: Body = body
         self.image_size, self.cameras = self.body.image_size, self.body.cameras
         if runtime.batch > 1:
             check_batch(runtime.batch, decoding)

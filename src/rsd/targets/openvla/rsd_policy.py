@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rsd.checkpoint import BACKBONE, OPENVLA, WEIGHTS_FILE, load_weights, parse_config, require_finite, write_content
+from rsd.checks import Rules
 from rsd.decoding.state import PolicyInput
 from rsd.manifest import BASE_LINK
-from rsd.models.bundle import PolicyConfig, RsdModel, code_sizes
+from rsd.models.bundle import RsdModel, code_sizes
+from rsd.models.config import OwnDecoding
 from rsd.models.feature_drafter import DrafterConfig, FeatureDrafter
 from rsd.models.target import STATE_FEATURES, state_features
 from rsd.models.text import word_ids
@@ -60,7 +62,7 @@ BASE_FILES = (
 
 
 @dataclass(frozen=True)
-class OpenVlaRsdConfig:
+class OpenVlaRsdConfig(OwnDecoding):
     """Sizes and decoding defaults, as `PolicyConfig`, and how observations are scaled.
 
     state_low, state_high: what becomes -1 and 1 in the 8 numbers of the state for the target; state_mean, state_std: of
@@ -74,15 +76,13 @@ class OpenVlaRsdConfig:
     state_std: tuple[float, ...] = (1.0,) * STATE_FEATURES
     feature_drafter: DrafterConfig = field(default_factory=lambda: DrafterConfig(dim=256))
     visual_drafter: VisualDrafterConfig | None = field(default_factory=VisualDrafterConfig)
-    acceptance: str = "margin"
-    fine: str = "regress"
-    execute: int | None = None
 
-    def __post_init__(self) -> None:
+    def rules(self) -> Rules:
+        yield from super().rules()
         sizes = tuple(map(len, (self.state_low, self.state_high, self.state_mean, self.state_std)))
-        if sizes != (STATE_DIM, STATE_DIM, STATE_FEATURES, STATE_FEATURES) or self.cameras not in (1, 2):
-            expected = f"state_low and _high of {STATE_DIM}, state_mean and _std of {STATE_FEATURES}, cameras 1 or 2"
-            raise RsdError(f"OpenVLA policy: expected {expected}, found {sizes} numbers, cameras {self.cameras}")
+        fits = sizes == (STATE_DIM, STATE_DIM, STATE_FEATURES, STATE_FEATURES) and self.cameras in (1, 2)
+        expected = f"state_low and _high of {STATE_DIM}, state_mean and _std of {STATE_FEATURES}, cameras 1 or 2"
+        yield fits, expected, f"{sizes} numbers, cameras {self.cameras}"
 
     @property
     def bounds(self) -> Bounds:
@@ -190,7 +190,7 @@ def load_openvla_policy(
     return SpeculativePolicy(
         model,
         tokenizer,
-        cast(PolicyConfig, config),  # the same to its users: acceptance and fine
+        config,
         options,
         runtime,
         body=OpenVlaBody(model, config, prompt, normalisation, directory),
