@@ -41,6 +41,7 @@ BEFORE = {now: name for name, now in former.PARTS.items()}
             "rsd train policy: error: --policy.draft.dim: it is called --policy.feat",
         ),
         ("train drafter --kind light", "rsd train drafter: error: --kind light: it is called visual now"),
+        ("train tokenizer --data x", "rsd: error: 'train tokenizer': it is called `rsd tokenizer fit` now"),
         ("train draft --kind visual", "rsd: error: 'train draft': it is called `rsd train drafter` now"),
         ("bench eval", "rsd: error: 'bench eval': it is called `python -m studies.throughput` now"),
         ("import-legacy --head x", "rsd: error: 'import-legacy': it is called `python -m studies.legacy` now"),

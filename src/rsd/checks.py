@@ -91,12 +91,14 @@ def one_of(names: Iterable[str]) -> Where:
 
 
 Share = Annotated[float, between(0, 1)]
+Proper = Annotated[float, within(0, 1)]  # a risk or a confidence
 Weight = Annotated[float, between(0, 1e6)]  # of a part of a loss
 Count = Annotated[int, between(0, 1e9)]
 Some = Annotated[int, between(1, 1e9)]  # a count that cannot be 0
 ImageSize = Annotated[int, between(1, 4096)]
 Seed = Annotated[int, between(0, 2**32 - 1)]
 Millimetres = Annotated[float, between(0, 1e12)]  # 1e9 is how somebody says: whatever it is
+Epsilon = Annotated[float, above(0, 1e6)]  # in mm: a chunk deviates beyond it
 Time = Annotated[float, between(0, 1e12)]  # in ms or s
 Word = Annotated[str, Where(lambda t: t.isprintable() and len(t) <= 200, "of at most 200 printable characters")]
 Said = Annotated[str, Where(str.strip, "that is not blank")]

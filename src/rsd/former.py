@@ -12,6 +12,7 @@ DECODERS = {"rsd-ahead": "draft-first", "light-alone": "drafter-only", "draft": 
 PARTS = {"main": "target", "draft": "feature_drafter", "light": "visual_drafter"}  # of a checkpoint: weights, sizes
 COMMANDS = {
     "train draft": "rsd train drafter",
+    "train tokenizer": "rsd tokenizer fit",
     "import-legacy": "python -m studies.legacy",
     "tokenizer bench": "python -m studies.tokenizers",
 } | {

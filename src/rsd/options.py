@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 from rsd import former
 from rsd.checks import Checked, between, one_of
 from rsd.conventions import CHUNK_SIZE
-from rsd.decoding.acceptance import AcceptanceRule, acceptance_rule
+from rsd.decoding.acceptance import BLIND, AcceptanceRule, acceptance_rule
 from rsd.decoding.calibration import SkipCalibration
 from rsd.decoding.decoders import DECODERS, names
 from rsd.decoding.gate import SkipRule
@@ -114,7 +114,7 @@ def resolve(checkpoint: Checkpoint, options: DecodeOptions) -> Decoding:
     acceptance, fine, skip = options.acceptance, options.fine, options.skip
     execute = executed_steps(options.execute or checkpoint.execute, checkpoint.horizon)
     # `residual` executes what it is told (a draft pulls the shipped policy 0.66 of the way): it has to be asked for
-    own = "blind(0.95)" if checkpoint.acceptance == "residual" else checkpoint.acceptance
+    own = BLIND if checkpoint.acceptance == "residual" else checkpoint.acceptance
     if DECODERS[decode].gated and skip is None and checkpoint.max_skips and checkpoint.calibration is None:
         skip = SkipRule.schedule(checkpoint.max_skips, checkpoint.max_skips_held)
         own = own.replace("blind", "own")  # what the target is told at its looks costs time and gains nothing

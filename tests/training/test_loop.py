@@ -192,7 +192,7 @@ def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
 def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     model = Line()
     train(model, fit_line(model), CONFIG, tmp_path, CPU, {"dim": 64})
-    with pytest.raises(RsdError, match="belongs to a run with other settings"):
+    with pytest.raises(RsdError, match=r"belongs to a run with other settings \(dim\); choose another --output"):
         train(model, fit_line(model), CONFIG, tmp_path, CPU, {"dim": 65})
     whole = torch.load(tmp_path / STATE_FILE, weights_only=True)
     for change, said in (

@@ -172,7 +172,7 @@ def test_an_interrupted_training_continues_to_the_same_step(
     assert calls[0] == 107  # steps 6 to 12
     assert torch.load(tmp_path / STATE_FILE, weights_only=True)["step"] == 12
 
-    with pytest.raises(RsdError, match="belongs to a run with other settings"):
+    with pytest.raises(RsdError, match=r"belongs to a run with other settings \(data, loss.jitter\)"):
         train_policy(replace(config, data=(), loss=replace(config.loss, jitter=0.1)))  # before anything is read
     with pytest.raises(RsdError, match="belongs to a run with other settings"):
         train_drafter(TrainDrafterConfig(policy="nowhere", data=(), output=tmp_path, device="cpu"))

@@ -123,6 +123,7 @@ def made_up(draft: Draft, of: Synthetic, turn: int) -> Tensor:
 ACCEPTANCE_RULES = (
     "exact", "margin", "residual", "blind(SHARE)", "own(SHARE)", "distance(D)", "typical(EPSILON)", "agreement(SHARE)"
 )  # fmt: skip
+BLIND = "blind(0.95)"  # in the place of a checkpoint's `residual`
 NUMBER = r"([0-9]{1,9}\.?[0-9]{0,9}|\.[0-9]{1,9})"
 
 

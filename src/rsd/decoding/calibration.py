@@ -35,18 +35,18 @@ from numpy.typing import NDArray
 from rsd import manifest
 from rsd.checks import (
     Checked,
+    Epsilon,
     Millimetres,
+    Proper,
     Rules,
     Sha256,
     Share,
     Some,
     Where,
-    above,
     between,
     check_shape,
     checked,
     real_array,
-    within,
 )
 from rsd.conventions import ACTION_METRES, ACTION_RADIANS
 from rsd.decoding.acceptance import acceptance_rule
@@ -62,8 +62,6 @@ LEVER_METRES = 0.1  # a turn counts as what it moves this far from the grip site
 BLOCK = 256  # thresholds tested at once
 
 Amount = Annotated[int, between(1, 1e6)]
-Proper = Annotated[float, within(0, 1)]
-Epsilon = Annotated[float, above(0, 1e6)]
 Names = Annotated[str, Where(re.compile(r"\w+(,\w+)*").fullmatch, "that is names with commas between")]
 Test = Literal["hoeffding-bentkus", "betting"]
 Floats = NDArray[np.floating]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rsd.checks import Checked, Count, Millimetres, Rules
 from rsd.decoding.calibration import may_skip, most_skips
 from rsd.decoding.state import Draft, EpisodeState, Forecast
+from rsd.models.config import held_rule
 from rsd.types import MAX_SKIPS, MEMORY_CHUNKS, Chunks
 
 ANY_MM = 1e9  # a threshold that whatever is forecast lies below
@@ -31,8 +32,7 @@ class SkipRule(Checked):
     max_skips_held: Count | None = None
 
     def rules(self) -> Rules:
-        held, most = self.max_skips_held, self.max_skips
-        yield held is None or held <= most, f"max_skips_held of at most max_skips, {most}", held
+        yield held_rule(self.max_skips_held, self.max_skips)
 
     @classmethod
     def schedule(cls, max_skips: int, held: int | None = None) -> SkipRule:

@@ -23,7 +23,7 @@ from rsd.types import BEST, CUDA_GRAPHS, DRAFTER_ONLY, ONNX, ONNX_INT8, RSD_ASYN
 
 if TYPE_CHECKING:
     from rsd.evaluation.rollout import Environment
-    from rsd.options import Choice, DecodeOptions
+    from rsd.options import Checkpoint, Choice, DecodeOptions
 
 
 def libero_init_states(suite: str, task_id: int) -> int:
@@ -201,10 +201,11 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         return {**named, "checkpoint_fingerprint": fingerprint(openvla)}
     directory = locate_checkpoint(config.policy)
     content = read_content(directory)
+    facts = facts_of(directory, content)
     known: dict[str, Any] = {
         "policy": config.policy,
-        "engine": engine_of(config, directory),
-        "execute": resolve(facts_of(directory, content), decode_options(config)).execute,
+        "engine": engine_of(config, facts),
+        "execute": resolve(facts, decode_options(config)).execute,
         "checkpoint_sha256": checkpoint_hash(config.policy),
         "provenance": content.get("provenance", {}),
     }
@@ -251,21 +252,20 @@ def ready(config: EvalConfig) -> None:
     openvla = locate_openvla(config.policy)
     if config.corrector and openvla:
         raise RsdError(f"--corrector: expected a checkpoint of a compact policy, found {config.policy} on OpenVLA")
-    content = {} if openvla else read_content(directory := locate_checkpoint(config.policy))
-    if not openvla:
-        engine_of(config, directory)
-    if (told := config.meanwhile == "rtc") and not section(section(content, "policy"), "target").get("committed"):
+    directory = openvla or locate_checkpoint(config.policy)
+    content = {} if openvla else read_content(directory)
+    facts = None if openvla else facts_of(directory, content)
+    engine_of(config, facts)
+    if (told := config.meanwhile == "rtc") and not section(content, "policy", "target").get("committed"):
         expected = "a compact checkpoint, trained with --policy.target.committed --loss.committed 0.5"
         raise RsdError(f"--meanwhile rtc: expected {expected}, found {config.policy}")
     late = max(config.delay, config.drafter_delay)
     if not late or (config.meanwhile in (None, "hold") and config.decode != RSD_ASYNC):
         return
-    if openvla:
-        horizon = openvla_chunk(config, openvla)
-    else:
-        horizon = (facts := facts_of(directory, content)).horizon
+    horizon = facts.horizon if facts else openvla_chunk(config, directory)
+    if told and facts:
         execute = resolve(facts, decode_options(config)).execute
-        if told and late > horizon - execute:
+        if late > horizon - execute:
             most = f"{horizon - execute}, what {execute} executed steps leave of a chunk of {horizon}"
             raise RsdError(f"--meanwhile rtc: expected a --delay of at most {most}, found {late}")
     if late >= horizon:
@@ -273,17 +273,15 @@ def ready(config: EvalConfig) -> None:
         raise RsdError(f"--delay, --drafter-delay: expected at most {horizon - 1}, found {found}")
 
 
-def engine_of(config: EvalConfig, directory: Path | None) -> str:
+def engine_of(config: EvalConfig, facts: Checkpoint | None) -> str:
     """What `--engine auto` is for this run, as the policy will choose it; with a version that torch's does not tell.
 
-    directory: the checkpoint's; None of one in OpenVLA's format."""
-    from rsd.checkpoint import facts_of, read_content
+    facts: the checkpoint's; None of one in OpenVLA's format."""
     from rsd.options import resolve
     from rsd.runtime.engines import choose_engine
 
     compact, recordable = False, not config.device.startswith("cpu")
-    if directory is not None:
-        facts = facts_of(directory, read_content(directory))
+    if facts is not None:
         compact = facts.compact
         recordable = resolve(facts, decode_options(config)).recordable(compact, config.device)
     engine = choose_engine(config.engine, config.device, recordable, compact=compact)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rsd.checks import Checked, Count, Millimetres, Rules, Seed, above, between, within
+from rsd.checks import Checked, Count, Epsilon, Millimetres, Proper, Rules, Seed, between
 from rsd.evaluation.config import DEFAULT, Workers, engine_rule
 from rsd.types import AUTO, MAX_SKIPS, MEMORY_CHUNKS, Batch, Chunks, Engine, Steps, Threads
 
@@ -68,11 +68,11 @@ class CalibrateConfig(Checked):
     """As in `rsd eval`."""
     num_trials: Tries = 20
     """Rollouts per task, each from a random placement of its own."""
-    alpha: Annotated[float, within(0, 1)] = 0.1
+    alpha: Proper = 0.1
     """Promised risk: mean share of an episode's executed draft chunks that deviate."""
-    delta: Annotated[float, within(0, 1)] = 0.1
+    delta: Proper = 0.1
     """The promise holds with confidence 1 - delta over the draw of the rollouts."""
-    epsilon_mm: Annotated[float, above(0, 1e6)] = 75.0
+    epsilon_mm: Epsilon = 75.0
     """A draft chunk deviates if its commands lead the fingertip further than this away from the target's. The arm
     follows about a quarter of what is commanded."""
     max_skips: Chunks = MAX_SKIPS

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from rsd.checks import Checked, Count, Rules, Seed, above, between, within
+from rsd.checks import Checked, Count, Epsilon, Proper, Rules, Seed, between
+from rsd.evaluation.bench_config import CalibrateConfig
 from rsd.evaluation.config import EvalConfig
 from rsd.models.config import StandaloneDrafterConfig
 from rsd.training.config import Augmentation, DrafterLoss, LoopConfig
@@ -37,11 +38,11 @@ class DistilConfig(Checked):
     """Rollouts per task for the gate; with too few in all it stays uncalibrated, and goes by epsilon."""
     execute: Annotated[int, between(1, 64)] | None = None
     """Actions of each answer that are executed, and that the drafter drafts; default as in `rsd eval`."""
-    alpha: Annotated[float, within(0, 1)] = 0.1
+    alpha: Proper = CalibrateConfig.alpha
     """Promised risk of the gate, as of `rsd calibrate`."""
-    delta: Annotated[float, within(0, 1)] = 0.1
+    delta: Proper = CalibrateConfig.delta
     """Confidence 1 - delta of that promise."""
-    epsilon_mm: Annotated[float, above(0, 1e6)] = 75.0
+    epsilon_mm: Epsilon = CalibrateConfig.epsilon_mm
     """A draft deviates beyond it, for a target that answers an observation always alike; of a stochastic one epsilon is
     what nine in ten of its answers stay within of each other."""
     max_skips: Chunks = MAX_SKIPS

@@ -84,6 +84,12 @@ class StandaloneDrafterConfig(Checked):
     visual: VisualDrafterConfig = field(default_factory=lambda: VisualDrafterConfig(shrink=1))
 
 
+def held_rule(held: int | None, most: int | None) -> tuple[bool, str, int | None]:
+    """What `max_skips_held` has to be beside `max_skips`, as `Checked.rules` has it."""
+    fits = held is None or (most is not None and held <= most)
+    return fits, f"max_skips_held of at most max_skips, {most}", held
+
+
 @dataclass(frozen=True, kw_only=True)
 class OwnDecoding(Checked):
     """How a checkpoint decodes by its own config.json."""
@@ -99,8 +105,7 @@ class OwnDecoding(Checked):
     """The same while the gripper is closed; None: as many."""
 
     def rules(self) -> Rules:
-        held, most = self.max_skips_held, self.max_skips
-        yield held is None or held <= (most or -1), f"max_skips_held of at most max_skips, {most}", held
+        yield held_rule(self.max_skips_held, self.max_skips)
 
 
 @dataclass(frozen=True)

@@ -281,16 +281,25 @@ class State:
             found = f"found one without {', '.join(sorted(missing))}"
             raise RsdError(f"{self.path}: expected the state of a training, {found}; choose another --output")
         try:
-            same = json.loads(state["config"]) == json.loads(json.dumps(self.resolved))
+            changed = differing(json.loads(state["config"]), json.loads(json.dumps(self.resolved)))
         except (TypeError, ValueError) as error:
             raise self._odd(error) from error
-        if not same:
-            raise RsdError(f"{self.path}: belongs to a run with other settings; choose another --output")
+        if changed:
+            found = f"belongs to a run with other settings ({', '.join(changed[:5])})"
+            raise RsdError(f"{self.path}: {found}; choose another --output, or the settings of that run")
         return state
 
     def _odd(self, error: Exception) -> RsdError:
         found = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         return RsdError(f"{self.path}: not the state of this training ({found}); choose another --output")
+
+
+def differing(there: Any, here: Any, at: str = "") -> list[str]:
+    """Dotted names of what differs between two JSON values."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = sorted(there.keys() | here.keys())
+        return [name for key in keys for name in differing(there.get(key), here.get(key), f"{at}.{key}".strip("."))]
+    return [at or "all"] * (there != here)
 
 
 def check_state(config: Trains, **also: object) -> None:
