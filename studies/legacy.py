@@ -27,6 +27,7 @@ from rsd.json_files import read_versioned
 from rsd.manifest import file_sha256
 from rsd.output import writing
 from rsd.pt_files import read_pt, save_tensors
+from rsd.targets.openvla.llama import Attend
 from rsd.targets.openvla.policy import OpenVlaPolicy
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.training.tokenizer import demonstration_chunks
@@ -347,6 +348,17 @@ class LegacyDecoder:
         (directory / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
 
 
+@torch.inference_mode()
+def prompt_features(openvla: OpenVlaPolicy, observation: Observation) -> Tensor:
+    """The trunk's final hidden state of the prompt's last word [1, D], which old drafts and heads read.
+
+    That word is the colon of "Out:": token 29871, which follows it when actions are predicted, is left out."""
+    prompt = torch.tensor([openvla.prompt.ids(observation.instruction)[:-1]], device=openvla.device)
+    images = openvla.model.embed_images(openvla._pixels(observation.images))
+    prefix = openvla.model.embed_prefix(images, prompt, openvla._state(observation, None))
+    return openvla.model.language_model(prefix, Attend(causal=openvla.decode == "ar"), keep=1)[:, 0]
+
+
 class LegacyPolicy:
     """An imported checkpoint on the features of an OpenVLA policy; actions in the environment's units."""
 
@@ -364,7 +376,7 @@ class LegacyPolicy:
         watch = Stopwatch(self.openvla.device)
         with watch.stage("total"):
             with watch.stage("prefill"):
-                features = self.openvla.prompt_features(observation)
+                features = prompt_features(self.openvla, observation)
             actions, stats = self.decoder.decode(features.cpu())
         if not torch.isfinite(actions).all():
             raise RsdError("the imported checkpoint gave non-finite actions: damaged weights")

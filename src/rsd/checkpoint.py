@@ -8,6 +8,7 @@ weights that are missing, misshapen, not finite or of another precision are an e
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import re
@@ -44,6 +45,8 @@ from rsd.types import RsdError
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 BACKBONE, OPENVLA = "backbone", "openvla"  # in config.json; the compact target where it is absent
+# its module, read only if needed, has `load` (docs/architecture.md), `check_files` and `parts`
+BACKBONES = {OPENVLA: "rsd.targets.openvla.rsd_policy"}
 LARGE = 2**14  # numbers in a weight; smaller ones are not worth rounding
 SCALE = ".scale"  # after the name of a weight that is stored as int8
 PRECISIONS = (torch.float16, torch.float32)  # of what is not int8
@@ -65,7 +68,8 @@ class Content(Checked):
     base: dict[str, str] = field(default_factory=dict)
 
     def rules(self) -> Rules:
-        yield self.backbone == OPENVLA, f"no {BACKBONE} or {OPENVLA} (another takes a newer rsd-vla)", self.backbone
+        expected = f"no {BACKBONE} or {', '.join(BACKBONES)} (another takes a newer rsd-vla)"
+        yield self.backbone in BACKBONES, expected, self.backbone
 
 
 def locate_checkpoint(path_or_hub_id: str | Path) -> Path:
@@ -146,6 +150,11 @@ def seal(directory: Path) -> list[str]:
         write_atomically(directory / CONFIG_FILE, json.dumps({**raw, "sha256": hashes}, indent=1) + "\n")
     sealed = manifest.seal(directory).sha256
     return sorted(name for name in sealed.keys() | known.keys() if sealed.get(name) != known.get(name))
+
+
+def backbone_of(content: dict[str, Any]) -> Any:
+    """The module of a checkpoint's backbone, None for the compact target; content: its config.json."""
+    return importlib.import_module(BACKBONES[content[BACKBONE]]) if BACKBONE in content else None
 
 
 def parse_config(directory: Path, content: dict[str, Any], kind: type[Config]) -> Config:

@@ -7,7 +7,6 @@ many. `RsdPolicy` keeps one episode for a script.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rsd import hub
-from rsd.checkpoint import BACKBONE, OPENVLA, facts_of, load_model, locate_checkpoint, read_content, save_checkpoint
+from rsd.checkpoint import backbone_of, facts_of, load_model, locate_checkpoint, read_content, save_checkpoint
 from rsd.checks import Seed, checked
 from rsd.decoding.acceptance import leading
 from rsd.decoding.calibration import fingertip_deviation
@@ -48,8 +47,6 @@ OF_OTHERS = ("episodes.jsonl", "training_state.pt", "drafter.json", "corrector.j
 TEXT_CACHE = 64  # instructions whose encoding is kept
 CACHED_CHARACTERS = 1000  # longer instructions are encoded every time: a client could send 64 of any length
 LOG = logging.getLogger(__name__)
-# what loads a checkpoint with a backbone, by name: it builds on this module, and its code is read only if needed
-LOADERS = {OPENVLA: "rsd.targets.openvla.rsd_policy:load_openvla_policy"}
 
 
 class Body(Protocol):
@@ -402,10 +399,8 @@ def load_policy(
     if decoding.why:
         level = logging.INFO if facts.visual_drafter else logging.WARNING  # another checkpoint could do better
         LOG.log(level, "%s: decodes by %s: %s", directory, decoding.decode, decoding.why)
-    if BACKBONE in content:
-        module, _, function = LOADERS[content[BACKBONE]].partition(":")
-        load = getattr(importlib.import_module(module), function)
-        loaded: SpeculativePolicy = load(directory, content, facts, options, runtime)
+    if (backbone := backbone_of(content)) is not None:
+        loaded: SpeculativePolicy = backbone.load(directory, content, facts, options, runtime)
         return loaded
     tokenizer = ActionTokenizer.load(directory)
     model, config = load_model(directory, content, tokenizer)

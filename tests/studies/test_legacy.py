@@ -15,6 +15,7 @@ from studies.legacy import (
     LegacyDecoder,
     LegacyPolicy,
     import_legacy,
+    prompt_features,
     read_autoencoder,
     read_draft,
     read_head,
@@ -195,6 +196,6 @@ def test_an_imported_head_runs_on_openvla_and_must_fit_it(tmp_path: Path, files:
     images = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
     observation = Observation(images, np.zeros(8, np.float32), "pick up the bowl")
     chunk = LegacyPolicy(policy, decoder).predict(observation)
-    expected, _ = decoder.decode(policy.prompt_features(observation))
+    expected, _ = decoder.decode(prompt_features(policy, observation))
     np.testing.assert_allclose(chunk.actions, expected[0].clamp(-1, 1).numpy(), atol=1e-6)
     assert (chunk.stats.decode, chunk.stats.acceptance) == ("legacy", "")

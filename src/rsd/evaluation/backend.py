@@ -121,20 +121,31 @@ def decode_options(config: EvalConfig) -> DecodeOptions:
     )
 
 
+def stored(config: EvalConfig) -> tuple[Path, dict[str, Any], Checkpoint | None]:
+    """Where the weights lie, config.json, and what of it decides; {} and None of a directory in OpenVLA's format."""
+    from rsd.checkpoint import facts_of, locate_checkpoint, read_content
+    from rsd.targets.openvla.published import locate_openvla
+
+    if (openvla := locate_openvla(config.policy)) is not None:
+        return openvla, {}, None
+    directory = locate_checkpoint(config.policy)
+    content = read_content(directory)
+    return directory, content, facts_of(directory, content)
+
+
 def best_of_checkpoint(config: EvalConfig) -> Choice:
     """A directory in OpenVLA's format has one decoder, its own, and so has a served policy; of the others see
     `rsd.options.best_decode`."""
-    from rsd.checkpoint import facts_of, locate_checkpoint, read_content
     from rsd.options import Choice, best_decode
-    from rsd.targets.openvla.published import Settings, locate_openvla
+    from rsd.targets.openvla.published import Settings
 
     if (found := foreign.choice(config)) is not None:
         return found
-    if (openvla := locate_openvla(config.policy)) is not None:
-        settings = Settings.load(openvla).resolve(openvla)
-        return Choice(str(settings.decode), "what this OpenVLA checkpoint was trained for")
-    directory = locate_checkpoint(config.policy)
-    return best_decode(facts_of(directory, read_content(directory)), decode_options(config))
+    directory, _, facts = stored(config)
+    if facts is not None:
+        return best_decode(facts, decode_options(config))
+    settings = Settings.load(directory).resolve(directory)
+    return Choice(str(settings.decode), "what this OpenVLA checkpoint was trained for")
 
 
 def batched_rsd_policy(config: EvalConfig) -> ChunkPolicy:
@@ -190,21 +201,16 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         return {**target, "drafter": config.drafter, "drafter_sha256": file_sha256(Path(config.drafter, MANIFEST_FILE))}
     if (found := foreign.identity(config)) is not None:
         return found
-    from rsd.checkpoint import checkpoint_hash, facts_of, gate_of, locate_checkpoint, read_content
+    from rsd.checkpoint import checkpoint_hash, gate_of
     from rsd.options import executed_steps, resolve
-    from rsd.targets.openvla.published import fingerprint, locate_openvla
+    from rsd.targets.openvla.published import fingerprint
 
-    if (openvla := locate_openvla(config.policy)) is not None:
-        engine = engine_of(config, None)
-        steps = executed_steps(config.execute, openvla_chunk(config, openvla), "--execute")
-        named = {"policy": config.policy, "engine": engine, "execute": steps}
-        return {**named, "checkpoint_fingerprint": fingerprint(openvla)}
-    directory = locate_checkpoint(config.policy)
-    content = read_content(directory)
-    facts = facts_of(directory, content)
-    known: dict[str, Any] = {
-        "policy": config.policy,
-        "engine": engine_of(config, facts),
+    directory, content, facts = stored(config)
+    known: dict[str, Any] = {"policy": config.policy, "engine": engine_of(config, facts)}
+    if facts is None:
+        steps = executed_steps(config.execute, openvla_chunk(config, directory), "--execute")
+        return known | {"execute": steps, "checkpoint_fingerprint": fingerprint(directory)}
+    known |= {
         "execute": resolve(facts, decode_options(config)).execute,
         "checkpoint_sha256": checkpoint_hash(config.policy),
         "provenance": content.get("provenance", {}),
@@ -245,16 +251,11 @@ def ready(config: EvalConfig) -> None:
         describe_checkpoint(config)
     if config.served or foreign.is_foreign(config):  # its first chunk shows it
         return
-    from rsd.checkpoint import facts_of, locate_checkpoint, read_content
     from rsd.options import resolve
-    from rsd.targets.openvla.published import locate_openvla
 
-    openvla = locate_openvla(config.policy)
-    if config.corrector and openvla:
+    directory, content, facts = stored(config)
+    if config.corrector and facts is None:
         raise RsdError(f"--corrector: expected a checkpoint of a compact policy, found {config.policy} on OpenVLA")
-    directory = openvla or locate_checkpoint(config.policy)
-    content = {} if openvla else read_content(directory)
-    facts = None if openvla else facts_of(directory, content)
     engine_of(config, facts)
     if (told := config.meanwhile == "rtc") and not section(content, "policy", "target").get("committed"):
         expected = "a compact checkpoint, trained with --policy.target.committed --loss.committed 0.5"

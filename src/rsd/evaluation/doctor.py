@@ -126,7 +126,7 @@ def disk(directory: Path) -> Check:
 
 def checkpoint_files(policy: str) -> Check:
     """Files are there and belong together (hashes), the configuration is readable."""
-    from rsd.checkpoint import BACKBONE, checkpoint_hash, locate_checkpoint, parse_config, read_content
+    from rsd.checkpoint import backbone_of, checkpoint_hash, locate_checkpoint, parse_config, read_content
     from rsd.models.bundle import PolicyConfig
     from rsd.targets.openvla.published import Settings, fingerprint, locate_openvla
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
@@ -140,11 +140,8 @@ def checkpoint_files(policy: str) -> Check:
         return Check("checkpoint files", "ok", f"{openvla}, OpenVLA's format, fingerprint {fingerprint(openvla)[:12]}")
     directory = locate_checkpoint(policy)
     content = read_content(directory)
-    if BACKBONE in content:
-        from rsd.targets.openvla.rsd_policy import OpenVlaRsdConfig, find_base
-
-        parse_config(directory, content, OpenVlaRsdConfig)
-        find_base(directory, content["base"])
+    if (backbone := backbone_of(content)) is not None:
+        backbone.check_files(directory, content)
     else:
         parse_config(directory, content, PolicyConfig)
     ActionTokenizer.load(directory)

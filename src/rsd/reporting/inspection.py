@@ -54,14 +54,14 @@ def print_rows(console: Console, heading: str, rows: Rows) -> None:
 
 def show_checkpoint(directory: Path, console: Console, keys: bool, provenance: bool) -> None:
     """Sizes, decoding, tokenizer, training data. The weights are read, so that damage is found."""
-    from rsd.checkpoint import BACKBONE, CONFIG_FILE, checkpoint_hash, load_model, read_content
+    from rsd.checkpoint import CONFIG_FILE, backbone_of, checkpoint_hash, load_model, read_content
     from rsd.tokenizer.action_tokenizer import ActionTokenizer
 
     print(f"reading {directory}", file=sys.stderr)
     content = read_content(directory)
     tokenizer, made = ActionTokenizer.load(directory), section(content, "provenance")
-    if BACKBONE in content:
-        config, weights = openvla_parts(directory, content)
+    if (backbone := backbone_of(content)) is not None:
+        config, weights = backbone.parts(directory, content)
     else:
         model, config = load_model(directory, content, tokenizer)
         weights = model.state_dict()
@@ -129,19 +129,6 @@ def training_rows(content: dict[str, Any]) -> Rows:
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     return [(name, value) for name, value in rows if value]
-
-
-def openvla_parts(directory: Path, content: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Configuration, and the weights that were added to the base, which is not looked at."""
-    from rsd.checkpoint import WEIGHTS_FILE, parse_config
-    from rsd.targets.openvla.loading import tensors
-    from rsd.targets.openvla.published import ADAPTER_DIR, ADAPTER_WEIGHTS
-    from rsd.targets.openvla.rsd_policy import OpenVlaRsdConfig
-
-    added = dict(tensors(directory / WEIGHTS_FILE, "cpu"))
-    adapter = dict(tensors(directory / ADAPTER_DIR / ADAPTER_WEIGHTS, "cpu"))
-    named = {f"{ADAPTER_DIR}.{name.removeprefix('base_model.model.')}": value for name, value in adapter.items()}
-    return parse_config(directory, content, OpenVlaRsdConfig), {**added, **named}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Rows:

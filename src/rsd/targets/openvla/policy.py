@@ -23,7 +23,7 @@ from rsd.devices import check_device
 from rsd.options import executed_steps
 from rsd.runtime.cuda_graph import Captured
 from rsd.targets.openvla.images import tower_pixels
-from rsd.targets.openvla.llama import Attend, StaticCache
+from rsd.targets.openvla.llama import StaticCache
 from rsd.targets.openvla.loading import load_openvla
 from rsd.targets.openvla.model import OpenVlaModel
 from rsd.targets.openvla.prompt import Prompt
@@ -175,16 +175,6 @@ class OpenVlaPolicy:
         """The trunk's final hidden states that the actions are read from: [56, D] with OFT, [7, D] with `ar`."""
         hidden = self._decide(observation, Stopwatch(self.device), None).hidden[0]
         return np.asarray(hidden.float().cpu().numpy())
-
-    @torch.inference_mode()
-    def prompt_features(self, observation: Observation) -> Tensor:
-        """The trunk's final hidden state of the prompt's last word [1, D], which old RFSQ drafts and heads read.
-
-        That word is the colon of "Out:": token 29871, which follows it when actions are predicted, is left out."""
-        prompt = torch.tensor([self.prompt.ids(observation.instruction)[:-1]], device=self.device)
-        images = self.model.embed_images(self._pixels(observation.images))
-        prefix = self.model.embed_prefix(images, prompt, self._state(observation, None))
-        return self.model.language_model(prefix, Attend(causal=self.decode == "ar"), keep=1)[:, 0]
 
     def _decide(self, observation: Observation, watch: Stopwatch, unnorm_key: str | None) -> Decision:
         with watch.stage("preprocess"), torch.inference_mode():

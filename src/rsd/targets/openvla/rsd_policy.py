@@ -33,7 +33,7 @@ from rsd.options import Checkpoint, DecodeOptions, RuntimeOptions
 from rsd.policy import SpeculativePolicy, TextCache
 from rsd.pt_files import save_tensors
 from rsd.targets.openvla.images import tower_pixels
-from rsd.targets.openvla.loading import load_openvla, merge_adapter
+from rsd.targets.openvla.loading import load_openvla, merge_adapter, tensors
 from rsd.targets.openvla.lora import Adapter
 from rsd.targets.openvla.model import OpenVlaModel, ProprioProjector
 from rsd.targets.openvla.policy import PREPROCESSOR_FILE, RENDER_SIZE, read_normalisation
@@ -175,7 +175,21 @@ def read_text(model: OpenVlaRsdModel, prompt: Prompt, instruction: str) -> tuple
     return ids, words if drafter is None else drafter.encode(words)
 
 
-def load_openvla_policy(
+def check_files(directory: Path, content: dict[str, Any]) -> None:
+    """`RsdError` for odd sizes and for a base that is not there, or is another one; no weights are read."""
+    parse_config(directory, content, OpenVlaRsdConfig)
+    find_base(directory, content["base"])
+
+
+def parts(directory: Path, content: dict[str, Any]) -> tuple[OpenVlaRsdConfig, dict[str, Tensor]]:
+    """Configuration, and the weights that were added to the base, which is not looked at."""
+    added = dict(tensors(directory / WEIGHTS_FILE, "cpu"))
+    adapter = dict(tensors(directory / ADAPTER_DIR / ADAPTER_WEIGHTS, "cpu"))
+    named = {f"{ADAPTER_DIR}.{name.removeprefix('base_model.model.')}": value for name, value in adapter.items()}
+    return parse_config(directory, content, OpenVlaRsdConfig), {**added, **named}
+
+
+def load(
     directory: Path, content: dict[str, Any], facts: Checkpoint, options: DecodeOptions, runtime: RuntimeOptions
 ) -> SpeculativePolicy:
     """What `rsd.policy.load_policy` calls for such a directory; content: its config.json."""
