@@ -28,8 +28,9 @@ from rsd.extras import extra
 from rsd.serving.server import serve_until
 from rsd.serving.service import blank, in_words
 from rsd.targets.black_box import Drafter, Proposal
+from rsd.targets.remote.connection import TWICE
 from rsd.targets.remote.openpi import SPECULATION, read_metadata, same
-from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, RESET, STATE, square
+from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, RESET, STATE, flag_of, prompt_of, square
 from rsd.targets.remote.wire import pack, unpack
 from rsd.types import ChunkStats, Observation, RsdError, real_array
 
@@ -70,6 +71,12 @@ class Upstream:
     async def _exchange(self, message: bytes, sent: asyncio.Event) -> bytes | str:
         if self._connection is None:
             self._connection = await self._open()
+        left = asyncio.ensure_future(self._connection.recv())
+        await asyncio.sleep(0)  # enough for what has arrived: it would be taken for this one's answer
+        if left.done() and not left.exception():
+            raise WebSocketException(TWICE)
+        left.cancel()
+        await asyncio.wait((left,))
         await self._connection.send(message)
         sent.set()
         return await self._connection.recv()
@@ -95,7 +102,7 @@ class Session:
     def __init__(self, proxy: SpeculatingProxy) -> None:
         self.proxy, self.upstream = proxy, Upstream(proxy.address, proxy.metadata, proxy.timeout_s)
         self.state = EpisodeState()
-        self.instruction: Any = ""
+        self.instruction = ""
 
     async def answer(self, message: bytes | str) -> bytes | str:
         """A text says what was wrong, as in openpi's protocol; the session lives on and the target is asked next."""
@@ -114,10 +121,10 @@ class Session:
         proxy, content = self.proxy, unpack(message, LIMITS)
         if not isinstance(content, Mapping):
             raise RsdError(f"message: expected a map, found {type(content).__name__}")
-        instruction = content.get(PROMPT)
-        if content.get(RESET) or instruction != self.instruction:
+        reset, instruction = flag_of(content, RESET), prompt_of(content)
+        if reset or instruction != self.instruction:
             self.state, self.instruction = EpisodeState(), instruction
-        if content.get(RESET) and len(content) == 1:
+        if reset and len(content) == 1:
             return await self.upstream.ask(message) if proxy.passes_reset else pack({RESET: True})
         if missing := [key for key in (*IMAGES, STATE, PROMPT) if key not in content]:  # before the target is asked
             found = f"{', '.join(map(str, content)):.200}"
@@ -139,7 +146,7 @@ class Session:
         return pack({"actions": proposal.actions, "server_timing": timing, SPECULATION: plain_stats(stats)})
 
     async def _asked(self, answer: bytes, proposal: Proposal) -> bytes:
-        content, drafter = unpack(answer), self.proxy.drafter
+        content, drafter = unpack(answer, whose=self.upstream.address), self.proxy.drafter
         if not isinstance(content, dict) or "actions" not in content:
             raise RsdError(f"{self.upstream.address}: expected an answer with the key actions")
         actions = environment_ready(content["actions"], self.upstream.address)

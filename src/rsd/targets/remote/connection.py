@@ -13,6 +13,7 @@ with extra("serve"):
     from websockets.exceptions import WebSocketException
     from websockets.sync.client import ClientConnection, connect
 
+TWICE = "expected one answer to each message, found a second one"
 SILENCE = 2.0  # seconds of a server that has not said anything, until that is told
 
 
@@ -44,7 +45,7 @@ class Connection:
         try:
             with suppress(TimeoutError):
                 connection.recv(0.0)  # nothing: what is left would be taken for this one's answer
-                raise WebSocketException("expected one answer to each message, found a second one")
+                raise WebSocketException(TWICE)
             connection.send(message)
         except WebSocketException as error:
             self.close()

@@ -53,10 +53,7 @@ def read_request(content: Any, image_size: int, cameras: int) -> Request:
         raise RsdError(f"message: expected a map with the keys {', '.join(KEYS)}, found {type(content).__name__}")
     if unknown := [excerpt(key, 40) for key in islice((key for key in content if key not in KEYS), 3)]:
         raise RsdError(f"message: expected the keys {', '.join(KEYS)}, found {', '.join(unknown)} besides")
-    reset, corrections = (content.get(key, False) for key in (RESET, CORRECTIONS))
-    for key, flag in ((RESET, reset), (CORRECTIONS, corrections)):
-        if not isinstance(flag, bool | np.bool_):
-            raise RsdError(f"{key}: expected true or false, found {excerpt(flag)}")
+    reset, corrections = (flag_of(content, key) for key in (RESET, CORRECTIONS))
     if reset and len(content) == 1:
         return Request(None, True)
     needed = (*IMAGES[:cameras], STATE, PROMPT)
@@ -64,17 +61,31 @@ def read_request(content: Any, image_size: int, cameras: int) -> Request:
         found = ", ".join(content) or "none"
         begin = f"{{{RESET!r}: True}}"
         raise RsdError(f"message: missing {', '.join(missing)}; found {found}; an episode's begin alone is {begin}")
-    if not isinstance(content[PROMPT], str):
-        raise RsdError(f"{PROMPT}: expected text, found {type(content[PROMPT]).__name__}")
+    prompt = prompt_of(content)
     views = [resized(key, content[key], image_size) for key in IMAGES if key in content]
     # a camera that this policy does not look at
     views += [np.zeros_like(views[0])] * (len(CAMERAS) - len(views))
-    observation = Observation(np.stack(views), real_array(STATE, content[STATE]), content[PROMPT])
+    observation = Observation(np.stack(views), real_array(STATE, content[STATE]), prompt)
     draft = None
     if DRAFT in content or STEPS in content:
         actions = real_array(DRAFT, content.get(DRAFT), shape=("H", ACTION_DIM))
         draft = actions, checked(Steps, content.get(STEPS), STEPS)
-    return Request(observation, bool(reset), bool(corrections), draft)
+    return Request(observation, reset, corrections, draft)
+
+
+def flag_of(content: Mapping[Any, Any], key: str) -> bool:
+    """A message's true or false, false where it has none; `RsdError` for anything else."""
+    flag = content.get(key, False)
+    if not isinstance(flag, bool | np.bool_):
+        raise RsdError(f"{key}: expected true or false, found {excerpt(flag)}")
+    return bool(flag)
+
+
+def prompt_of(content: Mapping[Any, Any]) -> str:
+    """A message's instruction, "" where it has none; `RsdError` for anything but text."""
+    if not isinstance(prompt := content.get(PROMPT, ""), str):
+        raise RsdError(f"{PROMPT}: expected text, found {type(prompt).__name__}")
+    return prompt
 
 
 def excerpt(value: Any, most: int = 100) -> str:
