@@ -32,6 +32,7 @@ WELCOME = {
     "chunk": [8, 7],
     "policy": {"policy": "fake"},
     "versions": {"rsd": "0"},
+    "execute": 8,
 }
 ANSWER = {"actions": ACTIONS, "server_timing": {"infer_ms": 0.01, "queue_ms": 0.001}, "stats": STATS}
 

@@ -260,7 +260,7 @@ def test_options_that_belong_to_the_server_are_refused(address: str, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["--policy", "ws://127.0.0.1:1"], "is served already; expected a checkpoint directory or hub id"),
+        (["--policy", "ws://127.0.0.1:1"], "is served already; expected a checkpoint, hub id or module:Class"),
         (["--port", "70000"], "--port: expected an integer from 0 to 65535, found 70000"),
         (["--threads", "-1"], "--threads: expected an integer from 0 to 4096, found -1"),
         (["--decode", "rsd-fast"], "--decode 'rsd-fast': expected one of"),

@@ -10,6 +10,8 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.sync.server import ServerConnection
 
 from foreign_server import CHUNK, foreign, proxied, running
+from rsd.cli import dispatch
+from rsd.serving import server
 from rsd.targets.black_box import Drafter
 from rsd.targets.remote.wire import pack, unpack
 
@@ -79,3 +81,13 @@ def test_an_odd_field_of_a_client_is_one_line_and_the_connection_goes_on(
         assert ask(client, **odd).startswith(f"rsd serve: {expected}")
         assert ask(client)["actions"].shape == CHUNK.shape
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_proxy_says_how_many_actions_a_client_may_execute(
+    drafter: Drafter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server, "until_signal", lambda serving: None)
+    with foreign({}) as (address, _):
+        assert dispatch(["serve", "--policy", address, "--drafter", drafter.where, "--port", "0"]) == 0
+    told = "answers from the drafter hold 8 actions: the client may execute no more of any answer; another number:"
+    assert f"{told} rsd drafter distil --execute N\n" in capsys.readouterr().err

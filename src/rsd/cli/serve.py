@@ -30,12 +30,12 @@ class ServeArguments(PolicyOptions):
     """
 
     policy: str = PolicyOptions.policy
-    """Checkpoint directory or Hugging Face hub id: everything that `rsd eval --policy` takes."""
+    """Everything that `rsd eval --policy` takes; ws://HOST:PORT, which is served already, with a --drafter."""
     drafter: str = ""
     """With --policy ws://HOST:PORT, anybody's server in openpi's protocol, or lerobot:DIR_OR_ID: a speculating proxy in
-    front of it with this drafter (`rsd drafter distil`)."""
+    front of it with this drafter (`rsd drafter distil`); with module:Class or file.py:Class that policy with it."""
     execute: Steps | None = PolicyOptions.execute
-    """Steps of a chunk that its client executes, as of `rsd eval`; an answer holds the whole chunk."""
+    """Steps of a chunk that its client executes, as of `rsd eval`; answers hold whole chunks, a class's only these."""
     statistics: str = EvalConfig.task_suite
     """Data set whose statistics scale a published OpenVLA checkpoint's actions, where its own files do not say."""
     threads: Threads = 0
@@ -51,13 +51,14 @@ class ServeArguments(PolicyOptions):
     def evaluated(self) -> EvalConfig:
         """The evaluation whose policy this is."""
         own = {entry.name: getattr(self, entry.name) for entry in fields(PolicyOptions)}
-        config = EvalConfig(**own, task_suite=self.statistics)
+        config = EvalConfig(**own, task_suite=self.statistics, drafter=self.drafter)
         if config.served:
-            remedy = "expected a checkpoint directory or hub id, or a --drafter to speculate in front of it"
+            remedy = "expected a checkpoint, hub id or module:Class, or a --drafter to speculate in front of it"
             raise UsageError(f"--policy {self.policy}: is served already; {remedy}")
-        if config.custom or self.drafter:
-            asked = f"--drafter {self.drafter}: expected --policy ws://HOST:PORT" if self.drafter else "--policy"
-            raise UsageError(f"{asked}: expected a checkpoint directory, hub id or server, found {self.policy}")
+        if self.drafter and not config.custom:
+            expected = "expected --policy ws://HOST:PORT, lerobot:DIR_OR_ID, module:Class or file.py:Class"
+            remedy = "serve that alone, and a proxy with the drafter in front of it"
+            raise UsageError(f"--drafter {self.drafter}: {expected}, found {self.policy}; {remedy}")
         return config
 
 
@@ -134,7 +135,7 @@ def run_proxy(options: ServeArguments) -> None:
     from rsd.serving.server import reserve, until_signal
     from rsd.targets.black_box import load_drafter
     from rsd.targets.drafter_files import check_belongs
-    from rsd.targets.remote.openpi import identity_of, is_rsd, metadata_at
+    from rsd.targets.remote.openpi import identity_of, metadata_at
 
     check_device(options.device)
     door = reserve(options.host, options.port)
@@ -148,7 +149,9 @@ def run_proxy(options: ServeArguments) -> None:
     check_belongs(drafter.stored, identity_of(metadata), options.drafter)
     skip = drafter.skip_rule(*(getattr(options, name) for name in OF_THE_GATE))
     console = terminal(stderr=True, highlight=False, soft_wrap=True)
+    known = f"answers from the drafter hold {drafter.horizon} actions: the client may execute no more of any answer"
+    console.print(f"{known}; another number: rsd drafter distil --execute N")
     listening = partial(announce, console, options.host, f"{options.drafter} drafts for {options.policy}")
-    proxy = SpeculatingProxy(address, metadata, drafter, skip, door, passes_reset=is_rsd(metadata))
+    proxy = SpeculatingProxy(address, metadata, drafter, skip, door)
     until_signal(lambda stop: proxy.serve(stop, listening))
     console.print("stopped")

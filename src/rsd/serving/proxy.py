@@ -29,8 +29,8 @@ from rsd.serving.server import serve_until
 from rsd.serving.service import blank, in_words
 from rsd.targets.black_box import Drafter, Proposal
 from rsd.targets.remote.connection import TWICE
-from rsd.targets.remote.openpi import SPECULATION, read_metadata, same
-from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, RESET, STATE, flag_of, prompt_of, square
+from rsd.targets.remote.openpi import SPECULATION, is_rsd, read_metadata, same
+from rsd.targets.remote.request import IMAGES, LIMITS, PROMPT, RESET, STATE, square, words_of
 from rsd.targets.remote.wire import pack, unpack
 from rsd.types import ChunkStats, Observation, RsdError, real_array
 
@@ -41,13 +41,15 @@ with extra("serve"):
 
 DECODE = "rsd-skip"
 WARMUP = 2
+TIMEOUT_S = 60.0
+AT_ONCE = 1e-9  # seconds: only what has arrived
 
 
 class Upstream:
     """One session's connection to the server behind; it insists on the metadata that the proxy began with."""
 
-    def __init__(self, address: str, metadata: dict[str, Any], timeout_s: float) -> None:
-        self.address, self.metadata, self.timeout_s = address, metadata, timeout_s
+    def __init__(self, address: str, metadata: dict[str, Any]) -> None:
+        self.address, self.metadata = address, metadata
         self._connection: ClientConnection | None = None
 
     async def ask(self, message: bytes, sent: asyncio.Event | None = None) -> bytes:
@@ -56,10 +58,10 @@ class Upstream:
         sent: set once the message is out, or never will be."""
         sent = sent or asyncio.Event()
         try:
-            answer = await asyncio.wait_for(self._exchange(message, sent), self.timeout_s)
+            answer = await asyncio.wait_for(self._exchange(message, sent), TIMEOUT_S)
         except (OSError, TimeoutError, asyncio.TimeoutError, WebSocketException) as error:
             await self.close()
-            reason = str(error) or f"no answer for {self.timeout_s:g} s"
+            reason = str(error) or f"no answer for {TIMEOUT_S:g} s"
             raise RsdError(f"{self.address}: the target's server is lost ({reason}); ask again") from error
         finally:
             sent.set()
@@ -71,12 +73,9 @@ class Upstream:
     async def _exchange(self, message: bytes, sent: asyncio.Event) -> bytes | str:
         if self._connection is None:
             self._connection = await self._open()
-        left = asyncio.ensure_future(self._connection.recv())
-        await asyncio.sleep(0)  # enough for what has arrived: it would be taken for this one's answer
-        if left.done() and not left.exception():
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._connection.recv(), AT_ONCE)  # it would be taken for this one's answer
             raise WebSocketException(TWICE)
-        left.cancel()
-        await asyncio.wait((left,))
         await self._connection.send(message)
         sent.set()
         return await self._connection.recv()
@@ -100,7 +99,7 @@ class Session:
     """A client's connection: its episode, and its own connection to the server behind."""
 
     def __init__(self, proxy: SpeculatingProxy) -> None:
-        self.proxy, self.upstream = proxy, Upstream(proxy.address, proxy.metadata, proxy.timeout_s)
+        self.proxy, self.upstream = proxy, Upstream(proxy.address, proxy.metadata)
         self.state = EpisodeState()
         self.instruction = ""
 
@@ -121,11 +120,11 @@ class Session:
         proxy, content = self.proxy, unpack(message, LIMITS)
         if not isinstance(content, Mapping):
             raise RsdError(f"message: expected a map, found {type(content).__name__}")
-        reset, instruction = flag_of(content, RESET), prompt_of(content)
+        instruction, reset, _ = words_of(content)
         if reset or instruction != self.instruction:
             self.state, self.instruction = EpisodeState(), instruction
         if reset and len(content) == 1:
-            return await self.upstream.ask(message) if proxy.passes_reset else pack({RESET: True})
+            return await self.upstream.ask(message) if is_rsd(proxy.metadata) else pack({RESET: True})
         if missing := [key for key in (*IMAGES, STATE, PROMPT) if key not in content]:  # before the target is asked
             found = f"{', '.join(map(str, content)):.200}"
             raise RsdError(f"message: the drafter needs {', '.join(missing)}; found {found}")
@@ -161,19 +160,10 @@ class SpeculatingProxy:
     """Serves at a port as `PolicyServer` does; the drafter works in a thread of its own."""
 
     def __init__(
-        self,
-        address: str,
-        metadata: dict[str, Any],
-        drafter: Drafter,
-        skip: SkipRule,
-        door: socket.socket,
-        *,
-        passes_reset: bool = False,
-        timeout_s: float = 60.0,
+        self, address: str, metadata: dict[str, Any], drafter: Drafter, skip: SkipRule, door: socket.socket
     ) -> None:
-        """address, metadata: of the server behind; passes_reset: it knows the key `reset`, as an `rsd serve` does."""
+        """address, metadata: of the server behind."""
         self.address, self.metadata, self.drafter, self.skip = address, metadata, drafter, skip
-        self.passes_reset, self.timeout_s = passes_reset, timeout_s
         self._door, self._thread = door, ThreadPoolExecutor(1, "drafter")
 
     async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:

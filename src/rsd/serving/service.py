@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,14 @@ import torch
 from rsd.chunks import checked_chunk
 from rsd.decoding.course import NOTHING, OWN, Course, begun
 from rsd.devices import cpu_model
+from rsd.evaluation import foreign
 from rsd.evaluation.backend import rsd_policy
 from rsd.evaluation.config import EvalConfig
 from rsd.policy import RsdPolicy, SpeculativePolicy
+from rsd.targets.black_box import SpeculatingPolicy
 from rsd.targets.remote.request import CORRECTIONS, DRAFT, IMAGES, LIMITS, PROMPT, STATE, read_request
 from rsd.targets.remote.wire import pack, unpack
-from rsd.types import RSD_ASYNC, STATE_DIM, ActionChunk, Observation, RsdError
+from rsd.types import CAMERAS, RSD_ASYNC, STATE_DIM, ActionChunk, Observation, Policy, RsdError
 from rsd.versions import versions
 
 LONGEST_TEXT = 1000  # characters of an answer that says what was wrong
@@ -45,7 +49,25 @@ class Memoryless:
         return [self.policy.predict(observation) for observation in observations], [None] * len(states), None
 
     def verify_pending(self, pending: None) -> tuple[list[ActionChunk], list[None]]:
-        raise RsdError("a published OpenVLA policy leaves nothing pending")
+        raise RsdError("a policy without memory leaves nothing pending")
+
+
+class OwnEpisodes(Memoryless):
+    """Policies that keep their episode inside, as a class of one's own does: each episode has an instance to itself,
+    which `reset` begins, and which is free for another once that is over."""
+
+    def __init__(self, first: Any, another: Callable[[], Policy]) -> None:
+        """first: with `decode`; another: makes one more where all are taken."""
+        self.decode, self.image_size, self.cameras, self.execute = first.decode, first.image_size, len(CAMERAS), None
+        self._free, self._another = [first], another
+
+    def predict(self, observations: Sequence[Observation], states: Sequence[Any]) -> Any:
+        (observation,), (state,) = observations, states
+        if state is None:
+            policy = self._free.pop() if self._free else self._another()
+            weakref.finalize(state := partial(policy.predict), self._free.append, policy)
+            policy.reset()
+        return [state(observation)], [state], None
 
 
 Servable = SpeculativePolicy | Memoryless
@@ -77,7 +99,20 @@ class Session:
 def load_served(config: EvalConfig) -> Servable:
     """The policy that `rsd eval` would run with these options."""
     policy = rsd_policy(config)
+    if config.custom:
+        return OwnEpisodes(policy, partial(another, policy, config))
     return policy.core if isinstance(policy, RsdPolicy) else Memoryless(policy)
+
+
+def another(first: Any, config: EvalConfig) -> Policy:
+    """One more instance of a class of one's own, with the same drafter; `RsdError` where there can be but one."""
+    try:
+        if not config.drafter:
+            return foreign.custom(config)
+        target = first.target and foreign.custom(foreign.alone(config))
+        return SpeculatingPolicy(first.drafter, target, first.skip, first.decode, steps=first.steps)
+    except RsdError as error:
+        raise RsdError(f"{error}; another client has the one that there is, ask again later") from error
 
 
 def versions_on(device: str) -> dict[str, str]:
@@ -125,7 +160,7 @@ class PolicyService:
             session.corrections = request.corrections
             more = {} if request.draft is None else {"draft": request.draft}
             chunk, before = self.predict(session, request.observation, **more)
-        except Exception as error:  # of the policy: the others' connections must not end with it
+        except (Exception, SystemExit) as error:  # of the policy: the others' connections must not end with it
             if not isinstance(error, RsdError):
                 traceback.print_exc()
             return in_words(error)
@@ -198,7 +233,7 @@ def blank(size: int) -> dict[str, Any]:
     return {**dict.fromkeys(IMAGES, view), STATE: np.zeros(STATE_DIM), PROMPT: "pick up the black bowl"}
 
 
-def in_words(error: Exception, who: str = "policy") -> str:
+def in_words(error: BaseException, who: str = "policy") -> str:
     """What a client is told of an error."""
     if isinstance(error, RsdError):
         return f"rsd serve: {' '.join(str(error).split()):.{LONGEST_TEXT}}"

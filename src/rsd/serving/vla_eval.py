@@ -39,9 +39,10 @@ class RsdModelServer(PredictModelServer):
     """`predict` is called in one thread. What is wrong with an observation is answered as vla-eval's error."""
 
     def __init__(self, policy: Servable) -> None:
-        super().__init__(chunk_size=policy.execute)
-        self._service, self._sessions = PolicyService(policy), dict[str, Session]()
-        self._service.warm_up()
+        service = PolicyService(policy)
+        steps = service.warm_up()[0]
+        super().__init__(chunk_size=policy.execute or steps)
+        self._service, self._sessions = service, dict[str, Session]()
 
     def get_observation_params(self) -> dict[str, Any]:
         """What its LIBERO leaves out by default. The quaternion's sign as robosuite has it, as in training."""

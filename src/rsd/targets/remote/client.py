@@ -80,7 +80,7 @@ class RemotePolicy:
     def _chunk_of(self, content: Any) -> ActionChunk:
         """Of a message's `actions` and `stats`; one of ODD for impossible ones."""
         stats, actions = ChunkStats(**content["stats"]), content["actions"]
-        if actions.dtype != np.float32 or actions.shape != self.welcome.chunk:
+        if actions.dtype != np.float32 or (self.welcome.execute and actions.shape != self.welcome.chunk):  # None: any
             raise ValueError(f"actions {actions.dtype} {list(actions.shape)} in the place of {self.welcome.chunk}")
         chunk = checked_chunk(ActionChunk(actions.copy(), stats, self.welcome.execute))  # what arrived is read-only
         if stats.decode != self.decode:

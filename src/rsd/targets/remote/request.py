@@ -53,7 +53,7 @@ def read_request(content: Any, image_size: int, cameras: int) -> Request:
         raise RsdError(f"message: expected a map with the keys {', '.join(KEYS)}, found {type(content).__name__}")
     if unknown := [excerpt(key, 40) for key in islice((key for key in content if key not in KEYS), 3)]:
         raise RsdError(f"message: expected the keys {', '.join(KEYS)}, found {', '.join(unknown)} besides")
-    reset, corrections = (flag_of(content, key) for key in (RESET, CORRECTIONS))
+    prompt, reset, corrections = words_of(content)
     if reset and len(content) == 1:
         return Request(None, True)
     needed = (*IMAGES[:cameras], STATE, PROMPT)
@@ -61,7 +61,6 @@ def read_request(content: Any, image_size: int, cameras: int) -> Request:
         found = ", ".join(content) or "none"
         begin = f"{{{RESET!r}: True}}"
         raise RsdError(f"message: missing {', '.join(missing)}; found {found}; an episode's begin alone is {begin}")
-    prompt = prompt_of(content)
     views = [resized(key, content[key], image_size) for key in IMAGES if key in content]
     # a camera that this policy does not look at
     views += [np.zeros_like(views[0])] * (len(CAMERAS) - len(views))
@@ -73,19 +72,15 @@ def read_request(content: Any, image_size: int, cameras: int) -> Request:
     return Request(observation, reset, corrections, draft)
 
 
-def flag_of(content: Mapping[Any, Any], key: str) -> bool:
-    """A message's true or false, false where it has none; `RsdError` for anything else."""
-    flag = content.get(key, False)
-    if not isinstance(flag, bool | np.bool_):
-        raise RsdError(f"{key}: expected true or false, found {excerpt(flag)}")
-    return bool(flag)
-
-
-def prompt_of(content: Mapping[Any, Any]) -> str:
-    """A message's instruction, "" where it has none; `RsdError` for anything but text."""
-    if not isinstance(prompt := content.get(PROMPT, ""), str):
+def words_of(content: Mapping[Any, Any]) -> tuple[str, bool, bool]:
+    """A message's prompt, reset and corrections, "" and false where there is none; `RsdError` for other kinds."""
+    prompt, flags = content.get(PROMPT, ""), {key: content.get(key, False) for key in (RESET, CORRECTIONS)}
+    for key, flag in flags.items():
+        if not isinstance(flag, bool | np.bool_):
+            raise RsdError(f"{key}: expected true or false, found {excerpt(flag)}")
+    if not isinstance(prompt, str):
         raise RsdError(f"{PROMPT}: expected text, found {type(prompt).__name__}")
-    return prompt
+    return prompt, bool(flags[RESET]), bool(flags[CORRECTIONS])
 
 
 def excerpt(value: Any, most: int = 100) -> str:
