@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,21 @@ def test_drafts_that_were_compared_but_not_executed_make_no_risk(tmp_path: Path)
     assert "realised risk (bound at 90 %)" not in rows
     assert "drafts whose gripper alone differs" not in rows  # nobody recorded it
     assert rows["unheard of, mean"] == ["3"]
+
+
+def test_a_distilled_drafter_is_held_to_its_own_epsilon(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", "rsd-skip", set(), 40.0, range(0))
+    gates = {"drafter_gate": {"epsilon_mm": 229.0}, "skip_calibration": {"epsilon_mm": 60.0}}  # the target's is not it
+    (run / "config.json").write_text(encode_record(RunRecord(PLAN, "hash", {}, gates)))
+    stats = {"skipped": [1.0, 0.0], "deviation_mm": [None, 100.0], "stood": [None, 1.0]}
+    result = episode(0, decode="rsd-skip", chunks=2, latency_ms={"total": [1.0] * 2}, chunk_stats=stats)
+    append_episode(run / "episodes.jsonl", result)
+    rows = dict(table_rows(load_runs([run])))
+    assert rows["drafts beyond epsilon"] == ["0 of 1 (229 mm)"]
+    assert "realised risk (bound at 90 %)" not in rows  # of what was executed nobody asked the target
+    stats["deviation_mm"] = [300.0, 100.0]
+    append_episode(run / "episodes.jsonl", replace(result, task_id=1, task_name="task_1", chunk_stats=stats))
+    assert dict(table_rows(load_runs([run])))["drafts beyond epsilon"] == ["1 of 1 (229 mm)"]
 
 
 def test_the_verdict_and_both_intervals_say_of_what_they_speak(tmp_path: Path) -> None:

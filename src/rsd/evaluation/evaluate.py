@@ -256,7 +256,7 @@ def run_differences(record: RunRecord, versions: dict[str, str], policy: dict[st
     """What sets versions and weights apart from a record's, the machine's own names left out; "" if nothing does."""
     compared = [name for name in {**record.versions, **versions} if name not in MACHINE_VERSIONS]
     found = [differences({**record.versions}, {**versions}, compared)]
-    before = {"execute": policy.get("execute"), **record.policy}  # not recorded where all of a chunk was executed
+    before = {**{name: policy.get(name) for name in ("execute", "drafter_gate")}, **record.policy}  # recorded later
     found.append(differences(before, policy, {**before, **policy}))
     return ", ".join(filter(None, found))
 

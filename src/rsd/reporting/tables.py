@@ -282,16 +282,17 @@ def audit(run: Run) -> tuple[RealisedRisk, float, bool] | None:
     recorded = all("gripper_differs" in episode.chunk_stats for episode in run.episodes)  # not by the first audits
     differs = [column > 0 for column in columns("gripper_differs")] if recorded else None
     known = [np.isfinite(values) for values in apart]
-    executed = any(flags.any() for flags in skipped)
-    compared = [a & b for a, b in zip(skipped, known, strict=True)] if executed else known
+    compared = [a & b for a, b in zip(skipped, known, strict=True)]
+    executed = any(flags.any() for flags in compared)
     epsilon, delta = epsilon_and_delta(run)
-    return realised_risk(compared, apart, differs, epsilon_mm=epsilon, delta=delta), epsilon, executed
+    found = realised_risk(compared if executed else known, apart, differs, epsilon_mm=epsilon, delta=delta)
+    return found, epsilon, executed
 
 
 def epsilon_and_delta(run: Run) -> tuple[float, float]:
-    """Of the calibration that the run was made with, else the default ones of `rsd calibrate`."""
-    used = run.record.policy.get("skip_calibration") or {}
-    return used.get("epsilon_mm", CalibrateConfig.epsilon_mm), used.get("delta", CalibrateConfig.delta)
+    """Of the drafter or the calibration that the run was made with, else the default ones of `rsd calibrate`."""
+    used = run.record.policy.get("drafter_gate") or run.record.policy.get("skip_calibration") or {}
+    return used.get("epsilon_mm", CalibrateConfig.epsilon_mm), used.get("delta") or CalibrateConfig.delta
 
 
 def real_time_rows(runs: Sequence[Run], decodings: Sequence[DecodingSummary]) -> list[tuple[str, list[str]]]:
