@@ -16,6 +16,7 @@ CONTROL_HZ = 20  # actions a second, in LIBERO's demonstrations and its simulato
 CHUNK_SIZE = 8  # steps predicted and executed open loop; a policy of longer chunks has a tail (`ActionChunk`)
 WAIT_STEPS = 10  # objects settle before the policy starts
 WAIT_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # no motion, gripper open
+REPLAN_STEPS = 5  # actions that openpi's client executes of each answer
 MAX_STEPS = {  # after the wait steps
     "libero_spatial": 220,
     "libero_object": 280,

@@ -181,6 +181,17 @@ def test_a_drafter_for_a_server_goes_on_evaluates_and_serves(tmp_path: Path) -> 
             ready(evaluated(address, made))
 
 
+def test_too_few_rollouts_name_their_option_as_early_as_can_be(tmp_path: Path) -> None:
+    with foreign({}, answer=homeward) as (address, sent):
+        few = DistilConfig(address, output=tmp_path / "few", num_rollouts=1, drafter=DRAFTER)
+        found = r"found 2 rollouts of at most 44; give --num-rollouts 2 or more"
+        with pytest.raises(RsdError, match=f"^expected at least 100 chunks, {found}$"):
+            distil(few)
+        assert sent == []
+        with pytest.raises(RsdError, match="at least 100 chunks, found 96; take more --num-rollouts"):
+            distil(asked(address, tmp_path / "run", num_rollouts=8))
+
+
 def evaluated(address: str, drafter: Path) -> EvalConfig:
     return settle(EvalConfig(policy=address, drafter=str(drafter)))[0]
 

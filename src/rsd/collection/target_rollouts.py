@@ -114,6 +114,11 @@ def batch_of(config: RolloutConfig, make_target: MakeTarget, task: int, indices:
     return workers.make_parts(folder, indices, lambda index: Rollout(env, target, drafter, config).episode(index))
 
 
+def labels_every(steps: int) -> int:
+    """Where a target drives itself by chunks of `steps` actions: an image, and so a label, every so many."""
+    return steps // 2 if steps % 2 == 0 else steps
+
+
 class Rollout:
     """One episode of a worker's target and environment; it is made of chunks."""
 
@@ -135,7 +140,7 @@ class Rollout:
         while not done:
             label, driven = self.chunk(rng)
             alone, steps = config.driver == "target", len(label)
-            every = every or (steps // 2 if alone and steps % 2 == 0 else steps)
+            every = every or (labels_every(steps) if alone else steps)
             terminated, done = self.execute(label, driven, every)
             success = success or terminated
         attributes = {

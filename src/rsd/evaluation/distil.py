@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -11,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rsd.collection.target_rollouts import Look, RolloutConfig, roll_out
+from rsd.collection.target_rollouts import Look, RolloutConfig, labels_every, roll_out
+from rsd.conventions import REPLAN_STEPS
 from rsd.data.demonstrations import demonstration_files
 from rsd.data.schema import demo_names, open_data, text_attribute
 from rsd.decoding.calibration import SCORE, SkipCalibration, SkipPromise, episodes_needed, fit_threshold
@@ -24,9 +26,10 @@ from rsd.evaluation.tables import say
 from rsd.manifest import MANIFEST_FILE, file_sha256
 from rsd.models.standalone_drafter import StandaloneDrafter
 from rsd.output import plural, terminal, writing
-from rsd.sim.suites import suite_tasks
+from rsd.sim.suites import step_limit, suite_tasks
 from rsd.targets.drafter_files import WEIGHTS_FILE, SelfDeviation, StoredDrafter, load_models, read_drafter, save_models
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
+from rsd.tokenizer.fit import MIN_CHUNKS
 from rsd.training.loop import CHECKPOINT, one_run_a_folder
 from rsd.training.standalone_drafter import TrainStandaloneConfig, fit_tokenizer, train_standalone
 from rsd.types import Policy, RsdError
@@ -63,6 +66,7 @@ def distil(config: DistilConfig) -> Path:
     tasks = tuple(target.task_ids(config.task_suite, [task for task, *_ in suite_tasks(config.task_suite)]))
     target = settle(target)[0]
     run = Run(config, target, describe_checkpoint(target), tasks)
+    run.check_rollouts()
     trained = run.round(0, None)
     for number in range(1, config.rounds + 1):
         trained = run.round(number, trained)
@@ -78,6 +82,15 @@ class Run:
         self.config, self.target, self.identity, self.tasks = config, target, identity, tasks
         self.make_target = MakeTarget(target)
         self.console = terminal(stderr=True)
+
+    def check_rollouts(self) -> None:
+        """`RsdError` where they will hold too few chunks, however long they last; of some the first answer tells."""
+        steps = self.config.execute or (REPLAN_STEPS if "metadata" in self.identity else 1)
+        each, tasks = math.ceil(step_limit(self.config.task_suite) / labels_every(steps)), len(self.tasks)
+        if (rollouts := self.config.num_rollouts * tasks) * each < MIN_CHUNKS:
+            found = f"{plural(rollouts, 'rollout')} of at most {each}"
+            more = f"give --num-rollouts {math.ceil(MIN_CHUNKS / (each * tasks))} or more"
+            raise RsdError(f"expected at least {MIN_CHUNKS} chunks, found {found}; {more}")
 
     def folder(self, name: str) -> Path:
         return self.config.output / ROLLOUTS / name

@@ -18,11 +18,13 @@ from rsd.models.config import StandaloneDrafterConfig
 from rsd.models.standalone_drafter import StandaloneDrafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
 from rsd.tokenizer.config import TokenizerConfig
+from rsd.tokenizer.fit import MIN_CHUNKS
 from rsd.training.config import Augmentation, DrafterLoss, LoopConfig
 from rsd.training.dataset import Batch, FrameDataset, chunk_targets, held_against
 from rsd.training.loop import check_state, one_run_a_folder, train_and_save
 from rsd.training.losses import drafter_losses, shares_of, visual_total
 from rsd.training.policy import data_provenance, load_folders, resolve_device, split
+from rsd.types import RsdError
 
 MAX_FRAMES, ROWS = 2048, 128  # of the validation: frames at most, and of them at once
 Save = Callable[[StandaloneDrafter, dict[str, Any], Path], None]
@@ -48,6 +50,8 @@ def fit_tokenizer(folder: Path, horizon: int) -> ActionTokenizer:
     chunks = [
         chunk_targets(each.labels, horizon)[:: each.image_every] for each in load_demonstrations(folder, images=False)
     ]
+    if (found := sum(map(len, chunks))) < MIN_CHUNKS:
+        raise RsdError(f"{folder}: expected at least {MIN_CHUNKS} chunks, found {found}; take more --num-rollouts")
     return ActionTokenizer.fit(np.concatenate(chunks), TokenizerConfig(horizon=horizon))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from rsd.chunks import environment_ready
+from rsd.conventions import REPLAN_STEPS
 from rsd.targets.remote.client import CorrectedPolicy, RemotePolicy
 from rsd.targets.remote.connection import Connection
 from rsd.targets.remote.request import IMAGES, PROMPT, STATE
@@ -20,7 +21,6 @@ from rsd.targets.remote.wire import pack, unpack
 from rsd.types import RSD_ASYNC, TARGET_ONLY, ActionChunk, ChunkStats, Observation, RsdError, check_observation
 
 RENDER_SIZE, SENT_SIZE = 256, 224  # pixels a side: what openpi's LIBERO client renders, and what it sends
-REPLAN_STEPS = 5  # actions that it executes of each answer
 SPECULATION = "speculation"  # in the metadata of a proxy, beside those of the server behind it
 OF_RSD = {"decode", "image_size", "chunk", "images"}  # metadata of an `rsd serve`
 WANTED = "a policy server in openpi's protocol"
