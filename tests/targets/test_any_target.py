@@ -88,6 +88,8 @@ OWN = "class P:\n    def reset(self): pass\n    def predict(self, observation): 
         (OWN.replace("self, observation", "self"), r"predict\(observation\), found predict\(self\)"),
         (OWN.replace("observation", "a, b"), r"found predict\(self, a, b\)"),
         (OWN.replace("reset(self)", "reset(self, a)"), r"found reset\(self, a\)"),
+        (OWN + "    image_size = 'big'\n", r"P: image_size: expected an integer from 1 to 4096, found 'big'"),
+        (OWN + "    image_size = 0\n", r"P: image_size: expected an integer from 1 to 4096, found 0"),
     ],
 )
 def test_a_file_that_is_no_policy_is_found_at_once(here: Path, source: str, expected: str) -> None:
@@ -96,9 +98,17 @@ def test_a_file_that_is_no_policy_is_found_at_once(here: Path, source: str, expe
         check_foreign(EvalConfig(policy="page_policy.py:P", decode="target-only"))
 
 
+def test_what_only_an_instance_knows_is_not_asked_of_its_class(here: Path) -> None:
+    made = "    image_size = None\n    def __init__(self): self.image_size = 96\n"
+    told = "    @property\n    def image_size(self): return 96\n"
+    for name, more in (("page_policy", made), ("other_policy", told)):
+        (here / f"{name}.py").write_text(OWN + more)
+        assert CustomPolicy(f"{name}.py:P").image_size == 96
+
+
 def test_actions_are_clipped_or_in_other_units() -> None:
     assert environment_ready([1.5] * 7, "x").tolist() == [[1.0] * 7]
-    assert environment_ready(torch.zeros(9, 7), "x", 4).shape == (4, 7)
+    assert environment_ready(torch.zeros(9, 7), "x", 4).shape == (9, 7)
     with pytest.raises(WrongOption, match=r"^x: expected chunks of the 9 steps .* found 8; --execute 8 executes as"):
         environment_ready(np.zeros((8, 7)), "x", 9)
     for odd in (np.full((8, 7), 30.0), np.zeros((8, 14)), np.zeros((0, 7)), np.full((1, 7), np.nan)):

@@ -91,6 +91,8 @@ def test_what_cannot_continue_is_refused_in_one_line(drafter: Drafter, tmp_path:
             RsdError, match=f"^--decode rsd-fused: {CANNOT} .* found {policy}; choose --decode rsd-skip"
         ):
             check_foreign(asked(place, policy, decode="rsd-fused"))
+    with pytest.raises(RsdError, match="--continue-steps 11: expected at most 10, all that"):
+        check_foreign(asked(place, continue_steps=11))
     with foreign({}) as (address, sent), pytest.raises(RsdError, match=f"{CANNOT} .* found {address}"):
         ready(asked(place, address, decode="rsd-fused"))
     assert sent == []

@@ -44,7 +44,9 @@ def check_foreign(config: EvalConfig) -> None:
     if config.custom:
         from rsd.targets.custom import find_class
 
-        can = hasattr(find_class(config.policy), "continue_from")
+        can = hasattr(kind := find_class(config.policy), "continue_from")
+        if fused and can and isinstance(getattr(kind, "num_inference_steps", None), int):  # else it is its instance's
+            steps_left(config, kind)
     if fused and not can:
         raise cannot_continue(config)
     if config.drafter:

@@ -97,6 +97,8 @@ def find_class(spec: str) -> Any:
             except TypeError as error:
                 found = f"{method}{inspect.signature(function)}"
                 raise RsdError(f"policy {spec}: expected reset() and predict(observation), found {found}") from error
+    if (size := getattr(kind, "image_size", None)) is not None and not hasattr(size, "__get__"):  # else its instance's
+        checked(ImageSize, size, f"{spec}: image_size")
     return kind
 
 
