@@ -60,8 +60,8 @@ def check_stats(stats: ChunkStats) -> None:
 
 
 def environment_ready(actions: Any, where: str, steps: int | None = None) -> NDArray[np.float32]:
-    """What somebody else's policy gave, [n, 7] or one action [7] -> the first `steps` of it, float32, clipped to
-    [-1, 1] as LIBERO's controller clips; `RsdError` for other shapes, and for numbers that are in other units,
+    """What somebody else's policy gave, [n, 7] or one action [7] -> float32 [n, 7], clipped to [-1, 1] as
+    LIBERO's controller clips; `RsdError` for other shapes, and for numbers that are in other units,
     `WrongOption` for fewer than `steps`."""
     if not isinstance(actions, np.ndarray) and (odd := no_actions(actions)):
         remedy = f"predict has to return the actions themselves, [n, {ACTION_DIM}]"
@@ -77,7 +77,7 @@ def environment_ready(actions: Any, where: str, steps: int | None = None) -> NDA
     if steps is not None and len(found) < steps:
         asked = f"{where}: expected chunks of the {steps} steps that are to be executed, or of more, found {len(found)}"
         raise WrongOption(f"{asked}; --execute {len(found)} executes as many")
-    return np.clip(found[:steps], -1.0, 1.0)
+    return np.clip(found, -1.0, 1.0)
 
 
 def no_actions(answer: Any) -> str:

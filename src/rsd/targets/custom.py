@@ -74,7 +74,7 @@ class CustomPolicy:
         answer = method(observation, *more)
         stats = ChunkStats(self.decode, prefills=1, latency_ms={"total": 1e3 * (time.perf_counter() - start)})
         actions = answer.actions if isinstance(answer, ActionChunk) else answer
-        return ActionChunk(environment_ready(actions, self.spec, self._steps), stats)
+        return ActionChunk(environment_ready(actions, self.spec, self._steps), stats, self._steps)
 
 
 def find_class(spec: str) -> Any:

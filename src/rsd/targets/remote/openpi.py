@@ -63,7 +63,7 @@ class OpenpiPolicy:
         inferred = timing.get("infer_ms") if isinstance(timing, dict) else None
         if isinstance(inferred, int | float | np.number) and 0 <= inferred <= total:
             latency = {"network": total - float(inferred), **latency}
-        return ActionChunk(actions, ChunkStats(self.decode, prefills=1, latency_ms=latency))
+        return ActionChunk(actions, ChunkStats(self.decode, prefills=1, latency_ms=latency), self._steps)
 
     def close(self) -> None:
         self._connection.close()
