@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from foreign_server import CHUNK, foreign, proxied, running
 from openvla_checkpoint import block_image
 from rsd.chunks import environment_ready
 from rsd.decoding.state import EpisodeState
+from rsd.evaluation.cautions import cautions
 from rsd.evaluation.config import EvalConfig
 from rsd.evaluation.foreign import check_foreign
 from rsd.targets.black_box import Drafter, SpeculatingPolicy, load_drafter
@@ -285,6 +287,15 @@ def test_a_drafter_of_another_target_is_refused(drafter: Drafter) -> None:
     check_belongs(drafter.stored, {"policy": "ws://elsewhere", "metadata": {}}, "here")
     with pytest.raises(RsdError, match=r"^here: distilled from another target"):
         check_belongs(drafter.stored, {"policy": "ws://elsewhere", "metadata": {"name": "pi0"}}, "here")
+
+
+def test_a_server_that_does_not_say_what_it_is_is_warned_of(drafter: Drafter, tmp_path: Path) -> None:
+    place = tmp_path / "drafter"
+    config = EvalConfig(policy="ws://x:1", drafter=str(place), decode="rsd-skip")
+    (told,) = cautions(config)
+    assert told.startswith("ws://x:1: its metadata are empty, so a drafter distilled for another such server is taken")
+    replace(drafter.stored, target={"policy": "ws://y:1", "metadata": {"model": "pi0"}}).save(place)
+    assert cautions(config) == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "unsealed", "later"])

@@ -134,7 +134,7 @@ def run_proxy(options: ServeArguments) -> None:
     from rsd.serving.proxy import SpeculatingProxy
     from rsd.serving.server import reserve, until_signal
     from rsd.targets.black_box import load_drafter
-    from rsd.targets.drafter_files import check_belongs
+    from rsd.targets.drafter_files import check_belongs, nameless
     from rsd.targets.remote.openpi import identity_of, metadata_at
 
     check_device(options.device)
@@ -151,6 +151,8 @@ def run_proxy(options: ServeArguments) -> None:
     console = terminal(stderr=True, highlight=False, soft_wrap=True)
     known = f"answers from the drafter hold {drafter.horizon} actions: the client may execute no more of any answer"
     console.print(f"{known}; another number: rsd drafter distil --execute N")
+    for caution in nameless(options.drafter, options.policy):
+        console.print(f"warning: {caution}", style="yellow", markup=False)
     listening = partial(announce, console, options.host, f"{options.drafter} drafts for {options.policy}")
     proxy = SpeculatingProxy(address, metadata, drafter, skip, door)
     until_signal(lambda stop: proxy.serve(stop, listening))

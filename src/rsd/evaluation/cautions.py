@@ -20,6 +20,10 @@ def cautions(config: EvalConfig, suites: bool = True) -> list[str]:
     from rsd.checkpoint import CONFIG_FILE, gate_memory, gate_of, locate_checkpoint, long_memory
     from rsd.targets.openvla.published import locate_openvla
 
+    if config.drafter and config.served:
+        from rsd.targets.drafter_files import nameless
+
+        return nameless(config.drafter, config.policy)
     if config.served or config.custom or config.drafter or locate_openvla(config.policy) is not None:
         return []
     directory = locate_checkpoint(config.policy)

@@ -81,6 +81,13 @@ def save_models(model: StandaloneDrafter, tokenizer: ActionTokenizer, stored: St
     stored.save(directory)
 
 
+def nameless(drafter: str, policy: str) -> list[str]:
+    """A sentence where a drafter's target, a server, does not say what it is: any such server passes for it."""
+    if any(value for name, value in read_drafter(Path(drafter)).target.items() if name not in ELSEWHERE):
+        return []
+    return [f"{policy}: its metadata are empty, so a drafter distilled for another such server is taken for its own"]
+
+
 def check_belongs(stored: StoredDrafter, target: dict[str, Any], where: str) -> None:
     """`RsdError` unless the drafter was distilled from this very target, wherever it is now."""
     own, found = ({k: v for k, v in each.items() if k not in ELSEWHERE} for each in (stored.target, target))
