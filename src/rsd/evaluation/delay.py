@@ -104,7 +104,7 @@ class VirtualDelay(Pace):
 
     def _waited_for(self, env: Environment, chunk: ActionChunk) -> Iterator[tuple[Course, bool]]:
         """Where a chunk is the last word on what it was predicted from."""
-        given = Course.of(chunk.actions, letter(chunk.stats))
+        given = Course.of(chunk.actions, whose := letter(chunk.stats))
         skipped, due, tail = bool(chunk.stats.skipped), len(chunk.executed), self.tail or chunk.answer is not None
         busy = self.drafter_delay if skipped else self.delay  # until then no other observation is looked at
         wait = self.drafter_delay if chunk.stats.decode == DRAFT_FIRST else busy
@@ -114,7 +114,7 @@ class VirtualDelay(Pace):
         if self.tail and self._done:
             start, steps, self._motion.tail_steps = len(self._done), max(due, busy), min(wait, len(self._left))
             yield self._filled(self._left, wait), steps == wait
-            rest = Course.of(self._rest(env, chunk.actions, start), OWN) if self.corrected else given[wait:]
+            rest = Course.of(self._rest(env, chunk.actions, start), whose) if self.corrected else given[wait:]
         else:
             steps = max(wait + due, busy)
             yield self._filled(NOTHING, wait), False
