@@ -72,6 +72,8 @@ def test_the_class_of_the_page_is_a_policy(here: Path) -> None:
         ({"policy": "json:JSONDecoder", "temperature": 1.0}, "--temperature: not with --policy json:JSONDecoder"),
         ({"policy": "json:JSONDecoder", "drafter": "nowhere", "decode": "rsd-skip"}, "found no reset"),
         ({"policy": "ws://x:1", "drafter": "nowhere", "decode": "rsd-skip"}, "expected a directory with drafter.json"),
+        ({"policy": "ws://x:1", "drafter": "nowhere", "decode": "draft-first"}, "also rsd-skip, rsd-async, rsd-f"),
+        ({"policy": "ws://x:1", "drafter": "nowhere", "decode": "rsd-async", "audit": True}, "--audit: not with"),
     ],
 )
 def test_what_cannot_be_is_one_line(options: dict[str, Any], expected: str) -> None:

@@ -114,7 +114,7 @@ def plan_runs(options: EvalArguments) -> list[tuple[EvalConfig, str]]:
     without = ("acceptance", "skip_threshold_mm", *OF_THE_RULE, "target_at_reset", "continue_steps")
     alone = replace(config, **{name: getattr(EvalConfig, name) for name in without})
     target = TARGET_ONLY if config.drafter else TARGET_ALONE
-    runs = [(replace(alone, decode=target, audit=False), ""), (best, note)]
+    runs = [(replace(alone, decode=target, audit=False, drafter_delay=0), ""), (best, note)]
     if DECODERS[best.decode].visual:
         runs.append((replace(alone, decode=DRAFTER_ALONE), ""))
     if not config.output:

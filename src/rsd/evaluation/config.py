@@ -135,7 +135,7 @@ class EvalConfig(PolicyOptions):
     """Initial states: a list such as 0,3,10-19, of which the first num_trials are taken; a single number is the first
     of num_trials in a row."""
     drafter: str = ""
-    """Directory of a drafter that `rsd drafter distil` made for this very policy, whatever kind it is of."""
+    """Directory of a drafter that `rsd drafter distil` made for this policy: for rsd-skip, rsd-async, rsd-fused."""
     continue_steps: Steps | None = None
     """With a --drafter, rsd-fused: steps of a diffusion or flow matching target from the noised draft on (half)."""
     temperature: Temperature = 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsd.evaluation.config import EvalConfig, option
-from rsd.types import BEST, DRAFTER_ONLY, TARGET_ONLY, Policy, RsdError
+from rsd.types import BEST, DRAFTER_ONLY, RSD_ASYNC, TARGET_ONLY, Policy, RsdError
 
 if TYPE_CHECKING:
     from rsd.options import Choice
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rsd.targets.remote.openpi import OpenpiPolicy
 
 SKIPPING, FUSED = "rsd-skip", "rsd-fused"
-WITH_DRAFTER = (TARGET_ONLY, SKIPPING, FUSED, DRAFTER_ONLY)
+WITH_DRAFTER = (TARGET_ONLY, SKIPPING, RSD_ASYNC, FUSED, DRAFTER_ONLY)
 MINE = ("acceptance", "temperature", "engine", "batch")  # of this package's own models
 OF_THE_GATE = ("skip_threshold_mm", "max_skips", "skips_per_agreement")  # of a distilled drafter's, and an audit
 OF_A_MACHINE = ("device", "threads")  # a server has its own
@@ -146,7 +146,7 @@ def alone(config: EvalConfig) -> EvalConfig:
     if config.execute not in (None, horizon):
         found = f"--execute {config.execute}: {config.drafter} drafts {horizon} at once"
         raise RsdError(f"{found}; leave it out, or distil another")
-    mine = [*OF_THE_GATE, "audit", "continue_steps"]
+    mine = [*OF_THE_GATE, "audit", "continue_steps", "delay", "drafter_delay", "meanwhile", "control_hz"]
     if config.served and not config.lerobot:  # a server has its own
         mine += OF_A_MACHINE
     given: dict[str, Any] = {name: getattr(EvalConfig, name) for name in mine}

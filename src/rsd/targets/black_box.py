@@ -34,7 +34,19 @@ from rsd.policy import TextCache
 from rsd.runtime.engines import choose_engine, make_engine
 from rsd.targets.drafter_files import StoredDrafter, load_models, read_drafter
 from rsd.tokenizer.action_tokenizer import ActionTokenizer
-from rsd.types import AUTO, TARGET_ONLY, ActionChunk, Chunks, ChunkStats, Continues, Observation, Policy, RsdError
+from rsd.types import (
+    AUTO,
+    RSD_ASYNC,
+    TARGET_ONLY,
+    VERIFY_PENDING,
+    ActionChunk,
+    Chunks,
+    ChunkStats,
+    Continues,
+    Observation,
+    Policy,
+    RsdError,
+)
 
 DRAFTED = ChunkStats("rsd-skip")
 RULE = "margin"  # a drafted digit stands if the finer levels can take out what it is off
@@ -162,17 +174,19 @@ class SpeculatingPolicy:
         self.steps = steps
         self.image_size = target.image_size if target is not None else max(128, drafter.stored.config.image_size)
         self._state = EpisodeState()
+        self._pending: tuple[Observation, Proposal, ActionChunk] | None = None
 
     def reset(self, seed: int | None = None) -> None:
-        self._state = EpisodeState()
+        self._state, self._pending = EpisodeState(), None
         if self.target is not None:
             self.target.reset(seed)
 
     def predict(self, observation: Observation) -> ActionChunk:
-        """latency_ms: `draft`, `target`, `total`."""
+        """latency_ms: `draft`, `target`, `total`. `rsd-async`: what is left of the chunk before is done first."""
+        self.complete()
         begin = time.perf_counter()
         if self.decode == TARGET_ONLY:
-            return self._timed(self._asked(observation), begin, begin)
+            return self._timed(ActionChunk(self._asked(observation), ChunkStats(self.decode, prefills=1)), begin, begin)
         proposal = self.drafter.propose(observation, self._state, self.skip)
         drafted = time.perf_counter()
         stats = ChunkStats(self.decode, expected_deviation_mm=proposal.expected_mm)
@@ -183,24 +197,37 @@ class SpeculatingPolicy:
             actions = target.continue_from(observation, proposal.actions, self.steps).actions
             stats = replace(stats, prefills=1, denoising_steps=self.steps, steps_in_full=target.num_inference_steps)
             return self._timed(ActionChunk(self.drafter.cut(actions), stats), begin, drafted)
+        if self.decode == RSD_ASYNC:
+            chunk = ActionChunk(proposal.actions, replace(stats, skipped=False))
+            self._pending = observation, proposal, self._timed(chunk, begin, drafted)
+            return self._pending[2]
         stats = replace(stats, skipped=proposal.trusted, forced=proposal.forced)
         if proposal.trusted:
             self._state = self.drafter.after(self._state, proposal.actions, None)
             chunk = self._timed(ActionChunk(proposal.actions, stats), begin, drafted)
             return self._audited(chunk, proposal, observation) if self.audit else chunk
-        answer = self._timed(self._asked(observation), begin, drafted)
-        stats = replace(stats, prefills=1, latency_ms=answer.stats.latency_ms)
-        stats = self.drafter.judged(proposal, answer.actions, stats)
-        self._state = self.drafter.after(self._state, answer.actions, stats.stood)
-        return ActionChunk(answer.actions, stats)
+        chunk = self._timed(ActionChunk(self._asked(observation), replace(stats, prefills=1)), begin, drafted)
+        stats = self.drafter.judged(proposal, chunk.actions, chunk.stats)
+        self._state = self.drafter.after(self._state, chunk.actions, stats.stood)
+        return replace(chunk, stats=stats)
 
-    def _asked(self, observation: Observation) -> ActionChunk:
+    def complete(self) -> ActionChunk | None:
+        """With `rsd-async`: the target is asked now -> the last chunk with its `answer`; else None."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        (observation, proposal, chunk), begin = pending, time.perf_counter()
+        answer = self._asked(observation)
+        latency = {**chunk.stats.latency_ms, VERIFY_PENDING: 1e3 * (time.perf_counter() - begin)}
+        stats = self.drafter.judged(proposal, answer, replace(chunk.stats, prefills=1, latency_ms=latency))
+        return replace(chunk, stats=stats, answer=answer)
+
+    def _asked(self, observation: Observation) -> NDArray[np.float32]:
         assert self.target is not None
-        chunk = self.target.predict(observation)
-        return ActionChunk(self.drafter.cut(chunk.actions), ChunkStats(self.decode, prefills=1))
+        return self.drafter.cut(self.target.predict(observation).actions)
 
     def _audited(self, chunk: ActionChunk, proposal: Proposal, observation: Observation) -> ActionChunk:
-        found = self.drafter.judged(proposal, self._asked(observation).actions, chunk.stats)
+        found = self.drafter.judged(proposal, self._asked(observation), chunk.stats)
         kept = ("stood", "deviation_mm", "gripper_differs")  # what was not asked accepted nothing
         return replace(chunk, stats=replace(chunk.stats, **{name: getattr(found, name) for name in kept}))
 
