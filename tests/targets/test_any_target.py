@@ -20,6 +20,8 @@ from websockets.sync.server import ServerConnection
 from foreign_server import CHUNK, foreign, proxied, running
 from openvla_checkpoint import block_image
 from rsd.chunks import environment_ready
+from rsd.cli.serve import ServeArguments
+from rsd.cli.serve import run as serve
 from rsd.decoding.state import EpisodeState
 from rsd.evaluation.cautions import cautions
 from rsd.evaluation.config import EvalConfig
@@ -291,11 +293,17 @@ def test_a_drafter_of_another_target_is_refused(drafter: Drafter) -> None:
         check_belongs(drafter.stored, {"policy": "ws://elsewhere", "metadata": {"name": "pi0"}}, "here")
 
 
-def test_a_server_that_does_not_say_what_it_is_is_warned_of(drafter: Drafter, tmp_path: Path) -> None:
+def test_a_server_that_does_not_say_what_it_is_is_warned_of(
+    drafter: Drafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = tmp_path / "drafter"
     config = EvalConfig(policy="ws://x:1", drafter=str(place), decode="rsd-skip")
     (told,) = cautions(config)
     assert told.startswith("ws://x:1: its metadata are empty, so a drafter distilled for another such server is taken")
+    monkeypatch.setattr("rsd.serving.server.until_signal", lambda main: None)
+    with foreign({}) as (address, _):
+        serve(ServeArguments(policy=address, drafter=str(place), port=0))
+    assert f"warning: {address}: its metadata are empty" in capsys.readouterr().err
     replace(drafter.stored, target={"policy": "ws://y:1", "metadata": {"model": "pi0"}}).save(place)
     assert cautions(config) == []
 
