@@ -197,9 +197,9 @@ def describe_checkpoint(config: EvalConfig) -> dict[str, Any]:
         from rsd.targets.drafter_files import check_belongs, read_drafter
 
         target = describe_checkpoint(settle(foreign.alone(config))[0])
-        check_belongs(stored := read_drafter(Path(config.drafter)), target, config.drafter)
+        check_belongs(drafter := read_drafter(Path(config.drafter)), target, config.drafter)
         sha256 = file_sha256(Path(config.drafter, MANIFEST_FILE))
-        gate = {"epsilon_mm": stored.epsilon_mm, "delta": getattr(stored.calibration, "delta", None)}
+        gate = {"epsilon_mm": drafter.epsilon_mm, "delta": getattr(drafter.calibration, "delta", None)}
         return {**target, "drafter": config.drafter, "drafter_sha256": sha256, "drafter_gate": gate}
     if (found := foreign.identity(config)) is not None:
         return found
