@@ -152,12 +152,19 @@ class ServingBenchConfig:
     """cpu or cuda."""
     threads: int = 0
     """Torch's threads here and in the server; 0 = one per core."""
+    proxy: bool = False
+    """Instead: what a speculating proxy adds to a server that waits for --target-ms."""
+    target_ms: float = 50.0
+    """Of that server, milliseconds an answer."""
+    drafter: str = ""
+    """Of the proxy: directory of `rsd drafter distil`; without, random weights and the tokenizer of --policy."""
     output: Path = Path("runs/bench/serving.json")
     """Raw milliseconds and the environment, as JSON."""
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.warmup < 0 or self.threads < 0 or not self.decode:
-            raise RsdError(f"serving: expected rounds >= 1, warmup >= 0, threads >= 0, a decoder; found {self}")
+        if self.rounds < 1 or self.warmup < 0 or self.threads < 0 or not self.decode or not 0 <= self.target_ms <= 1e5:
+            most = "a decoder, target_ms from 0 to 1e5"
+            raise RsdError(f"serving: expected rounds >= 1, warmup >= 0, threads >= 0, {most}; found {self}")
 
 
 @dataclass(frozen=True)

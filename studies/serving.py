@@ -6,11 +6,9 @@ be the same; with `rsd-async` the draft's, then the correction's.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,16 +29,16 @@ from rsd.serving.service import load_served, versions_on
 from rsd.targets.remote.openpi import served_at
 from rsd.types import CAMERAS, STATE_DIM, ActionChunk, Completes, Observation, Policy, RsdError
 from studies.config import ServingBenchConfig
+from studies.processes import process_of
 
 FORMAT = 1
 LOCAL, ROUND_TRIP, NETWORK = "predict here", "round trip", "of it on the way"
 CORRECTION, CPU = "from the request to the correction", "the server's CPU time of a chunk, all of it, mean"
-START_PATIENCE = 600.0  # seconds until the server listens: it may load 15 GB
 
 
 @dataclass(frozen=True)
 class ServingRecord:
-    """milliseconds: decoder -> what -> one number per chunk, in the order of time."""
+    """milliseconds: decoder, or proxy -> what -> one number per chunk, in the order of time."""
 
     format: int
     config: dict[str, Any]
@@ -52,25 +50,34 @@ def measure_serving(config: ServingBenchConfig) -> ServingRecord:
     """Run the measurement, print the table, write the JSON."""
     threads = config.threads or available_cores()
     torch.set_num_threads(threads)
-    times = {decode: measure(config, decode, threads) for decode in config.decode}
+    if config.proxy:
+        from studies.proxying import measure_proxy
+
+        times = {"proxy": measure_proxy(config, threads)}
+    else:
+        times = {decode: measure(config, decode, threads) for decode in config.decode}
+        show(config, times)
     settings = {**asdict(config), "output": str(config.output), "threads": threads}
     record = ServingRecord(FORMAT, settings, versions_on(config.device), times)
     write_atomically(config.output, encode_record(record) + "\n")
+    print(f"results: {config.output}")
+    return record
+
+
+def show(config: ServingBenchConfig, times: dict[str, dict[str, list[float]]]) -> None:
     rows = [
         [name, *("{:.2f} / {:.2f}".format(*percentiles(found)) if (found := times[d][name]) else ABSENT for d in times)]
         for name in (LOCAL, ROUND_TRIP, NETWORK, CORRECTION)
     ]
     rows.append([CPU, *(f"{times[d][CPU][0]:.2f}" for d in times)])
     print_table(Console(), f"{config.policy}: milliseconds, p50 / p95", ["", *config.decode], rows)
-    print(f"results: {config.output}")
-    return record
 
 
 def measure(config: ServingBenchConfig, decode: str, threads: int) -> dict[str, list[float]]:
     evaluated = EvalConfig(policy=config.policy, decode=decode, device=config.device)
     policy, rng = rsd_policy(evaluated), np.random.default_rng(0)
     times: dict[str, list[float]] = {LOCAL: [], ROUND_TRIP: [], NETWORK: [], CORRECTION: []}
-    with server_process(evaluated, threads) as (address, process), closing(served_at(address)) as remote:
+    with process_of(server_main, evaluated, threads) as (address, process), closing(served_at(address)) as remote:
         spent = 0.0
         for turn in shown(range(config.warmup + config.rounds), f"{decode}, rounds", config.warmup + config.rounds):
             images = rng.integers(0, 256, (len(CAMERAS), policy.image_size, policy.image_size, 3), dtype=np.uint8)
@@ -102,27 +109,6 @@ def cpu_seconds(process: int) -> float:
     """What a process has computed so far, with all its threads; Linux."""
     user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-
-@contextmanager
-def server_process(config: EvalConfig, threads: int) -> Iterator[tuple[str, int]]:
-    """A served policy in a process of its own while the context lasts; gives its address and the process."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=server_main, args=(theirs, config, threads), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(START_PATIENCE):
-            raise RsdError(f"the server's process did not listen within {START_PATIENCE:g} s")
-        assert process.pid is not None
-        yield ours.recv(), process.pid
-    except EOFError:
-        raise RsdError("the server's process ended before it listened; its messages are above") from None
-    finally:
-        process.terminate()
-        process.join()
-        ours.close()
 
 
 def server_main(connection: Connection, config: EvalConfig, threads: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from rsd.policy import RsdPolicy
 from rsd.types import RsdError
+from studies.proxying import ADDED, ASKED, DIRECT, JUDGED
 from studies.serving import CORRECTION, CPU, LOCAL, NETWORK, ROUND_TRIP, ServingBenchConfig, measure_serving
 
 
@@ -29,6 +30,31 @@ def test_the_port_is_timed_and_the_raw_numbers_are_kept(
     assert times[CPU][0] >= 0
     assert json.loads(config.output.read_text())["milliseconds"] == {decode: times}
     assert ROUND_TRIP in capsys.readouterr().out
+
+
+def test_what_a_proxy_adds_is_timed_and_the_raw_numbers_are_kept(
+    make_policy: Callable[..., RsdPolicy], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_policy().save_pretrained(tmp_path / "checkpoint")
+    config = ServingBenchConfig(
+        str(tmp_path / "checkpoint"),
+        rounds=3,
+        warmup=1,
+        threads=1,
+        proxy=True,
+        target_ms=20.0,
+        output=tmp_path / "proxy.json",
+    )
+    times = measure_serving(config).milliseconds["proxy"]
+    assert list(times) == [DIRECT, ASKED, JUDGED, ADDED + ASKED, ADDED + JUDGED]
+    assert all(len(found) == 3 for found in times.values())
+    assert min(times[DIRECT]) >= 20.0
+    differences = [through - alone for through, alone in zip(times[JUDGED], times[DIRECT], strict=True)]
+    assert times[ADDED + JUDGED] == differences
+    assert json.loads(config.output.read_text())["milliseconds"] == {"proxy": times}
+    assert ADDED + ASKED in capsys.readouterr().out
+    with pytest.raises(RsdError, match="target_ms from 0 to 1e5"):
+        ServingBenchConfig(target_ms=-1.0)
 
 
 def test_a_server_that_does_not_start_is_an_error(tmp_path: Path) -> None:

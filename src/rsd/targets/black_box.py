@@ -105,10 +105,11 @@ class Drafter:
         gripper, code = self.tokenizer.gripper_symbols(chunk), self.tokenizer.config.rfsq
         draft, value, levels, accepted = proposal.draft, torch.zeros_like(truth), self.ops.code, list[torch.Tensor]()
         for level, symbols in enumerate(draft.motion.unbind(1), start=1):
-            apart = (levels.digit(truth - value, level) - (symbols - code.half)).abs()
+            apart = (levels.digit(truth - value, level, finite=False) - (symbols - code.half)).abs()
             accepted.append(apart <= code.margin(level))
             value = draft.prefixes[level - 1]
-        deviation = float(fingertip_deviation(proposal.actions, self.cut(actions)))
+        drafted, own = (torch.from_numpy(each).double() for each in (proposal.actions, self.cut(actions)))
+        deviation = float(fingertip_deviation(drafted, own))
         same = draft.gripper == gripper
         whole = [bool(level.all()) for level in accepted]
         return replace(
