@@ -41,8 +41,7 @@ with extra("serve"):
 
 DECODE = "rsd-skip"
 WARMUP = 2
-TIMEOUT_S = 60.0
-AT_ONCE = 1e-9  # seconds: only what has arrived
+TIMEOUT_S, AT_ONCE = 60.0, 1e-9  # for an answer; for what has arrived already
 
 
 class Upstream:
@@ -157,12 +156,11 @@ class Session:
 
 
 class SpeculatingProxy:
-    """Serves at a port as `PolicyServer` does; the drafter works in a thread of its own."""
+    """Serves at a port as `PolicyServer` does; address, metadata: of the server behind. The drafter has a thread."""
 
     def __init__(
         self, address: str, metadata: dict[str, Any], drafter: Drafter, skip: SkipRule, door: socket.socket
     ) -> None:
-        """address, metadata: of the server behind."""
         self.address, self.metadata, self.drafter, self.skip = address, metadata, drafter, skip
         self._door, self._thread = door, ThreadPoolExecutor(1, "drafter")
 

@@ -39,8 +39,7 @@ class RsdModelServer(PredictModelServer):
     """`predict` is called in one thread. What is wrong with an observation is answered as vla-eval's error."""
 
     def __init__(self, policy: Servable) -> None:
-        service = PolicyService(policy)
-        steps = service.warm_up()[0]
+        steps = (service := PolicyService(policy)).warm_up()[0]
         super().__init__(chunk_size=policy.execute or steps)
         self._service, self._sessions = service, dict[str, Session]()
 
