@@ -149,7 +149,7 @@ def run_proxy(options: ServeArguments) -> None:
     check_belongs(drafter.stored, identity_of(metadata), options.drafter)
     skip = drafter.skip_rule(*(getattr(options, name) for name in OF_THE_GATE))
     console = terminal(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"a draft has {drafter.horizon} actions: execute no more of an answer, or rsd drafter distil --execute N")
+    console.print(f"a draft has {drafter.horizon} actions: clients execute no more, or rsd drafter distil --execute N")
     for caution in nameless(options.drafter, options.policy):
         console.print(f"warning: {caution}", style="yellow", markup=False)
     listening = partial(announce, console, options.host, f"{options.drafter} drafts for {options.policy}")
