@@ -142,7 +142,7 @@ def test_what_the_class_does_wrong_is_a_text_and_everything_goes_on(here: Path, 
 
 
 def test_chunks_of_another_length_are_the_classes_right(here: Path) -> None:
-    with serving(server_of()) as address, closing(served_at(address)) as remote:
+    with serving(server_of(policy="counting.py:Counting")) as address, closing(served_at(address)) as remote:
         assert remote.predict(SEEN).executed.shape == (8, 7)
         longer = Observation(SEEN.images, SEEN.state, "longer")
         assert remote.predict(longer).executed.shape == (9, 7)
