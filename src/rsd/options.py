@@ -95,6 +95,12 @@ class Decoding:
     audit: bool
     execute: int
 
+    @property
+    def lossless(self) -> bool:
+        """Whether its tokens are those of `ar`."""
+        known = DECODERS[self.decode]
+        return known.lossless and (self.rule.name == "exact" or not known.drafts)
+
     def recordable(self, compact: bool, device: str) -> bool:
         """Whether an engine can record it. Drawn tokens cannot be: a graph would have to know of the generator, and
         sequential levels are decided on the host. OpenVLA's 15 GB do not become ONNX graphs."""

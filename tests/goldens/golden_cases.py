@@ -50,7 +50,10 @@ class Case:
     seed: int | None = None
 
 
-DECODERS = ("ar", "parallel", "l1", "rsd", "rsd-fused", "rsd-skip", "draft-first", "coarse-only", "drafter-only")
+DECODERS = (
+    *("ar", "parallel", "l1", "rsd", "rsd-fused", "rsd-skip"),
+    *("draft-first", "rsd-async", "coarse-only", "drafter-only"),
+)
 TOLD = {"acceptance": "residual"}  # not the shipped own, which is blind(0.95,moving)
 CASES = {name: Case(name, TOLD if name in names(drafts=True) else {}) for name in DECODERS} | {
     "rsd blind": Case("rsd"),  # what is taken unless another is asked for

@@ -105,6 +105,10 @@ class SkipPromise(Checked):
         acceptance_rule(self.acceptance, RfsqConfig())  # raises for what is none
         yield from ()
 
+    @property
+    def words(self) -> str:
+        return f"risk <= {self.alpha:g} at confidence {1 - self.delta:g}, epsilon {self.epsilon_mm:g} mm"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SkipCalibration(SkipPromise):

@@ -192,7 +192,8 @@ def load_and_predict(policy_name: str, device_name: str, keep: list[RsdPolicy]) 
         return Check("policy", "fail", "a black and a white image give the same actions: it does not see")
     count = sum(parameter.numel() for parameter in policy.model.parameters())
     spent = light.stats.latency_ms["total"]
-    chunk = f"chunk {list(light.actions.shape)} in {spent:.0f} ms by {policy.decode}, engine {policy.engine}"
+    how = f"{policy.decode}, {'lossless' if policy.core.decoding.lossless else 'lossy'}, engine {policy.engine}"
+    chunk = f"chunk {list(light.actions.shape)} in {spent:.0f} ms by {how}"
     return Check("policy", "ok", f"{count / 1e6:.1f} M parameters, {chunk}")
 
 
@@ -285,9 +286,8 @@ def calibrated(name: str) -> Check:
     if not (directory / FILE_NAME).is_file():
         return Check("skip calibration", "warn", "none: rsd-skip is not available", "rsd calibrate makes one")
     found = load_calibration(directory)
-    promise = f"risk <= {found.alpha:g} at confidence {1 - found.delta:g}, epsilon {found.epsilon_mm:g} mm"
     made = f"{found.episodes} rollouts, {found.suites}, acceptance {found.acceptance}"
-    return Check("skip calibration", "ok", f"threshold {found.threshold:.1f} mm: {promise}; {made}")
+    return Check("skip calibration", "ok", f"threshold {found.threshold:.1f} mm: {found.words}; {made}")
 
 
 def flow(policy: RsdPolicy) -> list[tuple[str, str]]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from rsd.checks import Checked, Rules, between
+from rsd.checks import Checked, Count, Rules
 from rsd.training.config import DEFAULT_TOKENIZER
 
 SUFFIXES = (".svg", ".png", ".pdf")
@@ -20,8 +19,8 @@ class InspectConfig(Checked):
     """Directory with tokenizer.json (a checkpoint is one) or hub id."""
     data: tuple[Path, ...] = (Path("data/libero_spatial"),)
     """Folders of demonstrations: HDF5 files (states suffice) or LeRobot data sets."""
-    chunk: Annotated[int, between(-1, 1e9)] = -1
-    """Number of the chunk to draw; -1 draws the one that moves most within its steps."""
+    chunk: Count | None = None
+    """Number of the chunk to draw; by default the one that moves most within its steps."""
     output: Path = DEFAULT_TOKENIZER / "inspect.svg"
     """The picture: .svg, .png or .pdf; an earlier one is replaced."""
     overwrite: bool = False

@@ -109,8 +109,7 @@ def decoding_rows(directory: Path, content: dict[str, Any], config: Any) -> Rows
     rows.append(("executed of a chunk", execute))
     if (directory / CALIBRATION_FILE).is_file():
         found = load_calibration(directory)
-        promise = f"risk <= {found.alpha:g} at confidence {1 - found.delta:g}, epsilon {found.epsilon_mm:g} mm"
-        rows.append(("rsd-skip calibrated for", f"{found.suites.replace(',', ', ')}: {promise}"))
+        rows.append(("rsd-skip calibrated for", f"{found.suites.replace(',', ', ')}: {found.words}"))
     elif schedule := schedule_of(content):
         rows.append(("rsd-skip", schedule))
     return rows

@@ -76,10 +76,10 @@ def inspect_tokenizer(config: InspectConfig) -> list[LevelStatistics]:
     if chunks.shape[2] != tokenizer.action_dim:
         where = ", ".join(map(str, config.data))
         raise RsdError(f"{where}: expected actions of {tokenizer.action_dim} numbers, found {chunks.shape[2]}")
-    if not -1 <= config.chunk < len(chunks):
-        raise RsdError(f"--chunk {config.chunk}: expected -1 or a number below {len(chunks)}")
+    if config.chunk is not None and config.chunk >= len(chunks):
+        raise RsdError(f"--chunk {config.chunk}: expected a number below {len(chunks)}")
     spread = chunks[..., tokenizer.motion_index.numpy()].std(axis=1).sum(-1)  # within the steps of each chunk
-    number = config.chunk if config.chunk >= 0 else int(spread.argmax())
+    number = int(spread.argmax()) if config.chunk is None else config.chunk
     statistics = level_statistics(tokenizer, torch.from_numpy(chunks[:: max(1, len(chunks) // MOST_CHUNKS)]))
     seen = tokenizer.statistics
     console = terminal()
