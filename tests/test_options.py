@@ -157,3 +157,10 @@ def test_keywords_are_options_of_either_kind() -> None:
 def test_a_skip_rule_says_what_it_can_be(change: dict[str, Any]) -> None:
     with pytest.raises(RsdError, match=r"(threshold_mm|max_skips|memory_chunks): expected a"):
         SkipRule(**change)
+
+
+def test_what_gives_the_tokens_of_ar_is_lossless() -> None:
+    for decode, rule, lossless in (("ar", None, True), ("rsd-fused", "exact", True), ("rsd", "margin", False)):
+        assert resolve(CHECKPOINT, DecodeOptions(decode, rule)).lossless == lossless
+    for decode in ("l1", "parallel", "draft-first", "rsd-fused", "coarse-only"):
+        assert not resolve(CHECKPOINT, DecodeOptions(decode)).lossless

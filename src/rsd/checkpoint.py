@@ -14,7 +14,6 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -91,15 +90,14 @@ def weights_hash(path_or_hub_id: str | Path) -> str:
 
 def read_content(directory: Path) -> dict[str, Any]:
     """config.json, of this format and with the files that belong to it, all of them as the manifest names them."""
+    if not (directory / CONFIG_FILE).exists():
+        _read_config(directory)  # says what is lacking
     sealed = manifest.verify(directory)
     raw, content = _read_config(directory)
-    if sealed is None:
-        _warn_unsealed(directory)
     for name in _names(content):
         if not (directory / name).is_file():
             raise RsdError(f"{directory / name}: not found; the checkpoint is incomplete, copy it again")
-        found = file_sha256(directory / name) if sealed is None else sealed.sha256.get(name)
-        if found != content.sha256.get(name):
+        if sealed.sha256.get(name) != content.sha256.get(name):
             expected = f"does not belong to this {CONFIG_FILE} (sha256 differs)"
             raise RsdError(f"{directory / name}: {expected}; {manifest.REMEDY} {directory}")
     return {**raw, "policy": former.parts(content.policy)}
@@ -118,12 +116,6 @@ def _read_config(directory: Path) -> tuple[dict[str, Any], Content]:
 def _names(content: Content) -> Iterable[str]:
     """The files that config.json names."""
     return dict.fromkeys([WEIGHTS_FILE, TOKENIZER_FILE, *content.sha256])
-
-
-@cache
-def _warn_unsealed(directory: Path) -> None:
-    found = f"unsealed, written before there was a {manifest.MANIFEST_FILE}: not every file of it is verified"
-    LOG.warning("%s: %s; rsd checkpoint seal %s", directory, found, directory)
 
 
 def seal(directory: Path) -> list[str]:

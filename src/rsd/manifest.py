@@ -1,8 +1,7 @@
 """`manifest.json`: the SHA-256 of every file of a checkpoint directory, so that what is loaded is what was saved.
 
 Its files are those that this package reads, JSON and safetensors. Saving writes it and loading verifies it. A
-checkpoint that was edited on purpose is sealed again by `rsd checkpoint seal`. A directory of before there were
-manifests is unsealed: only what its config.json names is verified there.
+checkpoint that was edited on purpose is sealed again by `rsd checkpoint seal`.
 """
 
 from __future__ import annotations
@@ -71,14 +70,14 @@ def read_manifest(directory: Path) -> Manifest | None:
     return from_json(Manifest, content, str(path), ignore=("format_version",))
 
 
-def verify(directory: Path, remedy: str = "") -> Manifest | None:
-    """The manifest; `RsdError` if a file is another than it says, is gone or came later. None of an unsealed one.
+def verify(directory: Path, remedy: str = "") -> Manifest:
+    """The manifest; `RsdError` if it is not there, or if a file is another than it says, is gone or came later.
 
     remedy: of what is no checkpoint, which could be sealed again."""
     remedy = remedy or f"{REMEDY} {directory}"
     manifest = read_manifest(directory)
     if manifest is None:
-        return None
+        raise RsdError(f"{directory / MANIFEST_FILE}: not found; {remedy}")
     found = checkpoint_files(directory)
     for name, expected in manifest.sha256.items():
         if name not in found:
@@ -96,8 +95,7 @@ def verify_made(directory: Path, name: str, said: str, command: str) -> None:
     if not (directory / name).is_file():
         found = "one without" if directory.is_dir() else "none"
         raise RsdError(f"{said}: expected a directory with {name} ({command}), found {found}")
-    if verify(directory, remedy := f"copy the directory again, or make it anew: {command}") is None:
-        raise RsdError(f"{directory / MANIFEST_FILE}: not found; {remedy}")
+    verify(directory, f"copy the directory again, or make it anew: {command}")
 
 
 def seal(directory: Path, only: Iterable[str] | None = None) -> Manifest:

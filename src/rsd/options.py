@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from rsd import former
-from rsd.checks import Checked, between, one_of
+from rsd.checks import Checked, between
 from rsd.conventions import CHUNK_SIZE
 from rsd.decoding.acceptance import BLIND, AcceptanceRule, acceptance_rule
 from rsd.decoding.calibration import SkipCalibration
@@ -15,9 +15,6 @@ from rsd.decoding.gate import SkipRule
 from rsd.models.config import OwnDecoding
 from rsd.tokenizer.rfsq import RfsqConfig
 from rsd.types import AUTO, BEST, Engine, RsdError, Steps, Temperature
-
-FINE = ("regress", "sequential")
-Fine = Annotated[str, one_of(FINE)]
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class DecodeOptions(Checked):
 
     decode: str = BEST
     acceptance: str | None = None
-    fine: Fine | None = None
+    fine: Literal["regress", "sequential"] | None = None
     temperature: Temperature = 0.0
     skip: SkipRule | None = None
     target_at_reset: bool = True

@@ -3,7 +3,8 @@ cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -134,6 +135,18 @@ def generate(model: OpenVlaModel, prefix: Tensor, count: int = ACTION_DIM) -> Te
     return torch.cat(tokens, dim=1)
 
 
+class Parts(Primitives):
+    """Primitives that are parts of somebody's own recording: no engine, no times, nothing left to check."""
+
+    @contextmanager
+    def inline(self) -> Iterator[None]:
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside, self.checks = False, []
+
+
 def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
     """The decoders of residual tokens on the same trunk. In `rsd-fused` the visual drafter works beside the vision
     towers and reads what the target remembers of an earlier chunk; `visual_drafter` is its own chunk."""
@@ -144,7 +157,7 @@ def rfsq_cases(model: OpenVlaModel, inputs: Inputs) -> list[Case]:
     visual_drafter = OpenVlaVisualDrafter(own, code, CHUNK_SIZE, MOTION_DIM, model.config.llama.dim)
     for part in (draft, visual_drafter):
         part.to(model.device, model.dtype).eval()
-    ops = Primitives(target, draft, acceptance_rule("margin", code), visual_drafter=visual_drafter)
+    ops = Parts(target, draft, acceptance_rule("margin", code), visual_drafter=visual_drafter)
 
     def decide(name: str, *values: Tensor) -> tuple[Tensor, ...]:
         pixels, prompt, state, condition, *memory = values

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from refusals import tree
+from rsd import manifest
 from rsd.checkpoint import save_checkpoint
 from rsd.cli import dispatch
 from rsd.evaluation.cautions import trained_on
@@ -58,7 +59,7 @@ def test_members_from_before_a_part_was_known_have_a_mean_with_later_ones(member
     content = json.loads((before / "config.json").read_text())
     del content["policy"]["target"]["committed"]
     (before / "config.json").write_text(json.dumps(content))
-    (before / "manifest.json").unlink(missing_ok=True)  # of files as they were
+    manifest.seal(before)
     assert weights(average([before, later], tmp_path / "mean"))
 
 

@@ -9,8 +9,7 @@ anything leaves the policy: a NaN would win an argmax as an ordinary token.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -135,15 +134,6 @@ class Primitives:
                 return rows_of(result, range(len(tensors[0])))
         finally:
             self._inside = False
-
-    @contextmanager
-    def inline(self) -> Iterator[None]:
-        """Within, primitives are parts of somebody's own recording: no engine, no times, nothing left to check."""
-        self._inside = True
-        try:
-            yield
-        finally:
-            self._inside, self.checks = False, []
 
     def beside(self, call: Callable[[], T]) -> Callable[[], T]:
         """Start a call -> its result; where a GPU records a composition, on a stream of its own."""

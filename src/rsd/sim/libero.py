@@ -373,15 +373,6 @@ class LiberoEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.floating]]):
             f"the last still moved {moved * 100:.1f} cm; choose another seed"
         )
 
-    def draw_fixed_state(self, k: int, attempt: int) -> NDArray[np.float64] | None:
-        """A state for the fixed layout k of a permuted suite, [1 + nq + nv], in which nothing slides; else None. The
-        episode has begun there when it returns."""
-        self._arrange(fixed_layout(self.suite, self.task.task_id, k))
-        state = self._draw_state(np.random.default_rng([self.task.task_id, k, attempt]), BENCHMARK_SEED)
-        if state is None or self._settle(state.copy()) > UNSTABLE_DISTANCE:
-            return None
-        return state
-
     def _draw_state(self, draws: np.random.Generator, fixtures_seed: int | None = None) -> NDArray[np.float64] | None:
         """Poses of objects and arm, None where the draws leave no room for one of the objects; the fixtures stand as
         `fixtures_seed` draws them when it returns, None: any way.
