@@ -28,7 +28,7 @@ from rsd.expert import expert
 from rsd.expert.goals import goals_of
 from rsd.sim import permuted
 from rsd.sim.libero import BENCHMARK_SEED, UNSTABLE_DISTANCE, LiberoEnv
-from rsd.sim.suites import suite_tasks
+from rsd.sim.suites import fixed_layout, suite_tasks
 from rsd.types import RsdError
 
 STATES = 50
@@ -47,7 +47,7 @@ class FixedLayouts(LiberoEnv):
     def draw_fixed_state(self, k: int, attempt: int) -> NDArray[np.float64] | None:
         """A state for the fixed layout k of a permuted suite, [1 + nq + nv], in which nothing slides; else None. The
         episode has begun there when it returns."""
-        self._arrange(permuted.fixed_layout(self.suite, self.task.task_id, k))
+        self._arrange(fixed_layout(self.suite, self.task.task_id, k))
         state = self._draw_state(np.random.default_rng([self.task.task_id, k, attempt]), BENCHMARK_SEED)
         if state is None or self._settle(state.copy()) > UNSTABLE_DISTANCE:
             return None
