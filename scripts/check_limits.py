@@ -27,7 +27,7 @@ class Limit:
 LIMITS = (
     Limit("readme", "lines of README.md", 130, 130),
     Limit("words", "words of README.md, CONTRIBUTING.md and docs/", 12_000, 12_000),
-    Limit("source", "lines of Python in src/rsd", 17_000, 27_605),
+    Limit("source", "lines of Python in src/rsd", 17_000, 27_568),
     Limit("package", "largest package of src/rsd, per cent of its lines", 20, 20),
     Limit("file", "lines of the longest file in src, studies, scripts and tests", 500, 500),
 )

@@ -24,6 +24,7 @@ from openvla_checkpoint import (
 from rsd.evaluation.backend import describe_checkpoint
 from rsd.evaluation.config import EvalConfig
 from rsd.targets.openvla.loading import load_openvla
+from rsd.targets.openvla.model import OpenVlaModel
 from rsd.targets.openvla.policy import OpenVlaPolicy
 from rsd.targets.openvla.published import Settings
 from rsd.types import Observation, RsdError
@@ -120,3 +121,11 @@ def test_a_shard_that_is_a_pointer_of_git_lfs_is_named(copy: Path) -> None:
     with pytest.raises(RsdError, match=f"{SHARD}: this is a git-lfs pointer"):
         OpenVlaPolicy.from_pretrained(copy)
     assert json.loads((copy / "config.json").read_text())["model_type"] == "openvla"
+
+
+def test_a_loaded_model_can_be_prepared(copy: Path) -> None:
+    def silenced(model: OpenVlaModel) -> None:
+        torch.nn.init.zeros_(model.language_model.lm_head.weight)
+
+    policy = OpenVlaPolicy.from_pretrained(copy, prepare=silenced)
+    assert not policy.model.language_model.lm_head.weight.any()

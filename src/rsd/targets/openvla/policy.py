@@ -220,6 +220,7 @@ class OpenVlaPolicy:
         dtype: torch.dtype | None = None,
         graphs: bool = True,
         execute: int | None = None,
+        prepare: Callable[[OpenVlaModel], None] | None = None,
     ) -> OpenVlaPolicy:
         """Load a directory or hub repository in OpenVLA's format; `RsdError` names whatever is missing.
 
@@ -227,7 +228,7 @@ class OpenVlaPolicy:
         suite: names the statistics where nothing else does; like unnorm_key it is tried with `_no_noops`, too.
         base: the model under a LoRA adapter, needed only where the directory holds no merged weights.
         execute: steps of a chunk that are executed, None: all.
-        graphs: CUDA graphs, on a GPU."""
+        graphs: CUDA graphs, on a GPU. prepare: is given the loaded model, to compile it or to quantise it."""
         check_device(device)
         directory = locate_openvla(path_or_hub_id)
         if directory is None:
@@ -245,6 +246,8 @@ class OpenVlaPolicy:
         normalisation = read_normalisation(directory)
         under = locate_under(directory, base)
         model = load_openvla(directory, base=under, device=device, dtype=dtype, chunk=settings.chunk)
+        if prepare is not None:
+            prepare(model)
         return cls(model, prompt, statistics, normalisation, settings, graphs=graphs, execute=execute)
 
 
