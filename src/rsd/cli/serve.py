@@ -35,7 +35,7 @@ class ServeArguments(PolicyOptions):
     """With --policy ws://HOST:PORT, anybody's server in openpi's protocol, or lerobot:DIR_OR_ID: a speculating proxy in
     front of it with this drafter (`rsd drafter distil`); with module:Class or file.py:Class that policy with it."""
     execute: Steps | None = PolicyOptions.execute
-    """Steps of a chunk that its client executes, as of `rsd eval`; answers hold whole chunks, a class's only these."""
+    """Steps of a chunk that its client executes, as of `rsd eval`; an answer holds the whole chunk."""
     statistics: str = EvalConfig.task_suite
     """Data set whose statistics scale a published OpenVLA checkpoint's actions, where its own files do not say."""
     threads: Threads = 0

@@ -56,9 +56,9 @@ class OwnEpisodes(Memoryless):
     """Policies that keep their episode inside, as a class of one's own does: each episode has an instance to itself,
     which `reset` begins, and which is free for another once that is over."""
 
-    def __init__(self, first: Any, another: Callable[[], Policy]) -> None:
-        """first: with `decode`; another: makes one more where all are taken."""
-        self.decode, self.image_size, self.cameras, self.execute = first.decode, first.image_size, len(CAMERAS), None
+    def __init__(self, first: Any, another: Callable[[], Policy], execute: int | None) -> None:
+        """first: with `decode`; another: makes one more where all are taken; execute: steps of a chunk, None: all."""
+        self.decode, self.image_size, self.cameras, self.execute = first.decode, first.image_size, len(CAMERAS), execute
         self._free, self._another = [first], another
 
     def predict(self, observations: Sequence[Observation], states: Sequence[Any]) -> Any:
@@ -100,7 +100,7 @@ def load_served(config: EvalConfig) -> Servable:
     """The policy that `rsd eval` would run with these options."""
     policy = rsd_policy(config)
     if config.custom:
-        return OwnEpisodes(policy, partial(another, policy, config))
+        return OwnEpisodes(policy, partial(another, policy, config), config.execute)
     return policy.core if isinstance(policy, RsdPolicy) else Memoryless(policy)
 
 
