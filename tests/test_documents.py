@@ -183,8 +183,9 @@ def test_the_table_of_delayed_answers_is_that_of_the_raw_results() -> None:
     text = next(part for part in section.split("\n- ") if part.startswith("Static scenes"))
     told = {name: static[8][name] for name in ("rsd-async", "rsd-skip", "hold", "tail")}
     states = set.intersection(*(set(run) for run in told.values()))
-    solved = [str(sum(told[name][key].success for key in states)) for name in told]
-    assert f"of {len(states)} `rsd-async` {solved[0]}, `rsd-skip` {solved[1]}, `l1` standing still {solved[2]}, tail {solved[3]}" in text
+    solved = [sum(told[name][key].success for key in states) for name in told]
+    named = "of {} `rsd-async` {}, `rsd-skip` {}, `l1` standing still {}, tail {}".format(len(states), *solved)
+    assert named in " ".join(text.split()), named
     for delay in (4, 8):
         run, at_once = static[delay]["rsd-async"], static[0]["l1"]
         assert run.keys() <= at_once.keys()
