@@ -102,21 +102,21 @@ class Drafter:
         """The statistics, with what the target's actions [n >= H, 7] make of a draft; `stood`: within epsilon."""
         chunk = torch.from_numpy(self.cut(actions)[None]).to(self.device)
         truth = self.tokenizer.to_coefficients(chunk) / self.tokenizer.first_step
-        gripper, code = self.tokenizer.gripper_symbols(chunk), self.tokenizer.config.rfsq
-        draft, value, levels, accepted = proposal.draft, torch.zeros_like(truth), self.ops.code, list[torch.Tensor]()
-        for level, symbols in enumerate(draft.motion.unbind(1), start=1):
-            apart = (levels.digit(truth - value, level, finite=False) - (symbols - code.half)).abs()
-            accepted.append(apart <= code.margin(level))
-            value = draft.prefixes[level - 1]
+        gripper, code, draft = self.tokenizer.gripper_symbols(chunk), self.tokenizer.config.rfsq, proposal.draft
+        levels = range(1, draft.motion.shape[1] + 1)
+        before = torch.stack([torch.zeros_like(truth), *draft.prefixes[:-1]], 1)
+        step, margin = (truth.new_tensor([[of(level)] for level in levels]) for of in (code.weight, code.margin))
+        digits = ((truth[:, None] - before) / step).round().clamp(-code.half, code.half)
+        accepted = (digits - (draft.motion - code.half)).abs() <= margin  # [1, c, P]
         drafted, own = (torch.from_numpy(each).double() for each in (proposal.actions, self.cut(actions)))
         deviation = float(fingertip_deviation(drafted, own))
         same = draft.gripper == gripper
-        whole = [bool(level.all()) for level in accepted]
+        whole = accepted.all(2)[0].tolist()
         return replace(
             stats,
             acceptance=RULE,
-            num_draft_tokens=[level.numel() for level in accepted],
-            num_accepted_tokens=[int(level.sum()) for level in accepted],
+            num_draft_tokens=[accepted.shape[2]] * len(levels),
+            num_accepted_tokens=accepted.sum((0, 2)).tolist(),
             accepted_levels=whole.index(False) if False in whole else len(whole),
             gripper_acceptance=float(same.float().mean()),
             stood=deviation <= self.stored.epsilon_mm and bool(same.all()),
